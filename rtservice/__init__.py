@@ -1,0 +1,3 @@
+"""rtservice runs a Twisted protocol as a production TCP service."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Bytes and sockets; knows nothing of services, settings or logs of connections."""
