@@ -128,7 +128,8 @@ class Settings:
     interface: str = _setting(
         "",
         text,
-        "Address or host name to listen on instead of all; an IPv6 address needs no brackets.",
+        "Address or host name to listen on; an IPv6 address needs no brackets.",
+        default_text="all",
         short="i",
     )
     listen: tuple[str, ...] = _setting(

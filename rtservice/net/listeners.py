@@ -51,7 +51,7 @@ class _SocketFile:
 
 @dataclass
 class Listener:
-    """A bound, listening, non-blocking socket, and what it is called in logs (`tcp:[::1]:8080`, `unix:/run/rt.sock`)."""
+    """A bound, listening, non-blocking socket, and what logs call it (`tcp:[::1]:8080`, `unix:/run/rt.sock`)."""
 
     socket: socket.socket
     name: str
@@ -79,7 +79,9 @@ def split_description(description: str) -> tuple[str, list[str], dict[str, str]]
     positional: list[str] = []
     keywords: dict[str, str] = {}
     for part in re.findall(r"(?:^|:)((?:\\.|[^:\\])*)", description, re.DOTALL):
-        key, equals, value = re.fullmatch(r"((?:\\.|[^=\\])*)(=?)(.*)", part, re.DOTALL).groups()
+        match = re.fullmatch(r"((?:\\.|[^=\\])*)(=?)(.*)", part, re.DOTALL)
+        assert match is not None  # every part of the shape above has this one
+        key, equals, value = match.groups()
         key, value = (re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL) for text in (key, value))
         if equals:
             if key in keywords:

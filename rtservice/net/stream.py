@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import struct
@@ -62,7 +63,7 @@ _log = Logger()
 def _log_prefix(thing: object) -> str:
     """What the log shows for a protocol or factory, by Twisted's rule."""
     if ILoggingContext.providedBy(thing):
-        return str(thing.logPrefix())  # type: ignore[attr-defined]
+        return str(thing.logPrefix())
     return type(thing).__name__
 
 
@@ -153,13 +154,20 @@ class Connection:
         self.protocol = protocol
         self.reactor.addReader(self)
         self._corked = True
-        protocol.makeConnection(self)
-        self._end_of_event()
+        try:
+            protocol.makeConnection(self)
+        except BaseException:
+            self._protocol_failed("connectionMade")
+        else:
+            self._end_of_event()
 
     # --- reading ---
 
-    def doRead(self) -> Exception | None:
-        """One read for each event, however much there is: so every connection has its turn."""
+    def doRead(self) -> Any:
+        """One read for each event, however much there is: so every connection has its turn.
+
+        Returns the exception that ended the connection, if one did, as Twisted's reactors take it.
+        """
         try:
             data = self._recv(BUFFER_SIZE)
         except BlockingIOError:
@@ -172,7 +180,11 @@ class Connection:
             return main.CONNECTION_DONE
         self.bytes_in += len(data)
         self._corked = True
-        self.protocol.dataReceived(data)
+        try:
+            self.protocol.dataReceived(data)
+        except BaseException:
+            self._protocol_failed("dataReceived")
+            return None
         if self._out or self.disconnecting or self._write_closing:
             self._end_of_event()
         else:
@@ -189,8 +201,7 @@ class Connection:
             try:
                 protocol.readConnectionLost()
             except BaseException:
-                _log.failure("{protocol} failed in readConnectionLost", protocol=_log_prefix(self.protocol))
-                self.connectionLost(Failure())
+                self._protocol_failed("readConnectionLost")
                 return
         else:
             self.disconnecting = True
@@ -224,7 +235,7 @@ class Connection:
         """Send what the event left to send, and close if it asked for that."""
         why = self._flush()
         if why is not None:
-            self._lose(why)
+            self.connectionLost(Failure(why))
         elif self._unsent:
             self._corked = True
             self.reactor.addWriter(self)
@@ -264,17 +275,15 @@ class Connection:
                 return None
         # All is sent.
         if self.producer is not None and (self.producer_paused or not self.streaming_producer):
-            return self._resume_producer()
+            # What the producer writes now goes out with the next event.
+            self.producer_paused = False
+            self.producer.resumeProducing()
+            return None
         if self.disconnecting:
             return main.CONNECTION_DONE
         if self._write_closing and not self._write_closed:
             self._close_write()
         return None
-
-    def _resume_producer(self) -> None:
-        """Ask for more; what the producer writes now goes out with the next event."""
-        self.producer_paused = False
-        self.producer.resumeProducing()
 
     def _join(self) -> None:
         """Make one piece of as many of the first pieces as are worth sending together."""
@@ -293,7 +302,7 @@ class Connection:
             self._offset = 0
         out[:count] = [b"".join(out[:count])]
 
-    def doWrite(self) -> Exception | None:
+    def doWrite(self) -> Any:
         """The kernel takes bytes again. Called by the reactor."""
         if self.disconnected or self._aborting:
             return None
@@ -307,17 +316,14 @@ class Connection:
 
     def _close_write(self) -> None:
         self._write_closed = True
-        try:
+        with contextlib.suppress(OSError):  # the peer is gone, which reading will tell
             self.socket.shutdown(socket.SHUT_WR)
-        except OSError:  # the peer is gone, which reading will tell
-            pass
         protocol = IHalfCloseableProtocol(self.protocol, None)
         if protocol is not None:
             try:
                 protocol.writeConnectionLost()
             except BaseException:
-                _log.failure("{protocol} failed in writeConnectionLost", protocol=_log_prefix(self.protocol))
-                self._lose_with(Failure())
+                self._protocol_failed("writeConnectionLost")
 
     def writeConnectionLost(self, reason: Failure) -> None:
         """IHalfCloseableDescriptor's; our own write side is never lost without the connection."""
@@ -352,10 +358,10 @@ class Connection:
         self.reactor.removeWriter(self)
         self.reactor.callLater(0, self.connectionLost, Failure(error.ConnectionAborted()))
 
-    def _lose(self, why: Exception) -> None:
-        self._lose_with(Failure(why))
-
-    def _lose_with(self, reason: Failure) -> None:
+    def _protocol_failed(self, method: str) -> None:
+        """A protocol that raises loses its own connection, and nobody else notices."""
+        reason = Failure()
+        _log.failure("{protocol} failed in {method}", reason, protocol=_log_prefix(self.protocol), method=method)
         self.connectionLost(reason)
 
     def connectionLost(self, reason: Failure) -> None:
@@ -391,9 +397,7 @@ class Connection:
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         if self.producer is not None:
-            raise RuntimeError(
-                f"cannot register producer {producer!r}: {self.producer!r} was never unregistered"
-            )
+            raise RuntimeError(f"cannot register producer {producer!r}: {self.producer!r} was never unregistered")
         if self.disconnected:
             producer.stopProducing()
             return
@@ -428,10 +432,10 @@ class Connection:
 
     # --- who and what ---
 
-    def getPeer(self) -> Address:
+    def getPeer(self) -> Any:
         return self._peer
 
-    def getHost(self) -> Address:
+    def getHost(self) -> Any:
         return self.port.address_of(self.socket.getsockname())
 
     def getHandle(self) -> socket.socket:
@@ -553,11 +557,7 @@ class Port:
         self._number += 1
         connection = Connection(self.reactor, sock, self, peer, self._number)
         self.connection_opened(connection)
-        try:
-            connection.open(protocol)
-        except BaseException:
-            _log.failure("{protocol} failed in connectionMade", protocol=_log_prefix(protocol))
-            connection.connectionLost(Failure())
+        connection.open(protocol)
 
     def _rest(self, problem: OSError) -> None:
         """Leave the queue to the kernel for a while; open connections go on."""

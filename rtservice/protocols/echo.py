@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol
+from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import Logger
 from twisted.protocols.basic import Int32StringReceiver, LineOnlyReceiver, NetstringReceiver
@@ -19,6 +19,7 @@ class Echo(Protocol):
     """Bytes in, the same bytes out, in order, until the client has finished sending."""
 
     factory: EchoFactory
+    transport: Any  # Twisted's interfaces split in five what every stream transport has
     log: ClassVar[Logger] = Logger()
 
     def connectionMade(self) -> None:
@@ -140,7 +141,7 @@ PROTOCOLS: dict[Framing, type[Echo]] = {
 }
 
 
-class EchoFactory(Factory):
+class EchoFactory(Factory[Echo]):
     """Makes the exchange of one framing.
 
     `greeting` is sent once to each client, as one message of the framing; empty means none. `greet` says when: as soon
@@ -168,8 +169,3 @@ class EchoFactory(Factory):
         self.greet = greet
         self.max_message = max_message
         self.protocol = PROTOCOLS[framing]
-
-    def buildProtocol(self, addr: IAddress | None) -> Echo:
-        protocol = self.protocol()
-        protocol.factory = self
-        return protocol

@@ -1,0 +1,170 @@
+"""The twistd face: the command line, and the service made from it. The only module that knows all the others."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from twisted.logger import FilteringLogObserver, Logger, LogLevel, LogLevelFilterPredicate, globalLogPublisher
+from twisted.python import usage
+
+from rtservice import __version__, settings
+from rtservice.host.server import Server
+from rtservice.net import listeners
+from rtservice.net.listeners import Listener, ListenError
+from rtservice.protocols.echo import EchoFactory
+
+
+def _parser(setting: settings.Setting) -> Callable[[str], Any]:
+    """The setting's parser, with an error that Twisted's option parser passes on as it is."""
+
+    def parse(text: str) -> Any:
+        try:
+            return setting.parse(text)
+        except settings.SettingError as error:
+            raise usage.UsageError(f"--{setting.name}: {error}") from None
+
+    return parse
+
+
+class Options(usage.Options):
+    """The command line, made from the schema in `settings`."""
+
+    synopsis = "[options]"
+    longdesc = "Serves a Twisted protocol over TCP and UNIX sockets; by default, greets each client and echoes it."
+
+    optParameters = [
+        [
+            setting.name,
+            setting.short or None,
+            None,
+            f"{setting.help} [default: {setting.default_text}]",
+            _parser(setting),
+        ]
+        for setting in settings.schema()
+        if not setting.repeatable
+    ]
+
+    def opt_version(self) -> None:
+        """Print the version and exit."""
+        print(f"rtservice {__version__}")
+        raise SystemExit(0)
+
+    def parseOptions(self, options: Iterable[str] | None = None) -> None:
+        """As in Twisted, but a mistake is one line and not the whole help with a line below it."""
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as error:
+            raise SystemExit(f"rtservice: {error} (see twistd rtservice --help)") from None
+
+    def parseArgs(self, *args: str) -> None:
+        if args:
+            raise usage.UsageError(f"unexpected argument {args[0]!r}")
+
+    def settings(self) -> settings.Settings:
+        """The settings in force."""
+        return settings.from_values({name: value for name, value in self.items() if value is not None})
+
+
+def _repeatable(setting: settings.Setting) -> Callable[[Options, str], None]:
+    parse = _parser(setting)
+
+    def opt(self: Options, text: str) -> None:
+        self[setting.name] = (*(self.get(setting.name) or ()), parse(text))
+
+    opt.__doc__ = setting.help
+    return opt
+
+
+for _setting in settings.schema():
+    if _setting.repeatable:
+        _opt = _repeatable(_setting)
+        for _name in filter(None, (_setting.name.replace("-", "_"), _setting.short)):
+            setattr(Options, f"opt_{_name}", _opt)  # Twisted takes one function under two names for synonyms
+
+
+def makeService(options: Options) -> Server:
+    """Validate everything and bind every socket, then give the service that serves on them.
+
+    Binding happens here, before twistd daemonizes, drops privileges or opens its log: so whatever is wrong is one line
+    on the terminal of whoever typed the command, and its status. Raises SystemExit with that line.
+    """
+    in_force = options.settings()
+    try:
+        factory = EchoFactory(in_force.greeting, in_force.greet, in_force.framing, in_force.max_message)
+    except ValueError as error:
+        raise SystemExit(f"rtservice: --greeting: {error}") from None
+    opened: list[Listener] = []
+    endpoints: list[tuple[str, Any]] = []
+    try:
+        if in_force.listen:
+            resolve_path = _path_resolver(options.parent or {})
+            for description in in_force.listen:
+                with _naming(f"--listen {description}"):
+                    if listeners.split_description(description)[0] in listeners.TYPES:
+                        opened += listeners.open_description(
+                            description, backlog=in_force.backlog, resolve_path=resolve_path
+                        )
+                    else:
+                        endpoints.append((description, _other_endpoint(description)))
+        else:
+            where = f" --interface {in_force.interface}" if in_force.interface else ""
+            with _naming(f"--port {in_force.port}{where}"):
+                opened += listeners.open_port(in_force.port, interface=in_force.interface, backlog=in_force.backlog)
+    except BaseException:
+        for listener in opened:
+            listener.close()
+        raise
+    server = Server(factory, listeners=opened, endpoints=endpoints, log=_logger(in_force.log_level))
+    # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
+    atexit.register(_exit_with_status_of, server)
+    return server
+
+
+@contextlib.contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    """Turn a ListenError into the exit line that names the setting."""
+    try:
+        yield
+    except ListenError as error:
+        raise SystemExit(f"rtservice: {setting}: {error}") from None
+
+
+def _other_endpoint(description: str) -> Any:
+    """An endpoint of a kind that Twisted or one of its plugins knows; raises ListenError."""
+    from twisted.internet import reactor
+    from twisted.internet.endpoints import serverFromString
+
+    try:
+        return serverFromString(reactor, description)
+    except Exception as error:  # each parser, also those of plugins, raises its own
+        raise ListenError(f"not a usable endpoint description: {error or type(error).__name__}") from error
+
+
+def _path_resolver(twistd: Any) -> Callable[[str], str]:
+    """Paths as twistd will see them once it has changed its root and its directory, which it has not yet."""
+    root = twistd.get("chroot")
+    directory = twistd.get("rundir") or "."
+    if root is None:
+        return lambda path: os.path.abspath(os.path.join(directory, path))
+    # twistd starts in / of the new root unless --rundir says otherwise.
+    return lambda path: os.path.join(
+        os.path.abspath(root), os.path.normpath(os.path.join("/", directory, path)).lstrip("/")
+    )
+
+
+def _logger(level: settings.LogLevelName) -> Logger:
+    """Where the service's own records go: to Twisted's log, from this level up."""
+    enough = LogLevelFilterPredicate(defaultLogLevel=LogLevel.lookupByName(level))
+    return Logger(namespace="rtservice", observer=FilteringLogObserver(globalLogPublisher, [enough]))
+
+
+def _exit_with_status_of(server: Server) -> None:
+    if server.exit_status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(server.exit_status)

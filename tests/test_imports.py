@@ -1,0 +1,48 @@
+"""Imports point one way: the house can be read from the bottom up."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import rtservice
+
+PACKAGE = Path(rtservice.__file__).parent
+
+# What each part may import of ours, beside itself.
+MAY_IMPORT = {
+    "protocols": {"interfaces"},
+    "net": {"interfaces"},
+    "host": {"net", "interfaces"},
+    "settings": {"protocols"},
+    "tap": {"settings", "host", "net", "protocols", "interfaces", ""},
+    "__init__": set(),
+}
+
+
+def parts_imported(path: Path) -> set[str]:
+    """The parts of rtservice that a module imports anywhere in it; `` is the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "rtservice":
+            names = [f"rtservice.{alias.name}" if alias.name.islower() else "rtservice" for alias in node.names]
+            names = ["rtservice" if name.startswith("rtservice.__") else name for name in names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        found |= {[*name.split("."), ""][1] for name in names if name.split(".")[0] == "rtservice"}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert parts_imported(path) - {part} <= MAY_IMPORT[part]
+
+
+def test_the_plugin_names_its_modules_as_strings() -> None:
+    plugin = PACKAGE.parent / "twisted" / "plugins" / "rtservice_plugin.py"
+    assert parts_imported(plugin) == set()
