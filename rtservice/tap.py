@@ -141,6 +141,8 @@ def _other_endpoint(description: str) -> Any:
 
     try:
         return serverFromString(reactor, description)
+    except ImportError as error:
+        raise ListenError(f"{error}; is an extra of Twisted missing (pip install 'twisted[tls]')?") from error
     except Exception as error:  # each parser, also those of plugins, raises its own
         raise ListenError(f"not a usable endpoint description: {error or type(error).__name__}") from error
 

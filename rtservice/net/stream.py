@@ -204,6 +204,8 @@ class Connection:
                 self._protocol_failed("readConnectionLost")
                 return
         else:
+            # Twisted would drop what is unsent; here it is sent first, but nothing more is produced.
+            self._stop_producer()
             self.disconnecting = True
         self._end_of_event()
 
@@ -370,12 +372,7 @@ class Connection:
             return
         self.disconnected = True
         self.connected = False
-        producer, self.producer = self.producer, None
-        if producer is not None and producer is not self:
-            try:
-                producer.stopProducing()
-            except BaseException:
-                _log.failure("a producer failed in stopProducing")
+        self._stop_producer()
         self.reactor.removeReader(self)
         self.reactor.removeWriter(self)
         self._out.clear()
@@ -394,6 +391,14 @@ class Connection:
         self.port.connection_closed(self, reason)
 
     # --- producers and consumers ---
+
+    def _stop_producer(self) -> None:
+        producer, self.producer = self.producer, None
+        if producer is not None and producer is not self:
+            try:
+                producer.stopProducing()
+            except BaseException:
+                _log.failure("a producer failed in stopProducing")
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         if self.producer is not None:
