@@ -1,0 +1,146 @@
+"""``python -m benchmarks``: measure, show, and write down."""
+
+import argparse
+import functools
+import importlib.util
+import json
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.build import UnavailableError
+from benchmarks.cases import CASES
+from benchmarks.measure import Bench, Result, Row, choose_cores, raise_descriptor_limit
+from benchmarks.servers import SERVERS, Certificate, make_certificate
+
+# Together some ten minutes for everything. Three is the least that has a median.
+ROUNDS, SECONDS = 3, 2.5
+QUICK_ROUNDS, QUICK_SECONDS = 1, 0.5
+
+
+class Progress:
+    """Says on standard error what was measured just now, and how long the rest will take."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._began = time.monotonic()
+        self._rewrites = sys.stderr.isatty()
+
+    def ran(self, case: str, row: Row, number: int) -> None:
+        """One run has ended."""
+        self._done += 1
+        left = (time.monotonic() - self._began) / self._done * (self._total - self._done) / 60
+        figures = row.rounds[-1]
+        found = f"{figures.cost:.2f}" if figures else "n/a"
+        line = f"[{self._done}/{self._total}] {case}, round {number + 1}: {row.server.title} {found}"
+        before, after = ("\r\x1b[K", "") if self._rewrites else ("", "\n")
+        print(f"{before}{line}, {left:.1f} min left", end=after, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Make room for a table."""
+        if self._rewrites:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command line, checked."""
+    about = "Measure rtservice beside its peers, in one run."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=about)
+    parser.add_argument("--cases", metavar="NAME,…", default=[], type=_names, help="only these cases")
+    parser.add_argument("--servers", metavar="NAME,…", default=[], type=_names, help="only these servers")
+    parser.add_argument("--rounds", type=int, help=f"runs of each server in each case (default: {ROUNDS})")
+    parser.add_argument("--seconds", type=float, help=f"measured time of a run (default: {SECONDS:g})")
+    parser.add_argument("--quick", action="store_true", help=f"one round of {QUICK_SECONDS:g} s, for a look")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG into FILE (needs matplotlib)")
+    parser.add_argument("--list", action="store_true", help="list cases and servers, and exit")
+    options = parser.parse_args()
+    for given, known in ((options.cases, CASES), (options.servers, SERVERS)):
+        names = [one.name for one in known]
+        if unknown := [name for name in given if name not in names]:
+            parser.error(f"unknown name {', '.join(unknown)}: choose from {', '.join(names)}")
+    if options.rounds is None:
+        options.rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    if options.seconds is None:
+        options.seconds = QUICK_SECONDS if options.quick else SECONDS
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds and --seconds must be positive")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install 'rtservice[benchmarks]'")
+    return options
+
+
+def main() -> int:
+    """Run, and answer with the exit status."""
+    options = parse()
+    if options.list:
+        for kind, known in (("cases", CASES), ("servers", SERVERS)):
+            print(f"{kind}:", *(f"  {one.name:<10} {one.title}" for one in known), sep="\n")
+        return 0
+    if sys.platform != "linux":
+        print("benchmarks: Linux only (epoll, /proc, one core for each program)", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: servers are stopped
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="rtservice-benchmarks-") as directory:
+        bench = prepare(options, Path(directory))
+        try:
+            measure(options, bench, results)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            status = 130
+        else:
+            status = 0
+    if table := report.summary_table(results):
+        print(table)
+    if options.json:
+        text = json.dumps(report.as_json(bench, results), indent=1, ensure_ascii=False)
+        options.json.write_text(f"{text}\n")
+    if options.plot and results:
+        from benchmarks.plot import draw
+
+        draw(results, options.plot)
+    return status
+
+
+def prepare(options: argparse.Namespace, directory: Path) -> Bench:
+    """Everything that all runs need; says on what they run."""
+    cores = choose_cores()
+    certificate: Certificate | str
+    try:
+        certificate = make_certificate(directory)
+    except UnavailableError as reason:
+        certificate = str(reason)
+    print(report.machine())
+    print(", ".join(f"{name} {version}" for name, version in report.versions().items()))
+    print(f"server on CPU {cores.server}, load on CPU {cores.load}")
+    print(f"rounds: {options.rounds}, of {options.seconds:g} s for each server")
+    print(*(f"{mark} {meaning}" for mark, meaning in report.LEGEND.items()), sep="\n")
+    if cores.shared:
+        print("there is one core for both: rates and latencies mean little here")
+    print(flush=True)
+    return Bench(cores, options.seconds, options.rounds, directory, certificate, raise_descriptor_limit())
+
+
+def measure(options: argparse.Namespace, bench: Bench, results: list[Result]) -> None:
+    """Measure the chosen cases, and show the table of each as soon as it is complete."""
+    cases = [case for case in CASES if not options.cases or case.name in options.cases]
+    servers = [server for server in SERVERS if not options.servers or server.name in options.servers]
+    progress = Progress(len(cases) * len(servers) * options.rounds)
+    for case in cases:
+        result = bench.measure(case, servers, functools.partial(progress.ran, case.name))
+        results.append(result)
+        progress.clear()
+        print(report.case_table(result), end="\n\n", flush=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

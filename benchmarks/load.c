@@ -1,0 +1,570 @@
+/* The load: many connections from one thread, each with at most one message in flight (a closed loop).
+ *
+ *   load --mode exchange|churn|idle --port N --connections N --size BYTES --greeting TEXT
+ *        --seconds S --warmup S [--tls] [--pid N]...
+ *
+ * exchange  every connection sends a message, waits for the whole echo, and sends the next one.
+ * churn     connect, take the greeting, exchange one message, send FIN, wait for the server's FIN; and again.
+ * idle      open the connections, exchange one message on each, and leave them: what do they cost the server?
+ *
+ * Connections (and TLS handshakes) are made before anything is measured. The CPU time of the server's processes
+ * (--pid) is read from their own clocks at the edges of the measured window, in nanoseconds, all threads included.
+ * One JSON object is printed at the end; an echo that is wrong or missing ends the run with a message and status 1.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <getopt.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+#include <signal.h>
+
+#ifdef WITH_TLS
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#else
+typedef void SSL;
+#endif
+
+enum mode { EXCHANGE, CHURN, IDLE };
+
+enum phase {
+    HANDSHAKING, /* TLS */
+    GREETING,    /* waiting for the rest of the server's greeting */
+    WAITING,     /* open and silent: the others are not up yet, or the connections are to be idle */
+    ECHOING,     /* a message is on its way */
+    CLOSING,     /* our FIN is sent, the server's has not come */
+};
+
+struct connection {
+    int fd;
+    SSL *ssl;
+    enum phase phase;
+    uint32_t interest; /* what epoll watches */
+    size_t sent, received;
+    uint64_t sequence; /* stamped into each message, so that an old echo is no new one */
+    uint64_t started;
+};
+
+/* A burst of connects stays below the backlog of 50 that some servers listen with: a client that falls out of the
+ * queue waits a whole second before it knocks again. */
+enum { OPENING_AT_ONCE = 32, MAX_EVENTS = 1024, MAX_PIDS = 64 };
+
+/* A client that closes first keeps its port in TIME_WAIT; churn takes turns at this many source addresses, so that
+ * 28,000 ports do not run out. */
+enum { SOURCES = 64 };
+
+static enum mode mode = EXCHANGE;
+static int port, connections = 1;
+static size_t size = 64;
+static double seconds = 1, warmup = 0.2;
+static const char *greeting = "";
+static size_t greeting_length;
+static bool tls;
+static pid_t pids[MAX_PIDS];
+static int pid_count;
+
+static int epoll_fd;
+static struct connection *table;
+static int opened, opening, up; /* connections begun; begun and not yet up; up */
+static char *message, *incoming;
+static uint64_t finished; /* exchanges since the window began */
+
+static void fail(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("load: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    exit(1);
+}
+
+static uint64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* -- latency: a histogram with 128 steps per power of two, so every figure is within 0.8 % ------------------------ */
+
+enum { STEPS_LOG2 = 7, STEPS = 1 << STEPS_LOG2, CELLS = (64 - STEPS_LOG2 + 1) << STEPS_LOG2 };
+static uint64_t histogram[CELLS];
+
+static void record(uint64_t nanoseconds)
+{
+    unsigned exponent = 63 - (unsigned)__builtin_clzll(nanoseconds | 1);
+    unsigned cell = exponent < STEPS_LOG2
+                        ? (unsigned)nanoseconds
+                        : ((exponent - STEPS_LOG2 + 1) << STEPS_LOG2)
+                              | ((unsigned)(nanoseconds >> (exponent - STEPS_LOG2)) & (STEPS - 1));
+    histogram[cell]++;
+    finished++;
+}
+
+static double percentile_us(double share)
+{
+    uint64_t rank = (uint64_t)(share * (double)finished), seen = 0;
+    for (unsigned cell = 0; cell < CELLS; cell++) {
+        seen += histogram[cell];
+        if (histogram[cell] && seen > rank) {
+            if (cell < STEPS)
+                return cell / 1e3;
+            unsigned shift = (cell >> STEPS_LOG2) - 1;
+            return (double)((uint64_t)(STEPS + (cell & (STEPS - 1))) << shift) * (1 + 0.5 / STEPS) / 1e3;
+        }
+    }
+    return 0;
+}
+
+/* -- what the server spends --------------------------------------------------------------------------------------- */
+
+static double cpu_seconds(clockid_t clock)
+{
+    struct timespec t;
+    if (clock_gettime(clock, &t) < 0)
+        fail("the server's CPU clock cannot be read: %s (has it exited?)", strerror(errno));
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static double server_cpu_seconds(void)
+{
+    double sum = 0;
+    for (int i = 0; i < pid_count; i++) {
+        clockid_t clock;
+        int error = clock_getcpuclockid(pids[i], &clock);
+        if (error)
+            fail("process %d of the server: %s (has it exited?)", (int)pids[i], strerror(error));
+        sum += cpu_seconds(clock);
+    }
+    return sum;
+}
+
+static long server_resident_kib(void)
+{
+    long sum = 0;
+    for (int i = 0; i < pid_count; i++) {
+        char path[64], line[256];
+        long kib = -1;
+        snprintf(path, sizeof path, "/proc/%d/smaps_rollup", (int)pids[i]);
+        FILE *file = fopen(path, "r");
+        if (!file)
+            fail("%s: %s", path, strerror(errno));
+        while (fgets(line, sizeof line, file) && sscanf(line, "Rss: %ld kB", &kib) != 1)
+            ;
+        fclose(file);
+        if (kib < 0)
+            fail("%s: no Rss line", path);
+        sum += kib;
+    }
+    return sum;
+}
+
+/* -- bytes: plain or TLS. Both answer the count, 0 at the end of the stream, -1 when it has to wait --------------- */
+
+static void watch(struct connection *c, uint32_t interest)
+{
+    if (c->interest == interest)
+        return;
+    struct epoll_event event = {.events = interest, .data.ptr = c};
+    if (epoll_ctl(epoll_fd, c->interest ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, c->fd, &event) < 0)
+        fail("epoll_ctl: %s", strerror(errno));
+    c->interest = interest;
+}
+
+#ifdef WITH_TLS
+static SSL_CTX *tls_context;
+
+static void tls_start(void)
+{
+    tls_context = SSL_CTX_new(TLS_client_method());
+    /* The one suite that every TLS 1.3 program must have (RFC 8446, section 9.1): all servers do the same work. */
+    if (!tls_context || !SSL_CTX_set_min_proto_version(tls_context, TLS1_3_VERSION)
+        || !SSL_CTX_set_ciphersuites(tls_context, "TLS_AES_128_GCM_SHA256"))
+        fail("OpenSSL could not be set up");
+    SSL_CTX_set_mode(tls_context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    SSL_CTX_set_read_ahead(tls_context, 1);
+}
+
+static ssize_t tls_answer(struct connection *c, int result)
+{
+    if (result > 0)
+        return result;
+    switch (SSL_get_error(c->ssl, result)) {
+    case SSL_ERROR_WANT_READ:
+        return -1;
+    case SSL_ERROR_WANT_WRITE:
+        watch(c, EPOLLIN | EPOLLOUT);
+        return -1;
+    case SSL_ERROR_ZERO_RETURN:
+        return 0;
+    default: {
+        const char *reason = ERR_reason_error_string(ERR_peek_last_error());
+        fail("TLS failed while %s: %s", c->phase == HANDSHAKING ? "shaking hands" : "exchanging",
+             reason ? reason : "the server closed the connection");
+        return 0;
+    }
+    }
+}
+#endif
+
+static ssize_t receive(struct connection *c, void *buffer, size_t length)
+{
+#ifdef WITH_TLS
+    if (c->ssl) {
+        ERR_clear_error();
+        return tls_answer(c, SSL_read(c->ssl, buffer, (int)length));
+    }
+#endif
+    ssize_t n = recv(c->fd, buffer, length, 0);
+    if (n < 0 && errno != EAGAIN && errno != EINTR)
+        fail("recv: %s", strerror(errno));
+    return n;
+}
+
+static ssize_t transmit(struct connection *c, const void *buffer, size_t length)
+{
+#ifdef WITH_TLS
+    if (c->ssl) {
+        ERR_clear_error();
+        return tls_answer(c, SSL_write(c->ssl, buffer, (int)length));
+    }
+#endif
+    ssize_t n = send(c->fd, buffer, length, MSG_NOSIGNAL);
+    if (n < 0 && errno != EAGAIN && errno != EINTR)
+        fail("send: %s", strerror(errno));
+    return n;
+}
+
+/* -- the life of a connection ------------------------------------------------------------------------------------- */
+
+static void advance(struct connection *c);
+
+static void open_connection(struct connection *c)
+{
+    static unsigned turn;
+    int on = 1;
+    c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (c->fd < 0)
+        fail("socket: %s", strerror(errno));
+    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (mode == CHURN) {
+        struct sockaddr_in source = {.sin_family = AF_INET};
+        source.sin_addr.s_addr = htonl(INADDR_LOOPBACK + 1 + turn++ % SOURCES);
+        setsockopt(c->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
+        if (bind(c->fd, (struct sockaddr *)&source, sizeof source) < 0)
+            fail("bind: %s", strerror(errno));
+    }
+    c->interest = 0;
+    c->received = 0;
+    c->phase = tls ? HANDSHAKING : GREETING;
+    c->started = now();
+    struct sockaddr_in server = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
+    server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (connect(c->fd, (struct sockaddr *)&server, sizeof server) < 0 && errno != EINPROGRESS)
+        fail("connect: %s", strerror(errno));
+    watch(c, EPOLLIN);
+#ifdef WITH_TLS
+    if (tls) {
+        c->ssl = SSL_new(tls_context);
+        SSL_set_fd(c->ssl, c->fd);
+        SSL_set_connect_state(c->ssl);
+        advance(c);
+    }
+#endif
+}
+
+static void close_connection(struct connection *c)
+{
+#ifdef WITH_TLS
+    if (c->ssl)
+        SSL_free(c->ssl);
+    c->ssl = NULL;
+#endif
+    close(c->fd);
+}
+
+static void open_more(void)
+{
+    while (opened < connections && opening < OPENING_AT_ONCE) {
+        opening++;
+        open_connection(&table[opened++]);
+    }
+}
+
+static void send_rest(struct connection *c)
+{
+    memcpy(message, &c->sequence, sizeof c->sequence); /* the buffer is everybody's: put our stamp on it again */
+    ssize_t n = transmit(c, message + c->sent, size - c->sent);
+    if (n > 0)
+        c->sent += (size_t)n;
+    watch(c, c->sent < size ? EPOLLIN | EPOLLOUT : EPOLLIN);
+}
+
+static void start_message(struct connection *c)
+{
+    c->phase = ECHOING;
+    c->sent = c->received = 0;
+    c->sequence += 1 + (uint64_t)(c - table);
+    if (mode == EXCHANGE)
+        c->started = now();
+    send_rest(c);
+}
+
+/* Both ends of every chunk are compared, and each byte of every sixteenth message. */
+static void verify(struct connection *c, size_t length)
+{
+    memcpy(message, &c->sequence, sizeof c->sequence);
+    const char *expected = message + c->received;
+    size_t edge = length < 16 ? length : 16;
+    bool right = c->sequence % 16 == 0
+                     ? !memcmp(incoming, expected, length)
+                     : !memcmp(incoming, expected, edge)
+                           && !memcmp(incoming + length - edge, expected + length - edge, edge);
+    if (!right)
+        fail("a wrong echo: within %zu bytes at offset %zu of a message of %zu", length, c->received, size);
+}
+
+static void greeted(struct connection *c)
+{
+    if (mode != EXCHANGE) {
+        start_message(c);
+        return;
+    }
+    c->phase = WAITING;
+    opening--;
+    up++;
+    open_more();
+}
+
+static void echoed(struct connection *c)
+{
+    if (mode == EXCHANGE) {
+        record(now() - c->started);
+        start_message(c);
+    } else if (mode == IDLE) {
+        c->phase = WAITING;
+        opening--;
+        up++;
+        open_more();
+    } else {
+        c->phase = CLOSING;
+#ifdef WITH_TLS
+        if (c->ssl)
+            SSL_shutdown(c->ssl);
+#endif
+        shutdown(c->fd, SHUT_WR);
+    }
+}
+
+/* Does what can be done now; called when the socket is ready. */
+static void advance(struct connection *c)
+{
+    ssize_t n;
+    switch (c->phase) {
+    case HANDSHAKING:
+#ifdef WITH_TLS
+        watch(c, EPOLLIN);
+        n = tls_answer(c, SSL_do_handshake(c->ssl));
+        if (n < 0)
+            return;
+        c->phase = GREETING;
+#endif
+        /* fall through */
+    case GREETING:
+        n = receive(c, incoming, greeting_length - c->received);
+        if (n < 0)
+            return;
+        if (n == 0)
+            fail("the server closed a connection before its greeting");
+        if (memcmp(incoming, greeting + c->received, (size_t)n))
+            fail("not the greeting: %.*s", (int)n, incoming);
+        c->received += (size_t)n;
+        if (c->received == greeting_length)
+            greeted(c);
+        return;
+    case ECHOING:
+        if (c->sent < size)
+            send_rest(c);
+        for (;;) {
+            size_t missing = size - c->received;
+            n = receive(c, incoming, missing);
+            if (n < 0)
+                return;
+            if (n == 0)
+                fail("the server closed a connection that was exchanging");
+            verify(c, (size_t)n);
+            c->received += (size_t)n;
+            if (c->received == size) {
+                echoed(c);
+                return;
+            }
+            if (!c->ssl)
+                return; /* less than asked for: the socket is empty, and epoll will tell of more */
+        }
+    case WAITING:
+        n = receive(c, incoming, 1);
+        if (n >= 0)
+            fail(n ? "the server sent more than the echo" : "the server closed an idle connection");
+        return;
+    case CLOSING:
+        n = receive(c, incoming, 1);
+        if (n < 0)
+            return;
+        if (n > 0)
+            fail("the server sent more than the echo");
+        record(now() - c->started);
+        close_connection(c);
+        open_connection(c);
+        return;
+    }
+}
+
+static void run_until(uint64_t deadline, const int *reached, int target)
+{
+    static struct epoll_event events[MAX_EVENTS];
+    for (;;) {
+        uint64_t t = now();
+        if ((reached && *reached >= target) || t >= deadline)
+            return;
+        int milliseconds = (int)((deadline - t) / 1000000u) + 1;
+        int n = epoll_wait(epoll_fd, events, MAX_EVENTS, milliseconds);
+        if (n < 0 && errno != EINTR)
+            fail("epoll_wait: %s", strerror(errno));
+        for (int i = 0; i < n; i++)
+            advance(events[i].data.ptr);
+    }
+}
+
+/* -- the run ------------------------------------------------------------------------------------------------------ */
+
+static uint64_t after(double duration)
+{
+    return now() + (uint64_t)(duration * 1e9);
+}
+
+static void open_all(int count)
+{
+    connections = count;
+    open_more();
+    run_until(after(60), &up, count);
+    if (up < count)
+        fail("only %d of %d connections were up after a minute", up, count);
+}
+
+static void measure_memory(void)
+{
+    int count = connections;
+    /* The first connections also load what the server loads lazily; that is not the price of a connection. */
+    open_all(count < 100 ? 1 : 100);
+    int first = up;
+    usleep(300000);
+    long before = server_resident_kib();
+    open_all(count);
+    run_until(after(0.5), NULL, 0);
+    long grown = server_resident_kib() - before;
+    printf("{\"connections\": %d, \"resident_kib_before\": %ld, \"resident_kib_grown\": %ld}\n", count - first,
+           before, grown);
+}
+
+static void measure_exchanges(void)
+{
+    if (mode == CHURN) {
+        opened = connections;
+        for (int i = 0; i < connections; i++)
+            open_connection(&table[i]);
+    } else {
+        open_all(connections);
+        for (int i = 0; i < connections; i++)
+            start_message(&table[i]);
+    }
+    run_until(after(warmup), NULL, 0);
+
+    memset(histogram, 0, sizeof histogram);
+    finished = 0;
+    uint64_t began = now();
+    double server = server_cpu_seconds(), own = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID);
+    run_until(after(seconds), NULL, 0);
+    double elapsed = (double)(now() - began) / 1e9;
+    server = server_cpu_seconds() - server;
+    own = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID) - own;
+    if (!finished)
+        fail("not one exchange was finished in %.1f s", elapsed);
+    printf("{\"messages\": %llu, \"seconds\": %.6f, \"server_cpu_seconds\": %.6f, \"load_cpu_seconds\": %.6f, "
+           "\"p50_us\": %.2f, \"p99_us\": %.2f, \"p999_us\": %.2f}\n",
+           (unsigned long long)finished, elapsed, server, own, percentile_us(0.5), percentile_us(0.99),
+           percentile_us(0.999));
+}
+
+static void parse(int argc, char **argv)
+{
+    static const struct option options[] = {
+        {"mode", required_argument, NULL, 'm'},     {"port", required_argument, NULL, 'p'},
+        {"connections", required_argument, NULL, 'c'}, {"size", required_argument, NULL, 's'},
+        {"greeting", required_argument, NULL, 'g'}, {"seconds", required_argument, NULL, 't'},
+        {"warmup", required_argument, NULL, 'w'},   {"tls", no_argument, NULL, 'T'},
+        {"pid", required_argument, NULL, 'P'},      {NULL, 0, NULL, 0},
+    };
+    int option;
+    while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+        switch (option) {
+        case 'm':
+            mode = !strcmp(optarg, "churn") ? CHURN : !strcmp(optarg, "idle") ? IDLE : EXCHANGE;
+            break;
+        case 'p': port = atoi(optarg); break;
+        case 'c': connections = atoi(optarg); break;
+        case 's': size = (size_t)atol(optarg); break;
+        case 'g': greeting = optarg; break;
+        case 't': seconds = atof(optarg); break;
+        case 'w': warmup = atof(optarg); break;
+        case 'T': tls = true; break;
+        case 'P':
+            if (pid_count < MAX_PIDS)
+                pids[pid_count++] = (pid_t)atoi(optarg);
+            break;
+        default: exit(2);
+        }
+    }
+    greeting_length = strlen(greeting);
+    if (port <= 0 || connections <= 0 || size < sizeof(uint64_t) || seconds <= 0 || !greeting_length)
+        fail("needs --port, a --greeting, at least one connection and messages of at least 8 bytes");
+}
+
+int main(int argc, char **argv)
+{
+    parse(argc, argv);
+    signal(SIGPIPE, SIG_IGN);
+    alarm((unsigned)(seconds + warmup) + 120); /* nothing may hang for ever */
+    size_t room = size > greeting_length ? size : greeting_length;
+    table = calloc((size_t)connections, sizeof *table);
+    message = malloc(room);
+    incoming = malloc(room);
+    epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (!table || !message || !incoming || epoll_fd < 0)
+        fail("out of memory or descriptors");
+    for (size_t i = 0; i < size; i++)
+        message[i] = (char)(i * 131 >> 3);
+    if (tls) {
+#ifdef WITH_TLS
+        tls_start();
+#else
+        fail("built without OpenSSL");
+#endif
+    }
+    if (mode == IDLE)
+        measure_memory();
+    else
+        measure_exchanges();
+    return 0;
+}

@@ -1,0 +1,81 @@
+"""The load: ``load.c`` where it can be compiled, otherwise ``fallback.py``, slower, with the same options."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.build import UnavailableError, c_program
+from benchmarks.cases import Case
+from benchmarks.servers import GREETING, ROOT, Running
+
+WARM_UP_SECONDS = 0.3
+# Opening thousands of connections takes a while on a slow server; a run that takes longer than this hangs.
+PATIENCE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Load:
+    """A load generator."""
+
+    command: list[str]
+    remark: str | None
+    """What a reader of its figures should know."""
+
+
+def find(*, tls: bool) -> Load:
+    """The best load generator that can be had here."""
+    try:
+        if not tls:
+            return Load([str(c_program("load.c"))], None)
+        return Load([str(c_program("load.c", "-DWITH_TLS", "-lssl", "-lcrypto"))], None)
+    except UnavailableError as reason:
+        command = [sys.executable, "-m", "benchmarks.fallback"]
+        kind = "TLS load" if tls else "load"
+        return Load(command, f"the {kind} was made in Python and may be the limit itself: {reason}")
+
+
+def run(load: Load, case: Case, server: Running, cpu: int, seconds: float) -> dict[str, Any]:
+    """Put the case's load on a running server, from one core, and return what load.c prints.
+
+    Raises `UnavailableError` when the exchange goes wrong.
+    """
+    options = {
+        "--mode": case.mode,
+        "--port": server.port,
+        "--connections": case.connections,
+        "--size": case.size,
+        "--greeting": GREETING.decode(),
+        "--seconds": seconds,
+        "--warmup": WARM_UP_SECONDS,
+    }
+    command = [*load.command, *(text for name, value in options.items() for text in (name, str(value)))]
+    command += [text for pid in server.pids for text in ("--pid", str(pid))]
+    if case.tls:
+        command.append("--tls")
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds + PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(f"the load did not end within {seconds + PATIENCE_SECONDS:.0f} s") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.wait()
+    if process.returncode:
+        lines = errors.strip().splitlines() or [f"load: ended with status {process.returncode}"]
+        raise UnavailableError(lines[-1])
+    answer: dict[str, Any] = json.loads(output)
+    return answer

@@ -1,0 +1,235 @@
+"""What a reader gets: tables for the terminal, and everything as JSON."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Bench, Figures, Result, Row
+from benchmarks.servers import SUBJECT
+
+# From these shares of a core on, the load may be the limit, or other programs may have been in the way.
+LOAD_IS_BUSY = 0.9
+STRANGERS_DISTURB = 0.1
+
+LEGEND = {
+    "!": f"the load was over {LOAD_IS_BUSY:.0%} busy: rate and latency may be its limit, not the server's",
+    "~": f"other programs used more than {STRANGERS_DISTURB:.0%} of one of the two cores",
+}
+
+Figure = Callable[[Figures], float | None]
+"""Picks one figure of a run."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def over_rounds(row: Row, figure: Figure) -> Spread | None:
+    """One figure of a row."""
+    return _spread(figure(figures) for figures in row.rounds if figures)
+
+
+def ratio(subject: Row, peer: Row, figure: Figure) -> Spread | None:
+    """The subject's figure divided by the peer's of the same round, over the rounds that both have."""
+    quotients = []
+    for ours, its in zip(subject.rounds, peer.rounds, strict=True):
+        if ours and its and (dividend := figure(ours)) is not None and (divisor := figure(its)):
+            quotients.append(dividend / divisor)
+    return _spread(quotients)
+
+
+def subject_of(result: Result) -> Row | None:
+    """The row that the ratios are about, if it was measured."""
+    return next((row for row in result.rows if row.server is SUBJECT and any(row.rounds)), None)
+
+
+def case_table(result: Result) -> str:
+    """One case: a line for each server that was measured, and one for each that was not, with the reason."""
+    idle = result.case.mode == "idle"
+    unit = result.case.unit
+    subject = subject_of(result)
+    cost = "KiB" if idle else "CPU µs"
+
+    def compared(row: Row, figure: Figure) -> Spread | None:
+        return ratio(subject, row, figure) if subject and row is not subject else None
+
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        (f"{unit}/s", lambda row: _median(over_rounds(row, _rate))),
+        ("p50 µs", lambda row: _median(over_rounds(row, _p50))),
+        ("p99", lambda row: _median(over_rounds(row, _p99))),
+        ("p99.9", lambda row: _median(over_rounds(row, _p999))),
+        (f"{cost}/{unit}", lambda row: _median(over_rounds(row, _cost), 2)),
+        ("range", lambda row: _range(over_rounds(row, _cost))),
+        (f"{cost} ours/its", lambda row: _median(compared(row, _cost), 2)),
+        ("range", lambda row: _range(compared(row, _cost))),
+        ("p50 ours/its", lambda row: _median(compared(row, _p50), 2)),
+        ("server busy", lambda row: _share(over_rounds(row, _server_busy))),
+        ("load busy", lambda row: _share(over_rounds(row, _load_busy))),
+        ("", _marks),
+    ]
+    measured = [row for row in result.rows if any(row.rounds)]
+    lines = _aligned(columns, measured)
+    for row in result.rows:
+        if row.missing is not None:
+            lines.append(f"{row.server.title:<17} n/a: {row.missing}")
+    return "\n".join([result.case.title, *lines, *result.remarks])
+
+
+def summary_table(results: list[Result]) -> str:
+    """The ratio of the steady figure to each peer, case by case."""
+    compared = [result for result in results if subject_of(result)]
+    if not compared:
+        return ""
+    peers = [row.server for row in compared[0].rows if row.server is not SUBJECT]
+
+    def cell(result: Result, name: str) -> str:
+        subject = subject_of(result)
+        row = next(row for row in result.rows if row.server.name == name)
+        return _median(ratio(subject, row, _cost), 2) if subject else ""
+
+    headings = ["", *(peer.name for peer in peers)]
+    grid = [[result.case.name, *(cell(result, peer.name) for peer in peers)] for result in compared]
+    title = "rtservice / peer: server CPU (idle: memory), median of the rounds' ratios; less is better"
+    return "\n".join([title, *_grid(headings, grid)])
+
+
+def as_json(bench: Bench, results: list[Result]) -> dict[str, Any]:
+    """Every run, every median and every ratio, and what they were measured on."""
+    return {
+        "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine(),
+        "versions": versions(),
+        "rounds": bench.rounds,
+        "seconds": bench.seconds,
+        "cores": asdict(bench.cores),
+        "cases": [_case_json(result) for result in results],
+    }
+
+
+def machine() -> str:
+    """The processor and the kernel."""
+    model = platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return f"{model}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}"
+
+
+def versions() -> dict[str, str]:
+    """The version of each program in the comparison that is here."""
+    found = {"Python": platform.python_version()}
+    for distribution in ("rtservice", "Twisted", "uvloop", "pyOpenSSL"):
+        try:
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    for name, command in {"Go": "go version", "Node": "node --version", "cc": "cc --version"}.items():
+        program, argument = command.split()
+        if path := shutil.which(program):
+            told = subprocess.run([path, argument], capture_output=True, text=True, check=False).stdout
+            numbers = re.findall(r"\d+\.\d+\.\d+", told)
+            found[name] = numbers[0] if numbers else told.partition("\n")[0]
+    return found
+
+
+def _case_json(result: Result) -> dict[str, Any]:
+    subject = subject_of(result)
+    figures = {field: _picker(field) for field in Figures.__dataclass_fields__}
+    servers = {}
+    for row in result.rows:
+        servers[row.server.name] = {
+            "title": row.server.title,
+            "missing": row.missing,
+            "rounds": [asdict(figures) if figures else None for figures in row.rounds],
+            "over_rounds": {name: _json(over_rounds(row, figure)) for name, figure in figures.items()},
+            "rtservice_ratio": {
+                name: _json(ratio(subject, row, figures[name]))
+                for name in ("cost", "p50", "rate")
+                if subject is not None
+            },
+        }
+    about = asdict(result.case) | {"unit": result.case.unit}
+    about["cost_is"] = "KiB resident" if result.case.mode == "idle" else "server CPU µs"
+    return about | {"servers": servers, "remarks": result.remarks}
+
+
+def _picker(field: str) -> Figure:
+    def pick(figures: Figures) -> float | None:
+        value: float | None = getattr(figures, field)
+        return value
+
+    return pick
+
+
+_cost, _rate, _p50, _p99, _p999 = map(_picker, ("cost", "rate", "p50", "p99", "p999"))
+_server_busy, _load_busy, _strangers = map(_picker, ("server_busy", "load_busy", "strangers"))
+
+
+def _spread(figures: Iterable[float | None]) -> Spread | None:
+    known = [figure for figure in figures if figure is not None]
+    return Spread(statistics.median(known), min(known), max(known)) if known else None
+
+
+def _json(spread: Spread | None) -> dict[str, float] | None:
+    return asdict(spread) if spread else None
+
+
+def _marks(row: Row) -> str:
+    load, strangers = over_rounds(row, _load_busy), over_rounds(row, _strangers)
+    marks = "!" if load and load.median > LOAD_IS_BUSY else ""
+    return marks + ("~" if strangers and strangers.median > STRANGERS_DISTURB else "")
+
+
+def _median(spread: Spread | None, digits: int = 0) -> str:
+    return f"{spread.median:,.{digits}f}" if spread else ""
+
+
+def _range(spread: Spread | None) -> str:
+    return f"{spread.low:.2f}–{spread.high:.2f}" if spread and spread.low != spread.high else ""
+
+
+def _share(spread: Spread | None) -> str:
+    return f"{spread.median:.0%}" if spread else ""
+
+
+def _aligned(columns: list[tuple[str, Callable[[Row], str]]], rows: list[Row]) -> list[str]:
+    """The table of those columns that have something to say."""
+    cells = [(heading, [cell(row) for row in rows]) for heading, cell in columns]
+    told = [(heading, column) for heading, column in cells if any(column)]
+    grid = [[row.server.title, *(column[i] for _, column in told)] for i, row in enumerate(rows)]
+    return _grid(["", *(heading for heading, _ in told)], grid)
+
+
+def _grid(headings: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of aligned columns, the first to the left and the others to the right; no rows, no lines."""
+    if not rows:
+        return []
+    # A heading of two words stands on two lines, so that columns stay narrow.
+    halves = [_halves(heading) for heading in headings]
+    lines = [[first for first, _ in halves], [second for _, second in halves], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = []
+    for cells in lines:
+        others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        aligned.append("  ".join([cells[0].ljust(max(widths[0], 17)), *others]).rstrip())
+    return [line for line in aligned if line]
+
+
+def _halves(heading: str) -> tuple[str, str]:
+    first, _, second = heading.rpartition(" ")
+    return first, second
