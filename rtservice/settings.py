@@ -141,8 +141,8 @@ class Settings:
         short="l",
         repeatable=True,
     )
-    # Twisted's 50 makes a burst's losers wait a second for their SYN to be sent again; 1024 is beyond what connects while
-    # one batch of events is handled. Linux caps it at 4096 unless told otherwise (net.core.somaxconn).
+    # Twisted's 50 makes a burst's losers wait a second for their SYN to be sent again; 1024 is beyond what connects
+    # while one batch of events is handled. Linux caps it at 4096 unless told otherwise (net.core.somaxconn).
     backlog: int = _setting(
         1024,
         whole_number(1, 65535),
