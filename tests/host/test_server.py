@@ -42,7 +42,7 @@ def server(listeners=(), endpoints=()) -> tuple[Server, list[dict[str, Any]]]:
 
 def test_an_endpoint_that_cannot_listen_stops_the_start_with_its_description() -> None:
     service, events = server(endpoints=[("x:1", Endpoint(fail(CannotListenError("x", 1, OSError("no way")))))])
-    with pytest.raises(StartError, match="--listen x:1: .*no way"):
+    with pytest.raises(StartError, match=r"--listen x:1: .*no way"):
         service.privilegedStartService()
     assert "no way" in str(formatEvent(events[-1]))
 
