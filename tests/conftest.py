@@ -1,0 +1,156 @@
+"""Real `twistd` processes for tests, and the rule that nothing is skipped where everything is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DEADLINE = 30  # seconds for something that takes a fraction of one; generous, since test machines are busy
+
+BIN = Path(sys.executable).parent
+
+
+class Service:
+    """A `twistd rtservice` in the foreground, whose output is read as it comes."""
+
+    def __init__(self, command: list[str], cwd: Path, env: dict[str, str], launcher: list[str]) -> None:
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self.process = subprocess.Popen(
+            [*launcher, *command],
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="backslashreplace",
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._news:
+                self.lines.append(line.rstrip("\n"))
+                self._news.notify_all()
+        with self._news:
+            self.lines.append("<end of output>")
+            self._news.notify_all()
+
+    def wait_line(self, pattern: str, count: int = 1) -> str:
+        """The `count`th line that matches, waited for."""
+        end = time.monotonic() + DEADLINE
+        with self._news:
+            while True:
+                found = [line for line in self.lines if re.search(pattern, line)]
+                if len(found) >= count:
+                    return found[count - 1]
+                ended = self.lines and self.lines[-1] == "<end of output>"
+                if ended or not self._news.wait(end - time.monotonic()):
+                    raise AssertionError(f"no line {pattern!r} in:\n" + "\n".join(self.lines))
+
+    @property
+    def port(self) -> int:
+        """The TCP port that it listens on."""
+        return int(self.wait_line(r"listening on tcp:.*:\d+$").rpartition(":")[2])
+
+    @property
+    def peak_memory(self) -> int:
+        """The most memory that it has had resident, in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
+
+    def stop(self, sig: int = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; gives the status."""
+        self.process.send_signal(sig)
+        status = self.process.wait(DEADLINE)
+        self._reader.join(DEADLINE)
+        return status
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """The environment of a user without anything special set."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., Service]]:
+    """Starts `twistd -n rtservice` with arguments, and waits until it listens."""
+    started: list[Service] = []
+
+    def start(*arguments: str, twistd: tuple[str, ...] = (), launcher: list[str] | None = None, **env: str) -> Service:
+        command = [str(BIN / "twistd"), "--nodaemon", "--pidfile=", *twistd, "rtservice", *arguments]
+        one = Service(command, tmp_path, {**environment, **env}, launcher or [])
+        started.append(one)
+        one.wait_line("listening on")
+        return one
+
+    yield start
+    for one in started:
+        with contextlib.suppress(ProcessLookupError):
+            one.process.kill()
+        one.process.wait()
+
+
+@pytest.fixture
+def run(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a `twistd` command line that is expected to end by itself."""
+
+    def to_its_end(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / "twistd"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+
+    return to_its_end
+
+
+@pytest.fixture
+def read_all() -> Callable[[socket.socket], bytes]:
+    """Reads a socket to its end."""
+
+    def read(sock: socket.socket) -> bytes:
+        received = bytearray()
+        while data := sock.recv(1 << 20):
+            received += data
+        return bytes(received)
+
+    return read
+
+
+@pytest.fixture
+def wait_for() -> Callable[..., Any]:
+    """Waits until a function gives something true, and gives that."""
+
+    def wait(true: Callable[[], Any]) -> Any:
+        end = time.monotonic() + DEADLINE
+        pause = threading.Event()
+        while not (value := true()):
+            assert time.monotonic() < end, "the deadline has passed"
+            pause.wait(0.02)
+        return value
+
+    return wait
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("RTSERVICE_TESTS_SKIP_NOTHING") and reporter is not None and reporter.stats.get("skipped"):
+        reporter.write_line("tests were skipped where everything they need is installed", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

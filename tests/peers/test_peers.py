@@ -1,0 +1,106 @@
+"""What other programs see: nc, socat and a plain socket client."""
+
+import os
+import shutil
+import socket
+import subprocess
+
+import pytest
+
+GREETING = b"Hello from the server!"
+
+
+def needs(program: str, package: str):
+    missing = shutil.which(program) is None
+    return pytest.mark.skipif(missing, reason=f"{program} (Debian: {package}) is not installed")
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+HOSTS = ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6"))]
+
+
+def run(*command: str, data: bytes = b"") -> bytes:
+    return subprocess.run(command, input=data, capture_output=True, timeout=60, check=True).stdout
+
+
+@needs("nc", "netcat-openbsd")
+@pytest.mark.parametrize("host", HOSTS)
+def test_nc_is_greeted_and_echoed(service, host) -> None:
+    one = service("--port=0")
+    assert run("nc", "-N", host, str(one.port), data=b"hello") == GREETING + b"hello"
+
+
+@needs("nc", "netcat-openbsd")
+def test_nc_is_served_over_a_unix_socket(service, tmp_path) -> None:
+    service("--listen=unix:s:mode=600")
+    assert run("nc", "-NU", f"{tmp_path}/s", data=b"hello") == GREETING + b"hello"
+
+
+@needs("nc", "netcat-openbsd")
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_hundred_mebibytes_come_back_unchanged_in_bounded_memory(service, host) -> None:
+    one = service("--port=0")
+    data = os.urandom(100 << 20)
+    assert run("nc", "-N", host, str(one.port), data=data) == GREETING + data
+    assert one.peak_memory < 80e6
+
+
+@needs("socat", "socat")
+@pytest.mark.parametrize("framing", ["raw", "line"])
+def test_socat_gets_its_lines_back(service, framing) -> None:
+    one = service("--listen=tcp:0:interface=127.0.0.1", f"--framing={framing}", r"--greeting=hi")
+    answer = run("socat", "-t5", "-", f"TCP:127.0.0.1:{one.port},crnl", data=b"one\ntwo\n")
+    assert answer.replace(b"\r\n", b"\n") == (b"hi\n" if framing == "line" else b"hi") + b"one\ntwo\n"
+
+
+def receive(client: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = client.recv(1024)
+        assert piece, f"the connection ended after {data!r}"
+        data += piece
+    return data
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_socket_client_is_greeted_and_echoed(service, host) -> None:
+    one = service("--port=0")
+    with socket.create_connection((host, one.port), timeout=30) as client:
+        assert receive(client, 22) == GREETING
+        for message in (b"hello", b"\0\xff", b"x" * 1024):
+            client.sendall(message)
+            assert receive(client, len(message)) == message
+
+
+def test_a_client_that_speaks_first_is_greeted_then(service) -> None:
+    one = service("--port=0", "--greet=first-data", r"--greeting=hi\r\n")
+    with one.connect() as client:
+        client.sendall(b"hello")
+        assert receive(client, 9) == b"hi\r\nhello"
+
+
+@pytest.mark.parametrize(
+    ("framing", "good", "greeting", "bad"),
+    [
+        ("line", b"12345\r\n", b"hi\r\n", b"123456\n"),
+        ("netstring", b"5:12345,", b"2:hi,", b"6:123456,"),
+        ("int32", b"\0\0\0\x0512345", b"\0\0\0\x02hi", b"\0\0\0\x06123456"),
+    ],
+)
+def test_a_message_above_the_limit_closes_with_a_logged_reason(service, framing, good, greeting, bad, read_all) -> None:
+    one = service("--port=0", f"--framing={framing}", "--max-message=5", "--greeting=hi")
+    with one.connect() as client:
+        client.sendall(good)
+        assert receive(client, len(greeting + good)) == greeting + good
+        client.sendall(bad)
+        assert read_all(client) == b""
+    assert "--max-message" in one.wait_line("closing .*127.0.0.1")
+    one.wait_line("bytes in.*closed$")

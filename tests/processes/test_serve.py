@@ -1,0 +1,290 @@
+"""The service as users start it: in the foreground, as a daemon, under another user, on passed sockets, under load."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import select
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+GREETING = b"Hello from the server!"
+
+
+def greeted(client: socket.socket, read_all) -> bytes:
+    client.sendall(b"hello")
+    client.shutdown(socket.SHUT_WR)
+    return read_all(client)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_and_the_socket_file_is_gone(service, tmp_path, sig) -> None:
+    one = service("--listen=unix:s", "--listen=tcp:0:interface=127.0.0.1")
+    one.wait_line("listening on", count=2)
+    assert (tmp_path / "s").exists()
+    one.stop(sig)
+    assert not (tmp_path / "s").exists()
+
+
+def test_one_line_for_each_listener_and_one_record_for_each_connection(service, read_all) -> None:
+    one = service("--port=0")
+    port = one.port
+    with one.connect() as client:
+        peer = "{}:{}".format(*client.getsockname())
+        assert greeted(client, read_all) == GREETING + b"hello"
+    record = one.wait_line("bytes in")
+    assert re.search(rf"{peer} on tcp:0.0.0.0:{port}: 0\.\d+ s, 5 bytes in, 27 bytes out, peer finished$", record)
+    with one.connect() as client:
+        client.recv(100)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    one.wait_line("0 bytes in, 22 bytes out, reset by peer$")
+    one.stop()
+    listening = [line for line in one.lines if "listening on" in line]
+    assert listening[0].partition("listening on ")[2] == f"tcp:0.0.0.0:{port}"
+    assert len(listening) == len(set(listening))
+    assert len([line for line in one.lines if "bytes in" in line]) == 2
+
+
+def test_records_can_be_turned_off(environment, tmp_path, wait_for, read_all) -> None:
+    twistd = os.path.join(os.path.dirname(sys.executable), "twistd")
+    command = [twistd, "-n", "--pidfile=", "rtservice", "--listen=unix:s", "--log-level=warn"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for((tmp_path / "s").exists)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(30)
+                client.connect(f"{tmp_path}/s")
+                assert greeted(client, read_all) == GREETING + b"hello"
+        finally:
+            process.terminate()
+            output = process.communicate(timeout=30)[0]
+    assert "starting up" in output
+    assert "listening" not in output
+    assert "bytes in" not in output
+
+
+def test_bytes_that_a_peer_controls_are_escaped(service, tmp_path) -> None:
+    one = service(f"--listen=unix:{tmp_path}/s")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.bind(os.fsencode(tmp_path) + b"/\x1b[31mred")
+        client.connect(f"{tmp_path}/s")
+        client.recv(100)
+    assert r"/\x1b[31mred on unix:" in one.wait_line("bytes in")
+
+
+def test_a_daemon_has_its_pidfile_log_and_user_and_keeps_its_port(run, tmp_path, wait_for, read_all) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can bind a privileged port and change the user")
+    for port in range(1023, 600, -1):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            break
+    tmp_path.chmod(0o777)
+    result = run(
+        *("--pidfile=d.pid", "--logfile=d.log", "--uid=nobody"),
+        *("rtservice", f"--listen=tcp:{port}:interface=127.0.0.1", "--listen=unix:s:mode=600"),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    pid = int(wait_for(lambda: (tmp_path / "d.pid").exists() and (tmp_path / "d.pid").read_text()))
+    try:
+        wait_for(lambda: "listening on" in (tmp_path / "d.log").read_text())
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            assert greeted(client, read_all) == GREETING + b"hello"
+        with open(f"/proc/{pid}/status") as status:
+            uids = next(line for line in status if line.startswith("Uid:")).split()[1:]
+        assert set(uids) == {"65534"}
+        wait_for(lambda: "5 bytes in, 27 bytes out" in (tmp_path / "d.log").read_text())
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+    assert not (tmp_path / "d.pid").exists()
+    assert not (tmp_path / "s").exists()
+
+
+def test_syslog_is_taken(run, tmp_path, wait_for, read_all) -> None:
+    result = run("--pidfile=d.pid", "--syslog", "rtservice", "--listen=unix:s")
+    assert result.returncode == 0, result.stderr
+    pid = int(wait_for(lambda: (tmp_path / "d.pid").exists() and (tmp_path / "d.pid").read_text()))
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/s")
+            assert greeted(client, read_all) == GREETING + b"hello"
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+def test_a_logger_of_the_users_gets_structured_records(service, tmp_path, wait_for, read_all) -> None:
+    (tmp_path / "mylogger.py").write_text(
+        textwrap.dedent(
+            """
+            import json, sys
+            from twisted.logger import formatEvent
+            def observer():
+                def emit(event):
+                    fields = {k: v for k, v in event.items() if isinstance(v, (str, int, float))}
+                    print(json.dumps({**fields, "text": formatEvent(event)}), file=sys.__stdout__, flush=True)
+                from zope.interface import directlyProvides
+                from twisted.logger import ILogObserver
+                directlyProvides(emit, ILogObserver)
+                return emit
+            """
+        )
+    )
+    one = service(
+        "--listen=tcp:0:interface=127.0.0.1", twistd=("--logger=mylogger.observer",), PYTHONPATH=str(tmp_path)
+    )
+    event = json.loads(one.wait_line("listening on"))
+    port = int(event["listener"].rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        assert greeted(client, read_all) == GREETING + b"hello"
+    record = json.loads(one.wait_line("bytes_in"))
+    assert (record["bytes_in"], record["bytes_out"], record["reason"]) == (5, 27, "peer finished")
+    assert record["listener"] == event["listener"]
+    assert record["seconds"] >= 0
+
+
+@pytest.mark.parametrize("reactor", ["select", "poll", "asyncio"])
+def test_a_reactor_that_the_user_chose_serves(service, reactor, read_all) -> None:
+    one = service("--port=0", twistd=(f"--reactor={reactor}",))
+    with one.connect() as client:
+        assert greeted(client, read_all) == GREETING + b"hello"
+
+
+def test_twist_serves_too(environment, tmp_path, read_all) -> None:
+    twist = os.path.join(os.path.dirname(sys.executable), "twist")
+    process = subprocess.Popen(
+        [twist, "rtservice", "--listen=unix:s"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert any("listening on" in line for line in process.stdout)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/s")
+            assert greeted(client, read_all) == GREETING + b"hello"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+LAUNCHER = """
+import fcntl, os, socket, sys
+tcp = socket.create_server(("127.0.0.1", 0))
+unix = socket.socket(socket.AF_UNIX)
+unix.bind("passed"); unix.listen()
+moved = [fcntl.fcntl(sock, fcntl.F_DUPFD, 50) for sock in (tcp, unix)]
+for to, fd in zip((3, 4), moved):
+    os.dup2(fd, to, inheritable=True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="2")
+if sys.argv[1]:
+    os.environ["LISTEN_FDNAMES"] = sys.argv[1]
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "descriptions"),
+    [
+        ("", ["systemd:index=0", "systemd:domain=UNIX:index=1"]),
+        ("web:local", ["systemd:INET:name=web", "systemd:name=local"]),
+        ("both:both", ["systemd:name=both"]),
+    ],
+)
+def test_sockets_that_systemd_passes_are_served_and_their_files_left(
+    service, tmp_path, names, descriptions, read_all
+) -> None:
+    launcher = [sys.executable, "-c", LAUNCHER, names]
+    one = service(*(f"--listen={description}" for description in descriptions), launcher=launcher)
+    one.wait_line("listening on unix:")
+    with one.connect() as client:
+        assert greeted(client, read_all) == GREETING + b"hello"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"{tmp_path}/passed")
+        assert greeted(client, read_all) == GREETING + b"hello"
+    one.stop()
+    assert (tmp_path / "passed").exists()
+
+
+def raise_descriptor_limit() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def test_two_thousand_clients_at_once_are_all_served_and_none_waits_for_a_second_syn(service) -> None:
+    raise_descriptor_limit()
+    one = service("--port=0")
+    port = one.port
+    selector = selectors.DefaultSelector()
+    clients = []
+    for _ in range(2000):
+        client = socket.socket()
+        client.setblocking(False)
+        client.connect_ex(("127.0.0.1", port))
+        selector.register(client, selectors.EVENT_WRITE, bytearray())
+        clients.append(client)
+    waiting = len(clients)
+    end = time.monotonic() + 30
+    while waiting:
+        assert time.monotonic() < end
+        for key, event in selector.select(1):
+            client, answer = key.fileobj, key.data
+            if event & selectors.EVENT_WRITE:
+                assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+                client.send(b"ping")
+                selector.modify(client, selectors.EVENT_READ, answer)
+            else:
+                answer += client.recv(100)
+                if answer == GREETING + b"ping":
+                    selector.unregister(client)
+                    waiting -= 1
+    # A SYN that was dropped is sent again; the kernel says so of each connection (struct tcp_info, tcpi_total_retrans).
+    retransmitted = [c.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[100:104] != bytes(4) for c in clients]
+    for client in clients:
+        client.close()
+    assert sum(retransmitted) == 0
+
+
+def test_clients_that_send_and_never_read_cost_bounded_memory(service) -> None:
+    raise_descriptor_limit()
+    one = service("--port=0")
+    left = {}
+    for _ in range(100):
+        client = one.connect()
+        client.setblocking(False)
+        left[client] = 10 << 20
+    piece = bytes(64 << 10)
+    quiet = 0
+    while quiet < 3:  # nobody can send: every buffer on the way is full
+        writable = select.select([], [client for client in left if left[client] > 0], [], 0.3)[1]
+        quiet = 0 if writable else quiet + 1
+        for client in writable:
+            with contextlib.suppress(BlockingIOError):
+                left[client] -= client.send(piece[: left[client]])
+    assert sum(left.values()) > 0
+    assert one.peak_memory < 80e6
+    for client in left:
+        client.close()
+
+
+def test_clients_that_reset_at_any_moment_disturb_nobody(service, read_all) -> None:
+    one = service("--port=0")
+    with one.connect() as bystander:
+        for moment in range(60):
+            with one.connect() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                if moment % 3:
+                    client.sendall(bytes(moment * 10_000))
+                if moment % 2:
+                    client.recv(10)
+        assert greeted(bystander, read_all) == GREETING + b"hello"
+    for count in range(1, 61):
+        one.wait_line("reset by peer$", count=count)
+    assert not any("Traceback" in line for line in one.lines)
