@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import resource
 import select
@@ -12,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -81,32 +83,40 @@ def test_bytes_that_a_peer_controls_are_escaped(service, tmp_path) -> None:
     assert r"/\x1b[31mred on unix:" in one.wait_line("bytes in")
 
 
-def test_a_daemon_has_its_pidfile_log_and_user_and_keeps_its_port(run, tmp_path, wait_for, read_all) -> None:
+@pytest.fixture
+def public_directory():
+    """A directory that every user can reach and write; pytest's own are the user's alone."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        yield pathlib.Path(name)
+
+
+def test_a_daemon_has_its_pidfile_log_and_user_and_keeps_its_port(run, public_directory, wait_for, read_all) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can bind a privileged port and change the user")
     for port in range(1023, 600, -1):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             break
-    tmp_path.chmod(0o777)
+    here = public_directory
     result = run(
-        *("--pidfile=d.pid", "--logfile=d.log", "--uid=nobody"),
+        *(f"--pidfile={here}/d.pid", f"--logfile={here}/d.log", f"--rundir={here}", "--uid=nobody"),
         *("rtservice", f"--listen=tcp:{port}:interface=127.0.0.1", "--listen=unix:s:mode=600"),
     )
     assert (result.returncode, result.stderr) == (0, "")
-    pid = int(wait_for(lambda: (tmp_path / "d.pid").exists() and (tmp_path / "d.pid").read_text()))
+    pid = int(wait_for(lambda: (here / "d.pid").exists() and (here / "d.pid").read_text()))
     try:
-        wait_for(lambda: "listening on" in (tmp_path / "d.log").read_text())
+        wait_for(lambda: "listening on" in (here / "d.log").read_text())
         with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
             assert greeted(client, read_all) == GREETING + b"hello"
         with open(f"/proc/{pid}/status") as status:
             uids = next(line for line in status if line.startswith("Uid:")).split()[1:]
         assert set(uids) == {"65534"}
-        wait_for(lambda: "5 bytes in, 27 bytes out" in (tmp_path / "d.log").read_text())
+        wait_for(lambda: "5 bytes in, 27 bytes out" in (here / "d.log").read_text())
     finally:
         os.kill(pid, signal.SIGTERM)
         wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
-    assert not (tmp_path / "d.pid").exists()
-    assert not (tmp_path / "s").exists()
+    assert not (here / "d.pid").exists()
+    assert not (here / "s").exists()
 
 
 def test_syslog_is_taken(run, tmp_path, wait_for, read_all) -> None:
