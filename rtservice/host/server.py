@@ -81,6 +81,13 @@ class Server(Service):
         if self._endpoints:  # `twist` knows no privileged start
             self.privilegedStartService()
         super().startService()
+        # Not before the reactor handles signals: whoever reads "listening" may send one, and would kill the process
+        # before it can clean up. Clients that are early wait in the sockets' queues.
+        reactor.callWhenRunning(self._serve, reactor)
+
+    def _serve(self, reactor: Any) -> None:
+        if not self.running:  # stopped before the reactor ran
+            return
         for listener in self._listeners:
             port = Port(
                 reactor,
