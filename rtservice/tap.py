@@ -94,6 +94,8 @@ def makeService(options: Options) -> Server:
     on the terminal of whoever typed the command, and its status. Raises SystemExit with that line.
     """
     in_force = options.settings()
+    log = _logger(in_force.log_level)
+    _install_reactor(log)
     try:
         factory = EchoFactory(in_force.greeting, in_force.greet, in_force.framing, in_force.max_message)
     except ValueError as error:
@@ -119,7 +121,7 @@ def makeService(options: Options) -> Server:
         for listener in opened:
             listener.close()
         raise
-    server = Server(factory, listeners=opened, endpoints=endpoints, log=_logger(in_force.log_level))
+    server = Server(factory, listeners=opened, endpoints=endpoints, log=log)
     # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
     atexit.register(_exit_with_status_of, server)
     return server
@@ -145,6 +147,20 @@ def _other_endpoint(description: str) -> Any:
         raise ListenError(f"{error}; is an extra of Twisted missing (pip install 'twisted[tls]')?") from error
     except Exception as error:  # each parser, also those of plugins, raises its own
         raise ListenError(f"not a usable endpoint description: {error or type(error).__name__}") from error
+
+
+def _install_reactor(log: Logger) -> None:
+    """Make our reactor the process's, unless it has one: chosen by the user, or by `twist`, which imports it early."""
+    if "twisted.internet.reactor" in sys.modules:
+        return
+    try:
+        from rtservice.net import reactor
+    except ImportError as error:  # no epoll(7)
+        log.warn(
+            "{platform} has no reactor of ours ({error}): serving on Twisted's", platform=sys.platform, error=error
+        )
+    else:
+        reactor.install()
 
 
 def _path_resolver(twistd: Any) -> Callable[[str], str]:
