@@ -53,6 +53,17 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def seconds(low: float, high: float) -> Callable[[str], float]:
+    """A parser of a time in seconds from `low` to `high`, with or without decimals."""
+
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
+            raise SettingError(f"{text!r} is not a number of seconds from {low:g} to {high:g}")
+        return float(text)
+
+    return parse
+
+
 def one_of(literal: Any) -> Callable[[str], str]:
     """A parser that takes the words of a Literal type."""
     words = get_args(literal)
@@ -136,7 +147,8 @@ class Settings:
         (),
         non_empty,
         "Listen on this endpoint description instead of --port; repeatable. tcp:8080, tcp6:8080:interface=::1, "
-        "unix:/run/rt.sock:mode=660, systemd:name=web, or any other that Twisted knows.",
+        "ssl:8443:privateKey=key.pem:certKey=cert.pem, unix:/run/rt.sock:mode=660, systemd:name=web, or any other "
+        "that Twisted knows.",
         default_text="",
         short="l",
         repeatable=True,
@@ -165,6 +177,14 @@ class Settings:
         64 * 1024,
         whole_number(1, 2**30),
         "Longest message of a framing other than raw, in bytes; a longer one closes its connection.",
+    )
+    # Ten times what a client needs on a line that is slow and loses packets.
+    handshake_timeout: float = _setting(
+        10.0,
+        seconds(0.1, 3600),
+        "Seconds that a client may take for its TLS handshake; then it is closed.",
+        default_text="10",
+        takes="reload",
     )
     log_level: LogLevelName = _setting(
         "info",

@@ -121,7 +121,13 @@ def makeService(options: Options) -> Server:
         for listener in opened:
             listener.close()
         raise
-    server = Server(factory, listeners=opened, endpoints=endpoints, log=log)
+    server = Server(
+        factory,
+        listeners=opened,
+        endpoints=endpoints,
+        handshake_timeout=in_force.handshake_timeout,
+        log=log,
+    )
     # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
     atexit.register(_exit_with_status_of, server)
     return server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ssl
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -38,6 +39,11 @@ def end_reason(reason: Failure, *, peer_finished: bool, problem: OSError | None)
 
     `peer_finished` says whether the peer had sent FIN, `problem` is what the kernel said last, if it said anything.
     """
+    if isinstance(problem, ssl.SSLEOFError):
+        return "peer finished without close_notify"
+    if isinstance(problem, ssl.SSLError):
+        # OpenSSL's word for it, which is none of the peer's bytes: HTTP_REQUEST, NO_SHARED_CIPHER, BAD_RECORD_MAC ...
+        return f"TLS failed ({problem.reason or type(problem).__name__})"
     if problem is not None:
         if problem.errno in (errno.ECONNRESET, errno.EPIPE):
             return "reset by peer"

@@ -32,7 +32,13 @@ class Server(Service):
     name = "rtservice"
 
     def __init__(
-        self, factory: Any, *, listeners: list[Listener], endpoints: list[tuple[str, Any]], log: Logger
+        self,
+        factory: Any,
+        *,
+        listeners: list[Listener],
+        endpoints: list[tuple[str, Any]],
+        handshake_timeout: float,
+        log: Logger,
     ) -> None:
         self.factory = factory
         self.connections = Connections(log)
@@ -40,6 +46,7 @@ class Server(Service):
         self.exit_status = 0
         self._listeners = listeners
         self._endpoints = endpoints
+        self._handshake_timeout = handshake_timeout
         self._log = log
 
     def privilegedStartService(self) -> None:
@@ -94,6 +101,8 @@ class Server(Service):
                 listener.socket,
                 self.factory,
                 name=listener.name,
+                tls=listener.tls,
+                handshake_timeout=self._handshake_timeout,
                 opened=self.connections.opened,
                 closed=self.connections.closed,
             )

@@ -10,10 +10,14 @@ import fcntl
 import os
 import re
 import socket
+import ssl
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from rtservice.net.tls import Minimum, ServerTLS, TLSError
 
 # sd_listen_fds(3): the first descriptor that the service manager passes.
 _LISTEN_FDS_START = 3
@@ -51,10 +55,14 @@ class _SocketFile:
 
 @dataclass
 class Listener:
-    """A bound, listening, non-blocking socket, and what logs call it (`tcp:[::1]:8080`, `unix:/run/rt.sock`)."""
+    """A bound, listening, non-blocking socket, and what logs call it (`tcp:[::1]:8080`, `unix:/run/rt.sock`).
+
+    With `tls`, its connections are to be secured with this.
+    """
 
     socket: socket.socket
     name: str
+    tls: ssl.SSLContext | None = None
     _file: _SocketFile | None = field(default=None, repr=False)
 
     def close(self) -> None:
@@ -121,8 +129,8 @@ def open_description(
 ) -> list[Listener]:
     """The listening sockets of one description whose type is in `TYPES`.
 
-    `backlog` holds where the description does not say its own. `resolve_path` makes the path of a UNIX socket
-    absolute. Raises ListenError.
+    `backlog` holds where the description does not say its own. `resolve_path` makes the paths of sockets and
+    certificates absolute. Raises ListenError.
     """
     kind, positional, keywords = split_description(description)
     if kind == "systemd":
@@ -138,7 +146,8 @@ def open_description(
         backlog = _number("backlog", given.get("backlog", str(backlog)), 1, 65535)
         # Twisted's `lockfile=` is taken and means nothing: the directory is locked while a stale file is replaced.
         return [_open_unix(resolve_path(given["address"]), int(mode, 8), backlog)]
-    given = _arguments(positional, keywords, ("port", "interface", "backlog"))
+    secure = kind == "ssl"
+    given = _arguments(positional, keywords, *(_SSL_ARGUMENTS if secure else _TCP_ARGUMENTS))
     if not given.get("port"):
         raise ListenError(f"the port is missing: {kind}:8080")
     port = _number("port", given["port"], 0, 65535)
@@ -147,10 +156,55 @@ def open_description(
     six = kind == "tcp6" or ":" in interface
     family = socket.AF_INET6 if six else socket.AF_INET
     addresses = _resolve(interface, port, family) if interface else [(family, "::" if six else "0.0.0.0", 0)]
-    return _open_tcp(addresses, port, backlog)
+    if not secure:
+        return _open_tcp(addresses, port, backlog)
+    # Before anything is bound: a file that is wrong is found without a client that waits in a queue.
+    context = _tls(given, resolve_path)
+    opened = _open_tcp(addresses, port, backlog)
+    for listener in opened:
+        listener.tls = context
+        listener.name = listener.name.replace("tcp:", "ssl:", 1)
+    return opened
 
 
-TYPES = frozenset({"tcp", "tcp6", "unix", "systemd"})
+TYPES = frozenset({"tcp", "tcp6", "ssl", "unix", "systemd"})
+
+# By position or keyword, as Twisted has them; and ours, by keyword alone.
+_TCP_ARGUMENTS = (("port", "interface", "backlog"), ())
+_SSL_ARGUMENTS = (
+    ("port", "privateKey", "certKey", "sslmethod", "interface", "backlog", "extraCertChain", "dhParameters"),
+    ("clientCA", "minimum", "alpn"),
+)
+
+
+def _tls(given: Mapping[str, str], resolve_path: Callable[[str], str]) -> ssl.SSLContext:
+    """The context of an `ssl:` description; raises ListenError."""
+    for keyword, why in (
+        ("sslmethod", "minimum=1.2 or minimum=1.3 says which versions of TLS are taken"),
+        ("dhParameters", "keys are exchanged on elliptic curves, which need none"),
+    ):
+        if keyword in given:
+            raise ListenError(f"{keyword}= is not known here: {why}")
+    minimum: Any = given.get("minimum", "1.2")
+    if minimum not in get_args(Minimum):
+        raise ListenError(f"minimum {minimum!r} is not one of {', '.join(get_args(Minimum))}")
+    alpn = tuple(given["alpn"].split(",")) if "alpn" in given else ()
+    if not all(re.fullmatch(r"[!-~]{1,255}", name) for name in alpn):
+        raise ListenError(f"alpn {given['alpn']!r} is not a list of protocol names such as h2,http/1.1")
+    # Twisted's defaults: one file for both, called server.pem.
+    key = given.get("privateKey", "server.pem")
+    files = {"private_key": key, "certificate": given.get("certKey", key)}
+    files |= {name: given[keyword] for name, keyword in _OTHER_FILES.items() if keyword in given}
+    for path in files.values():
+        if not path:
+            raise ListenError("the name of a file is empty")
+    try:
+        return ServerTLS(**{n: resolve_path(path) for n, path in files.items()}, minimum=minimum, alpn=alpn).context()
+    except TLSError as error:
+        raise ListenError(str(error)) from error
+
+
+_OTHER_FILES = {"chain": "extraCertChain", "client_ca": "clientCA"}
 
 # --- TCP ---
 
@@ -270,7 +324,7 @@ def _open_unix(path: str, mode: int, backlog: int) -> Listener:
             reason = _reason(error) if error.errno else "the path is longer than 107 bytes"
             raise ListenError(f"cannot listen on {path!r}: {reason}") from error
         raise
-    return Listener(sock, f"unix:{path}", file)
+    return Listener(sock, f"unix:{path}", _file=file)
 
 
 def _remove_stale(path: str) -> None:

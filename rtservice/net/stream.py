@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import ssl
 import struct
 import sys
 from collections.abc import Callable
@@ -55,6 +56,13 @@ _ACCEPT_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 # How long the listener rests after such a shortage, in seconds: its socket stays readable, and would spin.
 _SHORTAGE_PAUSE = 0.5
 
+# Seconds that a TLS handshake may take, where nobody says otherwise.
+HANDSHAKE_TIMEOUT = 10.0
+
+# Made once, as Twisted's reactors do: a Failure of one's own for each connection costs more than its greeting.
+_DONE = Failure(main.CONNECTION_DONE)
+_LOST = Failure(main.CONNECTION_LOST)
+
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, 0 seconds
 
 _log = Logger()
@@ -92,13 +100,16 @@ class Connection:
         "__weakref__",
         "_aborting",
         "_corked",
+        "_deadline",
         "_offset",
+        "_once_sent",
         "_out",
         "_peer",
         "_recv",
         "_send",
         "_unsent",
-        "_write_closed",
+        "_waiting",
+        "_writable",
         "_write_closing",
         "bytes_in",
         "bytes_out",
@@ -121,21 +132,20 @@ class Connection:
 
     def __init__(self, reactor: Any, sock: socket.socket, port: Port, peer: Address, number: int) -> None:
         self.reactor = reactor
-        self.socket = sock
         self.port = port
         self.number = number
         self._peer = peer
-        # Bound once: three look-ups less for each message.
-        self.fileno = sock.fileno
-        self._recv = sock.recv
-        self._send = sock.send
-        self._out: list[bytes | memoryview] = []  # what is unsent
+        self._use(sock)
+        self._out: list[bytes] = []  # what is unsent
         self._offset = 0  # how much of the first piece is sent
         self._unsent = 0
-        self._corked = False  # a flush will follow without anybody asking for it
-        self._aborting = False
+        self._corked = True  # a flush will follow without anybody asking for it
+        self._waiting = False  # registered for EPOLLOUT
+        self._once_sent = False  # something is to be done when all is sent
+        self._writable = True
         self._write_closing = False
-        self._write_closed = False
+        self._aborting = False
+        self._deadline: Any = None  # the delayed call that ends a handshake
         self.connected = True
         self.disconnected = False
         self.disconnecting = False
@@ -149,8 +159,31 @@ class Connection:
         self.opened = monotonic()
         self.error: OSError | None = None
 
-    def open(self, protocol: Any) -> None:
-        """Connect the protocol; from now on it is served. What it writes in connectionMade is sent at once."""
+    def _use(self, sock: socket.socket) -> None:
+        """Read from and write to this socket from now on."""
+        self.socket = sock
+        # Bound once: three look-ups less for each message.
+        self.fileno = sock.fileno
+        self._recv: Callable[[int], bytes] = sock.recv
+        self._send: Callable[[bytes | memoryview], int] = sock.send
+
+    def start(self) -> None:
+        """Begin to serve. Called once, when the connection is registered wherever it is to be known."""
+        self._connect_protocol()
+
+    def _connect_protocol(self) -> None:
+        """Build the protocol and connect it. What it writes in connectionMade is sent at once."""
+        factory = self.port.factory
+        try:
+            protocol = factory.buildProtocol(self._peer)
+        except BaseException:
+            reason = Failure()
+            _log.failure("{factory} failed in buildProtocol", reason, factory=_log_prefix(factory))
+            self.connectionLost(reason)
+            return
+        if protocol is None:
+            self.connectionLost(_DONE)
+            return
         self.protocol = protocol
         self.reactor.addReader(self)
         self._corked = True
@@ -159,7 +192,7 @@ class Connection:
         except BaseException:
             self._protocol_failed("connectionMade")
         else:
-            self._end_of_event()
+            self._flush()
 
     # --- reading ---
 
@@ -170,11 +203,8 @@ class Connection:
         """
         try:
             data = self._recv(BUFFER_SIZE)
-        except BlockingIOError:
-            return None
         except OSError as problem:
-            self.error = problem
-            return main.CONNECTION_LOST
+            return self._not_read(problem)
         if not data:
             self.peer_finished = True
             return main.CONNECTION_DONE
@@ -185,19 +215,25 @@ class Connection:
         except BaseException:
             self._protocol_failed("dataReceived")
             return None
-        if self._out or self.disconnecting or self._write_closing:
-            self._end_of_event()
+        if self._out or self._once_sent:
+            self._flush()
         else:
             self._corked = False
         return None
+
+    def _not_read(self, problem: OSError) -> Any:
+        if isinstance(problem, BlockingIOError):
+            return None
+        self.error = problem
+        return main.CONNECTION_LOST
 
     def readConnectionLost(self, reason: Failure) -> None:
         """The peer has finished sending. Called by the reactor."""
         if self.disconnected:
             return
+        self._corked = True
         protocol = IHalfCloseableProtocol(self.protocol, None)
         if protocol is not None:
-            self._corked = True
             try:
                 protocol.readConnectionLost()
             except BaseException:
@@ -206,118 +242,142 @@ class Connection:
         else:
             # Twisted would drop what is unsent; here it is sent first, but nothing more is produced.
             self._stop_producer()
-            self.disconnecting = True
-        self._end_of_event()
+            self.disconnecting = self._once_sent = True
+        self._flush()
 
     # --- writing ---
 
     def write(self, data: bytes) -> None:
-        if not isinstance(data, bytes):
+        if type(data) is not bytes:
             data = _as_bytes(data)
-        if not data or self._write_closed or not self.connected:
+        if not data or not self._writable:
             return
         self._out.append(data)
         self._unsent += len(data)
         if not self._corked:
-            self._corked = True
-            self.reactor.addWriter(self)
+            self._flush_soon()
         # A transport that is its own producer is looked after when the flush shows what the kernel refused.
-        if self._unsent > BUFFER_SIZE and self.producer is not None and self.producer is not self:
+        if self._unsent > BUFFER_SIZE and self.producer is not self:
             self._pause_producer()
 
     def writeSequence(self, data: Any) -> None:
         self.write(b"".join(data))
 
-    def _pause_producer(self) -> None:
-        if self.streaming_producer and not self.producer_paused:
-            self.producer_paused = True
-            self.producer.pauseProducing()
-
-    def _end_of_event(self) -> None:
-        """Send what the event left to send, and close if it asked for that."""
-        why = self._flush()
-        if why is not None:
-            self.connectionLost(Failure(why))
-        elif self._unsent:
+    def _flush_soon(self) -> None:
+        """Have a flush follow, unless one does already."""
+        if not self._corked:
             self._corked = True
-            self.reactor.addWriter(self)
+            if not self._waiting:
+                write_soon = self.port.write_soon
+                if write_soon is not None:
+                    write_soon(self)
+                else:
+                    self._wait_until_writable()
 
-    def _flush(self) -> Exception | None:
-        """One send. Returns why the connection is over, if it is."""
-        if self.disconnected or self._aborting:
-            return None
-        self._corked = False
+    def _wait_until_writable(self) -> None:
+        self._corked = self._waiting = True
+        self.reactor.addWriter(self)
+
+    def _flush(self) -> None:
+        """Send what is unsent with one system call, and do what was waiting for that."""
         out = self._out
         if out:
-            if len(out) > 1:
-                self._join()
-            piece = out[0]
-            if self._offset:
-                piece = memoryview(piece)[self._offset :]
+            piece = out[0] if len(out) == 1 and not self._offset else self._first_pieces()
             try:
                 sent = self._send(piece)
-            except BlockingIOError:
-                sent = 0
             except OSError as problem:
-                if problem.errno == errno.ENOBUFS:
-                    sent = 0
-                else:
+                if not self._would_block(problem):
                     self.error = problem
-                    return main.CONNECTION_LOST
-            self.bytes_out += sent
-            self._unsent -= sent
-            if sent == len(piece):
-                del out[0]
-                self._offset = 0
-            else:
-                self._offset += sent
-            if out:
-                if self._unsent > BUFFER_SIZE and self.producer is not None:
-                    self._pause_producer()
-                return None
-        # All is sent.
-        if self.producer is not None and (self.producer_paused or not self.streaming_producer):
-            # What the producer writes now goes out with the next event.
-            self.producer_paused = False
-            self.producer.resumeProducing()
-            return None
-        if self.disconnecting:
-            return main.CONNECTION_DONE
-        if self._write_closing and not self._write_closed:
-            self._close_write()
-        return None
-
-    def _join(self) -> None:
-        """Make one piece of as many of the first pieces as are worth sending together."""
-        out = self._out
-        if self._unsent <= JOIN_LIMIT:
-            count = len(out)
-        else:
-            count, size = 1, len(out[0]) - self._offset
-            while count < len(out) and size + len(out[count]) <= JOIN_LIMIT:
-                size += len(out[count])
-                count += 1
-            if count == 1:
+                    self.connectionLost(_LOST)
+                    return
+                sent = 0
+            if sent != self._unsent:
+                self._sent_some(piece, sent)
                 return
+            self.bytes_out += sent
+            self._unsent = self._offset = 0
+            out.clear()
+            self._corked = False
+            if self._once_sent:
+                self._all_sent()
+        else:
+            self._corked = False
+            if self._once_sent:
+                self._finish()
+
+    def _first_pieces(self) -> bytes | memoryview:
+        """As many of the first pieces as are worth sending together, joined, without what is sent of them."""
+        out = self._out
         if self._offset:
-            out[0] = memoryview(out[0])[self._offset :]
+            first: bytes | memoryview = memoryview(out[0])[self._offset :]
+        else:
+            first = out[0]
+        count, size = 1, len(first)
+        while count < len(out) and size + len(out[count]) <= JOIN_LIMIT:
+            size += len(out[count])
+            count += 1
+        if count == 1:
+            return first
+        joined = b"".join((first, *out[1:count]))
+        self._offset = 0
+        out[:count] = [joined]
+        return joined
+
+    def _would_block(self, problem: OSError) -> bool:
+        """Whether the kernel has only no room now."""
+        return isinstance(problem, BlockingIOError) or problem.errno == errno.ENOBUFS
+
+    def _sent_some(self, piece: bytes | memoryview, sent: int) -> None:
+        """The kernel took `sent` bytes of the piece, and there is more."""
+        self.bytes_out += sent
+        self._unsent -= sent
+        if sent == len(piece):
+            del self._out[0]
             self._offset = 0
-        out[:count] = [b"".join(out[:count])]
+        else:
+            self._offset += sent
+        if not self._waiting:
+            self._wait_until_writable()
+        if self._unsent > BUFFER_SIZE:
+            self._pause_producer()
+
+    def _pause_producer(self) -> None:
+        if self.producer is not None and self.streaming_producer and not self.producer_paused:
+            self.producer_paused = self._once_sent = True
+            self.producer.pauseProducing()
+
+    def _all_sent(self) -> None:
+        """Ask the producer for more, if it waits for that; otherwise do what was waiting until everything was sent."""
+        if self.producer is not None and (self.producer_paused or not self.streaming_producer):
+            self.producer_paused = False
+            self._once_sent = self.disconnecting or self._write_closing or not self.streaming_producer
+            self.producer.resumeProducing()
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self.producer is not None and not self.streaming_producer:
+            return  # it says when it has finished: by unregistering
+        self._once_sent = False
+        if self.disconnecting:
+            self._close()
+        elif self._write_closing and self._writable:
+            self._writable = False
+            self._close_write()
 
     def doWrite(self) -> Any:
-        """The kernel takes bytes again. Called by the reactor."""
-        if self.disconnected or self._aborting:
-            return None
-        why = self._flush()
-        if why is None and not self.disconnected:
-            if self._unsent:
-                self._corked = True
-            elif not self._corked:
+        """The kernel takes bytes again, or will most likely. Called by the reactor."""
+        if not self.disconnected:
+            self._flush()
+            if self._waiting and not self._corked and not self.disconnected:
+                self._waiting = False
                 self.reactor.removeWriter(self)
-        return why
+        return None
+
+    def _close(self) -> None:
+        self.connectionLost(_DONE)
 
     def _close_write(self) -> None:
-        self._write_closed = True
         with contextlib.suppress(OSError):  # the peer is gone, which reading will tell
             self.socket.shutdown(socket.SHUT_WR)
         protocol = IHalfCloseableProtocol(self.protocol, None)
@@ -337,25 +397,23 @@ class Connection:
         """Close once everything written is sent, and the producer, if there is one, has unregistered."""
         if self.connected and not self.disconnecting:
             self.reactor.removeReader(self)
-            self.disconnecting = True
+            self.disconnecting = self._once_sent = True
             self._flush_soon()
 
     def loseWriteConnection(self) -> None:
         """Send FIN once everything written is sent; reading goes on."""
-        if self.connected and not self._write_closing:
-            self._write_closing = True
+        if self._writable and not self._write_closing:
+            self._write_closing = self._once_sent = True
             self._flush_soon()
-
-    def _flush_soon(self) -> None:
-        if not self._corked:
-            self._corked = True
-            self.reactor.addWriter(self)
 
     def abortConnection(self) -> None:
         """Close at once with a reset; what is unsent is dropped. The protocol hears of it in a later event."""
         if self.disconnected or self._aborting:
             return
-        self._aborting = True
+        self._aborting = self.disconnecting = True
+        self._writable = self._once_sent = False
+        self._out.clear()
+        self._unsent = self._offset = 0
         self.reactor.removeReader(self)
         self.reactor.removeWriter(self)
         self.reactor.callLater(0, self.connectionLost, Failure(error.ConnectionAborted()))
@@ -371,10 +429,11 @@ class Connection:
         if self.disconnected:
             return
         self.disconnected = True
-        self.connected = False
+        self.connected = self._writable = self._once_sent = False
         self._stop_producer()
         self.reactor.removeReader(self)
-        self.reactor.removeWriter(self)
+        if self._waiting:
+            self.reactor.removeWriter(self)
         self._out.clear()
         try:
             if reason.check(error.ConnectionAborted):
@@ -384,10 +443,11 @@ class Connection:
             pass
         # References that would make a cycle of connection and protocol; the protocol keeps its transport.
         protocol, self.protocol = self.protocol, None
-        try:
-            protocol.connectionLost(reason)
-        except BaseException:
-            _log.failure("{protocol} failed in connectionLost", protocol=_log_prefix(protocol))
+        if protocol is not None:
+            try:
+                protocol.connectionLost(reason)
+            except BaseException:
+                _log.failure("{protocol} failed in connectionLost", protocol=_log_prefix(protocol))
         self.port.connection_closed(self, reason)
 
     # --- producers and consumers ---
@@ -410,11 +470,12 @@ class Connection:
         self.streaming_producer = bool(streaming)
         self.producer_paused = False
         if not streaming:
+            self._once_sent = True
             producer.resumeProducing()
 
     def unregisterProducer(self) -> None:
         self.producer = None
-        if self.connected and self.disconnecting:
+        if self._once_sent:
             self._flush_soon()
 
     def stopConsuming(self) -> None:
@@ -475,12 +536,157 @@ def _as_bytes(data: Any) -> bytes:
     raise TypeError(f"data must be bytes, not {type(data).__name__}")
 
 
+# A TLS record holds at most this much (RFC 8446, section 5.1).
+_RECORD_SIZE = 16 * 1024
+
+
+@implementer(interfaces.INegotiated, interfaces.ISSLTransport)
+class SecureConnection(Connection):
+    """A Connection whose bytes pass through TLS, from the standard library's `ssl`.
+
+    What it sends and receives is in the kernel's buffers or in ours, never in between: each read empties the record
+    that it began, so what the kernel reports is what there is.
+
+    The peer's close_notify is to a protocol what FIN is on a plain connection (RFC 8446, section 6.1); FIN without it
+    is a connection lost, since what came before may be cut.
+    """
+
+    __slots__ = ()
+
+    socket: ssl.SSLSocket
+
+    def start(self) -> None:
+        assert self.port.tls is not None
+        self._secure(self.port.tls, server_side=True)
+
+    def _secure(self, context: ssl.SSLContext, *, server_side: bool) -> None:
+        """Begin the handshake. Until it ends nothing is sent, and nothing reaches a protocol."""
+        self._corked = True
+        try:
+            secured = context.wrap_socket(
+                self.socket, server_side=server_side, do_handshake_on_connect=False, suppress_ragged_eofs=False
+            )
+        except OSError as problem:  # the peer is gone already
+            self.error = problem
+            self.reactor.removeReader(self)
+            self.connectionLost(_LOST)
+            return
+        self._use(secured)
+        self._recv = self._shake_hands
+        self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._handshake_timed_out)
+        self.reactor.addReader(self)
+
+    def _shake_hands(self, size: int) -> bytes:
+        """What reading means until the handshake is done."""
+        try:
+            self.socket.do_handshake()
+        except ssl.SSLWantWriteError:
+            self._wait_until_writable()
+            raise
+        self._deadline.cancel()
+        self._deadline = None
+        # Not the socket's own methods: they are these, in two more frames for each message.
+        session = self.socket._sslobj  # type: ignore[attr-defined]
+        self._recv = session.read
+        self._send = session.write
+        if self.protocol is None:
+            self._connect_protocol()
+        if not self.disconnected:
+            self._secured()
+        raise BlockingIOError  # what there is to read comes with the next event
+
+    def _secured(self) -> None:
+        listener = interfaces.IHandshakeListener(self.protocol, None)
+        self._corked = True
+        if listener is not None:
+            try:
+                listener.handshakeCompleted()
+            except BaseException:
+                self._protocol_failed("handshakeCompleted")
+                return
+        self._flush()
+
+    def _handshake_timed_out(self) -> None:
+        self._deadline = None
+        self.error = TimeoutError(errno.ETIMEDOUT, "TLS handshake")
+        self.connectionLost(_LOST)
+
+    def _not_read(self, problem: OSError) -> Any:
+        if isinstance(problem, ssl.SSLWantReadError):
+            return None
+        if isinstance(problem, ssl.SSLWantWriteError):  # the answer to a key update does not fit
+            self._wait_until_writable()
+            return None
+        return super()._not_read(problem)
+
+    def doWrite(self) -> Any:
+        if self._deadline is not None:  # in the handshake
+            self.reactor.removeWriter(self)
+            self._waiting = False
+            return self.doRead()
+        return super().doWrite()
+
+    def _would_block(self, problem: OSError) -> bool:
+        return isinstance(problem, ssl.SSLWantWriteError)
+
+    def _sent_some(self, piece: bytes | memoryview, sent: int) -> None:
+        """Each write made one record of at most 16 KiB: go on until the kernel has no more room."""
+        rest = memoryview(piece)
+        while sent and sent % _RECORD_SIZE == 0 and sent < len(piece):
+            try:
+                sent += self._send(rest[sent:])
+            except ssl.SSLWantWriteError:
+                break
+            except OSError as problem:
+                self.error = problem
+                self.connectionLost(_LOST)
+                return
+        super()._sent_some(piece, sent)
+
+    def getPeerCertificate(self) -> dict[str, Any] | None:
+        """The peer's certificate as `ssl.SSLSocket.getpeercert` describes it; None when it showed none.
+
+        What `ssl` can say beyond this (the certificate as DER, the chain) is at `getHandle()`, its SSLSocket.
+        """
+        return self.socket.getpeercert() or None
+
+    @property
+    def negotiatedProtocol(self) -> bytes | None:
+        """The protocol that ALPN chose (RFC 7301), or None."""
+        chosen = self.socket.selected_alpn_protocol()
+        return None if chosen is None else chosen.encode("ascii")
+
+    @property
+    def tls_version(self) -> str | None:
+        """`TLSv1.3` or `TLSv1.2`; None before the handshake is done."""
+        return self.socket.version()
+
+    @property
+    def tls_cipher(self) -> str | None:
+        """OpenSSL's name of the cipher suite in use, such as `TLS_AES_256_GCM_SHA384`; None before there is one."""
+        cipher = self.socket.cipher()
+        return None if cipher is None else cipher[0]
+
+    def _close(self) -> None:
+        """Say close_notify, and do not wait for the peer's: RFC 8446, section 6.1, does not ask for it."""
+        try:
+            self.socket.unwrap()
+        except ssl.SSLWantWriteError:
+            self._once_sent = True
+            self._wait_until_writable()
+            return
+        except OSError:  # SSLWantReadError: there is none of the peer's yet; others: it is gone
+            pass
+        self.connectionLost(_DONE)
+
+
 @implementer(interfaces.IListeningPort, interfaces.IReadDescriptor, interfaces.ILoggingContext)
 class Port:
     """Accepts connections from a bound, listening, non-blocking socket that somebody else made and closes.
 
-    `name` is what logs call it. `opened` is called with each Connection before its protocol is, `closed` with each
-    one and the Failure that ended it, after its protocol was.
+    `name` is what logs call it. With `tls`, connections are secured first, within `handshake_timeout` seconds, and
+    their protocols are built after that. `opened` is called with each Connection before its protocol is built,
+    `closed` with each one and the Failure that ended it, after its protocol was.
     """
 
     def __init__(
@@ -490,6 +696,8 @@ class Port:
         factory: Any,
         *,
         name: str,
+        tls: ssl.SSLContext | None = None,
+        handshake_timeout: float = HANDSHAKE_TIMEOUT,
         opened: Callable[[Connection], None] = lambda connection: None,
         closed: Callable[[Connection, Failure], None] = lambda connection, reason: None,
     ) -> None:
@@ -499,6 +707,11 @@ class Port:
         self.name = name
         self.connection_opened = opened
         self.connection_closed = closed
+        self.tls = tls
+        self.handshake_timeout = handshake_timeout
+        self._connection = Connection if tls is None else SecureConnection
+        # Only our reactor has it; with others a write outside of an event waits until the kernel says that it may.
+        self.write_soon: Callable[[Any], None] | None = getattr(reactor, "write_soon", None)
         self.fileno = sock.fileno
         self.listening = False
         self._number = 0
@@ -549,20 +762,10 @@ class Port:
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
         sock.setblocking(False)
-        peer = self.address_of(address)
-        try:
-            protocol = self.factory.buildProtocol(peer)
-        except BaseException:
-            _log.failure("{factory} failed in buildProtocol", factory=_log_prefix(self.factory))
-            sock.close()
-            return
-        if protocol is None:
-            sock.close()
-            return
         self._number += 1
-        connection = Connection(self.reactor, sock, self, peer, self._number)
+        connection = self._connection(self.reactor, sock, self, self.address_of(address), self._number)
         self.connection_opened(connection)
-        connection.open(protocol)
+        connection.start()
 
     def _rest(self, problem: OSError) -> None:
         """Leave the queue to the kernel for a while; open connections go on."""

@@ -37,7 +37,8 @@ class Endpoint:
 def server(listeners=(), endpoints=()) -> tuple[Server, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     log = Logger(observer=events.append)
-    return Server(EchoFactory(), listeners=list(listeners), endpoints=list(endpoints), log=log), events
+    made = Server(EchoFactory(), listeners=list(listeners), endpoints=list(endpoints), handshake_timeout=10, log=log)
+    return made, events
 
 
 def test_an_endpoint_that_cannot_listen_stops_the_start_with_its_description() -> None:
