@@ -76,7 +76,7 @@ def _log_prefix(thing: object) -> str:
 
 
 @implementer(
-    interfaces.ITCPTransport,
+    interfaces.ITLSTransport,
     interfaces.ISystemHandle,
     interfaces.IConsumer,
     interfaces.IPushProducer,
@@ -99,6 +99,7 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_aborting",
+        "_begin",
         "_corked",
         "_deadline",
         "_offset",
@@ -107,6 +108,7 @@ class Connection:
         "_peer",
         "_recv",
         "_send",
+        "_tls",
         "_unsent",
         "_waiting",
         "_writable",
@@ -145,7 +147,9 @@ class Connection:
         self._writable = True
         self._write_closing = False
         self._aborting = False
+        self._begin: Any = None  # context, side, and the plain text to send before a handshake
         self._deadline: Any = None  # the delayed call that ends a handshake
+        self._tls: Any = None  # what `ssl` has below its socket, once the handshake is done
         self.connected = True
         self.disconnected = False
         self.disconnecting = False
@@ -369,10 +373,14 @@ class Connection:
         """The kernel takes bytes again, or will most likely. Called by the reactor."""
         if not self.disconnected:
             self._flush()
-            if self._waiting and not self._corked and not self.disconnected:
-                self._waiting = False
-                self.reactor.removeWriter(self)
+            if not self._corked and not self.disconnected:
+                self._stop_waiting()
         return None
+
+    def _stop_waiting(self) -> None:
+        if self._waiting:
+            self._waiting = False
+            self.reactor.removeWriter(self)
 
     def _close(self) -> None:
         self.connectionLost(_DONE)
@@ -430,6 +438,9 @@ class Connection:
             return
         self.disconnected = True
         self.connected = self._writable = self._once_sent = False
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
         self._stop_producer()
         self.reactor.removeReader(self)
         if self._waiting:
@@ -496,6 +507,26 @@ class Connection:
     stopReading = pauseProducing
     startReading = resumeProducing
 
+    # --- TLS ---
+
+    def startTLS(self, contextFactory: Any, normal: bool = True) -> None:
+        """Go on in TLS; what was written before is sent as it is.
+
+        `contextFactory` is an `ssl.SSLContext`, or anything that Twisted's own TLS takes (with pyOpenSSL). `normal`
+        means to be the server of the handshake. Raises ValueError for a context that is made for the other side, and
+        ImportError for one of Twisted's without pyOpenSSL.
+        """
+        if isinstance(contextFactory, ssl.SSLContext):
+            wrong = ssl.PROTOCOL_TLS_CLIENT if normal else ssl.PROTOCOL_TLS_SERVER
+            if contextFactory.protocol == wrong or (contextFactory.check_hostname and not normal):
+                raise ValueError(f"this context cannot be the {'server' if normal else 'client'} of a handshake")
+            self.__class__ = Handshake
+            self.secure(contextFactory, server_side=normal)  # type: ignore[attr-defined]  # a Handshake's
+        else:
+            from rtservice.net.layered import add_layer
+
+            add_layer(self, contextFactory, client=not normal)
+
     # --- who and what ---
 
     def getPeer(self) -> Any:
@@ -555,61 +586,51 @@ class SecureConnection(Connection):
 
     socket: ssl.SSLSocket
 
-    def start(self) -> None:
-        assert self.port.tls is not None
-        self._secure(self.port.tls, server_side=True)
+    def getPeerCertificate(self) -> dict[str, Any] | None:
+        """The peer's certificate as `ssl.SSLSocket.getpeercert` describes it; None when it showed none.
 
-    def _secure(self, context: ssl.SSLContext, *, server_side: bool) -> None:
-        """Begin the handshake. Until it ends nothing is sent, and nothing reaches a protocol."""
-        self._corked = True
-        try:
-            secured = context.wrap_socket(
-                self.socket, server_side=server_side, do_handshake_on_connect=False, suppress_ragged_eofs=False
-            )
-        except OSError as problem:  # the peer is gone already
-            self.error = problem
-            self.reactor.removeReader(self)
-            self.connectionLost(_LOST)
-            return
-        self._use(secured)
-        self._recv = self._shake_hands
-        self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._handshake_timed_out)
-        self.reactor.addReader(self)
+        What `ssl` can say beyond this (the certificate as DER, the chain) is at `getHandle()`, its SSLSocket. This and
+        the following are None before the handshake is done, and still there in connectionLost.
+        """
+        return None if self._tls is None else self._tls.getpeercert() or None
 
-    def _shake_hands(self, size: int) -> bytes:
-        """What reading means until the handshake is done."""
-        try:
-            self.socket.do_handshake()
-        except ssl.SSLWantWriteError:
-            self._wait_until_writable()
-            raise
-        self._deadline.cancel()
-        self._deadline = None
+    @property
+    def negotiatedProtocol(self) -> bytes | None:
+        """The protocol that ALPN chose (RFC 7301), or None."""
+        chosen = None if self._tls is None else self._tls.selected_alpn_protocol()
+        return None if chosen is None else chosen.encode("ascii")
+
+    @property
+    def tls_version(self) -> str | None:
+        """`TLSv1.3` or `TLSv1.2`."""
+        return None if self._tls is None else self._tls.version()
+
+    @property
+    def tls_cipher(self) -> str | None:
+        """OpenSSL's name of the cipher suite in use, such as `TLS_AES_256_GCM_SHA384`."""
+        return None if self._tls is None else self._tls.cipher()[0]
+
+    def startTLS(self, contextFactory: Any, normal: bool = True) -> None:
+        """TLS runs already, and not within itself; raises RuntimeError."""
+        raise RuntimeError("this connection is in TLS already")
+
+    def secured(self) -> None:
+        """The handshake is done: what waited for it goes on."""
         # Not the socket's own methods: they are these, in two more frames for each message.
-        session = self.socket._sslobj  # type: ignore[attr-defined]
-        self._recv = session.read
-        self._send = session.write
+        self._tls = self.socket._sslobj  # type: ignore[attr-defined]
+        self._recv = self._tls.read
+        self._send = self._tls.write
         if self.protocol is None:
             self._connect_protocol()
-        if not self.disconnected:
-            self._secured()
-        raise BlockingIOError  # what there is to read comes with the next event
-
-    def _secured(self) -> None:
         listener = interfaces.IHandshakeListener(self.protocol, None)
-        self._corked = True
         if listener is not None:
             try:
                 listener.handshakeCompleted()
             except BaseException:
                 self._protocol_failed("handshakeCompleted")
                 return
-        self._flush()
-
-    def _handshake_timed_out(self) -> None:
-        self._deadline = None
-        self.error = TimeoutError(errno.ETIMEDOUT, "TLS handshake")
-        self.connectionLost(_LOST)
+        if not self.disconnected:
+            self._flush()
 
     def _not_read(self, problem: OSError) -> Any:
         if isinstance(problem, ssl.SSLWantReadError):
@@ -618,13 +639,6 @@ class SecureConnection(Connection):
             self._wait_until_writable()
             return None
         return super()._not_read(problem)
-
-    def doWrite(self) -> Any:
-        if self._deadline is not None:  # in the handshake
-            self.reactor.removeWriter(self)
-            self._waiting = False
-            return self.doRead()
-        return super().doWrite()
 
     def _would_block(self, problem: OSError) -> bool:
         return isinstance(problem, ssl.SSLWantWriteError)
@@ -635,37 +649,13 @@ class SecureConnection(Connection):
         while sent and sent % _RECORD_SIZE == 0 and sent < len(piece):
             try:
                 sent += self._send(rest[sent:])
-            except ssl.SSLWantWriteError:
-                break
             except OSError as problem:
+                if self._would_block(problem):
+                    break
                 self.error = problem
                 self.connectionLost(_LOST)
                 return
         super()._sent_some(piece, sent)
-
-    def getPeerCertificate(self) -> dict[str, Any] | None:
-        """The peer's certificate as `ssl.SSLSocket.getpeercert` describes it; None when it showed none.
-
-        What `ssl` can say beyond this (the certificate as DER, the chain) is at `getHandle()`, its SSLSocket.
-        """
-        return self.socket.getpeercert() or None
-
-    @property
-    def negotiatedProtocol(self) -> bytes | None:
-        """The protocol that ALPN chose (RFC 7301), or None."""
-        chosen = self.socket.selected_alpn_protocol()
-        return None if chosen is None else chosen.encode("ascii")
-
-    @property
-    def tls_version(self) -> str | None:
-        """`TLSv1.3` or `TLSv1.2`; None before the handshake is done."""
-        return self.socket.version()
-
-    @property
-    def tls_cipher(self) -> str | None:
-        """OpenSSL's name of the cipher suite in use, such as `TLS_AES_256_GCM_SHA384`; None before there is one."""
-        cipher = self.socket.cipher()
-        return None if cipher is None else cipher[0]
 
     def _close(self) -> None:
         """Say close_notify, and do not wait for the peer's: RFC 8446, section 6.1, does not ask for it."""
@@ -678,6 +668,101 @@ class SecureConnection(Connection):
         except OSError:  # SSLWantReadError: there is none of the peer's yet; others: it is gone
             pass
         self.connectionLost(_DONE)
+
+
+class Handshake(SecureConnection):
+    """A connection until its TLS handshake is done: nothing of a protocol's is sent, and nothing reaches one.
+
+    When it is done, it becomes a SecureConnection.
+    """
+
+    __slots__ = ()
+
+    def start(self) -> None:
+        assert self.port.tls is not None
+        self.secure(self.port.tls, server_side=True)
+
+    def secure(self, context: ssl.SSLContext, *, server_side: bool) -> None:
+        """Begin the handshake, once what is written already is sent as it is."""
+        plain = b"".join(self._out)[self._offset :]
+        self._out.clear()
+        self._unsent = self._offset = 0
+        self._corked = True
+        self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._timed_out)
+        self._begin = context, server_side, plain
+        self._send_plain()
+
+    def _send_plain(self) -> None:
+        context, server_side, plain = self._begin
+        try:
+            if plain:
+                try:
+                    sent = self._send(plain)
+                except BlockingIOError:
+                    sent = 0
+                self.bytes_out += sent
+                if sent < len(plain):
+                    self._begin = context, server_side, plain[sent:]
+                    self.reactor.removeReader(self)  # whatever the peer says now has to wait
+                    self._wait_until_writable()
+                    return
+            self._begin = None
+            self._use(
+                context.wrap_socket(
+                    self.socket, server_side=server_side, do_handshake_on_connect=False, suppress_ragged_eofs=False
+                )
+            )
+        except OSError as problem:  # the peer is gone
+            self.error = problem
+            self.reactor.removeReader(self)
+            self.reactor.callLater(0, self.connectionLost, _LOST)
+            return
+        self.reactor.addReader(self)
+        if not server_side:  # who has the first word
+            self._flush_soon()
+
+    def doRead(self) -> Any:
+        try:
+            self.socket.do_handshake()
+        except ssl.SSLWantReadError:
+            self._stop_waiting()
+            return None
+        except ssl.SSLWantWriteError:
+            self._wait_until_writable()
+            return None
+        except OSError as problem:
+            self.error = problem
+            return main.CONNECTION_LOST
+        self._deadline.cancel()
+        self._deadline = None
+        self._stop_waiting()
+        self.__class__ = SecureConnection  # type: ignore[assignment]  # same slots
+        self.secured()
+        return None
+
+    def doWrite(self) -> Any:
+        if self.disconnected:
+            return None
+        if self._begin is not None:
+            self._send_plain()
+            return None
+        return self.doRead()
+
+    def _flush(self) -> None:
+        self._corked = True  # until the handshake is done, which flushes
+
+    def loseConnection(self) -> None:
+        """Close once the handshake is done and everything written is sent; or at the handshake's deadline."""
+        if self.connected:
+            self.disconnecting = self._once_sent = True
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        self.connectionLost(_LOST)
+
+    def _timed_out(self) -> None:
+        self._deadline = None
+        self.error = TimeoutError(errno.ETIMEDOUT, "the TLS handshake took too long")
+        self.connectionLost(_LOST)
 
 
 @implementer(interfaces.IListeningPort, interfaces.IReadDescriptor, interfaces.ILoggingContext)
@@ -709,7 +794,7 @@ class Port:
         self.connection_closed = closed
         self.tls = tls
         self.handshake_timeout = handshake_timeout
-        self._connection = Connection if tls is None else SecureConnection
+        self._connection = Connection if tls is None else Handshake
         # Only our reactor has it; with others a write outside of an event waits until the kernel says that it may.
         self.write_soon: Callable[[Any], None] | None = getattr(reactor, "write_soon", None)
         self.fileno = sock.fileno
