@@ -16,8 +16,6 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides
 
-_RECORD = "{peer} on {listener}: {seconds:.3f} s, {bytes_in} bytes in, {bytes_out} bytes out, {reason}"
-
 
 def escaped(text: str) -> str:
     r"""Text that may hold a peer's bytes, with whatever a terminal or a log reader could act on as `\xHH`."""
@@ -48,11 +46,11 @@ def end_reason(reason: Failure, *, peer_finished: bool, problem: OSError | None)
         if problem.errno in (errno.ECONNRESET, errno.EPIPE):
             return "reset by peer"
         return "timed out" if problem.errno == errno.ETIMEDOUT else "lost"
-    if reason.check(error.ConnectionAborted):
+    if isinstance(reason.value, error.ConnectionAborted):
         return "aborted"
-    if reason.check(error.ConnectionDone):
+    if isinstance(reason.value, error.ConnectionDone):
         return "peer finished" if peer_finished else "closed"
-    return "lost" if reason.check(error.ConnectionLost) else "failed"
+    return "lost" if isinstance(reason.value, error.ConnectionLost) else "failed"
 
 
 class Connections:
@@ -78,11 +76,16 @@ class Connections:
         )
 
     def _record(self, peer: Any, listener: str, opened: float, bytes_in: int, bytes_out: int, reason: str) -> None:
+        name = peer_name(peer)
+        seconds = monotonic() - opened
+        # The text is made here: formatting six fields is what costs Twisted's log the most, more than all else that
+        # a short connection needs of us. The fields are there for whoever reads events instead of lines.
         self._log.info(
-            _RECORD,
-            peer=peer_name(peer),
+            "{record}",
+            record=f"{name} on {listener}: {seconds:.3f} s, {bytes_in} bytes in, {bytes_out} bytes out, {reason}",
+            peer=name,
             listener=listener,
-            seconds=monotonic() - opened,
+            seconds=seconds,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
             reason=reason,

@@ -447,7 +447,7 @@ class Connection:
             self.reactor.removeWriter(self)
         self._out.clear()
         try:
-            if reason.check(error.ConnectionAborted):
+            if isinstance(reason.value, error.ConnectionAborted):
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             self.socket.close()
         except OSError:  # the connection was reset under our hands
