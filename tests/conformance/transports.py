@@ -1,0 +1,51 @@
+"""A reactor whose listening ports make our `Connection`, so that Twisted's tests of transports reach it."""
+
+from typing import Any
+
+from twisted.internet import tcp, unix
+
+from rtservice.net.reactor import Reactor
+from rtservice.net.stream import Port
+
+
+class _Adopted:
+    """Twisted's port binds, closes and says so in the log, as its tests want it; ours accepts on its socket."""
+
+    reactor: Any
+    socket: Any
+    factory: Any
+    ours: Any = None
+
+    def startReading(self) -> None:
+        self.ours = Port(self.reactor, self.socket, self.factory, name=repr(self))
+        self.ours.listening = True
+        self.reactor.addReader(self.ours)
+
+    def stopReading(self) -> None:
+        if self.ours is not None:
+            self.ours.listening = False
+            self.reactor.removeReader(self.ours)
+
+
+class _TCPPort(_Adopted, tcp.Port):
+    pass
+
+
+class _UNIXPort(_Adopted, unix.Port):
+    pass
+
+
+class AdoptingReactor(Reactor):
+    """Ours, with Twisted's TLS on top where a test asks for listenSSL."""
+
+    def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> _TCPPort:
+        listening = _TCPPort(port, factory, backlog, interface, self)
+        listening.startListening()
+        return listening
+
+    def listenUNIX(
+        self, address: Any, factory: Any, backlog: int = 50, mode: int = 0o666, wantPID: int = 0
+    ) -> _UNIXPort:
+        listening = _UNIXPort(address, factory, backlog, mode, self, wantPID)
+        listening.startListening()
+        return listening
