@@ -1,10 +1,11 @@
-"""Real `twistd` processes for tests, and the rule that nothing is skipped where everything is installed."""
+"""Real `twistd` processes for tests, certificates, and the rule that nothing is skipped where all is installed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -147,6 +148,74 @@ def wait_for() -> Callable[..., Any]:
         return value
 
     return wait
+
+
+class Certificates:
+    """Certificates and keys in PEM files of one directory, made by `openssl`: NAME.pem and NAME.key.
+
+    `ca` is a root; `server` and `rsa` (for localhost) and `client` are signed by it. `inner` is an authority below the
+    root, and `leaf` is for localhost and signed by that. `other` is a second root, with a client `stranger`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        # The system's configuration would add extensions of its own.
+        (directory / "openssl.cnf").write_text("[req]\ndistinguished_name = dn\n[dn]\n")
+        self.make("ca", "authority")
+        self.make("other", "authority")
+        self.make("server", "server", "ca")
+        self.make("rsa", "server", "ca", newkey=("rsa:2048",))
+        self.make("client", "client", "ca")
+        self.make("stranger", "client", "other")
+        self.make("inner", "authority", "ca")
+        self.make("leaf", "server", "inner")
+
+    def make(
+        self,
+        name: str,
+        kind: Literal["authority", "server", "client"],
+        issuer: str = "",
+        *,
+        newkey: tuple[str, ...] = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+    ) -> None:
+        """A key and a certificate for it; without an issuer, one that signs itself."""
+        extensions = ["subjectKeyIdentifier=hash"]
+        if kind == "authority":
+            extensions += ["basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign"]
+        else:
+            extensions += ["basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature"]
+            extensions += [f"extendedKeyUsage={kind}Auth"]
+        if kind == "server":
+            extensions += ["subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        if issuer:
+            extensions += ["authorityKeyIdentifier=keyid"]
+        self.openssl(
+            *("req", "-x509", "-sha256", "-nodes", "-days", "90", "-config", self["openssl.cnf"]),
+            *("-newkey", *newkey, "-keyout", self[f"{name}.key"], "-out", self[f"{name}.pem"]),
+            *("-subj", f"/CN={'localhost' if kind == 'server' else name}"),
+            *(word for extension in extensions for word in ("-addext", extension)),
+            *(("-CA", self[f"{issuer}.pem"], "-CAkey", self[f"{issuer}.key"]) if issuer else ()),
+        )
+
+    def openssl(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=DEADLINE)
+
+    def __getitem__(self, file: str) -> str:
+        """The path of a file, such as `server.key`."""
+        return str(self.directory / file)
+
+    def join(self, name: str, *files: str) -> str:
+        """The path of a new file with the content of these."""
+        (self.directory / name).write_text("".join(Path(self[file]).read_text() for file in files))
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """A small world of authorities, servers and clients; see Certificates."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl (Debian: openssl) is not installed")
+    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

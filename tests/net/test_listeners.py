@@ -1,7 +1,10 @@
 """From a description to sockets."""
 
+import contextlib
 import os
+import pathlib
 import socket
+import ssl
 import stat
 
 import pytest
@@ -167,3 +170,141 @@ def test_a_successors_socket_file_is_left_alone(opened, tmp_path) -> None:
     opened(f"unix:{path}")
     first.close()
     assert path.exists()
+
+
+# --- ssl: ---
+
+
+@pytest.fixture
+def open_secure(certificates):
+    """Opens an `ssl:` description in which {NAME} is a file of the certificates; gives its Listener."""
+    listeners: list[Listener] = []
+
+    def open_one(description: str) -> Listener:
+        (listener,) = open_description(described(certificates, description), backlog=10)
+        listeners.append(listener)
+        return listener
+
+    yield open_one
+    for listener in listeners:
+        listener.close()
+
+
+def described(certificates, description: str) -> str:
+    """The description with {NAME} replaced by the path of a file of the certificates."""
+    for name in ("server.key", "server.pem", "leaf.key", "leaf.pem", "inner.pem", "ca.pem", "client.pem"):
+        description = description.replace(f"{{{name}}}", certificates[name])
+    return description
+
+
+def handshake(listener: Listener, certificates, **attributes) -> dict[str, object]:
+    """What a client that trusts the root finds out in a handshake with the listener's context."""
+    assert listener.tls is not None
+    client = ssl.create_default_context(cafile=certificates["ca.pem"])
+    client.set_alpn_protocols(["http/1.1", "echo"])
+    client.load_cert_chain(certificates["client.pem"], certificates["client.key"])
+    for name, value in attributes.items():
+        setattr(client, name, value)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    near = client.wrap_bio(to_client, to_server, server_hostname="localhost")
+    far = listener.tls.wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(3):
+        for end in (near, far):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    return {"version": near.version(), "alpn": near.selected_alpn_protocol(), "client": bool(far.getpeercert())}
+
+
+FILES = "privateKey={server.key}:certKey={server.pem}"
+PLAIN = {"version": "TLSv1.3", "alpn": None, "client": False}
+
+
+@pytest.mark.parametrize(
+    ("description", "facts"),
+    [
+        (f"ssl:0:{FILES}", PLAIN),
+        ("ssl:0:{server.key}:{server.pem}", PLAIN),
+        (f"ssl:port=0:interface=127.0.0.1:backlog=5:{FILES}", PLAIN),
+        ("ssl:0:privateKey={leaf.key}:certKey={leaf.pem}:extraCertChain={inner.pem}", PLAIN),
+        (f"ssl:0:{FILES}:clientCA={{ca.pem}}", {**PLAIN, "client": True}),
+        (f"ssl:0:{FILES}:minimum=1.2", PLAIN),
+        (f"ssl:0:{FILES}:minimum=1.3", PLAIN),
+        (f"ssl:0:{FILES}:alpn=echo", {**PLAIN, "alpn": "echo"}),
+        (f"ssl:0:{FILES}:alpn=h2,echo,http/1.1", {**PLAIN, "alpn": "echo"}),
+    ],
+)
+def test_an_ssl_description_becomes_a_context(open_secure, certificates, description, facts) -> None:
+    listener = open_secure(description)
+    assert listener.name.startswith("ssl:")
+    assert listener.name.endswith(f":{listener.socket.getsockname()[1]}")
+    assert handshake(listener, certificates) == facts
+
+
+def test_minimum_1_3_refuses_1_2_and_the_default_does_not(open_secure, certificates) -> None:
+    old = {"maximum_version": ssl.TLSVersion.TLSv1_2}
+    assert handshake(open_secure(f"ssl:0:{FILES}"), certificates, **old) == {**PLAIN, "version": "TLSv1.2"}
+    with pytest.raises(ssl.SSLError):
+        handshake(open_secure(f"ssl:0:{FILES}:minimum=1.3"), certificates, **old)
+
+
+def test_ssl_files_have_twisteds_defaults(certificates, tmp_path, monkeypatch) -> None:
+    """`ssl:PORT` alone reads server.pem for both, and the certificate is where the key is."""
+    monkeypatch.chdir(tmp_path)
+    both = certificates.join("both.pem", "server.key", "server.pem")
+    for description, name in (("ssl:0", "server.pem"), ("ssl:0:privateKey=own.pem", "own.pem")):
+        (tmp_path / name).write_bytes(pathlib.Path(both).read_bytes())
+        (listener,) = open_description(description, backlog=10)
+        try:
+            assert handshake(listener, certificates) == PLAIN
+        finally:
+            listener.close()
+            (tmp_path / name).unlink()
+
+
+def test_ssl_paths_are_resolved_as_asked(certificates) -> None:
+    (listener,) = open_description(
+        "ssl:0:privateKey=server.key:certKey=server.pem:clientCA=ca.pem",
+        backlog=10,
+        resolve_path=certificates.__getitem__,
+    )
+    listener.close()
+
+
+@needs_ipv6
+def test_ssl_listens_on_ipv6_too(open_secure) -> None:
+    listener = open_secure(rf"ssl:0:{FILES}:interface=\:\:1")
+    assert listener.name == f"ssl:[::1]:{listener.socket.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("description", "problem"),
+    [
+        ("ssl:", "the port is missing: ssl:8080"),
+        ("ssl:x", "port 'x' is not a whole number"),
+        (f"ssl:0:{FILES}:bogus=1", "unknown keyword 'bogus'; known are port, privateKey, certKey"),
+        (f"ssl:0:{FILES}:minimum=1.1", "minimum '1.1' is not one of 1.2, 1.3"),
+        (f"ssl:0:{FILES}:minimum=", "minimum '' is not one of 1.2, 1.3"),
+        (f"ssl:0:{FILES}:alpn=", "alpn '' is not a list"),
+        (f"ssl:0:{FILES}:alpn=h2,,x", "alpn 'h2,,x' is not a list"),
+        (f"ssl:0:{FILES}:alpn={'x' * 256}", "is not a list of protocol names"),
+        (f"ssl:0:{FILES}:sslmethod=TLSv1_METHOD", "sslmethod= is not known here: minimum="),
+        (f"ssl:0:{FILES}:dhParameters=dh.pem", "dhParameters= is not known here"),
+        (f"ssl:0:{FILES}:clientCA=", "the name of a file is empty"),
+        ("ssl:0:privateKey=/no/key.pem:certKey={server.pem}", "private key '/no/key.pem': no such file"),
+        ("ssl:0:privateKey={server.key}:certKey=/no/c.pem", "certificate '/no/c.pem': no such file"),
+        (f"ssl:0:{FILES}:extraCertChain=/no/c.pem", "certificate chain '/no/c.pem': no such file"),
+        (f"ssl:0:{FILES}:clientCA=/no/c.pem", "client CA '/no/c.pem': no such file"),
+        ("ssl:0:privateKey={server.key}:certKey={client.pem}", "does not belong to the certificate"),
+    ],
+)
+def test_a_bad_ssl_description_is_refused_with_what_was_found(certificates, description, problem) -> None:
+    with pytest.raises(ListenError) as caught:
+        open_description(described(certificates, description), backlog=10)
+    assert problem in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_nothing_is_bound_when_a_file_is_wrong(certificates) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ListenError, match="no such file"):
+        # A port in use would be the complaint, were it tried first.
+        open_description(f"ssl:{taken.getsockname()[1]}:privateKey=/no/key:interface=127.0.0.1", backlog=10)

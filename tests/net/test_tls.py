@@ -1,0 +1,290 @@
+"""From files to a context of `ssl`: whatever is wrong is one line that names the file."""
+
+import os
+import ssl
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from rtservice.net.tls import ServerTLS, TLSError
+
+FILES = ("private_key", "certificate", "chain", "client_ca")
+
+
+@pytest.fixture
+def good(certificates) -> dict[str, str]:
+    """Files that fit together."""
+    names = ("leaf.key", "leaf.pem", "inner.pem", "ca.pem")
+    return {field: certificates[name] for field, name in zip(FILES, names, strict=True)}
+
+
+def refusal(**arguments) -> str:
+    with pytest.raises(TLSError) as caught:
+        ServerTLS(**arguments).context()
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1
+    return line
+
+
+@contextmanager
+def as_nobody():
+    """Without the rights of root, who can read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def shake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+    """A handshake without a network; raises the SSLError of whoever refuses."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname="localhost"),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(3):  # three flights are a full handshake of either version
+        for end in ends:
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    for end in ends:
+        with suppress(ssl.SSLWantReadError):
+            end.read(1)  # a client of TLS 1.3 learns here that its certificate is refused
+    return ends[0], ends[1]
+
+
+def trusting(certificates, **attributes) -> ssl.SSLContext:
+    """A client that trusts the root and checks the name."""
+    context = ssl.create_default_context(cafile=certificates["ca.pem"])
+    for name, value in attributes.items():
+        setattr(context, name, value)
+    return context
+
+
+@pytest.mark.parametrize("field", FILES)
+def test_a_missing_file_is_named(good, field) -> None:
+    path = "/no/such/file.pem"
+    assert f"{path!r}: no such file or directory" in refusal(**{**good, field: path})
+
+
+@pytest.mark.parametrize("field", FILES)
+def test_a_directory_is_named(good, field, tmp_path) -> None:
+    assert f"{str(tmp_path)!r}: is a directory" in refusal(**{**good, field: str(tmp_path)})
+
+
+@pytest.mark.parametrize("field", FILES)
+def test_an_unreadable_file_is_named(good, field, tmp_path) -> None:
+    closed = tmp_path / "closed.pem"
+    closed.write_text(Path(good[field]).read_text())
+    closed.chmod(0)
+    # The other files are out of reach for nobody too: the one in question is opened first, or alone.
+    given = {**{name: str(closed) for name in ("private_key", "certificate")}, field: str(closed)}
+    with as_nobody():
+        assert f"{str(closed)!r}: permission denied" in refusal(**given)
+
+
+JUNK = {
+    "empty": b"",
+    "text": b"certainly no certificate\n",
+    "binary": bytes(range(256)) * 8,
+    "not base64": b"-----BEGIN CERTIFICATE-----\n????\n-----END CERTIFICATE-----\n",
+    "not ASN.1": b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+    "no end": b"-----BEGIN CERTIFICATE-----\nMIIB\n",
+    "junk in a key's place": b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+}
+
+
+def unless_fixed(reason: str):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@pytest.mark.parametrize(
+    ("field", "junk"),
+    [
+        pytest.param(
+            field,
+            junk,
+            marks=[unless_fixed("raises ValueError or TypeError")]
+            if junk in ("empty", "binary") and field != "private_key"
+            else [],
+        )
+        for field in FILES
+        for junk in JUNK
+    ],
+)
+def test_junk_is_named(good, field, junk, tmp_path) -> None:
+    path = tmp_path / "junk.pem"
+    path.write_bytes(JUNK[junk])
+    assert repr(str(path)) in refusal(**{**good, field: str(path)})
+
+
+@pytest.mark.parametrize("field", ["certificate", "chain", "client_ca"])
+@pytest.mark.parametrize(
+    "cut", [lambda text: text[: len(text) // 2], lambda text: text[:40]], ids=["in the middle", "in its second line"]
+)
+def test_a_file_whose_second_certificate_is_cut_short_is_named(good, certificates, field, cut, tmp_path) -> None:
+    path = tmp_path / "cut.pem"
+    text = Path(certificates["ca.pem"]).read_text()
+    path.write_text(Path(good[field]).read_text() + cut(text))
+    assert repr(str(path)) in refusal(**{**good, field: str(path)})
+
+
+@pytest.mark.parametrize("other", ["server.key", pytest.param("rsa.key", marks=unless_fixed("called unusable"))])
+def test_a_key_of_another_certificate_is_named_with_both_files(certificates, other) -> None:
+    line = refusal(private_key=certificates[other], certificate=certificates["client.pem"])
+    assert f"private key {certificates[other]!r} does not belong to" in line
+    assert repr(certificates["client.pem"]) in line
+
+
+@unless_fixed("the file is not named")
+def test_an_encrypted_key_is_named_and_nobody_is_asked(certificates, tmp_path) -> None:
+    path = str(tmp_path / "encrypted.key")
+    certificates.openssl("pkey", "-in", certificates["server.key"], "-aes256", "-passout", "pass:x", "-out", path)
+    line = refusal(private_key=path, certificate=certificates["server.pem"])
+    assert "encrypted" in line
+    assert repr(path) in line
+
+
+def test_a_certificate_where_the_key_should_be_is_named(certificates) -> None:
+    path = certificates["server.pem"]
+    assert f"private key in PEM form in {path!r}" in refusal(private_key=path, certificate=path)
+
+
+def test_a_key_where_the_certificate_should_be_is_named(certificates) -> None:
+    path = certificates["server.key"]
+    assert f"certificate in PEM form in {path!r}" in refusal(private_key=path, certificate=path)
+
+
+def test_a_key_that_is_too_short_is_named(certificates) -> None:
+    certificates.make("weak", "server", "ca", newkey=("rsa:1024",))
+    line = refusal(private_key=certificates["weak.key"], certificate=certificates["weak.pem"])
+    assert repr(certificates["weak.pem"]) in line
+    assert "weak" in line
+
+
+def test_nothing_of_a_key_is_in_a_message(certificates, tmp_path) -> None:
+    secret = Path(certificates["server.key"]).read_text()
+    path = tmp_path / "bad.key"
+    path.write_text(secret.replace("\n", "\nA", 1))
+    line = refusal(private_key=str(path), certificate=certificates["server.pem"])
+    assert not any(part in line for part in secret.splitlines()[1:-1])
+
+
+def test_one_file_may_hold_key_certificate_and_chain(certificates) -> None:
+    path = certificates.join("all.pem", "leaf.key", "leaf.pem", "inner.pem")
+    context = ServerTLS(private_key=path, certificate=path).context()
+    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+
+
+def test_the_chain_is_sent(certificates) -> None:
+    key, certificate = certificates["leaf.key"], certificates["leaf.pem"]
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake(ServerTLS(key, certificate).context(), trusting(certificates))
+    shake(ServerTLS(key, certificate, certificates["inner.pem"]).context(), trusting(certificates))
+
+
+@unless_fixed("raises TypeError")
+def test_text_around_certificates_is_no_harm(certificates, tmp_path) -> None:
+    path = tmp_path / "with-text.pem"
+    text = Path(certificates["server.pem"]).read_text()
+    path.write_text(f"Subject: CN = zoë\n{text}\nthat was it\n", encoding="utf-8")
+    context = ServerTLS(certificates["server.key"], str(path)).context()
+    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+
+
+def test_lines_that_end_as_in_dos_are_no_harm(certificates, tmp_path) -> None:
+    paths = []
+    for name in ("server.key", "server.pem"):
+        (tmp_path / name).write_bytes(Path(certificates[name]).read_bytes().replace(b"\n", b"\r\n"))
+        paths.append(str(tmp_path / name))
+    assert shake(ServerTLS(*paths).context(), trusting(certificates))[0].version() == "TLSv1.3"
+
+
+@pytest.mark.parametrize("name", ["server", "rsa"])
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_both_versions_are_spoken_with_ecdsa_and_rsa(certificates, name, version) -> None:
+    context = ServerTLS(certificates[f"{name}.key"], certificates[f"{name}.pem"]).context()
+    client, _ = shake(context, trusting(certificates, maximum_version=ssl.TLSVersion[version]))
+    assert client.version() == version.replace("_", ".")
+
+
+def test_a_minimum_of_1_3_refuses_1_2(certificates) -> None:
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"], minimum="1.3").context()
+    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+    with pytest.raises(ssl.SSLError) as caught:
+        shake(context, trusting(certificates, maximum_version=ssl.TLSVersion.TLSv1_2))
+    assert caught.value.reason in ("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION")
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
+def test_versions_below_1_2_are_refused(certificates) -> None:
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    client = trusting(certificates, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
+    client.set_ciphers("ALL:@SECLEVEL=0")
+    with pytest.raises(ssl.SSLError):
+        shake(context, client)
+
+
+def test_every_suite_has_forward_secrecy_and_authenticated_encryption(certificates) -> None:
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    offered = context.get_ciphers()
+    assert offered
+    for cipher in offered:
+        assert cipher["aead"], cipher
+        assert cipher["protocol"] == "TLSv1.3" or cipher["kea"] == "kx-ecdhe", cipher
+
+
+def test_the_client_chooses_among_good_suites(certificates) -> None:
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    for suite in ("ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE-ECDSA-AES128-GCM-SHA256"):
+        client = trusting(certificates, maximum_version=ssl.TLSVersion.TLSv1_2)
+        client.set_ciphers(f"{suite}:ECDHE+AESGCM:ECDHE+CHACHA20")
+        assert shake(context, client)[0].cipher()[0] == suite
+
+
+def test_alpn_is_the_servers_preference(certificates) -> None:
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"], alpn=("one", "two")).context()
+    client = trusting(certificates)
+    client.set_alpn_protocols(["two", "one"])
+    assert [end.selected_alpn_protocol() for end in shake(context, client)] == ["one", "one"]
+    assert [end.selected_alpn_protocol() for end in shake(context, trusting(certificates))] == [None, None]
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_client_ca_asks_each_client_for_a_certificate_of_its_own(certificates, version) -> None:
+    context = ServerTLS(
+        certificates["server.key"], certificates["server.pem"], client_ca=certificates["ca.pem"]
+    ).context()
+
+    def client(*names: str) -> ssl.SSLContext:
+        made = trusting(certificates, maximum_version=ssl.TLSVersion[version])
+        for name in names:
+            made.load_cert_chain(certificates[f"{name}.pem"], certificates[f"{name}.key"])
+        return made
+
+    _, server_end = shake(context, client("client"))
+    assert (("commonName", "client"),) in server_end.getpeercert()["subject"]
+    for names in ([], ["stranger"]):
+        with pytest.raises(ssl.SSLError):
+            shake(context, client(*names))
+
+
+def test_no_certificate_is_asked_for_without_a_client_ca(certificates) -> None:
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    client = trusting(certificates)
+    client.load_cert_chain(certificates["client.pem"], certificates["client.key"])
+    _, server_end = shake(context, client)
+    assert server_end.getpeercert() is None or server_end.getpeercert() == {}
+
+
+def test_the_certificate_stays_that_of_its_context_when_its_file_changes(certificates, tmp_path) -> None:
+    for name in ("server.key", "server.pem"):
+        (tmp_path / name).write_bytes(Path(certificates[name]).read_bytes())
+    context = ServerTLS(str(tmp_path / "server.key"), str(tmp_path / "server.pem")).context()
+    for name in ("server.key", "server.pem"):
+        (tmp_path / name).write_text("")
+    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
