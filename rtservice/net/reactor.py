@@ -48,7 +48,9 @@ class _LogContext:
     def _outer(self) -> dict[str, Any]:
         """The log context below this one: that of whoever runs the reactor, or Twisted's default."""
         contexts = theContextTracker.currentContext().contexts
-        for context in reversed(contexts[: contexts.index(self)]):
+        # In a thread that was handed this one, all of the stack is below it.
+        below = contexts[: contexts.index(self)] if self in contexts else contexts
+        for context in reversed(below):
             with suppress(KeyError):
                 return context[log.ILogContext]  # type: ignore[no-any-return]
         return {}

@@ -1,0 +1,285 @@
+"""The reactor keeps Twisted's contract with each descriptor, whatever the others in a batch of events do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from twisted.internet import error, main
+from twisted.logger import globalLogPublisher
+from twisted.python import log
+from twisted.python.context import call, theContextTracker
+from twisted.python.failure import Failure
+
+if sys.platform != "linux":
+    pytest.skip("the reactor needs epoll(7)", allow_module_level=True)
+
+from rtservice.net.reactor import Reactor
+
+
+class Descriptor:
+    """One end of a socket pair whose other end has sent a byte: readable until it reads."""
+
+    def __init__(self, reactor: Reactor, name: str = "some descriptor") -> None:
+        self.reactor = reactor
+        self.name = name
+        self.socket, self.peer = socket.socketpair()
+        self.socket.setblocking(False)
+        self.peer.send(b"x")
+        self.reads = self.writes = 0
+        self.lost: list[Failure] = []
+        self.on_read: Callable[[], Any] = lambda: None
+        self.on_write: Callable[[], Any] = lambda: None
+        self.on_lost: Callable[[], Any] = lambda: None
+        self.fileno = self.socket.fileno
+
+    def doRead(self) -> Any:
+        self.reads += 1
+        return self.on_read()
+
+    def doWrite(self) -> Any:
+        self.writes += 1
+        return self.on_write()
+
+    def connectionLost(self, reason: Failure) -> None:
+        self.lost.append(reason)
+        self.on_lost()
+
+    def logPrefix(self) -> str:
+        return self.name
+
+    def close(self) -> None:
+        self.socket.close()
+        self.peer.close()
+
+
+@pytest.fixture
+def reactor() -> Iterator[Reactor]:
+    one = Reactor()
+    yield one
+    for reader in one.removeAll():
+        if isinstance(reader, Descriptor):
+            reader.close()
+    for reader in set(one._internalReaders):
+        one._internalReaders.discard(reader)
+        reader.connectionLost(None)
+    one._poller.close()
+
+
+@pytest.fixture
+def events() -> Iterator[list[dict[str, Any]]]:
+    seen: list[dict[str, Any]] = []
+    globalLogPublisher.addObserver(seen.append)
+    yield seen
+    globalLogPublisher.removeObserver(seen.append)
+
+
+def make(reactor: Reactor, *names: str) -> list[Descriptor]:
+    made = [Descriptor(reactor, name) for name in names]
+    for one in made:
+        reactor.addReader(one)
+    return made
+
+
+def boom() -> None:
+    raise ValueError("boom")
+
+
+def tracebacks(events: list[dict[str, Any]]) -> list[str]:
+    return [str(event["failure"].value) for event in events if event.get("failure") is not None]
+
+
+def test_each_descriptor_that_is_ready_has_one_read_in_a_batch(reactor) -> None:
+    made = make(reactor, "a", "b", "c")
+    reactor.doIteration(0)
+    assert [one.reads for one in made] == [1, 1, 1]
+    reactor.doIteration(0)
+    assert [one.reads for one in made] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["on_read", "on_write"])
+def test_a_handler_that_raises_is_logged_and_loses_only_its_descriptor(reactor, events, method) -> None:
+    bad, good = make(reactor, "bad", "good")
+    setattr(bad, method, boom)
+    reactor.addWriter(bad)
+    reactor.doIteration(0)
+    reactor.doIteration(0)
+    assert [type(reason.value) for reason in bad.lost] == [ValueError]
+    assert tracebacks(events) == ["boom"]
+    assert (good.reads, good.lost) == (2, [])
+    assert bad not in reactor.getReaders() + reactor.getWriters()
+
+
+def test_a_descriptor_that_raises_at_its_end_is_logged_and_the_others_go_on(reactor, events) -> None:
+    made = make(reactor, "a", "b", "c")
+    for one in made:
+        one.on_read, one.on_lost = (lambda: main.CONNECTION_LOST), boom
+    reactor.doIteration(0)
+    assert [one.reads for one in made] == [1, 1, 1]
+    assert tracebacks(events) == ["boom"] * 3
+
+
+def test_what_a_read_returns_ends_the_connection_with_that_reason(reactor) -> None:
+    done, lost = make(reactor, "done", "lost")
+    done.on_read = lambda: main.CONNECTION_DONE
+    lost.on_read = lambda: main.CONNECTION_LOST
+    reactor.doIteration(0)
+    assert done.lost[0].type is error.ConnectionDone
+    assert lost.lost[0].type is error.ConnectionLost
+
+
+def test_a_descriptor_closed_by_another_in_the_batch_is_not_handled(reactor) -> None:
+    first, second = make(reactor, "first", "second")
+
+    def close_the_other(own: Descriptor, other: Descriptor) -> None:
+        if not own.lost:
+            reactor.removeReader(other)
+            other.close()
+            other.lost.append(Failure(error.ConnectionDone()))
+
+    first.on_read = lambda: close_the_other(first, second)
+    second.on_read = lambda: close_the_other(second, first)
+    reactor.doIteration(0)
+    assert first.reads + second.reads == 1
+
+
+def test_a_number_used_again_in_the_batch_belongs_to_its_new_owner(reactor) -> None:
+    first, second = make(reactor, "first", "second")
+    new: list[Descriptor] = []
+
+    def replace(other: Descriptor) -> None:
+        if new:
+            return
+        number = other.fileno()
+        reactor.removeReader(other)
+        other.close()
+        successor = Descriptor(reactor, "successor")
+        if successor.fileno() != number:
+            os.dup2(successor.fileno(), number)
+            successor.fileno = lambda: number
+        # It has something to read: a read of it is right, one of the old owner never is.
+        reactor.addReader(successor)
+        new.append(successor)
+
+    first.on_read = lambda: replace(second)
+    second.on_read = lambda: replace(first)
+    reactor.doIteration(0)
+    reactor.doIteration(0)
+    assert min(first.reads, second.reads) == 0
+    assert new[0].reads >= 1
+
+
+def test_a_descriptor_without_a_number_is_lost_and_does_not_spin(reactor) -> None:
+    (one,) = make(reactor, "one")
+    number = one.fileno()
+    one.fileno = lambda: -1
+    reactor.doIteration(0)
+    assert one.reads == 0
+    assert one.lost[0].type is error.ConnectionFdescWentAway
+    assert number not in reactor._selectables
+
+
+def test_a_peer_that_is_gone_is_reported_to_who_reads_and_to_who_writes(reactor) -> None:
+    reading, writing = Descriptor(reactor), Descriptor(reactor)
+    reactor.addReader(reading)
+    reactor.addWriter(writing)
+    for one in (reading, writing):
+        one.socket.recv(1)
+        one.peer.close()
+    reading.on_read = lambda: main.CONNECTION_DONE if not reading.socket.recv(1) else None
+    reactor.doIteration(0)
+    assert reading.lost[0].type is error.ConnectionDone
+    assert writing.lost[0].type is error.ConnectionLost
+
+
+# --- the log context ---
+
+
+def prefixes(reactor: Reactor) -> list[str]:
+    seen: list[str] = []
+    for one in make(reactor, "a", "b"):
+        one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
+    reactor.doIteration(0)
+    return seen
+
+
+def test_a_handler_has_the_log_context_of_its_descriptor_and_only_then(reactor) -> None:
+    before = list(theContextTracker.currentContext().contexts)
+    assert sorted(prefixes(reactor)) == ["a", "b"]
+    assert theContextTracker.currentContext().contexts == before
+
+
+def test_the_log_context_of_who_runs_the_reactor_is_below(reactor) -> None:
+    seen: list[Any] = []
+    (one,) = make(reactor, "one")
+    one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext))
+    call({log.ILogContext: {"system": "outer", "request": 7}}, reactor.doIteration, 0)
+    assert seen == [{"system": "one", "request": 7}]
+
+
+def test_what_is_logged_in_a_handler_has_the_prefix(reactor, events) -> None:
+    (one,) = make(reactor, "the prefix")
+    one.on_read = lambda: log.msg("hello")
+    reactor.doIteration(0)
+    assert [event["system"] for event in events if event.get("message") == ("hello",)] == ["the prefix"]
+
+
+def test_a_prefix_that_raises_harms_nobody(reactor) -> None:
+    seen: list[str] = []
+    (one,) = make(reactor, "one")
+    one.logPrefix = boom
+    one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
+    reactor.doIteration(0)
+    assert seen == ["(buggy logPrefix method)"]
+
+
+def test_a_context_that_outlives_the_event_is_still_its_descriptors(reactor) -> None:
+    kept: list[Any] = []
+    (one,) = make(reactor, "one")
+    # As the thread pool keeps it, for what it runs later in another thread.
+    one.on_read = lambda: kept.append(theContextTracker.currentContext().contexts[-1])
+    reactor.doIteration(0)
+    assert kept[0][log.ILogContext]["system"] == "one"
+    assert call(kept[0], theContextTracker.getContext, log.ILogContext)["system"] == "one"
+
+
+# --- write_soon ---
+
+
+def test_write_soon_writes_once_before_the_reactor_waits(reactor) -> None:
+    one = Descriptor(reactor)
+    reactor.write_soon(one)
+    reactor.doIteration(None)  # with nothing else to do it would wait without end
+    assert one.writes == 1
+    reactor.doIteration(0)
+    assert one.writes == 1
+    assert reactor.getWriters() == []
+    one.close()
+
+
+def test_write_soon_in_a_write_is_for_the_next_round(reactor) -> None:
+    one = Descriptor(reactor)
+    one.on_write = lambda: reactor.write_soon(one)
+    reactor.write_soon(one)
+    reactor.doIteration(None)
+    assert one.writes == 1
+    reactor.doIteration(None)
+    assert one.writes == 2
+    one.close()
+
+
+def test_a_write_that_fails_loses_only_its_descriptor(reactor, events) -> None:
+    bad, good = Descriptor(reactor, "bad"), Descriptor(reactor, "good")
+    bad.on_write = boom
+    reactor.write_soon(bad)
+    reactor.write_soon(good)
+    reactor.doIteration(0)
+    assert [type(reason.value) for reason in bad.lost] == [ValueError]
+    assert good.writes == 1
+    assert tracebacks(events) == ["boom"]
+    bad.close()
+    good.close()

@@ -1,0 +1,117 @@
+"""Which reactor runs, and that setting the system's clock moves none of its deadlines."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEADLINE = 30
+
+
+def reactor_of(service) -> str:
+    return service.wait_line("reactor class: ").rpartition("reactor class: ")[2].rstrip(".")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the reactor needs epoll(7)")
+def test_the_service_brings_its_own_reactor(service) -> None:
+    assert reactor_of(service("--port=0")) == "rtservice.net.reactor.Reactor"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("poll", "twisted.internet.pollreactor.PollReactor"),
+        ("asyncio", "twisted.internet.asyncioreactor.AsyncioSelectorReactor"),
+        ("rtservice", "rtservice.net.reactor.Reactor"),
+    ],
+)
+def test_a_chosen_reactor_is_left_alone_and_serves(service, read_all, name, expected) -> None:
+    one = service("--port=0", twistd=(f"--reactor={name}",))
+    assert reactor_of(one) == expected
+    with one.connect() as client:
+        client.sendall(b"x" * 1_000_000)
+        client.shutdown(1)
+        assert read_all(client) == b"Hello from the server!" + b"x" * 1_000_000
+
+
+def test_any_twisted_program_can_choose_it(tmp_path: Path) -> None:
+    (tmp_path / "program.tac").write_text(
+        "from twisted.application import service\n"
+        "from twisted.internet import reactor\n"
+        "application = service.Application('any')\n"
+        "print('runs on', type(reactor).__module__)\n"
+        "reactor.callLater(0, reactor.stop)\n"
+    )
+    command = [
+        str(Path(sys.executable).parent / "twistd"),
+        "-n",
+        "--pidfile=",
+        "--reactor=rtservice",
+        "-y",
+        "program.tac",
+    ]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    assert result.returncode == 0, result.stderr
+    assert "runs on rtservice.net.reactor" in result.stdout
+
+
+def test_without_epoll_it_serves_on_twisteds_reactor_and_says_so_once(service, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import select\ndel select.epoll, select.EPOLLIN\n")
+    one = service("--port=0", PYTHONPATH=str(tmp_path))
+    one.wait_line("listening on", count=2)
+    said = [line for line in one.lines if "no reactor of ours" in line]
+    assert len(said) == 1
+    assert "serving on Twisted's" in said[0]
+    assert reactor_of(one) == "twisted.internet.pollreactor.PollReactor"
+
+
+TIMERS = """
+import sys, time
+from rtservice.net import reactor as ours
+ours.install()
+from twisted.internet import reactor
+began = time.monotonic()
+def fired():
+    print("fired", time.monotonic() - began, flush=True)
+    reactor.stop()
+print("wall", time.time(), flush=True)
+def set_clock():
+    # libfaketime reads its file again for each look at the clock.
+    open(sys.argv[1], "w").write(sys.argv[2])
+    print("wall", time.time(), flush=True)
+reactor.callLater(0.2, set_clock)
+reactor.callLater(1, fired)
+reactor.run()
+"""
+
+
+@pytest.mark.parametrize("offset", ["-3600", "+3600"])
+def test_setting_the_clock_by_an_hour_moves_no_timer(tmp_path, environment, offset) -> None:
+    faketime = shutil.which("faketime")
+    if faketime is None:
+        pytest.skip("faketime (Debian: faketime) is not installed")
+    library = subprocess.run(
+        [faketime, "-f", "+0", "sh", "-c", "echo $LD_PRELOAD"], capture_output=True, text=True, timeout=DEADLINE
+    ).stdout.strip()
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    fake = {
+        "LD_PRELOAD": library,
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", TIMERS, str(clock), offset],
+        env={**environment, **fake},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    walls = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("wall")]
+    assert abs(walls[1] - walls[0]) > 3000, result.stdout + result.stderr  # the clock was really set
+    (took,) = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("fired")]
+    assert 1 <= took < DEADLINE
