@@ -67,7 +67,7 @@ class Service:
     @property
     def port(self) -> int:
         """The TCP port that it listens on."""
-        return int(self.wait_line(r"listening on tcp:.*:\d+$").rpartition(":")[2])
+        return int(self.wait_line(r"listening on (?:tcp|ssl):.*:\d+$").rpartition(":")[2])
 
     @property
     def peak_memory(self) -> int:

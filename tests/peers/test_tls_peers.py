@@ -1,0 +1,299 @@
+"""What other programs see of a TLS listener of a real process: openssl, socat, curl, and peers that only hold on."""
+
+import contextlib
+import os
+import selectors
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+DEADLINE = 30
+GREETING = b"Hello from the server!"
+
+
+def needs(program: str, package: str):
+    missing = shutil.which(program) is None
+    return pytest.mark.skipif(missing, reason=f"{program} (Debian: {package}) is not installed")
+
+
+@pytest.fixture
+def secure(service, certificates):
+    """Starts the service with one `ssl:` listener on a free loopback port."""
+
+    def start(*arguments: str, name: str = "server", more: str = ""):
+        files = f"privateKey={certificates[f'{name}.key']}:certKey={certificates[f'{name}.pem']}"
+        return service(f"--listen=ssl:0:interface=127.0.0.1:{files}{more}", *arguments)
+
+    return start
+
+
+@pytest.fixture
+def trusting(certificates) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=certificates["ca.pem"])
+
+
+def descriptors(process: subprocess.Popen) -> int:
+    return len(os.listdir(f"/proc/{process.pid}/fd"))
+
+
+def cpu(process: subprocess.Popen) -> float:
+    """Seconds of CPU time that the process has had."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Talk:
+    """A program whose input is the test's, and whose output is read as it comes."""
+
+    def __init__(self, *command: str) -> None:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        )
+
+    def send(self, data: bytes) -> None:
+        self.process.stdin.write(data)
+
+    def receive(self, size: int) -> bytes:
+        """This many bytes of its output, or less at its end."""
+        received = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while len(received) < size:
+                assert selector.select(DEADLINE), f"nothing more after {received!r}"
+                if not (piece := self.process.stdout.read(size - len(received))):
+                    break
+                received += piece
+        return received
+
+    def __enter__(self) -> "Talk":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+# --- friends ---
+
+
+@needs("openssl", "openssl")
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+@pytest.mark.parametrize("name", ["server", "rsa"])
+def test_openssl_is_greeted_and_echoed(secure, certificates, version, name) -> None:
+    one = secure(name=name)
+    checks = ("-CAfile", certificates["ca.pem"], "-verify_return_error", "-verify_hostname", "localhost")
+    with Talk("openssl", "s_client", "-quiet", version, *checks, "-connect", f"127.0.0.1:{one.port}") as peer:
+        assert peer.receive(22) == GREETING
+        for message in (b"hello\n", b"\0\xff", b"x" * 40_000):
+            peer.send(message)
+            assert peer.receive(len(message)) == message
+
+
+@needs("openssl", "openssl")
+def test_openssl_accepts_a_chain_and_alpn_and_shows_its_own_certificate(secure, certificates) -> None:
+    more = f":extraCertChain={certificates['inner.pem']}:clientCA={certificates['ca.pem']}:alpn=echo"
+    one = secure(name="leaf", more=more)
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{one.port}", "-CAfile", certificates["ca.pem"]]
+    command += ["-verify_return_error", "-alpn", "other,echo", "-ign_eof"]
+    with Talk(*command, "-cert", certificates["client.pem"], "-key", certificates["client.key"]) as peer:
+        output = peer.receive(1)
+        while GREETING not in output:
+            output += (more := peer.receive(1))
+            assert more, output
+        assert b"ALPN protocol: echo" in output
+        assert b"Verify return code: 0 (ok)" in output
+    with Talk(*command) as stranger:
+        output = stranger.receive(1 << 20)
+    assert GREETING not in output
+    one.wait_line(r"0 bytes in, 0 bytes out, TLS failed \(PEER_DID_NOT_RETURN_A_CERTIFICATE\)$")
+
+
+@needs("socat", "socat")
+def test_socat_gets_ten_mebibytes_back_after_its_half_close(secure, certificates) -> None:
+    one = secure()
+    data = os.urandom(10 << 20)
+    target = f"OPENSSL:localhost:{one.port},pf=ip4,cafile={certificates['ca.pem']},verify=1"
+    answer = subprocess.run(
+        ["socat", "-t30", "-", target], input=data, capture_output=True, timeout=60, check=True
+    ).stdout
+    assert answer == GREETING + data
+    one.wait_line(rf"{len(data)} bytes in, {len(data) + 22} bytes out, peer finished$")
+    assert one.peak_memory < 80e6
+
+
+@needs("curl", "curl")
+def test_curl_checks_the_certificate_and_sees_its_request_come_back(secure, certificates) -> None:
+    one = secure()
+    url = f"https://localhost:{one.port}/echo"
+    common = ("curl", "--silent", "--ipv4", "--no-buffer", "--http0.9")
+    with Talk(*common, "--cacert", certificates["ca.pem"], url) as peer:
+        request = f"GET /echo HTTP/1.1\r\nHost: localhost:{one.port}\r\n".encode()
+        assert peer.receive(22 + len(request)) == GREETING + request
+    refused = subprocess.run([*common, "--cacert", certificates["other.pem"], url], timeout=DEADLINE)
+    assert refused.returncode == 60  # the peer's certificate cannot be authenticated
+    one.wait_line("TLS failed")
+
+
+def test_fifty_mebibytes_come_back_unchanged_in_bounded_memory(secure, trusting) -> None:
+    one = secure()
+    block = os.urandom(1 << 20)
+    with trusting.wrap_socket(one.connect(), server_hostname="localhost") as peer:
+
+        def send() -> None:
+            for _ in range(50):
+                peer.sendall(block)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        received = bytearray()
+        while len(received) < 22:
+            received += peer.recv(22 - len(received))
+        assert received == GREETING
+        for _ in range(50):
+            received = bytearray()
+            while len(received) < len(block):
+                piece = peer.recv(len(block) - len(received))
+                assert piece
+                received += piece
+            assert received == block
+        sender.join(DEADLINE)
+    assert one.peak_memory < 80e6
+
+
+def send_until_it_is_full(peer: ssl.SSLSocket) -> None:
+    """Send and never read, until nothing more is taken."""
+    peer.settimeout(1)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            peer.sendall(b"x" * 65536)
+
+
+def test_a_client_that_sends_and_never_reads_costs_bounded_memory(secure, trusting) -> None:
+    one = secure()
+    before = one.peak_memory
+    with trusting.wrap_socket(one.connect(), server_hostname="localhost") as peer:
+        send_until_it_is_full(peer)
+        assert one.peak_memory < before + 8e6
+
+
+# --- the record of a connection ---
+
+
+@pytest.mark.parametrize(
+    ("garbage", "reason"),
+    [
+        (b"hello, is this plain text?\n", r"TLS failed \(WRONG_VERSION_NUMBER\)"),
+        (b"GET / HTTP/1.1\r\n\r\n", r"TLS failed \(HTTP_REQUEST\)"),
+        (b"", "peer finished without close_notify"),
+    ],
+)
+def test_what_is_not_tls_is_one_record_and_others_are_served(secure, trusting, garbage, reason) -> None:
+    one = secure()
+    with trusting.wrap_socket(one.connect(), server_hostname="localhost") as good:
+        with one.connect() as bad:
+            bad.sendall(garbage)
+            bad.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                while bad.recv(1000):
+                    pass
+        one.wait_line(rf"0 bytes in, 0 bytes out, {reason}$")
+        good.sendall(b"hello")
+        received = b""
+        while len(received) < 27:
+            received += good.recv(100)
+        assert received == GREETING + b"hello"
+    assert not [line for line in one.lines if "Traceback" in line]
+
+
+# --- those who only hold on ---
+
+
+def test_fifty_handshakes_that_stall_are_gone_after_the_timeout_and_others_are_served(secure, trusting, wait_for):
+    one = secure("--handshake-timeout=1.5")
+    before = descriptors(one.process)
+    with contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(one.connect()) for _ in range(50)]
+        for client in stalled[::2]:
+            client.sendall(b"\x16\x03\x01\x02\x00\x01")  # a ClientHello that begins
+        with trusting.wrap_socket(one.connect(), server_hostname="localhost") as good:
+            assert good.recv(100) == GREETING
+        for client in stalled:
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(100) == b""
+        one.wait_line("0 bytes in, 0 bytes out, timed out$", count=50)
+        wait_for(lambda: descriptors(one.process) == before)
+
+
+def test_peers_that_do_nothing_cost_no_cpu_time(secure, trusting) -> None:
+    """Handshakes that stall, a client that is paused, one that finished and does not read: nothing spins for them."""
+    one = secure("--handshake-timeout=60")
+
+    def shaken() -> ssl.SSLSocket:
+        peer = stack.enter_context(trusting.wrap_socket(one.connect(), server_hostname="localhost"))
+        assert peer.recv(100) == GREETING
+        return peer
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(one.connect()).sendall(b"\x16\x03\x01\x02\x00\x01")
+        shaken()
+        paused, finished = shaken(), shaken()
+        for peer in (paused, finished):
+            send_until_it_is_full(peer)
+        # FIN behind what was never read, and in the middle of a record: the kernel reports it, and nobody can read it.
+        finished._sslobj, _ = None, finished._sslobj
+        finished.shutdown(socket.SHUT_WR)
+        before = cpu(one.process)
+        # The one place where time has to pass: this is what is measured.
+        end = time.monotonic() + 1
+        while (left := end - time.monotonic()) > 0:
+            threading.Event().wait(left)
+        assert cpu(one.process) - before <= 0.05
+        assert not [line for line in one.lines if "bytes in" in line]
+
+
+# --- a start that fails ---
+
+
+@pytest.mark.parametrize(
+    ("key", "certificate", "more", "names"),
+    [
+        ("/no/key.pem", "server.pem", "", ["'/no/key.pem'", "no such file"]),
+        ("server.key", "/no/cert.pem", "", ["'/no/cert.pem'", "no such file"]),
+        ("server.key", "client.pem", "", ["server.key", "client.pem", "does not belong"]),
+        ("server.key", "server.key", "", ["server.key", "no usable certificate"]),
+        ("server.pem", "server.pem", "", ["server.pem", "no usable private key"]),
+        ("encrypted.key", "server.pem", "", ["encrypted.key", "is encrypted"]),
+        ("server.key", "server.pem", ":extraCertChain=/no/chain.pem", ["'/no/chain.pem'"]),
+        ("server.key", "server.pem", ":clientCA=/no/ca.pem", ["'/no/ca.pem'"]),
+        ("server.key", "server.pem", ":minimum=1.0", ["minimum '1.0'", "1.2, 1.3"]),
+        ("server.key", "server.pem", ":bogus=1", ["unknown keyword 'bogus'"]),
+    ],
+)
+@pytest.mark.parametrize(
+    "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
+)
+def test_a_certificate_that_cannot_be_used_is_refused_with_one_line(
+    run, certificates, tmp_path, twistd, key, certificate, more, names
+) -> None:
+    if not Path(certificates["encrypted.key"]).exists():
+        plain, encrypted = certificates["server.key"], certificates["encrypted.key"]
+        certificates.openssl("pkey", "-in", plain, "-aes256", "-passout", "pass:x", "-out", encrypted)
+    paths = [name if name.startswith("/") else certificates[name] for name in (key, certificate)]
+    result = run(*twistd, "rtservice", f"--listen=ssl:0:privateKey={paths[0]}:certKey={paths[1]}{more}")
+    assert result.returncode != 0
+    assert "Traceback" not in result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("rtservice: --listen ssl:0:")
+    for name in names:
+        assert name in lines[0]
+    assert not (tmp_path / "d.pid").exists()
