@@ -1,86 +1,88 @@
-"""Twisted's own tests on one reactor, in this process: `suite.py REACTOR-NAME REACTOR-CLASS RESULTS TEST...`
+"""One run of Twisted's tests on one reactor: `python -m tests.conformance.suite REACTOR TEST...`.
 
-The reactor becomes the process's, under which trial runs every test, and the only one for which Twisted's ReactorBuilder
-makes its test classes. One line of JSON for each test as it ends: its name, the outcome and what is known about that.
+The reactor is installed as `trial --reactor` does it, and is also the only one that Twisted's `ReactorBuilder` makes
+its test cases for. The outcome of each test goes to standard output as JSON; what tests print, and the tracebacks of
+those that fail, to standard error.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import tempfile
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import Any
 
 from twisted.application.reactors import installReactor
-from twisted.python.reflect import namedAny
 
-# `installReactor` knows the names that trial's and twistd's --reactor take.
-reactor_name, reactor_class, results, *tests = sys.argv[1:]
-if reactor_class.startswith("adopting."):
-    namedAny("adopting.install")()
-else:
-    installReactor(reactor_name)
+# What `--reactor` calls it, and what ReactorBuilder makes.
+REACTORS = {
+    "epoll": ("epoll", "twisted.internet.epollreactor.EPollReactor"),
+    "rtservice": ("rtservice", "rtservice.net.reactor.Reactor"),
+    "transports": ("rtservice", "tests.conformance.transports.AdoptingReactor"),
+}
 
-# Only now: importing these imports the reactor.
-from twisted.internet import reactor  # noqa: E402
-from twisted.internet.test.reactormixins import ReactorBuilder  # noqa: E402
-from twisted.trial.reporter import Reporter  # noqa: E402
-from twisted.trial.runner import TestLoader, TrialRunner  # noqa: E402
+# ReactorBuilder puts the name of the reactor's class into that of each test case.
+_REACTOR_NAME = re.compile(r"_(EPollReactor|AdoptingReactor|Reactor)Tests\b")
 
-ReactorBuilder._reactors = [reactor_class]
-# Test classes are named after their reactor; without that the same test has the same name in every run.
-SUFFIX = f"_{reactor_class.rpartition('.')[2]}Tests"
+# Seconds, for what takes milliseconds: Twisted's two minutes would add up when something is broken.
+_TIMEOUT = 20.0
 
 
-class Recorder(Reporter):
-    """Writes what became of each test; the worst counts where there are several reports of one."""
+def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
+    """The outcome of each test by its name: passed, failed, skipped or todo."""
+    name, builder = REACTORS[reactor]
+    installed: Any = installReactor(name)
+    # Only now: importing these imports the reactor.
+    from twisted.internet.test import reactormixins
+    from twisted.trial import util
+    from twisted.trial.reporter import Reporter
+    from twisted.trial.runner import TestLoader, TrialRunner
 
-    file: TextIO
+    if reactor == "transports":
+        from tests.conformance.transports import AdoptingReactor
 
-    def startTest(self, test: Any) -> None:
-        super().startTest(test)
-        self._outcome, self._detail = "passed", ""
-        self._write(test, "started")
+        installed.__class__ = AdoptingReactor
+    reactormixins.ReactorBuilder._reactors = [builder]
+    reactormixins.DEFAULT_TIMEOUT_DURATION = util.DEFAULT_TIMEOUT_DURATION = _TIMEOUT
+    outcomes: dict[str, str] = {}
 
-    def stopTest(self, test: Any) -> None:
-        super().stopTest(test)
-        self._write(test, self._outcome)
+    class Recorder(Reporter):
+        def _record(self, test: Any, outcome: str) -> None:
+            key = _REACTOR_NAME.sub("_Tests", test.id())
+            # What fails in the clean-up is reported after the test itself, and counts.
+            if outcomes.get(key) != "failed":
+                outcomes[key] = outcome
 
-    def _write(self, test: Any, outcome: str) -> None:
-        name = test.id().replace(SUFFIX, "_Tests")
-        seconds = round(self._lastTime or 0, 3)
-        record = {"test": name, "id": test.id(), "outcome": outcome, "detail": self._detail, "seconds": seconds}
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        def addSuccess(self, test: Any) -> None:
+            self._record(test, "passed")
 
-    def _note(self, outcome: str, detail: Any) -> None:
-        if self._outcome in ("passed", "skipped"):
-            self._outcome, self._detail = outcome, detail if isinstance(detail, str) else detail.getTraceback()
+        def addSkip(self, test: Any, reason: Any) -> None:
+            self._record(test, "skipped")
 
-    def addFailure(self, test: Any, fail: Any) -> None:
-        super().addFailure(test, fail)
-        self._note("failed", self._getFailure(fail))
+        def addExpectedFailure(self, test: Any, failure: Any, todo: Any = None) -> None:
+            self._record(test, "todo")
 
-    def addError(self, test: Any, error: Any) -> None:
-        super().addError(test, error)
-        self._note("failed", self._getFailure(error))
+        def addUnexpectedSuccess(self, test: Any, todo: Any = None) -> None:
+            self._record(test, "todo")
 
-    def addSkip(self, test: Any, reason: str) -> None:
-        super().addSkip(test, reason)
-        self._note("skipped", str(reason))
+        def addError(self, test: Any, error: Any) -> None:
+            self._record(test, "failed")
+            text = error.getTraceback() if hasattr(error, "getTraceback") else repr(error)
+            print(f"=== {test.id()}\n{text}", file=sys.stderr)
 
-    def addExpectedFailure(self, test: Any, failure: Any, todo: Any = None) -> None:
-        super().addExpectedFailure(test, failure, todo)
-        self._note("todo", "")
+        addFailure = addError
 
-    def addUnexpectedSuccess(self, test: Any, todo: Any = None) -> None:
-        super().addUnexpectedSuccess(test, todo)
-        self._note("passed", "")
+    with tempfile.TemporaryDirectory() as directory, open(os.devnull, "w") as nowhere:
+        runner = TrialRunner(Recorder, stream=nowhere, workingDirectory=os.path.join(directory, "trial"))
+        runner.run(TestLoader().loadByNames(list(tests), recurse=True))
+    return outcomes
 
 
-assert isinstance(reactor, namedAny(reactor_class)), f"{reactor} runs, not {reactor_class}"
-with open(results, "w") as Recorder.file, tempfile.TemporaryDirectory() as directory:
-    with open(Path(directory) / "report", "w") as report:
-        runner = TrialRunner(Recorder, stream=report, workingDirectory=str(Path(directory) / "trial"))
-        runner.run(TestLoader().loadByNames(tests))
+if __name__ == "__main__":
+    # Tests, and the processes that they run, write to standard output: the answer needs one of its own.
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)
+        json.dump(run(sys.argv[1], sys.argv[2:]), answer)
