@@ -200,8 +200,8 @@ def test_what_is_not_tls_is_one_record_and_others_are_served(secure, trusting, g
     with trusting.wrap_socket(one.connect(), server_hostname="localhost") as good:
         with one.connect() as bad:
             bad.sendall(garbage)
-            bad.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionResetError):
+            with contextlib.suppress(OSError):  # it may be reset at any of these steps
+                bad.shutdown(socket.SHUT_WR)
                 while bad.recv(1000):
                     pass
         one.wait_line(rf"0 bytes in, 0 bytes out, {reason}$")
