@@ -18,6 +18,12 @@ from typing import Any, Literal
 
 import pytest
 
+# What runs in this process runs on our reactor, as what is served does; on Twisted's, if that is asked for.
+if sys.platform == "linux" and "RTSERVICE_TESTS_ON_STOCK_REACTOR" not in os.environ:
+    from rtservice.net import reactor
+
+    reactor.install()
+
 DEADLINE = 30  # seconds for something that takes a fraction of one; generous, since test machines are busy
 
 BIN = Path(sys.executable).parent

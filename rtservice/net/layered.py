@@ -9,7 +9,7 @@ from twisted.internet.interfaces import INegotiated, ISSLTransport
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from zope.interface import implementer
 
-from rtservice.net.stream import Connection
+from rtservice.net.stream import Connection, joined
 
 
 def add_layer(connection: Connection, context_factory: Any, *, client: bool) -> None:
@@ -38,7 +38,7 @@ class LayeredConnection(Connection):
             self.protocol.write(data)
 
     def writeSequence(self, data: Any) -> None:
-        self.write(b"".join(data))
+        self.write(joined(data))
 
     def loseConnection(self) -> None:
         if self.connected and not self.disconnecting:

@@ -265,7 +265,7 @@ class Connection:
             self._pause_producer()
 
     def writeSequence(self, data: Any) -> None:
-        self.write(b"".join(data))
+        self.write(joined(data))
 
     def _flush_soon(self) -> None:
         """Have a flush follow, unless one does already."""
@@ -365,9 +365,14 @@ class Connection:
         self._once_sent = False
         if self.disconnecting:
             self._close()
-        elif self._write_closing and self._writable:
+        elif self._write_closing and self._writable and self._shut_down_writing():
             self._writable = False
-            self._close_write()
+            protocol = IHalfCloseableProtocol(self.protocol, None)
+            if protocol is not None:
+                try:
+                    protocol.writeConnectionLost()
+                except BaseException:
+                    self._protocol_failed("writeConnectionLost")
 
     def doWrite(self) -> Any:
         """The kernel takes bytes again, or will most likely. Called by the reactor."""
@@ -385,15 +390,11 @@ class Connection:
     def _close(self) -> None:
         self.connectionLost(_DONE)
 
-    def _close_write(self) -> None:
+    def _shut_down_writing(self) -> bool:
+        """Send FIN; False when that has to wait, and will be asked for again."""
         with contextlib.suppress(OSError):  # the peer is gone, which reading will tell
             self.socket.shutdown(socket.SHUT_WR)
-        protocol = IHalfCloseableProtocol(self.protocol, None)
-        if protocol is not None:
-            try:
-                protocol.writeConnectionLost()
-            except BaseException:
-                self._protocol_failed("writeConnectionLost")
+        return True
 
     def writeConnectionLost(self, reason: Failure) -> None:
         """IHalfCloseableDescriptor's; our own write side is never lost without the connection."""
@@ -564,7 +565,15 @@ class Connection:
 def _as_bytes(data: Any) -> bytes:
     if isinstance(data, bytearray | memoryview):  # a copy: the caller may change its buffer before it is sent
         return bytes(data)
-    raise TypeError(f"data must be bytes, not {type(data).__name__}")
+    raise TypeError("Data must be bytes")  # Twisted's words
+
+
+def joined(pieces: Any) -> bytes:
+    """Pieces of data as one; raises TypeError as Twisted does."""
+    try:
+        return b"".join(pieces)
+    except TypeError:
+        raise TypeError("Data must be bytes") from None
 
 
 # A TLS record holds at most this much (RFC 8446, section 5.1).
@@ -638,6 +647,9 @@ class SecureConnection(Connection):
         if isinstance(problem, ssl.SSLWantWriteError):  # the answer to a key update does not fit
             self._wait_until_writable()
             return None
+        if isinstance(problem, ssl.SSLZeroReturnError):  # how `ssl` puts the peer's close_notify once ours is sent
+            self.peer_finished = True
+            return main.CONNECTION_DONE
         return super()._not_read(problem)
 
     def _would_block(self, problem: OSError) -> bool:
@@ -656,6 +668,31 @@ class SecureConnection(Connection):
                 self.connectionLost(_LOST)
                 return
         super()._sent_some(piece, sent)
+
+    def _shut_down_writing(self) -> bool:
+        """Send close_notify and FIN, as soon as there is nothing to read.
+
+        `ssl` looks for the peer's close_notify when it has sent ours, and breaks off when it finds data instead: what a
+        peer sends within those microseconds ends the connection.
+        """
+        try:
+            # Below TLS: SSLSocket's own methods would take no flags, and forget their TLS at a shutdown.
+            if socket.socket.recv(self.socket, 1, socket.MSG_PEEK):
+                self._once_sent = True  # asked for again when that is read
+                return False
+        except OSError:  # most often BlockingIOError: nothing to read
+            pass
+        try:
+            self._tls.shutdown()
+        except ssl.SSLWantWriteError:
+            self._once_sent = True
+            self._wait_until_writable()
+            return False
+        except OSError:  # SSLWantReadError: there is none of the peer's yet; others: it is gone
+            pass
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+        return True
 
     def _close(self) -> None:
         """Say close_notify, and do not wait for the peer's: RFC 8446, section 6.1, does not ask for it."""

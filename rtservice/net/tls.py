@@ -17,6 +17,11 @@ _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 # A file may hold more than certificates: a key in the same one is common, and text before them.
 _PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
+# The groups of the same configuration; OpenSSL's own choice has X448 and P-521 too.
+_GROUPS = "X25519:prime256v1:secp384r1"
+
+_OP_PRIORITIZE_CHACHA = 1 << 21  # openssl/ssl.h; `ssl` has no name for it
+
 _MINIMUM = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
@@ -47,8 +52,10 @@ class ServerTLS:
         context.set_ciphers(_CIPHERS)
         # A client that renegotiates makes the server work for nothing (CVE-2011-1473); TLS 1.3 has none of it.
         context.options |= ssl.OP_NO_RENEGOTIATION
-        # Each suite of the list is good, so what is fastest for the client decides: Mozilla's advice.
-        context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
+        # The server's order, but for a client that puts ChaCha20 first, which has no AES in hardware.
+        context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | _OP_PRIORITIZE_CHACHA
+        if hasattr(context, "set_groups"):  # Python 3.15; before, the groups are OpenSSL's own choice
+            context.set_groups(_GROUPS)
         certificates = _certificates(self.certificate, "certificate")
         if self.chain is not None:
             certificates += "\n" + _certificates(self.chain, "certificate chain")
@@ -62,14 +69,19 @@ class ServerTLS:
 
     def _load(self, context: ssl.SSLContext, certificates: str) -> None:
         _read(self.private_key, "private key")
+
+        def no_passphrase() -> str:  # without this, OpenSSL would ask on a terminal that a service may not have
+            raise TLSError(f"the private key {self.private_key!r} is encrypted: give it without a passphrase")
+
         # `ssl` takes names of files alone, and the whole chain in one.
         with tempfile.NamedTemporaryFile("w", encoding="ascii", suffix=".pem") as file:
             file.write(certificates)
             file.flush()
             try:
-                context.load_cert_chain(file.name, self.private_key, _no_passphrase)
+                context.load_cert_chain(file.name, self.private_key, no_passphrase)
             except ssl.SSLError as error:
-                if error.reason == "KEY_VALUES_MISMATCH":
+                # The third: a key of a kind for which there is no certificate at all.
+                if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
                     raise TLSError(
                         f"the private key {self.private_key!r} does not belong to the certificate {self.certificate!r}"
                     ) from error
@@ -78,19 +90,17 @@ class ServerTLS:
                 raise TLSError(f"no usable private key in PEM form in {self.private_key!r}") from error
 
 
-def _no_passphrase() -> str:
-    # Without this OpenSSL would ask on the terminal, which a service may not have.
-    raise TLSError("the private key is encrypted, and a service has nobody to ask: give it without a passphrase")
-
-
 def _certificates(path: str, what: str) -> str:
     """The text of a PEM file that has at least one certificate in it, and none that cannot be read."""
     text = _read(path, what)
+    found = _PEM_CERTIFICATE.findall(text)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=text)
-    except ssl.SSLError as error:
+        if len(found) != text.count("-----BEGIN CERTIFICATE-----"):
+            raise ValueError("one of them does not end")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata="\n".join(found))
+    except (ssl.SSLError, ValueError, TypeError) as error:  # also none at all; and a byte that is not ASCII
         raise TLSError(f"no usable {what} in PEM form in {path!r}") from error
-    return "\n".join(_PEM_CERTIFICATE.findall(text))
+    return "\n".join(found)
 
 
 def _read(path: str, what: str) -> str:

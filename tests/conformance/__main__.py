@@ -3,6 +3,7 @@
 Exits 0 when everything that passes there passes here, or is in `EXCEPTIONS` with its reason.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -13,42 +14,56 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+
+def _tests(package: str, names: str) -> list[str]:
+    return [f"{package}.test_{name}" for name in names.split()]
+
+
 # Reactors, TCP, UNIX, UDP, TLS, endpoints, policies, processes, stdio, threads, timers and signals.
-TESTS = [
-    *(
-        f"twisted.internet.test.test_{name}"
-        for name in (
-            "abstract address base baseprocess core default endpoints epollreactor fdset filedescriptor inlinecb main "
-            "newtls pollingfile posixbase posixprocess process protocol reactormixins resolver serialport sigchld socket "
-            "stdio tcp testing threads time tls udp udp_internals unix"
-        ).split()
-    ),
-    *(
-        f"twisted.test.test_{name}"
-        for name in (
-            "abstract amp application context cooperator defer fdesc ftp internet iosim log loopback pcp policies process "
-            "protocols sni ssl sslverify stdio task tcp tcp_internals threadable threadpool threads udp unix"
-        ).split()
-    ),
-    "twisted.protocols.test.test_basic",
-    "twisted.protocols.test.test_tls",
-]
+TESTS = (
+    _tests(
+        "twisted.internet.test",
+        "abstract address base baseprocess core default endpoints epollreactor fdset filedescriptor inlinecb main "
+        "newtls pollingfile posixbase posixprocess process protocol reactormixins resolver serialport sigchld socket "
+        "stdio tcp testing threads time tls udp udp_internals unix",
+    )
+    + _tests(
+        "twisted.test",
+        "abstract amp application context cooperator defer fdesc ftp internet iosim log loopback pcp policies process "
+        "protocols sni ssl sslverify stdio task tcp tcp_internals threadable threadpool threads udp unix",
+    )
+    + _tests("twisted.protocols.test", "basic tls")
+)
 
 # What the transports reach of it.
-TRANSPORT_TESTS = [
-    *(f"twisted.internet.test.test_{name}" for name in "core endpoints newtls socket tcp threads tls unix".split()),
-    *(f"twisted.test.test_{name}" for name in "amp ftp internet loopback policies sni ssl sslverify tcp unix".split()),
-    "twisted.protocols.test.test_tls",
-]
+TRANSPORT_TESTS = (
+    _tests("twisted.internet.test", "core endpoints newtls socket tcp threads tls unix")
+    + _tests("twisted.test", "amp ftp internet loopback policies sni ssl sslverify tcp unix")
+    + _tests("twisted.protocols.test", "tls")
+)
 
-# Tests that need not pass on ours, by how their names end, with the reason.
+_SPARE = "Twisted closes whom it cannot serve for want of a descriptor; ours leaves them queued until there is one"
+_REPR = "it reads attributes and texts of Twisted's own class: sessionno, logstr, repr()"
+_DESCRIPTORS = "passing descriptors over UNIX sockets (IUNIXTransport) is not offered"
+
+# Tests that need not pass on ours, and why.
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "rtservice": {},
-    "transports": {},
+    "transports": {
+        "test_closePeerOnEMFILE": _SPARE,
+        "test_serverAddressTCP4": _REPR,
+        "test_serverAddressTCP6": _REPR,
+        "test_serverRepr": _REPR,
+        "test_avoidLeakingFileDescriptors": _DESCRIPTORS,
+        "test_descriptorDeliveredBeforeBytes": _DESCRIPTORS,
+        "test_fileDescriptorOverrun": _DESCRIPTORS,
+        "test_sendFileDescriptor": _DESCRIPTORS,
+        "test_sendFileDescriptorTriggersPauseProducing": _DESCRIPTORS,
+    },
 }
 
-# A run that shrinks below this compares nothing: an import that fails, say. About three quarters of what passes now.
-LEAST_PASSED = {"rtservice": 1, "transports": 1}
+# A run with fewer than this compares little: an import that fails, say. Some three quarters of what passes now.
+LEAST_PASSED = {"rtservice": 1700, "transports": 900}
 
 RUN_SECONDS = 400
 
@@ -61,6 +76,7 @@ def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=said,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},  # for children of tests, which run elsewhere
             start_new_session=True,
         )
         try:
@@ -70,10 +86,8 @@ def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
             said.seek(0)
             raise SystemExit(f"{said.read()[-5000:]}\nthe run on {reactor} gave no outcomes: {problem!r}") from None
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
         said.seek(0)
         report = said.read()
@@ -101,7 +115,7 @@ def compare(ours: str, tests: Sequence[str]) -> bool:
     print(counts("epoll", there), counts(ours, here), sep="\n")
     different = []
     for test in differences(there, here):
-        reason = next((why for end, why in EXCEPTIONS[ours].items() if test.endswith(end)), None)
+        reason = next((why for end, why in EXCEPTIONS[ours].items() if test.endswith(f".{end}")), None)
         if reason is not None:
             print(f"excepted: {test}: {reason}")
             continue
@@ -125,6 +139,7 @@ _SUFFIX = {"rtservice": "_ReactorTests", "transports": "_AdoptingReactorTests"}
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no run is left behind
     good = True
     for ours, tests in (("rtservice", TESTS), ("transports", TRANSPORT_TESTS)):
         print(f"== {ours} beside epoll", flush=True)

@@ -1,8 +1,11 @@
 """A reactor whose listening ports make our `Connection`, so that Twisted's tests of transports reach it."""
 
+import socket
 from typing import Any
 
 from twisted.internet import tcp, unix
+from twisted.internet.error import UnsupportedAddressFamily
+from twisted.internet.main import installReactor
 
 from rtservice.net.reactor import Reactor
 from rtservice.net.stream import Port
@@ -49,3 +52,19 @@ class AdoptingReactor(Reactor):
         listening = _UNIXPort(address, factory, backlog, mode, self, wantPID)
         listening.startListening()
         return listening
+
+    def adoptStreamPort(self, fileDescriptor: int, addressFamily: int, factory: Any) -> Any:
+        kind = {socket.AF_UNIX: _UNIXPort, socket.AF_INET: _TCPPort, socket.AF_INET6: _TCPPort}.get(addressFamily)
+        if kind is None:
+            raise UnsupportedAddressFamily(addressFamily)
+        if kind is _UNIXPort:
+            listening = kind._fromListeningDescriptor(self, fileDescriptor, factory)
+        else:
+            listening = kind._fromListeningDescriptor(self, fileDescriptor, addressFamily, factory)
+        listening.startListening()
+        return listening
+
+
+def install() -> None:
+    """For tests that run a child on the reactor that they run on."""
+    installReactor(AdoptingReactor())

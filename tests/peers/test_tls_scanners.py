@@ -23,7 +23,6 @@ def port(request, service, certificates) -> int:
 # What testssl.sh calls severe, and why it is none of the listener's.
 ACCEPTED = {
     "cert_revocation": "the tests' authority publishes neither a CRL nor an OCSP responder",
-    "cipher_order": "each suite is good, so the client chooses: Mozilla's advice, which testssl.sh 3.0 does not know",
 }
 SEVERE = ("MEDIUM", "HIGH", "CRITICAL", "FATAL")
 
