@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from twisted.logger import FilteringLogObserver, Logger, LogLevel, LogLevelFilterPredicate, globalLogPublisher
+from twisted.logger import LogEvent, Logger, LogLevel, globalLogPublisher
 from twisted.python import usage
 
 from rtservice import __version__, settings
@@ -183,8 +183,15 @@ def _path_resolver(twistd: Any) -> Callable[[str], str]:
 
 def _logger(level: settings.LogLevelName) -> Logger:
     """Where the service's own records go: to Twisted's log, from this level up."""
-    enough = LogLevelFilterPredicate(defaultLogLevel=LogLevel.lookupByName(level))
-    return Logger(namespace="rtservice", observer=FilteringLogObserver(globalLogPublisher, [enough]))
+    levels = list(LogLevel.iterconstants())
+    enough = frozenset(levels[levels.index(LogLevel.lookupByName(level)) :])
+
+    # Twisted's FilteringLogObserver takes a fifth of what a connection's record costs.
+    def observer(event: LogEvent) -> None:
+        if event["log_level"] in enough:
+            globalLogPublisher(event)
+
+    return Logger(namespace="rtservice", observer=observer)  # type: ignore[arg-type]  # a function is an observer
 
 
 def _exit_with_status_of(server: Server) -> None:
