@@ -283,6 +283,47 @@ def test_a_push_producer_is_paused_above_64_kib_and_resumed_when_all_is_sent(ser
 
 
 @pytest_twisted.inlineCallbacks
+def test_fifty_megabytes_to_a_slow_reader_arrive_with_little_of_them_in_memory(serve):
+    pieces, unsent = 50, []
+
+    class Pusher:
+        left = pieces
+        running = False
+
+        def __init__(self, transport):
+            self.transport = transport
+
+        def resumeProducing(self):
+            self.running = True
+            while self.running and self.left:
+                self.left -= 1
+                self.transport.write(bytes([self.left]) * 1_000_000)
+                unsent.append(self.transport._unsent)
+            if not self.left:
+                self.transport.unregisterProducer()
+                self.transport.loseConnection()
+
+        def pauseProducing(self):
+            self.running = False
+
+        stopProducing = pauseProducing
+
+    def start(protocol):
+        pusher = Pusher(protocol.transport)
+        protocol.transport.registerProducer(pusher, True)
+        pusher.resumeProducing()
+
+    def read_slowly(sock):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+
+    address, closed = serve(Recording(on_connect=start))
+    answer = yield deferToThread(talk, address, read_slowly)
+    assert answer == b"".join(bytes([left]) * 1_000_000 for left in reversed(range(pieces)))
+    assert max(unsent) == 1_000_000
+    assert closed[0].bytes_out == 50_000_000
+
+
+@pytest_twisted.inlineCallbacks
 def test_lose_write_connection_sends_fin_and_goes_on_reading(serve):
     received: list[bytes] = []
 

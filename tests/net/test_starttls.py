@@ -1,0 +1,178 @@
+"""A plain connection that goes on in TLS: with the standard library's contexts, and with Twisted's."""
+
+import importlib.util
+import os
+import socket
+import ssl
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IHandshakeListener, ISSLTransport
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.threads import deferToThread
+from zope.interface import implementer
+
+from rtservice.net.listeners import open_description
+from rtservice.net.stream import Port
+from rtservice.net.tls import ServerTLS
+
+DEADLINE = 20
+STARTTLS = b"STARTTLS\r\n"
+
+
+@implementer(IHandshakeListener)
+class Upgrading(Protocol):
+    """Starts TLS when it is asked to; then echoes."""
+
+    factory: Any
+    transport: Any
+
+    def dataReceived(self, data):
+        if data == STARTTLS:
+            self.transport.write(self.factory.plain)
+            self.transport.startTLS(self.factory.context)
+            self.transport.write(b"first in TLS")
+        else:
+            self.transport.write(data)
+
+    def handshakeCompleted(self):
+        self.factory.shaken += 1
+
+    def connectionLost(self, reason):
+        self.factory.secure = ISSLTransport.providedBy(self.transport)
+        self.factory.lost.callback(reason.value)
+
+
+@pytest.fixture
+def serve():
+    """Serves Upgrading with a context, after some plain text; gives the factory and the port's address."""
+    started = []
+
+    def start(context, plain=b"go on\r\n", **port):
+        factory: Any = Factory.forProtocol(Upgrading)
+        factory.noisy = False
+        factory.context, factory.plain = context, plain
+        factory.shaken, factory.lost = 0, Deferred()
+        (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+        adopted = Port(reactor, listener.socket, factory, name=listener.name, **port)
+        adopted.startListening()
+        started.append((adopted, listener))
+        return factory, listener.socket.getsockname()
+
+    yield start
+    for adopted, listener in started:
+        adopted.stopListening()
+        listener.close()
+
+
+@pytest.fixture(params=["ssl", "pyOpenSSL"])
+def context(request, certificates):
+    """A server's context for startTLS, of each kind."""
+    if request.param == "ssl":
+        return ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    if importlib.util.find_spec("OpenSSL") is None:
+        pytest.skip("pyOpenSSL (twisted[tls]) is not installed")
+    from twisted.internet.ssl import DefaultOpenSSLContextFactory
+
+    return DefaultOpenSSLContextFactory(certificates["server.key"], certificates["server.pem"])
+
+
+def upgrade(address, certificates, plain: bytes) -> ssl.SSLSocket:
+    """A client that has read the plain text and shaken hands."""
+    sock = socket.create_connection(address, timeout=DEADLINE)
+    sock.sendall(STARTTLS)
+    received = bytearray()
+    while len(received) < len(plain):
+        received += sock.recv(len(plain) - len(received))
+    assert received == plain
+    client = ssl.create_default_context(cafile=certificates["ca.pem"])
+    return client.wrap_socket(sock, server_hostname="localhost")
+
+
+def read(sock: ssl.SSLSocket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        piece = sock.recv(size - len(received))
+        assert piece
+        received += piece
+    return bytes(received)
+
+
+@pytest.mark.parametrize("size", [7, 8_000_000], ids=["a line", "more than the kernel takes"])
+@pytest_twisted.inlineCallbacks
+def test_what_is_written_before_is_plain_and_what_comes_after_is_in_tls(serve, context, certificates, size):
+    plain = os.urandom(size)
+    factory, address = serve(context, plain)
+
+    def client():
+        with upgrade(address, certificates, plain) as sock:
+            assert read(sock, 12) == b"first in TLS"
+            data = os.urandom(300_000)
+            for start in range(0, len(data), 30_000):
+                sock.sendall(data[start : start + 30_000])
+                assert read(sock, 30_000) == data[start : start + 30_000]
+            sock.unwrap().close()
+
+    yield deferToThread(client)
+    reason = yield factory.lost.addTimeout(DEADLINE, reactor)
+    assert isinstance(reason, ConnectionDone)
+    assert factory.shaken == 1
+    assert factory.secure
+
+
+@pytest_twisted.inlineCallbacks
+def test_lose_connection_during_the_handshake_waits_for_what_is_written(serve, certificates):
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    factory, address = serve(context)
+
+    class Closing(Upgrading):
+        def dataReceived(self, data):
+            super().dataReceived(data)
+            self.transport.loseConnection()
+
+    factory.protocol = Closing
+
+    def client():
+        with upgrade(address, certificates, b"go on\r\n") as sock:
+            assert read(sock, 12) == b"first in TLS"
+            assert sock.recv(1) == b""
+
+    yield deferToThread(client)
+    assert isinstance((yield factory.lost.addTimeout(DEADLINE, reactor)), ConnectionDone)
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_handshake_that_stalls_ends_at_the_deadline(serve, certificates):
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    factory, address = serve(context, handshake_timeout=0.1)
+    sock = socket.create_connection(address, timeout=DEADLINE)
+    sock.sendall(STARTTLS)
+    reason = yield factory.lost.addTimeout(DEADLINE, reactor)
+    assert isinstance(reason, ConnectionLost)
+    assert factory.shaken == 0
+    sock.close()
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_context_for_the_other_side_is_refused_and_the_connection_is_lost_alone(serve):
+    factory, address = serve(ssl.create_default_context())
+    problems: list[BaseException] = []
+
+    class Careful(Upgrading):
+        def dataReceived(self, data):
+            try:
+                super().dataReceived(data)
+            except ValueError as problem:
+                problems.append(problem)
+                self.transport.loseConnection()
+
+    factory.protocol = Careful
+    sock = socket.create_connection(address, timeout=DEADLINE)
+    sock.sendall(STARTTLS)
+    assert isinstance((yield factory.lost.addTimeout(DEADLINE, reactor)), ConnectionDone)
+    assert "cannot be the server" in str(problems[0])
+    sock.close()
