@@ -576,10 +576,6 @@ def joined(pieces: Any) -> bytes:
         raise TypeError("Data must be bytes") from None
 
 
-# A TLS record holds at most this much (RFC 8446, section 5.1).
-_RECORD_SIZE = 16 * 1024
-
-
 @implementer(interfaces.INegotiated, interfaces.ISSLTransport)
 class SecureConnection(Connection):
     """A Connection whose bytes pass through TLS, from the standard library's `ssl`.
@@ -656,9 +652,9 @@ class SecureConnection(Connection):
         return isinstance(problem, ssl.SSLWantWriteError)
 
     def _sent_some(self, piece: bytes | memoryview, sent: int) -> None:
-        """Each write made one record of at most 16 KiB: go on until the kernel has no more room."""
+        """Each write is one record of at most 16 KiB: go on until the kernel is full, or it is the turn of others."""
         rest = memoryview(piece)
-        while sent and sent % _RECORD_SIZE == 0 and sent < len(piece):
+        while 0 < sent < min(len(piece), JOIN_LIMIT):
             try:
                 sent += self._send(rest[sent:])
             except OSError as problem:
