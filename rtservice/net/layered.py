@@ -45,18 +45,24 @@ class LayeredConnection(Connection):
             self.protocol.loseConnection()
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
-        self.protocol.registerProducer(producer, streaming)
+        if self.connected:
+            self.protocol.registerProducer(producer, streaming)
+        else:
+            producer.stopProducing()
 
     def unregisterProducer(self) -> None:
-        self.protocol.unregisterProducer()
+        if self.connected:
+            self.protocol.unregisterProducer()
+
+    # What follows is None once the connection is lost.
 
     def getHandle(self) -> Any:
-        return self.protocol.getHandle()
+        return self.protocol and self.protocol.getHandle()
 
     def getPeerCertificate(self) -> Any:
-        return self.protocol.getPeerCertificate()
+        return self.protocol and self.protocol.getPeerCertificate()
 
     @property
     def negotiatedProtocol(self) -> bytes | None:
-        chosen: bytes | None = self.protocol.negotiatedProtocol
+        chosen: bytes | None = self.protocol and self.protocol.negotiatedProtocol
         return chosen

@@ -563,7 +563,7 @@ class Connection:
 
 
 def _as_bytes(data: Any) -> bytes:
-    if isinstance(data, bytearray | memoryview):  # a copy: the caller may change its buffer before it is sent
+    if isinstance(data, bytes | bytearray | memoryview):  # a copy: a buffer may be changed before it is sent
         return bytes(data)
     raise TypeError("Data must be bytes")  # Twisted's words
 
@@ -740,6 +740,8 @@ class Handshake(SecureConnection):
                     self._wait_until_writable()
                     return
             self._begin = None
+            # If wrapping fails, it has closed the descriptor, and the reactor must not know it any more.
+            self.reactor.removeReader(self)
             self._use(
                 context.wrap_socket(
                     self.socket, server_side=server_side, do_handshake_on_connect=False, suppress_ragged_eofs=False
@@ -747,11 +749,11 @@ class Handshake(SecureConnection):
             )
         except OSError as problem:  # the peer is gone
             self.error = problem
-            self.reactor.removeReader(self)
             self.reactor.callLater(0, self.connectionLost, _LOST)
             return
         self.reactor.addReader(self)
-        if not server_side:  # who has the first word
+        if not server_side:  # the client has the first word
+            self._corked = False
             self._flush_soon()
 
     def doRead(self) -> Any:

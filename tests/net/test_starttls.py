@@ -43,6 +43,7 @@ class Upgrading(Protocol):
         self.factory.shaken += 1
 
     def connectionLost(self, reason):
+        self.transport.unregisterProducer()  # many do, and the layer is gone by then
         self.factory.secure = ISSLTransport.providedBy(self.transport)
         self.factory.lost.callback(reason.value)
 
@@ -122,6 +123,36 @@ def test_what_is_written_before_is_plain_and_what_comes_after_is_in_tls(serve, c
     assert isinstance(reason, ConnectionDone)
     assert factory.shaken == 1
     assert factory.secure
+
+
+@pytest_twisted.inlineCallbacks
+def test_the_accepting_side_can_be_the_client_of_the_handshake(serve, certificates):
+    factory, address = serve(ssl.create_default_context(cafile=certificates["ca.pem"]))
+    factory.context.check_hostname = False
+
+    class Reversed(Upgrading):
+        def dataReceived(self, data):
+            if data == STARTTLS:
+                self.transport.startTLS(self.factory.context, normal=False)
+                self.transport.write(b"first in TLS")
+            else:
+                self.transport.write(data)
+
+    factory.protocol = Reversed
+    server = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+
+    def client():
+        sock = socket.create_connection(address, timeout=DEADLINE)
+        sock.sendall(STARTTLS)
+        with server.wrap_socket(sock, server_side=True) as secure:
+            assert read(secure, 12) == b"first in TLS"
+            secure.sendall(b"and back")
+            assert read(secure, 8) == b"and back"
+            secure.unwrap().close()
+
+    yield deferToThread(client)
+    assert isinstance((yield factory.lost.addTimeout(DEADLINE, reactor)), ConnectionDone)
+    assert factory.shaken == 1
 
 
 @pytest_twisted.inlineCallbacks

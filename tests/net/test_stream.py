@@ -461,6 +461,22 @@ def test_write_takes_bytes_alone(data) -> None:
             connection.write(data)
 
 
+class Text(bytes):
+    pass
+
+
+@pytest.mark.parametrize("data", [Text(b"x"), bytearray(b"x"), memoryview(b"x")], ids=["subclass", "bytearray", "view"])
+@pytest_twisted.inlineCallbacks
+def test_write_takes_all_kinds_of_bytes(serve, data):
+    def write_and_close(protocol):
+        protocol.transport.write(data)
+        protocol.transport.loseConnection()
+
+    address, _ = serve(Recording(on_connect=write_and_close))
+    answer = yield deferToThread(talk, address)
+    assert answer == b"x"
+
+
 class Listening:
     """A listening socket whose accept() does what it is told."""
 
