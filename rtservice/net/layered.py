@@ -17,8 +17,8 @@ def add_layer(connection: Connection, context_factory: Any, *, client: bool) -> 
     producer, streaming = connection.producer, connection.streaming_producer
     if producer is not None:
         connection.unregisterProducer()
-    # As in Twisted: it needs no factory of its own when it is given the protocol.
-    factory = TLSMemoryBIOFactory(context_factory, client, None)  # type: ignore[arg-type]
+    # As in Twisted's own startTLS: without a factory to wrap, since it is given the protocol.
+    factory = TLSMemoryBIOFactory(context_factory, client, None)  # type: ignore[arg-type]  # None is for this use
     protocol = factory.protocol(factory, connection.protocol, False)
     connection.protocol = protocol
     connection.__class__ = LayeredConnection

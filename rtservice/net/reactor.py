@@ -19,11 +19,9 @@ from typing import Any
 
 from twisted.internet import error
 from twisted.internet.epollreactor import EPollReactor
-from twisted.internet.interfaces import IReactorFDSet
 from twisted.internet.main import installReactor
 from twisted.python import log
 from twisted.python.context import theContextTracker
-from zope.interface import implementer
 
 _NO_DESCRIPTOR = error.ConnectionFdescWentAway("File descriptor lost")
 
@@ -52,11 +50,10 @@ class _LogContext:
         below = contexts[: contexts.index(self)] if self in contexts else contexts
         for context in reversed(below):
             with suppress(KeyError):
-                return context[log.ILogContext]  # type: ignore[no-any-return]
+                return context[log.ILogContext]  # type: ignore[no-any-return]  # the stack is untyped
         return {}
 
 
-@implementer(IReactorFDSet)
 class Reactor(EPollReactor):
     """Twisted's epoll reactor, cheaper for each event, on the monotonic clock."""
 

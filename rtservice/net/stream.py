@@ -622,7 +622,7 @@ class SecureConnection(Connection):
     def secured(self) -> None:
         """The handshake is done: what waited for it goes on."""
         # Not the socket's own methods: they are these, in two more frames for each message.
-        self._tls = self.socket._sslobj  # type: ignore[attr-defined]
+        self._tls = self.socket._sslobj  # type: ignore[attr-defined]  # private, not typed
         self._recv = self._tls.read
         self._send = self._tls.write
         if self.protocol is None:

@@ -268,6 +268,8 @@ def test_ssl_paths_are_resolved_as_asked(certificates) -> None:
         resolve_path=certificates.__getitem__,
     )
     listener.close()
+    assert listener.tls is not None
+    assert [dict(pair[0] for pair in ca["subject"])["commonName"] for ca in listener.tls.get_ca_certs()] == ["ca"]
 
 
 @needs_ipv6

@@ -735,7 +735,7 @@ def test_what_came_while_reading_was_paused_is_there_without_another_packet(serv
     with peer:
         protocol = yield made.addTimeout(DEADLINE, reactor)
         for _ in range(20):
-            yield deferLater(reactor, 0, nothing)
+            yield deferToThread(nothing)  # a turn of the reactor, with its poll
         assert served.factory.received == b""
         protocol.transport.resumeProducing()
         answer = yield deferToThread(peer.read_exactly, 11)
@@ -1105,7 +1105,7 @@ def test_a_client_that_trickles_its_hello_is_gone_at_the_deadline_all_the_same(s
             assert served.closed == []
             peer.sock.sendall(hello[i : i + 1])
             for _ in range(3):
-                yield deferLater(reactor, 0, nothing)
+                yield deferToThread(nothing)  # a turn of the reactor, with its poll
             timed.clock.advance(0.1)
         assert len(served.closed) == 1
 
