@@ -14,7 +14,6 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.task import deferLater
 from twisted.internet.testing import MemoryReactorClock
 from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel, globalLogPublisher
@@ -80,29 +79,34 @@ class Recording(Factory):
 def serve():
     """Serves a factory on a free loopback port; gives its address and the closed connections."""
     started = []
+    connections: set[Any] = set()
+    idle: list[Deferred] = []  # fires when the last connection has ended
 
     def start(factory, description="tcp:0:interface=127.0.0.1"):
         (listener,) = open_description(description, backlog=100)
-        closed = []
-        port = Port(
-            reactor,
-            listener.socket,
-            factory,
-            name=listener.name,
-            closed=lambda connection, reason: closed.append(connection),
-        )
+        ended = []
+
+        def closed(connection, reason):
+            ended.append(connection)
+            connections.discard(connection)
+            if idle and not connections:
+                idle.pop().callback(None)
+
+        port = Port(reactor, listener.socket, factory, name=listener.name, opened=connections.add, closed=closed)
         port.startListening()
-        started.append((port, listener, factory))
-        return listener.socket.getsockname(), closed
+        started.append((port, listener))
+        return listener.socket.getsockname(), ended
 
     yield start
-    for port, listener, factory in started:
+    for port, listener in started:
         port.stopListening()
         listener.close()
-        for protocol in factory.made:
-            if protocol.transport.connected:
-                protocol.transport.abortConnection()
-    pytest_twisted.blockon(deferLater(reactor, 0.01))
+    if connections:
+        idle.append(Deferred())
+        waiting = idle[0].addTimeout(DEADLINE, reactor)
+        for connection in list(connections):
+            connection.abortConnection()
+        pytest_twisted.blockon(waiting)
 
 
 def talk(address, *steps) -> bytes:
