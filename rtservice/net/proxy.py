@@ -1,0 +1,249 @@
+"""The PROXY protocol's header, versions 1 and 2: bytes in, an answer out.
+
+Sections (§) are those of HAProxy's doc/proxy-protocol.txt of 2020/03/05.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+from struct import Struct
+
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+
+Address = IPv4Address | IPv6Address | UNIXAddress
+
+# §2.1: of UNKNOWN with two of the longest addresses, CRLF included; TCP4 and TCP6 cannot be longer.
+_V1_LONGEST = 107
+
+# What may have come of a v1 line when its CRLF has not. §2.1 has the addresses read only then, so that this knows their
+# bytes and their number; it is enough to refuse at once whoever speaks another protocol or another family.
+_V1_BEGINNINGS = {
+    b"PROXY TCP4 ": re.compile(rb"[0-9.]{0,15}(?: [0-9.]{0,15}(?: [0-9]{0,5}(?: [0-9]{0,5}\r?)?)?)?"),
+    b"PROXY TCP6 ": re.compile(rb"[0-9A-Fa-f:.]{0,45}(?: [0-9A-Fa-f:.]{0,45}(?: [0-9]{0,5}(?: [0-9]{0,5}\r?)?)?)?"),
+    b"PROXY UNKNOWN ": re.compile(rb"[ -~]*\r?"),
+    b"PROXY UNKNOWN\r": re.compile(rb""),
+}
+
+# §2.2
+_V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+_V2_FIXED = 16  # the signature, version and command, family and protocol, and the length of what follows
+_V2_LOCAL = 0x20
+_V2_PROXY = 0x21
+
+# §2.2: family and protocol (the 14th byte) → bytes of the two addresses, which is where the TLVs begin. What is not here
+# is reserved. An unspecified family or protocol has 0: how it is laid out nobody knows, and all of it is skipped.
+_V2_ADDRESSES = {
+    **dict.fromkeys((0x00, 0x01, 0x02, 0x10, 0x20, 0x30), 0),
+    **dict.fromkeys((0x11, 0x12), 12),
+    **dict.fromkeys((0x21, 0x22), 36),
+    **dict.fromkeys((0x31, 0x32), 216),
+}
+_V2_INET = Struct("!4s4sHH")
+_V2_INET6 = Struct("!16s16sHH")
+_V2_UNIX = Struct("108s108s")
+
+_PP2_TYPE_CRC32C = 0x03  # §2.2.3
+
+
+class ProxyError(ValueError):
+    """The bytes are no PROXY header, and more of them will not make it one; the text says what was found.
+
+    It has nothing of the peer's in it but numbers.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A complete header of `length` bytes.
+
+    `source` is the client, `destination` what it connected to, in the form in which the system gives addresses, so that
+    one client has one spelling. Both are None where the connection's own addresses hold. Names of UNIX sockets are not
+    believed to exist here: do not compare or hash such an address, which looks for the file. `tlvs` are the type and
+    value of each TLV (§2.2), in order; v1 has none.
+    """
+
+    length: int
+    source: Address | None
+    destination: Address | None
+    tlvs: tuple[tuple[int, bytes], ...]
+
+
+def parse(data: bytes) -> Header | None:
+    """Read the header at the beginning of everything that was received so far.
+
+    None: all of it belongs to a header of which more has to come. Raises ProxyError as soon as there can be no header;
+    of addresses and TLVs that is when the last byte of the header is there. What follows a header is not looked at.
+    """
+    if data.startswith(b"PROXY "):
+        return _parse_v1(data)
+    if data.startswith(_V2_SIGNATURE):
+        return _parse_v2(data)
+    for beginning in (b"PROXY ", _V2_SIGNATURE):
+        if beginning.startswith(data):
+            return None
+        if beginning[0] == data[0]:
+            at = next(at for at, byte in enumerate(beginning) if data[at] != byte)
+            raise ProxyError(f"no PROXY header: byte {at + 1} is 0x{data[at]:02x} instead of 0x{beginning[at]:02x}")
+    raise ProxyError(f"no PROXY header: the first byte is 0x{data[0]:02x}, neither 0x50 (v1) nor 0x0d (v2)")
+
+
+def _parse_v1(data: bytes) -> Header | None:
+    end = data.find(b"\r\n", 0, _V1_LONGEST)
+    if end < 0:
+        # The LF of a CR may still come, as the last byte of the longest line.
+        if len(data) - data.endswith(b"\r") >= _V1_LONGEST - 1:
+            raise ProxyError(f"v1 header without CRLF in its first {_V1_LONGEST} bytes")
+        for beginning, rest in _V1_BEGINNINGS.items():
+            if beginning.startswith(data) or (data.startswith(beginning) and rest.fullmatch(data, len(beginning))):
+                return None
+        raise ProxyError(f"v1 header with {len(data)} bytes that do not begin a line of TCP4, TCP6 or UNKNOWN")
+    line = data[:end].decode("latin-1")
+    fields = line.split(" ")
+    kind = fields[1]
+    if kind == "UNKNOWN":
+        # The rest says nothing (§2.1), but the line is US-ASCII all the same, and might be logged one day.
+        if not (line.isascii() and line.isprintable()):
+            raise ProxyError("v1 header of UNKNOWN with a control byte or a byte above 0x7f")
+        return Header(end + 2, None, None, ())
+    if kind not in ("TCP4", "TCP6"):
+        raise ProxyError(f"v1 header with a word of {len(kind)} bytes where TCP4, TCP6 or UNKNOWN belongs")
+    if len(fields) != 6:
+        raise ProxyError(f"v1 header of {kind} with {len(fields)} fields, separated by single spaces, instead of 6")
+    _, _, source, destination, source_port, destination_port = fields
+    return Header(
+        end + 2,
+        _v1_address(kind, "source", source, source_port),
+        _v1_address(kind, "destination", destination, destination_port),
+        (),
+    )
+
+
+def _v1_address(kind: str, which: str, host: str, port: str) -> IPv4Address | IPv6Address:
+    family = AF_INET if kind == "TCP4" else AF_INET6
+    try:
+        packed = inet_pton(family, host)
+        canonical = inet_ntop(family, packed)
+        # Some systems read leading zeros; an IPv6 address may be spelled in many ways (§2.1).
+        if family == AF_INET and canonical != host:
+            raise ValueError
+    except (OSError, ValueError):  # ValueError also for a NUL
+        raise ProxyError(f"v1 header of {kind} whose {which} address is not of this family") from None
+    try:
+        number = int(port)
+        if not 0 <= number <= 65535 or str(number) != port:  # int() takes signs, leading zeros, spaces, underscores
+            raise ValueError
+    except ValueError:
+        raise ProxyError(
+            f"v1 header of {kind} whose {which} port is not a number from 0 to 65535 without leading zeros"
+        ) from None
+    return IPv4Address("TCP", canonical, number) if family == AF_INET else IPv6Address("TCP", canonical, number)
+
+
+def _parse_v2(data: bytes) -> Header | None:
+    size = len(data)
+    if size < 13:
+        return None
+    version_command = data[12]
+    if version_command >> 4 != 2:
+        raise ProxyError(f"v2 header of version {version_command >> 4} instead of 2")
+    if version_command not in (_V2_LOCAL, _V2_PROXY):
+        raise ProxyError(f"v2 header with command {version_command & 15}, neither LOCAL (0) nor PROXY (1)")
+    if size < 14:
+        return None
+    # LOCAL: everything after the command but the length is ignored, the family too (§2.2), reserved ones included.
+    family = data[13] if version_command == _V2_PROXY else 0
+    addresses = _V2_ADDRESSES.get(family)
+    if addresses is None:
+        raise ProxyError(f"v2 header with family and protocol 0x{family:02x}, which is reserved")
+    if size < _V2_FIXED:
+        return None
+    following = data[14] << 8 | data[15]
+    if following < addresses:
+        raise ProxyError(f"v2 header of {following} bytes for 0x{family:02x}, whose addresses are {addresses} bytes")
+    length = _V2_FIXED + following
+    if size < length:
+        return None
+    if not addresses:
+        return Header(length, None, None, ())
+    tlvs = _tlvs(data, _V2_FIXED + addresses, length) if following > addresses else ()
+    source: Address
+    destination: Address
+    if family == 0x11:
+        from_host, to_host, from_port, to_port = _V2_INET.unpack_from(data, _V2_FIXED)
+        source = IPv4Address("TCP", inet_ntop(AF_INET, from_host), from_port)
+        destination = IPv4Address("TCP", inet_ntop(AF_INET, to_host), to_port)
+    elif family == 0x21:
+        from_host, to_host, from_port, to_port = _V2_INET6.unpack_from(data, _V2_FIXED)
+        source = IPv6Address("TCP", inet_ntop(AF_INET6, from_host), from_port)
+        destination = IPv6Address("TCP", inet_ntop(AF_INET6, to_host), to_port)
+    elif family == 0x31:
+        from_path, to_path = _V2_UNIX.unpack_from(data, _V2_FIXED)
+        source, destination = _unix_address(from_path), _unix_address(to_path)
+    else:
+        # Datagrams cannot be what came over this connection: a valid combination that this receiver does not support,
+        # for which §2.2 asks to fall back to UNSPEC, whose addresses are the connection's own. The header is a whole
+        # one still, with TLVs at a known place, and is held to that.
+        return Header(length, None, None, tlvs)
+    return Header(length, source, destination, tlvs)
+
+
+def _unix_address(field: bytes) -> UNIXAddress:
+    """What is in a sun_path (unix(7)): a path up to its first NUL, which a path of all 108 bytes lacks.
+
+    A NUL followed by more is a name of Linux's abstract namespace. It may have NULs in it, and its length is not on the
+    wire: the NULs at its end count as padding. NULs alone are a socket without a name, such as a client's.
+    """
+    if field[0]:
+        return UNIXAddress(field.partition(b"\0")[0])
+    return UNIXAddress(field.rstrip(b"\0") or None)
+
+
+def _tlvs(data: bytes, at: int, end: int) -> tuple[tuple[int, bytes], ...]:
+    """The TLVs (§2.2) that fill `data` from `at` to `end`, where the header ends; a checksum among them is checked.
+
+    What is inside of a value, as in PP2_TYPE_SSL (§2.2.6), is for whoever uses it.
+    """
+    tlvs = []
+    checksum_at = 0
+    while at < end:
+        if end - at < 3:
+            raise ProxyError(f"v2 header with {end - at} bytes after its last TLV, too few for another")
+        kind = data[at]
+        value_at = at + 3
+        at = value_at + (data[at + 1] << 8 | data[at + 2])
+        if at > end:
+            raise ProxyError(f"v2 header with a TLV of type 0x{kind:02x} that goes {at - end} bytes beyond it")
+        if kind == _PP2_TYPE_CRC32C:
+            if at - value_at != 4:
+                raise ProxyError(f"v2 header with a CRC32C of {at - value_at} bytes instead of 4")
+            if checksum_at:  # each would have to be computed over the other one
+                raise ProxyError("v2 header with more than one CRC32C")
+            checksum_at = value_at
+        tlvs.append((kind, data[value_at:at]))
+    if checksum_at:
+        # §2.2.3: over the whole header, as if the field were zero; in network order, as every number here.
+        received = int.from_bytes(data[checksum_at : checksum_at + 4])
+        computed = _crc32c(data[:checksum_at] + b"\0\0\0\0" + data[checksum_at + 4 : end])
+        if received != computed:
+            raise ProxyError(f"v2 header with CRC32C 0x{received:08x}, but its bytes have 0x{computed:08x}")
+    return tuple(tlvs)
+
+
+def _crc32c_of_byte(value: int) -> int:
+    for _ in range(8):
+        value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value
+
+
+# Castagnoli's polynomial, 0x1EDC6F41, with its bits reversed, one byte at a time: RFC 9260, Appendix A, which is RFC
+# 4960's Appendix B that §2.2.3 names.
+_CRC32C_TABLE = tuple(_crc32c_of_byte(value) for value in range(256))
+
+
+def _crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC32C_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
