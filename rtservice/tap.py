@@ -24,7 +24,7 @@ def _parser(setting: settings.Setting) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         try:
-            return setting.parse(text)
+            return setting.kind.parse(text)
         except settings.SettingError as error:
             raise usage.UsageError(f"--{setting.name}: {error}") from None
 
@@ -42,7 +42,7 @@ class Options(usage.Options):
             setting.name,
             setting.short or None,
             None,
-            f"{setting.help} [default: {setting.default_text}]",
+            f"{setting.help.replace('`', '')} [default: {setting.default_text}]",
             _parser(setting),
         ]
         for setting in settings.schema()

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pytest
 
 # What runs in this process runs on our reactor, as what is served does; on Twisted's, if that is asked for.
-if sys.platform == "linux" and "RTSERVICE_TESTS_ON_STOCK_REACTOR" not in os.environ:
+if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
     from rtservice.net import reactor
 
     reactor.install()
@@ -95,7 +95,8 @@ class Service:
 @pytest.fixture
 def environment() -> dict[str, str]:
     """The environment of a user without anything special set."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RTSERVICE_")}
+    return {**clean, "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture
@@ -226,6 +227,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("RTSERVICE_TESTS_SKIP_NOTHING") and reporter is not None and reporter.stats.get("skipped"):
+    if os.environ.get("TESTS_SKIP_NOTHING") and reporter is not None and reporter.stats.get("skipped"):
         reporter.write_line("tests were skipped where everything they need is installed", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

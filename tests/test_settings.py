@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtservice.settings import SettingError, escaped_bytes, from_values, schema, whole_number
+from rtservice.settings import ESCAPED, SettingError, from_values, schema, whole_number
 from rtservice.tap import Options
 
 
@@ -18,25 +18,25 @@ from rtservice.tap import Options
     ],
 )
 def test_a_greeting_takes_escapes(text: str, value: bytes) -> None:
-    assert escaped_bytes(text) == value
+    assert ESCAPED.parse(text) == value
 
 
 @pytest.mark.parametrize("text", [r"\q", r"\x1", r"\xzz", "end\\"])
 def test_an_unknown_escape_is_refused_with_the_text(text: str) -> None:
     with pytest.raises(SettingError, match="unknown escape"):
-        escaped_bytes(text)
+        ESCAPED.parse(text)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "11", "1.0", "1_0", " 5", "٣", "9" * 40])
 def test_a_number_out_of_range_or_no_number_is_refused(text: str) -> None:
     with pytest.raises(SettingError, match="whole number from 0 to 10"):
-        whole_number(0, 10)(text)
+        whole_number(0, 10).parse(text)
 
 
 @pytest.mark.parametrize("setting", list(schema()), ids=lambda setting: setting.name)
 def test_a_default_is_what_its_text_says(setting) -> None:
     if setting.default_text not in ("", "all"):
-        assert setting.parse(setting.default_text) == setting.default
+        assert setting.kind.parse(setting.default_text) == setting.default
     assert setting.help.endswith(".")
 
 
