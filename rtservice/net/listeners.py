@@ -87,12 +87,16 @@ class Listener:
         """The files that `renew` reads, for `tls.fingerprint`; a directory stands for the certificates in it."""
         return self._source.files() if self._source is not None else ()
 
+    def remove_file(self) -> None:
+        """Remove the file of a UNIX socket, if it has one of ours, so that nobody new finds it; raises OSError."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.remove()
+
     def close(self) -> None:
         """Close the socket and remove its file; raises OSError when the file cannot be removed."""
         self.socket.close()
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.remove()
+        self.remove_file()
 
 
 # --- descriptions: Twisted's endpoint syntax ---
