@@ -9,7 +9,7 @@ import os
 import pwd
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from twisted.logger import LogEvent, Logger, LogLevel, globalLogPublisher
 from twisted.python import usage
@@ -21,37 +21,41 @@ from rtservice.host.server import Live, Server, StartError, default_max_connecti
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.protocols.echo import EchoFactory
+from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError
 
 
-def _parser(setting: settings.Setting) -> Callable[[str], Any]:
-    """The setting's parser, with an error that Twisted's option parser passes on as it is."""
-
-    def parse(text: str) -> Any:
-        try:
-            return setting.kind.parse(text)
-        except settings.SettingError as error:
-            raise usage.UsageError(f"--{setting.name}: {error}") from None
-
-    return parse
+def _help(setting: settings.Setting) -> str:
+    default = settings.as_text(setting.default)
+    return setting.help.replace("`", "") + (f" [default: {default}]" if default else "")
 
 
 class Options(usage.Options):
-    """The command line, made from the schema in `settings`."""
+    """The command line, made from the schema in `settings`, and what it gives with the environment and the file.
+
+    `options["check"]` is true when nothing is to be served.
+    """
 
     synopsis = "[options]"
-    longdesc = "Serves a Twisted protocol over TCP and UNIX sockets; by default, greets each client and echoes it."
+    longdesc = (
+        "Serves a Twisted protocol over TCP and UNIX sockets; by default, greets each client and echoes it. What is "
+        "not given here is taken from the environment (RTSERVICE_MAX_CONNECTIONS=100), then from the file of --config "
+        "(max-connections = 100)."
+    )
 
-    optParameters = [
-        [
-            setting.name,
-            setting.short or None,
-            None,
-            f"{setting.help.replace('`', '')} [default: {setting.default_text}]",
-            _parser(setting),
-        ]
-        for setting in settings.schema()
-        if not setting.repeatable
+    optFlags: ClassVar = [
+        ["check", None, "Validate everything, certificates and addresses included, serve nothing, and exit."],
+        ["print-config", None, "Print the settings as a TOML file, each with where it came from, and exit."],
     ]
+    optParameters: ClassVar = [
+        ["config", None, None, "A TOML file of settings, named as they are here [default: RTSERVICE_CONFIG]"],
+        *(
+            [setting.name, setting.short or None, None, _help(setting)]
+            for setting in settings.schema()
+            if not setting.repeatable and setting.kind is not settings.FLAG
+        ),
+    ]
+
+    loaded: Loaded
 
     def opt_version(self) -> None:
         """Print the version and exit."""
@@ -64,30 +68,58 @@ class Options(usage.Options):
             super().parseOptions(options)
         except usage.UsageError as error:
             raise SystemExit(f"rtservice: {error} (see twistd rtservice --help)") from None
+        except SettingError as error:
+            raise SystemExit(f"rtservice: {error}") from None
 
     def parseArgs(self, *args: str) -> None:
         if args:
             raise usage.UsageError(f"unexpected argument {args[0]!r}")
 
+    def postOptions(self) -> None:
+        self._environment = dict(os.environ)
+        for name, path in (("--config", self["config"]), (CONFIG_VARIABLE, self._environment.get(CONFIG_VARIABLE))):
+            if path is not None:
+                if not path:
+                    raise SettingError(f"{name}: the value is empty")
+                # A daemon changes its directory, and reads the file again on SIGHUP.
+                self["config"] = os.path.abspath(path)
+                break
+        self.loaded = self.reloaded()
+        if self["print-config"]:
+            # In the encoding of TOML, whatever that of the terminal is.
+            sys.stdout.buffer.write(settings.as_toml(self.loaded).encode())
+            raise SystemExit(0)
+
     def settings(self) -> settings.Settings:
-        """The settings in force."""
-        return settings.from_values({name: value for name, value in self.items() if value is not None})
+        """The settings that the process starts with."""
+        return self.loaded.settings
+
+    def reloaded(self) -> Loaded:
+        """The settings with what the file says now; raises SettingError."""
+        given = {one.name: self[one.name] for one in settings.schema() if self.get(one.name) is not None}
+        return settings.load(given, self._environment, self["config"])
+
+
+def _flag(setting: settings.Setting) -> Callable[[Options], None]:
+    def opt(self: Options) -> None:
+        self[setting.name] = "true"
+
+    opt.__doc__ = _help(setting)
+    return opt
 
 
 def _repeatable(setting: settings.Setting) -> Callable[[Options, str], None]:
-    parse = _parser(setting)
-
     def opt(self: Options, text: str) -> None:
-        self[setting.name] = (*(self.get(setting.name) or ()), parse(text))
+        self[setting.name] = (*self.get(setting.name, ()), text)
 
-    opt.__doc__ = setting.help
+    opt.__doc__ = _help(setting)
     return opt
 
 
 for _setting in settings.schema():
-    if _setting.repeatable:
-        _opt = _repeatable(_setting)
-        for _name in filter(None, (_setting.name.replace("-", "_"), _setting.short)):
+    if _setting.repeatable or _setting.kind is settings.FLAG:
+        _opt = _repeatable(_setting) if _setting.repeatable else _flag(_setting)
+        for _name in filter(None, (_setting.field, _setting.short)):
             setattr(Options, f"opt_{_name}", _opt)  # Twisted takes one function under two names for synonyms
 
 
@@ -104,7 +136,7 @@ def makeService(options: Options) -> Server:
     resolve_path = _path_resolver(twistd)
     if options["check"]:
         _check(in_force, resolve_path)
-        print("rtservice: the configuration is fine")
+        print("rtservice: the configuration is valid")
         raise SystemExit(0)
     notifier = systemd.from_environment(os.environ)
     _install_reactor(log.logger)
@@ -210,7 +242,7 @@ class _Reload:
         try:
             wanted = self._options.reloaded().settings
             adopt_certificates = server.renewed_certificates()
-        except (settings.SettingError, ListenError) as problem:
+        except (SettingError, ListenError) as problem:
             log.error("nothing is reloaded: {problem}", problem=problem)
             return
         live, restart = settings.changes(self._in_force, wanted)

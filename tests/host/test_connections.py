@@ -74,11 +74,8 @@ def test_a_wrapped_connection_is_registered_counted_and_recorded() -> None:
 
 
 def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
-    protocol = (
-        Connections(Logger(observer=lambda event: None), Limits(max_connections=10))
-        .wrap(Factory.forProtocol(Protocol), "x")
-        .buildProtocol(None)
-    )
+    connections = Connections(Logger(observer=lambda event: None), Limits(max_connections=10))
+    protocol = connections.wrap(Factory.forProtocol(Protocol), "x").buildProtocol(None)
     protocol.makeConnection(StringTransportWithDisconnection())
     assert not IHalfCloseableProtocol.providedBy(protocol)
 
