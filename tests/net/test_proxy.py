@@ -9,6 +9,7 @@ import struct
 import pytest
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 
+from rtservice.net import proxy
 from rtservice.net.proxy import Header, ProxyError, parse
 
 SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
@@ -344,6 +345,16 @@ def test_a_whole_line_is_refused_for_its_own_reason(line, text) -> None:
         parse(line)
 
 
+@pytest.mark.parametrize("line", [tcp4("192.0.2.01"), tcp6("fe80::1%eth0")])
+def test_a_system_that_reads_more_than_addresses_changes_nothing(line, monkeypatch) -> None:
+    def reads_more(family, host):
+        return socket.inet_pton(family, re.sub(r"%.*|\b0+(?=[1-9])", "", host))
+
+    monkeypatch.setattr(proxy, "inet_pton", reads_more)
+    with pytest.raises(ProxyError, match="whose source address is not of this family"):
+        parse(line)
+
+
 def test_nothing_received_is_the_beginning_of_anything() -> None:
     assert parse(b"") is None
 
@@ -414,11 +425,8 @@ def oracle_v1(data: bytes) -> object:
 
 
 def as_system_spells(number) -> str:
-    if number.version == 6 and number.ipv4_mapped is not None:
-        return f"::ffff:{number.ipv4_mapped}"
-    if number.version == 6 and 0x10000 <= int(number) < 2**32:  # inet_ntop(3): the deprecated IPv4-compatible form
-        return f"::{ipaddress.IPv4Address(int(number))}"
-    return str(number)
+    """Not str(): `ipaddress` has a spelling of its own for an IPv6 address with an IPv4 address inside."""
+    return socket.inet_ntop(socket.AF_INET if number.version == 4 else socket.AF_INET6, number.packed)
 
 
 def oracle_v2(data: bytes) -> object:
