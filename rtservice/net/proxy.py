@@ -73,8 +73,8 @@ class Header:
 def parse(data: bytes) -> Header | None:
     """Read the header at the beginning of everything that was received so far.
 
-    None: all of it belongs to a header of which more has to come. Raises ProxyError as soon as there can be no header;
-    of addresses and TLVs that is when the last byte of the header is there. What follows a header is not looked at.
+    None: all of it is the beginning of a header of which more has to come. Raises ProxyError as soon as there can be no
+    header; for addresses and TLVs that is when the last byte of the header is there. What follows it is not looked at.
     """
     if data.startswith(b"PROXY "):
         return _parse_v1(data)
