@@ -21,7 +21,7 @@ _V1_LONGEST = 107
 # bytes and their number; it is enough to refuse at once whoever speaks another protocol or another family.
 _V1_BEGINNINGS = {
     b"PROXY TCP4 ": re.compile(rb"[0-9.]{0,15}(?: [0-9.]{0,15}(?: [0-9]{0,5}(?: [0-9]{0,5}\r?)?)?)?"),
-    b"PROXY TCP6 ": re.compile(rb"[0-9A-Fa-f:.]{0,45}(?: [0-9A-Fa-f:.]{0,45}(?: [0-9]{0,5}(?: [0-9]{0,5}\r?)?)?)?"),
+    b"PROXY TCP6 ": re.compile(rb"[0-9A-Fa-f:.]*(?: [0-9A-Fa-f:.]*(?: [0-9]{0,5}(?: [0-9]{0,5}\r?)?)?)?"),
     b"PROXY UNKNOWN ": re.compile(rb"[ -~]*\r?"),
     b"PROXY UNKNOWN\r": re.compile(rb""),
 }
@@ -32,8 +32,8 @@ _V2_FIXED = 16  # the signature, version and command, family and protocol, and t
 _V2_LOCAL = 0x20
 _V2_PROXY = 0x21
 
-# §2.2: family and protocol (the 14th byte) → bytes of the two addresses, which is where the TLVs begin. What is not
-# here is reserved. An unspecified family or protocol has 0: how it is laid out nobody knows, and all of it is skipped.
+# §2.2: family and protocol (the 14th byte) → bytes of the addresses and ports, after which the TLVs begin. What is not
+# here is reserved. With an unspecified family or protocol nobody knows where anything is, and all of it is skipped: 0.
 _V2_ADDRESSES = {
     **dict.fromkeys((0x00, 0x01, 0x02, 0x10, 0x20, 0x30), 0),
     **dict.fromkeys((0x11, 0x12), 12),
@@ -59,9 +59,9 @@ class Header:
     """A complete header of `length` bytes.
 
     `source` is the client, `destination` what it connected to, in the form in which the system gives addresses, so that
-    one client has one spelling. Both are None where the connection's own addresses hold. Names of UNIX sockets are not
-    believed to exist here: do not compare or hash such an address, which looks for the file. `tlvs` are the type and
-    value of each TLV (§2.2), in order; v1 has none.
+    one client has one spelling. Both are None where the connection's own addresses hold. The path of a UNIX socket is
+    one of the proxy's host: use its name, since to compare or hash a UNIXAddress looks for the file on this one. `tlvs`
+    are the type and value of each TLV (§2.2), in order; v1 has none, those of LOCAL and UNSPEC are skipped.
     """
 
     length: int
@@ -73,8 +73,8 @@ class Header:
 def parse(data: bytes) -> Header | None:
     """Read the header at the beginning of everything that was received so far.
 
-    None: all of it belongs to a header of which more has to come. Raises ProxyError as soon as there can be no header;
-    of addresses and TLVs that is when the last byte of the header is there. What follows a header is not looked at.
+    None: all of it is the beginning of a header of which more has to come. Raises ProxyError as soon as there can be no
+    header; for addresses and TLVs that is when the last byte of the header is there. What follows it is not looked at.
     """
     if data.startswith(b"PROXY "):
         return _parse_v1(data)
@@ -125,8 +125,8 @@ def _v1_address(kind: str, which: str, host: str, port: str) -> IPv4Address | IP
     try:
         packed = inet_pton(family, host)
         canonical = inet_ntop(family, packed)
-        # Some systems read leading zeros; an IPv6 address may be spelled in many ways (§2.1).
-        if family == AF_INET and canonical != host:
+        # Some systems read leading zeros and scope ids; an IPv6 address may be spelled in many ways (§2.1).
+        if (family == AF_INET and canonical != host) or "%" in host:
             raise ValueError
     except (OSError, ValueError):  # ValueError also for a NUL
         raise ProxyError(f"v1 header of {kind} whose {which} address is not of this family") from None
