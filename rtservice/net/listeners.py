@@ -177,7 +177,7 @@ def open_description(
 def check_description(description: str, *, resolve_path: Callable[[str], str] = os.path.abspath) -> None:
     """Find what `open_description` would, and listen on nothing; raises ListenError.
 
-    Whether a port is free, or a socket file somebody else's, is not found out: only a socket that listens could tell.
+    Whether a port is free and permitted, or a socket file in use, is not found out: only binding it would tell.
     Of `systemd:` only the words are looked at when there are no sockets that were passed.
     """
     wanted = _read(description, 1, resolve_path)
