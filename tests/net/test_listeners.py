@@ -582,7 +582,7 @@ def test_a_passed_socket_that_does_not_listen_is_refused_and_the_others_are_let_
 def test_an_abstract_unix_socket_has_a_name_that_can_be_logged(opened, pass_sockets) -> None:
     abstract = f"rtservice-{os.getpid()}"
     pass_sockets(unix_socket(f"\0{abstract}"), unix_socket(f"\0{abstract}\0\xff".encode("latin-1")))
-    assert [one.name for one in opened("systemd:")] == [f"unix:@{abstract}", f"unix:@{abstract}@\udcff"]
+    assert [one.name for one in opened("systemd:")] == [f"unix:@{abstract}", f"unix:@{abstract}@\\xff"]
 
 
 def test_ssl_and_proxy_go_before_passed_sockets(opened, pass_sockets, certificates) -> None:
