@@ -184,8 +184,7 @@ class Connections:
             self._pause_or_resume()
 
     def closed(self, connection: Any, reason: Failure) -> None:
-        """Forget a connection of ours, and write its record."""
-        self._forget(connection, reason)
+        """Write the record of a connection of ours, and forget it."""
         self._record(
             connection.getPeer(),
             connection.port.name,
@@ -194,6 +193,7 @@ class Connections:
             connection.bytes_out,
             end_reason(reason, peer_finished=connection.peer_finished, problem=connection.error),
         )
+        self._forget(connection, reason)
 
     def _forget(self, connection: Any, reason: Failure) -> None:
         self.open.pop(connection, None)
@@ -371,7 +371,6 @@ class Connections:
 
     def wrapped_closed(self, connection: _Counting, reason: Failure) -> None:
         """The end of such a connection."""
-        self._forget(connection, reason)
         # A transport of Twisted's does not say who began: whoever did not is the peer.
         finished = connection.peer_finished or not connection.disconnecting
         self._record(
@@ -382,6 +381,7 @@ class Connections:
             connection.bytes_out,
             end_reason(reason, peer_finished=finished, problem=connection.error),
         )
+        self._forget(connection, reason)
 
 
 class _Counting(ProtocolWrapper):

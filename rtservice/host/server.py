@@ -362,6 +362,11 @@ class Server(Service):
             self._move(State.DRAINING)
             self._notifier.stopping(self.status)
             self._notifier.extend_timeout(self.live.drain_timeout + _FLUSH_LIMIT)
+            self._log.info(
+                "draining: {count} connections have {seconds:g} s to end",
+                count=len(connections.open),
+                seconds=self.live.drain_timeout,
+            )
             await self._end_connections()
             aborted = connections.aborted - aborted
             self._log.info(
