@@ -12,6 +12,8 @@ import re
 import socket
 import ssl
 import stat
+import struct
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +62,10 @@ class Listener:
 
     With `tls`, its connections are to be secured with this, and shown one of `certificates`. With `proxied`, each of
     them begins with a PROXY header. One that is `shared` is held by whoever passed it, too, who keeps its queue.
+
+    For several processes a TCP listener has a socket for each slot, `copies`, among which the kernel spreads new
+    connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `spares` are bound, and listen when a slot is
+    added: to bind may take privileges that are gone by then.
     """
 
     socket: socket.socket
@@ -68,7 +74,10 @@ class Listener:
     certificates: tuple[Certificate, ...] = ()
     proxied: bool = False
     shared: bool = False
-    _source: ServerTLS | DirectoryTLS | None = field(default=None, repr=False)
+    source: ServerTLS | DirectoryTLS | None = field(default=None, repr=False)
+    copies: list[socket.socket] = field(default_factory=list, repr=False)
+    spares: list[socket.socket] = field(default_factory=list, repr=False)
+    _backlog: int = 0
     _file: _SocketFile | None = field(default=None, repr=False)
 
     def renew(self) -> Loaded | None:
@@ -76,7 +85,7 @@ class Listener:
 
         Raises ListenError. Nothing is changed, so that of several listeners all can be read before any adopts.
         """
-        return _load(self._source)
+        return _load(self.source)
 
     def adopt(self, loaded: Loaded) -> None:
         """Put a context and its certificates in force."""
@@ -85,7 +94,38 @@ class Listener:
 
     def tls_files(self) -> tuple[str, ...]:
         """The files that `renew` reads, for `tls.fingerprint`; a directory stands for the certificates in it."""
-        return self._source.files() if self._source is not None else ()
+        return self.source.files() if self.source is not None else ()
+
+    def of_slot(self, slot: int) -> socket.socket:
+        """The socket on which the process of this slot accepts."""
+        return self.copies[slot] if self.copies else self.socket
+
+    def add_copy(self) -> None:
+        """Take one of the spares, or make a socket, for one more slot. Raises ListenError."""
+        if not self.copies:
+            return
+        if self.spares:
+            sock = self.spares.pop()
+        else:
+            host, port, *rest = self.socket.getsockname()
+            scope = rest[1] if rest else 0
+            try:
+                sock = _bind_tcp(self.socket.family, host, scope, port, reuse_port=True)
+            except OSError as error:
+                raise _cannot_listen(self.socket.family, host, port, error) from error
+        _listen(sock, self._backlog)
+        self.copies.append(sock)
+
+    def leave_out_last(self) -> None:
+        """Have new connections go to all sockets but that of the last slot, whose queue then has an end."""
+        if self.copies:
+            _spread_among(self.socket, len(self.copies) - 1)
+
+    def drop_last(self) -> None:
+        """Close the socket of the last slot, whose queue is empty and stays so."""
+        if self.copies:
+            self.copies.pop().close()
+            _spread_among_all(self.socket)
 
     def remove_file(self) -> None:
         """Remove the file of a UNIX socket, if it has one of ours, so that nobody new finds it; raises OSError."""
@@ -95,7 +135,7 @@ class Listener:
 
     def close(self) -> None:
         """Close the socket and remove its file; raises OSError when the file cannot be removed."""
-        self.socket.close()
+        _close_all([self.socket, *self.copies, *self.spares])
         self.remove_file()
 
 
@@ -151,7 +191,7 @@ def _number(what: str, text: str, low: int, high: int) -> int:
 
 
 def open_description(
-    description: str, *, backlog: int, resolve_path: Callable[[str], str] = os.path.abspath
+    description: str, *, backlog: int, resolve_path: Callable[[str], str] = os.path.abspath, slots: int = 0
 ) -> list[Listener]:
     r"""The listening sockets of one description whose type is in `TYPES`.
 
@@ -161,16 +201,16 @@ def open_description(
     before TLS.
 
     `backlog` holds where the description does not say its own. `resolve_path` makes the paths of sockets and
-    certificates absolute. Raises ListenError.
+    certificates absolute. With `slots`, a TCP listener has a socket for each of them. Raises ListenError.
     """
-    wanted = _read(description, backlog, resolve_path)
+    wanted = _read(description, backlog, resolve_path, slots)
     # Before anything is bound: a file that is wrong is found without a client that waits in a queue.
     loaded = _load(wanted.tls)
     opened = wanted.open()
     for listener in opened:
         if loaded is not None:
             listener.adopt(loaded)
-            listener._source = wanted.tls
+            listener.source = wanted.tls
             listener.name = f"ssl:{listener.name.removeprefix('tcp:')}"
         if wanted.proxied:
             listener.proxied = True
@@ -184,7 +224,7 @@ def check_description(description: str, *, resolve_path: Callable[[str], str] = 
     Whether a port is free and permitted, or a socket file in use, is not found out: only binding it would tell.
     Of `systemd:` only the words are looked at when there are no sockets that were passed.
     """
-    wanted = _read(description, 1, resolve_path)
+    wanted = _read(description, 1, resolve_path, 0)
     _load(wanted.tls)
     wanted.check()
 
@@ -218,7 +258,7 @@ class _Wanted:
     proxied: bool
 
 
-def _read(description: str, backlog: int, resolve_path: Callable[[str], str]) -> _Wanted:
+def _read(description: str, backlog: int, resolve_path: Callable[[str], str], slots: int) -> _Wanted:
     """Understand a description; names are looked up, and no file or socket is touched. Raises ListenError."""
     kind, positional, keywords = split_description(description)
     proxied = kind in _PROXY
@@ -259,7 +299,7 @@ def _read(description: str, backlog: int, resolve_path: Callable[[str], str]) ->
         six = kind == "tcp6" or ":" in interface
         family = socket.AF_INET6 if six else socket.AF_INET
         addresses = _resolve(interface, port, family) if interface else [(family, "::" if six else "0.0.0.0", 0)]
-        opened, checked = partial(_open_tcp, addresses, port, backlog), partial(_check_tcp, addresses, port)
+        opened, checked = partial(_open_tcp, addresses, port, backlog, slots), partial(_check_tcp, addresses, port)
     return _Wanted(opened, checked, _tls(given, resolve_path) if secure else None, proxied)
 
 
@@ -314,13 +354,13 @@ def _load(files: ServerTLS | DirectoryTLS | None) -> Loaded | None:
 _Address = tuple[socket.AddressFamily, str, int]  # family, host, IPv6 scope
 
 
-def open_port(port: int, *, interface: str, backlog: int) -> list[Listener]:
+def open_port(port: int, *, interface: str, backlog: int, slots: int = 0) -> list[Listener]:
     """Listen on `port` of IPv4 and, where the host has it, IPv6; two sockets with one number, also when that is 0.
 
     Two, since peers of one dual-stack socket would show as `::ffff:192.0.2.1`. `interface` limits this to one
-    address, or to those of one host name. Raises ListenError.
+    address, or to those of one host name. `slots` are as in open_description. Raises ListenError.
     """
-    return _open_tcp(_addresses(interface, port), port, backlog)
+    return _open_tcp(_addresses(interface, port), port, backlog, slots)
 
 
 def check_port(port: int, *, interface: str) -> None:
@@ -349,7 +389,7 @@ def _resolve(interface: str, port: int, family: int) -> list[_Address]:
     return sorted(addresses, key=lambda entry: entry[0] == socket.AF_INET6)
 
 
-def _open_tcp(addresses: list[_Address], port: int, backlog: int) -> list[Listener]:
+def _open_tcp(addresses: list[_Address], port: int, backlog: int, slots: int) -> list[Listener]:
     """One socket for each address, all on one port; IPv6 may be missing where there is IPv4."""
     for attempt in range(_SAME_PORT_TRIES):
         sockets: list[socket.socket] = []
@@ -367,6 +407,8 @@ def _open_tcp(addresses: list[_Address], port: int, backlog: int) -> list[Listen
                     raise _cannot_listen(family, host, number, error) from error
                 number = sockets[0].getsockname()[1]
             else:
+                if slots:
+                    return [_with_copies(sock, backlog, slots) for sock in sockets]
                 for sock in sockets:
                     _listen(sock, backlog)
                 return [Listener(sock, _tcp_name(sock)) for sock in sockets]
@@ -400,11 +442,60 @@ def _cannot_listen(family: socket.AddressFamily, host: str, port: int, error: OS
     return ListenError(f"cannot listen on {where}: {_reason(error)}")
 
 
-def _bind_tcp(family: socket.AddressFamily, host: str, scope: int, port: int) -> socket.socket:
+def _with_copies(found: socket.socket, backlog: int, slots: int) -> Listener:
+    """A listener with a socket for each slot, and spares, on the address of a socket that was bound to it alone.
+
+    That one is closed: what may be shared would also have been had where another service listens that shares.
+    """
+    host, port, *rest = found.getsockname()
+    scope = rest[1] if rest else 0
+    found.close()
+    sockets: list[socket.socket] = []
+    try:
+        for _ in range(slots + _SPARES):
+            sockets.append(_bind_tcp(found.family, host, scope, port, reuse_port=True))
+        for sock in sockets[:slots]:
+            _listen(sock, backlog)
+    except BaseException as error:
+        _close_all(sockets)
+        if isinstance(error, OSError):
+            raise _cannot_listen(found.family, host, port, error) from error
+        raise
+    return Listener(sockets[0], _tcp_name(sockets[0]), copies=sockets[:slots], spares=sockets[slots:], _backlog=backlog)
+
+
+def _spread_among(sock: socket.socket, count: int) -> None:
+    """Have the kernel choose among the first `count` sockets of a port, at random, for each new connection.
+
+    They are in the order in which they began to listen (SO_ATTACH_REUSEPORT_CBPF of socket(7)). What is queued stays.
+    """
+    program = array("B", b"".join(struct.pack("HBBI", *one) for one in (_LOAD_RANDOM, (0x94, 0, 0, count), _RETURN_IT)))
+    address, _ = program.buffer_info()
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, struct.pack("HP", 3, address))
+
+
+def _spread_among_all(sock: socket.socket) -> None:
+    """Have the kernel choose among all sockets of a port by each connection's addresses, as it does by itself."""
+    sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
+
+
+# asm-generic/socket.h, and linux/filter.h: ld random (SKF_AD_OFF + SKF_AD_RANDOM); mod; ret a.
+_SO_ATTACH_REUSEPORT_CBPF, _SO_DETACH_REUSEPORT_BPF = 51, 68
+_LOAD_RANDOM, _RETURN_IT = (0x20, 0, 0, 0xFFFFF000 + 56), (0x16, 0, 0, 0)
+
+# Slots that can be added although the port is privileged and privileges are dropped.
+_SPARES = 8
+
+
+def _bind_tcp(
+    family: socket.AddressFamily, host: str, scope: int, port: int, *, reuse_port: bool = False
+) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         # Connections of a predecessor may be in TIME_WAIT; without this they would keep its port for a minute.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((host, port, 0, scope))

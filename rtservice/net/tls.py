@@ -6,7 +6,8 @@ import os
 import re
 import ssl
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,56 @@ _MINIMUM = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 class TLSError(Exception):
     """The files cannot make a context; the text names the file and says what is wrong with it."""
+
+
+class Files:
+    """Where certificates and keys are read: the file system.
+
+    `texts` and `entries` are what was read, for RecordedFiles: a process that has not the rights to read a key can make
+    its context of what another one has read.
+    """
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.entries: dict[str, list[str]] = {}
+
+    def read(self, path: str, what: str) -> str:
+        """The text of a file; `what` it is, is for the TLSError."""
+        try:
+            with open(path, encoding="ascii", errors="replace") as file:
+                text = self.texts[path] = file.read()
+        except OSError as error:
+            raise TLSError(f"cannot read the {what} {path!r}: {_reason(error)}") from error
+        return text
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file, be it a broken link."""
+        return os.path.lexists(path)
+
+    def names(self, directory: str) -> list[str]:
+        """The names of certificates and keys in a directory; raises TLSError."""
+        try:
+            entries = self.entries[directory] = _entries(directory)
+        except OSError as error:
+            raise TLSError(f"cannot read the directory {directory!r}: {_reason(error)}") from error
+        return entries
+
+
+class RecordedFiles(Files):
+    """What another Files has read."""
+
+    def __init__(self, texts: dict[str, str], entries: dict[str, list[str]]) -> None:
+        self.texts = texts
+        self.entries = entries
+
+    def read(self, path: str, what: str) -> str:
+        return self.texts[path]
+
+    def exists(self, path: str) -> bool:
+        return path in self.texts
+
+    def names(self, directory: str) -> list[str]:
+        return self.entries[directory]
 
 
 @dataclass(frozen=True)
@@ -67,7 +118,7 @@ class _Policy:
     minimum: Minimum = "1.2"
     alpn: tuple[str, ...] = ()
 
-    def _load(self, path: str, certificates: str, private_key: str) -> tuple[ssl.SSLContext, Certificate]:
+    def _load(self, files: Files, path: str, certificates: str, private_key: str) -> tuple[ssl.SSLContext, Certificate]:
         """A context of this policy for the certificates, PEM text that was read from `path`; raises TLSError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = _MINIMUM[self.minimum]
@@ -78,9 +129,9 @@ class _Policy:
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | _OP_PRIORITIZE_CHACHA
         if hasattr(context, "set_groups"):  # Python 3.15; before, the groups are OpenSSL's own choice
             context.set_groups(_GROUPS)
-        certificate = _load_pair(context, path, certificates, private_key)
+        certificate = _load_pair(context, files, path, certificates, private_key)
         if self.client_ca is not None:
-            context.load_verify_locations(cadata=_certificates(self.client_ca, "client CA"))
+            context.load_verify_locations(cadata=_certificates(files, self.client_ca, "client CA"))
             context.verify_mode = ssl.CERT_REQUIRED
         if self.alpn:
             context.set_alpn_protocols(list(self.alpn))
@@ -99,12 +150,13 @@ class ServerTLS(_Policy):
     certificate: str
     chain: str | None = None
 
-    def load(self) -> Loaded:
+    def load(self, files: Files | None = None) -> Loaded:
         """Read the files. Raises TLSError."""
-        certificates = _certificates(self.certificate, "certificate")
+        files = files or Files()
+        certificates = _certificates(files, self.certificate, "certificate")
         if self.chain is not None:
-            certificates += "\n" + _certificates(self.chain, "certificate chain")
-        context, certificate = self._load(self.certificate, certificates, self.private_key)
+            certificates += "\n" + _certificates(files, self.chain, "certificate chain")
+        context, certificate = self._load(files, self.certificate, certificates, self.private_key)
         return Loaded(context, (certificate,))
 
     def context(self) -> ssl.SSLContext:
@@ -129,22 +181,23 @@ class DirectoryTLS(_Policy):
 
     directory: str
 
-    def load(self) -> Loaded:
+    def load(self, files: Files | None = None) -> Loaded:
         """Read the directory and all of its files. Raises TLSError, also when two files are for one name."""
+        files = files or Files()
         contexts: dict[str, ssl.SSLContext] = {}
         owners: dict[str, str] = {}
         certificates = []
         default: ssl.SSLContext | None = None
         # The one that may repeat names goes last.
-        for name in sorted(self._names(), key=lambda name: (name == _DEFAULT, name)):
+        for name in sorted(self._names(files), key=lambda name: (name == _DEFAULT, name)):
             path = os.path.join(self.directory, name)
-            text = _read(path, "certificate")
+            text = files.read(path, "certificate")
             private_key = path
             if "PRIVATE KEY-----" not in text:
                 private_key = path.removesuffix(".pem") + ".key"
-                if not os.path.lexists(private_key):
+                if not files.exists(private_key):
                     raise TLSError(f"no private key for {path!r}: it holds none, and there is no {private_key!r}")
-            context, certificate = self._load(path, _certificates_in(text, path, "certificate"), private_key)
+            context, certificate = self._load(files, path, _certificates_in(text, path, "certificate"), private_key)
             certificates.append(certificate)
             if default is None or name == _DEFAULT:
                 default = context
@@ -163,11 +216,8 @@ class DirectoryTLS(_Policy):
             context.sni_callback = choose
         return Loaded(default, tuple(certificates))
 
-    def _names(self) -> list[str]:
-        try:
-            return [name for name in _entries(self.directory) if name.endswith(".pem")]
-        except OSError as error:
-            raise TLSError(f"cannot read the directory {self.directory!r}: {_reason(error)}") from error
+    def _names(self, files: Files) -> list[str]:
+        return [name for name in files.names(self.directory) if name.endswith(".pem")]
 
     def files(self) -> tuple[str, ...]:
         """What `load` reads; the directory stands for what is in it."""
@@ -221,19 +271,17 @@ def _entries(directory: str) -> list[str]:
     return [name for name in os.listdir(directory) if name.endswith(_DIRECTORY_SUFFIXES) and not name.startswith(".")]
 
 
-def _load_pair(context: ssl.SSLContext, path: str, certificates: str, private_key: str) -> Certificate:
-    _read(private_key, "private key")
+def _load_pair(context: ssl.SSLContext, files: Files, path: str, certificates: str, private_key: str) -> Certificate:
+    key = files.read(private_key, "private key")
 
     def no_passphrase() -> str:  # without this, OpenSSL would ask on a terminal that a service may not have
         raise TLSError(f"the private key {private_key!r} is encrypted: give it without a passphrase")
 
     try:
         # `ssl` takes names of files alone, and the whole chain in one.
-        with tempfile.NamedTemporaryFile("w", encoding="ascii", suffix=".pem") as file:
-            file.write(certificates)
-            file.flush()
-            context.load_cert_chain(file.name, private_key, no_passphrase)
-            return _decode(path, file.name)
+        with _named(certificates) as certificate_file, _named(key) as key_file:
+            context.load_cert_chain(certificate_file, key_file, no_passphrase)
+            return _decode(path, certificate_file)
     except ssl.SSLError as error:
         # The third: a key of a kind for which there is no certificate at all.
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
@@ -245,6 +293,21 @@ def _load_pair(context: ssl.SSLContext, path: str, certificates: str, private_ke
         raise TLSError(f"no temporary file for the certificate {path!r}: {_reason(error)}") from error
     except ValueError as error:
         raise TLSError(f"the certificate {path!r} holds what cannot be read: {error}") from error
+
+
+@contextmanager
+def _named(text: str) -> Iterator[str]:
+    """The name of a file with this text, which is in memory where it can be; raises OSError."""
+    with ExitStack() as stack:
+        if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+            file: Any = stack.enter_context(open(os.memfd_create("pem"), "wb"))
+            name = f"/proc/self/fd/{file.fileno()}"
+        else:
+            file = stack.enter_context(tempfile.NamedTemporaryFile("wb", suffix=".pem"))
+            name = file.name
+        file.write(text.encode("ascii", "replace"))
+        file.flush()
+        yield name
 
 
 def _decode(path: str, file: str) -> Certificate:
@@ -260,9 +323,9 @@ def _decode(path: str, file: str) -> Certificate:
     return Certificate(path, tuple(dict.fromkeys(name.lower() for name in names)), not_before, not_after)
 
 
-def _certificates(path: str, what: str) -> str:
+def _certificates(files: Files, path: str, what: str) -> str:
     """The text of a PEM file that has at least one certificate in it, and none that cannot be read."""
-    return _certificates_in(_read(path, what), path, what)
+    return _certificates_in(files.read(path, what), path, what)
 
 
 def _certificates_in(text: str, path: str, what: str) -> str:
@@ -274,14 +337,6 @@ def _certificates_in(text: str, path: str, what: str) -> str:
     except (ssl.SSLError, ValueError, TypeError) as error:  # also none at all; and a byte that is not ASCII
         raise TLSError(f"no usable {what} in PEM form in {path!r}") from error
     return "\n".join(found)
-
-
-def _read(path: str, what: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError as error:
-        raise TLSError(f"cannot read the {what} {path!r}: {_reason(error)}") from error
 
 
 def _reason(error: OSError) -> str:

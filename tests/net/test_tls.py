@@ -3,7 +3,6 @@
 import base64
 import os
 import ssl
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -311,12 +310,6 @@ def test_a_certificate_with_a_date_that_is_none_is_named(certificates, tmp_path,
     der = ssl.PEM_cert_to_DER_cert(Path(certificates["server.pem"]).read_text())
     path = altered(certificates, tmp_path / "odd.pem", der[der.index(b"\x17\x0d") :][:15], new)
     assert repr(path) in refusal(private_key=certificates["server.key"], certificate=path)
-
-
-def test_a_host_without_a_directory_for_temporary_files_is_told(good, monkeypatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", "/no/such/place")
-    line = refusal(**good)
-    assert line == f"no temporary file for the certificate {good['certificate']!r}: no such file or directory"
 
 
 def test_the_files_that_are_read_are_known_before(good) -> None:
