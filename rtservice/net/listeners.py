@@ -32,6 +32,9 @@ _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _SAME_PORT_TRIES = 32
 
 
+Socket = socket.socket
+
+
 class ListenError(Exception):
     """A description cannot become listening sockets; the text says what was found and what to do."""
 
@@ -64,8 +67,8 @@ class Listener:
     them begins with a PROXY header. One that is `shared` is held by whoever passed it, too, who keeps its queue.
 
     For several processes a TCP listener has a socket for each slot, `copies`, among which the kernel spreads new
-    connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `spares` are bound, and listen when a slot is
-    added: to bind may take privileges that are gone by then.
+    connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `spares` are bound, and listen when a slot is added: to
+    bind may take privileges that are gone by then.
     """
 
     socket: socket.socket
@@ -75,8 +78,8 @@ class Listener:
     proxied: bool = False
     shared: bool = False
     source: ServerTLS | DirectoryTLS | None = field(default=None, repr=False)
-    copies: list[socket.socket] = field(default_factory=list, repr=False)
-    spares: list[socket.socket] = field(default_factory=list, repr=False)
+    copies: list[Socket] = field(default_factory=list, repr=False)
+    spares: list[Socket] = field(default_factory=list, repr=False)
     _backlog: int = 0
     _file: _SocketFile | None = field(default=None, repr=False)
 
@@ -96,7 +99,7 @@ class Listener:
         """The files that `renew` reads, for `tls.fingerprint`; a directory stands for the certificates in it."""
         return self.source.files() if self.source is not None else ()
 
-    def of_slot(self, slot: int) -> socket.socket:
+    def of_slot(self, slot: int) -> Socket:
         """The socket on which the process of this slot accepts."""
         return self.copies[slot] if self.copies else self.socket
 

@@ -1,0 +1,65 @@
+"""The messages between supervisor and worker: one a line, a word and a JSON value.
+
+Twisted's AMP would do, but for what it has no use for here: a log record may be longer than AMP's 64 KiB, nothing waits
+for an answer, and a line can be read by eyes.
+
+    to a worker     start {…}   what to serve: see `worker.py`
+                    share N     it is one of so many now, and limits that are divided change
+                    drain […]   end; the kinds of socket whose queue is to be served first
+                    hurry       end the drain
+    from a worker   ready       every listener accepts
+                    failed "…"  it cannot start, and why
+                    beat {…}    it is alive; its counters
+                    leave       somebody asked it to end, and it would like to be replaced first
+                    log {…}     a record of its, as twisted.logger has it in JSON
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+TO_WORKER = frozenset(("start", "share", "drain", "hurry"))
+FROM_WORKER = frozenset(("ready", "failed", "beat", "leave", "log"))
+
+# The longest message that is taken, in bytes. To a worker: a large directory of certificates. From one, which may have
+# gone mad: a long traceback.
+LONGEST_TO_WORKER, LONGEST_FROM_WORKER = 64 * 1024 * 1024, 256 * 1024
+
+
+class ControlError(Exception):
+    """The other side said something that is no message; the text says what."""
+
+
+def encode(word: str, value: object = None) -> bytes:
+    """A message as it is sent."""
+    return f"{word} {json.dumps(value)}\n".encode()
+
+
+class Messages:
+    """Bytes in, messages out. `words` are those that are known, `longest` is the longest line in bytes."""
+
+    def __init__(self, words: frozenset[str], longest: int) -> None:
+        self._words = words
+        self._longest = longest
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[tuple[str, Any]]:
+        """The word and value of each message that is complete now; of `log`, the JSON itself. Raises ControlError."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in (*lines, self._rest):
+            if len(line) > self._longest:
+                raise ControlError(f"a message of more than {self._longest} bytes")
+        for line in lines:
+            yield self._decoded(line)
+
+    def _decoded(self, line: bytes) -> tuple[str, Any]:
+        name, _, text = line.partition(b" ")
+        word = name.decode("ascii", "backslashreplace")
+        if word not in self._words:
+            raise ControlError(f"a message {word[:20]!r}, which is none of {', '.join(sorted(self._words))}")
+        try:
+            return word, text.decode() if word == "log" else json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ControlError(f"a message {word!r} that is not JSON") from error

@@ -1,0 +1,616 @@
+"""Worker slots: spawns a process for each, watches and replaces it, over sockets that this process binds and keeps."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessDone
+from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger, eventFromJSON, globalLogPublisher
+from twisted.python.failure import Failure
+
+from rtservice.host.connections import escaped
+from rtservice.host.control import FROM_WORKER, LONGEST_FROM_WORKER, Messages, encode
+from rtservice.host.systemd import Notifier
+from rtservice.net.listeners import Listener, ListenError
+
+# Descriptors of a worker, besides 0, 1 and 2: messages to it, messages from it, and from here on its sockets.
+CONTROL_IN, CONTROL_OUT, FIRST_SOCKET = 3, 4, 5
+
+# Seconds between two signs of life of a worker, and between two looks at all of them.
+BEAT = 1.0
+
+# Seconds that a worker may take until it is ready: an interpreter that starts on a machine that is very busy.
+_START_DEADLINE = 60.0
+
+# A slot whose worker dies waits before the next: seconds, doubled for each death, and forgotten after some of health.
+_BACKOFF_LEAST, _BACKOFF_MOST, _HEALTHY = 0.1, 30.0, 60.0
+
+# A worker that is to end has this long after its own deadlines, in seconds, until it is killed.
+_KILL_AFTER = 40.0
+
+# How much of a worker's log is taken in one beat; it drops what is too much.
+_RECORDS_A_BEAT = 5000
+
+# Seconds that a worker has to end when nobody waits any longer.
+_HURRY = 5.0
+
+# Seconds without a sign of life of a worker after which the service manager is told of none either.
+_DEAF = 60.0
+
+# What of a worker's counters is not a total.
+_GAUGES = frozenset(("open", "memory"))
+
+
+class Phase(Enum):
+    """Where a worker process stands."""
+
+    STARTING = "starting"  # spawned; it has not said anything yet
+    READY = "ready"  # every listener accepts
+    DRAINING = "draining"  # told to end
+    GONE = "gone"  # reaped
+
+
+_MOVES = {
+    Phase.STARTING: {Phase.READY, Phase.DRAINING, Phase.GONE},
+    Phase.READY: {Phase.DRAINING, Phase.GONE},
+    Phase.DRAINING: {Phase.GONE},
+    Phase.GONE: set[Phase](),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a generation of workers is started with.
+
+    `start` makes the value of a worker's `start` message, of its slot and the number of slots. `drain_timeout`,
+    `hang_timeout` and `max_age` are in seconds, `max_memory` in bytes; 0 of the last three is never.
+    """
+
+    start: Callable[[int, int], Any]
+    drain_timeout: float
+    hang_timeout: float
+    max_age: float
+    max_memory: int
+
+
+def backoff(deaths: int, jitter: float) -> float:
+    """Seconds to wait after so many deaths in a row (1 or more); `jitter` is from 0 to 1."""
+    return min(_BACKOFF_MOST, _BACKOFF_LEAST * 2.0 ** min(deaths - 1, 20)) * (0.75 + jitter / 2)
+
+
+class Worker(ProcessProtocol):
+    """One process of a slot, from its spawning to its end."""
+
+    def __init__(self, supervisor: Supervisor, slot: Slot, plan: Plan) -> None:
+        self.supervisor = supervisor
+        self.slot = slot
+        self.plan = plan
+        self.phase = Phase.STARTING
+        self.began = self.heard = supervisor.reactor.seconds()
+        self.counters: dict[str, int] = {}
+        self.problem = ""  # why it could not start, in its own words
+        self.age = plan.max_age * random.uniform(0.9, 1.1)  # at which it is replaced: not all at once
+        self._messages = Messages(FROM_WORKER, LONGEST_FROM_WORKER)
+        self._records = 0  # within this beat
+        self._dumped = False
+        self._kill_call: Any = None
+        self._printed = b""
+
+    def move(self, phase: Phase) -> None:
+        """Go on to a phase; raises RuntimeError for one that does not come after this."""
+        if phase not in _MOVES[self.phase]:
+            raise RuntimeError(f"a worker that is {self.phase.value} cannot become {phase.value}")
+        self.phase = phase
+
+    def __str__(self) -> str:
+        return f"worker {self.slot.number} (pid {getattr(self.transport, 'pid', None)})"
+
+    def _log_error(self, text: str, **fields: object) -> None:
+        self.supervisor.log.error("{worker} " + text, worker=str(self), slot=self.slot.number, **fields)
+
+    # --- to it ---
+
+    def tell(self, word: str, value: object = None) -> None:
+        """Send a message."""
+        if self.phase is not Phase.GONE:
+            self.transport.writeToChild(CONTROL_IN, encode(word, value))
+
+    def drain(self, finish: tuple[str, ...] = ()) -> None:
+        """Have it end, when the queues of these kinds of its sockets are served."""
+        if self.phase in (Phase.STARTING, Phase.READY):
+            self.move(Phase.DRAINING)
+            self.tell("drain", finish)
+            self.kill_in(self.plan.drain_timeout + _KILL_AFTER)
+
+    def kill_in(self, seconds: float) -> None:
+        """Kill it then, if it is there still."""
+        if self._kill_call is not None and self._kill_call.active():
+            self._kill_call.cancel()
+        self._kill_call = self.supervisor.reactor.callLater(seconds, self.signal, signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+        if self.phase is not Phase.GONE:
+            self.transport.signalProcess(number)
+
+    def look(self, now: float) -> None:
+        """See whether it is alive. Called once in a beat."""
+        if self._records >= _RECORDS_A_BEAT:
+            self.transport.resumeProducing()
+        self._records = 0
+        hang_timeout = self.plan.hang_timeout
+        if self.phase is Phase.STARTING:
+            if now - self.began >= _START_DEADLINE:
+                self._log_error("is not ready after {seconds:g} s, and is killed", seconds=_START_DEADLINE)
+                self.signal(signal.SIGKILL)
+        elif self._dumped:
+            self.signal(signal.SIGKILL)
+        elif hang_timeout and now - self.heard >= hang_timeout:
+            self._log_error(
+                "gave no sign of life for {seconds:.1f} s: it is to print its stack, and is killed",
+                seconds=now - self.heard,
+            )
+            self._dumped = True  # it has until the next look
+            self.signal(signal.SIGUSR2)
+
+    # --- from it ---
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        if childFD == CONTROL_OUT:
+            self.heard = self.supervisor.reactor.seconds()
+            try:
+                for word, value in self._messages.feed(data):
+                    self._received(word, value)
+            except Exception as error:  # whatever it may be that it sends: it harms nobody else
+                self._log_error("said what it must not say, and is killed: {problem}", problem=repr(error))
+                self.transport.closeChildFD(CONTROL_OUT)
+                self.signal(signal.SIGKILL)
+        else:
+            self._prints(data)
+        if self._records >= _RECORDS_A_BEAT and self.phase is not Phase.GONE:
+            self.transport.pauseProducing()
+
+    def _received(self, word: str, value: Any) -> None:
+        if word == "log":
+            self._records += 1
+            self.supervisor.publish(self, value)
+        elif word == "beat":
+            self.counters = {str(name): int(count) for name, count in value.items()}
+        elif word == "failed":
+            self.problem = str(value)
+        elif word == "leave":
+            self.supervisor.replace([self.slot])
+        elif self.phase is Phase.STARTING:
+            self.move(Phase.READY)
+            self.supervisor.worker_ready(self)
+
+    def _prints(self, data: bytes) -> None:
+        """What it, or the interpreter that it is, prints: its last words, most often."""
+        *lines, self._printed = (self._printed + data).split(b"\n")
+        if len(self._printed) > LONGEST_FROM_WORKER:
+            lines, self._printed = [*lines, self._printed], b""
+        for line in lines:
+            self._records += 1
+            self._log_error("printed: {line}", line=escaped(line.decode("utf-8", "backslashreplace")))
+
+    def processEnded(self, reason: Failure) -> None:
+        if self._printed:
+            self._prints(b"\n")
+        if self._kill_call is not None and self._kill_call.active():
+            self._kill_call.cancel()
+        self.move(Phase.GONE)
+        self.supervisor.worker_gone(self, reason)
+
+
+class Slot:
+    """A place for a worker: the one in charge, its successor while that starts, and those that still drain."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.worker: Worker | None = None
+        self.successor: Worker | None = None
+        self.old: list[Worker] = []
+        self.deaths = 0  # in a row
+        self.respawn: Any = None  # the delayed call that spawns the next worker
+        self.leaving = False
+
+    def workers(self) -> list[Worker]:
+        """Every process of the slot."""
+        return [worker for worker in (self.worker, self.successor, *self.old) if worker is not None]
+
+    @property
+    def ready(self) -> bool:
+        return self.worker is not None and self.worker.phase is Phase.READY
+
+
+class Supervisor(Service):
+    """Serves with a worker process for each of `slots` slots.
+
+    `listeners` have a socket for each slot where they can (see Listener.copies). `command` starts a worker. `report`,
+    `check` and `notifier` are as in Server. `reload` gives the Plan of the next generation, or None if nothing can be
+    reloaded, which it has logged then.
+
+    Signals: SIGTERM and SIGINT drain, and a second one ends that; SIGHUP reloads; SIGTTIN adds a slot and SIGTTOU
+    removes one.
+    """
+
+    name = "rtservice"
+
+    def __init__(
+        self,
+        *,
+        listeners: list[Listener],
+        slots: int,
+        plan: Plan,
+        command: list[str],
+        log: Logger,
+        notifier: Notifier,
+        report: Callable[[str | None], None],
+        check: Callable[[], None],
+        reload: Callable[[], Plan | None],
+    ) -> None:
+        self.log = log
+        self.reactor: Any = None
+        self.slots = [Slot(number) for number in range(slots)]
+        self.exit_status = 0
+        self.totals: dict[str, int] = {}  # what ended workers counted
+        self._listeners = listeners
+        self._wanted = slots
+        self._plan = plan
+        self._command = command
+        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._notifier = notifier
+        self._report: Callable[[str | None], None] | None = report
+        self._check = check
+        self._reload = reload
+        self._rolling: list[Slot] = []  # whose workers are still to be replaced
+        self._reloading = False
+        self._looking = LoopingCall(self._look)
+        self._watchdog = LoopingCall(self._watch)
+        self._serving = False
+        self._stopped: Deferred[None] | None = None
+        self._stop_began = 0.0
+
+    # --- start ---
+
+    def startService(self) -> None:
+        """Spawn the workers. The reactor is needed from here on. Raises StartError."""
+        from twisted.internet import reactor
+
+        self._check()
+        super().startService()
+        self.reactor = reactor
+        signals = {signal.SIGHUP: self.reload, signal.SIGTTIN: self.add_slot, signal.SIGTTOU: self.remove_slot}
+        for number, action in signals.items():
+            self._on_signal(number, action)
+        reactor.callWhenRunning(self._begin)
+
+    def _on_signal(self, number: int, action: Callable[[], None]) -> None:
+        signal.signal(number, lambda number, frame: self.reactor.callFromThread(action))
+
+    def _begin(self) -> None:
+        if not self.running:
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: self.reactor.callFromThread(self._stop, number))
+        self._looking.clock = self._watchdog.clock = self.reactor
+        self._looking.start(BEAT, now=False)
+        for slot in self.slots:
+            slot.worker = self._spawn(slot)
+
+    def _spawn(self, slot: Slot) -> Worker:
+        worker = Worker(self, slot, self._plan)
+        with open(os.devnull, "rb") as nothing:
+            descriptors: dict[int, Any] = {0: nothing.fileno(), 1: "r", 2: "r", CONTROL_IN: "w", CONTROL_OUT: "r"}
+            for place, listener in enumerate(self._listeners):
+                descriptors[FIRST_SOCKET + place] = listener.of_slot(slot.number).fileno()
+            self.reactor.spawnProcess(worker, self._command[0], self._command, self._environment, childFDs=descriptors)
+        worker.tell("start", self._plan.start(slot.number, len(self.slots)))
+        return worker
+
+    # --- what workers do ---
+
+    def worker_ready(self, worker: Worker) -> None:
+        """It serves."""
+        slot = worker.slot
+        if slot.successor is worker:
+            assert slot.worker is not None
+            slot.old.append(slot.worker)
+            slot.worker.drain()
+            slot.worker, slot.successor = worker, None
+        self.log.info("{worker} is ready", worker=str(worker), slot=slot.number)
+        if not self._serving and all(one.ready for one in self.slots):
+            self._serving = True
+            for listener in self._listeners:
+                self.log.info("listening on {listener}", listener=listener.name)
+            if self._notifier.watchdog_interval is not None:
+                self._watchdog.start(self._notifier.watchdog_interval)
+            self._notifier.ready(self.status)
+            self._reported(None)
+        self._go_on()
+
+    def worker_gone(self, worker: Worker, reason: Failure) -> None:
+        """Its process has ended."""
+        slot = worker.slot
+        for name, count in worker.counters.items():
+            if name not in _GAUGES:
+                self.totals[name] = self.totals.get(name, 0) + count
+        how = "has ended" if reason.check(ProcessDone) else f"has ended: {reason.getErrorMessage()}"
+        self.log.info("{worker} {how}", worker=str(worker), how=how, slot=slot.number)
+        if worker in slot.old:
+            slot.old.remove(worker)
+        elif worker is slot.successor:
+            slot.successor = None
+            self._rolling.clear()
+            self.log.error(
+                "{worker} failed to replace another one, which stays: {problem}",
+                worker=str(worker),
+                problem=worker.problem or how,
+            )
+        elif worker is slot.worker:
+            slot.worker = None
+            if not self._serving and self._stopped is None:
+                self.fail(worker.problem or f"{worker} {how}")
+            elif not slot.leaving and self._stopped is None:
+                self._respawn_later(slot, worker)
+        self._go_on()
+
+    def _respawn_later(self, slot: Slot, worker: Worker) -> None:
+        healthy = self.reactor.seconds() - worker.began >= _HEALTHY
+        slot.deaths = 1 if healthy else slot.deaths + 1
+        seconds = backoff(slot.deaths, random.random())
+        self.log.error(
+            "{worker} is replaced in {seconds:.1f} s{problem}",
+            worker=str(worker),
+            seconds=seconds,
+            problem=f": {worker.problem}" if worker.problem else "",
+            slot=slot.number,
+        )
+        slot.respawn = self.reactor.callLater(seconds, self._respawn, slot)
+
+    def _respawn(self, slot: Slot) -> None:
+        slot.respawn = None
+        slot.worker = self._spawn(slot)
+
+    def publish(self, worker: Worker, text: str) -> None:
+        """A record of a worker's, in this process's log, with its slot."""
+        event = eventFromJSON(text)
+        number = worker.slot.number
+        event["slot"] = number
+        event["log_system"] = f"{event['log_namespace']}#{event['log_level'].name} worker {number}"
+        globalLogPublisher(event)
+
+    def _look(self) -> None:
+        now = self.reactor.seconds()
+        for slot in self.slots:
+            for worker in slot.workers():
+                worker.look(now)
+        if self._notifier.connected:
+            self._notifier.status(self.status)
+        if self._stopped is not None:
+            self._notifier.extend_timeout(_KILL_AFTER)
+        elif self._serving and not self._is_rolling():
+            for slot in self.slots:
+                if slot.ready and self._is_worn(slot.worker, now):
+                    self.replace([slot])
+                    break
+
+    def _is_worn(self, worker: Worker | None, now: float) -> bool:
+        assert worker is not None
+        plan = worker.plan
+        if plan.max_age and now - worker.began >= worker.age:
+            self.log.info("{worker} has reached its age", worker=str(worker))
+            return True
+        memory = worker.counters.get("memory", 0)
+        if plan.max_memory and memory > plan.max_memory:
+            self.log.info("{worker} has {memory} MiB of memory", worker=str(worker), memory=memory >> 20)
+            return True
+        return False
+
+    def _watch(self) -> None:
+        """Tell the service manager that all is well, if it is."""
+        now = self.reactor.seconds()
+        if all(now - slot.worker.heard < _DEAF for slot in self.slots if slot.worker is not None):
+            self._notifier.watchdog()
+
+    @property
+    def status(self) -> str:
+        """One line on how it stands."""
+        ready = sum(slot.ready for slot in self.slots)
+        count = sum(worker.counters.get("open", 0) for slot in self.slots for worker in slot.workers())
+        state = "draining" if self._stopped is not None else "serving" if self._serving else "starting"
+        return f"{state}: {ready} of {len(self.slots)} workers ready, {count} connections open"
+
+    # --- replacing ---
+
+    def reload(self) -> None:
+        """Replace every worker by one with the settings, certificates and code of now. Called for SIGHUP."""
+        if self._stopped is not None or not self._serving:
+            return
+        self.log.info("SIGHUP: reloading")
+        self._notifier.reloading()
+        plan = self._reload()
+        if plan is None:
+            self._notifier.ready(self.status)
+            return
+        self._plan = plan
+        self._reloading = True
+        self.replace(self.slots)
+
+    def replace(self, slots: list[Slot]) -> None:
+        """Replace the workers of these slots, one after the other: each serves before the old one drains."""
+        if self._stopped is None and self._serving:
+            self._rolling = [*slots, *(slot for slot in self._rolling if slot not in slots)]
+            self._go_on()
+
+    def _is_rolling(self) -> bool:
+        return bool(self._rolling) or any(slot.successor is not None for slot in self.slots)
+
+    def _go_on(self) -> None:
+        """Do what is to be done next, whenever something has happened."""
+        if self._stopped is not None:
+            if not any(slot.workers() for slot in self.slots) and not self._stopped.called:
+                self._stopped.callback(None)
+            return
+        if not self._serving or any(slot.successor is not None for slot in self.slots):
+            return
+        while self._rolling:
+            slot = self._rolling.pop(0)
+            if slot.ready and not slot.leaving:
+                slot.successor = self._spawn(slot)
+                return
+            # One that has no worker now gets one of the new plan anyway.
+        if self._reloading:
+            self._reloading = False
+            self.log.info("reloaded: {status}", status=self.status)
+            self._notifier.ready(self.status)
+        self._adjust()
+
+    # --- more and fewer slots ---
+
+    def add_slot(self) -> None:
+        """One more worker. Called for SIGTTIN."""
+        self._wanted += 1
+        self._go_on()
+
+    def remove_slot(self) -> None:
+        """One worker less. Called for SIGTTOU."""
+        if self._wanted == 1:
+            self.log.warn("SIGTTOU: the last worker stays")
+            return
+        self._wanted -= 1
+        self._go_on()
+
+    def _adjust(self) -> None:
+        last = self.slots[-1]
+        if last.leaving:
+            if not last.workers():
+                self._drop(last)
+        elif len(self.slots) > self._wanted:
+            # Without a worker its queue would be lost: it gets one first.
+            if last.ready:
+                self._leave(last)
+        elif len(self.slots) < self._wanted:
+            self._add()
+
+    def _add(self) -> None:
+        added: list[Listener] = []
+        try:
+            for listener in self._listeners:
+                listener.add_copy()
+                added.append(listener)
+        except ListenError as problem:
+            for listener in added:
+                listener.drop_last()
+            self._wanted = len(self.slots)
+            self.log.error("no worker can be added: {problem}", problem=problem)
+            return
+        slot = Slot(len(self.slots))
+        self.slots.append(slot)
+        slot.worker = self._spawn(slot)
+        self._share()
+
+    def _leave(self, slot: Slot) -> None:
+        slot.leaving = True
+        for listener in self._listeners:
+            listener.leave_out_last()
+        assert slot.worker is not None
+        slot.worker.drain(("slot",))
+
+    def _drop(self, slot: Slot) -> None:
+        for listener in self._listeners:
+            listener.drop_last()
+        self.slots.remove(slot)
+        self.log.info("slot {slot} is gone", slot=slot.number)
+        self._share()
+        self._go_on()
+
+    def _share(self) -> None:
+        for slot in self.slots:
+            for worker in slot.workers():
+                worker.tell("share", len(self.slots))
+
+    # --- stop ---
+
+    def fail(self, problem: str) -> None:
+        """End the process: it cannot serve as it was asked to."""
+        if self.exit_status == 0:
+            self.log.critical("cannot start: {problem}", problem=problem)
+            self.exit_status = 1
+            self._reported(problem)
+            self.reactor.stop()
+            self.hurry()
+
+    def _reported(self, problem: str | None) -> None:
+        report, self._report = self._report, None
+        if report is not None:
+            report(problem)
+
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._stopped is None:
+            self.log.info("{signal}: stopping", signal=name)
+            self.reactor.stop()
+        else:
+            self.log.info("{signal}: not waiting any longer", signal=name)
+            self.exit_status = 128 + number
+            self.hurry()
+
+    def hurry(self) -> None:
+        """End a drain now."""
+        for slot in self.slots:
+            for worker in slot.workers():
+                worker.tell("hurry")
+                worker.kill_in(_HURRY)
+
+    def stopService(self) -> Deferred[None]:
+        """Drain all workers, within one deadline. Fires when the last one has ended."""
+        if self._stopped is None:
+            super().stopService()
+            self._stopped = Deferred()
+            self._stopped.addCallback(self._all_gone)
+            self._notifier.stopping(self.status)
+            self._stop_began = self.reactor.seconds()
+            for listener in self._listeners:
+                self._remove_file(listener)
+            for slot in self.slots:
+                if slot.respawn is not None:
+                    slot.respawn.cancel()
+                for worker in slot.workers():
+                    worker.drain(("slot", "own"))
+            self._go_on()
+        done: Deferred[None] = Deferred()
+        self._stopped.chainDeferred(done)
+        return done
+
+    def _all_gone(self, result: None) -> None:
+        self.log.info(
+            "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
+            ended=self.totals.get("drain_ended", 0),
+            aborted=self.totals.get("drain_aborted", 0),
+            seconds=self.reactor.seconds() - self._stop_began,
+        )
+        for repeated in (self._looking, self._watchdog):
+            if repeated.running:
+                repeated.stop()
+        for listener in self._listeners:
+            listener.close()
+
+    def _remove_file(self, listener: Listener) -> None:
+        try:
+            listener.remove_file()
+        except OSError as problem:
+            self.log.warn(
+                "{listener}: its socket file stays: {problem}", listener=listener.name, problem=problem.strerror
+            )
