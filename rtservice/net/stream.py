@@ -393,6 +393,8 @@ class Connection:
 
     def _all_sent(self) -> None:
         """Ask the producer for more, if it waits for that; otherwise do what was waiting until everything was sent."""
+        if self.producer is self and self.disconnecting:
+            self.producer = None  # it reads no more, so there is nothing more to come
         if self.producer is not None and (self.producer_paused or not self.streaming_producer):
             self.producer_paused = False
             self._once_sent = self.disconnecting or self._write_closing or not self.streaming_producer
