@@ -1128,7 +1128,7 @@ class Port:
             self.doRead()
             if not self.listening:
                 return
-            if before == number == self._number and not self.paused:
+            if before == number == self._number and not self.paused and self._resting is None:
                 self.stopListening()
                 return
         self._quiet = self.reactor.callLater(_QUIET, self._finish_when_quiet, self._number)
