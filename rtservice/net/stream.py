@@ -501,8 +501,12 @@ class Connection:
         self.reactor.callLater(0, self.connectionLost, Failure(error.ConnectionAborted()))
 
     def end(self, why: str) -> None:
-        """Close as loseConnection does, with this reason of ours (one of a fixed few) for the record."""
+        """Close once what is written is sent, with this reason of ours (one of a fixed few) for the record.
+
+        Unlike with loseConnection, a producer has no say in when that is.
+        """
         self.error = Ended(why)
+        self._stop_producer()
         self.loseConnection()
 
     def cut(self, why: str) -> None:
