@@ -925,9 +925,9 @@ class ProxyHeader(Connection):
         sock = self.socket
         try:
             ahead = sock.recv(_PROXY_PEEK, socket.MSG_PEEK)
-            if not ahead:
+            if not ahead:  # a probe of whether the port is open, most often
                 self.peer_finished = True
-                return main.CONNECTION_LOST
+                return main.CONNECTION_DONE
             begun = self._phase_state
             header = parse(begun + ahead)
             if header is None:
@@ -965,7 +965,7 @@ class ProxyHeader(Connection):
         self.connectionLost(_DONE)
 
     def readConnectionLost(self, reason: Failure) -> None:
-        self.connectionLost(_LOST)
+        self.connectionLost(reason)
 
     def _timed_out(self) -> None:
         self._deadline = None
