@@ -289,11 +289,13 @@ class Connections:
         now = self._seconds()
         for connection in list(self.open):
             moved = connection.bytes_in + connection.bytes_out
-            if moved != connection.seen:
+            if connection.phase != "open":  # it has a deadline of its own, and the idle time begins after that
+                connection.seen = -1
+            elif moved != connection.seen:
                 connection.seen = moved
                 connection.still_since = now
-            elif now - connection.still_since >= timeout and connection.phase == "open":
-                if connection.unsent or connection.disconnecting:
+            elif now - connection.still_since >= timeout:
+                if connection.unsent or connection.disconnecting or connection.error:  # or asked to end before
                     connection.cut("stopped reading")
                 else:
                     connection.end("idle")

@@ -132,6 +132,7 @@ class Server(Service):
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notifier.watchdog)
         self._certificates_seen: object = None
+        self._ending = False  # the reactor is told to stop
         self._hurried = False
         self._woken: Deferred[None] | None = None  # what the drain waits for
         self._drained: Deferred[None] | None = None
@@ -165,17 +166,21 @@ class Server(Service):
         self._serving_if_all_listen()
 
     def _late_failure(self, result: object, failures: list[Failure], description: str) -> None:
-        if failures:
+        if failures and not self._ending:
             self.fail(f"--listen {description}: {failures[0].getErrorMessage()}")
 
     def fail(self, problem: str) -> None:
         """End the process: it cannot serve all that it was asked to."""
-        from twisted.internet import reactor
-
         self._log.critical("cannot start: {problem}", problem=problem)
         self.exit_status = 1
         self._hurried = True  # nothing keeps half a service running
         self._reported(problem)
+        self._stop_reactor()
+
+    def _stop_reactor(self) -> None:
+        from twisted.internet import reactor
+
+        self._ending = True  # before stopService is called, which is a turn of the reactor later
         reactor.callWhenRunning(reactor.stop)
 
     def _reported(self, problem: str | None) -> None:
@@ -332,13 +337,14 @@ class Server(Service):
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self._drained is None:
+        if not self._ending:
             self._log.info("{signal}: stopping", signal=name)
             # Twisted's own handler would end the process by the same signal after all is done.
-            self.reactor.stop()
+            self._stop_reactor()
         else:
             self._log.info("{signal}: not waiting any longer", signal=name)
-            self.exit_status = 128 + number  # as shells say it: it did not end on its own terms
+            # As shells say it: it did not end on its own terms.
+            self.exit_status = self.exit_status or 128 + number
             self.hurry()
 
     def hurry(self) -> None:
@@ -348,6 +354,7 @@ class Server(Service):
 
     def stopService(self) -> Deferred[None]:
         """Drain, close the listening sockets and remove their files. Fires when that is done."""
+        self._ending = True
         if self._drained is None:
             super().stopService()
             self._drained = Deferred.fromCoroutine(self._drain())
@@ -392,7 +399,7 @@ class Server(Service):
                 port.stopListening()
             else:
                 self._remove_file(listener)
-                port.finish().addCallback(self._wake_if_empty)
+                port.finish().addCallback(self._finished, listener)
         connections.tell_drain()
         await self._wait(self.live.drain_timeout)
         for port in connections.ports:
@@ -409,6 +416,11 @@ class Server(Service):
             self._hurried = False  # it takes one more turn of the reactor, and no more of anybody's patience
             await self._wait(_FLUSH_STEP)
 
+    def _finished(self, result: object, listener: Listener) -> None:
+        """Its queue is empty. Whoever comes from now on is refused, or finds a successor on the same address."""
+        listener.close()
+        self._wake_if_empty()
+
     async def _wait(self, seconds: float) -> None:
         """Until there is no connection and no queue any more, or somebody hurries, or for so long."""
         if self._hurried:
@@ -420,7 +432,7 @@ class Server(Service):
         if timer.active():
             timer.cancel()
 
-    def _wake_if_empty(self, result: object = None) -> None:
+    def _wake_if_empty(self) -> None:
         if not self.connections.open and not any(port.listening for port in self.connections.ports):
             self._wake()
 

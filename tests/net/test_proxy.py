@@ -5,6 +5,7 @@ import random
 import re
 import socket
 import struct
+import tracemalloc
 
 import pytest
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
@@ -367,6 +368,19 @@ def test_the_longest_header_that_v2_can_state_is_read() -> None:
     header = parse(data + b"after")
     assert header.length == len(data)
     assert header.source == CLIENT
+
+
+def test_a_header_takes_no_more_memory_than_its_bytes_however_many_tlvs_they_are() -> None:
+    count = (65535 - 12) // 3
+    data = v2(0x21, 0x11, inet() + tlv(4) * count)
+    tracemalloc.start()
+    try:
+        header = parse(data)
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < len(data) + 4096
+    assert header.tlvs == ((4, b""),) * count
 
 
 def test_any_bit_of_a_header_with_a_checksum_matters() -> None:
