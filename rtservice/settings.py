@@ -363,6 +363,13 @@ class Loaded:
     settings: Settings
     sources: Mapping[str, str]
 
+    def where(self, name: str) -> str:
+        """What a user would change a setting at, as errors begin: `--port`, `RTSERVICE_PORT`, `/etc/rt.toml: port`."""
+        source = self.sources[name]
+        if source in ("command line", "default"):
+            return _option(name)
+        return variable(name) if source == "environment" else f"{source}: {name}"
+
 
 _PREFIX = "RTSERVICE_"
 

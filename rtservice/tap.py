@@ -132,15 +132,18 @@ def makeService(options: Options) -> Server:
     in_force = options.settings()
     twistd: Any = options.parent or {}
     log = _Log(in_force.log_level)
-    factory = _factory(in_force)
     resolve_path = _path_resolver(twistd)
-    if options["check"]:
-        _check(in_force, resolve_path)
-        print("rtservice: the configuration is valid")
-        raise SystemExit(0)
-    notifier = systemd.from_environment(os.environ)
-    _install_reactor(log.logger)
-    opened, endpoints = _open(in_force, resolve_path)
+    try:
+        factory = _factory(options.loaded)
+        if options["check"]:
+            _check(options.loaded, resolve_path)
+            print("rtservice: the configuration is valid")
+            raise SystemExit(0)
+        notifier = systemd.from_environment(os.environ)
+        _install_reactor(log.logger)
+        opened, endpoints = _open(options.loaded, resolve_path)
+    except SettingError as error:
+        raise SystemExit(f"rtservice: {error}") from None
     start = _Start(twistd)
     reload = _Reload(options, in_force, log)
     server = Server(
@@ -150,6 +153,7 @@ def makeService(options: Options) -> Server:
         live=_live(in_force, raise_descriptor_limit()),
         log=log.logger,
         notifier=notifier,
+        listen_setting=options.loaded.where("listen"),
         check=start.check,
         report=start.report,
         reload=lambda: reload(server),
@@ -159,26 +163,27 @@ def makeService(options: Options) -> Server:
     return server
 
 
-def _factory(in_force: settings.Settings) -> EchoFactory:
+def _factory(loaded: Loaded) -> EchoFactory:
+    """The factory of these settings; raises SettingError."""
+    wanted = loaded.settings
     try:
-        return EchoFactory(in_force.greeting, in_force.greet, in_force.framing, in_force.max_message)
+        return EchoFactory(wanted.greeting, wanted.greet, wanted.framing, wanted.max_message)
     except ValueError as error:
-        raise SystemExit(f"rtservice: --greeting: {error}") from None
+        raise SettingError(f"{loaded.where('greeting')}: {error}") from None
 
 
 def _is_ours(description: str) -> bool:
     return listeners.split_description(description)[0] in listeners.TYPES
 
 
-def _open(
-    in_force: settings.Settings, resolve_path: Callable[[str], str]
-) -> tuple[list[Listener], list[tuple[str, Any]]]:
-    """Every listener, bound, and the endpoints that can only be bound later. Raises SystemExit."""
+def _open(loaded: Loaded, resolve_path: Callable[[str], str]) -> tuple[list[Listener], list[tuple[str, Any]]]:
+    """Every listener, bound, and the endpoints that can only be bound later. Raises SettingError."""
+    in_force = loaded.settings
     opened: list[Listener] = []
     endpoints: list[tuple[str, Any]] = []
     try:
         for description in in_force.listen:
-            with _naming(f"--listen {description}"):
+            with _naming(f"{loaded.where('listen')} {description}"):
                 if _is_ours(description):
                     opened += listeners.open_description(
                         description, backlog=in_force.backlog, resolve_path=resolve_path
@@ -186,7 +191,7 @@ def _open(
                 else:
                     endpoints.append((description, _other_endpoint(description)))
         if not in_force.listen:
-            with _naming(_port_option(in_force)):
+            with _naming(_port_and_interface(loaded)):
                 opened += listeners.open_port(in_force.port, interface=in_force.interface, backlog=in_force.backlog)
     except BaseException:
         for listener in opened:
@@ -195,21 +200,24 @@ def _open(
     return opened, endpoints
 
 
-def _check(in_force: settings.Settings, resolve_path: Callable[[str], str]) -> None:
-    """Find what _open would, without a socket that listens. Raises SystemExit."""
+def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
+    """Find what _open would, without a socket that listens. Raises SettingError."""
+    in_force = loaded.settings
     for description in in_force.listen:
-        with _naming(f"--listen {description}"):
+        with _naming(f"{loaded.where('listen')} {description}"):
             if _is_ours(description):
                 listeners.check_description(description, resolve_path=resolve_path)
             else:
                 _other_endpoint(description)
     if not in_force.listen:
-        with _naming(_port_option(in_force)):
+        with _naming(_port_and_interface(loaded)):
             listeners.check_port(in_force.port, interface=in_force.interface)
 
 
-def _port_option(in_force: settings.Settings) -> str:
-    return f"--port {in_force.port}{f' --interface {in_force.interface}' if in_force.interface else ''}"
+def _port_and_interface(loaded: Loaded) -> str:
+    given = loaded.settings
+    interface = f" {loaded.where('interface')} {given.interface}" if given.interface else ""
+    return f"{loaded.where('port')} {given.port}{interface}"
 
 
 def _live(in_force: settings.Settings, descriptors: int) -> Live:
@@ -240,11 +248,13 @@ class _Reload:
     def __call__(self, server: Server) -> None:
         log = self._log.logger
         try:
-            wanted = self._options.reloaded().settings
+            loaded = self._options.reloaded()
+            _factory(loaded)  # it takes a restart, which must not be what finds the mistake
             adopt_certificates = server.renewed_certificates()
         except (SettingError, ListenError) as problem:
             log.error("nothing is reloaded: {problem}", problem=problem)
             return
+        wanted = loaded.settings
         live, restart = settings.changes(self._in_force, wanted)
         adopt_certificates()
         server.apply(_live(wanted, raise_descriptor_limit()))
@@ -296,11 +306,11 @@ def _check_privileges(twistd: Any) -> None:
 
 @contextlib.contextmanager
 def _naming(setting: str) -> Iterator[None]:
-    """Turn a ListenError into the exit line that names the setting."""
+    """Turn a ListenError into a SettingError that names the setting."""
     try:
         yield
     except ListenError as error:
-        raise SystemExit(f"rtservice: {setting}: {error}") from None
+        raise SettingError(f"{setting}: {error}") from None
 
 
 def _other_endpoint(description: str) -> Any:

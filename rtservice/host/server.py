@@ -91,7 +91,7 @@ class Server(Service):
     """Serves one factory on listeners, which are bound already, and on endpoints of other kinds.
 
     `endpoints` are pairs of a description and an IStreamServerEndpoint. They start to listen before privileges are
-    dropped. `live` is what `apply` may change later.
+    dropped; errors say that `listen_setting` gave them. `live` is what `apply` may change later.
 
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
     `check` is called before anything is served, and raises StartError if that must not be. With `reload`, which is to
@@ -109,6 +109,7 @@ class Server(Service):
         endpoints: list[tuple[str, Any]],
         live: Live,
         log: Logger,
+        listen_setting: str = "--listen",
         notifier: Notifier | None = None,
         report: Callable[[str | None], None] = lambda problem: None,
         check: Callable[[], None] = lambda: None,
@@ -125,6 +126,7 @@ class Server(Service):
         self._awaited = 0  # endpoints that do not listen yet
         self._others: list[Any] = []  # what those endpoints gave
         self._log = log
+        self._listen_setting = listen_setting
         self._notifier = Notifier() if notifier is None else notifier
         self._report: Callable[[str | None], None] | None = report
         self._check = check
@@ -149,7 +151,7 @@ class Server(Service):
             started.addCallback(self._listening, description)
             started.addErrback(failures.append)
             if failures:
-                problem = f"--listen {description}: {failures[0].getErrorMessage()}"
+                problem = f"{self._listen_setting} {description}: {failures[0].getErrorMessage()}"
                 self._log.critical("cannot start: {problem}", problem=problem)
                 raise StartError(f"rtservice: {problem}")
             # From here on a failure comes later, when privileges may be dropped already: stop, and exit non-zero.
@@ -166,7 +168,7 @@ class Server(Service):
 
     def _late_failure(self, result: object, failures: list[Failure], description: str) -> None:
         if failures:
-            self.fail(f"--listen {description}: {failures[0].getErrorMessage()}")
+            self.fail(f"{self._listen_setting} {description}: {failures[0].getErrorMessage()}")
 
     def fail(self, problem: str) -> None:
         """End the process: it cannot serve all that it was asked to."""
