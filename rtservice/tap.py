@@ -17,7 +17,7 @@ from twisted.python import usage
 from rtservice import __version__, settings
 from rtservice.host import systemd
 from rtservice.host.connections import Limits
-from rtservice.host.server import Live, Server, StartError, default_max_connections, raise_descriptor_limit
+from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.protocols.echo import EchoFactory
@@ -268,31 +268,39 @@ class _Reload:
 
 
 class _Start:
-    """The last steps of a start, between twistd and the service."""
+    """The last steps of a start, between twistd, the service, and the command that was typed."""
 
     def __init__(self, twistd: Any) -> None:
         self._twistd = twistd
         self._pipe: int | None = None
+        self._terminal = os.dup(2)  # once twistd has daemonized, 2 itself is /dev/null
 
-    def check(self) -> None:
-        """Called when privileges are to have been dropped; raises StartError if they were not."""
-        _check_privileges(self._twistd)
-        # When twistd daemonizes, the command that was typed waits at this pipe for a word. Twistd would say now that
-        # all is well; we do when it is.
-        self._pipe = self._twistd.get("statusPipe")
-        if self._pipe is not None:
-            self._twistd["statusPipe"] = None
+    def check(self) -> str | None:
+        """Called when privileges are to have been dropped; says so if they were not."""
+        self._take_pipe()
+        return _privileges_kept(self._twistd)
 
     def report(self, problem: str | None) -> None:
         """The start is over, and went well or not."""
+        self._take_pipe()
+        with contextlib.suppress(OSError):  # nobody listens any more
+            if problem is not None:
+                os.write(self._terminal, f"rtservice: {problem}\n".encode(errors="surrogateescape"))
+            if self._pipe is not None:
+                os.write(self._pipe, b"0" if problem is None else b"1 rtservice did not start")
+        os.close(self._terminal)
         if self._pipe is not None:
-            with contextlib.suppress(OSError):  # nobody waits any more
-                os.write(self._pipe, b"0" if problem is None else f"1 {problem}".encode())
             os.close(self._pipe)
 
+    def _take_pipe(self) -> None:
+        # When twistd daemonizes, the command that was typed waits at this pipe for a word. Twistd would say too early
+        # that all is well, and of an error the first 98 bytes.
+        if self._twistd.get("statusPipe") is not None:
+            self._pipe, self._twistd["statusPipe"] = self._twistd["statusPipe"], None
 
-def _check_privileges(twistd: Any) -> None:
-    """Raise StartError unless the process runs as the user and group that twistd was told; twistd does not look."""
+
+def _privileges_kept(twistd: Any) -> str | None:
+    """What is wrong unless the process runs as the user and group that twistd was told; twistd does not look."""
     uid, gid = twistd.get("uid"), twistd.get("gid")
     if uid is not None and gid is None:
         gid = pwd.getpwuid(uid).pw_gid  # twistd's rule
@@ -300,8 +308,8 @@ def _check_privileges(twistd: Any) -> None:
         real, effective, saved = ids
         in_force = {effective} if twistd.get("euid") else {real, effective, saved}
         if wanted is not None and in_force != {wanted}:
-            still = max(in_force - {wanted})
-            raise StartError(f"rtservice: --{what} {wanted}: the process still runs as {what} {still}")
+            return f"--{what} {wanted}: the process still runs as {what} {max(in_force - {wanted})}"
+    return None
 
 
 @contextlib.contextmanager

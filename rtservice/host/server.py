@@ -36,11 +36,15 @@ _TICK = 2.0
 
 
 class StartError(SystemExit, Exception):
-    """The service cannot start; the text is the one line for the user.
+    """The service cannot start; the text says why, and has been reported.
 
-    Twistd tells the command that was typed, and removes the pidfile, for an Exception; the interpreter prints no
-    traceback for a SystemExit. It has to be both.
+    Twistd removes the pidfile for an Exception, and the interpreter prints no traceback for a SystemExit: it has to be
+    both.
     """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.code = 1  # or the interpreter would print the text once more
 
 
 class State(Enum):
@@ -94,7 +98,7 @@ class Server(Service):
     dropped; errors say that `listen_setting` gave them. `live` is what `apply` may change later.
 
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
-    `check` is called before anything is served, and raises StartError if that must not be. With `reload`, which is to
+    `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
     calls it.
     """
@@ -112,7 +116,7 @@ class Server(Service):
         listen_setting: str = "--listen",
         notifier: Notifier | None = None,
         report: Callable[[str | None], None] = lambda problem: None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], str | None] = lambda: None,
         reload: Callable[[], None] | None = None,
     ) -> None:
         self.factory = factory
@@ -151,9 +155,7 @@ class Server(Service):
             started.addCallback(self._listening, description)
             started.addErrback(failures.append)
             if failures:
-                problem = f"{self._listen_setting} {description}: {failures[0].getErrorMessage()}"
-                self._log.critical("cannot start: {problem}", problem=problem)
-                raise StartError(f"rtservice: {problem}")
+                raise self._cannot_start(f"{self._listen_setting} {description}: {failures[0].getErrorMessage()}")
             # From here on a failure comes later, when privileges may be dropped already: stop, and exit non-zero.
             started.addBoth(self._late_failure, failures, description)
 
@@ -174,11 +176,20 @@ class Server(Service):
         """End the process: it cannot serve all that it was asked to."""
         from twisted.internet import reactor
 
-        self._log.critical("cannot start: {problem}", problem=problem)
+        self._tell(problem)
         self.exit_status = 1
         self._hurried = True  # nothing keeps half a service running
-        self._reported(problem)
         reactor.callWhenRunning(reactor.stop)
+
+    def _cannot_start(self, problem: str) -> StartError:
+        """What to raise before the reactor runs."""
+        self._tell(problem)
+        self._close_listeners()
+        return StartError(problem)
+
+    def _tell(self, problem: str) -> None:
+        self._log.critical("cannot start: {problem}", problem=problem)
+        self._reported(problem)
 
     def _reported(self, problem: str | None) -> None:
         report, self._report = self._report, None
@@ -191,7 +202,9 @@ class Server(Service):
 
         if self._endpoints:  # `twist` knows no privileged start
             self.privilegedStartService()
-        self._check()
+        problem = self._check()
+        if problem is not None:
+            raise self._cannot_start(problem)
         super().startService()
         self.reactor = reactor
         if self._reload is not None:
@@ -358,6 +371,7 @@ class Server(Service):
         return done
 
     async def _drain(self) -> None:
+        self._reported("told to stop before every listener was ready")
         connections = self.connections
         if self.reactor is not None and self.state is not State.STOPPED:
             began, ended, aborted = self.reactor.seconds(), connections.ended, connections.aborted
