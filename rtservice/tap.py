@@ -29,6 +29,20 @@ def _help(setting: settings.Setting) -> str:
     return setting.help.replace("`", "") + (f" [default: {default}]" if default else "")
 
 
+class _Printed(SystemExit):
+    """The end of a command that was to print this; with a line in the place of its status when it could not."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            # In the encoding of TOML, whatever that of the terminal is. Python's own is None when it is closed.
+            with open(1, "wb", closefd=False) as output:
+                output.write(text.encode())
+        except OSError as error:
+            super().__init__(f"rtservice: cannot write to standard output: {error.strerror}")
+        else:
+            super().__init__(0)
+
+
 class Options(usage.Options):
     """The command line, made from the schema in `settings`, and what it gives with the environment and the file.
 
@@ -86,9 +100,7 @@ class Options(usage.Options):
                 break
         self.loaded = self.reloaded()
         if self["print-config"]:
-            # In the encoding of TOML, whatever that of the terminal is.
-            sys.stdout.buffer.write(settings.as_toml(self.loaded).encode())
-            raise SystemExit(0)
+            raise _Printed(settings.as_toml(self.loaded))
 
     def settings(self) -> settings.Settings:
         """The settings that the process starts with."""
@@ -131,14 +143,14 @@ def makeService(options: Options) -> Server:
     """
     in_force = options.settings()
     twistd: Any = options.parent or {}
+    _open_standard_descriptors()
     log = _Log(in_force.log_level)
     resolve_path = _path_resolver(twistd)
     try:
         factory = _factory(options.loaded)
         if options["check"]:
             _check(options.loaded, resolve_path)
-            print("rtservice: the configuration is valid")
-            raise SystemExit(0)
+            raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
         _install_reactor(log.logger)
         opened, endpoints = _open(options.loaded, resolve_path)
@@ -161,6 +173,13 @@ def makeService(options: Options) -> Server:
     # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
     atexit.register(_exit_with_status_of, server)
     return server
+
+
+def _open_standard_descriptors() -> None:
+    """Open those of 0 to 2 that are closed; twistd replaces them all when it daemonizes, and must not find ours."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def _factory(loaded: Loaded) -> EchoFactory:
