@@ -138,6 +138,7 @@ class Server(Service):
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notifier.watchdog)
         self._certificates_seen: object = None
+        self._reload_asked = False
         self._hurried = False
         self._woken: Deferred[None] | None = None  # what the drain waits for
         self._drained: Deferred[None] | None = None
@@ -147,6 +148,9 @@ class Server(Service):
     def privilegedStartService(self) -> None:
         """Listen where only an endpoint can: raises StartError, with an address that cannot be had."""
         super().privilegedStartService()
+        if self._reload is not None:
+            # A reload that is asked for too early must not be what SIGHUP is by default.
+            signal.signal(signal.SIGHUP, self._hung_up)
         endpoints, self._endpoints = self._endpoints, []
         for description, endpoint in endpoints:
             failures: list[Failure] = []
@@ -200,16 +204,12 @@ class Server(Service):
         """Serve. The reactor is needed from here on. Raises StartError."""
         from twisted.internet import reactor
 
-        if self._endpoints:  # `twist` knows no privileged start
-            self.privilegedStartService()
+        self.privilegedStartService()  # `twist` knows none; for twistd nothing is left of it
         problem = self._check()
         if problem is not None:
             raise self._cannot_start(problem)
         super().startService()
         self.reactor = reactor
-        if self._reload is not None:
-            # A reload that is asked for too early must not be what SIGHUP is by default.
-            signal.signal(signal.SIGHUP, lambda number, frame: self.reactor.callFromThread(self.reload))
         # Not before the reactor handles signals: whoever reads "listening" may send one, and would kill the process
         # before it can clean up. Clients that are early wait in the sockets' queues.
         reactor.callWhenRunning(self._serve)
@@ -251,6 +251,7 @@ class Server(Service):
             self._watchdog.start(self._notifier.watchdog_interval)
         self._notifier.ready(self.status)
         self._reported(None)
+        self._reload_if_asked()
 
     def _move(self, state: State) -> None:
         if state not in _MOVES[self.state]:
@@ -283,10 +284,16 @@ class Server(Service):
         for port in self.connections.ports:
             port.handshake_timeout = live.handshake_timeout
 
-    def reload(self) -> None:
-        """What SIGHUP asks for."""
-        if self.state is not State.SERVING or self._reload is None:
+    def _hung_up(self, number: int, frame: object) -> None:
+        self._reload_asked = True
+        if self.reactor is not None:
+            self.reactor.callFromThread(self._reload_if_asked)
+
+    def _reload_if_asked(self) -> None:
+        # One reload for all signals before it: what it reads is newer than them.
+        if self._reload is None or not self._reload_asked or self.state is not State.SERVING:
             return
+        self._reload_asked = False
         self._log.info("SIGHUP: reloading")
         self._notifier.reloading()
         self._reload()
