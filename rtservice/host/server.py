@@ -36,11 +36,15 @@ _TICK = 2.0
 
 
 class StartError(SystemExit, Exception):
-    """The service cannot start; the text is the one line for the user.
+    """The service cannot start; the text says why, and has been reported.
 
-    Twistd tells the command that was typed, and removes the pidfile, for an Exception; the interpreter prints no
-    traceback for a SystemExit. It has to be both.
+    Twistd removes the pidfile for an Exception, and the interpreter prints no traceback for a SystemExit: it has to be
+    both.
     """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.code = 1  # or the interpreter would print the text once more
 
 
 class State(Enum):
@@ -91,10 +95,10 @@ class Server(Service):
     """Serves one factory on listeners, which are bound already, and on endpoints of other kinds.
 
     `endpoints` are pairs of a description and an IStreamServerEndpoint. They start to listen before privileges are
-    dropped. `live` is what `apply` may change later.
+    dropped; errors say that `listen_setting` gave them. `live` is what `apply` may change later.
 
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
-    `check` is called before anything is served, and raises StartError if that must not be. With `reload`, which is to
+    `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
     calls it.
     """
@@ -109,9 +113,10 @@ class Server(Service):
         endpoints: list[tuple[str, Any]],
         live: Live,
         log: Logger,
+        listen_setting: str = "--listen",
         notifier: Notifier | None = None,
         report: Callable[[str | None], None] = lambda problem: None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], str | None] = lambda: None,
         reload: Callable[[], None] | None = None,
     ) -> None:
         self.factory = factory
@@ -125,6 +130,7 @@ class Server(Service):
         self._awaited = 0  # endpoints that do not listen yet
         self._others: list[Any] = []  # what those endpoints gave
         self._log = log
+        self._listen_setting = listen_setting
         self._notifier = Notifier() if notifier is None else notifier
         self._report: Callable[[str | None], None] | None = report
         self._check = check
@@ -133,6 +139,7 @@ class Server(Service):
         self._watchdog = LoopingCall(self._notifier.watchdog)
         self._certificates_seen: object = None
         self._ending = False  # the reactor is told to stop
+        self._reload_asked = False
         self._hurried = False
         self._woken: Deferred[None] | None = None  # what the drain waits for
         self._drained: Deferred[None] | None = None
@@ -142,6 +149,9 @@ class Server(Service):
     def privilegedStartService(self) -> None:
         """Listen where only an endpoint can: raises StartError, with an address that cannot be had."""
         super().privilegedStartService()
+        if self._reload is not None:
+            # A reload that is asked for too early must not be what SIGHUP is by default.
+            signal.signal(signal.SIGHUP, self._hung_up)
         endpoints, self._endpoints = self._endpoints, []
         for description, endpoint in endpoints:
             failures: list[Failure] = []
@@ -150,9 +160,7 @@ class Server(Service):
             started.addCallback(self._listening, description)
             started.addErrback(failures.append)
             if failures:
-                problem = f"--listen {description}: {failures[0].getErrorMessage()}"
-                self._log.critical("cannot start: {problem}", problem=problem)
-                raise StartError(f"rtservice: {problem}")
+                raise self._cannot_start(f"{self._listen_setting} {description}: {failures[0].getErrorMessage()}")
             # From here on a failure comes later, when privileges may be dropped already: stop, and exit non-zero.
             started.addBoth(self._late_failure, failures, description)
 
@@ -167,14 +175,13 @@ class Server(Service):
 
     def _late_failure(self, result: object, failures: list[Failure], description: str) -> None:
         if failures and not self._ending:
-            self.fail(f"--listen {description}: {failures[0].getErrorMessage()}")
+            self.fail(f"{self._listen_setting} {description}: {failures[0].getErrorMessage()}")
 
     def fail(self, problem: str) -> None:
         """End the process: it cannot serve all that it was asked to."""
-        self._log.critical("cannot start: {problem}", problem=problem)
+        self._tell(problem)
         self.exit_status = 1
         self._hurried = True  # nothing keeps half a service running
-        self._reported(problem)
         self._stop_reactor()
 
     def _stop_reactor(self) -> None:
@@ -182,6 +189,16 @@ class Server(Service):
 
         self._ending = True  # before stopService is called, which is a turn of the reactor later
         reactor.callWhenRunning(reactor.stop)
+
+    def _cannot_start(self, problem: str) -> StartError:
+        """What to raise before the reactor runs."""
+        self._tell(problem)
+        self._close_listeners()
+        return StartError(problem)
+
+    def _tell(self, problem: str) -> None:
+        self._log.critical("cannot start: {problem}", problem=problem)
+        self._reported(problem)
 
     def _reported(self, problem: str | None) -> None:
         report, self._report = self._report, None
@@ -192,14 +209,12 @@ class Server(Service):
         """Serve. The reactor is needed from here on. Raises StartError."""
         from twisted.internet import reactor
 
-        if self._endpoints:  # `twist` knows no privileged start
-            self.privilegedStartService()
-        self._check()
+        self.privilegedStartService()  # `twist` knows none; for twistd nothing is left of it
+        problem = self._check()
+        if problem is not None:
+            raise self._cannot_start(problem)
         super().startService()
         self.reactor = reactor
-        if self._reload is not None:
-            # A reload that is asked for too early must not be what SIGHUP is by default.
-            signal.signal(signal.SIGHUP, lambda number, frame: self.reactor.callFromThread(self.reload))
         # Not before the reactor handles signals: whoever reads "listening" may send one, and would kill the process
         # before it can clean up. Clients that are early wait in the sockets' queues.
         reactor.callWhenRunning(self._serve)
@@ -241,6 +256,7 @@ class Server(Service):
             self._watchdog.start(self._notifier.watchdog_interval)
         self._notifier.ready(self.status)
         self._reported(None)
+        self._reload_if_asked()
 
     def _move(self, state: State) -> None:
         if state not in _MOVES[self.state]:
@@ -273,10 +289,16 @@ class Server(Service):
         for port in self.connections.ports:
             port.handshake_timeout = live.handshake_timeout
 
-    def reload(self) -> None:
-        """What SIGHUP asks for."""
-        if self.state is not State.SERVING or self._reload is None:
+    def _hung_up(self, number: int, frame: object) -> None:
+        self._reload_asked = True
+        if self.reactor is not None:
+            self.reactor.callFromThread(self._reload_if_asked)
+
+    def _reload_if_asked(self) -> None:
+        # One reload for all signals before it: what it reads is newer than them.
+        if self._reload is None or not self._reload_asked or self.state is not State.SERVING:
             return
+        self._reload_asked = False
         self._log.info("SIGHUP: reloading")
         self._notifier.reloading()
         self._reload()
@@ -363,6 +385,7 @@ class Server(Service):
         return done
 
     async def _drain(self) -> None:
+        self._reported("told to stop before every listener was ready")
         connections = self.connections
         if self.reactor is not None and self.state is not State.STOPPED:
             began, ended, aborted = self.reactor.seconds(), connections.ended, connections.aborted
