@@ -319,6 +319,30 @@ class Settings:
         "Load certificates again when their files change, and not only on SIGHUP.",
         takes="reload",
     )
+    workers: int | None = _setting(
+        1,
+        either("auto", None, whole_number(1, 1024)),
+        "Processes that serve; `auto`: one for each CPU that this one may use. With `1` nothing is spawned.",
+    )
+    # Longer than any stall that is none: a page-in from a slow disk, a large garbage collection.
+    hang_timeout: float = _setting(
+        30.0,
+        either("0", 0.0, seconds(1, 86400)),
+        "Seconds without a sign of life after which a worker is killed and replaced, its stack in the log; `0`: never.",
+        takes="reload",
+    )
+    max_worker_age: float = _setting(
+        0.0,
+        either("0", 0.0, seconds(1, 100_000_000)),
+        "Seconds after which a worker is replaced, give or take a tenth; `0`: never.",
+        takes="reload",
+    )
+    max_worker_memory: int = _setting(
+        0,
+        whole_number(0, 1024 * 1024),
+        "MiB of resident memory at which a worker is replaced; `0`: no limit.",
+        takes="reload",
+    )
     greeting: bytes = _setting(
         b"Hello from the server!",
         ESCAPED,

@@ -11,16 +11,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
-from twisted.logger import LogEvent, Logger, LogLevel, globalLogPublisher
+from twisted.logger import Logger, globalLogPublisher
 from twisted.python import usage
 
-from rtservice import __version__, settings
+from rtservice import __version__, settings, worker
 from rtservice.host import systemd
-from rtservice.host.connections import Limits
-from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
+from rtservice.host.server import Server
+from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
-from rtservice.protocols.echo import EchoFactory
+from rtservice.net.tls import TLSError
+from rtservice.observe.logs import Log
 from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError
 
 
@@ -135,7 +136,7 @@ for _setting in settings.schema():
             setattr(Options, f"opt_{_name}", _opt)  # Twisted takes one function under two names for synonyms
 
 
-def makeService(options: Options) -> Server:
+def makeService(options: Options) -> Server | Supervisor:
     """Validate everything and bind every socket, then give the service that serves on them.
 
     Binding happens here, before twistd daemonizes, drops privileges or opens its log: so whatever is wrong is one line
@@ -144,25 +145,41 @@ def makeService(options: Options) -> Server:
     in_force = options.settings()
     twistd: Any = options.parent or {}
     _open_standard_descriptors()
-    log = _Log(in_force.log_level)
+    log = Log(in_force.log_level, globalLogPublisher)
+    slots = _slots(in_force)
     resolve_path = _path_resolver(twistd)
     try:
-        factory = _factory(options.loaded)
+        worker.make_factory(options.loaded)
         if options["check"]:
             _check(options.loaded, resolve_path)
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
         _install_reactor(log.logger)
-        opened, endpoints = _open(options.loaded, resolve_path)
+        opened, endpoints = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
         raise SystemExit(f"rtservice: {error}") from None
     start = _Start(twistd)
-    reload = _Reload(options, in_force, log)
+    make = _serve_with_workers if slots > 1 else _serve_here
+    service = make(options, opened, endpoints, log, notifier, start)
+    # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
+    atexit.register(_exit_with_status_of, service)
+    return service
+
+
+def _serve_here(
+    options: Options,
+    opened: list[Listener],
+    endpoints: list[tuple[str, Any]],
+    log: Log,
+    notifier: systemd.Notifier,
+    start: _Start,
+) -> Server:
+    reload = _Reload(options, log)
     server = Server(
-        factory,
+        worker.make_factory(options.loaded),
         listeners=opened,
         endpoints=endpoints,
-        live=_live(in_force, raise_descriptor_limit()),
+        live=worker.make_live(options.settings()),
         log=log.logger,
         notifier=notifier,
         listen_setting=options.loaded.where("listen"),
@@ -170,9 +187,48 @@ def makeService(options: Options) -> Server:
         report=start.report,
         reload=lambda: reload(server),
     )
-    # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
-    atexit.register(_exit_with_status_of, server)
     return server
+
+
+def _serve_with_workers(
+    options: Options,
+    opened: list[Listener],
+    endpoints: list[tuple[str, Any]],
+    log: Log,
+    notifier: systemd.Notifier,
+    start: _Start,
+) -> Supervisor:
+    reload = _ReloadWorkers(options, log, opened)
+    return Supervisor(
+        listeners=opened,
+        slots=_slots(options.settings()),
+        plan=_plan(options.settings(), opened),
+        command=[sys.executable, "-P", "-m", worker.__name__],
+        log=log.logger,
+        notifier=notifier,
+        check=start.check,
+        report=start.report,
+        reload=reload,
+    )
+
+
+def _slots(in_force: settings.Settings) -> int:
+    """How many processes serve."""
+    return len(os.sched_getaffinity(0)) if in_force.workers is None else in_force.workers
+
+
+def _plan(in_force: settings.Settings, opened: list[Listener]) -> Plan:
+    """What workers are started with from now on. Raises TLSError."""
+    described = worker.describe(in_force, opened)
+    files = {file for listener in opened for file in listener.tls_files()} if in_force.watch_certificates else ()
+    return Plan(
+        start=lambda slot, slots: {**described, "slot": slot, "slots": slots},
+        drain_timeout=in_force.drain_timeout,
+        hang_timeout=in_force.hang_timeout,
+        max_age=in_force.max_worker_age,
+        max_memory=in_force.max_worker_memory * 1024 * 1024,
+        watched=tuple(sorted(files)),
+    )
 
 
 def _open_standard_descriptors() -> None:
@@ -182,20 +238,13 @@ def _open_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def _factory(loaded: Loaded) -> EchoFactory:
-    """The factory of these settings; raises SettingError."""
-    wanted = loaded.settings
-    try:
-        return EchoFactory(wanted.greeting, wanted.greet, wanted.framing, wanted.max_message)
-    except ValueError as error:
-        raise SettingError(f"{loaded.where('greeting')}: {error}") from None
-
-
 def _is_ours(description: str) -> bool:
     return listeners.split_description(description)[0] in listeners.TYPES
 
 
-def _open(loaded: Loaded, resolve_path: Callable[[str], str]) -> tuple[list[Listener], list[tuple[str, Any]]]:
+def _open(
+    loaded: Loaded, resolve_path: Callable[[str], str], slots: int
+) -> tuple[list[Listener], list[tuple[str, Any]]]:
     """Every listener, bound, and the endpoints that can only be bound later. Raises SettingError."""
     in_force = loaded.settings
     opened: list[Listener] = []
@@ -205,13 +254,17 @@ def _open(loaded: Loaded, resolve_path: Callable[[str], str]) -> tuple[list[List
             with _naming(f"{loaded.where('listen')} {description}"):
                 if _is_ours(description):
                     opened += listeners.open_description(
-                        description, backlog=in_force.backlog, resolve_path=resolve_path
+                        description, backlog=in_force.backlog, resolve_path=resolve_path, slots=slots
                     )
+                elif slots:
+                    raise ListenError(f"with --workers a listener is one of {', '.join(sorted(listeners.TYPES))}")
                 else:
                     endpoints.append((description, _other_endpoint(description)))
         if not in_force.listen:
             with _naming(_port_and_interface(loaded)):
-                opened += listeners.open_port(in_force.port, interface=in_force.interface, backlog=in_force.backlog)
+                opened += listeners.open_port(
+                    in_force.port, interface=in_force.interface, backlog=in_force.backlog, slots=slots
+                )
     except BaseException:
         for listener in opened:
             listener.close()
@@ -239,44 +292,24 @@ def _port_and_interface(loaded: Loaded) -> str:
     return f"{loaded.where('port')} {given.port}{interface}"
 
 
-def _live(in_force: settings.Settings, descriptors: int) -> Live:
-    """What may change while the service runs, as the host takes it."""
-    return Live(
-        limits=Limits(
-            max_connections=in_force.max_connections or default_max_connections(descriptors),
-            max_connections_per_peer=in_force.max_connections_per_peer,
-            peer_prefix_v6=in_force.peer_prefix_v6,
-            at_limit=in_force.at_limit,
-            idle_timeout=in_force.idle_timeout,
-            proxy_from=in_force.proxy_from,
-        ),
-        handshake_timeout=in_force.handshake_timeout,
-        drain_timeout=in_force.drain_timeout,
-        watch_certificates=in_force.watch_certificates,
-    )
+class _Settings:
+    """The settings in force, and what a reload does to them."""
 
-
-class _Reload:
-    """What SIGHUP does: everything that changed and can change while the service runs, or nothing at all."""
-
-    def __init__(self, options: Options, in_force: settings.Settings, log: _Log) -> None:
+    def __init__(self, options: Options, log: Log) -> None:
         self._options = options
-        self._in_force = in_force
+        self._in_force = options.settings()
         self._log = log
 
-    def __call__(self, server: Server) -> None:
+    def _wanted(self) -> settings.Settings:
+        """What the file says now; raises SettingError."""
+        loaded = self._options.reloaded()
+        worker.make_factory(loaded)  # it takes a restart, which must not be what finds the mistake
+        return loaded.settings
+
+    def _reloaded(self, wanted: settings.Settings) -> None:
+        """All that can change is what was wanted now."""
         log = self._log.logger
-        try:
-            loaded = self._options.reloaded()
-            _factory(loaded)  # it takes a restart, which must not be what finds the mistake
-            adopt_certificates = server.renewed_certificates()
-        except (SettingError, ListenError) as problem:
-            log.error("nothing is reloaded: {problem}", problem=problem)
-            return
-        wanted = loaded.settings
         live, restart = settings.changes(self._in_force, wanted)
-        adopt_certificates()
-        server.apply(_live(wanted, raise_descriptor_limit()))
         self._log.level = wanted.log_level
         # What takes a restart stays as it is, so that the next reload says so again.
         changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
@@ -284,6 +317,45 @@ class _Reload:
         log.info("reloaded; changed: {names}", names=", ".join(live) or "no setting")
         if restart:
             log.warn("a restart is needed for what changed of {names}", names=", ".join(restart))
+
+
+class _Reload(_Settings):
+    """What SIGHUP does: everything that changed and can change while the service runs, or nothing at all."""
+
+    def __call__(self, server: Server) -> None:
+        try:
+            wanted = self._wanted()
+            adopt_certificates = server.renewed_certificates()
+        except (SettingError, ListenError) as problem:
+            self._log.logger.error("nothing is reloaded: {problem}", problem=problem)
+            return
+        adopt_certificates()
+        server.apply(worker.make_live(wanted))
+        self._reloaded(wanted)
+
+
+class _ReloadWorkers(_Settings):
+    """The same with workers, which are replaced: the plan for those to come."""
+
+    def __init__(self, options: Options, log: Log, opened: list[Listener]) -> None:
+        super().__init__(options, log)
+        self._opened = opened
+
+    def __call__(self) -> Plan | None:
+        try:
+            wanted = self._wanted()
+            renewed = [(listener, listener.renew()) for listener in self._opened]
+            live, _ = settings.changes(self._in_force, wanted)
+            changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
+            plan = _plan(dataclasses.replace(self._in_force, **changed), self._opened)
+        except (SettingError, ListenError, TLSError) as problem:
+            self._log.logger.error("nothing is reloaded: {problem}", problem=problem)
+            return None
+        for listener, loaded in renewed:
+            if loaded is not None:
+                listener.adopt(loaded)
+        self._reloaded(wanted)
+        return plan
 
 
 class _Start:
@@ -379,32 +451,8 @@ def _path_resolver(twistd: Any) -> Callable[[str], str]:
     )
 
 
-class _Log:
-    """Where the service's own records go: to Twisted's log, from a level up, which may be changed."""
-
-    def __init__(self, level: settings.LogLevelName) -> None:
-        self.level = level
-        # A function is an observer. Twisted's FilteringLogObserver takes a fifth of what a connection's record costs.
-        self.logger = Logger(namespace="rtservice", observer=self._observe)  # type: ignore[arg-type]  # as said
-
-    @property
-    def level(self) -> settings.LogLevelName:
-        """The least level that is logged."""
-        return self._level
-
-    @level.setter
-    def level(self, level: settings.LogLevelName) -> None:
-        self._level = level
-        levels = list(LogLevel.iterconstants())
-        self._enough = frozenset(levels[levels.index(LogLevel.lookupByName(level)) :])
-
-    def _observe(self, event: LogEvent) -> None:
-        if event["log_level"] in self._enough:
-            globalLogPublisher(event)
-
-
-def _exit_with_status_of(server: Server) -> None:
-    if server.exit_status:
+def _exit_with_status_of(service: Server | Supervisor) -> None:
+    if service.exit_status:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(server.exit_status)
+        os._exit(service.exit_status)

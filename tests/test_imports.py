@@ -16,7 +16,9 @@ MAY_IMPORT = {
     "net": {"interfaces"},
     "host": {"net", "interfaces"},
     "settings": {"protocols"},
-    "tap": {"settings", "host", "net", "protocols", "interfaces", ""},
+    "observe": set(),
+    "worker": {"settings", "host", "net", "protocols", "interfaces", "observe"},
+    "tap": {"settings", "worker", "observe", "host", "net", "protocols", "interfaces", ""},
     "__init__": set(),
 }
 

@@ -20,6 +20,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+# Descriptors of a worker: messages to it, messages from it, and from here on its sockets.
+CONTROL_IN, CONTROL_OUT, FIRST_SOCKET = 3, 4, 5
+
+# Seconds between two signs of life of a worker.
+BEAT = 1.0
+
 TO_WORKER = frozenset(("start", "share", "drain", "hurry"))
 FROM_WORKER = frozenset(("ready", "failed", "beat", "leave", "log"))
 

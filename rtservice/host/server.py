@@ -91,6 +91,24 @@ def default_max_connections(descriptors: int) -> int:
     return max(1, descriptors - min(_RESERVED_DESCRIPTORS, descriptors // 2))
 
 
+def log_certificates(log: Logger, listeners: list[Listener]) -> None:
+    """Say of each certificate that is shown until when it holds."""
+    now = time.time()
+    # Two listeners may show the same one.
+    for certificate in dict.fromkeys(one for listener in listeners for one in listener.certificates):
+        seconds = certificate.not_after - now
+        state = f"expires in {seconds / 86400:.0f} days" if seconds >= 0 else "has expired"
+        if certificate.not_before > now:
+            state = "is not valid yet"
+        (log.info if seconds >= 0 and certificate.not_before <= now else log.warn)(
+            "certificate {path} for {names}: {state}",
+            path=certificate.path,
+            names=escaped(", ".join(certificate.names)) or "no name",
+            state=state,
+            not_after=certificate.not_after,
+        )
+
+
 class Server(Service):
     """Serves one factory on listeners, which are bound already, and on endpoints of other kinds.
 
@@ -100,7 +118,7 @@ class Server(Service):
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
     `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
-    calls it.
+    calls it. With `announce`, it logs what it listens on and which certificates it shows.
     """
 
     name = "rtservice"
@@ -118,11 +136,13 @@ class Server(Service):
         report: Callable[[str | None], None] = lambda problem: None,
         check: Callable[[], str | None] = lambda: None,
         reload: Callable[[], None] | None = None,
+        announce: bool = True,
     ) -> None:
         self.factory = factory
         self.live = live
         self.state = State.STARTING
         self.exit_status = 0
+        self.drain_ended = self.drain_aborted = 0
         self.reactor: Any = None  # known from startService on
         self.connections = Connections(log, live.limits)
         self._listeners = listeners
@@ -135,6 +155,7 @@ class Server(Service):
         self._report: Callable[[str | None], None] | None = report
         self._check = check
         self._reload = reload
+        self._announce = announce
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notifier.watchdog)
         self._certificates_seen: object = None
@@ -241,9 +262,11 @@ class Server(Service):
             )
             self.connections.ports.append(port)
             port.startListening()
-            self._log.info("listening on {listener}", listener=listener.name)
+            if self._announce:
+                self._log.info("listening on {listener}", listener=listener.name)
         self._certificates_seen = self._fingerprint()
-        self._log_certificates()
+        if self._announce:
+            log_certificates(self._log, self._listeners)
         self._serving_if_all_listen()
 
     def _serving_if_all_listen(self) -> None:
@@ -319,28 +342,12 @@ class Server(Service):
                 if loaded is not None:
                     listener.adopt(loaded)
                     port.tls = listener.tls
-            self._log_certificates()
+            log_certificates(self._log, self._listeners)
 
         return adopt
 
     def _fingerprint(self) -> tuple[object, ...]:
         return fingerprint(file for listener in self._listeners for file in listener.tls_files())
-
-    def _log_certificates(self) -> None:
-        now = time.time()
-        # Two listeners may show the same one.
-        for certificate in dict.fromkeys(one for listener in self._listeners for one in listener.certificates):
-            seconds = certificate.not_after - now
-            state = f"expires in {seconds / 86400:.0f} days" if seconds >= 0 else "has expired"
-            if certificate.not_before > now:
-                state = "is not valid yet"
-            (self._log.info if seconds >= 0 and certificate.not_before <= now else self._log.warn)(
-                "certificate {path} for {names}: {state}",
-                path=certificate.path,
-                names=escaped(", ".join(certificate.names)) or "no name",
-                state=state,
-                not_after=certificate.not_after,
-            )
 
     def _look_at_certificates(self) -> None:
         """Renew them if their files have changed since the last time that this was tried."""
@@ -398,11 +405,12 @@ class Server(Service):
                 seconds=self.live.drain_timeout,
             )
             await self._end_connections()
-            aborted = connections.aborted - aborted
+            self.drain_aborted = connections.aborted - aborted
+            self.drain_ended = connections.ended - ended - self.drain_aborted
             self._log.info(
                 "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
-                ended=connections.ended - ended - aborted,
-                aborted=aborted,
+                ended=self.drain_ended,
+                aborted=self.drain_aborted,
                 seconds=self.reactor.seconds() - began,
             )
         self._move(State.STOPPED)

@@ -20,15 +20,20 @@ from twisted.logger import Logger, eventFromJSON, globalLogPublisher
 from twisted.python.failure import Failure
 
 from rtservice.host.connections import escaped
-from rtservice.host.control import FROM_WORKER, LONGEST_FROM_WORKER, Messages, encode
+from rtservice.host.control import (
+    BEAT,
+    CONTROL_IN,
+    CONTROL_OUT,
+    FIRST_SOCKET,
+    FROM_WORKER,
+    LONGEST_FROM_WORKER,
+    Messages,
+    encode,
+)
+from rtservice.host.server import StartError, log_certificates
 from rtservice.host.systemd import Notifier
 from rtservice.net.listeners import Listener, ListenError
-
-# Descriptors of a worker, besides 0, 1 and 2: messages to it, messages from it, and from here on its sockets.
-CONTROL_IN, CONTROL_OUT, FIRST_SOCKET = 3, 4, 5
-
-# Seconds between two signs of life of a worker, and between two looks at all of them.
-BEAT = 1.0
+from rtservice.net.tls import fingerprint
 
 # Seconds that a worker may take until it is ready: an interpreter that starts on a machine that is very busy.
 _START_DEADLINE = 60.0
@@ -82,6 +87,7 @@ class Plan:
     hang_timeout: float
     max_age: float
     max_memory: int
+    watched: tuple[str, ...] = ()  # files whose change reloads
 
 
 def backoff(deaths: int, jitter: float) -> float:
@@ -91,6 +97,8 @@ def backoff(deaths: int, jitter: float) -> float:
 
 class Worker(ProcessProtocol):
     """One process of a slot, from its spawning to its end."""
+
+    transport: Any  # IProcessTransport leaves out half of what Twisted's processes have
 
     def __init__(self, supervisor: Supervisor, slot: Slot, plan: Plan) -> None:
         self.supervisor = supervisor
@@ -257,7 +265,7 @@ class Supervisor(Service):
         log: Logger,
         notifier: Notifier,
         report: Callable[[str | None], None],
-        check: Callable[[], None],
+        check: Callable[[], str | None],
         reload: Callable[[], Plan | None],
     ) -> None:
         self.log = log
@@ -274,6 +282,7 @@ class Supervisor(Service):
         self._report: Callable[[str | None], None] | None = report
         self._check = check
         self._reload = reload
+        self._seen = fingerprint(plan.watched)
         self._rolling: list[Slot] = []  # whose workers are still to be replaced
         self._reloading = False
         self._looking = LoopingCall(self._look)
@@ -288,7 +297,14 @@ class Supervisor(Service):
         """Spawn the workers. The reactor is needed from here on. Raises StartError."""
         from twisted.internet import reactor
 
-        self._check()
+        problem = self._check()
+        if problem is not None:
+            self.log.critical("cannot start: {problem}", problem=problem)
+            self._reported(problem)
+            for listener in self._listeners:
+                self._remove_file(listener)
+                listener.close()
+            raise StartError(problem)
         super().startService()
         self.reactor = reactor
         signals = {signal.SIGHUP: self.reload, signal.SIGTTIN: self.add_slot, signal.SIGTTOU: self.remove_slot}
@@ -334,6 +350,7 @@ class Supervisor(Service):
             self._serving = True
             for listener in self._listeners:
                 self.log.info("listening on {listener}", listener=listener.name)
+            log_certificates(self.log, self._listeners)
             if self._notifier.watchdog_interval is not None:
                 self._watchdog.start(self._notifier.watchdog_interval)
             self._notifier.ready(self.status)
@@ -401,6 +418,10 @@ class Supervisor(Service):
         if self._stopped is not None:
             self._notifier.extend_timeout(_KILL_AFTER)
         elif self._serving and not self._is_rolling():
+            if fingerprint(self._plan.watched) != self._seen:
+                self.log.info("certificates have changed")
+                self.reload()
+                return
             for slot in self.slots:
                 if slot.ready and self._is_worn(slot.worker, now):
                     self.replace([slot])
@@ -438,13 +459,17 @@ class Supervisor(Service):
         """Replace every worker by one with the settings, certificates and code of now. Called for SIGHUP."""
         if self._stopped is not None or not self._serving:
             return
-        self.log.info("SIGHUP: reloading")
+        self.log.info("reloading")
         self._notifier.reloading()
+        # Before they are read, so that no change is missed.
+        self._seen = fingerprint(self._plan.watched)
         plan = self._reload()
         if plan is None:
             self._notifier.ready(self.status)
             return
         self._plan = plan
+        self._seen = fingerprint(plan.watched)
+        log_certificates(self.log, self._listeners)
         self._reloading = True
         self.replace(self.slots)
 

@@ -67,8 +67,8 @@ class Listener:
     them begins with a PROXY header. One that is `shared` is held by whoever passed it, too, who keeps its queue.
 
     For several processes a TCP listener has a socket for each slot, `copies`, among which the kernel spreads new
-    connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `spares` are bound, and listen when a slot is added: to
-    bind may take privileges that are gone by then.
+    connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `spares` are bound, and listen when a slot
+    is added: to bind may take privileges that are gone by then.
     """
 
     socket: socket.socket
