@@ -314,7 +314,7 @@ def main() -> int:
     worker = Worker(reactor)
     for descriptor in (CONTROL_IN, CONTROL_OUT):
         os.set_inheritable(descriptor, False)
-    StandardIO(worker, CONTROL_IN, CONTROL_OUT)
+    StandardIO(worker, CONTROL_IN, CONTROL_OUT)  # type: ignore[call-arg]  # to mypy it is Windows's too
     globalLogBeginner.beginLoggingTo([worker.observe], redirectStandardIO=False)  # type: ignore[list-item]  # a function is one
 
     def handle_signals() -> None:

@@ -408,10 +408,10 @@ class Server(Service):
             self.drain_aborted = connections.aborted - aborted
             self.drain_ended = connections.ended - ended - self.drain_aborted
             self._log.info(
-                "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
+                "drained: {ended} ended, {aborted} aborted, {seconds} s",
                 ended=self.drain_ended,
                 aborted=self.drain_aborted,
-                seconds=self.reactor.seconds() - began,
+                seconds=round(self.reactor.seconds() - began, 1),
             )
         self._move(State.STOPPED)
         for repeated in (self._ticking, self._watchdog):
@@ -456,10 +456,10 @@ class Server(Service):
         """Until there is no connection and no queue any more, or somebody hurries, or for so long."""
         if self._hurried:
             return
-        self._woken = Deferred()
+        woken = self._woken = Deferred()
         timer = self.reactor.callLater(seconds, self._wake)
         self._wake_if_empty()
-        await self._woken
+        await woken
         if timer.active():
             timer.cancel()
 

@@ -114,6 +114,10 @@ class Worker(ProcessProtocol):
         self._dumped = False
         self._kill_call: Any = None
         self._printed = b""
+        self._pid = 0
+
+    def connectionMade(self) -> None:
+        self._pid = self.transport.pid
 
     def move(self, phase: Phase) -> None:
         """Go on to a phase; raises RuntimeError for one that does not come after this."""
@@ -122,7 +126,7 @@ class Worker(ProcessProtocol):
         self.phase = phase
 
     def __str__(self) -> str:
-        return f"worker {self.slot.number} (pid {getattr(self.transport, 'pid', None)})"
+        return f"worker {self.slot.number} (pid {self._pid})"
 
     def _log_error(self, text: str, **fields: object) -> None:
         self.supervisor.log.error("{worker} " + text, worker=str(self), slot=self.slot.number, **fields)
