@@ -108,7 +108,7 @@ def _described(listener: Listener) -> dict[str, Any]:
             "texts": files.texts,
             "entries": files.entries,
         }
-    return {"name": listener.name, "kind": kind, "proxied": listener.proxied, "tls": tls}
+    return {"name": listener.name, "kind": kind, "proxied": listener.proxied, "tls": tls, "file": listener.file}
 
 
 # --- the worker's side ---
@@ -136,6 +136,7 @@ class Worker(Protocol):
         self._messages = Messages(TO_WORKER, LONGEST_TO_WORKER)
         self._server: Server | None = None
         self._kinds: list[str] = []
+        self._files: list[tuple[str, int]] = []  # of UNIX sockets, to be removed by the supervisor
         self._listeners: list[Listener] = []
         self._settings = settings.Settings()
         self._slot = 0
@@ -167,8 +168,8 @@ class Worker(Protocol):
     def connectionLost(self, reason: object = None) -> None:
         if self._ending:
             self._reactor.stop()
-        else:  # the supervisor is dead; whoever is here is served to the end, and nobody new
-            self._drain([])
+        else:
+            self._orphaned()
 
     def pauseProducing(self) -> None:
         self._full = True
@@ -182,6 +183,15 @@ class Worker(Protocol):
     def stopProducing(self) -> None:
         self._full = True
 
+    def _orphaned(self) -> None:
+        """The supervisor is dead: serve who is here or in a queue, and leave nothing behind."""
+        for path, inode in self._files:
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
+        self._full = True  # nobody reads the log
+        self._drain(["slot", "own"])
+
     # --- its life ---
 
     def _start(self, given: dict[str, Any]) -> None:
@@ -193,6 +203,8 @@ class Worker(Protocol):
             factory = make_factory(loaded)
             for place, listener in enumerate(given["listeners"]):
                 self._kinds.append(listener["kind"])
+                if listener["file"] is not None:
+                    self._files.append(tuple(listener["file"]))
                 self._listeners.append(_adopted(listener, FIRST_SOCKET + place))
         except (SettingError, TLSError, OSError) as error:
             self._failed(str(error))
@@ -260,6 +272,9 @@ class Worker(Protocol):
     def _end(self) -> None:
         if not self._ending:
             self._ending = True
+            if self.transport.disconnected:  # there is nobody to tell
+                self._stop()
+                return
             self.transport.unregisterProducer()
             self._reactor.callLater(_LAST_WORDS, self._stop)
             self.transport.loseConnection()  # which sends what is written

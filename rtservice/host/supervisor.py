@@ -53,6 +53,9 @@ _HURRY = 5.0
 # Seconds without a sign of life of a worker after which the service manager is told of none either.
 _DEAF = 60.0
 
+# Seconds between two looks that show that this process did not run.
+_STALL = 5.0
+
 # What of a worker's counters is not a total.
 _GAUGES = frozenset(("open", "memory"))
 
@@ -291,6 +294,8 @@ class Supervisor(Service):
         self._reloading = False
         self._looking = LoopingCall(self._look)
         self._watchdog = LoopingCall(self._watch)
+        self._looked = 0.0
+        self._patient_until = 0.0  # after a replacement that failed
         self._serving = False
         self._stopped: Deferred[None] | None = None
         self._stop_began = 0.0
@@ -326,18 +331,32 @@ class Supervisor(Service):
             signal.signal(number, lambda number, frame: self.reactor.callFromThread(self._stop, number))
         self._looking.clock = self._watchdog.clock = self.reactor
         self._looking.start(BEAT, now=False)
+        self._looked = self.reactor.seconds()
         for slot in self.slots:
             slot.worker = self._spawn(slot)
+            if slot.worker is None:
+                self.fail("no worker can be spawned")
+                return
 
-    def _spawn(self, slot: Slot) -> Worker:
+    def _spawn(self, slot: Slot) -> Worker | None:
+        """A new process for a slot; None when the system has none, which is logged."""
         worker = Worker(self, slot, self._plan)
+        try:
+            self._spawn_process(worker)
+        except OSError as problem:
+            self.log.error(
+                "slot {slot}: no worker can be spawned: {problem}", slot=slot.number, problem=problem.strerror
+            )
+            return None
+        worker.tell("start", self._plan.start(slot.number, len(self.slots)))
+        return worker
+
+    def _spawn_process(self, worker: Worker) -> None:
         with open(os.devnull, "rb") as nothing:
             descriptors: dict[int, Any] = {0: nothing.fileno(), 1: "r", 2: "r", CONTROL_IN: "w", CONTROL_OUT: "r"}
             for place, listener in enumerate(self._listeners):
-                descriptors[FIRST_SOCKET + place] = listener.of_slot(slot.number).fileno()
+                descriptors[FIRST_SOCKET + place] = listener.of_slot(worker.slot.number).fileno()
             self.reactor.spawnProcess(worker, self._command[0], self._command, self._environment, childFDs=descriptors)
-        worker.tell("start", self._plan.start(slot.number, len(self.slots)))
-        return worker
 
     # --- what workers do ---
 
@@ -373,12 +392,7 @@ class Supervisor(Service):
             slot.old.remove(worker)
         elif worker is slot.successor:
             slot.successor = None
-            self._rolling.clear()
-            self.log.error(
-                "{worker} failed to replace another one, which stays: {problem}",
-                worker=str(worker),
-                problem=worker.problem or how,
-            )
+            self._stop_rolling(f"{worker} cannot take over: {worker.problem or how}")
         elif worker is slot.worker:
             slot.worker = None
             if not self._serving and self._stopped is None:
@@ -387,22 +401,24 @@ class Supervisor(Service):
                 self._respawn_later(slot, worker)
         self._go_on()
 
-    def _respawn_later(self, slot: Slot, worker: Worker) -> None:
-        healthy = self.reactor.seconds() - worker.began >= _HEALTHY
-        slot.deaths = 1 if healthy else slot.deaths + 1
+    def _respawn_later(self, slot: Slot, worker: Worker | None) -> None:
+        if worker is not None and self.reactor.seconds() - worker.began >= _HEALTHY:
+            slot.deaths = 0
+        slot.deaths += 1
         seconds = backoff(slot.deaths, random.random())
         self.log.error(
-            "{worker} is replaced in {seconds:.1f} s{problem}",
-            worker=str(worker),
-            seconds=seconds,
-            problem=f": {worker.problem}" if worker.problem else "",
+            "slot {slot} gets a new worker in {seconds:.1f} s{problem}",
             slot=slot.number,
+            seconds=seconds,
+            problem=f": {worker.problem}" if worker is not None and worker.problem else "",
         )
         slot.respawn = self.reactor.callLater(seconds, self._respawn, slot)
 
     def _respawn(self, slot: Slot) -> None:
         slot.respawn = None
         slot.worker = self._spawn(slot)
+        if slot.worker is None:
+            self._respawn_later(slot, None)
 
     def publish(self, worker: Worker, text: str) -> None:
         """A record of a worker's, in this process's log, with its slot."""
@@ -414,6 +430,11 @@ class Supervisor(Service):
 
     def _look(self) -> None:
         now = self.reactor.seconds()
+        if now - self._looked > _STALL:  # it is this process that was away, and heard nobody
+            for slot in self.slots:
+                for worker in slot.workers():
+                    worker.heard = now
+        self._looked = now
         for slot in self.slots:
             for worker in slot.workers():
                 worker.look(now)
@@ -421,7 +442,7 @@ class Supervisor(Service):
             self._notifier.status(self.status)
         if self._stopped is not None:
             self._notifier.extend_timeout(_KILL_AFTER)
-        elif self._serving and not self._is_rolling():
+        elif self._serving and not self._is_rolling() and now >= self._patient_until:
             if fingerprint(self._plan.watched) != self._seen:
                 self.log.info("certificates have changed")
                 self.reload()
@@ -483,6 +504,15 @@ class Supervisor(Service):
             self._rolling = [*slots, *(slot for slot in self._rolling if slot not in slots)]
             self._go_on()
 
+    def _stop_rolling(self, why: str) -> None:
+        """A new worker fails: those that serve stay, and are not disturbed again for a while."""
+        self._rolling.clear()
+        self._patient_until = self.reactor.seconds() + _BACKOFF_MOST
+        self.log.error("workers are not replaced: {why}", why=why)
+        if self._reloading:
+            self._reloading = False
+            self._notifier.ready(self.status)
+
     def _is_rolling(self) -> bool:
         return bool(self._rolling) or any(slot.successor is not None for slot in self.slots)
 
@@ -498,7 +528,9 @@ class Supervisor(Service):
             slot = self._rolling.pop(0)
             if slot.ready and not slot.leaving:
                 slot.successor = self._spawn(slot)
-                return
+                if slot.successor is not None:
+                    return
+                self._stop_rolling("the system has no process for another one")
             # One that has no worker now gets one of the new plan anyway.
         if self._reloading:
             self._reloading = False
@@ -547,7 +579,7 @@ class Supervisor(Service):
             return
         slot = Slot(len(self.slots))
         self.slots.append(slot)
-        slot.worker = self._spawn(slot)
+        self._respawn(slot)
         self._share()
 
     def _leave(self, slot: Slot) -> None:

@@ -47,6 +47,7 @@ class _SocketFile:
     directory: int
     name: str
     inode: int
+    path: str
 
     def remove(self) -> None:
         """Remove the file, unless a successor has put its own in its place; raises OSError."""
@@ -129,6 +130,11 @@ class Listener:
         if self.copies:
             self.copies.pop().close()
             _spread_among_all(self.socket)
+
+    @property
+    def file(self) -> tuple[str, int] | None:
+        """Path and inode of the file that `remove_file` would remove."""
+        return None if self._file is None else (self._file.path, self._file.inode)
 
     def remove_file(self) -> None:
         """Remove the file of a UNIX socket, if it has one of ours, so that nobody new finds it; raises OSError."""
@@ -541,7 +547,7 @@ def _open_unix(path: str, mode: int, backlog: int) -> list[Listener]:
                 sock.bind(path)
             finally:
                 os.umask(umask)
-            file = _SocketFile(folder, os.path.basename(path), os.stat(path).st_ino)
+            file = _SocketFile(folder, os.path.basename(path), os.stat(path).st_ino, path)
             sock.listen(backlog)
     except BaseException as error:
         sock.close()
