@@ -130,8 +130,9 @@ def manager(tmp_path) -> Iterator[Manager]:
 # --- the number of connections ---
 
 
-def test_whoever_is_too_many_waits_in_the_kernel_and_is_served_when_a_place_is_free(service, clients) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=5")
+@pytest.mark.parametrize("reactor", ["rtservice", "poll", "asyncio"])
+def test_whoever_is_too_many_waits_in_the_kernel_and_is_served_when_a_place_is_free(service, clients, reactor) -> None:
+    one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=5", twistd=(f"--reactor={reactor}",))
     waiting = clients(30, one.port)
     inside: list[socket.socket] = []
     most = 5
