@@ -218,6 +218,23 @@ def test_lose_connection_right_after_a_large_write_delivers_everything(serve):
 
 
 @pytest_twisted.inlineCallbacks
+def test_a_transport_that_is_its_own_producer_and_paused_delivers_everything_and_closes(serve):
+    data = os.urandom(4 << 20)
+
+    def write_and_close(protocol):
+        protocol.transport.registerProducer(protocol.transport, True)
+        protocol.transport.write(data)
+        protocol.transport.loseConnection()
+
+    factory = Recording(on_connect=write_and_close)
+    address, _ = serve(factory)
+    answer = yield deferToThread(talk, address)
+    assert answer == data
+    reason = yield factory.end()
+    assert isinstance(reason, ConnectionDone)
+
+
+@pytest_twisted.inlineCallbacks
 def test_writes_of_a_timer_are_sent(serve):
     def later(protocol, data):
         reactor.callLater(0, protocol.transport.write, b"one")
