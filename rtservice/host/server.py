@@ -425,10 +425,10 @@ class Server(Service):
         """Until there is no connection and no queue any more, or somebody hurries, or for so long."""
         if self._hurried:
             return
-        self._woken = Deferred()
+        woken = self._woken = Deferred()
         timer = self.reactor.callLater(seconds, self._wake)
         self._wake_if_empty()
-        await self._woken
+        await woken
         if timer.active():
             timer.cancel()
 
