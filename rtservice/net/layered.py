@@ -44,6 +44,10 @@ class LayeredConnection(Connection):
         if self.connected and not self.disconnecting:
             self.protocol.loseConnection()
 
+    def end(self, why: str) -> None:
+        super().end(why)
+        self.unregisterProducer()  # the layer waits for that as well
+
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         if self.connected:
             self.protocol.registerProducer(producer, streaming)
