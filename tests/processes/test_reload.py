@@ -419,7 +419,7 @@ def test_a_storm_of_signals_loses_nobody(configured, put, der, tls_client) -> No
             except (OSError, AssertionError) as problem:
                 problems.append(problem)
 
-    visitors = [threading.Thread(target=visit) for _ in range(4)]
+    visitors = [threading.Thread(target=visit) for _ in range(2)]
     for visitor in visitors:
         visitor.start()
     with tls_client(port) as old:

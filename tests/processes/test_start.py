@@ -299,9 +299,16 @@ def test_a_change_of_user_that_claims_success_and_did_nothing_refuses_to_start(
 ) -> None:
     port = free_port()
     strace = ["strace", "-f", "-qq", "-o", "trace", "-e", f"trace={calls}", "-e", f"inject={calls}:retval=0"]
-    command = [*strace, BIN / "twistd", *twistd, "--uid=nobody", "rtservice", f"--port={port}"]
+    command = [
+        *strace,
+        BIN / "twistd",
+        *twistd,
+        "--uid=nobody",
+        "rtservice",
+        f"--listen=tcp:{port}:interface=127.0.0.1",
+    ]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE)
-    assert "INJECTED" in (tmp_path / "trace").read_text()
+    assert "INJECTED" in (tmp_path / "trace").read_text(), result
     what = calls[3:6]
     assert result.returncode == 1
     assert re.match(rf"rtservice: --{what} \d+: the process still runs as {what} 0\n", result.stderr)
@@ -313,7 +320,7 @@ def test_a_change_of_user_that_claims_success_and_did_nothing_refuses_to_start(
 
 def test_a_daemon_without_standard_descriptors_serves(run, tmp_path, environment, daemon_ends) -> None:
     port = free_port()
-    command = f'exec "$0" {" ".join(DAEMON)} rtservice --port={port} <&- >&- 2>&-'
+    command = f'exec "$0" {" ".join(DAEMON)} rtservice --listen=tcp:{port}:interface=127.0.0.1 <&- >&- 2>&-'
     result = subprocess.run(
         ["sh", "-c", command, BIN / "twistd"], cwd=tmp_path, env=environment, timeout=DEADLINE, check=False
     )
