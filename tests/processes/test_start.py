@@ -44,6 +44,7 @@ def assert_refused(result, *names: str) -> None:
         (["--listen", "tcp:"], ["--listen tcp:", "port is missing"]),
         (["--listen", "tcp:1:bogus=2"], ["--listen tcp:1:bogus=2", "'bogus'"]),
         (["--listen", "unix:/no/such/place/s"], ["--listen unix:/no/such/place/s", "'/no/such/place'"]),
+        (["--listen", "tcp:1\nx"], [r"--listen 'tcp:1\nx': port"]),
         (["--listen", "systemd:index=0"], ["--listen systemd:index=0", "no sockets were passed"]),
     ],
     ids=" ".join,
@@ -240,17 +241,19 @@ def test_a_mistake_is_where_it_was_made(run, tmp_path, environment, twistd) -> N
 
 
 @both
-@pytest.mark.parametrize("kind", ["directory", "missing", "loop", "long", "fifo-like device"])
+@pytest.mark.parametrize("kind", ["directory", "missing", "loop", "long", "pipe", "device"])
 def test_a_file_of_settings_that_cannot_be_read_is_one_line(run, tmp_path, twistd, kind) -> None:
     (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
     path, reason = {
-        "directory": (str(tmp_path), "Is a directory"),
-        "missing": ("no/such.toml", "No such file or directory"),
-        "loop": ("loop", "Too many levels of symbolic links"),
-        "long": ("x" * 300, "File name too long"),
-        "fifo-like device": ("/proc/self/mem", "Input/output error"),
+        "directory": (str(tmp_path), "cannot be read: Is a directory"),
+        "missing": ("no/such.toml", "cannot be read: No such file or directory"),
+        "loop": ("loop", "cannot be read: Too many levels of symbolic links"),
+        "long": ("x" * 300, "cannot be read: File name too long"),
+        "pipe": ("pipe", "is not a regular file"),
+        "device": ("/dev/zero", "is not a regular file"),
     }[kind]
-    assert_refused(run(*twistd, "rtservice", "--config", path), path, f"cannot be read: {reason}")
+    assert_refused(run(*twistd, "rtservice", "--config", path), path, reason)
 
 
 def test_a_check_binds_nothing_and_minds_no_port_that_is_taken(run, tmp_path, certificates) -> None:
