@@ -21,7 +21,7 @@ from rtservice.host.server import Live, Server, default_max_connections, raise_d
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.protocols.echo import EchoFactory
-from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError
+from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
 
 
 def _help(setting: settings.Setting) -> str:
@@ -202,7 +202,7 @@ def _open(loaded: Loaded, resolve_path: Callable[[str], str]) -> tuple[list[List
     endpoints: list[tuple[str, Any]] = []
     try:
         for description in in_force.listen:
-            with _naming(f"{loaded.where('listen')} {description}"):
+            with _naming(f"{loaded.where('listen')} {printable(description)}"):
                 if _is_ours(description):
                     opened += listeners.open_description(
                         description, backlog=in_force.backlog, resolve_path=resolve_path
@@ -223,7 +223,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
     """Find what _open would, without a socket that listens. Raises SettingError."""
     in_force = loaded.settings
     for description in in_force.listen:
-        with _naming(f"{loaded.where('listen')} {description}"):
+        with _naming(f"{loaded.where('listen')} {printable(description)}"):
             if _is_ours(description):
                 listeners.check_description(description, resolve_path=resolve_path)
             else:
@@ -235,7 +235,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
 
 def _port_and_interface(loaded: Loaded) -> str:
     given = loaded.settings
-    interface = f" {loaded.where('interface')} {given.interface}" if given.interface else ""
+    interface = f" {loaded.where('interface')} {printable(given.interface)}" if given.interface else ""
     return f"{loaded.where('port')} {given.port}{interface}"
 
 
@@ -304,7 +304,7 @@ class _Start:
         self._take_pipe()
         with contextlib.suppress(OSError):  # nobody listens any more
             if problem is not None:
-                os.write(self._terminal, f"rtservice: {problem}\n".encode(errors="surrogateescape"))
+                os.write(self._terminal, f"rtservice: {printable(problem)}\n".encode())
             if self._pipe is not None:
                 os.write(self._pipe, b"0" if problem is None else b"1 rtservice did not start")
         os.close(self._terminal)

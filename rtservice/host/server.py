@@ -137,7 +137,7 @@ class Server(Service):
         self._reload = reload
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notifier.watchdog)
-        self._certificates_seen: object = None
+        self._certificates_seen: object = [listener.read for listener in listeners]
         self._ending = False  # the reactor is told to stop
         self._reload_asked = False
         self._hurried = False
@@ -242,7 +242,6 @@ class Server(Service):
             self.connections.ports.append(port)
             port.startListening()
             self._log.info("listening on {listener}", listener=listener.name)
-        self._certificates_seen = self._fingerprint()
         self._log_certificates()
         self._serving_if_all_listen()
 
@@ -323,8 +322,8 @@ class Server(Service):
 
         return adopt
 
-    def _fingerprint(self) -> tuple[object, ...]:
-        return fingerprint(file for listener in self._listeners for file in listener.tls_files())
+    def _fingerprint(self) -> object:
+        return [fingerprint(listener.tls_files()) for listener in self._listeners]
 
     def _log_certificates(self) -> None:
         now = time.time()
