@@ -1,15 +1,17 @@
 """Every setting once: its name, type, range, default, help, and when a change of it takes effect.
 
-The command line is made from this schema, and so is whatever else reads or prints settings. Nothing here is read at
-run time but by `tap`, which passes plain values on.
+The command line, the environment's variables, the TOML file and the README's table are made from this schema. Nothing
+here is read at run time but by `tap`, which passes plain values on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, get_args
@@ -42,18 +44,22 @@ class Kind:
 class Setting:
     """One setting: what it is called, and how its text becomes a value.
 
-    `repeatable` settings are tuples of parsed values. `default_text` is the default as a user would write it. `help`
-    has what a user may type in backticks. `takes` says what it takes for a change of it to have an effect.
+    `repeatable` settings are tuples of parsed values. `help` has what a user may type in backticks. `takes` says what
+    it takes for a change of it to have an effect.
     """
 
     name: str
     kind: Kind
     default: Any
-    default_text: str
     help: str
     short: str = ""
     repeatable: bool = False
     takes: Takes = "restart"
+
+    @property
+    def field(self) -> str:
+        """What it is called in Settings."""
+        return self.name.replace("-", "_")
 
 
 # --- kinds ---
@@ -210,19 +216,11 @@ def _setting(
     kind: Kind,
     help: str,
     *,
-    default_text: str | None = None,
     short: str = "",
     repeatable: bool = False,
     takes: Takes = "restart",
 ) -> Any:
-    metadata = {
-        "kind": kind,
-        "default_text": as_text(default) if default_text is None else default_text,
-        "help": help,
-        "short": short,
-        "repeatable": repeatable,
-        "takes": takes,
-    }
+    metadata = {"kind": kind, "help": help, "short": short, "repeatable": repeatable, "takes": takes}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -240,8 +238,7 @@ class Settings:
     interface: str = _setting(
         "",
         TEXT,
-        "Address or host name that `--port` listens on; an IPv6 address needs no brackets.",
-        default_text="all",
+        "Address or host name that `--port` listens on, instead of all; an IPv6 address needs no brackets.",
         short="i",
     )
     listen: tuple[str, ...] = _setting(
@@ -353,6 +350,194 @@ def schema() -> Iterator[Setting]:
         yield Setting(name=field.name.replace("_", "-"), default=field.default, **field.metadata)
 
 
-def from_values(values: dict[str, Any]) -> Settings:
-    """The settings with these parsed values, by name as users write it; what is missing has its default."""
-    return Settings(**{name.replace("-", "_"): value for name, value in values.items()})
+# --- from the command line, the environment and a file ---
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The settings in force, and by name where each came from.
+
+    That is `command line`, `environment`, the file's name, or `default`.
+    """
+
+    settings: Settings
+    sources: Mapping[str, str]
+
+
+_PREFIX = "RTSERVICE_"
+
+
+def variable(name: str) -> str:
+    """The environment's variable of a setting."""
+    return _PREFIX + name.upper().replace("-", "_")
+
+
+CONFIG_VARIABLE = variable("config")
+
+
+def _option(name: str) -> str:
+    return f"--{name}"
+
+
+def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config: str | None) -> Loaded:
+    """The settings: the command line's over the environment's over those of the TOML file `config` over the defaults.
+
+    The command line maps settings' names to texts, and of repeatable settings to sequences of them. Of the environment
+    the `RTSERVICE_` variables count; a repeatable setting's holds texts with white space between them. The file's keys
+    are the settings' names.
+
+    `listen` and `port` with `interface` both say where to listen: one layer gives one of them, and the highest layer
+    that gives any is followed.
+
+    Raises SettingError, whose text begins with where the mistake is.
+    """
+    repeatable = {variable(setting.name) for setting in schema() if setting.repeatable}
+    variables = {
+        name: value.split() if name in repeatable else value
+        for name, value in environment.items()
+        if name.startswith(_PREFIX) and name != CONFIG_VARIABLE
+    }
+    options = {_option(name): text for name, text in command_line.items()}
+    layers = [
+        ("environment", _parsed(variables, variable)),
+        ("command line", _parsed(options, _option)),
+    ]
+    if config is not None:
+        file = _printable(config)
+        layers.insert(0, (file, _parsed(_read(config), str, prefix=f"{file}: ")))
+    values: dict[str, Any] = {}
+    sources = {setting.name: "default" for setting in schema()}
+    for source, given in layers:
+        if given.get("listen"):
+            beaten = ["port", "interface"]
+        elif "port" in given or "interface" in given:
+            beaten = ["listen"]
+        else:
+            beaten = []
+        for name in beaten:
+            values.pop(name, None)
+            sources[name] = "default"
+        values |= given
+        sources |= dict.fromkeys(given, source)
+    return Loaded(Settings(**{name.replace("-", "_"): value for name, value in values.items()}), sources)
+
+
+def _read(config: str) -> dict[str, Any]:
+    try:
+        with open(config, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    # tomllib's own error is a ValueError; int() has another for thousands of digits, and arrays may nest too deeply.
+    except (ValueError, RecursionError) as error:
+        problem = f"is not TOML: {error}"
+    raise SettingError(f"{_printable(config)}: {problem}")
+
+
+def _parsed(given: Mapping[str, Any], key_of: Callable[[str], str], *, prefix: str = "") -> dict[str, Any]:
+    """The values of one layer by settings' names; errors begin with `prefix` and the key."""
+    settings = {key_of(setting.name): setting for setting in schema()}
+    values = {}
+    for key, value in given.items():
+        where = prefix + _printable(key)
+        if key not in settings:
+            # Without what all keys of a layer share, which would make them all alike.
+            bare = key.removeprefix(_PREFIX).lower().replace("_", "-")
+            close = difflib.get_close_matches(bare, [setting.name for setting in schema()], 1)
+            hint = f"; did you mean {key_of(close[0])}?" if close else ""
+            raise SettingError(f"{where}: no such setting{hint}")
+        try:
+            values[settings[key].name] = _value(settings[key], value)
+        except ValueError as error:  # also Python's own, of an integer that is too long to be shown
+            raise SettingError(f"{where}: {error}") from None
+    if values.get("listen"):
+        for name in ("port", "interface"):
+            if name in values:
+                raise SettingError(
+                    f"{prefix}{key_of(name)}: {key_of('listen')} says already where to listen; give one of them"
+                )
+    return values
+
+
+def _value(setting: Setting, given: Any) -> Any:
+    if not setting.repeatable:
+        return _one_value(setting.kind, given)
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, list | tuple):
+        raise SettingError(f"{_shown(given)} is not {setting.kind.accepts} or an array of such")
+    return tuple(_one_value(setting.kind, one) for one in given)
+
+
+def _one_value(kind: Kind, given: Any) -> Any:
+    if isinstance(given, str):
+        return kind.parse(given)
+    if type(given) not in kind.toml:
+        raise SettingError(f"{_shown(given)} is not {kind.accepts}")
+    return kind.parse(as_text(given))
+
+
+def _shown(given: Any) -> str:
+    """A value of another type as TOML has it, near enough."""
+    return str(given).lower() if isinstance(given, bool) else str(given)
+
+
+def _printable(text: str) -> str:
+    """For errors and comments, which are one line."""
+    return text if text.isprintable() else repr(text)
+
+
+# --- to a file, the README, and what a reload has to do ---
+
+
+def as_toml(loaded: Loaded) -> str:
+    """A TOML file of these settings, each with where it came from; `load` reads the same settings from it.
+
+    Raises SettingError when a text is not UTF-8, which TOML is.
+    """
+    lines = []
+    for setting in schema():
+        # One file cannot have both.
+        if setting.name in ("port", "interface") and loaded.settings.listen:
+            continue
+        value = getattr(loaded.settings, setting.field)
+        if setting.repeatable:
+            shown = f"[{', '.join(map(_toml_string, value))}]"
+        elif type(value) in setting.kind.toml:
+            shown = as_text(value)
+        else:
+            shown = _toml_string(as_text(value))
+        lines.append(f"{setting.name} = {shown}  # {loaded.sources[setting.name]}\n")
+    return "".join(lines)
+
+
+def _toml_string(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SettingError(f"{text!r} cannot be printed as TOML: it is not UTF-8") from None
+    if "\\" in text and "'" not in text and text.isprintable():
+        return f"'{text}'"
+    characters = (
+        f"\\{char}" if char in '"\\' else char if char.isprintable() else f"\\U{ord(char):08x}" for char in text
+    )
+    return f'"{"".join(characters)}"'
+
+
+def table() -> str:
+    """The README's table of options, in Markdown."""
+    lines = ["| option | default | what it does | a change takes |", "|---|---|---|---|"]
+    for setting in schema():
+        option = f"`--{setting.name}`" + (f", `-{setting.short}`" if setting.short else "")
+        default = as_text(setting.default)
+        lines.append(f"| {option} | {default and f'`{default}`'} | {setting.help} | {setting.takes} |")
+    return "\n".join(lines)
+
+
+def changes(old: Settings, new: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the settings that differ: those that a reload applies, and those that take a restart."""
+    changed = [setting for setting in schema() if getattr(old, setting.field) != getattr(new, setting.field)]
+    live = tuple(setting.name for setting in changed if setting.takes == "reload")
+    return live, tuple(setting.name for setting in changed if setting.takes == "restart")

@@ -4,50 +4,58 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import os
+import pwd
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from twisted.logger import LogEvent, Logger, LogLevel, globalLogPublisher
 from twisted.python import usage
 
 from rtservice import __version__, settings
-from rtservice.host.server import Server
+from rtservice.host import systemd
+from rtservice.host.connections import Limits
+from rtservice.host.server import Live, Server, StartError, default_max_connections, raise_descriptor_limit
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.protocols.echo import EchoFactory
+from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError
 
 
-def _parser(setting: settings.Setting) -> Callable[[str], Any]:
-    """The setting's parser, with an error that Twisted's option parser passes on as it is."""
-
-    def parse(text: str) -> Any:
-        try:
-            return setting.kind.parse(text)
-        except settings.SettingError as error:
-            raise usage.UsageError(f"--{setting.name}: {error}") from None
-
-    return parse
+def _help(setting: settings.Setting) -> str:
+    default = settings.as_text(setting.default)
+    return setting.help.replace("`", "") + (f" [default: {default}]" if default else "")
 
 
 class Options(usage.Options):
-    """The command line, made from the schema in `settings`."""
+    """The command line, made from the schema in `settings`, and what it gives with the environment and the file.
+
+    `options["check"]` is true when nothing is to be served.
+    """
 
     synopsis = "[options]"
-    longdesc = "Serves a Twisted protocol over TCP and UNIX sockets; by default, greets each client and echoes it."
+    longdesc = (
+        "Serves a Twisted protocol over TCP and UNIX sockets; by default, greets each client and echoes it. What is "
+        "not given here is taken from the environment (RTSERVICE_MAX_CONNECTIONS=100), then from the file of --config "
+        "(max-connections = 100)."
+    )
 
-    optParameters = [
-        [
-            setting.name,
-            setting.short or None,
-            None,
-            f"{setting.help.replace('`', '')} [default: {setting.default_text}]",
-            _parser(setting),
-        ]
-        for setting in settings.schema()
-        if not setting.repeatable
+    optFlags: ClassVar = [
+        ["check", None, "Validate everything, certificates and addresses included, serve nothing, and exit."],
+        ["print-config", None, "Print the settings as a TOML file, each with where it came from, and exit."],
     ]
+    optParameters: ClassVar = [
+        ["config", None, None, "A TOML file of settings, named as they are here [default: RTSERVICE_CONFIG]"],
+        *(
+            [setting.name, setting.short or None, None, _help(setting)]
+            for setting in settings.schema()
+            if not setting.repeatable and setting.kind is not settings.FLAG
+        ),
+    ]
+
+    loaded: Loaded
 
     def opt_version(self) -> None:
         """Print the version and exit."""
@@ -60,30 +68,58 @@ class Options(usage.Options):
             super().parseOptions(options)
         except usage.UsageError as error:
             raise SystemExit(f"rtservice: {error} (see twistd rtservice --help)") from None
+        except SettingError as error:
+            raise SystemExit(f"rtservice: {error}") from None
 
     def parseArgs(self, *args: str) -> None:
         if args:
             raise usage.UsageError(f"unexpected argument {args[0]!r}")
 
+    def postOptions(self) -> None:
+        self._environment = dict(os.environ)
+        for name, path in (("--config", self["config"]), (CONFIG_VARIABLE, self._environment.get(CONFIG_VARIABLE))):
+            if path is not None:
+                if not path:
+                    raise SettingError(f"{name}: the value is empty")
+                # A daemon changes its directory, and reads the file again on SIGHUP.
+                self["config"] = os.path.abspath(path)
+                break
+        self.loaded = self.reloaded()
+        if self["print-config"]:
+            # In the encoding of TOML, whatever that of the terminal is.
+            sys.stdout.buffer.write(settings.as_toml(self.loaded).encode())
+            raise SystemExit(0)
+
     def settings(self) -> settings.Settings:
-        """The settings in force."""
-        return settings.from_values({name: value for name, value in self.items() if value is not None})
+        """The settings that the process starts with."""
+        return self.loaded.settings
+
+    def reloaded(self) -> Loaded:
+        """The settings with what the file says now; raises SettingError."""
+        given = {one.name: self[one.name] for one in settings.schema() if self.get(one.name) is not None}
+        return settings.load(given, self._environment, self["config"])
+
+
+def _flag(setting: settings.Setting) -> Callable[[Options], None]:
+    def opt(self: Options) -> None:
+        self[setting.name] = "true"
+
+    opt.__doc__ = _help(setting)
+    return opt
 
 
 def _repeatable(setting: settings.Setting) -> Callable[[Options, str], None]:
-    parse = _parser(setting)
-
     def opt(self: Options, text: str) -> None:
-        self[setting.name] = (*(self.get(setting.name) or ()), parse(text))
+        self[setting.name] = (*self.get(setting.name, ()), text)
 
-    opt.__doc__ = setting.help
+    opt.__doc__ = _help(setting)
     return opt
 
 
 for _setting in settings.schema():
-    if _setting.repeatable:
-        _opt = _repeatable(_setting)
-        for _name in filter(None, (_setting.name.replace("-", "_"), _setting.short)):
+    if _setting.repeatable or _setting.kind is settings.FLAG:
+        _opt = _repeatable(_setting) if _setting.repeatable else _flag(_setting)
+        for _name in filter(None, (_setting.field, _setting.short)):
             setattr(Options, f"opt_{_name}", _opt)  # Twisted takes one function under two names for synonyms
 
 
@@ -94,43 +130,168 @@ def makeService(options: Options) -> Server:
     on the terminal of whoever typed the command, and its status. Raises SystemExit with that line.
     """
     in_force = options.settings()
-    log = _logger(in_force.log_level)
-    _install_reactor(log)
+    twistd: Any = options.parent or {}
+    log = _Log(in_force.log_level)
+    factory = _factory(in_force)
+    resolve_path = _path_resolver(twistd)
+    if options["check"]:
+        _check(in_force, resolve_path)
+        print("rtservice: the configuration is valid")
+        raise SystemExit(0)
+    notifier = systemd.from_environment(os.environ)
+    _install_reactor(log.logger)
+    opened, endpoints = _open(in_force, resolve_path)
+    start = _Start(twistd)
+    reload = _Reload(options, in_force, log)
+    server = Server(
+        factory,
+        listeners=opened,
+        endpoints=endpoints,
+        live=_live(in_force, raise_descriptor_limit()),
+        log=log.logger,
+        notifier=notifier,
+        check=start.check,
+        report=start.report,
+        reload=lambda: reload(server),
+    )
+    # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
+    atexit.register(_exit_with_status_of, server)
+    return server
+
+
+def _factory(in_force: settings.Settings) -> EchoFactory:
     try:
-        factory = EchoFactory(in_force.greeting, in_force.greet, in_force.framing, in_force.max_message)
+        return EchoFactory(in_force.greeting, in_force.greet, in_force.framing, in_force.max_message)
     except ValueError as error:
         raise SystemExit(f"rtservice: --greeting: {error}") from None
+
+
+def _is_ours(description: str) -> bool:
+    return listeners.split_description(description)[0] in listeners.TYPES
+
+
+def _open(
+    in_force: settings.Settings, resolve_path: Callable[[str], str]
+) -> tuple[list[Listener], list[tuple[str, Any]]]:
+    """Every listener, bound, and the endpoints that can only be bound later. Raises SystemExit."""
     opened: list[Listener] = []
     endpoints: list[tuple[str, Any]] = []
     try:
-        if in_force.listen:
-            resolve_path = _path_resolver(options.parent or {})
-            for description in in_force.listen:
-                with _naming(f"--listen {description}"):
-                    if listeners.split_description(description)[0] in listeners.TYPES:
-                        opened += listeners.open_description(
-                            description, backlog=in_force.backlog, resolve_path=resolve_path
-                        )
-                    else:
-                        endpoints.append((description, _other_endpoint(description)))
-        else:
-            where = f" --interface {in_force.interface}" if in_force.interface else ""
-            with _naming(f"--port {in_force.port}{where}"):
+        for description in in_force.listen:
+            with _naming(f"--listen {description}"):
+                if _is_ours(description):
+                    opened += listeners.open_description(
+                        description, backlog=in_force.backlog, resolve_path=resolve_path
+                    )
+                else:
+                    endpoints.append((description, _other_endpoint(description)))
+        if not in_force.listen:
+            with _naming(_port_option(in_force)):
                 opened += listeners.open_port(in_force.port, interface=in_force.interface, backlog=in_force.backlog)
     except BaseException:
         for listener in opened:
             listener.close()
         raise
-    server = Server(
-        factory,
-        listeners=opened,
-        endpoints=endpoints,
+    return opened, endpoints
+
+
+def _check(in_force: settings.Settings, resolve_path: Callable[[str], str]) -> None:
+    """Find what _open would, without a socket that listens. Raises SystemExit."""
+    for description in in_force.listen:
+        with _naming(f"--listen {description}"):
+            if _is_ours(description):
+                listeners.check_description(description, resolve_path=resolve_path)
+            else:
+                _other_endpoint(description)
+    if not in_force.listen:
+        with _naming(_port_option(in_force)):
+            listeners.check_port(in_force.port, interface=in_force.interface)
+
+
+def _port_option(in_force: settings.Settings) -> str:
+    return f"--port {in_force.port}{f' --interface {in_force.interface}' if in_force.interface else ''}"
+
+
+def _live(in_force: settings.Settings, descriptors: int) -> Live:
+    """What may change while the service runs, as the host takes it."""
+    return Live(
+        limits=Limits(
+            max_connections=in_force.max_connections or default_max_connections(descriptors),
+            max_connections_per_peer=in_force.max_connections_per_peer,
+            peer_prefix_v6=in_force.peer_prefix_v6,
+            at_limit=in_force.at_limit,
+            idle_timeout=in_force.idle_timeout,
+            proxy_from=in_force.proxy_from,
+        ),
         handshake_timeout=in_force.handshake_timeout,
-        log=log,
+        drain_timeout=in_force.drain_timeout,
+        watch_certificates=in_force.watch_certificates,
     )
-    # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
-    atexit.register(_exit_with_status_of, server)
-    return server
+
+
+class _Reload:
+    """What SIGHUP does: everything that changed and can change while the service runs, or nothing at all."""
+
+    def __init__(self, options: Options, in_force: settings.Settings, log: _Log) -> None:
+        self._options = options
+        self._in_force = in_force
+        self._log = log
+
+    def __call__(self, server: Server) -> None:
+        log = self._log.logger
+        try:
+            wanted = self._options.reloaded().settings
+            adopt_certificates = server.renewed_certificates()
+        except (SettingError, ListenError) as problem:
+            log.error("nothing is reloaded: {problem}", problem=problem)
+            return
+        live, restart = settings.changes(self._in_force, wanted)
+        adopt_certificates()
+        server.apply(_live(wanted, raise_descriptor_limit()))
+        self._log.level = wanted.log_level
+        # What takes a restart stays as it is, so that the next reload says so again.
+        changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
+        self._in_force = dataclasses.replace(self._in_force, **changed)
+        log.info("reloaded; changed: {names}", names=", ".join(live) or "no setting")
+        if restart:
+            log.warn("a restart is needed for what changed of {names}", names=", ".join(restart))
+
+
+class _Start:
+    """The last steps of a start, between twistd and the service."""
+
+    def __init__(self, twistd: Any) -> None:
+        self._twistd = twistd
+        self._pipe: int | None = None
+
+    def check(self) -> None:
+        """Called when privileges are to have been dropped; raises StartError if they were not."""
+        _check_privileges(self._twistd)
+        # When twistd daemonizes, the command that was typed waits at this pipe for a word. Twistd would say now that
+        # all is well; we do when it is.
+        self._pipe = self._twistd.get("statusPipe")
+        if self._pipe is not None:
+            self._twistd["statusPipe"] = None
+
+    def report(self, problem: str | None) -> None:
+        """The start is over, and went well or not."""
+        if self._pipe is not None:
+            with contextlib.suppress(OSError):  # nobody waits any more
+                os.write(self._pipe, b"0" if problem is None else f"1 {problem}".encode())
+            os.close(self._pipe)
+
+
+def _check_privileges(twistd: Any) -> None:
+    """Raise StartError unless the process runs as the user and group that twistd was told; twistd does not look."""
+    uid, gid = twistd.get("uid"), twistd.get("gid")
+    if uid is not None and gid is None:
+        gid = pwd.getpwuid(uid).pw_gid  # twistd's rule
+    for what, wanted, ids in (("uid", uid, os.getresuid()), ("gid", gid, os.getresgid())):
+        real, effective, saved = ids
+        in_force = {effective} if twistd.get("euid") else {real, effective, saved}
+        if wanted is not None and in_force != {wanted}:
+            still = max(in_force - {wanted})
+            raise StartError(f"rtservice: --{what} {wanted}: the process still runs as {what} {still}")
 
 
 @contextlib.contextmanager
@@ -181,17 +342,28 @@ def _path_resolver(twistd: Any) -> Callable[[str], str]:
     )
 
 
-def _logger(level: settings.LogLevelName) -> Logger:
-    """Where the service's own records go: to Twisted's log, from this level up."""
-    levels = list(LogLevel.iterconstants())
-    enough = frozenset(levels[levels.index(LogLevel.lookupByName(level)) :])
+class _Log:
+    """Where the service's own records go: to Twisted's log, from a level up, which may be changed."""
 
-    # Twisted's FilteringLogObserver takes a fifth of what a connection's record costs.
-    def observer(event: LogEvent) -> None:
-        if event["log_level"] in enough:
+    def __init__(self, level: settings.LogLevelName) -> None:
+        self.level = level
+        # A function is an observer. Twisted's FilteringLogObserver takes a fifth of what a connection's record costs.
+        self.logger = Logger(namespace="rtservice", observer=self._observe)  # type: ignore[arg-type]  # as said
+
+    @property
+    def level(self) -> settings.LogLevelName:
+        """The least level that is logged."""
+        return self._level
+
+    @level.setter
+    def level(self, level: settings.LogLevelName) -> None:
+        self._level = level
+        levels = list(LogLevel.iterconstants())
+        self._enough = frozenset(levels[levels.index(LogLevel.lookupByName(level)) :])
+
+    def _observe(self, event: LogEvent) -> None:
+        if event["log_level"] in self._enough:
             globalLogPublisher(event)
-
-    return Logger(namespace="rtservice", observer=observer)  # type: ignore[arg-type]  # a function is an observer
 
 
 def _exit_with_status_of(server: Server) -> None:

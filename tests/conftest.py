@@ -18,6 +18,10 @@ from typing import Any, Literal
 
 import pytest
 
+# These are settings: what the developer's shell has must not decide what is tested.
+for name in [name for name in os.environ if name.startswith("RTSERVICE_")]:
+    del os.environ[name]
+
 # What runs in this process runs on our reactor, as what is served does; on Twisted's, if that is asked for.
 if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
     from rtservice.net import reactor
@@ -95,8 +99,7 @@ class Service:
 @pytest.fixture
 def environment() -> dict[str, str]:
     """The environment of a user without anything special set."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RTSERVICE_")}
-    return {**clean, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture

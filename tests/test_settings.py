@@ -1,9 +1,47 @@
-"""The schema: every setting's text becomes a value, or an error that names the text."""
+"""The schema: every setting's text becomes a value, or an error that names the text; and the layers they come from."""
+
+import ipaddress
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from rtservice.settings import ESCAPED, SettingError, from_values, schema, whole_number
+from rtservice import settings
+from rtservice.settings import (
+    ESCAPED,
+    FLAG,
+    NETWORKS,
+    Loaded,
+    SettingError,
+    Settings,
+    as_text,
+    as_toml,
+    changes,
+    either,
+    load,
+    schema,
+    seconds,
+    whole_number,
+)
 from rtservice.tap import Options
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a TOML file and gives its path."""
+
+    def write(content: str | bytes) -> str:
+        path = tmp_path / "rt.toml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+# --- kinds ---
 
 
 @pytest.mark.parametrize(
@@ -33,26 +71,348 @@ def test_a_number_out_of_range_or_no_number_is_refused(text: str) -> None:
         whole_number(0, 10).parse(text)
 
 
+@pytest.mark.parametrize("text", ["", "x", "-1", "0.09", "11", "1e0", "1.", ".5", "nan", "inf", "1 s", "9" * 40])
+def test_a_time_out_of_range_or_no_number_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match=r"number of seconds from 0\.1 to 10$"):
+        seconds(0.1, 10).parse(text)
+
+
+def test_a_word_may_stand_beside_numbers() -> None:
+    kind = either("auto", None, whole_number(1, 9))
+    assert kind.parse("auto") is None
+    assert kind.parse("9") == 9
+    with pytest.raises(SettingError, match="'Auto' is not auto or a whole number from 1 to 9"):
+        kind.parse("Auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "networks"),
+    [
+        ("10.0.0.0/8", ["10.0.0.0/8"]),
+        ("192.0.2.1", ["192.0.2.1/32"]),
+        ("2001:db8::1", ["2001:db8::1/128"]),
+        ("127.0.0.0/8, ::1/128,0.0.0.0/0", ["127.0.0.0/8", "::1/128", "0.0.0.0/0"]),
+    ],
+)
+def test_networks_are_addresses_with_and_without_a_prefix(text: str, networks: list[str]) -> None:
+    assert NETWORKS.parse(text) == tuple(map(ipaddress.ip_network, networks))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "'' is not a network"),
+        ("10.0.0.0/8,", "'' is not a network"),
+        ("5", "'5' is not a network"),
+        ("localhost", "'localhost' is not a network"),
+        ("10.0.0.0/33", "'10.0.0.0/33' is not a network"),
+        ("10.0.0.0/8/8", "'10.0.0.0/8/8' is not a network"),
+        ("fe80::1%eth0", "'fe80::1%eth0' is not a network"),
+        ("127.0.0.1/8", "'127.0.0.1/8' has bits beyond its prefix: the network is 127.0.0.0/8"),
+        ("2001:db8::1/64", "the network is 2001:db8::/64"),
+    ],
+)
+def test_what_is_no_network_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(problem)):
+        NETWORKS.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "1", "yes", "True"])
+def test_a_flag_is_true_or_false(text: str) -> None:
+    assert (FLAG.parse("true"), FLAG.parse("false")) == (True, False)
+    with pytest.raises(SettingError, match=f"'{text}' is not true or false"):
+        FLAG.parse(text)
+
+
 @pytest.mark.parametrize("setting", list(schema()), ids=lambda setting: setting.name)
 def test_a_default_is_what_its_text_says(setting) -> None:
-    if setting.default_text not in ("", "all"):
-        assert setting.kind.parse(setting.default_text) == setting.default
+    if not setting.repeatable:
+        assert setting.kind.parse(as_text(setting.default)) == setting.default
     assert setting.help.endswith(".")
+
+
+# --- layers ---
+
+
+def test_the_command_line_is_over_the_environment_over_the_file_over_the_defaults(config) -> None:
+    file = config("port = 1\nbacklog = 1\nmax-message = 1\n")
+    loaded = load({"port": "3"}, {"RTSERVICE_PORT": "2", "RTSERVICE_BACKLOG": "2", "PORT": "x"}, file)
+    in_force = loaded.settings
+    assert (in_force.port, in_force.backlog, in_force.max_message, in_force.framing) == (3, 2, 1, "raw")
+    assert loaded.sources["port"] == "command line"
+    assert loaded.sources["backlog"] == "environment"
+    assert loaded.sources["max-message"] == file
+    assert loaded.sources["framing"] == "default"
+    assert set(loaded.sources) == {setting.name for setting in schema()}
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert load({}, {}, None).settings == Settings()
+
+
+def test_a_file_has_toml_types_or_the_texts_of_the_command_line(config) -> None:
+    natural = config(
+        """
+        max-connections = 1000
+        idle-timeout = 0.5
+        drain-timeout = 5
+        watch-certificates = true
+        listen = ["tcp:1", "tcp:2"]
+        greeting = 'a\\r'
+        """
+    )
+    in_force = load({}, {}, natural).settings
+    assert (in_force.max_connections, in_force.idle_timeout, in_force.drain_timeout) == (1000, 0.5, 5.0)
+    assert in_force.watch_certificates is True
+    assert (in_force.listen, in_force.greeting) == (("tcp:1", "tcp:2"), b"a\r")
+    texts = config('max-connections = "auto"\nidle-timeout = "0.5"\nwatch-certificates = "true"\nlisten = "tcp:1"')
+    in_force = load({}, {}, texts).settings
+    assert (in_force.max_connections, in_force.idle_timeout, in_force.listen) == (None, 0.5, ("tcp:1",))
+    assert in_force.watch_certificates is True
+
+
+def test_a_variable_holds_several_descriptions_with_white_space_between_them() -> None:
+    assert load({}, {"RTSERVICE_LISTEN": " tcp:1\n unix:/x "}, None).settings.listen == ("tcp:1", "unix:/x")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("port = true", "port: true is not a whole number from 0 to 65535"),
+        ("port = 80.0", "port: 80.0 is not a whole number from 0 to 65535"),
+        ("port = 70000", "port: '70000' is not a whole number from 0 to 65535"),
+        ("port = [1]", "port: [1] is not a whole number from 0 to 65535"),
+        ("max-connections = 0", "max-connections: '0' is not auto or a whole number from 1 to 10000000"),
+        ("max-connections = {}", "max-connections: {} is not auto or a whole number"),
+        ("idle-timeout = 0.01", "idle-timeout: '0.01' is not 0 or a number of seconds from 0.1 to 10000000"),
+        ("drain-timeout = nan", "drain-timeout: 'NaN' is not a number of seconds from 0 to 86400"),
+        ("drain-timeout = 1979-05-27", "drain-timeout: 1979-05-27 is not a number of seconds"),
+        ("greeting = 5", "greeting: 5 is not a string"),
+        ("greet = false", "greet: false is not one of connect, first-data"),
+        ("interface = 1", "interface: 1 is not a string"),
+        ("watch-certificates = 1", "watch-certificates: 1 is not true or false"),
+        ("listen = 8080", "listen: 8080 is not a string or an array of such"),
+        ('listen = ["tcp:1", 2]', "listen: 2 is not a string"),
+        ('listen = [""]', "listen: the value is empty"),
+        ('proxy-from = ["::1"]', "proxy-from: ['::1'] is not a string of networks"),
+        (f"port = 0x{'f' * 5000}", "port: "),
+        ("max_connections = 5", "max_connections: no such setting; did you mean max-connections?"),
+        ("prot = 5", "prot: no such setting; did you mean port?"),
+        ("[limits]\nmax = 1", "limits: no such setting"),
+        ('"a\\nb" = 1', r"'a\nb': no such setting"),
+    ],
+)
+def test_a_mistake_in_a_file_names_file_setting_value_and_what_is_accepted(config, line, problem) -> None:
+    file = config(line)
+    with pytest.raises(SettingError, match=re.escape(f"{file}: {problem}")) as caught:
+        load({}, {}, file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("port = 1\nport = x", r"is not TOML: .*line 2, column 8"),
+        ("port = 1\nport = 2", "is not TOML: "),
+        (b"greeting = 'gr\xfc\xdf'", "is not UTF-8: byte 0xfc at offset 14"),
+        ("port = " + "9" * 5000, "is not TOML: "),
+        ("port = " + "[" * 5000, "is not TOML: "),
+    ],
+)
+def test_a_file_that_is_not_toml_is_named(config, content, problem) -> None:
+    file = config(content)
+    with pytest.raises(SettingError, match=re.escape(file) + ": " + problem) as caught:
+        load({}, {}, file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path) -> None:
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(SettingError, match=f"{re.escape(str(path))}: cannot be read: {reason}"):
+            load({}, {}, str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("RTSERVICE_MAX_CONNECTIONS", "x", "RTSERVICE_MAX_CONNECTIONS: 'x' is not auto or a whole number"),
+        ("RTSERVICE_PROT", "1", "RTSERVICE_PROT: no such setting; did you mean RTSERVICE_PORT?"),
+        ("RTSERVICE_port", "1", "RTSERVICE_port: no such setting; did you mean RTSERVICE_PORT?"),
+        ("RTSERVICE_ZZZ", "1", "RTSERVICE_ZZZ: no such setting"),
+        ("RTSERVICE_CHECK", "1", "RTSERVICE_CHECK: no such setting"),
+    ],
+)
+def test_a_mistake_in_the_environment_names_the_variable(name, value, problem) -> None:
+    with pytest.raises(SettingError) as caught:
+        load({}, {name: value}, None)
+    assert str(caught.value).startswith(problem)
+    assert ("did you mean" in str(caught.value)) == ("did you mean" in problem)
+
+
+def test_a_mistake_counts_also_where_a_higher_layer_gives_the_setting(config) -> None:
+    with pytest.raises(SettingError, match="port"):
+        load({"port": "1"}, {}, config("port = 'x'"))
+
+
+@pytest.mark.parametrize(
+    ("command_line", "variables", "file", "listen", "port", "interface"),
+    [
+        ({"port": "9000"}, {}, "listen = 'tcp:1'", (), 9000, ""),
+        ({"interface": "::1"}, {}, "listen = 'tcp:1'", (), 8080, "::1"),
+        ({"listen": ["tcp:1"]}, {}, "port = 9000\ninterface = '::1'", ("tcp:1",), 8080, ""),
+        ({"interface": "::1"}, {"RTSERVICE_PORT": "1"}, "listen = 'tcp:1'", (), 1, "::1"),
+        ({"port": "1"}, {"RTSERVICE_LISTEN": "tcp:1"}, "interface = '::1'", (), 1, ""),
+        ({"listen": ["tcp:2"]}, {"RTSERVICE_LISTEN": "tcp:1"}, "", ("tcp:2",), 8080, ""),
+        ({}, {"RTSERVICE_LISTEN": ""}, "listen = 'tcp:1'", (), 8080, ""),
+        ({}, {}, "listen = []\nport = 1", (), 1, ""),
+    ],
+)
+def test_the_highest_layer_that_says_where_to_listen_is_followed(
+    config, command_line, variables, file, listen, port, interface
+) -> None:
+    loaded = load(command_line, variables, config(file))
+    in_force = loaded.settings
+    assert (in_force.listen, in_force.port, in_force.interface) == (listen, port, interface)
+    for name in ("listen", "port", "interface"):
+        given = getattr(in_force, name) != getattr(Settings(), name)
+        assert not given or loaded.sources[name] != "default"
+
+
+@pytest.mark.parametrize(
+    ("command_line", "variables", "file", "problem"),
+    [
+        ({"listen": ["tcp:1"], "port": "1"}, {}, "", "--port: --listen says already where to listen; give one of them"),
+        ({}, {"RTSERVICE_LISTEN": "tcp:1", "RTSERVICE_INTERFACE": "::1"}, "", "RTSERVICE_INTERFACE: RTSERVICE_LISTEN"),
+        ({}, {}, "listen = 'tcp:1'\nport = 1", r"rt\.toml: port: listen says already where to listen"),
+    ],
+)
+def test_one_layer_says_where_to_listen_in_one_way(config, command_line, variables, file, problem) -> None:
+    with pytest.raises(SettingError, match=problem):
+        load(command_line, variables, config(file))
+
+
+# --- a file, a reload, the README ---
+
+
+@pytest.mark.parametrize(
+    "in_force",
+    [
+        Settings(),
+        Settings(
+            port=0,
+            interface="fe80::1%eth0",
+            max_connections=7,
+            idle_timeout=0.0,
+            drain_timeout=0.00001,
+            handshake_timeout=1234.5678901234567,
+            watch_certificates=True,
+            proxy_from=NETWORKS.parse("192.0.2.1,2001:db8::/32"),
+            log_level="critical",
+        ),
+        Settings(listen=("tcp:1", 'unix:/a "b" \\c\'\t\x7f\u202e\U0001f600', "x:#y")),
+        *(
+            Settings(greeting=greeting)
+            for greeting in (
+                b"",
+                bytes(range(256)),
+                b'it\'s "quoted" \\x41 # no comment',
+                "grüß \u2028 \U0001f600".encode(),
+                b"a\\\r\n",
+                b"\xf0\x9f\x98",
+                b"'''\"\"\"",
+            )
+        ),
+    ],
+)
+def test_the_printed_settings_read_back_to_the_same(config, in_force) -> None:
+    sources = {setting.name: "environment" for setting in schema()}
+    printed = as_toml(Loaded(in_force, sources))
+    assert load({}, {}, config(printed)).settings == in_force
+    assert all(line.endswith("  # environment") for line in printed.splitlines())
+
+
+def test_the_printed_settings_say_where_each_came_from(config, tmp_path) -> None:
+    path = tmp_path / "odd\nname\udcff"
+    path.write_text("max-connections = 5")
+    printed = as_toml(load({"greet": "first-data"}, {"RTSERVICE_BACKLOG": "7"}, str(path)))
+    assert 'greet = "first-data"  # command line\n' in printed
+    assert "backlog = 7  # environment\n" in printed
+    assert rf"max-connections = 5  # '{tmp_path}/odd\nname\udcff'" + "\n" in printed
+    assert "port = 8080  # default\n" in printed
+    assert tomllib.loads(printed)["max-connections"] == 5
+
+
+def test_a_path_that_toml_cannot_hold_is_refused_when_printing() -> None:
+    with pytest.raises(SettingError, match=r"'unix:/\\udcff' cannot be printed as TOML"):
+        as_toml(load({"listen": ["unix:/\udcff"]}, {}, None))
+
+
+def test_a_change_takes_a_reload_or_a_restart_as_the_schema_says() -> None:
+    old = Settings(port=1, greeting=b"a")
+    new = Settings(port=1, greeting=b"b", max_connections=5, log_level="warn")
+    assert changes(old, new) == (("max-connections", "log-level"), ("greeting",))
+    assert changes(new, new) == ((), ())
+
+
+def test_the_readmes_option_table_is_made_from_the_schema() -> None:
+    made = re.search(r"<!-- Made from .*? -->\n(.*)\n<!-- The end", README.read_text(), re.DOTALL)
+    assert made is not None
+    assert made[1] == settings.table(), "print it anew, with the command in the comment above the README's table"
+
+
+# --- the command line ---
 
 
 def test_the_command_line_is_made_from_the_schema() -> None:
     options = Options()
-    options.parseOptions(["-p", "0", "-i", "::1", "-l", "tcp:1", "--listen", "unix:/x", "--greeting=", "--backlog=7"])
+    options.parseOptions(["-p", "0", "-i", "::1", "--greeting=", "--backlog=7", "--watch-certificates"])
     in_force = options.settings()
     assert (in_force.port, in_force.interface, in_force.backlog) == (0, "::1", 7)
-    assert in_force.listen == ("tcp:1", "unix:/x")
     assert in_force.greeting == b""
+    assert in_force.watch_certificates is True
+    options = Options()
+    options.parseOptions(["-l", "tcp:1", "--listen", "unix:/x"])
+    assert options.settings().listen == ("tcp:1", "unix:/x")
 
 
 def test_no_option_is_the_defaults() -> None:
     options = Options()
     options.parseOptions([])
-    assert options.settings() == from_values({})
+    assert options.settings() == Settings()
+    assert not options["check"]
+
+
+@pytest.mark.parametrize("setting", list(schema()), ids=lambda setting: setting.name)
+def test_the_help_has_every_setting(setting) -> None:
+    assert f"--{setting.name}" in str(Options())
+
+
+def test_the_file_is_the_one_of_the_command_line_or_else_of_the_environment(config, tmp_path, monkeypatch) -> None:
+    (tmp_path / "other.toml").write_text("backlog = 2")
+    monkeypatch.setenv("RTSERVICE_CONFIG", config("backlog = 1"))
+    for arguments, backlog in (([], 1), (["--config", str(tmp_path / "other.toml")], 2)):
+        options = Options()
+        options.parseOptions(arguments)
+        assert options.settings().backlog == backlog
+    with pytest.raises(SystemExit, match="--config: the value is empty"):
+        Options().parseOptions(["--config="])
+
+
+def test_a_reload_reads_the_file_again_from_wherever_the_process_is(config, tmp_path, monkeypatch) -> None:
+    config("backlog = 1\nmax-connections = 1")
+    monkeypatch.setenv("RTSERVICE_MAX_MESSAGE", "5")
+    monkeypatch.chdir(tmp_path)
+    options = Options()
+    options.parseOptions(["--config=rt.toml", "--max-connections=9"])
+    monkeypatch.chdir("/")
+    monkeypatch.delenv("RTSERVICE_MAX_MESSAGE")
+    config("backlog = 2\nmax-connections = 2")
+    again = options.reloaded().settings
+    assert (again.backlog, again.max_connections, again.max_message) == (2, 9, 5)
+    assert options.settings().backlog == 1
+    config("backlog = 'x'")
+    with pytest.raises(SettingError, match=r"rt\.toml: backlog: 'x' is not a whole number"):
+        options.reloaded()
 
 
 @pytest.mark.parametrize(
@@ -62,6 +422,7 @@ def test_no_option_is_the_defaults() -> None:
         (["--nonsense"], "nonsense"),
         (["--framing", "xml"], "--framing: 'xml' is not one of raw, line, netstring, int32"),
         (["--listen="], "--listen: the value is empty"),
+        (["--watch-certificates=no"], "watch-certificates"),
         (["surplus"], "'surplus'"),
     ],
 )

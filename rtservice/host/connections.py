@@ -1,20 +1,41 @@
-"""The register of open connections: counts them, and writes one log record about each at its end."""
+"""The register of open connections: who is there, what they are held to, and one log record about each at its end."""
 
 from __future__ import annotations
 
 import errno
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from twisted.internet import error
 from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IProtocol
-from twisted.internet.protocol import connectionDone
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides
+
+from rtservice.interfaces import IDrainable
+from rtservice.net.proxy import ProxyError
+from rtservice.net.stream import Ended
+
+# Why a client may be refused, by the name of the setting, and what the log says of it.
+REFUSALS = {
+    "max-connections": "--max-connections are open",
+    "max-connections-per-peer": "--max-connections-per-peer are open from its address",
+    "proxy-from": "its address is not in --proxy-from, so no PROXY header of its is believed",
+}
+
+# Sweeps within an idle timeout, and how often that may be at the least and at the most, in seconds. A sweep of 10,000
+# connections takes about 1.5 ms.
+_SWEEPS, _SWEEP_LEAST, _SWEEP_MOST = 20, 0.05, 5.0
+
+# Seconds between two log lines about the same kind of refusal.
+_REPORT_EVERY = 10.0
 
 
 def escaped(text: str) -> str:
@@ -32,17 +53,22 @@ def peer_name(address: Any) -> str:
     return escaped(f"unix:{name.decode('utf-8', 'backslashreplace') if isinstance(name, bytes) else name}")
 
 
-def end_reason(reason: Failure, *, peer_finished: bool, problem: OSError | None) -> str:
+def end_reason(reason: Failure, *, peer_finished: bool, problem: Exception | None) -> str:
     """Why a connection ended, from a small fixed vocabulary.
 
-    `peer_finished` says whether the peer had sent FIN, `problem` is what the kernel said last, if it said anything.
+    `peer_finished` says whether the peer had sent FIN, `problem` is what the kernel said last, or our own reason, if
+    there is any.
     """
+    if isinstance(problem, Ended):
+        return str(problem)
+    if isinstance(problem, ProxyError):
+        return "invalid PROXY header"
     if isinstance(problem, ssl.SSLEOFError):
         return "peer finished without close_notify"
     if isinstance(problem, ssl.SSLError):
         # OpenSSL's word for it, which is none of the peer's bytes: HTTP_REQUEST, NO_SHARED_CIPHER, BAD_RECORD_MAC ...
         return f"TLS failed ({problem.reason or type(problem).__name__})"
-    if problem is not None:
+    if isinstance(problem, OSError):
         if problem.errno in (errno.ECONNRESET, errno.EPIPE):
             return "reset by peer"
         return "timed out" if problem.errno == errno.ETIMEDOUT else "lost"
@@ -53,19 +79,113 @@ def end_reason(reason: Failure, *, peer_finished: bool, problem: OSError | None)
     return "lost" if isinstance(reason.value, error.ConnectionLost) else "failed"
 
 
-class Connections:
-    """Every open connection of this process, whoever accepted it."""
+def peer_group(address: Any, prefix_v6: int) -> Hashable:
+    """What counts as one peer: an IPv4 address, an IPv6 network of `prefix_v6` bits, or None for all UNIX clients.
 
-    def __init__(self, log: Logger) -> None:
+    An IPv4-mapped IPv6 address (RFC 4291, section 2.5.5.2) is the IPv4 address.
+    """
+    host: str | None = getattr(address, "host", None)
+    if host is None or ":" not in host:
+        return host
+    number = int(IPv6Address(host))
+    if number >> 32 == 0xFFFF:
+        return str(IPv4Address(number & 0xFFFFFFFF))
+    return number >> (128 - prefix_v6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the register holds connections to. All of it may change while it serves.
+
+    `max_connections` (1 or more) counts every accepted connection, in whatever phase. When so many are open, listeners
+    of ours `pause`, so that clients queue in the kernel, or a client is closed at once, with `reject`; a transport that
+    is not ours cannot pause. `max_connections_per_peer` (0: no limit) closes at once in either case; `peer_prefix_v6`
+    is what groups IPv6 peers, in bits. After `idle_timeout` seconds (0: never) without a byte in either direction, an
+    open connection is closed. `proxy_from` are the networks whose PROXY headers are believed; UNIX clients are always.
+    """
+
+    max_connections: int
+    max_connections_per_peer: int = 0
+    peer_prefix_v6: int = 64
+    at_limit: Literal["pause", "reject"] = "pause"
+    idle_timeout: float = 0.0
+    proxy_from: tuple[IPv4Network | IPv6Network, ...] = ()
+
+
+class Connections:
+    """Every accepted connection of this process, whoever accepted it."""
+
+    def __init__(self, log: Logger, limits: Limits) -> None:
         self._log = log
-        self.open: set[Any] = set()
+        self._seconds = monotonic
+        self.limits = limits
+        # In the order of their arrival. Their phase says how far they are: see `net.stream.Connection`.
+        self.open: dict[Any, None] = {}
+        self.ports: list[Any] = []  # what pauses at the limit
+        self.ended = self.aborted = 0  # all that have ended; those of them that were aborted, by whomever
+        self.refused = dict.fromkeys(REFUSALS, 0)
+        self.when_empty: Callable[[], None] | None = None
+        self._peers: dict[Hashable, int] = {}
+        self._paused = False
+        self._told: set[Any] = set()
+        self._reported: dict[str, tuple[float, int]] = {}  # when a refusal was last logged, and how many there were
+        self._sweeping = LoopingCall(self.sweep)
+
+    def start(self, clock: Any) -> None:
+        """Look for idle connections from now on, by this clock (an IReactorTime)."""
+        self._seconds = clock.seconds
+        self._sweeping.clock = clock
+        self.apply(self.limits)
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._sweeping.running:
+            self._sweeping.stop()
+
+    def apply(self, limits: Limits) -> None:
+        """Hold connections to these from now on. Open ones stay, also above a limit."""
+        self.limits = limits
+        self._peers = {}
+        if limits.max_connections_per_peer:
+            for connection in self.open:
+                if connection.phase != "proxy":
+                    self._count_peer(connection.getPeer())
+        self._pause_or_resume()
+        self.stop()
+        if limits.idle_timeout:
+            self._sweeping.start(min(max(limits.idle_timeout / _SWEEPS, _SWEEP_LEAST), _SWEEP_MOST), now=False)
+
+    # --- what a Port tells ---
 
     def opened(self, connection: Any) -> None:
-        self.open.add(connection)
+        """A connection of ours (a `net.stream.Connection`) was accepted; it may be refused."""
+        why = self._why_not(connection.getPeer(), connection.phase)
+        if why:
+            self._refuse(connection, why)
+        else:
+            self._add(connection)
+
+    def identified(self, connection: Any) -> None:
+        """A PROXY header has named the peer; it may be refused."""
+        if not self.limits.max_connections_per_peer:
+            return
+        if self._is_one_too_many(connection.getPeer()):
+            del self.open[connection]
+            self._refuse(connection, "max-connections-per-peer")
+            self._pause_or_resume()
+        else:
+            self._count_peer(connection.getPeer())
+
+    def _add(self, connection: Any) -> None:
+        if connection.phase != "proxy" and self.limits.max_connections_per_peer:
+            self._count_peer(connection.getPeer())
+        self.open[connection] = None
+        if len(self.open) >= self.limits.max_connections:
+            self._pause_or_resume()
 
     def closed(self, connection: Any, reason: Failure) -> None:
-        """Forget a connection of ours (a `net.stream.Connection`), and write its record."""
-        self.open.discard(connection)
+        """Forget a connection of ours, and write its record."""
+        self._forget(connection, reason)
         self._record(
             connection.getPeer(),
             connection.port.name,
@@ -74,6 +194,149 @@ class Connections:
             connection.bytes_out,
             end_reason(reason, peer_finished=connection.peer_finished, problem=connection.error),
         )
+
+    def _forget(self, connection: Any, reason: Failure) -> None:
+        self.open.pop(connection, None)
+        self.ended += 1
+        if type(reason.value) is error.ConnectionAborted:
+            self.aborted += 1
+        if self.limits.max_connections_per_peer and connection.phase != "proxy":
+            self._count_peer(connection.getPeer(), -1)
+        if self._paused:
+            self._pause_or_resume()
+        if self.when_empty is not None:
+            self._told.discard(connection)
+            if not self.open:
+                self.when_empty()
+
+    def _pause_or_resume(self) -> None:
+        """Have the listeners accept, or not, as the limit says."""
+        paused = self.limits.at_limit == "pause" and len(self.open) >= self.limits.max_connections
+        if paused != self._paused:
+            self._paused = paused
+            if paused and self._worth_reporting("pause"):
+                self._log.warn(
+                    "--max-connections {limit} reached: clients wait until a place is free",
+                    limit=self.limits.max_connections,
+                )
+            for port in self.ports:
+                (port.pause if paused else port.resume)()
+
+    # --- whom to refuse ---
+
+    def _why_not(self, peer: Any, phase: str = "open") -> str:
+        """Why a client that has come may not stay, of REFUSALS; empty if it may."""
+        if len(self.open) >= self.limits.max_connections:
+            return "max-connections"
+        if phase == "proxy":
+            return "" if self._believed(peer) else "proxy-from"
+        if self.limits.max_connections_per_peer and self._is_one_too_many(peer):
+            return "max-connections-per-peer"
+        return ""
+
+    def _is_one_too_many(self, peer: Any) -> bool:
+        group = peer_group(peer, self.limits.peer_prefix_v6)
+        return self._peers.get(group, 0) >= self.limits.max_connections_per_peer
+
+    def _count_peer(self, peer: Any, change: int = 1) -> None:
+        group = peer_group(peer, self.limits.peer_prefix_v6)
+        count = self._peers.pop(group, 0) + change
+        if group is not None and count > 0:
+            self._peers[group] = count
+
+    def _believed(self, peer: Any) -> bool:
+        host: str | None = getattr(peer, "host", None)
+        if host is None:  # whoever may open the file of the socket
+            return True
+        address = ip_address(host)
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in self.limits.proxy_from)
+
+    def _refuse(self, connection: Any, why: str) -> None:
+        connection.refuse()
+        self._count_refusal(connection.getPeer(), connection.port.name, why)
+
+    def _count_refusal(self, peer: Any, listener: str, why: str) -> None:
+        """Count it, and log it: one line in a while for each reason, since a flood must not become one of lines."""
+        self.refused[why] += 1
+        before = self._reported.get(why, (0.0, 0))[1]
+        if self._worth_reporting(why):
+            self._log.warn(
+                "refused {peer} on {listener}: {why}{more}",
+                peer=peer_name(peer),
+                listener=listener,
+                why=REFUSALS[why],
+                more=f" ({self.refused[why] - before - 1} more since the last such line)" if before else "",
+            )
+
+    def _worth_reporting(self, what: str) -> bool:
+        now = self._seconds()
+        if what in self._reported and now - self._reported[what][0] < _REPORT_EVERY:
+            return False
+        self._reported[what] = now, self.refused.get(what, 0)
+        return True
+
+    # --- deadlines ---
+
+    def sweep(self, timeout: float | None = None) -> None:
+        """End the open connections on which no byte has moved for `timeout` seconds; without one, the idle timeout.
+
+        A connection is looked at, and not timed: nothing of this is paid for by a message. It is found no earlier than
+        `timeout` after its last byte, and no later than two sweeps after that.
+        """
+        if timeout is None:
+            timeout = self.limits.idle_timeout
+        now = self._seconds()
+        for connection in list(self.open):
+            moved = connection.bytes_in + connection.bytes_out
+            if moved != connection.seen:
+                connection.seen = moved
+                connection.still_since = now
+            elif now - connection.still_since >= timeout and connection.phase == "open":
+                if connection.unsent or connection.disconnecting:
+                    connection.cut("stopped reading")
+                else:
+                    connection.end("idle")
+
+    def phases(self) -> dict[str, int]:
+        """How many connections are in each phase."""
+        count = dict.fromkeys(("proxy", "tls", "open", "closing"), 0)
+        for connection in self.open:
+            count[connection.phase] += 1
+        return count
+
+    # --- drain ---
+
+    def tell_drain(self) -> None:
+        """Tell each protocol that wants to know it that the service is about to end, once."""
+        for connection in list(self.open):
+            if connection.protocol is None or connection in self._told:
+                continue
+            self._told.add(connection)
+            protocol = IDrainable(connection.protocol, None)
+            if protocol is not None:
+                try:
+                    protocol.drain()
+                except Exception:
+                    self._log.failure("{protocol} failed in drain", protocol=type(connection.protocol).__name__)
+                    connection.abortConnection()
+
+    def end_all(self, why: str) -> None:
+        """Flush and close what is open; what has no protocol yet has nothing to flush."""
+        now = self._seconds()
+        for connection in list(self.open):
+            connection.still_since = now
+            if connection.phase == "open":
+                connection.end(why)
+            elif connection.phase != "closing":
+                connection.cut(why)
+
+    def cut_all(self, why: str) -> None:
+        """Close whatever is there, at once."""
+        for connection in list(self.open):
+            connection.cut(why)
+
+    # --- records ---
 
     def _record(self, peer: Any, listener: str, opened: float, bytes_in: int, bytes_out: int, reason: str) -> None:
         name = peer_name(peer)
@@ -93,25 +356,58 @@ class Connections:
 
     def wrap(self, factory: Any, listener: str) -> CountingFactory:
         """A factory whose connections are in this register, for listeners whose transport is not ours."""
-        return CountingFactory(factory, listener, self.open, self._record)
+        return CountingFactory(factory, listener, self)
+
+    def wrapped_admitted(self, peer: Any, listener: str) -> bool:
+        """Whether a client of a transport that is not ours may stay."""
+        why = self._why_not(peer)
+        if why:
+            self._count_refusal(peer, listener, why)
+        return not why
+
+    def wrapped_opened(self, connection: _Counting) -> None:
+        """Such a connection was made."""
+        self._add(connection)
+
+    def wrapped_closed(self, connection: _Counting, reason: Failure) -> None:
+        """The end of such a connection."""
+        self._forget(connection, reason)
+        # A transport of Twisted's does not say who began: whoever did not is the peer.
+        finished = connection.peer_finished or not connection.disconnecting
+        self._record(
+            connection.getPeer(),
+            connection.factory.listener,
+            connection.opened,
+            connection.bytes_in,
+            connection.bytes_out,
+            end_reason(reason, peer_finished=finished, problem=connection.error),
+        )
 
 
 class _Counting(ProtocolWrapper):
-    """Counts what passes between a transport of Twisted's and a protocol.
+    """Counts what passes between a transport of Twisted's and a protocol, and is to the register as a Connection is.
 
     It sees what is handed to the transport, not what the kernel took: of a connection that is reset, `bytes_out` is the
     most that can have been sent.
     """
 
-    factory: Any
+    factory: CountingFactory
     transport: Any
     wrappedProtocol: Any
+    phase = "open"
+    unsent = 0  # not known
 
     def __init__(self, factory: CountingFactory, protocol: IProtocol) -> None:
         super().__init__(factory, protocol)  # type: ignore[arg-type]  # Twisted ties the two classes
         self.opened = monotonic()
         self.bytes_in = self.bytes_out = 0
+        self.seen, self.still_since = -1, 0.0
         self.peer_finished = False
+        self.error: Exception | None = None
+
+    @property
+    def protocol(self) -> Any:
+        return self.wrappedProtocol
 
     def makeConnection(self, transport: Any) -> None:
         super().makeConnection(transport)
@@ -136,38 +432,56 @@ class _Counting(ProtocolWrapper):
     def writeConnectionLost(self) -> None:
         self.wrappedProtocol.writeConnectionLost()
 
+    def end(self, why: str) -> None:
+        """Close, with this reason of ours for the record."""
+        self.error = Ended(why)
+        self.loseConnection()
+
+    def cut(self, why: str) -> None:
+        """Close at once, with this reason of ours for the record."""
+        self.error = Ended(why)
+        self.abortConnection()
+
+    def abortConnection(self) -> None:
+        """Close at once, as well as the transport can."""
+        self.disconnecting = 1
+        _abort(self.transport)
+
     def connectionLost(self, reason: Any = connectionDone) -> None:
-        # A transport of Twisted's does not say who began: whoever did not is the peer.
-        finished = self.peer_finished or not self.disconnecting
-        self.factory.record(
-            self.getPeer(),
-            self.factory.listener,
-            self.opened,
-            self.bytes_in,
-            self.bytes_out,
-            end_reason(reason, peer_finished=finished, problem=None),
-        )
+        self.factory.connections.wrapped_closed(self, reason)
         super().connectionLost(reason)
 
 
+def _abort(transport: Any) -> None:
+    getattr(transport, "abortConnection", transport.loseConnection)()
+
+
+class _Refused(Protocol):
+    """Closes at once."""
+
+    def makeConnection(self, transport: Any) -> None:
+        _abort(transport)
+
+
 class CountingFactory(WrappingFactory):
-    """Wraps each protocol of a factory in one that counts."""
+    """Wraps each protocol of a factory in one that counts and is registered."""
 
     noisy = False
 
-    def __init__(self, factory: Any, listener: str, connections: set[Any], record: Callable[..., None]) -> None:
+    def __init__(self, factory: Any, listener: str, connections: Connections) -> None:
         super().__init__(factory)
         self.listener = listener
-        self.record = record
-        self._open = connections
+        self.connections = connections
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
+        if not self.connections.wrapped_admitted(addr, self.listener):
+            return _Refused()  # None would do for some transports, and leave the client of others in silence
         protocol = self.wrappedFactory.buildProtocol(addr)
         # WrappingFactory would wrap None, which leaves the client connected and unanswered.
         return None if protocol is None else _Counting(self, protocol)
 
     def registerProtocol(self, p: Any) -> None:
-        self._open.add(p)
+        self.connections.wrapped_opened(p)
 
     def unregisterProtocol(self, p: Any) -> None:
-        self._open.discard(p)
+        """The register knows, with the reason."""

@@ -1,17 +1,38 @@
-"""The lifecycle of one serving process: it adopts listening sockets, serves, and stops."""
+"""The lifecycle of one serving process: it adopts listening sockets, serves, reloads, drains and stops."""
 
 from __future__ import annotations
 
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from rtservice.host.connections import Connections
-from rtservice.net.listeners import Listener
-from rtservice.net.stream import Port
+from rtservice.host.connections import Connections, Limits, escaped
+from rtservice.host.systemd import Notifier
+from rtservice.net.listeners import Listener, ListenError
+from rtservice.net.stream import HANDSHAKE_TIMEOUT, Port
+from rtservice.net.tls import fingerprint
+
+# Descriptors that the default limit of connections leaves for all else: listeners, logs, certificates that are read.
+# Half, where there are few.
+_RESERVED_DESCRIPTORS = 64
+
+# At the end of a drain: seconds without a byte after which a peer does not read what is sent to it, and seconds after
+# which it is over for everybody.
+_FLUSH_STALL, _FLUSH_LIMIT, _FLUSH_STEP = 5.0, 30.0, 1.0
+
+# Seconds between two looks at the counts and the certificates: what a reader of `systemctl status`, or somebody who has
+# just copied a certificate, does not mind waiting for.
+_TICK = 2.0
 
 
 class StartError(SystemExit, Exception):
@@ -22,11 +43,60 @@ class StartError(SystemExit, Exception):
     """
 
 
+class State(Enum):
+    """Where a serving process stands."""
+
+    STARTING = "starting"  # sockets are bound, and queue clients
+    SERVING = "serving"  # every listener accepts
+    DRAINING = "draining"  # no new clients; open connections go on, for a while
+    STOPPED = "stopped"  # no connection, no listener
+
+
+_MOVES = {
+    State.STARTING: {State.SERVING, State.DRAINING, State.STOPPED},
+    State.SERVING: {State.DRAINING},
+    State.DRAINING: {State.STOPPED},
+    State.STOPPED: set[State](),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """What may change while the process serves: see Limits; and, in seconds, how long handshakes and a drain take."""
+
+    limits: Limits
+    handshake_timeout: float = HANDSHAKE_TIMEOUT
+    drain_timeout: float = 30.0
+    watch_certificates: bool = False
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open descriptors (RLIMIT_NOFILE, getrlimit(2)) to its hard limit; gives what it is then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # a sandbox that forbids it
+        return soft
+    return hard
+
+
+def default_max_connections(descriptors: int) -> int:
+    """How many connections a limit of descriptors allows, which can be unlimited (RLIM_INFINITY is -1)."""
+    if descriptors == resource.RLIM_INFINITY:
+        return 10_000_000
+    return max(1, descriptors - min(_RESERVED_DESCRIPTORS, descriptors // 2))
+
+
 class Server(Service):
     """Serves one factory on listeners, which are bound already, and on endpoints of other kinds.
 
     `endpoints` are pairs of a description and an IStreamServerEndpoint. They start to listen before privileges are
-    dropped.
+    dropped. `live` is what `apply` may change later.
+
+    `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
+    `check` is called before anything is served, and raises StartError if that must not be. With `reload`, which is to
+    raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
+    calls it.
     """
 
     name = "rtservice"
@@ -37,17 +107,36 @@ class Server(Service):
         *,
         listeners: list[Listener],
         endpoints: list[tuple[str, Any]],
-        handshake_timeout: float,
+        live: Live,
         log: Logger,
+        notifier: Notifier | None = None,
+        report: Callable[[str | None], None] = lambda problem: None,
+        check: Callable[[], None] = lambda: None,
+        reload: Callable[[], None] | None = None,
     ) -> None:
         self.factory = factory
-        self.connections = Connections(log)
-        self.ports: list[Any] = []
+        self.live = live
+        self.state = State.STARTING
         self.exit_status = 0
+        self.reactor: Any = None  # known from startService on
+        self.connections = Connections(log, live.limits)
         self._listeners = listeners
         self._endpoints = endpoints
-        self._handshake_timeout = handshake_timeout
+        self._awaited = 0  # endpoints that do not listen yet
+        self._others: list[Any] = []  # what those endpoints gave
         self._log = log
+        self._notifier = Notifier() if notifier is None else notifier
+        self._report: Callable[[str | None], None] | None = report
+        self._check = check
+        self._reload = reload
+        self._ticking = LoopingCall(self._tick)
+        self._watchdog = LoopingCall(self._notifier.watchdog)
+        self._certificates_seen: object = None
+        self._hurried = False
+        self._woken: Deferred[None] | None = None  # what the drain waits for
+        self._drained: Deferred[None] | None = None
+
+    # --- start ---
 
     def privilegedStartService(self) -> None:
         """Listen where only an endpoint can: raises StartError, with an address that cannot be had."""
@@ -55,6 +144,7 @@ class Server(Service):
         endpoints, self._endpoints = self._endpoints, []
         for description, endpoint in endpoints:
             failures: list[Failure] = []
+            self._awaited += 1
             started = maybeDeferred(endpoint.listen, self.connections.wrap(self.factory, description))
             started.addCallback(self._listening, description)
             started.addErrback(failures.append)
@@ -62,68 +152,292 @@ class Server(Service):
                 problem = f"--listen {description}: {failures[0].getErrorMessage()}"
                 self._log.critical("cannot start: {problem}", problem=problem)
                 raise StartError(f"rtservice: {problem}")
-            # From here on a failure comes when twistd has reported success already: stop, and exit non-zero.
+            # From here on a failure comes later, when privileges may be dropped already: stop, and exit non-zero.
             started.addBoth(self._late_failure, failures, description)
 
     def _listening(self, port: Any, description: str) -> None:
-        self.ports.append(port)
+        self._awaited -= 1
+        if self.state not in (State.STARTING, State.SERVING):
+            port.stopListening()
+            return
+        self._others.append(port)
         self._log.info("listening on {listener}", listener=f"{description} ({port.getHost()})")
+        self._serving_if_all_listen()
 
     def _late_failure(self, result: object, failures: list[Failure], description: str) -> None:
         if failures:
-            from twisted.internet import reactor
+            self.fail(f"--listen {description}: {failures[0].getErrorMessage()}")
 
-            self._log.critical(
-                "cannot start: --listen {description}: {problem}",
-                description=description,
-                problem=failures[0].getErrorMessage(),
-            )
-            self.exit_status = 1
-            reactor.stop()
+    def fail(self, problem: str) -> None:
+        """End the process: it cannot serve all that it was asked to."""
+        from twisted.internet import reactor
+
+        self._log.critical("cannot start: {problem}", problem=problem)
+        self.exit_status = 1
+        self._hurried = True  # nothing keeps half a service running
+        self._reported(problem)
+        reactor.callWhenRunning(reactor.stop)
+
+    def _reported(self, problem: str | None) -> None:
+        report, self._report = self._report, None
+        if report is not None:
+            report(problem)
 
     def startService(self) -> None:
-        """Serve. The reactor is needed from here on."""
+        """Serve. The reactor is needed from here on. Raises StartError."""
         from twisted.internet import reactor
 
         if self._endpoints:  # `twist` knows no privileged start
             self.privilegedStartService()
+        self._check()
         super().startService()
+        self.reactor = reactor
+        if self._reload is not None:
+            # A reload that is asked for too early must not be what SIGHUP is by default.
+            signal.signal(signal.SIGHUP, lambda number, frame: self.reactor.callFromThread(self.reload))
         # Not before the reactor handles signals: whoever reads "listening" may send one, and would kill the process
         # before it can clean up. Clients that are early wait in the sockets' queues.
-        reactor.callWhenRunning(self._serve, reactor)
+        reactor.callWhenRunning(self._serve)
 
-    def _serve(self, reactor: Any) -> None:
-        if not self.running:  # stopped before the reactor ran
+    def _serve(self) -> None:
+        if self.state is not State.STARTING or not self.running:  # stopped before the reactor ran
             return
+        if self._reload is not None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._signalled)
+        self.connections.start(self.reactor)
         for listener in self._listeners:
             port = Port(
-                reactor,
+                self.reactor,
                 listener.socket,
                 self.factory,
                 name=listener.name,
+                proxied=listener.proxied,
                 tls=listener.tls,
-                handshake_timeout=self._handshake_timeout,
+                handshake_timeout=self.live.handshake_timeout,
                 opened=self.connections.opened,
+                identified=self.connections.identified,
                 closed=self.connections.closed,
             )
+            self.connections.ports.append(port)
             port.startListening()
-            self.ports.append(port)
             self._log.info("listening on {listener}", listener=listener.name)
+        self._certificates_seen = self._fingerprint()
+        self._log_certificates()
+        self._serving_if_all_listen()
 
-    def stopService(self) -> Deferred[Any]:
-        """Stop to accept, close the listening sockets and remove their files."""
-        super().stopService()
-        stopping = [maybeDeferred(port.stopListening) for port in self.ports]
-        self.ports = []
-        return gatherResults(stopping, consumeErrors=True).addBoth(self._close_listeners)
+    def _serving_if_all_listen(self) -> None:
+        if self._awaited or len(self.connections.ports) < len(self._listeners) or self.reactor is None:
+            return
+        self._move(State.SERVING)
+        self._ticking.clock = self._watchdog.clock = self.reactor
+        self._ticking.start(_TICK, now=False)
+        if self._notifier.watchdog_interval is not None:
+            self._watchdog.start(self._notifier.watchdog_interval)
+        self._notifier.ready(self.status)
+        self._reported(None)
 
-    def _close_listeners(self, result: object) -> None:
+    def _move(self, state: State) -> None:
+        if state not in _MOVES[self.state]:
+            raise RuntimeError(f"a process that is {self.state.value} cannot become {state.value}")
+        self.state = state
+
+    # --- while it serves ---
+
+    @property
+    def status(self) -> str:
+        """One line on how it stands."""
+        phases = self.connections.phases()
+        unfinished = sum(phases.values()) - phases["open"]
+        more = f", {unfinished} in a handshake or closing" if unfinished else ""
+        return f"{self.state.value}: {phases['open']} connections open{more}"
+
+    def _tick(self) -> None:
+        if self._notifier.connected:
+            self._notifier.status(self.status)
+        if self.state is State.DRAINING:
+            self.connections.tell_drain()
+            self._notifier.extend_timeout(_FLUSH_LIMIT)
+        elif self.live.watch_certificates:
+            self._look_at_certificates()
+
+    def apply(self, live: Live) -> None:
+        """Serve by these from now on."""
+        self.live = live
+        self.connections.apply(live.limits)
+        for port in self.connections.ports:
+            port.handshake_timeout = live.handshake_timeout
+
+    def reload(self) -> None:
+        """What SIGHUP asks for."""
+        if self.state is not State.SERVING or self._reload is None:
+            return
+        self._log.info("SIGHUP: reloading")
+        self._notifier.reloading()
+        self._reload()
+        self._notifier.ready(self.status)
+
+    # --- certificates ---
+
+    def renewed_certificates(self) -> Callable[[], None]:
+        """Read and check the certificates of every listener again; gives what puts them in force for new connections.
+
+        Raises ListenError, and nothing has changed.
+        """
+        self._certificates_seen = self._fingerprint()
+        renewed = [(listener, listener.renew()) for listener in self._listeners]
+
+        def adopt() -> None:
+            for (listener, loaded), port in zip(renewed, self.connections.ports, strict=True):
+                if loaded is not None:
+                    listener.adopt(loaded)
+                    port.tls = listener.tls
+            self._log_certificates()
+
+        return adopt
+
+    def _fingerprint(self) -> tuple[object, ...]:
+        return fingerprint(file for listener in self._listeners for file in listener.tls_files())
+
+    def _log_certificates(self) -> None:
+        now = time.time()
+        # Two listeners may show the same one.
+        for certificate in dict.fromkeys(one for listener in self._listeners for one in listener.certificates):
+            seconds = certificate.not_after - now
+            state = f"expires in {seconds / 86400:.0f} days" if seconds >= 0 else "has expired"
+            if certificate.not_before > now:
+                state = "is not valid yet"
+            (self._log.info if seconds >= 0 and certificate.not_before <= now else self._log.warn)(
+                "certificate {path} for {names}: {state}",
+                path=certificate.path,
+                names=escaped(", ".join(certificate.names)) or "no name",
+                state=state,
+                not_after=certificate.not_after,
+            )
+
+    def _look_at_certificates(self) -> None:
+        """Renew them if their files have changed since the last time that this was tried."""
+        if self._fingerprint() == self._certificates_seen:
+            return
+        self._log.info("certificates have changed: loading them")
+        try:
+            self.renewed_certificates()()
+        except ListenError as problem:
+            self._log.error("the certificates in force stay: {problem}", problem=problem)
+
+    # --- stop ---
+
+    def _signalled(self, number: int, frame: object) -> None:
+        self.reactor.callFromThread(self._stop, number)
+
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._drained is None:
+            self._log.info("{signal}: stopping", signal=name)
+            # Twisted's own handler would end the process by the same signal after all is done.
+            self.reactor.stop()
+        else:
+            self._log.info("{signal}: not waiting any longer", signal=name)
+            self.exit_status = 128 + number  # as shells say it: it did not end on its own terms
+            self.hurry()
+
+    def hurry(self) -> None:
+        """End a drain now: what is still open is aborted."""
+        self._hurried = True
+        self._wake()
+
+    def stopService(self) -> Deferred[None]:
+        """Drain, close the listening sockets and remove their files. Fires when that is done."""
+        if self._drained is None:
+            super().stopService()
+            self._drained = Deferred.fromCoroutine(self._drain())
+        done: Deferred[None] = Deferred()
+        self._drained.chainDeferred(done)
+        return done
+
+    async def _drain(self) -> None:
+        connections = self.connections
+        if self.reactor is not None and self.state is not State.STOPPED:
+            began, ended, aborted = self.reactor.seconds(), connections.ended, connections.aborted
+            self._move(State.DRAINING)
+            self._notifier.stopping(self.status)
+            self._notifier.extend_timeout(self.live.drain_timeout + _FLUSH_LIMIT)
+            await self._end_connections()
+            aborted = connections.aborted - aborted
+            self._log.info(
+                "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
+                ended=connections.ended - ended - aborted,
+                aborted=aborted,
+                seconds=self.reactor.seconds() - began,
+            )
+        self._move(State.STOPPED)
+        for repeated in (self._ticking, self._watchdog):
+            if repeated.running:
+                repeated.stop()
+        connections.stop()
+        self._close_listeners()
+
+    async def _end_connections(self) -> None:
+        connections = self.connections
+        connections.when_empty = self._wake_if_empty
+        for port in self._others:
+            maybeDeferred(port.stopListening).addErrback(self._not_stopped)
+        for listener, port in zip(self._listeners, connections.ports, strict=False):
+            if listener.shared:  # its queue is the successor's
+                port.stopListening()
+            else:
+                self._remove_file(listener)
+                port.finish().addCallback(self._wake_if_empty)
+        connections.tell_drain()
+        await self._wait(self.live.drain_timeout)
+        for port in connections.ports:
+            port.stopListening()
+        if not self._hurried:
+            connections.end_all("drained")
+            steps = int(_FLUSH_LIMIT / _FLUSH_STEP)
+            while connections.open and not self._hurried and steps:
+                await self._wait(_FLUSH_STEP)
+                connections.sweep(_FLUSH_STALL)
+                steps -= 1
+        if connections.open:
+            connections.cut_all("cut off")
+            self._hurried = False  # it takes one more turn of the reactor, and no more of anybody's patience
+            await self._wait(_FLUSH_STEP)
+
+    async def _wait(self, seconds: float) -> None:
+        """Until there is no connection and no queue any more, or somebody hurries, or for so long."""
+        if self._hurried:
+            return
+        self._woken = Deferred()
+        timer = self.reactor.callLater(seconds, self._wake)
+        self._wake_if_empty()
+        await self._woken
+        if timer.active():
+            timer.cancel()
+
+    def _wake_if_empty(self, result: object = None) -> None:
+        if not self.connections.open and not any(port.listening for port in self.connections.ports):
+            self._wake()
+
+    def _wake(self) -> None:
+        woken, self._woken = self._woken, None
+        if woken is not None:
+            woken.callback(None)
+
+    def _not_stopped(self, failure: Failure) -> None:
+        self._log.failure("a listener failed to stop", failure)
+
+    def _close_listeners(self) -> None:
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
-            try:
-                listener.close()
-            except OSError as problem:
-                # After privileges were dropped the directory may not be ours; the next start takes the file over.
-                self._log.warn(
-                    "{listener}: its socket file stays: {problem}", listener=listener.name, problem=problem.strerror
-                )
+            self._remove_file(listener)
+            listener.close()
+
+    def _remove_file(self, listener: Listener) -> None:
+        try:
+            listener.remove_file()
+        except OSError as problem:
+            # After privileges were dropped the directory may not be ours; the next start takes the file over.
+            self._log.warn(
+                "{listener}: its socket file stays: {problem}", listener=listener.name, problem=problem.strerror
+            )

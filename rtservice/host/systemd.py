@@ -32,6 +32,11 @@ class Notifier:
         self._socket = sock
         self._unsent: list[bytes] = []
 
+    @property
+    def connected(self) -> bool:
+        """Whether somebody is told."""
+        return self._socket is not None
+
     def ready(self, status: str) -> None:
         """The service is up, or has reloaded."""
         self._send("READY=1", _status(status), keep=True)

@@ -12,12 +12,13 @@ import re
 import socket
 import ssl
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, get_args
 
-from rtservice.net.tls import Minimum, ServerTLS, TLSError
+from rtservice.net.tls import Certificate, DirectoryTLS, Loaded, Minimum, ServerTLS, TLSError
 
 # sd_listen_fds(3): the first descriptor that the service manager passes.
 _LISTEN_FDS_START = 3
@@ -57,20 +58,45 @@ class _SocketFile:
 class Listener:
     """A bound, listening, non-blocking socket, and what logs call it (`tcp:[::1]:8080`, `unix:/run/rt.sock`).
 
-    With `tls`, its connections are to be secured with this.
+    With `tls`, its connections are to be secured with this, and shown one of `certificates`. With `proxied`, each of
+    them begins with a PROXY header. One that is `shared` is held by whoever passed it, too, who keeps its queue.
     """
 
     socket: socket.socket
     name: str
     tls: ssl.SSLContext | None = None
+    certificates: tuple[Certificate, ...] = ()
+    proxied: bool = False
+    shared: bool = False
+    _source: ServerTLS | DirectoryTLS | None = field(default=None, repr=False)
     _file: _SocketFile | None = field(default=None, repr=False)
+
+    def renew(self) -> Loaded | None:
+        """Read the files of its certificates again, and give what to `adopt` then; None without TLS.
+
+        Raises ListenError. Nothing is changed, so that of several listeners all can be read before any adopts.
+        """
+        return _load(self._source)
+
+    def adopt(self, loaded: Loaded) -> None:
+        """Put a context and its certificates in force."""
+        self.tls = loaded.context
+        self.certificates = loaded.certificates
+
+    def tls_files(self) -> tuple[str, ...]:
+        """The files that `renew` reads, for `tls.fingerprint`; a directory stands for the certificates in it."""
+        return self._source.files() if self._source is not None else ()
+
+    def remove_file(self) -> None:
+        """Remove the file of a UNIX socket, if it has one of ours, so that nobody new finds it; raises OSError."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.remove()
 
     def close(self) -> None:
         """Close the socket and remove its file; raises OSError when the file cannot be removed."""
         self.socket.close()
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.remove()
+        self.remove_file()
 
 
 # --- descriptions: Twisted's endpoint syntax ---
@@ -127,58 +153,122 @@ def _number(what: str, text: str, low: int, high: int) -> int:
 def open_description(
     description: str, *, backlog: int, resolve_path: Callable[[str], str] = os.path.abspath
 ) -> list[Listener]:
-    """The listening sockets of one description whose type is in `TYPES`.
+    r"""The listening sockets of one description whose type is in `TYPES`.
+
+    TLS is `ssl:8443:privateKey=…:certKey=…`, or `ssl:` before a description of another type, which then takes the same
+    keywords: `ssl:systemd:name=web:privateKey=…`. `certificates=` is a directory in the place of both (DirectoryTLS).
+    `proxy:`, or `haproxy:` as Twisted has it, goes before all that: `proxy:ssl:8443:…`, since a PROXY header comes
+    before TLS.
 
     `backlog` holds where the description does not say its own. `resolve_path` makes the paths of sockets and
     certificates absolute. Raises ListenError.
     """
+    wanted = _read(description, backlog, resolve_path)
+    # Before anything is bound: a file that is wrong is found without a client that waits in a queue.
+    loaded = _load(wanted.tls)
+    opened = wanted.open()
+    for listener in opened:
+        if loaded is not None:
+            listener.adopt(loaded)
+            listener._source = wanted.tls
+            listener.name = f"ssl:{listener.name.removeprefix('tcp:')}"
+        if wanted.proxied:
+            listener.proxied = True
+            listener.name = f"proxy:{listener.name}"
+    return opened
+
+
+def check_description(description: str, *, resolve_path: Callable[[str], str] = os.path.abspath) -> None:
+    """Find what `open_description` would, and listen on nothing; raises ListenError.
+
+    Whether a port is free, or a socket file somebody else's, is not found out: only a socket that listens could tell.
+    Of `systemd:` only the words are looked at when there are no sockets that were passed.
+    """
+    wanted = _read(description, 1, resolve_path)
+    _load(wanted.tls)
+    wanted.check()
+
+
+_PROXY = ("proxy", "haproxy")
+
+# By position or keyword, as Twisted has them.
+_ARGUMENTS = {
+    "tcp": ("port", "interface", "backlog"),
+    "tcp6": ("port", "interface", "backlog"),
+    "ssl": ("port", "privateKey", "certKey", "sslmethod", "interface", "backlog", "extraCertChain", "dhParameters"),
+    "unix": ("address", "mode", "backlog", "lockfile"),
+    "systemd": ("domain", "index", "name"),
+}
+# By keyword, wherever there is TLS; the last four are ours.
+_TLS_KEYWORDS = (
+    *("privateKey", "certKey", "sslmethod", "extraCertChain", "dhParameters"),
+    *("certificates", "clientCA", "minimum", "alpn"),
+)
+
+TYPES = frozenset((*_ARGUMENTS, *_PROXY))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A description that was understood: how to open its sockets, and how to check that this would go well."""
+
+    open: Callable[[], list[Listener]]
+    check: Callable[[], None]
+    tls: ServerTLS | DirectoryTLS | None
+    proxied: bool
+
+
+def _read(description: str, backlog: int, resolve_path: Callable[[str], str]) -> _Wanted:
     kind, positional, keywords = split_description(description)
+    proxied = kind in _PROXY
+    if proxied:
+        prefix = kind
+        kind, positional, keywords = split_description(description.partition(":")[2])
+        if kind not in _ARGUMENTS:
+            raise ListenError(f"{prefix}: goes before {_these(_ARGUMENTS)}, not before {kind!r}")
+    secure = kind == "ssl"
+    if secure and positional and positional[0] in TYPES:
+        kind, *positional = positional
+        if kind in ("ssl", *_PROXY):
+            others = _these(other for other in _ARGUMENTS if other != "ssl")
+            raise ListenError(f"ssl: goes before {others}, not before {kind!r}; proxy:ssl: is the order of the two")
+    names = _ARGUMENTS[kind]
+    also = tuple(name for name in _TLS_KEYWORDS if name not in names) if secure else ()
+    given = _arguments(positional, keywords, names, also)
+    if "backlog" in names:
+        backlog = _number("backlog", given.get("backlog", str(backlog)), 1, 65535)
     if kind == "systemd":
-        return _adopt_systemd(positional, keywords)
-    if kind == "unix":
-        given = _arguments(positional, keywords, ("address", "mode", "backlog", "lockfile"))
+        _check_choice(given)
+        opened, checked = partial(_adopt_systemd, given), partial(_check_systemd, given)
+    elif kind == "unix":
         if not given.get("address"):
             raise ListenError("the path of the socket is missing: unix:/run/rt.sock")
         # Twisted's default; a narrower one is the administrator's to choose.
         mode = given.get("mode", "666")
         if not re.fullmatch(r"[0-7]{3,4}", mode):
             raise ListenError(f"mode {mode!r} is not an octal file mode such as 660")
-        backlog = _number("backlog", given.get("backlog", str(backlog)), 1, 65535)
         # Twisted's `lockfile=` is taken and means nothing: the directory is locked while a stale file is replaced.
-        return [_open_unix(resolve_path(given["address"]), int(mode, 8), backlog)]
-    secure = kind == "ssl"
-    given = _arguments(positional, keywords, *(_SSL_ARGUMENTS if secure else _TCP_ARGUMENTS))
-    if not given.get("port"):
-        raise ListenError(f"the port is missing: {kind}:8080")
-    port = _number("port", given["port"], 0, 65535)
-    backlog = _number("backlog", given.get("backlog", str(backlog)), 1, 65535)
-    interface = given.get("interface", "")
-    six = kind == "tcp6" or ":" in interface
-    family = socket.AF_INET6 if six else socket.AF_INET
-    addresses = _resolve(interface, port, family) if interface else [(family, "::" if six else "0.0.0.0", 0)]
-    if not secure:
-        return _open_tcp(addresses, port, backlog)
-    # Before anything is bound: a file that is wrong is found without a client that waits in a queue.
-    context = _tls(given, resolve_path)
-    opened = _open_tcp(addresses, port, backlog)
-    for listener in opened:
-        listener.tls = context
-        listener.name = listener.name.replace("tcp:", "ssl:", 1)
-    return opened
+        path = resolve_path(given["address"])
+        opened, checked = partial(_open_unix, path, int(mode, 8), backlog), partial(_check_unix, path)
+    else:
+        if not given.get("port"):
+            raise ListenError(f"the port is missing: {kind}:8080")
+        port = _number("port", given["port"], 0, 65535)
+        interface = given.get("interface", "")
+        six = kind == "tcp6" or ":" in interface
+        family = socket.AF_INET6 if six else socket.AF_INET
+        addresses = _resolve(interface, port, family) if interface else [(family, "::" if six else "0.0.0.0", 0)]
+        opened, checked = partial(_open_tcp, addresses, port, backlog), partial(_check_tcp, addresses, port)
+    return _Wanted(opened, checked, _tls(given, resolve_path) if secure else None, proxied)
 
 
-TYPES = frozenset({"tcp", "tcp6", "ssl", "unix", "systemd"})
-
-# By position or keyword, as Twisted has them; and ours, by keyword alone.
-_TCP_ARGUMENTS = (("port", "interface", "backlog"), ())
-_SSL_ARGUMENTS = (
-    ("port", "privateKey", "certKey", "sslmethod", "interface", "backlog", "extraCertChain", "dhParameters"),
-    ("clientCA", "minimum", "alpn"),
-)
+def _these(kinds: Iterable[str]) -> str:
+    *most, last = (f"{kind}:" for kind in kinds)
+    return f"{', '.join(most)} and {last}"
 
 
-def _tls(given: Mapping[str, str], resolve_path: Callable[[str], str]) -> ssl.SSLContext:
-    """The context of an `ssl:` description; raises ListenError."""
+def _tls(given: Mapping[str, str], resolve_path: Callable[[str], str]) -> ServerTLS | DirectoryTLS:
+    """What a description with TLS says about it; raises ListenError."""
     for keyword, why in (
         ("sslmethod", "minimum=1.2 or minimum=1.3 says which versions of TLS are taken"),
         ("dhParameters", "keys are exchanged on elliptic curves, which need none"),
@@ -191,20 +281,32 @@ def _tls(given: Mapping[str, str], resolve_path: Callable[[str], str]) -> ssl.SS
     alpn = tuple(given["alpn"].split(",")) if "alpn" in given else ()
     if not all(re.fullmatch(r"[!-~]{1,255}", name) for name in alpn):
         raise ListenError(f"alpn {given['alpn']!r} is not a list of protocol names such as h2,http/1.1")
+
+    def path(keyword: str, default: str | None = None) -> str | None:
+        name = given.get(keyword, default)
+        if name == "":
+            raise ListenError(f"the name of a file is empty: {keyword}=")
+        return resolve_path(name) if name is not None else None
+
+    policy: dict[str, Any] = {"client_ca": path("clientCA"), "minimum": minimum, "alpn": alpn}
+    directory = path("certificates")
+    if directory is not None:
+        for keyword in ("privateKey", "certKey", "extraCertChain"):
+            if keyword in given:
+                raise ListenError(f"{keyword}= and certificates= are both given: the directory holds what is needed")
+        return DirectoryTLS(directory, **policy)
     # Twisted's defaults: one file for both, called server.pem.
     key = given.get("privateKey", "server.pem")
-    files = {"private_key": key, "certificate": given.get("certKey", key)}
-    files |= {name: given[keyword] for name, keyword in _OTHER_FILES.items() if keyword in given}
-    for path in files.values():
-        if not path:
-            raise ListenError("the name of a file is empty")
+    files: dict[str, Any] = {"private_key": path("privateKey", key), "certificate": path("certKey", key)}
+    return ServerTLS(**files, chain=path("extraCertChain"), **policy)
+
+
+def _load(files: ServerTLS | DirectoryTLS | None) -> Loaded | None:
     try:
-        return ServerTLS(**{n: resolve_path(path) for n, path in files.items()}, minimum=minimum, alpn=alpn).context()
+        return files.load() if files is not None else None
     except TLSError as error:
         raise ListenError(str(error)) from error
 
-
-_OTHER_FILES = {"chain": "extraCertChain", "client_ca": "clientCA"}
 
 # --- TCP ---
 
@@ -217,9 +319,18 @@ def open_port(port: int, *, interface: str, backlog: int) -> list[Listener]:
     Two, since peers of one dual-stack socket would show as `::ffff:192.0.2.1`. `interface` limits this to one
     address, or to those of one host name. Raises ListenError.
     """
+    return _open_tcp(_addresses(interface, port), port, backlog)
+
+
+def check_port(port: int, *, interface: str) -> None:
+    """Find what `open_port` would, short of whether the port is free; raises ListenError."""
+    _check_tcp(_addresses(interface, port), port)
+
+
+def _addresses(interface: str, port: int) -> list[_Address]:
     if interface:
-        return _open_tcp(_resolve(interface, port, socket.AF_UNSPEC), port, backlog)
-    return _open_tcp([(socket.AF_INET, "0.0.0.0", 0), (socket.AF_INET6, "::", 0)], port, backlog)
+        return _resolve(interface, port, socket.AF_UNSPEC)
+    return [(socket.AF_INET, "0.0.0.0", 0), (socket.AF_INET6, "::", 0)]
 
 
 def _resolve(interface: str, port: int, family: int) -> list[_Address]:
@@ -247,13 +358,12 @@ def _open_tcp(addresses: list[_Address], port: int, backlog: int) -> list[Listen
                 try:
                     sockets.append(_bind_tcp(family, host, scope, number))
                 except OSError as error:
-                    if error.errno in _NO_IPV6 and family == socket.AF_INET6 and sockets:
+                    if _may_be_missing(error, family) and sockets:
                         continue
                     taken_by_other_family = error.errno == errno.EADDRINUSE and port == 0 and sockets
                     if taken_by_other_family and attempt < _SAME_PORT_TRIES - 1:
                         break
-                    where = f"[{host}]:{number}" if family == socket.AF_INET6 else f"{host}:{number}"
-                    raise ListenError(f"cannot listen on {where}: {_reason(error)}") from error
+                    raise _cannot_listen(family, host, number, error) from error
                 number = sockets[0].getsockname()[1]
             else:
                 for sock in sockets:
@@ -264,6 +374,29 @@ def _open_tcp(addresses: list[_Address], port: int, backlog: int) -> list[Listen
             raise
         _close_all(sockets)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _check_tcp(addresses: list[_Address], port: int) -> None:
+    """Ask whether the addresses are this host's, of UDP, so that no TCP port is taken or found to be."""
+    found = False
+    for family, host, scope in addresses:
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.bind((host, 0, 0, scope) if family == socket.AF_INET6 else (host, 0))
+        except OSError as error:
+            if _may_be_missing(error, family) and found:
+                continue
+            raise _cannot_listen(family, host, port, error) from error
+        found = True
+
+
+def _may_be_missing(error: OSError, family: socket.AddressFamily) -> bool:
+    return family == socket.AF_INET6 and error.errno in _NO_IPV6
+
+
+def _cannot_listen(family: socket.AddressFamily, host: str, port: int, error: OSError) -> ListenError:
+    where = f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+    return ListenError(f"cannot listen on {where}: {_reason(error)}")
 
 
 def _bind_tcp(family: socket.AddressFamily, host: str, scope: int, port: int) -> socket.socket:
@@ -296,13 +429,12 @@ def _tcp_name(sock: socket.socket) -> str:
 
 # --- UNIX ---
 
+# unix(7): sun_path is 108 bytes, of which the last is a NUL.
+_LONGEST_PATH = 107
 
-def _open_unix(path: str, mode: int, backlog: int) -> Listener:
-    directory, name = os.path.split(path)
-    try:
-        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ListenError(f"cannot open the directory {directory!r}: {_reason(error)}") from error
+
+def _open_unix(path: str, mode: int, backlog: int) -> list[Listener]:
+    folder = _open_folder(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         # Two services that start at once may both find a stale file: one after the other.
@@ -314,25 +446,49 @@ def _open_unix(path: str, mode: int, backlog: int) -> Listener:
                 sock.bind(path)
             finally:
                 os.umask(umask)
-            file = _SocketFile(folder, name, os.stat(path).st_ino)
+            file = _SocketFile(folder, os.path.basename(path), os.stat(path).st_ino)
             sock.listen(backlog)
     except BaseException as error:
         sock.close()
         os.close(folder)
         if isinstance(error, OSError):
-            # bind(2) of a long path has no errno: sun_path of unix(7) holds 107 bytes and a NUL.
-            reason = _reason(error) if error.errno else "the path is longer than 107 bytes"
-            raise ListenError(f"cannot listen on {path!r}: {reason}") from error
+            raise ListenError(f"cannot listen on {path!r}: {_reason(error)}") from error
         raise
-    return Listener(sock, f"unix:{path}", _file=file)
+    return [Listener(sock, f"unix:{path}", _file=file)]
 
 
-def _remove_stale(path: str) -> None:
-    """Remove a socket file on which nobody listens; raises ListenError when somebody does, or it is no socket."""
+def _check_unix(path: str) -> None:
+    """Whether a socket could be made, as far as its directory and what is there already say."""
+    os.close(_open_folder(path))
+    if not os.access(os.path.dirname(path), os.W_OK | os.X_OK, effective_ids=True):
+        raise ListenError(f"cannot listen on {path!r}: its directory is not writable")
+    _is_there(path)
+
+
+def _open_folder(path: str) -> int:
+    """A descriptor of the directory of a path that can be a socket's."""
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ListenError(f"cannot listen on {path!r}: the path is longer than {_LONGEST_PATH} bytes")
+    directory = os.path.dirname(path)
+    try:
+        return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ListenError(f"cannot open the directory {directory!r}: {_reason(error)}") from error
+
+
+def _is_there(path: str) -> bool:
+    """Whether there is a socket file; raises ListenError when there is another kind of one."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise ListenError(f"{path!r} exists and is not a socket")
     except FileNotFoundError:
+        return False
+    return True
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file on which nobody listens; raises ListenError when somebody does, or it is no socket."""
+    if not _is_there(path):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
@@ -357,28 +513,51 @@ def _locked(folder: int) -> Iterator[None]:
 # --- systemd ---
 
 
-def _adopt_systemd(positional: list[str], keywords: Mapping[str, str]) -> list[Listener]:
-    """The sockets that the service manager passed: `systemd:domain=INET6:index=0`, or `systemd:name=web`.
+def _adopt_systemd(given: Mapping[str, str]) -> list[Listener]:
+    """The sockets that the service manager passed: `systemd:domain=INET6:index=0`, `systemd:name=web`, or all of them.
 
     The domain is Twisted's and may be left out, since the socket knows it; a name may stand for several sockets.
     """
-    given = _arguments(positional, keywords, ("domain", "index", "name"))
     passed = _systemd_sockets()
-    if ("index" in given) == ("name" in given):
-        raise ListenError("exactly one of index= and name= is needed: systemd:index=0, systemd:name=web")
     if not passed:
         raise ListenError("no sockets were passed by a service manager (LISTEN_FDS, LISTEN_PID)")
+    return [_adopt(sock) for sock in _chosen(given, passed)]
+
+
+def _check_systemd(given: Mapping[str, str]) -> None:
+    if passed := _systemd_sockets():
+        _close_all(_chosen(given, passed))
+
+
+def _check_choice(given: Mapping[str, str]) -> None:
     if "index" in given:
-        index = _number("index", given["index"], 0, 65535)
+        if "name" in given:
+            raise ListenError("only one of index= and name= can be given; without both it is every socket")
+        _number("index", given["index"], 0, 65535)
+
+
+def _chosen(given: Mapping[str, str], passed: list[tuple[int, str]]) -> list[socket.socket]:
+    """Duplicates: the descriptors stay whose they are, and may be taken again."""
+    if "index" in given:
+        index = int(given["index"])
         if index >= len(passed):
             raise ListenError(f"index {index} is not there: {len(passed)} socket(s) were passed")
-        chosen = [passed[index][0]]
-    else:
-        chosen = [fd for fd, name in passed if name == given["name"]]
-        if not chosen:
+        numbers = [passed[index][0]]
+    elif "name" in given:
+        numbers = [fd for fd, name in passed if name == given["name"]]
+        if not numbers:
             names = ", ".join(sorted({name for _, name in passed}))
             raise ListenError(f"no socket named {given['name']!r} was passed; there are: {names}")
-    return [_adopt(fd, given.get("domain")) for fd in chosen]
+    else:
+        numbers = [fd for fd, _ in passed]
+    sockets: list[socket.socket] = []
+    try:
+        for fd in numbers:
+            sockets.append(_duplicate(fd, given.get("domain")))
+    except ListenError:
+        _close_all(sockets)
+        raise
+    return sockets
 
 
 def _systemd_sockets() -> list[tuple[int, str]]:
@@ -409,10 +588,9 @@ def _initial_environment() -> Mapping[str, str]:
     return {os.fsdecode(key): os.fsdecode(value) for key, _, value in (entry.partition(b"=") for entry in entries)}
 
 
-def _adopt(fd: int, domain: str | None) -> Listener:
+def _duplicate(fd: int, domain: str | None) -> socket.socket:
     try:
         listening = stat.S_ISSOCK(os.fstat(fd).st_mode)
-        # A duplicate: the descriptor stays whose it is, and may be adopted again.
         sock = socket.socket(fileno=fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LISTEN_FDS_START)) if listening else None
     except OSError as error:
         raise ListenError(f"descriptor {fd} cannot be used: {_reason(error)}") from error
@@ -421,16 +599,23 @@ def _adopt(fd: int, domain: str | None) -> Listener:
     try:
         if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise ListenError(f"descriptor {fd} is not a listening stream socket")
-        if domain is not None and sock.family != getattr(socket, f"AF_{domain}", None):
+        if domain and sock.family != getattr(socket, f"AF_{domain}", None):
             raise ListenError(f"descriptor {fd} is of domain {sock.family.name[3:]}, not {domain!r}")
     except ListenError:
         sock.close()
         raise
+    return sock
+
+
+def _adopt(sock: socket.socket) -> Listener:
     # A manager's socket may be blocking: accept() on it would hang the reactor.
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
-        return Listener(sock, f"unix:{os.fsdecode(sock.getsockname())}")
-    return Listener(sock, _tcp_name(sock))
+        # An abstract address begins with a NUL, and may hold more of them; shown as ss(8) does.
+        name = f"unix:{os.fsdecode(sock.getsockname())}".replace("\0", "@")
+    else:
+        name = _tcp_name(sock)
+    return Listener(sock, name, shared=True)
 
 
 # --- small things ---
@@ -446,4 +631,4 @@ def _lower(text: str | None) -> str:
 
 
 def _reason(error: OSError) -> str:
-    return _lower(error.strerror)
+    return _lower(error.strerror or str(error))  # some of Python's own have no errno

@@ -32,8 +32,8 @@ _V2_FIXED = 16  # the signature, version and command, family and protocol, and t
 _V2_LOCAL = 0x20
 _V2_PROXY = 0x21
 
-# §2.2: family and protocol (the 14th byte) → bytes of the two addresses, which is where the TLVs begin. What is not here
-# is reserved. An unspecified family or protocol has 0: how it is laid out nobody knows, and all of it is skipped.
+# §2.2: family and protocol (the 14th byte) → bytes of the two addresses, which is where the TLVs begin. What is not
+# here is reserved. An unspecified family or protocol has 0: how it is laid out nobody knows, and all of it is skipped.
 _V2_ADDRESSES = {
     **dict.fromkeys((0x00, 0x01, 0x02, 0x10, 0x20, 0x30), 0),
     **dict.fromkeys((0x11, 0x12), 12),

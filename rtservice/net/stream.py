@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import socket
 import ssl
 import struct
 import sys
+import termios
+from array import array
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 from twisted.internet import error, interfaces, main
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
@@ -19,6 +22,8 @@ from twisted.internet.interfaces import IHalfCloseableProtocol, ILoggingContext
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+from rtservice.net.proxy import Header, ProxyError, parse
 
 Address = IPv4Address | IPv6Address | UNIXAddress
 
@@ -56,8 +61,28 @@ _ACCEPT_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 # How long the listener rests after such a shortage, in seconds: its socket stays readable, and would spin.
 _SHORTAGE_PAUSE = 0.5
 
-# Seconds that a TLS handshake may take, where nobody says otherwise.
+# Seconds that a PROXY header and a TLS handshake may take, each, where nobody says otherwise.
 HANDSHAKE_TIMEOUT = 10.0
+
+# How much is looked at for a PROXY header at a time: a header without TLVs, and the first data of most protocols.
+_PROXY_PEEK = 1024
+
+# A closed connection whose output is still under way is kept for as long as something moves within each of these many
+# seconds, and for this many of them at the most.
+_LINGER_STEP, _LINGER_STEPS = 1.0, 30
+
+# How long a listener that finishes waits for clients whose handshake is under way, in seconds: far away and back.
+_QUIET = 0.2
+
+# A classic BPF program (linux/filter.h) that a listening socket runs on each segment, which begins with the TCP header:
+# drop those with SYN, take all others.
+_NO_SYN = (
+    (0x30, 0, 0, 13),  # ldb [13]: the flags (RFC 9293, section 3.1)
+    (0x45, 0, 1, 0x02),  # jset SYN, else skip one
+    (0x06, 0, 0, 0),  # ret 0: drop
+    (0x06, 0, 0, 0xFFFFFFFF),  # ret all of it
+)
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h; `socket` has no name for it
 
 # Made once, as Twisted's reactors do: a Failure of one's own for each connection costs more than its greeting.
 _DONE = Failure(main.CONNECTION_DONE)
@@ -66,6 +91,10 @@ _LOST = Failure(main.CONNECTION_LOST)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, 0 seconds
 
 _log = Logger()
+
+
+class Ended(Exception):  # noqa: N818  # a reason, and no error
+    """Why we ended a connection ourselves. The text is one of a fixed few, and none of the peer's bytes."""
 
 
 def _log_prefix(thing: object) -> str:
@@ -93,19 +122,25 @@ class Connection:
     knows nothing of half-close.
 
     `bytes_in` and `bytes_out` count what was read from and given to the kernel; `opened` is a `time.monotonic`.
-    After the end, `error` is the OSError that ended it, if one did.
+    `proxied` is the PROXY header that came before everything else, if the listener expects one.
+    After the end, `error` is what ended it, if something did: an OSError, a ProxyError or Ended.
+
+    `seen` and `still_since` are for whoever looks for idle connections: bytes moved, and since when they have not.
     """
+
+    # Where it stands in its life: `proxy`, `tls`, `open` or `closing`. Each is a class, so that no event has to ask.
+    phase: ClassVar[str] = "open"
 
     __slots__ = (
         "__weakref__",
         "_aborting",
-        "_begin",
         "_corked",
         "_deadline",
         "_offset",
         "_once_sent",
         "_out",
         "_peer",
+        "_phase_state",
         "_recv",
         "_send",
         "_tls",
@@ -127,8 +162,11 @@ class Connection:
         "producer",
         "producer_paused",
         "protocol",
+        "proxied",
         "reactor",
+        "seen",
         "socket",
+        "still_since",
         "streaming_producer",
     )
 
@@ -147,8 +185,8 @@ class Connection:
         self._writable = True
         self._write_closing = False
         self._aborting = False
-        self._begin: Any = None  # context, side, and the plain text to send before a handshake
-        self._deadline: Any = None  # the delayed call that ends a handshake
+        self._phase_state: Any = None  # what a phase other than `open` has to remember
+        self._deadline: Any = None  # the delayed call that ends such a phase
         self._tls: Any = None  # what `ssl` has below its socket, once the handshake is done
         self.connected = True
         self.disconnected = False
@@ -158,10 +196,13 @@ class Connection:
         self.producer_paused = False
         self.streaming_producer = False
         self.protocol: Any = None
+        self.proxied: Header | None = None
         self.bytes_in = 0
         self.bytes_out = 0
+        self.seen = -1
+        self.still_since = 0.0
         self.opened = monotonic()
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def _use(self, sock: socket.socket) -> None:
         """Read from and write to this socket from now on."""
@@ -388,7 +429,37 @@ class Connection:
             self.reactor.removeWriter(self)
 
     def _close(self) -> None:
-        self.connectionLost(_DONE)
+        """Close, or see to it that our last output arrives first."""
+        if self.peer_finished or not self._at_risk():
+            self.connectionLost(_DONE)
+        else:
+            self._phase_state = self.__class__
+            self.__class__ = Lingering
+            self.linger()  # type: ignore[attr-defined]  # a Lingering's
+
+    def _at_risk(self) -> bool:
+        """Whether closing now could be answered with a reset that overtakes our last output.
+
+        The kernel resets when input is unread, or comes after the end (RFC 9293, section 3.10.4; RFC 1122, section
+        4.2.2.13), and drops what the peer has not acknowledged.
+        """
+        try:
+            if socket.socket.recv(self.socket, 1, socket.MSG_PEEK):
+                return True
+        except BlockingIOError:
+            return self._in_flight() > 0
+        except OSError:  # gone already
+            pass
+        return False
+
+    def _in_flight(self) -> int:
+        """Bytes that the kernel has taken and the peer not acknowledged: SIOCOUTQ of tcp(7) and unix(7)."""
+        queued = bytearray(4)
+        try:
+            fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, queued)
+        except OSError:  # not Linux
+            return 0
+        return int.from_bytes(queued, sys.byteorder)
 
     def _shut_down_writing(self) -> bool:
         """Send FIN; False when that has to wait, and will be asked for again."""
@@ -426,6 +497,31 @@ class Connection:
         self.reactor.removeReader(self)
         self.reactor.removeWriter(self)
         self.reactor.callLater(0, self.connectionLost, Failure(error.ConnectionAborted()))
+
+    def end(self, why: str) -> None:
+        """Close as loseConnection does, with this reason of ours (one of a fixed few) for the record."""
+        self.error = Ended(why)
+        self.loseConnection()
+
+    def cut(self, why: str) -> None:
+        """Close at once with a reset, as abortConnection does, with this reason of ours for the record."""
+        self.error = Ended(why)
+        self.abortConnection()
+
+    def refuse(self) -> None:
+        """Close a connection that was accepted a moment ago and is not served. Nobody is told."""
+        self.disconnected = True
+        self.connected = self._writable = False
+        if self._deadline is not None:  # its PROXY header was waited for
+            self._deadline.cancel()
+            self._deadline = None
+        self.reactor.removeReader(self)
+        self.socket.close()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes written and not yet given to the kernel."""
+        return self._unsent
 
     def _protocol_failed(self, method: str) -> None:
         """A protocol that raises loses its own connection, and nobody else notices."""
@@ -534,6 +630,8 @@ class Connection:
         return self._peer
 
     def getHost(self) -> Any:
+        if self.proxied is not None and self.proxied.destination is not None:
+            return self.proxied.destination
         return self.port.address_of(self.socket.getsockname())
 
     def getHandle(self) -> socket.socket:
@@ -700,7 +798,7 @@ class SecureConnection(Connection):
             return
         except OSError:  # SSLWantReadError: there is none of the peer's yet; others: it is gone
             pass
-        self.connectionLost(_DONE)
+        super()._close()
 
 
 class Handshake(SecureConnection):
@@ -708,6 +806,8 @@ class Handshake(SecureConnection):
 
     When it is done, it becomes a SecureConnection.
     """
+
+    phase = "tls"
 
     __slots__ = ()
 
@@ -722,11 +822,11 @@ class Handshake(SecureConnection):
         self._unsent = self._offset = 0
         self._corked = True
         self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._timed_out)
-        self._begin = context, server_side, plain
+        self._phase_state = context, server_side, plain
         self._send_plain()
 
     def _send_plain(self) -> None:
-        context, server_side, plain = self._begin
+        context, server_side, plain = self._phase_state
         try:
             if plain:
                 try:
@@ -735,11 +835,11 @@ class Handshake(SecureConnection):
                     sent = 0
                 self.bytes_out += sent
                 if sent < len(plain):
-                    self._begin = context, server_side, plain[sent:]
+                    self._phase_state = context, server_side, plain[sent:]
                     self.reactor.removeReader(self)  # whatever the peer says now has to wait
                     self._wait_until_writable()
                     return
-            self._begin = None
+            self._phase_state = None
             # If wrapping fails, it has closed the descriptor, and the reactor must not know it any more.
             self.reactor.removeReader(self)
             self._use(
@@ -778,7 +878,7 @@ class Handshake(SecureConnection):
     def doWrite(self) -> Any:
         if self.disconnected:
             return None
-        if self._begin is not None:
+        if self._phase_state is not None:
             self._send_plain()
             return None
         return self.doRead()
@@ -796,17 +896,142 @@ class Handshake(SecureConnection):
 
     def _timed_out(self) -> None:
         self._deadline = None
-        self.error = TimeoutError(errno.ETIMEDOUT, "the TLS handshake took too long")
+        self.error = Ended("TLS handshake timed out")
         self.connectionLost(_LOST)
+
+
+class ProxyHeader(Connection):
+    """A connection until its PROXY header is complete: nothing is sent, and no protocol is built.
+
+    Then it becomes a Handshake or a Connection, whose peer is the one that the header names.
+    """
+
+    phase = "proxy"
+
+    __slots__ = ()
+
+    def start(self) -> None:
+        self._phase_state = b""
+        self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._timed_out)
+        self.reactor.addReader(self)
+
+    def doRead(self) -> Any:
+        sock = self.socket
+        try:
+            ahead = sock.recv(_PROXY_PEEK, socket.MSG_PEEK)
+            if not ahead:
+                self.peer_finished = True
+                return main.CONNECTION_LOST
+            begun = self._phase_state
+            header = parse(begun + ahead)
+            if header is None:
+                # All of it is the header's. It is taken, so that the kernel reports only news; what follows the header
+                # is left to the next phase.
+                self._phase_state = begun + sock.recv(len(ahead))
+                return None
+            sock.recv(header.length - len(begun))
+        except (OSError, ProxyError) as problem:
+            return self._not_read(problem)
+        self._identified(header)
+        return None
+
+    def _not_read(self, problem: Exception) -> Any:
+        if isinstance(problem, BlockingIOError):
+            return None
+        self.error = problem
+        return main.CONNECTION_LOST
+
+    def _identified(self, header: Header) -> None:
+        self.proxied = header
+        if header.source is not None:
+            self._peer = header.source
+        self.port.connection_identified(self)
+        if self.disconnected:
+            return
+        self._phase_state = None
+        self._deadline.cancel()
+        self._deadline = None
+        self.__class__ = Connection if self.port.tls is None else Handshake  # type: ignore[assignment]  # same slots
+        self.start()
+
+    def loseConnection(self) -> None:
+        """Close: there is nothing to flush."""
+        self.connectionLost(_DONE)
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        self.connectionLost(_LOST)
+
+    def _timed_out(self) -> None:
+        self._deadline = None
+        self.error = Ended("PROXY header timed out")
+        self.connectionLost(_LOST)
+
+
+class Lingering(SecureConnection):
+    """A connection at its end: FIN is sent, and what the peer still sends is read and dropped, until it has finished.
+
+    It ends when nothing moves any more, or after half a minute. The protocol hears of the end after that.
+    """
+
+    phase = "closing"
+
+    __slots__ = ()
+
+    def linger(self) -> None:
+        with contextlib.suppress(OSError):  # the peer is gone, which reading will tell
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+        self._writable = False
+        # What the connection was; how often it may still wait; what had moved.
+        self._phase_state = self._phase_state, _LINGER_STEPS, None
+        self._check()
+        self.reactor.addReader(self)
+
+    def doRead(self) -> Any:
+        try:
+            data = socket.socket.recv(self.socket, BUFFER_SIZE)  # below TLS
+        except BlockingIOError:
+            return None
+        except OSError as problem:
+            self.error = self.error or problem
+            return main.CONNECTION_LOST
+        self.bytes_in += len(data)
+        return None if data else main.CONNECTION_DONE
+
+    def _check(self) -> None:
+        self._deadline = None
+        was, steps, before = self._phase_state
+        now = self.bytes_in, self._in_flight()
+        if now == before or not steps:
+            self.connectionLost(_DONE)
+        else:
+            self._phase_state = was, steps - 1, now
+            self._deadline = self.reactor.callLater(_LINGER_STEP, self._check)
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        self.connectionLost(_DONE)
+
+    def connectionLost(self, reason: Failure) -> None:
+        # The protocol sees its transport as it was.
+        self.__class__ = self._phase_state[0]
+        self.connectionLost(reason)
+
+
+def _nothing(*arguments: object) -> None:
+    """What a Port does that nobody wants to hear of."""
 
 
 @implementer(interfaces.IListeningPort, interfaces.IReadDescriptor, interfaces.ILoggingContext)
 class Port:
     """Accepts connections from a bound, listening, non-blocking socket that somebody else made and closes.
 
-    `name` is what logs call it. With `tls`, connections are secured first, within `handshake_timeout` seconds, and
-    their protocols are built after that. `opened` is called with each Connection before its protocol is built,
-    `closed` with each one and the Failure that ended it, after its protocol was.
+    `name` is what logs call it. With `proxied`, each connection begins with a PROXY header; whom to believe one is for
+    `opened` to say. With `tls`, it is secured after that. A header and a handshake have `handshake_timeout` seconds,
+    each; protocols are built after both. `tls` and `handshake_timeout` may be changed at any time, for connections to
+    come.
+
+    `opened` is called with each Connection when it is accepted, `identified` once more when its PROXY header is
+    complete; either may call the connection's `refuse`. `closed` is called with each one that was not refused and the
+    Failure that ended it, after its protocol was.
     """
 
     def __init__(
@@ -816,27 +1041,34 @@ class Port:
         factory: Any,
         *,
         name: str,
+        proxied: bool = False,
         tls: ssl.SSLContext | None = None,
         handshake_timeout: float = HANDSHAKE_TIMEOUT,
-        opened: Callable[[Connection], None] = lambda connection: None,
-        closed: Callable[[Connection, Failure], None] = lambda connection, reason: None,
+        opened: Callable[[Connection], None] = _nothing,
+        identified: Callable[[Connection], None] = _nothing,
+        closed: Callable[[Connection, Failure], None] = _nothing,
     ) -> None:
         self.reactor = reactor
         self.socket = sock
         self.factory = factory
         self.name = name
         self.connection_opened = opened
+        self.connection_identified = identified
         self.connection_closed = closed
         self.tls = tls
         self.handshake_timeout = handshake_timeout
-        self._connection = Connection if tls is None else Handshake
+        self.proxied = proxied
+        self._connection = ProxyHeader if proxied else Connection if tls is None else Handshake
         # Only our reactor has it; with others a write outside of an event waits until the kernel says that it may.
         self.write_soon: Callable[[Any], None] | None = getattr(reactor, "write_soon", None)
         self.fileno = sock.fileno
         self.listening = False
+        self.paused = False
         self._number = 0
         self._resting: Any = None  # the delayed call that ends a pause
         self._shortage = 0  # the errno of a shortage that is already logged
+        self._finished: Deferred[None] | None = None
+        self._quiet: Any = None  # the delayed call that ends a listener that finishes
 
     def startListening(self) -> None:
         """Start to accept; the factory is started."""
@@ -844,18 +1076,60 @@ class Port:
             _tune_tcp(self.socket)
         self.factory.doStart()
         self.listening = True
-        self.reactor.addReader(self)
+        if not self.paused:
+            self.reactor.addReader(self)
 
     def stopListening(self) -> Deferred[None]:
         """Stop to accept; the factory is stopped. The socket stays open: it is its maker's to close."""
         if self.listening:
             self.listening = False
             self.reactor.removeReader(self)
-            if self._resting is not None:
-                self._resting.cancel()
-                self._resting = None
+            for call in (self._resting, self._quiet):
+                if call is not None:
+                    call.cancel()
+            self._resting = self._quiet = None
             self.factory.doStop()
+            if self._finished is not None:
+                self._finished.callback(None)
         return succeed(None)
+
+    def pause(self) -> None:
+        """Leave clients to the kernel's queue, until `resume`. Open connections go on."""
+        self.paused = True
+        self.reactor.removeReader(self)
+
+    def resume(self) -> None:
+        """Accept again."""
+        self.paused = False
+        if self.listening and self._resting is None:
+            self.reactor.addReader(self)
+
+    def finish(self) -> Deferred[None]:
+        """Accept who is in the queue already, then stop as stopListening does. The Deferred fires after that.
+
+        On Linux new clients of a TCP socket are not answered from now on, so that the queue has an end: they try again
+        a second later, and find a closed port or a successor. The file of a UNIX socket has to be gone already. A
+        paused port waits until it may go on.
+        """
+        if not self.listening:
+            return succeed(None)
+        if self.socket.family != socket.AF_UNIX:
+            _ignore_new_clients(self.socket)
+        self._finished = Deferred()
+        self._finish_when_quiet(-1)
+        return self._finished
+
+    def _finish_when_quiet(self, number: int) -> None:
+        self._quiet = None
+        if not self.paused and self._resting is None:
+            before = self._number
+            self.doRead()
+            if not self.listening:
+                return
+            if before == number == self._number and not self.paused:
+                self.stopListening()
+                return
+        self._quiet = self.reactor.callLater(_QUIET, self._finish_when_quiet, self._number)
 
     def connectionLost(self, reason: Failure) -> None:
         """Called by the reactor, at its own end or when the socket is broken."""
@@ -877,7 +1151,7 @@ class Port:
                 raise
             self._shortage = 0
             self._accepted(sock, address)
-            if not self.listening:  # a protocol stopped us
+            if self.paused or not self.listening:  # the register, or a protocol, stopped us
                 return
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
@@ -885,7 +1159,8 @@ class Port:
         self._number += 1
         connection = self._connection(self.reactor, sock, self, self.address_of(address), self._number)
         self.connection_opened(connection)
-        connection.start()
+        if not connection.disconnected:
+            connection.start()
 
     def _rest(self, problem: OSError) -> None:
         """Leave the queue to the kernel for a while; open connections go on."""
@@ -897,7 +1172,8 @@ class Port:
 
     def _rested(self) -> None:
         self._resting = None
-        self.reactor.addReader(self)
+        if not self.paused:
+            self.reactor.addReader(self)
 
     def address_of(self, address: Any) -> Address:
         """What accept() or getsockname() gives, as Twisted's address."""
@@ -931,3 +1207,11 @@ def _tune_tcp(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+def _ignore_new_clients(sock: socket.socket) -> None:
+    """Have the kernel drop the first segment of each new connection to a listening TCP socket, where it can."""
+    with contextlib.suppress(OSError):  # not Linux
+        program = array("B", b"".join(struct.pack("HBBI", *instruction) for instruction in _NO_SYN))
+        address, _ = program.buffer_info()
+        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_NO_SYN), address))

@@ -1,12 +1,14 @@
-"""Certificates and keys → `ssl.SSLContext`."""
+"""Certificates and keys → `ssl.SSLContext`, with one certificate or with one for each name."""
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Minimum = Literal["1.2", "1.3"]
 
@@ -16,6 +18,9 @@ _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 # A file may hold more than certificates: a key in the same one is common, and text before them.
 _PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+
+# In a directory of certificates; those of hidden files are left out, as a shell's *.pem would.
+_DIRECTORY_SUFFIXES = (".pem", ".key")
 
 # The groups of the same configuration; OpenSSL's own choice has X448 and P-521 too.
 _GROUPS = "X25519:prime256v1:secp384r1"
@@ -30,23 +35,40 @@ class TLSError(Exception):
 
 
 @dataclass(frozen=True)
-class ServerTLS:
-    """What a TLS listener shows and asks for.
+class Certificate:
+    """A certificate that is shown: its file, the DNS names in it, in lower case, and when it holds.
 
-    `private_key` and `certificate` are paths of PEM files; `chain` is one with the certificates between the server's
-    and a root. With `client_ca`, a PEM file, a client has to show a certificate that one of its authorities signed.
-    `alpn` are the protocols offered (RFC 7301), the preferred one first.
+    The times are seconds since the epoch. Nothing here says that the certificate holds now.
     """
 
-    private_key: str
-    certificate: str
-    chain: str | None = None
+    path: str
+    names: tuple[str, ...]
+    not_before: int
+    not_after: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was made of the files: a context, and the certificates that its clients may be shown."""
+
+    context: ssl.SSLContext
+    certificates: tuple[Certificate, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Policy:
+    """What is asked of a client, whichever certificate it is shown.
+
+    With `client_ca`, a PEM file, a client has to show a certificate that one of its authorities signed. `alpn` are the
+    protocols offered (RFC 7301), the preferred one first.
+    """
+
     client_ca: str | None = None
     minimum: Minimum = "1.2"
     alpn: tuple[str, ...] = ()
 
-    def context(self) -> ssl.SSLContext:
-        """Read the files. Raises TLSError."""
+    def _load(self, path: str, certificates: str, private_key: str) -> tuple[ssl.SSLContext, Certificate]:
+        """A context of this policy for the certificates, PEM text that was read from `path`; raises TLSError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = _MINIMUM[self.minimum]
         context.set_ciphers(_CIPHERS)
@@ -56,43 +78,194 @@ class ServerTLS:
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | _OP_PRIORITIZE_CHACHA
         if hasattr(context, "set_groups"):  # Python 3.15; before, the groups are OpenSSL's own choice
             context.set_groups(_GROUPS)
-        certificates = _certificates(self.certificate, "certificate")
-        if self.chain is not None:
-            certificates += "\n" + _certificates(self.chain, "certificate chain")
-        self._load(context, certificates)
+        certificate = _load_pair(context, path, certificates, private_key)
         if self.client_ca is not None:
             context.load_verify_locations(cadata=_certificates(self.client_ca, "client CA"))
             context.verify_mode = ssl.CERT_REQUIRED
         if self.alpn:
             context.set_alpn_protocols(list(self.alpn))
-        return context
+        return context, certificate
 
-    def _load(self, context: ssl.SSLContext, certificates: str) -> None:
-        _read(self.private_key, "private key")
 
-        def no_passphrase() -> str:  # without this, OpenSSL would ask on a terminal that a service may not have
-            raise TLSError(f"the private key {self.private_key!r} is encrypted: give it without a passphrase")
+@dataclass(frozen=True)
+class ServerTLS(_Policy):
+    """One certificate, shown to every client.
 
+    `private_key` and `certificate` are paths of PEM files; `chain` is one with the certificates between the server's
+    and a root.
+    """
+
+    private_key: str
+    certificate: str
+    chain: str | None = None
+
+    def load(self) -> Loaded:
+        """Read the files. Raises TLSError."""
+        certificates = _certificates(self.certificate, "certificate")
+        if self.chain is not None:
+            certificates += "\n" + _certificates(self.chain, "certificate chain")
+        context, certificate = self._load(self.certificate, certificates, self.private_key)
+        return Loaded(context, (certificate,))
+
+    def context(self) -> ssl.SSLContext:
+        """The context alone. Raises TLSError."""
+        return self.load().context
+
+    def files(self) -> tuple[str, ...]:
+        """What `load` reads."""
+        return tuple(path for path in (self.private_key, self.certificate, self.chain, self.client_ca) if path)
+
+
+@dataclass(frozen=True)
+class DirectoryTLS(_Policy):
+    """The certificates of a directory, each for its own names, which clients give by SNI (RFC 6066, section 3).
+
+    Every `*.pem` of `directory` holds a certificate, those between it and a root after it, and its private key, which
+    may also be in NAME.key beside NAME.pem. A certificate is for the DNS names in it, or, without any alternative name,
+    for its common name; `*.example.org` is for one label in the star's place, where no other has the exact name. Who
+    gives no name, or one that is not there, is shown that of `default.pem`, or without this that of the first file in
+    the order of `sorted`. The names of `default.pem` may be in another file too, whose certificate is shown for them.
+    """
+
+    directory: str
+
+    def load(self) -> Loaded:
+        """Read the directory and all of its files. Raises TLSError, also when two files are for one name."""
+        contexts: dict[str, ssl.SSLContext] = {}
+        owners: dict[str, str] = {}
+        certificates = []
+        default: ssl.SSLContext | None = None
+        # The one that may repeat names goes last.
+        for name in sorted(self._names(), key=lambda name: (name == _DEFAULT, name)):
+            path = os.path.join(self.directory, name)
+            text = _read(path, "certificate")
+            private_key = path
+            if "PRIVATE KEY-----" not in text:
+                private_key = path.removesuffix(".pem") + ".key"
+                if not os.path.lexists(private_key):
+                    raise TLSError(f"no private key for {path!r}: it holds none, and there is no {private_key!r}")
+            context, certificate = self._load(path, _certificates_in(text, path, "certificate"), private_key)
+            certificates.append(certificate)
+            if default is None or name == _DEFAULT:
+                default = context
+            for served in certificate.names:
+                owner = owners.setdefault(served, path)
+                if owner != path and name != _DEFAULT:
+                    raise TLSError(f"{owner!r} and {path!r} are both for {served!r}: one of them has to go")
+                contexts.setdefault(served, context)
+        if default is None:
+            raise TLSError(f"no certificate, a file called *.pem, in the directory {self.directory!r}")
+        choose = _chooser(contexts)
+        # On each of them: a client that is told to say hello again, which TLS 1.3 has, is asked for its name again,
+        # and then of the context that was chosen. Had that no callback, OpenSSL would call the default's, which
+        # nothing of Python's holds any more once a reload has replaced it: the process would crash.
+        for context in (default, *contexts.values()):
+            context.sni_callback = choose
+        return Loaded(default, tuple(certificates))
+
+    def _names(self) -> list[str]:
+        try:
+            return [name for name in _entries(self.directory) if name.endswith(".pem")]
+        except OSError as error:
+            raise TLSError(f"cannot read the directory {self.directory!r}: {_reason(error)}") from error
+
+    def files(self) -> tuple[str, ...]:
+        """What `load` reads; the directory stands for what is in it."""
+        return (self.directory,) if self.client_ca is None else (self.directory, self.client_ca)
+
+
+_DEFAULT = "default.pem"
+
+
+def _chooser(contexts: dict[str, ssl.SSLContext]) -> Callable[[Any, str | None, Any], None]:
+    """A `sni_callback` that puts the name's context in the place of the default's."""
+
+    def choose(connection: Any, name: str | None, context: object) -> None:
+        if name is None:
+            return
+        name = name.lower()
+        chosen = contexts.get(name) or contexts.get("*." + name.partition(".")[2])
+        if chosen is not None:
+            connection.context = chosen
+
+    return choose
+
+
+def fingerprint(paths: Iterable[str]) -> tuple[object, ...]:
+    """Something that compares as different once a file, or a certificate or key in a directory, is another.
+
+    It asks os.stat alone. Missing files are no error. For `files()`, taken before `load`, so that what changes
+    meanwhile is seen.
+    """
+    found: list[object] = []
+    for path in paths:
+        try:
+            files = [os.path.join(path, name) for name in sorted(_entries(path))]
+        except NotADirectoryError:
+            files = [path]
+        except OSError as error:
+            found.append((path, error.errno))
+            continue
+        for file in files:
+            try:
+                seen = os.stat(file)
+            except OSError as error:
+                found.append((file, error.errno))
+            else:
+                # The change time too: permissions that were wrong are set right without a new modification time.
+                found.append((file, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
+    return tuple(found)
+
+
+def _entries(directory: str) -> list[str]:
+    return [name for name in os.listdir(directory) if name.endswith(_DIRECTORY_SUFFIXES) and not name.startswith(".")]
+
+
+def _load_pair(context: ssl.SSLContext, path: str, certificates: str, private_key: str) -> Certificate:
+    _read(private_key, "private key")
+
+    def no_passphrase() -> str:  # without this, OpenSSL would ask on a terminal that a service may not have
+        raise TLSError(f"the private key {private_key!r} is encrypted: give it without a passphrase")
+
+    try:
         # `ssl` takes names of files alone, and the whole chain in one.
         with tempfile.NamedTemporaryFile("w", encoding="ascii", suffix=".pem") as file:
             file.write(certificates)
             file.flush()
-            try:
-                context.load_cert_chain(file.name, self.private_key, no_passphrase)
-            except ssl.SSLError as error:
-                # The third: a key of a kind for which there is no certificate at all.
-                if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-                    raise TLSError(
-                        f"the private key {self.private_key!r} does not belong to the certificate {self.certificate!r}"
-                    ) from error
-                if error.reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
-                    raise TLSError(f"the certificate {self.certificate!r} is too weak: {error.reason}") from error
-                raise TLSError(f"no usable private key in PEM form in {self.private_key!r}") from error
+            context.load_cert_chain(file.name, private_key, no_passphrase)
+            return _decode(path, file.name)
+    except ssl.SSLError as error:
+        # The third: a key of a kind for which there is no certificate at all.
+        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
+            raise TLSError(f"the private key {private_key!r} does not belong to the certificate {path!r}") from error
+        if error.reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
+            raise TLSError(f"the certificate {path!r} is too weak: {error.reason}") from error
+        raise TLSError(f"no usable private key in PEM form in {private_key!r}") from error
+    except OSError as error:
+        raise TLSError(f"cannot load the certificate {path!r}: {_reason(error)}") from error
+    except ValueError as error:
+        raise TLSError(f"the certificate {path!r} holds what cannot be read: {error}") from error
+
+
+def _decode(path: str, file: str) -> Certificate:
+    """What the first certificate of `file` says; `path` is where it came from."""
+    # Private, and there since 2.6: the decoder behind getpeercert(), which shows a certificate in public only once a
+    # peer has verified it. Our own reader of DER would be another thing that can be wrong about a certificate.
+    facts: dict[str, Any] = ssl._ssl._test_decode_cert(file)  # type: ignore[attr-defined]  # typeshed leaves it out
+    if "subjectAltName" in facts:
+        names = [value for kind, value in facts["subjectAltName"] if kind == "DNS"]
+    else:
+        names = [value for part in facts["subject"] for kind, value in part if kind == "commonName"]
+    not_before, not_after = (ssl.cert_time_to_seconds(facts[key]) for key in ("notBefore", "notAfter"))
+    return Certificate(path, tuple(dict.fromkeys(name.lower() for name in names)), not_before, not_after)
 
 
 def _certificates(path: str, what: str) -> str:
     """The text of a PEM file that has at least one certificate in it, and none that cannot be read."""
-    text = _read(path, what)
+    return _certificates_in(_read(path, what), path, what)
+
+
+def _certificates_in(text: str, path: str, what: str) -> str:
     found = _PEM_CERTIFICATE.findall(text)
     try:
         if len(found) != text.count("-----BEGIN CERTIFICATE-----"):
@@ -108,4 +281,8 @@ def _read(path: str, what: str) -> str:
         with open(path, encoding="ascii", errors="replace") as file:
             return file.read()
     except OSError as error:
-        raise TLSError(f"cannot read the {what} {path!r}: {(error.strerror or 'unknown error').lower()}") from error
+        raise TLSError(f"cannot read the {what} {path!r}: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or "unknown error").lower()

@@ -11,7 +11,7 @@ from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 
-from rtservice.host.connections import Connections, end_reason, escaped, peer_name
+from rtservice.host.connections import Connections, Limits, end_reason, escaped, peer_name
 from rtservice.protocols.echo import EchoFactory
 
 
@@ -55,28 +55,27 @@ def test_an_end_has_one_of_a_few_reasons(error, peer_finished, code, reason) -> 
 
 def test_a_wrapped_connection_is_registered_counted_and_recorded() -> None:
     events: list[dict] = []
-    connections = Connections(Logger(observer=events.append))
+    connections = Connections(Logger(observer=events.append), Limits(max_connections=10))
     factory = connections.wrap(EchoFactory(), "stdio:")
     protocol = factory.buildProtocol(IPv4Address("TCP", "192.0.2.1", 1))
     assert protocol is not None
     transport = StringTransportWithDisconnection(peerAddress=IPv4Address("TCP", "192.0.2.1", 1))
     transport.protocol = protocol
     protocol.makeConnection(transport)
-    assert connections.open == {protocol}
+    assert list(connections.open) == [protocol]
     assert IHalfCloseableProtocol.providedBy(protocol)
     protocol.dataReceived(b"hello")
     assert transport.value() == b"Hello from the server!hello"
     protocol.readConnectionLost()
-    assert connections.open == set()
+    assert not connections.open
     (event,) = events
     assert (event["bytes_in"], event["bytes_out"], event["reason"]) == (5, 27, "peer finished")
     assert formatEvent(event).startswith("192.0.2.1:1 on stdio:: 0.0")
 
 
 def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
-    protocol = (
-        Connections(Logger(observer=lambda event: None)).wrap(Factory.forProtocol(Protocol), "x").buildProtocol(None)
-    )
+    connections = Connections(Logger(observer=lambda event: None), Limits(max_connections=10))
+    protocol = connections.wrap(Factory.forProtocol(Protocol), "x").buildProtocol(None)
     protocol.makeConnection(StringTransportWithDisconnection())
     assert not IHalfCloseableProtocol.providedBy(protocol)
 
@@ -84,4 +83,4 @@ def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
 def test_a_factory_that_refuses_is_left_to_refuse() -> None:
     factory = Factory()
     factory.buildProtocol = lambda address: None
-    assert Connections(Logger()).wrap(factory, "x").buildProtocol(None) is None
+    assert Connections(Logger(), Limits(max_connections=10)).wrap(factory, "x").buildProtocol(None) is None

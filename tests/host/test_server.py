@@ -11,7 +11,8 @@ from twisted.internet.protocol import Factory
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.logger import Logger, formatEvent
 
-from rtservice.host.server import Server, StartError
+from rtservice.host.connections import Limits
+from rtservice.host.server import Live, Server, StartError
 from rtservice.net.listeners import open_description
 from rtservice.protocols.echo import EchoFactory
 
@@ -37,7 +38,8 @@ class Endpoint:
 def server(listeners=(), endpoints=()) -> tuple[Server, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     log = Logger(observer=events.append)
-    made = Server(EchoFactory(), listeners=list(listeners), endpoints=list(endpoints), handshake_timeout=10, log=log)
+    live = Live(limits=Limits(max_connections=100))
+    made = Server(EchoFactory(), listeners=list(listeners), endpoints=list(endpoints), live=live, log=log)
     return made, events
 
 
@@ -80,7 +82,7 @@ def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
     assert len(service.connections.open) == 1
     transport.loseConnection()
     assert events[-1]["listener"] == "x:1"
-    assert service.connections.open == set()
+    assert not service.connections.open
     service.stopService()
     assert endpoint.stopped == 1
 
@@ -107,7 +109,7 @@ def test_a_socket_file_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch
     def refuse() -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(listener, "close", refuse)
+    monkeypatch.setattr(listener, "remove_file", refuse)
     yield service.stopService()
     assert "its socket file stays: Permission denied" in str(formatEvent(events[-1]))
     monkeypatch.undo()
@@ -117,6 +119,6 @@ def test_a_socket_file_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch
 def test_an_endpoint_that_listens_at_once_needs_no_reactor() -> None:
     endpoint = Endpoint(Deferred())
     endpoint.result = succeed(endpoint)
-    service, _ = server(endpoints=[("x:1", endpoint)])
+    service, events = server(endpoints=[("x:1", endpoint)])
     service.privilegedStartService()
-    assert service.ports == [endpoint]
+    assert formatEvent(events[-1]) == "listening on x:1 (an address)"

@@ -75,7 +75,9 @@ def test_descriptions_are_read_as_twisted_reads_them(description, parts) -> None
         ("unix:", "path of the socket is missing"),
         ("unix:/tmp/x:mode=9", "mode '9' is not an octal"),
         ("unix:/no/such/place/x", "cannot open the directory '/no/such/place'"),
-        ("systemd:", "exactly one of index= and name="),
+        ("systemd:", "no sockets were passed"),
+        ("systemd:index=0:name=web", "only one of index= and name="),
+        ("systemd:index=x", "index 'x' is not a whole number"),
         ("systemd:index=0", "no sockets were passed"),
     ],
 )
