@@ -1,8 +1,8 @@
 """A Debian booted with systemd in a container of its own: network, processes, control groups and file system.
 
-Needs root, and a kernel that lets a container boot: where it does not, every test that wants the machine is skipped with
-the reason, which begins with `no systemd can be booted here`. Debian itself is fetched once, into
-$TESTS_CACHE (~/.cache/rtservice-tests): 250 MB.
+Needs root, and a kernel that lets a container boot: where it does not, every test that wants the machine is skipped
+with the reason, which begins with `no systemd can be booted here`. Debian itself is fetched once, into $TESTS_CACHE
+(~/.cache/rtservice-tests): 290 MB.
 """
 
 from __future__ import annotations
@@ -58,13 +58,10 @@ class CannotBootError(Exception):
 
 
 class Machine:
-    """The booted container, whose first process is `leader`.
-
-    Files of it are below `root`, as long as it runs.
-    """
+    """The booted container, whose first process is `leader`."""
 
     def __init__(self, leader: int) -> None:
-        self.root = Path(f"/proc/{leader}/root")
+        self._root = Path(f"/proc/{leader}/root")
         self._enter = [
             *("nsenter", f"--target={leader}", "--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd=/"),
             *("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "SYSTEMD_COLORS=0", "SYSTEMD_PAGER="),
@@ -88,11 +85,9 @@ class Machine:
         self.run("journalctl", "--sync")
         return self.run("journalctl", "--no-pager", "--output=cat", f"--unit={unit}").splitlines()
 
-    def write(self, path: str, text: str) -> None:
-        """Write a file of the machine."""
-        file = self.root / path.lstrip("/")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+    def path(self, path: str) -> Path:
+        """Where a file of the machine is for us."""
+        return self._root / path.lstrip("/")
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
@@ -135,6 +130,9 @@ def _debian() -> Path:
     ):
         if shutil.which(program) is None:
             raise CannotBootError(f"{program} (Debian: {package}) is not installed")
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True)
+    if tried.returncode:  # before anything is fetched
+        raise CannotBootError(tried.stderr.strip())
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtservice-tests"
     cache = Path(os.environ.get("TESTS_CACHE") or default)
     cache.mkdir(parents=True, exist_ok=True)
@@ -152,7 +150,7 @@ def _debian() -> Path:
             )
             if result.returncode:
                 raise CannotBootError(f"debootstrap failed: {(result.stdout + result.stderr).strip()[-300:]}")
-            # Installed in itself, as `python3 -m venv` would have it; `pip` is not needed, what it would install is copied.
+            # What pip would install in it is copied later.
             subprocess.run(
                 ["chroot", str(unfinished), "python3", "-m", "venv", "--without-pip", "/opt/rtservice"], check=True
             )
@@ -165,7 +163,7 @@ def _install(root: Path, venv: Path) -> None:
     opt = root / "opt" / "rtservice"
     (packages,) = (venv / "lib").glob("python3.*/site-packages")
     site = opt / packages.relative_to(venv)
-    wanted, copied = ["rtservice"], set[str]()
+    wanted, copied = ["twisted"], set[str]()  # all that rtservice needs
     while wanted:
         name = wanted.pop()
         if name in copied:
@@ -213,41 +211,39 @@ def _boot(debian: Path, directory: Path) -> Iterator[Machine]:
         (directory / name).mkdir()
     _install(directory / "upper", debian / "opt" / "rtservice")
     console = directory / "console"
-    address = f"\0rtservice-tests-{os.getpid()}"
+    name = f"rtservice-tests-{os.getpid()}"
+    leader = 0
     with contextlib.ExitStack() as stack:
-        notified = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        notified.bind(address)
+        notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        notified.bind(f"\0{name}")
         process = subprocess.Popen(
             ["unshare", "--mount", "--propagation=private", "sh", "-c", LAUNCH, "sh", str(debian), str(directory)],
             stdin=subprocess.DEVNULL,
             stdout=stack.enter_context(open(console, "wb")),
             stderr=subprocess.STDOUT,
-            env={**os.environ, "NOTIFY_SOCKET": "@" + address[1:]},
+            env={**os.environ, "NOTIFY_SOCKET": f"@{name}"},
             start_new_session=True,
         )
-        stack.callback(_power_off, process)
-        leader = 0
+        # The shell ends after what it has started, and leaves no mount and no control group behind.
+        stack.callback(process.wait)
+        # Nothing in there is worth an orderly end: with its first process all of the machine is gone.
+        stack.callback(lambda: _end(leader) if leader else os.killpg(process.pid, signal.SIGTERM))
         ended = os.pidfd_open(process.pid)
         stack.callback(os.close, ended)
-        while True:
-            readable, _, _ = select.select([notified, ended], [], [], BOOT)
-            if notified not in readable:
-                why = "it ended" if readable else f"it is not up after {BOOT} s"
-                raise CannotBootError(f"{why}: {console.read_text(errors='replace').strip()[-300:]}")
-            news = notified.recv(4096).decode()
-            if found := re.search(r"^X_NSPAWN_LEADER_PID=(\d+)$", news, re.MULTILINE):
-                leader = int(found[1])
-            if re.search("^READY=1$", news, re.MULTILINE):
-                break
+        # nspawn passes on what the container's systemd says, and would wait for ever for somebody to read it.
+        with notified:
+            up = False
+            while not up:
+                readable, _, _ = select.select([notified, ended], [], [], BOOT)
+                if notified not in readable:
+                    why = "it ended" if readable else f"it is not up after {BOOT} s"
+                    raise CannotBootError(f"{why}: {console.read_text(errors='replace').strip()[-300:]}")
+                news = dict(line.split("=", 1) for line in notified.recv(4096).decode().splitlines())
+                leader = int(news.get("X_NSPAWN_LEADER_PID", leader))
+                up = "READY" in news
         yield Machine(leader)
 
 
-def _power_off(process: subprocess.Popen[bytes]) -> None:
-    """An orderly end, which leaves no mount and no control group behind."""
+def _end(leader: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(BOOT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.kill(leader, signal.SIGKILL)
