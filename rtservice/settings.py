@@ -363,8 +363,22 @@ class Loaded:
     settings: Settings
     sources: Mapping[str, str]
 
+    def where(self, name: str) -> str:
+        """What a user would change a setting at, as errors begin: `--port`, `RTSERVICE_PORT`, `/etc/rt.toml: port`."""
+        source = self.sources[name]
+        if source in ("command line", "default"):
+            return _option(name)
+        return variable(name) if source == "environment" else f"{source}: {name}"
+
 
 _PREFIX = "RTSERVICE_"
+
+# What Kubernetes puts into every container for a Service called rtservice, or rtservice-something, and Docker for a
+# link: addresses, one as RTSERVICE_PORT=tcp://10.0.0.1:8080. Nobody has set that, and no setting looks like it.
+_INJECTED = re.compile(
+    r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*|PORT=(tcp|udp|sctp)://.*)",
+    re.ASCII | re.DOTALL,
+)
 
 
 def variable(name: str) -> str:
@@ -383,8 +397,8 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
     """The settings: the command line's over the environment's over those of the TOML file `config` over the defaults.
 
     The command line maps settings' names to texts, and of repeatable settings to sequences of them. Of the environment
-    the `RTSERVICE_` variables count; a repeatable setting's holds texts with white space between them. The file's keys
-    are the settings' names.
+    the `RTSERVICE_` variables count, but for what Kubernetes makes of a Service of that name; a repeatable setting's
+    holds texts with white space between them. The file's keys are the settings' names.
 
     `listen` and `port` with `interface` both say where to listen: one layer gives one of them, and the highest layer
     that gives any is followed.
@@ -395,7 +409,9 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
     variables = {
         name: value.split() if name in repeatable else value
         for name, value in environment.items()
-        if name.startswith(_PREFIX) and name != CONFIG_VARIABLE
+        if name.startswith(_PREFIX)
+        and name != CONFIG_VARIABLE
+        and not _INJECTED.fullmatch(f"{name.removeprefix(_PREFIX)}={value}")
     }
     options = {_option(name): text for name, text in command_line.items()}
     layers = [

@@ -17,7 +17,7 @@ from twisted.python import usage
 from rtservice import __version__, settings
 from rtservice.host import systemd
 from rtservice.host.connections import Limits
-from rtservice.host.server import Live, Server, StartError, default_max_connections, raise_descriptor_limit
+from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.protocols.echo import EchoFactory
@@ -27,6 +27,20 @@ from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError
 def _help(setting: settings.Setting) -> str:
     default = settings.as_text(setting.default)
     return setting.help.replace("`", "") + (f" [default: {default}]" if default else "")
+
+
+class _Printed(SystemExit):
+    """The end of a command that was to print this; with a line in the place of its status when it could not."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            # In the encoding of TOML, whatever that of the terminal is. Python's own is None when it is closed.
+            with open(1, "wb", closefd=False) as output:
+                output.write(text.encode())
+        except OSError as error:
+            super().__init__(f"rtservice: cannot write to standard output: {error.strerror}")
+        else:
+            super().__init__(0)
 
 
 class Options(usage.Options):
@@ -86,9 +100,7 @@ class Options(usage.Options):
                 break
         self.loaded = self.reloaded()
         if self["print-config"]:
-            # In the encoding of TOML, whatever that of the terminal is.
-            sys.stdout.buffer.write(settings.as_toml(self.loaded).encode())
-            raise SystemExit(0)
+            raise _Printed(settings.as_toml(self.loaded))
 
     def settings(self) -> settings.Settings:
         """The settings that the process starts with."""
@@ -131,16 +143,19 @@ def makeService(options: Options) -> Server:
     """
     in_force = options.settings()
     twistd: Any = options.parent or {}
+    _open_standard_descriptors()
     log = _Log(in_force.log_level)
-    factory = _factory(in_force)
     resolve_path = _path_resolver(twistd)
-    if options["check"]:
-        _check(in_force, resolve_path)
-        print("rtservice: the configuration is valid")
-        raise SystemExit(0)
-    notifier = systemd.from_environment(os.environ)
-    _install_reactor(log.logger)
-    opened, endpoints = _open(in_force, resolve_path)
+    try:
+        factory = _factory(options.loaded)
+        if options["check"]:
+            _check(options.loaded, resolve_path)
+            raise _Printed("rtservice: the configuration is valid\n")
+        notifier = systemd.from_environment(os.environ)
+        _install_reactor(log.logger)
+        opened, endpoints = _open(options.loaded, resolve_path)
+    except SettingError as error:
+        raise SystemExit(f"rtservice: {error}") from None
     start = _Start(twistd)
     reload = _Reload(options, in_force, log)
     server = Server(
@@ -150,6 +165,7 @@ def makeService(options: Options) -> Server:
         live=_live(in_force, raise_descriptor_limit()),
         log=log.logger,
         notifier=notifier,
+        listen_setting=options.loaded.where("listen"),
         check=start.check,
         report=start.report,
         reload=lambda: reload(server),
@@ -159,26 +175,34 @@ def makeService(options: Options) -> Server:
     return server
 
 
-def _factory(in_force: settings.Settings) -> EchoFactory:
+def _open_standard_descriptors() -> None:
+    """Open those of 0 to 2 that are closed; twistd replaces them all when it daemonizes, and must not find ours."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+def _factory(loaded: Loaded) -> EchoFactory:
+    """The factory of these settings; raises SettingError."""
+    wanted = loaded.settings
     try:
-        return EchoFactory(in_force.greeting, in_force.greet, in_force.framing, in_force.max_message)
+        return EchoFactory(wanted.greeting, wanted.greet, wanted.framing, wanted.max_message)
     except ValueError as error:
-        raise SystemExit(f"rtservice: --greeting: {error}") from None
+        raise SettingError(f"{loaded.where('greeting')}: {error}") from None
 
 
 def _is_ours(description: str) -> bool:
     return listeners.split_description(description)[0] in listeners.TYPES
 
 
-def _open(
-    in_force: settings.Settings, resolve_path: Callable[[str], str]
-) -> tuple[list[Listener], list[tuple[str, Any]]]:
-    """Every listener, bound, and the endpoints that can only be bound later. Raises SystemExit."""
+def _open(loaded: Loaded, resolve_path: Callable[[str], str]) -> tuple[list[Listener], list[tuple[str, Any]]]:
+    """Every listener, bound, and the endpoints that can only be bound later. Raises SettingError."""
+    in_force = loaded.settings
     opened: list[Listener] = []
     endpoints: list[tuple[str, Any]] = []
     try:
         for description in in_force.listen:
-            with _naming(f"--listen {description}"):
+            with _naming(f"{loaded.where('listen')} {description}"):
                 if _is_ours(description):
                     opened += listeners.open_description(
                         description, backlog=in_force.backlog, resolve_path=resolve_path
@@ -186,7 +210,7 @@ def _open(
                 else:
                     endpoints.append((description, _other_endpoint(description)))
         if not in_force.listen:
-            with _naming(_port_option(in_force)):
+            with _naming(_port_and_interface(loaded)):
                 opened += listeners.open_port(in_force.port, interface=in_force.interface, backlog=in_force.backlog)
     except BaseException:
         for listener in opened:
@@ -195,21 +219,24 @@ def _open(
     return opened, endpoints
 
 
-def _check(in_force: settings.Settings, resolve_path: Callable[[str], str]) -> None:
-    """Find what _open would, without a socket that listens. Raises SystemExit."""
+def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
+    """Find what _open would, without a socket that listens. Raises SettingError."""
+    in_force = loaded.settings
     for description in in_force.listen:
-        with _naming(f"--listen {description}"):
+        with _naming(f"{loaded.where('listen')} {description}"):
             if _is_ours(description):
                 listeners.check_description(description, resolve_path=resolve_path)
             else:
                 _other_endpoint(description)
     if not in_force.listen:
-        with _naming(_port_option(in_force)):
+        with _naming(_port_and_interface(loaded)):
             listeners.check_port(in_force.port, interface=in_force.interface)
 
 
-def _port_option(in_force: settings.Settings) -> str:
-    return f"--port {in_force.port}{f' --interface {in_force.interface}' if in_force.interface else ''}"
+def _port_and_interface(loaded: Loaded) -> str:
+    given = loaded.settings
+    interface = f" {loaded.where('interface')} {given.interface}" if given.interface else ""
+    return f"{loaded.where('port')} {given.port}{interface}"
 
 
 def _live(in_force: settings.Settings, descriptors: int) -> Live:
@@ -240,11 +267,13 @@ class _Reload:
     def __call__(self, server: Server) -> None:
         log = self._log.logger
         try:
-            wanted = self._options.reloaded().settings
+            loaded = self._options.reloaded()
+            _factory(loaded)  # it takes a restart, which must not be what finds the mistake
             adopt_certificates = server.renewed_certificates()
         except (SettingError, ListenError) as problem:
             log.error("nothing is reloaded: {problem}", problem=problem)
             return
+        wanted = loaded.settings
         live, restart = settings.changes(self._in_force, wanted)
         adopt_certificates()
         server.apply(_live(wanted, raise_descriptor_limit()))
@@ -258,31 +287,39 @@ class _Reload:
 
 
 class _Start:
-    """The last steps of a start, between twistd and the service."""
+    """The last steps of a start, between twistd, the service, and the command that was typed."""
 
     def __init__(self, twistd: Any) -> None:
         self._twistd = twistd
         self._pipe: int | None = None
+        self._terminal = os.dup(2)  # once twistd has daemonized, 2 itself is /dev/null
 
-    def check(self) -> None:
-        """Called when privileges are to have been dropped; raises StartError if they were not."""
-        _check_privileges(self._twistd)
-        # When twistd daemonizes, the command that was typed waits at this pipe for a word. Twistd would say now that
-        # all is well; we do when it is.
-        self._pipe = self._twistd.get("statusPipe")
-        if self._pipe is not None:
-            self._twistd["statusPipe"] = None
+    def check(self) -> str | None:
+        """Called when privileges are to have been dropped; says so if they were not."""
+        self._take_pipe()
+        return _privileges_kept(self._twistd)
 
     def report(self, problem: str | None) -> None:
         """The start is over, and went well or not."""
+        self._take_pipe()
+        with contextlib.suppress(OSError):  # nobody listens any more
+            if problem is not None:
+                os.write(self._terminal, f"rtservice: {problem}\n".encode(errors="surrogateescape"))
+            if self._pipe is not None:
+                os.write(self._pipe, b"0" if problem is None else b"1 rtservice did not start")
+        os.close(self._terminal)
         if self._pipe is not None:
-            with contextlib.suppress(OSError):  # nobody waits any more
-                os.write(self._pipe, b"0" if problem is None else f"1 {problem}".encode())
             os.close(self._pipe)
 
+    def _take_pipe(self) -> None:
+        # When twistd daemonizes, the command that was typed waits at this pipe for a word. Twistd would say too early
+        # that all is well, and of an error the first 98 bytes.
+        if self._twistd.get("statusPipe") is not None:
+            self._pipe, self._twistd["statusPipe"] = self._twistd["statusPipe"], None
 
-def _check_privileges(twistd: Any) -> None:
-    """Raise StartError unless the process runs as the user and group that twistd was told; twistd does not look."""
+
+def _privileges_kept(twistd: Any) -> str | None:
+    """What is wrong unless the process runs as the user and group that twistd was told; twistd does not look."""
     uid, gid = twistd.get("uid"), twistd.get("gid")
     if uid is not None and gid is None:
         gid = pwd.getpwuid(uid).pw_gid  # twistd's rule
@@ -290,17 +327,17 @@ def _check_privileges(twistd: Any) -> None:
         real, effective, saved = ids
         in_force = {effective} if twistd.get("euid") else {real, effective, saved}
         if wanted is not None and in_force != {wanted}:
-            still = max(in_force - {wanted})
-            raise StartError(f"rtservice: --{what} {wanted}: the process still runs as {what} {still}")
+            return f"--{what} {wanted}: the process still runs as {what} {max(in_force - {wanted})}"
+    return None
 
 
 @contextlib.contextmanager
 def _naming(setting: str) -> Iterator[None]:
-    """Turn a ListenError into the exit line that names the setting."""
+    """Turn a ListenError into a SettingError that names the setting."""
     try:
         yield
     except ListenError as error:
-        raise SystemExit(f"rtservice: {setting}: {error}") from None
+        raise SettingError(f"{setting}: {error}") from None
 
 
 def _other_endpoint(description: str) -> Any:

@@ -187,22 +187,27 @@ class Certificates:
         issuer: str = "",
         *,
         newkey: tuple[str, ...] = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+        alternative: str = "DNS:localhost,IP:127.0.0.1",
+        days: int = 90,
     ) -> None:
-        """A key and a certificate for it; without an issuer, one that signs itself."""
+        """A key and a certificate for it; without an issuer, one that signs itself.
+
+        A server's is for its `alternative` names, or with none for its common name, NAME.
+        """
         extensions = ["subjectKeyIdentifier=hash"]
         if kind == "authority":
             extensions += ["basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign"]
         else:
             extensions += ["basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature"]
             extensions += [f"extendedKeyUsage={kind}Auth"]
-        if kind == "server":
-            extensions += ["subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        if kind == "server" and alternative:
+            extensions += [f"subjectAltName={alternative}"]
         if issuer:
             extensions += ["authorityKeyIdentifier=keyid"]
         self.openssl(
-            *("req", "-x509", "-sha256", "-nodes", "-days", "90", "-config", self["openssl.cnf"]),
+            *("req", "-x509", "-sha256", "-nodes", "-days", str(days), "-config", self["openssl.cnf"]),
             *("-newkey", *newkey, "-keyout", self[f"{name}.key"], "-out", self[f"{name}.pem"]),
-            *("-subj", f"/CN={'localhost' if kind == 'server' else name}"),
+            *("-subj", f"/CN={'localhost' if kind == 'server' and alternative else name}"),
             *(word for extension in extensions for word in ("-addext", extension)),
             *(("-CA", self[f"{issuer}.pem"], "-CAkey", self[f"{issuer}.key"]) if issuer else ()),
         )

@@ -11,6 +11,7 @@ PACKAGE = Path(rtservice.__file__).parent
 
 # What each part may import of ours, beside itself.
 MAY_IMPORT = {
+    "interfaces": set(),
     "protocols": {"interfaces"},
     "net": {"interfaces"},
     "host": {"net", "interfaces"},

@@ -254,6 +254,34 @@ def test_a_mistake_counts_also_where_a_higher_layer_gives_the_setting(config) ->
         load({"port": "1"}, {}, config("port = 'x'"))
 
 
+def test_what_kubernetes_makes_of_a_service_of_this_name_is_no_setting(config) -> None:
+    injected = {
+        "RTSERVICE_SERVICE_HOST": "10.0.0.1",
+        "RTSERVICE_SERVICE_PORT": "8080",
+        "RTSERVICE_SERVICE_PORT_ECHO": "8080",
+        "RTSERVICE_PORT": "tcp://10.0.0.1:8080",
+        "RTSERVICE_PORT_8080_TCP": "tcp://10.0.0.1:8080",
+        "RTSERVICE_PORT_8080_TCP_PROTO": "tcp",
+        "RTSERVICE_PORT_8080_TCP_PORT": "8080",
+        "RTSERVICE_PORT_8080_TCP_ADDR": "10.0.0.1",
+        "RTSERVICE_BLUE_SERVICE_HOST": "10.0.0.1",
+        "RTSERVICE_BLUE_PORT": "udp://10.0.0.1:8080",
+        "RTSERVICE_BLUE_PORT_8080_UDP_ADDR": "10.0.0.1",
+    }
+    assert load({}, injected, None) == load({}, {}, None)
+    assert load({}, {**injected, "RTSERVICE_PORT": "9000"}, None).settings.port == 9000
+    for name, value in [("RTSERVICE_PORT", "tcp:1"), ("RTSERVICE_BLUE_PORT", "1"), ("RTSERVICE_SERVICE", "x")]:
+        with pytest.raises(SettingError, match=name):
+            load({}, {name: value}, None)
+
+
+def test_a_setting_is_where_its_value_came_from(config) -> None:
+    path = config("port = 1")
+    loaded = load({"greeting": "x"}, {"RTSERVICE_AT_LIMIT": "reject"}, path)
+    names = ("greeting", "at-limit", "port", "backlog")
+    assert [loaded.where(name) for name in names] == ["--greeting", "RTSERVICE_AT_LIMIT", f"{path}: port", "--backlog"]
+
+
 @pytest.mark.parametrize(
     ("command_line", "variables", "file", "listen", "port", "interface"),
     [

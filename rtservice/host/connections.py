@@ -184,8 +184,7 @@ class Connections:
             self._pause_or_resume()
 
     def closed(self, connection: Any, reason: Failure) -> None:
-        """Forget a connection of ours, and write its record."""
-        self._forget(connection, reason)
+        """Write the record of a connection of ours, and forget it."""
         self._record(
             connection.getPeer(),
             connection.port.name,
@@ -194,6 +193,7 @@ class Connections:
             connection.bytes_out,
             end_reason(reason, peer_finished=connection.peer_finished, problem=connection.error),
         )
+        self._forget(connection, reason)
 
     def _forget(self, connection: Any, reason: Failure) -> None:
         self.open.pop(connection, None)
@@ -289,11 +289,13 @@ class Connections:
         now = self._seconds()
         for connection in list(self.open):
             moved = connection.bytes_in + connection.bytes_out
-            if moved != connection.seen:
+            if connection.phase != "open":  # it has a deadline of its own, and the idle time begins after that
+                connection.seen = -1
+            elif moved != connection.seen:
                 connection.seen = moved
                 connection.still_since = now
-            elif now - connection.still_since >= timeout and connection.phase == "open":
-                if connection.unsent or connection.disconnecting:
+            elif now - connection.still_since >= timeout:
+                if connection.unsent or connection.disconnecting or connection.error:  # or asked to end before
                     connection.cut("stopped reading")
                 else:
                     connection.end("idle")
@@ -371,7 +373,6 @@ class Connections:
 
     def wrapped_closed(self, connection: _Counting, reason: Failure) -> None:
         """The end of such a connection."""
-        self._forget(connection, reason)
         # A transport of Twisted's does not say who began: whoever did not is the peer.
         finished = connection.peer_finished or not connection.disconnecting
         self._record(
@@ -382,6 +383,7 @@ class Connections:
             connection.bytes_out,
             end_reason(reason, peer_finished=finished, problem=connection.error),
         )
+        self._forget(connection, reason)
 
 
 class _Counting(ProtocolWrapper):

@@ -36,11 +36,15 @@ _TICK = 2.0
 
 
 class StartError(SystemExit, Exception):
-    """The service cannot start; the text is the one line for the user.
+    """The service cannot start; the text says why, and has been reported.
 
-    Twistd tells the command that was typed, and removes the pidfile, for an Exception; the interpreter prints no
-    traceback for a SystemExit. It has to be both.
+    Twistd removes the pidfile for an Exception, and the interpreter prints no traceback for a SystemExit: it has to be
+    both.
     """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.code = 1  # or the interpreter would print the text once more
 
 
 class State(Enum):
@@ -91,10 +95,10 @@ class Server(Service):
     """Serves one factory on listeners, which are bound already, and on endpoints of other kinds.
 
     `endpoints` are pairs of a description and an IStreamServerEndpoint. They start to listen before privileges are
-    dropped. `live` is what `apply` may change later.
+    dropped; errors say that `listen_setting` gave them. `live` is what `apply` may change later.
 
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
-    `check` is called before anything is served, and raises StartError if that must not be. With `reload`, which is to
+    `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
     calls it.
     """
@@ -109,9 +113,10 @@ class Server(Service):
         endpoints: list[tuple[str, Any]],
         live: Live,
         log: Logger,
+        listen_setting: str = "--listen",
         notifier: Notifier | None = None,
         report: Callable[[str | None], None] = lambda problem: None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[], str | None] = lambda: None,
         reload: Callable[[], None] | None = None,
     ) -> None:
         self.factory = factory
@@ -125,6 +130,7 @@ class Server(Service):
         self._awaited = 0  # endpoints that do not listen yet
         self._others: list[Any] = []  # what those endpoints gave
         self._log = log
+        self._listen_setting = listen_setting
         self._notifier = Notifier() if notifier is None else notifier
         self._report: Callable[[str | None], None] | None = report
         self._check = check
@@ -132,6 +138,8 @@ class Server(Service):
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notifier.watchdog)
         self._certificates_seen: object = None
+        self._ending = False  # the reactor is told to stop
+        self._reload_asked = False
         self._hurried = False
         self._woken: Deferred[None] | None = None  # what the drain waits for
         self._drained: Deferred[None] | None = None
@@ -141,6 +149,9 @@ class Server(Service):
     def privilegedStartService(self) -> None:
         """Listen where only an endpoint can: raises StartError, with an address that cannot be had."""
         super().privilegedStartService()
+        if self._reload is not None:
+            # A reload that is asked for too early must not be what SIGHUP is by default.
+            signal.signal(signal.SIGHUP, self._hung_up)
         endpoints, self._endpoints = self._endpoints, []
         for description, endpoint in endpoints:
             failures: list[Failure] = []
@@ -149,9 +160,7 @@ class Server(Service):
             started.addCallback(self._listening, description)
             started.addErrback(failures.append)
             if failures:
-                problem = f"--listen {description}: {failures[0].getErrorMessage()}"
-                self._log.critical("cannot start: {problem}", problem=problem)
-                raise StartError(f"rtservice: {problem}")
+                raise self._cannot_start(f"{self._listen_setting} {description}: {failures[0].getErrorMessage()}")
             # From here on a failure comes later, when privileges may be dropped already: stop, and exit non-zero.
             started.addBoth(self._late_failure, failures, description)
 
@@ -165,18 +174,31 @@ class Server(Service):
         self._serving_if_all_listen()
 
     def _late_failure(self, result: object, failures: list[Failure], description: str) -> None:
-        if failures:
-            self.fail(f"--listen {description}: {failures[0].getErrorMessage()}")
+        if failures and not self._ending:
+            self.fail(f"{self._listen_setting} {description}: {failures[0].getErrorMessage()}")
 
     def fail(self, problem: str) -> None:
         """End the process: it cannot serve all that it was asked to."""
-        from twisted.internet import reactor
-
-        self._log.critical("cannot start: {problem}", problem=problem)
+        self._tell(problem)
         self.exit_status = 1
         self._hurried = True  # nothing keeps half a service running
-        self._reported(problem)
+        self._stop_reactor()
+
+    def _stop_reactor(self) -> None:
+        from twisted.internet import reactor
+
+        self._ending = True  # before stopService is called, which is a turn of the reactor later
         reactor.callWhenRunning(reactor.stop)
+
+    def _cannot_start(self, problem: str) -> StartError:
+        """What to raise before the reactor runs."""
+        self._tell(problem)
+        self._close_listeners()
+        return StartError(problem)
+
+    def _tell(self, problem: str) -> None:
+        self._log.critical("cannot start: {problem}", problem=problem)
+        self._reported(problem)
 
     def _reported(self, problem: str | None) -> None:
         report, self._report = self._report, None
@@ -187,14 +209,12 @@ class Server(Service):
         """Serve. The reactor is needed from here on. Raises StartError."""
         from twisted.internet import reactor
 
-        if self._endpoints:  # `twist` knows no privileged start
-            self.privilegedStartService()
-        self._check()
+        self.privilegedStartService()  # `twist` knows none; for twistd nothing is left of it
+        problem = self._check()
+        if problem is not None:
+            raise self._cannot_start(problem)
         super().startService()
         self.reactor = reactor
-        if self._reload is not None:
-            # A reload that is asked for too early must not be what SIGHUP is by default.
-            signal.signal(signal.SIGHUP, lambda number, frame: self.reactor.callFromThread(self.reload))
         # Not before the reactor handles signals: whoever reads "listening" may send one, and would kill the process
         # before it can clean up. Clients that are early wait in the sockets' queues.
         reactor.callWhenRunning(self._serve)
@@ -236,6 +256,7 @@ class Server(Service):
             self._watchdog.start(self._notifier.watchdog_interval)
         self._notifier.ready(self.status)
         self._reported(None)
+        self._reload_if_asked()
 
     def _move(self, state: State) -> None:
         if state not in _MOVES[self.state]:
@@ -268,10 +289,16 @@ class Server(Service):
         for port in self.connections.ports:
             port.handshake_timeout = live.handshake_timeout
 
-    def reload(self) -> None:
-        """What SIGHUP asks for."""
-        if self.state is not State.SERVING or self._reload is None:
+    def _hung_up(self, number: int, frame: object) -> None:
+        self._reload_asked = True
+        if self.reactor is not None:
+            self.reactor.callFromThread(self._reload_if_asked)
+
+    def _reload_if_asked(self) -> None:
+        # One reload for all signals before it: what it reads is newer than them.
+        if self._reload is None or not self._reload_asked or self.state is not State.SERVING:
             return
+        self._reload_asked = False
         self._log.info("SIGHUP: reloading")
         self._notifier.reloading()
         self._reload()
@@ -332,13 +359,14 @@ class Server(Service):
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self._drained is None:
+        if not self._ending:
             self._log.info("{signal}: stopping", signal=name)
             # Twisted's own handler would end the process by the same signal after all is done.
-            self.reactor.stop()
+            self._stop_reactor()
         else:
             self._log.info("{signal}: not waiting any longer", signal=name)
-            self.exit_status = 128 + number  # as shells say it: it did not end on its own terms
+            # As shells say it: it did not end on its own terms.
+            self.exit_status = self.exit_status or 128 + number
             self.hurry()
 
     def hurry(self) -> None:
@@ -348,6 +376,7 @@ class Server(Service):
 
     def stopService(self) -> Deferred[None]:
         """Drain, close the listening sockets and remove their files. Fires when that is done."""
+        self._ending = True
         if self._drained is None:
             super().stopService()
             self._drained = Deferred.fromCoroutine(self._drain())
@@ -356,19 +385,25 @@ class Server(Service):
         return done
 
     async def _drain(self) -> None:
+        self._reported("told to stop before every listener was ready")
         connections = self.connections
         if self.reactor is not None and self.state is not State.STOPPED:
             began, ended, aborted = self.reactor.seconds(), connections.ended, connections.aborted
             self._move(State.DRAINING)
             self._notifier.stopping(self.status)
             self._notifier.extend_timeout(self.live.drain_timeout + _FLUSH_LIMIT)
+            self._log.info(
+                "draining: {count} connections have {seconds:g} s to end",
+                count=len(connections.open),
+                seconds=self.live.drain_timeout,
+            )
             await self._end_connections()
             aborted = connections.aborted - aborted
             self._log.info(
-                "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
+                "drained: {ended} ended, {aborted} aborted, {seconds} s",
                 ended=connections.ended - ended - aborted,
                 aborted=aborted,
-                seconds=self.reactor.seconds() - began,
+                seconds=round(self.reactor.seconds() - began, 1),
             )
         self._move(State.STOPPED)
         for repeated in (self._ticking, self._watchdog):
@@ -387,7 +422,7 @@ class Server(Service):
                 port.stopListening()
             else:
                 self._remove_file(listener)
-                port.finish().addCallback(self._wake_if_empty)
+                port.finish().addCallback(self._finished, listener)
         connections.tell_drain()
         await self._wait(self.live.drain_timeout)
         for port in connections.ports:
@@ -404,18 +439,23 @@ class Server(Service):
             self._hurried = False  # it takes one more turn of the reactor, and no more of anybody's patience
             await self._wait(_FLUSH_STEP)
 
+    def _finished(self, result: object, listener: Listener) -> None:
+        """Its queue is empty. Whoever comes from now on is refused, or finds a successor on the same address."""
+        listener.close()
+        self._wake_if_empty()
+
     async def _wait(self, seconds: float) -> None:
         """Until there is no connection and no queue any more, or somebody hurries, or for so long."""
         if self._hurried:
             return
-        self._woken = Deferred()
+        woken = self._woken = Deferred()
         timer = self.reactor.callLater(seconds, self._wake)
         self._wake_if_empty()
-        await self._woken
+        await woken
         if timer.active():
             timer.cancel()
 
-    def _wake_if_empty(self, result: object = None) -> None:
+    def _wake_if_empty(self) -> None:
         if not self.connections.open and not any(port.listening for port in self.connections.ports):
             self._wake()
 

@@ -181,7 +181,7 @@ def open_description(
 def check_description(description: str, *, resolve_path: Callable[[str], str] = os.path.abspath) -> None:
     """Find what `open_description` would, and listen on nothing; raises ListenError.
 
-    Whether a port is free, or a socket file somebody else's, is not found out: only a socket that listens could tell.
+    Whether a port is free and permitted, or a socket file in use, is not found out: only binding it would tell.
     Of `systemd:` only the words are looked at when there are no sockets that were passed.
     """
     wanted = _read(description, 1, resolve_path)
@@ -219,6 +219,7 @@ class _Wanted:
 
 
 def _read(description: str, backlog: int, resolve_path: Callable[[str], str]) -> _Wanted:
+    """Understand a description; names are looked up, and no file or socket is touched. Raises ListenError."""
     kind, positional, keywords = split_description(description)
     proxied = kind in _PROXY
     if proxied:
@@ -611,8 +612,9 @@ def _adopt(sock: socket.socket) -> Listener:
     # A manager's socket may be blocking: accept() on it would hang the reactor.
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
-        # An abstract address begins with a NUL, and may hold more of them; shown as ss(8) does.
-        name = f"unix:{os.fsdecode(sock.getsockname())}".replace("\0", "@")
+        # An abstract address begins with a NUL, and may hold any byte; NULs are shown as ss(8) does.
+        address = os.fsencode(sock.getsockname()).decode(errors="backslashreplace")
+        name = f"unix:{address}".replace("\0", "@")
     else:
         name = _tcp_name(sock)
     return Listener(sock, name, shared=True)

@@ -393,6 +393,8 @@ class Connection:
 
     def _all_sent(self) -> None:
         """Ask the producer for more, if it waits for that; otherwise do what was waiting until everything was sent."""
+        if self.producer is self and self.disconnecting:
+            self.producer = None  # it reads no more, so there is nothing more to come
         if self.producer is not None and (self.producer_paused or not self.streaming_producer):
             self.producer_paused = False
             self._once_sent = self.disconnecting or self._write_closing or not self.streaming_producer
@@ -499,8 +501,12 @@ class Connection:
         self.reactor.callLater(0, self.connectionLost, Failure(error.ConnectionAborted()))
 
     def end(self, why: str) -> None:
-        """Close as loseConnection does, with this reason of ours (one of a fixed few) for the record."""
+        """Close once what is written is sent, with this reason of ours (one of a fixed few) for the record.
+
+        Unlike with loseConnection, a producer has no say in when that is.
+        """
         self.error = Ended(why)
+        self._stop_producer()
         self.loseConnection()
 
     def cut(self, why: str) -> None:
@@ -919,9 +925,9 @@ class ProxyHeader(Connection):
         sock = self.socket
         try:
             ahead = sock.recv(_PROXY_PEEK, socket.MSG_PEEK)
-            if not ahead:
+            if not ahead:  # a probe of whether the port is open, most often
                 self.peer_finished = True
-                return main.CONNECTION_LOST
+                return main.CONNECTION_DONE
             begun = self._phase_state
             header = parse(begun + ahead)
             if header is None:
@@ -959,7 +965,7 @@ class ProxyHeader(Connection):
         self.connectionLost(_DONE)
 
     def readConnectionLost(self, reason: Failure) -> None:
-        self.connectionLost(_LOST)
+        self.connectionLost(reason)
 
     def _timed_out(self) -> None:
         self._deadline = None
@@ -1126,7 +1132,7 @@ class Port:
             self.doRead()
             if not self.listening:
                 return
-            if before == number == self._number and not self.paused:
+            if before == number == self._number and not self.paused and self._resting is None:
                 self.stopListening()
                 return
         self._quiet = self.reactor.callLater(_QUIET, self._finish_when_quiet, self._number)

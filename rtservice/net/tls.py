@@ -242,7 +242,7 @@ def _load_pair(context: ssl.SSLContext, path: str, certificates: str, private_ke
             raise TLSError(f"the certificate {path!r} is too weak: {error.reason}") from error
         raise TLSError(f"no usable private key in PEM form in {private_key!r}") from error
     except OSError as error:
-        raise TLSError(f"cannot load the certificate {path!r}: {_reason(error)}") from error
+        raise TLSError(f"no temporary file for the certificate {path!r}: {_reason(error)}") from error
     except ValueError as error:
         raise TLSError(f"the certificate {path!r} holds what cannot be read: {error}") from error
 

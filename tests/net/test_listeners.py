@@ -1,15 +1,28 @@
 """From a description to sockets."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
+import shutil
 import socket
 import ssl
 import stat
+import sys
 
 import pytest
 
-from rtservice.net.listeners import Listener, ListenError, open_description, open_port, split_description
+from rtservice.net import listeners as listeners_module
+from rtservice.net.listeners import (
+    TYPES,
+    Listener,
+    ListenError,
+    check_description,
+    check_port,
+    open_description,
+    open_port,
+    split_description,
+)
 
 
 def has_ipv6() -> bool:
@@ -78,13 +91,39 @@ def test_descriptions_are_read_as_twisted_reads_them(description, parts) -> None
         ("systemd:", "no sockets were passed"),
         ("systemd:index=0:name=web", "only one of index= and name="),
         ("systemd:index=x", "index 'x' is not a whole number"),
+        ("systemd:bogus=1", "unknown keyword 'bogus'; known are domain, index, name"),
+        ("proxy:", "proxy: goes before tcp:, tcp6:, ssl:, unix: and systemd:, not before ''"),
+        ("proxy:exotic:1", "proxy: goes before tcp:, tcp6:, ssl:, unix: and systemd:, not before 'exotic'"),
+        ("haproxy:proxy:tcp:1", "haproxy: goes before tcp:, tcp6:, ssl:, unix: and systemd:, not before 'proxy'"),
+        ("proxy:tcp:x", "port 'x' is not a whole number"),
+        ("proxy:unix:", "path of the socket is missing"),
+        ("ssl:proxy:tcp:1", "ssl: goes before tcp:, tcp6:, unix: and systemd:, not before 'proxy'; proxy:ssl: is"),
+        ("ssl:ssl:1", "ssl: goes before tcp:, tcp6:, unix: and systemd:, not before 'ssl'"),
+        ("ssl:exotic:1", "port 'exotic' is not a whole number"),
+        ("ssl:unix:/tmp/x:bogus=1", "unknown keyword 'bogus'; known are address, mode, backlog, lockfile, privateKey"),
+        ("unix:/tmp/x:privateKey=a", "unknown keyword 'privateKey'"),
+        (f"unix:/tmp/{'x' * 103}", "the path is longer than 107 bytes"),
+        (f"unix:{__file__}", "exists and is not a socket"),
         ("systemd:index=0", "no sockets were passed"),
     ],
 )
 def test_a_bad_description_is_refused_with_what_was_found(description, problem) -> None:
+    assert problem in refusal(description)
+
+
+def refusal(description: str) -> str:
+    """The one line with which a description is refused; by a check as well, but for what only listening finds."""
     with pytest.raises(ListenError) as caught:
         open_description(description, backlog=10)
-    assert problem in str(caught.value)
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1
+    if "no sockets were passed" in line:
+        check_description(description)
+    else:
+        with pytest.raises(ListenError) as checked:
+            check_description(description)
+        assert str(checked.value) == line
+    return line
 
 
 def test_a_port_that_is_taken_is_named(opened) -> None:
@@ -299,16 +338,336 @@ def test_ssl_listens_on_ipv6_too(open_secure) -> None:
         (f"ssl:0:{FILES}:extraCertChain=/no/c.pem", "certificate chain '/no/c.pem': no such file"),
         (f"ssl:0:{FILES}:clientCA=/no/c.pem", "client CA '/no/c.pem': no such file"),
         ("ssl:0:privateKey={server.key}:certKey={client.pem}", "does not belong to the certificate"),
+        ("ssl:0:certificates=/no/d", "cannot read the directory '/no/d': no such file"),
+        ("ssl:0:certificates=", "the name of a file is empty: certificates="),
+        ("ssl:0:certificates=/d:privateKey={server.key}", "privateKey= and certificates= are both given"),
+        ("ssl:0:certificates=/d:extraCertChain={inner.pem}", "extraCertChain= and certificates= are both given"),
+        ("proxy:ssl:tcp6:0:privateKey=/no/key.pem:certKey={server.pem}", "private key '/no/key.pem': no such file"),
+        ("ssl:systemd:privateKey=/no/key.pem:certKey={server.pem}", "private key '/no/key.pem': no such file"),
     ],
 )
 def test_a_bad_ssl_description_is_refused_with_what_was_found(certificates, description, problem) -> None:
-    with pytest.raises(ListenError) as caught:
-        open_description(described(certificates, description), backlog=10)
-    assert problem in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
+    assert problem in refusal(described(certificates, description))
 
 
 def test_nothing_is_bound_when_a_file_is_wrong(certificates) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ListenError, match="no such file"):
         # A port in use would be the complaint, were it tried first.
         open_description(f"ssl:{taken.getsockname()[1]}:privateKey=/no/key:interface=127.0.0.1", backlog=10)
+
+
+@pytest.mark.parametrize(
+    ("description", "name"),
+    [
+        (f"ssl:tcp:0:127.0.0.1:{FILES}", "ssl:127.0.0.1:"),
+        pytest.param(f"ssl:tcp6:0:{FILES}", "ssl:[::]:", marks=needs_ipv6),
+        (f"ssl:{FILES}:port=0:interface=127.0.0.1", "ssl:127.0.0.1:"),
+        (f"ssl:unix:{{directory}}/s:mode=600:{FILES}:alpn=echo", "ssl:unix:{directory}/s"),
+    ],
+)
+def test_ssl_goes_before_descriptions_of_other_types(open_secure, certificates, tmp_path, description, name) -> None:
+    listener = open_secure(description.replace("{directory}", str(tmp_path)))
+    assert listener.name.startswith(name.replace("{directory}", str(tmp_path)))
+    assert handshake(listener, certificates)["version"] == "TLSv1.3"
+    assert not listener.proxied
+
+
+# --- proxy: ---
+
+
+@pytest.mark.parametrize("prefix", ["proxy", "haproxy", r"pro\xy"])
+@pytest.mark.parametrize(
+    ("description", "name"),
+    [
+        ("0", "tcp:0.0.0.0:"),
+        ("tcp:0:interface=127.0.0.1", "tcp:127.0.0.1:"),
+        pytest.param(r"tcp6:0:interface=\:\:1", "tcp:[::1]:", marks=needs_ipv6),
+        (f"ssl:0:{FILES}:interface=127.0.0.1", "ssl:127.0.0.1:"),
+        ("unix:{directory}/s:mode=600", "unix:{directory}/s"),
+        (r"unix:address={directory}/a\:b\=c", "unix:{directory}/a:b=c"),
+        (f"ssl:unix:{{directory}}/s:{FILES}", "ssl:unix:{directory}/s"),
+    ],
+)
+def test_proxy_goes_before_any_description(opened, certificates, tmp_path, prefix, description, name) -> None:
+    text = described(certificates, description).replace("{directory}", str(tmp_path))
+    assert split_description(f"{prefix}:{text}")[0] in TYPES
+    (listener,) = opened(f"{prefix}:{text}")
+    assert listener.name.startswith(f"proxy:{name.replace('{directory}', str(tmp_path))}")
+    assert listener.proxied
+    assert (listener.tls is not None) == ("ssl:" in description)
+    check_description(f"{prefix}:{text}")
+
+
+def test_without_proxy_a_listener_is_not_proxied_and_our_own_is_not_shared(opened) -> None:
+    (listener,) = opened("tcp:0:interface=127.0.0.1")
+    assert not listener.proxied
+    assert not listener.shared
+    assert listener.renew() is None
+    assert listener.tls_files() == ()
+
+
+# --- renewed certificates ---
+
+
+@pytest.fixture
+def renewable(open_secure, certificates, tmp_path):
+    """A listener with a certificate in files of its own, as Path of the certificate, Path of the key, Listener."""
+    paths = tmp_path / "x.pem", tmp_path / "x.key"
+    put(certificates, "server", *paths)
+    return *paths, open_secure(f"ssl:0:privateKey={paths[1]}:certKey={paths[0]}:interface=127.0.0.1")
+
+
+def put(certificates, name: str, certificate: pathlib.Path, key: pathlib.Path) -> None:
+    for suffix, path in (("pem", certificate), ("key", key)):
+        shutil.copy(certificates[f"{name}.{suffix}"], path)
+
+
+def facts(listener: Listener) -> tuple:
+    return listener.tls, listener.certificates
+
+
+def test_a_renewed_certificate_is_in_force_once_it_is_adopted(renewable, certificates) -> None:
+    certificate, key, listener = renewable
+    before = facts(listener)
+    assert [one.path for one in listener.certificates] == [str(certificate)]
+    assert sorted(listener.tls_files()) == sorted([str(certificate), str(key)])
+    put(certificates, "rsa", certificate, key)
+    loaded = listener.renew()
+    assert loaded is not None
+    assert facts(listener) == before
+    listener.adopt(loaded)
+    assert facts(listener) == (loaded.context, loaded.certificates)
+    assert listener.tls is not before[0]
+    old = {"maximum_version": ssl.TLSVersion.TLSv1_2}
+    assert handshake(listener, certificates, **old)["version"] == "TLSv1.2"
+
+
+@pytest.mark.parametrize("wrong", ["gone", "junk", "of another"])
+def test_a_renewed_certificate_that_is_wrong_is_named_and_changes_nothing(renewable, certificates, wrong) -> None:
+    certificate, _, listener = renewable
+    before = facts(listener)
+    if wrong == "gone":
+        certificate.unlink()
+    elif wrong == "junk":
+        certificate.write_text("junk")
+    else:
+        shutil.copy(certificates["rsa.pem"], certificate)
+    with pytest.raises(ListenError) as caught:
+        listener.renew()
+    assert repr(str(certificate)) in str(caught.value)
+    assert facts(listener) == before
+    assert handshake(listener, certificates) == PLAIN
+
+
+def test_names_that_come_and_go_are_noticed_at_renewal(open_secure, certificates, tmp_path) -> None:
+    def names(listener: Listener) -> list[str]:
+        return [name for one in listener.certificates for name in one.names]
+
+    for name in ("one", "two", "three"):
+        certificates.make(name, "server", "ca", alternative=f"DNS:{name}.example")
+    for name in ("one", "two"):
+        put(certificates, name, tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
+    listener = open_secure(f"ssl:0:interface=127.0.0.1:certificates={tmp_path}")
+    assert names(listener) == ["one.example", "two.example"]
+    assert listener.tls_files() == (str(tmp_path),)
+    put(certificates, "three", tmp_path / "three.pem", tmp_path / "three.key")
+    (tmp_path / "one.pem").unlink()
+    listener.adopt(listener.renew())
+    assert names(listener) == ["three.example", "two.example"]
+
+
+def test_paths_are_resolved_once(open_secure, certificates, tmp_path, monkeypatch) -> None:
+    put(certificates, "server", tmp_path / "x.pem", tmp_path / "x.key")
+    monkeypatch.chdir(tmp_path)
+    listener = open_secure("ssl:0:privateKey=x.key:certKey=x.pem:interface=127.0.0.1")
+    monkeypatch.chdir("/")
+    assert listener.renew() is not None
+
+
+# --- systemd: ---
+
+
+@pytest.fixture
+def pass_sockets(monkeypatch):
+    """Passes listening sockets as a service manager would, with LISTEN_FDNAMES or without."""
+    with contextlib.ExitStack() as stack:
+
+        def pass_all(*sockets: socket.socket, names: str | None = None) -> None:
+            start = 300
+            for number, sock in enumerate(sockets, start):
+                stack.enter_context(sock)
+                assert fcntl.fcntl(sock, fcntl.F_DUPFD, number) == number
+                stack.callback(os.close, number)
+            environment = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(sockets))}
+            if names is not None:
+                environment["LISTEN_FDNAMES"] = names
+            monkeypatch.setattr(listeners_module, "_LISTEN_FDS_START", start)
+            monkeypatch.setattr(listeners_module, "_initial_environment", lambda: environment)
+
+        yield pass_all
+
+
+def tcp_socket() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def unix_socket(address: str | bytes) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(address)
+    sock.listen()
+    return sock
+
+
+def six_socket() -> socket.socket:
+    return socket.create_server(("::1", 0), family=socket.AF_INET6)
+
+
+@needs_ipv6
+@pytest.mark.parametrize("names", [None, "", "a:b:c", "a"])
+@pytest.mark.parametrize("description", ["systemd:", "systemd"])
+def test_all_sockets_that_are_passed_are_adopted_named_or_not(
+    opened, pass_sockets, tmp_path, names, description
+) -> None:
+    passed = [tcp_socket(), six_socket(), unix_socket(f"{tmp_path}/s")]
+    pass_sockets(*passed, names=names)
+    found = opened(description)
+    assert [one.name for one in found] == [
+        f"tcp:127.0.0.1:{passed[0].getsockname()[1]}",
+        f"tcp:[::1]:{passed[1].getsockname()[1]}",
+        f"unix:{tmp_path}/s",
+    ]
+    assert all(one.shared and not one.socket.getblocking() for one in found)
+    for one in found:
+        one.close()
+    assert (tmp_path / "s").exists()
+    assert all(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in passed)
+
+
+def test_passed_sockets_are_chosen_by_name_and_by_index(opened, pass_sockets) -> None:
+    passed = [tcp_socket(), tcp_socket(), tcp_socket()]
+    names = [f"tcp:127.0.0.1:{sock.getsockname()[1]}" for sock in passed]
+    pass_sockets(*passed, names="web:other:web")
+    for description, chosen in (
+        ("systemd:name=web", [names[0], names[2]]),
+        ("systemd:INET:index=1", [names[1]]),
+        ("systemd:index=1", [names[1]]),
+        ("systemd:domain=INET", names),
+    ):
+        assert [one.name for one in opened(description)] == chosen
+        check_description(description)
+
+
+@pytest.mark.parametrize(
+    ("description", "problem"),
+    [
+        ("systemd:index=1", "index 1 is not there: 1 socket(s) were passed"),
+        ("systemd:name=web", "no socket named 'web' was passed; there are: rt"),
+        ("systemd:domain=INET6", "descriptor 300 is of domain INET, not 'INET6'"),
+    ],
+)
+def test_a_passed_socket_that_is_not_there_is_refused_with_what_is(pass_sockets, description, problem) -> None:
+    pass_sockets(tcp_socket(), names="rt")
+    assert refusal(description) == problem
+
+
+def test_a_passed_socket_that_does_not_listen_is_refused_and_the_others_are_let_go(pass_sockets) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    pass_sockets(tcp_socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    passed = len(os.listdir("/proc/self/fd"))
+    assert refusal("systemd:") == "descriptor 301 is not a listening stream socket"
+    assert len(os.listdir("/proc/self/fd")) == passed == before + 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract UNIX addresses are Linux's")
+def test_an_abstract_unix_socket_has_a_name_that_can_be_logged(opened, pass_sockets) -> None:
+    abstract = f"rtservice-{os.getpid()}"
+    pass_sockets(unix_socket(f"\0{abstract}"), unix_socket(f"\0{abstract}\0\xff".encode("latin-1")))
+    assert [one.name for one in opened("systemd:")] == [f"unix:@{abstract}", f"unix:@{abstract}@\\xff"]
+
+
+def test_ssl_and_proxy_go_before_passed_sockets(opened, pass_sockets, certificates) -> None:
+    passed = [tcp_socket(), tcp_socket()]
+    ports = [sock.getsockname()[1] for sock in passed]
+    pass_sockets(*passed, names="plain:web")
+    (secure,) = opened(described(certificates, f"ssl:systemd:name=web:{FILES}:alpn=echo"))
+    assert (secure.name, secure.shared, secure.proxied) == (f"ssl:127.0.0.1:{ports[1]}", True, False)
+    assert handshake(secure, certificates) == {**PLAIN, "alpn": "echo"}
+    (plain,) = opened("proxy:systemd:name=plain")
+    assert (plain.name, plain.shared, plain.proxied) == (f"proxy:tcp:127.0.0.1:{ports[0]}", True, True)
+    both = opened(described(certificates, f"proxy:ssl:systemd:{FILES}"))
+    assert [one.name for one in both] == [f"proxy:ssl:127.0.0.1:{port}" for port in ports]
+
+
+LAUNCHER = """
+import fcntl, os, socket, sys
+for number in (3, 4):
+    high = fcntl.fcntl(socket.create_server(("127.0.0.1", 0)), fcntl.F_DUPFD, 50)
+    os.dup2(high, number, inheritable=True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="2")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certificates) -> None:
+    description = described(certificates, f"--listen=ssl:systemd:{FILES}")
+    one = service(description, launcher=[sys.executable, "-c", LAUNCHER])
+    client = ssl.create_default_context(cafile=certificates["ca.pem"])
+    for count in (1, 2):
+        port = int(one.wait_line(r"listening on ssl:127\.0\.0\.1:\d+$", count).rpartition(":")[2])
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=30) as sock,
+            client.wrap_socket(sock, server_hostname="localhost") as secure,
+        ):
+            assert secure.recv(100) == b"Hello from the server!"
+
+
+# --- checks ---
+
+
+def test_a_check_takes_no_port_and_makes_no_file(tmp_path, certificates) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, unix_socket(f"{tmp_path}/live"):
+        port = taken.getsockname()[1]
+        check_port(port, interface="127.0.0.1")
+        check_description(f"tcp:{port}:interface=127.0.0.1")
+        check_description(described(certificates, f"ssl:{port}:{FILES}:interface=127.0.0.1"))
+        # A service that runs is what a check is mostly made beside.
+        check_description(f"unix:{tmp_path}/live")
+        check_description(f"unix:{tmp_path}/new")
+    assert sorted(os.listdir(tmp_path)) == ["live"]
+
+
+@pytest.mark.parametrize("interface", ["", "127.0.0.1", pytest.param("::1", marks=needs_ipv6), "localhost"])
+def test_a_port_of_this_host_passes_its_check(interface) -> None:
+    check_port(0, interface=interface)
+    for listener in open_port(0, interface=interface, backlog=1):
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("interface", "problem"),
+    [
+        ("203.0.113.1", "cannot listen on 203.0.113.1:7: cannot assign requested address"),
+        ("no.such.host.invalid", "cannot resolve the interface 'no.such.host.invalid': "),
+    ],
+)
+def test_a_port_of_another_host_fails_its_check(interface, problem) -> None:
+    with pytest.raises(ListenError) as caught:
+        check_port(7, interface=interface)
+    assert str(caught.value).startswith(problem)
+
+
+def test_a_directory_where_no_socket_can_be_made_fails_the_check(tmp_path) -> None:
+    tmp_path.chmod(0o755)
+    root = os.geteuid() == 0
+    if root:  # who may write anywhere
+        os.seteuid(65534)
+    else:
+        tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(ListenError) as caught:
+            check_description("unix:s", resolve_path=lambda path: f"/usr/{path}" if root else f"{tmp_path}/{path}")
+    finally:
+        if root:
+            os.seteuid(0)
+        tmp_path.chmod(0o755)
+    assert str(caught.value).endswith("s': its directory is not writable")

@@ -540,3 +540,160 @@ def test_one_connection_that_failed_before_it_was_accepted_is_skipped(code) -> N
     port.doRead()
     with near, far:
         assert far.recv(10) == b"hello"
+
+
+# --- a listener that pauses, rests and refuses ---
+
+
+def listening(*results, **arguments) -> tuple[Reactor, Port]:
+    clock = Reactor()
+    port = Port(clock, Listening(*results), Recording(), name="test", **arguments)
+    port.startListening()
+    return clock, port
+
+
+def test_a_pause_during_a_rest_outlasts_it() -> None:
+    clock, port = listening(OSError(errno.EMFILE, "x"))
+    port.doRead()
+    port.pause()
+    clock.advance(10)
+    assert port not in clock.getReaders()
+    port.resume()
+    assert port in clock.getReaders()
+    port.stopListening()
+
+
+def test_a_resume_ends_no_rest() -> None:
+    clock, port = listening(OSError(errno.EMFILE, "x"))
+    port.pause()
+    port.resume()
+    port.doRead()
+    port.pause()
+    port.resume()
+    assert port not in clock.getReaders()
+    clock.advance(0.5)
+    assert port in clock.getReaders()
+    port.stopListening()
+
+
+def test_a_port_that_is_paused_when_it_starts_accepts_nobody_until_it_is_resumed() -> None:
+    clock = Reactor()
+    port = Port(clock, Listening(), Recording(), name="test")
+    port.resume()
+    assert port not in clock.getReaders()
+    port.pause()
+    port.startListening()
+    assert port not in clock.getReaders()
+    port.resume()
+    assert port in clock.getReaders()
+    port.stopListening()
+    port.resume()
+    assert port not in clock.getReaders()
+
+
+def test_a_rest_ends_with_the_port() -> None:
+    clock, port = listening(OSError(errno.EMFILE, "x"))
+    port.doRead()
+    port.stopListening()
+    clock.advance(10)
+    assert port not in clock.getReaders()
+
+
+def test_a_pause_in_the_middle_of_a_burst_leaves_the_others_in_the_queue() -> None:
+    pairs = [socket.socketpair() for _ in range(5)]
+    accepted: list[Any] = []
+
+    def opened(connection):
+        accepted.append(connection)
+        if len(accepted) == 2:
+            port.pause()
+
+    _, port = listening(*((near, "") for near, _ in pairs), opened=opened)
+    port.doRead()
+    assert len(accepted) == 2
+    assert len(port.socket.results) == 3
+    port.resume()
+    port.doRead()
+    assert len(accepted) == 5
+    port.stopListening()
+    for near, far in pairs:
+        near.close()
+        far.close()
+
+
+def test_a_shortage_after_a_good_one_is_logged_again() -> None:
+    near, far = socket.socketpair()
+    logged: list[Any] = []
+    shortage = OSError(errno.EMFILE, "x")
+    _, port = listening(shortage, (near, ""), shortage)
+    globalLogPublisher.addObserver(logged.append)
+    try:
+        port.doRead()
+        port.doRead()
+    finally:
+        globalLogPublisher.removeObserver(logged.append)
+        port.stopListening()
+    with near, far:
+        assert len([event for event in logged if event["log_namespace"] == "rtservice.net.stream"]) == 2
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_who_is_refused_when_he_comes_is_closed_and_nobody_is_told(proxied) -> None:
+    near, far = socket.socketpair()
+    closed: list[Any] = []
+    clock, port = listening(
+        (near, ""), proxied=proxied, opened=lambda connection: connection.refuse(), closed=lambda *_: closed.append(_)
+    )
+    port.doRead()
+    with far:
+        assert far.recv(10) == b""
+    assert near.fileno() == -1
+    assert clock.getReaders() == [port]
+    assert clock.getDelayedCalls() == []
+    assert (port.factory.made, port.factory.lost, closed) == ([], [], [])
+    port.stopListening()
+
+
+def test_who_is_refused_by_his_header_is_closed_and_nobody_is_told() -> None:
+    near, far = socket.socketpair()
+    closed: list[Any] = []
+    clock, port = listening(
+        (near, ""),
+        proxied=True,
+        identified=lambda connection: connection.refuse(),
+        closed=lambda *_: closed.append(_),
+    )
+    port.doRead()
+    (connection,) = [reader for reader in clock.getReaders() if reader is not port]
+    far.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+    assert connection.doRead() is None
+    with far:
+        assert far.recv(10) == b""
+    assert near.fileno() == -1
+    assert clock.getReaders() == [port]
+    assert clock.getDelayedCalls() == []
+    assert (port.factory.made, port.factory.lost, closed) == ([], [], [])
+    # What a reactor or a protocol may still ask of it does nothing.
+    connection.write(b"x")
+    connection.loseConnection()
+    connection.abortConnection()
+    connection.connectionLost(None)
+    assert clock.getDelayedCalls() == []
+    port.stopListening()
+
+
+def test_a_finish_waits_for_a_paused_port_and_a_resting_one() -> None:
+    near, far = socket.socketpair()
+    clock, port = listening(OSError(errno.EMFILE, "x"), (near, ""))
+    port.pause()
+    finished: list[Any] = []
+    port.finish().addCallback(finished.append)
+    clock.advance(5)
+    assert port.listening
+    port.resume()
+    clock.pump([0.2] * 2)  # it runs into the shortage
+    assert port.listening
+    clock.pump([0.2] * 10)
+    assert finished == [None]
+    with near, far:
+        assert len(port.factory.made) == 1

@@ -1,13 +1,15 @@
 """From files to a context of `ssl`: whatever is wrong is one line that names the file."""
 
+import base64
 import os
 import ssl
+import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from rtservice.net.tls import ServerTLS, TLSError
+from rtservice.net.tls import DirectoryTLS, ServerTLS, TLSError, fingerprint
 
 FILES = ("private_key", "certificate", "chain", "client_ca")
 
@@ -282,3 +284,114 @@ def test_the_certificate_stays_that_of_its_context_when_its_file_changes(certifi
     for name in ("server.key", "server.pem"):
         (tmp_path / name).write_text("")
     assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+
+
+def altered(certificates, path: Path, old: bytes, new: bytes) -> str:
+    """The server's certificate with other bytes in it, which nothing but its signature would show."""
+    der = ssl.PEM_cert_to_DER_cert(Path(certificates["server.pem"]).read_text())
+    body = base64.encodebytes(der.replace(old, new)).decode()
+    path.write_text(f"-----BEGIN CERTIFICATE-----\n{body}-----END CERTIFICATE-----\n")
+    return str(path)
+
+
+def test_a_certificate_that_holds_no_more_is_served_and_says_so(certificates, tmp_path) -> None:
+    der = ssl.PEM_cert_to_DER_cert(Path(certificates["server.pem"]).read_text())
+    dates = der[der.index(b"\x17\x0d") :][:30]  # two of UTCTime, RFC 5280, section 4.1.2.5
+    path = altered(certificates, tmp_path / "old.pem", dates, b"\x17\x0d010203040506Z\x17\x0d020304050607Z")
+    loaded = ServerTLS(certificates["server.key"], path).load()
+    (found,) = loaded.certificates
+    assert (found.path, found.names) == (path, ("localhost",))
+    assert (found.not_before, found.not_after) == (981173106, 1015218367)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake(loaded.context, trusting(certificates))
+
+
+@pytest.mark.parametrize("new", [b"\x17\x0d01x203040506Z", b"\x17\x0d019903040506Z"])
+def test_a_certificate_with_a_date_that_is_none_is_named(certificates, tmp_path, new) -> None:
+    der = ssl.PEM_cert_to_DER_cert(Path(certificates["server.pem"]).read_text())
+    path = altered(certificates, tmp_path / "odd.pem", der[der.index(b"\x17\x0d") :][:15], new)
+    assert repr(path) in refusal(private_key=certificates["server.key"], certificate=path)
+
+
+def test_a_host_without_a_directory_for_temporary_files_is_told(good, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/place")
+    line = refusal(**good)
+    assert line == f"no temporary file for the certificate {good['certificate']!r}: no such file or directory"
+
+
+def test_the_files_that_are_read_are_known_before(good) -> None:
+    assert sorted(ServerTLS(**good).files()) == sorted(good.values())
+    assert ServerTLS("key", "certificate").files() == ("key", "certificate")
+    assert DirectoryTLS("/d").files() == ("/d",)
+    assert DirectoryTLS("/d", client_ca="/ca").files() == ("/d", "/ca")
+
+
+# --- fingerprints ---
+
+
+def test_a_fingerprint_is_the_same_while_nothing_changes(good, tmp_path) -> None:
+    (tmp_path / "a.pem").write_text("a")
+    paths = (*good.values(), str(tmp_path), "/no/such/file")
+    assert fingerprint(paths) == fingerprint(paths)
+
+
+def replace(path: Path) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_text("longer than it was"),
+        replace,
+        lambda path: os.utime(path, (1, 1)),
+        Path.unlink,
+        lambda path: path.chmod(0o600),
+    ],
+    ids=["written", "replaced", "dated", "gone", "permitted"],
+)
+@pytest.mark.parametrize("suffix", [".pem", ".key"])
+def test_a_fingerprint_changes_with_a_file(tmp_path, change, inside, suffix) -> None:
+    path = (tmp_path / "a").with_suffix(suffix)
+    path.write_text("a")
+    path.chmod(0o644)
+    paths = [str(tmp_path if inside else path)]
+    before = fingerprint(paths)
+    change(path)
+    assert fingerprint(paths) != before
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_fingerprint_changes_with_what_a_link_points_to(tmp_path, inside) -> None:
+    for name in "12":
+        (tmp_path / name).write_text(name)
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "a.pem"
+    link.symlink_to(tmp_path / "1")
+    paths = [str(link.parent if inside else link)]
+    before = fingerprint(paths)
+    link.unlink()
+    link.symlink_to(tmp_path / "2")
+    assert fingerprint(paths) != before
+
+
+def test_a_fingerprint_changes_when_what_was_missing_is_there(tmp_path) -> None:
+    paths = [str(tmp_path / "d"), str(tmp_path / "f.pem")]
+    seen = [fingerprint(paths)]
+    (tmp_path / "d").mkdir()
+    seen.append(fingerprint(paths))
+    (tmp_path / "d" / "a.pem").touch()
+    seen.append(fingerprint(paths))
+    (tmp_path / "f.pem").touch()
+    seen.append(fingerprint(paths))
+    assert len(set(seen)) == 4
+
+
+def test_other_files_of_a_directory_do_not_change_its_fingerprint(tmp_path) -> None:
+    before = fingerprint([str(tmp_path)])
+    for name in ("README", ".hidden.pem", "a.pem.new"):
+        (tmp_path / name).touch()
+    assert fingerprint([str(tmp_path)]) == before

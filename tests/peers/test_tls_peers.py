@@ -202,7 +202,7 @@ def test_fifty_handshakes_that_stall_are_gone_after_the_timeout_and_others_are_s
         for client in stalled:
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(100) == b""
-        one.wait_line("0 bytes in, 0 bytes out, timed out$", count=50)
+        one.wait_line("0 bytes in, 0 bytes out, TLS handshake timed out$", count=50)
         wait_for(lambda: descriptors(one.process) == before)
 
 

@@ -1,0 +1,695 @@
+"""The PROXY header before a connection: whom the protocol sees, what is never lost, and who is sent away."""
+
+import contextlib
+import errno
+import os
+import socket
+import ssl
+import struct
+import tracemalloc
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock
+from twisted.internet.threads import deferToThread
+from twisted.logger import Logger
+
+from rtservice.host.connections import Connections, Limits, end_reason
+from rtservice.net.listeners import open_description
+from rtservice.net.stream import Connection, Port, ProxyHeader, SecureConnection
+from rtservice.net.tls import ServerTLS
+
+DEADLINE = 20
+
+CLIENT, SERVER = IPv4Address("TCP", "192.0.2.1", 56324), IPv4Address("TCP", "198.51.100.2", 443)
+GREETING = b"Hello!"
+
+# --- headers ---
+
+
+def v2(command: int, family: int, body: bytes = b"") -> bytes:
+    return b"\r\n\r\n\0\r\nQUIT\n" + struct.pack("!BBH", command, family, len(body)) + body
+
+
+def tlv(kind: int, value: bytes) -> bytes:
+    return struct.pack("!BH", kind, len(value)) + value
+
+
+INET = socket.inet_aton("192.0.2.1") + socket.inet_aton("198.51.100.2") + struct.pack("!HH", 56324, 443)
+AUTHORITY = tlv(2, b"www.example.com")
+UNIX = b"/run/client".ljust(108, b"\0") + b"/run/server".ljust(108, b"\0")
+
+V1 = b"PROXY TCP4 192.0.2.1 198.51.100.2 56324 443\r\n"
+V2 = v2(0x21, 0x11, INET + AUTHORITY)
+# The most that a header can be.
+LONGEST = v2(0x21, 0x11, INET + AUTHORITY + tlv(4, bytes(65535 - 12 - len(AUTHORITY) - 3)))
+
+# Those that name nobody: the connection's own addresses hold.
+ANONYMOUS = {
+    "v1 UNKNOWN": b"PROXY UNKNOWN\r\n",
+    "v1 UNKNOWN with addresses": b"PROXY UNKNOWN 2001:db8::1 2001:db8::2 1 2\r\n",
+    "LOCAL": v2(0x20, 0x00),
+    "LOCAL with addresses": v2(0x20, 0x11, INET),
+    "UNSPEC": v2(0x21, 0x00, AUTHORITY),
+}
+
+
+LOOPBACK = (ip_network("127.0.0.0/8"),)
+
+# --- the server's side ---
+
+
+class Recorder(Protocol):
+    """Echoes, and remembers what it could see from its first moment on."""
+
+    def connectionMade(self) -> None:
+        transport = self.transport
+        self.factory.seen.append((transport.getPeer(), transport.getHost(), transport.proxied))
+        self.factory.transports.append(transport)
+        transport.write(GREETING)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.factory.received += data
+        self.transport.write(data)
+
+    def connectionLost(self, reason: Any) -> None:
+        self.factory.lost.append(reason.value)
+
+
+class Recording(Factory):
+    noisy = False
+    protocol = Recorder
+
+    def __init__(self) -> None:
+        self.built: list[Any] = []  # the addresses that protocols were built for
+        self.seen: list[tuple[Any, Any, Any]] = []
+        self.transports: list[Any] = []
+        self.received = bytearray()
+        self.lost: list[Any] = []
+
+    def buildProtocol(self, addr: Any) -> Any:
+        self.built.append(addr)
+        return super().buildProtocol(addr)
+
+
+class Timed:
+    """The reactor, with the timers of a Clock."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.callLater = self.clock.callLater
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reactor, name)
+
+
+class Served:
+    """A port in service that expects headers."""
+
+    def __init__(self, description: str, on: Any, tls: ssl.SSLContext | None, limits: Limits) -> None:
+        self.factory = Recording()
+        (self.listener,) = open_description(description, backlog=100)
+        self.address = self.listener.socket.getsockname()
+        self.on = on
+        self.opened: list[Any] = []
+        self.ended: list[tuple[Any, str]] = []  # connections, and why, as in their records
+        self.register = Connections(
+            Logger(observer=lambda event: None), limits or Limits(max_connections=100, proxy_from=LOOPBACK)
+        )
+        self._waiting: list[Deferred[None]] = []
+        self.port = Port(
+            on,
+            self.listener.socket,
+            self.factory,
+            name=self.listener.name,
+            proxied=self.listener.proxied,
+            tls=tls,
+            opened=self._opened,
+            identified=self.register.identified,
+            closed=self._closed,
+        )
+        self.port.startListening()
+
+    def _opened(self, connection: Any) -> None:
+        self.opened.append(connection)
+        self.register.opened(connection)
+
+    def _closed(self, connection: Any, reason: Any) -> None:
+        why = end_reason(reason, peer_finished=connection.peer_finished, problem=connection.error)
+        self.ended.append((reason.value, why))
+        self.register.closed(connection, reason)
+        waiting, self._waiting = self._waiting, []
+        for deferred in waiting:
+            deferred.callback(None)
+
+    @pytest_twisted.inlineCallbacks
+    def end(self, count: int = 1):
+        """The last of so many ends: what ended it, and why."""
+        while len(self.ended) < count:
+            deferred: Deferred[None] = Deferred()
+            self._waiting.append(deferred)
+            yield deferred.addTimeout(DEADLINE, reactor)
+        return self.ended[count - 1]
+
+
+@pytest.fixture
+def serve():
+    """Serves a Recording on a free loopback port, or what the description says."""
+    started: list[Served] = []
+
+    def start(
+        description: str = "proxy:tcp:0:interface=127.0.0.1",
+        *,
+        on: Any = reactor,
+        tls: ssl.SSLContext | None = None,
+        limits: Limits = Limits(max_connections=100, proxy_from=LOOPBACK),  # noqa: B008  # frozen
+    ) -> Served:
+        one = Served(description, on, tls, limits)
+        started.append(one)
+        return one
+
+    yield start
+    for one in started:
+        one.port.stopListening()
+        one.listener.close()
+        for connection in list(one.register.open):
+            connection.abortConnection()
+        if isinstance(one.on, Timed):
+            one.on.clock.advance(0)
+        elif one.register.open:
+            pytest_twisted.blockon(one.end(len(one.ended) + len(one.register.open)))
+
+
+class Reads:
+    """The events of connections that wait for their header."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._waiting: list[Deferred[None]] = []
+
+    def happened(self) -> None:
+        self.count += 1
+        waiting, self._waiting = self._waiting, []
+        for deferred in waiting:
+            deferred.callback(None)
+
+    @pytest_twisted.inlineCallbacks
+    def wait(self, count: int):
+        """Until there were so many."""
+        while self.count < count:
+            deferred: Deferred[None] = Deferred()
+            self._waiting.append(deferred)
+            yield deferred.addTimeout(DEADLINE, reactor)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    one = Reads()
+    read = ProxyHeader.doRead
+
+    def counted(self):
+        try:
+            return read(self)
+        finally:
+            one.happened()
+
+    monkeypatch.setattr(ProxyHeader, "doRead", counted)
+    return one
+
+
+@pytest.fixture
+def context(certificates) -> ssl.SSLContext:
+    return ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+
+
+@pytest.fixture
+def trusting(certificates) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=certificates["ca.pem"])
+
+
+# --- the client's side ---
+
+
+@pytest.fixture
+def connect():
+    """Connects a blocking socket, every send of which is a segment."""
+    with contextlib.ExitStack() as stack:
+
+        def start(address: Any) -> socket.socket:
+            if isinstance(address, tuple):
+                sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            else:
+                sock = socket.socket(socket.AF_UNIX)
+            stack.enter_context(sock)
+            sock.settimeout(DEADLINE)
+            sock.connect(address)
+            return sock
+
+        yield start
+
+
+def read(sock: socket.socket, size: int) -> bytes:
+    """This many bytes, or less at the end."""
+    received = bytearray()
+    while len(received) < size and (piece := sock.recv(size - len(received))):
+        received += piece
+    return bytes(received)
+
+
+def nothing_came(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) is None  # the end is something too
+    except BlockingIOError:
+        return True
+    finally:
+        sock.settimeout(DEADLINE)
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Waits until the other side closes without a word."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+class TLS:
+    """A client of TLS on a socket, whose first flight may come with something before it in one segment."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, before: bytes = b"") -> None:
+        self.sock = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
+        self._before = before
+
+    def _do(self, step: Any, *arguments: Any) -> Any:
+        while True:
+            try:
+                result = step(*arguments)
+            except ssl.SSLWantReadError:
+                result = None
+            before, self._before = self._before, b""
+            self.sock.sendall(before + self._outgoing.read())
+            if result is not None:
+                return result
+            data = self.sock.recv(1 << 16)
+            assert data, "the server has closed"
+            self._incoming.write(data)
+
+    def exchange(self, data: bytes) -> bytes:
+        """Shake hands, send this, and read the greeting and as much."""
+        self._do(lambda: self._tls.do_handshake() or True)
+        self._do(self._tls.write, data)
+        received = b""
+        while len(received) < len(GREETING) + len(data):
+            received += self._do(self._tls.read, 1 << 16)
+        return received
+
+
+# --- a header, then everything else ---
+
+
+@pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
+@pytest_twisted.inlineCallbacks
+def test_a_header_may_be_split_at_any_byte_and_nothing_is_sent_or_built_before_its_last(serve, connect, reads, header):
+    one = serve()
+    for split in range(1, len(header)):
+        before = reads.count
+        sock = connect(one.address)
+        sock.sendall(header[:split])
+        yield reads.wait(before + 1)
+        assert nothing_came(sock)
+        assert one.opened[-1].phase == "proxy"
+        assert len(one.factory.built) == split - 1
+        sock.sendall(header[split:] + b"hello")
+        answer = yield deferToThread(read, sock, 11)
+        assert answer == b"Hello!hello"
+        assert reads.count == before + 2  # one for each piece: nothing is read twice
+        assert one.factory.built[-1] == CLIENT
+    assert one.factory.received == b"hello" * (len(header) - 1)
+
+
+@pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
+@pytest_twisted.inlineCallbacks
+def test_data_in_the_same_segment_is_neither_lost_nor_duplicated(serve, connect, header):
+    one = serve()
+    for size in (0, 1, 1023 - len(header), 1024 - len(header), 1025 - len(header), 200_000):
+        data = os.urandom(size)
+        before = len(one.factory.received)
+        sock = connect(one.address)
+        sending = deferToThread(sock.sendall, header + data)
+        answer = yield deferToThread(read, sock, len(GREETING) + size)
+        yield sending
+        assert answer == GREETING + data
+        assert one.factory.received[before:] == data
+        # The header is no byte of the exchange.
+        connection = one.opened[-1]
+        assert (connection.bytes_in, connection.bytes_out) == (size, len(GREETING) + size)
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_second_header_is_data(serve, connect):
+    one = serve()
+    sock = connect(one.address)
+    sock.sendall(V1 + V2 + V1)
+    answer = yield deferToThread(read, sock, len(GREETING + V2 + V1))
+    assert answer == GREETING + V2 + V1
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, len(LONGEST)])
+@pytest_twisted.inlineCallbacks
+def test_the_longest_header_is_read_also_byte_by_byte(serve, connect, reads, size):
+    one = serve()
+    sock = connect(one.address)
+
+    def send():
+        for at in range(0, len(LONGEST), size):
+            sock.sendall(LONGEST[at : at + size])
+        sock.sendall(b"hello")
+
+    sending = deferToThread(send)
+    answer = yield deferToThread(read, sock, 11)
+    yield sending
+    assert answer == b"Hello!hello"
+    ((peer, _, header),) = one.factory.seen
+    assert peer == CLIENT
+    assert header.length == len(LONGEST)
+    assert header.tlvs[0] == (2, b"www.example.com")
+    assert reads.count <= len(LONGEST) // min(size, 1000) + 2
+
+
+@pytest_twisted.inlineCallbacks
+def test_what_a_header_says_stays_within_its_bytes_for_each_connection(serve, connect):
+    one = serve()
+    header = v2(0x21, 0x11, INET + tlv(4, b"") * ((65535 - len(INET)) // 3))
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(20):
+            sock = connect(one.address)
+            sending = deferToThread(sock.sendall, header)
+            yield deferToThread(read, sock, len(GREETING))
+            yield sending
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 20 * (len(header) + 16 * 1024)
+
+
+# --- before TLS ---
+
+
+@pytest.mark.parametrize("header", [V1, V2, LONGEST], ids=["v1", "v2", "longest"])
+@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
+@pytest_twisted.inlineCallbacks
+def test_a_header_comes_before_the_tls_handshake(serve, connect, reads, context, trusting, header, together):
+    one = serve(tls=context)
+    sock = connect(one.address)
+    if together:
+        client = TLS(sock, trusting, header)
+    else:
+        sock.sendall(header[:-1])
+        yield reads.wait(-(-len(header[:-1]) // 1024))
+        sock.sendall(header[-1:])
+        client = TLS(sock, trusting)
+    answer = yield deferToThread(client.exchange, b"hello")
+    assert answer == GREETING + b"hello"
+    ((peer, host, proxied),) = one.factory.seen
+    assert (peer, host, proxied.length) == (CLIENT, SERVER, len(header))
+    assert type(one.opened[0]) is SecureConnection
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_header_inside_of_tls_is_none(serve, connect, context, trusting):
+    one = serve(tls=context)
+    sock = connect(one.address)
+    with pytest.raises((AssertionError, ConnectionResetError)):
+        yield deferToThread(TLS(sock, trusting).exchange, V1)
+    yield one.end()
+    assert one.ended[0][1] == "invalid PROXY header"
+    assert not one.factory.built
+
+
+# --- whom the protocol sees ---
+
+
+@pytest_twisted.inlineCallbacks
+def exchange(one: Served, sock: socket.socket, header: bytes):
+    """What the protocol saw from connectionMade on, once it has echoed."""
+    sock.sendall(header + b"hello")
+    answer = yield deferToThread(read, sock, 11)
+    assert answer == b"Hello!hello"
+    seen = one.factory.seen[-1]
+    transport = one.factory.transports[-1]
+    assert (transport.getPeer(), transport.getHost(), transport.proxied) == seen
+    assert transport.phase == "open"
+    assert one.factory.built[-1] == seen[0]
+    return seen
+
+
+@pytest_twisted.inlineCallbacks
+def test_the_protocol_sees_the_client_and_where_it_connected_to(serve, connect):
+    one = serve()
+    for header in (V1, V2):
+        peer, host, proxied = yield exchange(one, connect(one.address), header)
+        assert (peer, host) == (CLIENT, SERVER)
+        assert (proxied.source, proxied.destination, proxied.length) == (CLIENT, SERVER, len(header))
+        assert type(one.opened[-1]) is Connection
+        assert "192.0.2.1" in one.opened[-1].logPrefix()
+    assert proxied.tlvs == ((2, b"www.example.com"),)
+
+
+@pytest_twisted.inlineCallbacks
+def test_the_client_may_be_of_another_family_than_the_proxy(serve, connect):
+    one = serve()
+    peer, host, _ = yield exchange(one, connect(one.address), b"PROXY TCP6 2001:DB8:0::1 2001:db8::2 4711 443\r\n")
+    assert (peer, host) == (IPv6Address("TCP", "2001:db8::1", 4711), IPv6Address("TCP", "2001:db8::2", 443))
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_client_of_a_proxys_unix_socket_has_its_path(serve, connect):
+    one = serve()
+    peer, host, _ = yield exchange(one, connect(one.address), v2(0x21, 0x31, UNIX))
+    assert (type(peer), peer.name) == (UNIXAddress, b"/run/client")
+    assert (type(host), host.name) == (UNIXAddress, b"/run/server")
+    assert one.opened[-1].logPrefix().endswith(",unix")
+
+
+@pytest.mark.parametrize("header", ANONYMOUS.values(), ids=ANONYMOUS)
+@pytest_twisted.inlineCallbacks
+def test_a_header_that_names_nobody_leaves_the_connections_own_addresses(serve, connect, header):
+    one = serve()
+    sock = connect(one.address)
+    peer, host, proxied = yield exchange(one, sock, header)
+    assert peer == IPv4Address("TCP", *sock.getsockname())
+    assert host == IPv4Address("TCP", *one.address)
+    assert proxied.length == len(header)
+    assert (proxied.source, proxied.destination) == (None, None)
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_proxy_may_come_over_a_unix_socket(serve, connect, tmp_path):
+    path = f"{tmp_path}/s"
+    one = serve(f"proxy:unix:{path}")
+    assert (yield exchange(one, connect(path), V2))[:2] == (CLIENT, SERVER)
+    peer, host, _ = yield exchange(one, connect(path), b"PROXY UNKNOWN\r\n")
+    assert (peer.name, host.name) == (None, path.encode())
+
+
+# --- who is sent away ---
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01",
+        b"\0",
+        b"PROXY TCP4 192.0.2.1 198.51.100.2 56324 65536\r\nhello",
+        V1[:-2] + b" " * 100,
+        v2(0x21, 0x11, INET + b"\2\xff\xff"),
+        v2(0x31, 0x11, INET),
+    ],
+)
+@pytest_twisted.inlineCallbacks
+def test_who_sends_no_header_is_closed_without_a_word(serve, connect, data):
+    one = serve()
+    sock = connect(one.address)
+    sock.sendall(data)
+    assert (yield deferToThread(is_closed, sock))
+    reason, why = yield one.end()
+    assert isinstance(reason, ConnectionLost)
+    assert why == "invalid PROXY header"
+    assert not one.factory.built
+    assert not one.register.open
+    # The next one is served.
+    yield exchange(one, connect(one.address), V1)
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("begun", [b"", b"PROXY ", V2[:20]], ids=["nothing", "v1", "v2"])
+@pytest_twisted.inlineCallbacks
+def test_a_header_has_a_deadline_and_half_of_one_costs_nothing_until_then(
+    serve, connect, reads, context, begun, secured
+):
+    timed = Timed()
+    one = serve(on=timed, tls=context if secured else None)
+    one.port.handshake_timeout = 10.0
+    sock = connect(one.address)
+    sock.sendall(begun)
+    yield reads.wait(len(begun) and 1)
+    other = connect(one.address)  # many turns of the reactor, in none of which the first one has an event
+    for byte in V1[:-1]:
+        count = reads.count
+        other.sendall(bytes([byte]))
+        yield reads.wait(count + 1)
+    assert reads.count == bool(begun) + len(V1) - 1
+    assert not one.ended
+    timed.clock.advance(9.999)
+    assert not one.ended
+    timed.clock.advance(0.001)
+    assert [why for _, why in one.ended] == ["PROXY header timed out"] * 2
+    assert (yield deferToThread(is_closed, sock))
+    assert not one.factory.built
+    assert not timed.clock.getDelayedCalls()
+
+
+@pytest_twisted.inlineCallbacks
+def test_bytes_of_a_header_do_not_prolong_its_deadline(serve, connect, reads):
+    timed = Timed()
+    one = serve(on=timed)
+    sock = connect(one.address)
+    for at in range(10):
+        assert not one.ended
+        sock.sendall(V1[at : at + 1])
+        yield reads.wait(at + 1)
+        timed.clock.advance(1)
+    assert [why for _, why in one.ended] == ["PROXY header timed out"]
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_header_in_time_leaves_no_timer_and_the_tls_handshake_has_its_own(serve, connect, reads, context):
+    timed = Timed()
+    plain, secure = serve(on=timed), serve(on=timed, tls=context)
+    sock, other = connect(plain.address), connect(secure.address)
+    sock.sendall(V1[:1])
+    other.sendall(V1[:1])
+    yield reads.wait(2)
+    timed.clock.advance(9)
+    sock.sendall(V1[1:])
+    other.sendall(V1[1:])
+    yield reads.wait(4)
+    timed.clock.advance(9)
+    assert not plain.ended
+    assert not secure.ended
+    timed.clock.advance(1)
+    assert [why for _, why in secure.ended] == ["TLS handshake timed out"]
+    assert not plain.ended
+    assert not timed.clock.getDelayedCalls()
+
+
+@pytest.mark.parametrize("begun", [b"", V1[:20], V2[:20]], ids=["nothing", "v1", "v2"])
+@pytest_twisted.inlineCallbacks
+def test_a_client_that_finishes_before_its_header_has_finished(serve, connect, begun):
+    one = serve()
+    sock = connect(one.address)
+    sock.sendall(begun)
+    sock.shutdown(socket.SHUT_WR)
+    assert (yield deferToThread(is_closed, sock))
+    reason, why = yield one.end()
+    assert isinstance(reason, ConnectionDone)
+    assert why == "peer finished"
+    assert not one.factory.built
+
+
+@pytest.mark.parametrize("begun", [b"", V1[:20], V2[:20]], ids=["nothing", "v1", "v2"])
+@pytest_twisted.inlineCallbacks
+def test_a_client_that_resets_before_its_header_is_a_lost_connection(serve, connect, reads, begun):
+    one = serve()
+    sock = connect(one.address)
+    sock.sendall(begun)
+    yield reads.wait(len(begun) and 1)
+    reset(sock)
+    reason, why = yield one.end()
+    assert isinstance(reason, ConnectionLost)
+    assert why == "reset by peer"
+    assert one.opened[0].error.errno == errno.ECONNRESET
+    assert not one.factory.built
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_client_that_finishes_right_after_its_header_is_answered_in_full(serve, connect):
+    one = serve()
+    for _ in range(20):
+        sock = connect(one.address)
+        sock.sendall(V1)
+        sock.shutdown(socket.SHUT_WR)
+        assert (yield deferToThread(read, sock, 100)) == GREETING
+
+
+@pytest.mark.parametrize("how", ["abortConnection", "loseConnection"])
+@pytest_twisted.inlineCallbacks
+def test_a_connection_may_be_ended_by_us_before_its_header(serve, connect, reads, how):
+    one = serve()
+    sock = connect(one.address)
+    sock.sendall(V1[:20])
+    yield reads.wait(1)
+    getattr(one.opened[0], how)()
+    sock.sendall(V1[20:] + b"hello")  # too late
+    assert (yield deferToThread(is_closed, sock))
+    reason, why = yield one.end()
+    assert (type(reason), why) == {
+        "abortConnection": (ConnectionAborted, "aborted"),
+        "loseConnection": (ConnectionDone, "closed"),
+    }[how]
+    assert not one.factory.built
+    assert not one.opened[0]._deadline
+
+
+# --- what the register does with them ---
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_limit_per_peer_counts_clients_and_not_the_proxy(serve, connect):
+    one = serve(limits=Limits(max_connections=100, max_connections_per_peer=2, proxy_from=LOOPBACK))
+    socks = [connect(one.address) for _ in range(4)]
+    for sock in socks[:2]:
+        yield exchange(one, sock, V1)
+    socks[2].sendall(V2)
+    assert (yield deferToThread(is_closed, socks[2]))
+    yield exchange(one, socks[3], V1.replace(b"192.0.2.1", b"192.0.2.2"))
+    assert one.register.refused["max-connections-per-peer"] == 1
+    assert len(one.register.open) == 3
+    assert len(one.factory.built) == 3
+    # One of the two leaves, and there is room for another.
+    socks[0].close()
+    yield one.end()
+    yield exchange(one, connect(one.address), V2)
+
+
+@pytest_twisted.inlineCallbacks
+def test_who_is_not_believed_is_closed_before_a_byte_is_read(serve, connect, reads):
+    one = serve(limits=Limits(max_connections=100))
+    for header in (V1, b""):
+        sock = connect(one.address)
+        sock.sendall(header)
+        assert (yield deferToThread(is_closed, sock))
+    assert one.register.refused["proxy-from"] == 2
+    assert not one.register.open
+    assert reads.count == 0
+    assert not one.ended  # it was refused, and never was one

@@ -1,0 +1,372 @@
+"""A directory of certificates: each client is shown the one for the name that it asks for."""
+
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from rtservice.net.tls import DirectoryTLS, TLSError
+
+# File and the alternative names in it; `cn.example` has none.
+NAMES = {
+    "a": "DNS:a.example,DNS:B.example,IP:127.0.0.1",
+    "wild": "DNS:*.example.org,IP:127.0.0.1",
+    "www": "DNS:www.example.org",
+    "cn.example": "",
+    "idn": "DNS:xn--bcher-kva.example",
+    "fallback": "DNS:fallback.example",
+    "again": "DNS:a.example",
+}
+
+
+@pytest.fixture(scope="module")
+def named(certificates):
+    """The certificates, with those of NAMES."""
+    for name, alternative in NAMES.items():
+        certificates.make(name, "server", "ca", alternative=alternative)
+    return certificates
+
+
+@pytest.fixture
+def put(named, tmp_path):
+    """Puts certificate NAME and its key into a directory, as FILE.pem and FILE.key."""
+    (tmp_path / "certificates").mkdir()
+
+    def copy(name: str, file: str = "") -> None:
+        for suffix in ("pem", "key"):
+            shutil.copy(named[f"{name}.{suffix}"], tmp_path / "certificates" / f"{file or name}.{suffix}")
+
+    copy.directory = tmp_path / "certificates"
+    return copy
+
+
+def shake(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None, session=None):
+    """Both ends after a handshake without a network; raises the SSLError of whoever refuses."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname=name, session=session),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(3):
+        for end in ends:
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    for end in ends:
+        with suppress(ssl.SSLWantReadError):
+            end.read(1)  # a session of TLS 1.3, or its refusal of the client, comes after the handshake
+    return ends
+
+
+def careless(**attributes) -> ssl.SSLContext:
+    """A client that takes any certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    for name, value in attributes.items():
+        setattr(context, name, value)
+    return context
+
+
+def shown(named, server: ssl.SSLContext, name: str | None) -> str:
+    """Which of NAMES a client that asks for `name` is shown."""
+    end, _ = shake(server, careless(), name)
+    pem = ssl.DER_cert_to_PEM_cert(end.getpeercert(binary_form=True))
+    (found,) = (file for file in NAMES if pem in Path(named[f"{file}.pem"]).read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("a.example", "a"),
+        ("b.example", "a"),
+        ("A.Example", "a"),
+        ("www.example.org", "www"),
+        ("mail.example.org", "wild"),
+        ("MAIL.example.org", "wild"),
+        ("cn.example", "cn.example"),
+        ("bücher.example", "idn"),
+        # Who is not known is shown the default.
+        ("example.org", "fallback"),
+        ("x.mail.example.org", "fallback"),
+        ("*.a.example", "fallback"),
+        ("unknown", "fallback"),
+        ("a", "fallback"),
+        ("127.0.0.1", "fallback"),
+        (None, "fallback"),
+    ],
+)
+def test_each_name_is_shown_its_certificate(named, put, name, file) -> None:
+    for one in ("a", "wild", "www", "cn.example", "idn"):
+        put(one)
+    put("fallback", "default")
+    assert shown(named, DirectoryTLS(str(put.directory)).load().context, name) == file
+
+
+def test_the_first_file_is_the_default_when_none_is_called_so(named, put) -> None:
+    put("www", "2")
+    put("a", "10")
+    context = DirectoryTLS(str(put.directory)).load().context
+    assert [shown(named, context, name) for name in (None, "unknown", "www.example.org")] == ["a", "a", "www"]
+
+
+def test_the_default_may_have_the_names_of_others_which_keep_them(named, put) -> None:
+    put("a")
+    put("again", "default")
+    put("www")
+    context = DirectoryTLS(str(put.directory)).load().context
+    assert [shown(named, context, name) for name in (None, "a.example", "b.example")] == ["again", "a", "a"]
+
+
+def test_the_default_may_be_a_link_to_another_file(named, put) -> None:
+    put("a")
+    put("www")
+    for suffix in ("pem", "key"):
+        (put.directory / f"default.{suffix}").symlink_to(f"www.{suffix}")
+    context = DirectoryTLS(str(put.directory)).load().context
+    assert [shown(named, context, name) for name in (None, "a.example", "www.example.org")] == ["www", "a", "www"]
+
+
+def test_two_files_for_one_name_are_both_named(put) -> None:
+    put("a")
+    put("again")
+    assert refusal(put.directory) == (
+        f"'{put.directory}/a.pem' and '{put.directory}/again.pem' are both for 'a.example': one of them has to go"
+    )
+
+
+def test_a_file_may_hold_the_chain_and_the_key(named, put) -> None:
+    named.make("deep", "server", "inner", alternative="DNS:deep.example")
+    shutil.copy(named.join("all.pem", "deep.key", "deep.pem", "inner.pem"), put.directory)
+    put("a")
+    client = ssl.create_default_context(cafile=named["ca.pem"])
+    end, _ = shake(DirectoryTLS(str(put.directory)).load().context, client, "deep.example")
+    assert end.getpeercert()["subjectAltName"] == (("DNS", "deep.example"),)
+
+
+def test_what_is_not_called_pem_and_what_is_hidden_is_left_alone(named, put) -> None:
+    put("a")
+    for name in ("README", "a.pem.bak", ".b.pem", ".pem", "other.key"):
+        (put.directory / name).write_text("junk")
+    assert [one.path for one in DirectoryTLS(str(put.directory)).load().certificates] == [f"{put.directory}/a.pem"]
+
+
+def test_each_certificate_says_its_names_and_when_it_ends(named, put) -> None:
+    put("a")
+    put("cn.example", "default")
+    put("wild")
+    found = DirectoryTLS(str(put.directory)).load().certificates
+    assert [(Path(one.path).name, one.names) for one in found] == [
+        ("a.pem", ("a.example", "b.example")),
+        ("wild.pem", ("*.example.org",)),
+        ("default.pem", ("cn.example",)),
+    ]
+    for one in found:
+        text = subprocess.check_output(["openssl", "x509", "-in", one.path, "-noout", "-dates"], text=True)
+        dates = dict(line.split("=") for line in text.splitlines())
+        assert one.not_before == ssl.cert_time_to_seconds(dates["notBefore"]) <= time.time()
+        assert one.not_after == ssl.cert_time_to_seconds(dates["notAfter"])
+        assert one.not_after - one.not_before == 90 * 86400
+
+
+# --- what is wrong ---
+
+
+def refusal(directory: object, **policy) -> str:
+    with pytest.raises(TLSError) as caught:
+        DirectoryTLS(str(directory), **policy).load()
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1
+    return line
+
+
+def test_a_directory_that_is_missing_or_empty_or_none_is_named(tmp_path) -> None:
+    assert refusal(tmp_path / "none") == f"cannot read the directory '{tmp_path}/none': no such file or directory"
+    assert refusal(tmp_path) == f"no certificate, a file called *.pem, in the directory '{tmp_path}'"
+    (tmp_path / "file").touch()
+    assert refusal(tmp_path / "file") == f"cannot read the directory '{tmp_path}/file': not a directory"
+
+
+def test_a_certificate_without_a_key_is_named(put) -> None:
+    put("a")
+    put("www")
+    (put.directory / "www.key").unlink()
+    path = f"{put.directory}/www"
+    assert refusal(put.directory) == f"no private key for '{path}.pem': it holds none, and there is no '{path}.key'"
+
+
+def test_a_key_of_another_certificate_is_named(named, put) -> None:
+    put("a")
+    put("www")
+    shutil.copy(named["a.key"], put.directory / "www.key")
+    path = f"{put.directory}/www"
+    assert refusal(put.directory) == f"the private key '{path}.key' does not belong to the certificate '{path}.pem'"
+
+
+@pytest.mark.parametrize("content", ["", "junk", "-----BEGIN CERTIFICATE-----\n"])
+def test_a_file_without_a_usable_certificate_is_named_and_not_passed_over(put, content) -> None:
+    put("a")
+    (put.directory / "b.pem").write_text(content)
+    (put.directory / "b.key").touch()
+    assert refusal(put.directory) == f"no usable certificate in PEM form in '{put.directory}/b.pem'"
+
+
+def test_a_file_that_cannot_be_read_is_named(put) -> None:
+    put("a")
+    (put.directory / "b.pem").symlink_to("gone.pem")
+    assert refusal(put.directory) == f"cannot read the certificate '{put.directory}/b.pem': no such file or directory"
+
+
+# --- one policy for all names ---
+
+
+@pytest.fixture
+def two(put):
+    """A directory with a default and `a.example`."""
+    put("a")
+    put("fallback", "default")
+    return str(put.directory)
+
+
+EACH = pytest.mark.parametrize("name", ["a.example", "unknown", None])
+VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+
+
+@EACH
+def test_alpn_is_the_servers_preference_for_each_name(two, name) -> None:
+    client = careless()
+    client.set_alpn_protocols(["two", "one"])
+    ends = shake(DirectoryTLS(two, alpn=("one", "two")).load().context, client, name)
+    assert [end.selected_alpn_protocol() for end in ends] == ["one", "one"]
+
+
+@EACH
+def test_the_minimum_holds_for_each_name(two, name) -> None:
+    context = DirectoryTLS(two, minimum="1.3").load().context
+    assert shake(context, careless(), name)[0].version() == "TLSv1.3"
+    with pytest.raises(ssl.SSLError):
+        shake(context, careless(maximum_version=ssl.TLSVersion.TLSv1_2), name)
+
+
+@EACH
+def test_the_suites_are_the_same_for_each_name(two, name) -> None:
+    context = DirectoryTLS(two).load().context
+    client = careless(maximum_version=ssl.TLSVersion.TLSv1_2)
+    client.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE+AESGCM")
+    assert shake(context, client, name)[0].cipher()[0] == "ECDHE-ECDSA-AES256-GCM-SHA384"
+    client.set_ciphers("ECDHE-ECDSA-AES128-SHA256:ECDHE-ECDSA-AES256-SHA")
+    with pytest.raises(ssl.SSLError):
+        shake(context, client, name)
+
+
+@EACH
+@VERSIONS
+def test_a_client_needs_a_certificate_whichever_name_it_asks_for(named, two, name, version) -> None:
+    context = DirectoryTLS(two, client_ca=named["ca.pem"]).load().context
+
+    def client(*names: str) -> ssl.SSLContext:
+        made = careless(maximum_version=ssl.TLSVersion[version])
+        for one in names:
+            made.load_cert_chain(named[f"{one}.pem"], named[f"{one}.key"])
+        return made
+
+    _, far = shake(context, client("client"), name)
+    assert (("commonName", "client"),) in far.getpeercert()["subject"]
+    for names in ([], ["stranger"]):
+        with pytest.raises(ssl.SSLError):
+            shake(context, client(*names), name)
+
+
+@EACH
+@VERSIONS
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_session_is_resumed_whichever_name_it_is_for(named, two, name, version, verified) -> None:
+    context = DirectoryTLS(two, client_ca=named["ca.pem"] if verified else None).load().context
+    client = careless(maximum_version=ssl.TLSVersion[version])
+    client.load_cert_chain(named["client.pem"], named["client.key"])
+    first, _ = shake(context, client, name)
+    again, far = shake(context, client, name, first.session)
+    assert again.session_reused
+    assert bool(far.getpeercert()) == verified
+
+
+def test_a_client_between_two_hellos_survives_a_reload(two) -> None:
+    # In a process of its own, which would crash: freed memory is overwritten at once.
+    environment = {**os.environ, "PYTHONMALLOC": "debug"}
+    script = f"""
+import gc, ssl, weakref
+from rtservice.net.tls import DirectoryTLS
+server = DirectoryTLS({two!r}).load().context
+server.set_ecdh_curve("secp384r1")  # which clients know, and do not guess: they are told to say hello again
+client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+near = client.wrap_bio(to_client, to_server, server_hostname="a.example")
+far = server.wrap_bio(to_server, to_client, server_side=True)
+def turn(end):
+    try: end.do_handshake()
+    except ssl.SSLWantReadError: pass
+turn(near); turn(far)
+assert far.context is not server  # its first hello was heard
+del server
+gc.collect()
+for end in (near, far, near): turn(end)
+print(near.version(), near.cipher()[0])
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "TLSv1.3 TLS_AES_256_GCM_SHA384\n"
+
+
+@pytest.mark.parametrize("name", [b"a..example", b"." * 9, b"-_x%y'z\x1b\r\n", b"x" * 60, b"xn--a-\x7f"])
+def test_a_name_that_is_no_host_name_is_shown_the_default(two, name, capfd) -> None:
+    context = DirectoryTLS(two).load().context
+    stand_in = b"n" * len(name)
+    to_server, to_client, altered = ssl.MemoryBIO(), ssl.MemoryBIO(), ssl.MemoryBIO()
+    near = careless().wrap_bio(to_client, to_server, server_hostname=stand_in.decode())
+    with suppress(ssl.SSLWantReadError):
+        near.do_handshake()
+    hello = to_server.read()
+    assert stand_in in hello
+    altered.write(hello.replace(stand_in, name))
+    far = context.wrap_bio(altered, to_client, server_side=True)
+    with suppress(ssl.SSLWantReadError):
+        far.do_handshake()
+    assert far.context is context
+    assert to_client.pending
+    assert capfd.readouterr() == ("", "")
+
+
+# --- a real service and a real client ---
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
+def test_s_client_sees_the_certificate_of_its_name_and_is_asked_for_its_own(named, two, service) -> None:
+    one = service(f"--listen=ssl:0:interface=127.0.0.1:certificates={two}:clientCA={named['ca.pem']}:alpn=echo")
+
+    def client(*arguments: str) -> str:
+        done = subprocess.run(
+            ["openssl", "s_client", "-connect", f"127.0.0.1:{one.port}", "-CAfile", named["ca.pem"], *arguments],
+            input="Q\n",
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.stdout + done.stderr
+
+    mine = ("-cert", named["client.pem"], "-key", named["client.key"])
+    for name, asked in (
+        ("a.example", ("-servername", "a.example")),
+        ("fallback.example", ("-servername", "unknown")),
+        ("fallback.example", ("-noservername",)),
+    ):
+        seen = client(*asked, "-verify_hostname", name, "-verify_return_error", "-alpn", "echo", *mine)
+        assert "Verify return code: 0 (ok)" in seen
+        assert "ALPN protocol: echo" in seen
+        assert "handshake failure" in client(*asked, "-tls1_2")
