@@ -35,7 +35,8 @@ COMMAND = 60
 MASKED = ("getty.target", "systemd-logind.service", "systemd-timesyncd.service", "apt-daily.timer", "e2scrub_all.timer")
 
 # Our own mount namespace and control group, on any host: cgroup2 alone, since Debian's systemd wants nothing else, and
-# a /run of its own, where nspawn would leave things. nspawn is not replaced by a signal that ends this shell.
+# a /run of its own, where nspawn would leave things. A signal that ends the boot goes to all of the group: this shell
+# outlives it, and tidies up.
 LAUNCH = """
 set -e
 trap : TERM
@@ -149,13 +150,17 @@ def _debian() -> Path:
                 text=True,
             )
             if result.returncode:
-                raise CannotBootError(f"debootstrap failed: {(result.stdout + result.stderr).strip()[-300:]}")
+                raise CannotBootError(f"debootstrap: {_last_line(result.stdout + result.stderr)}")
             # What pip would install in it is copied later.
             subprocess.run(
                 ["chroot", str(unfinished), "python3", "-m", "venv", "--without-pip", "/opt/rtservice"], check=True
             )
             unfinished.rename(root)
     return root
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
 
 
 def _install(root: Path, venv: Path) -> None:
@@ -237,7 +242,7 @@ def _boot(debian: Path, directory: Path) -> Iterator[Machine]:
                 readable, _, _ = select.select([notified, ended], [], [], BOOT)
                 if notified not in readable:
                     why = "it ended" if readable else f"it is not up after {BOOT} s"
-                    raise CannotBootError(f"{why}: {console.read_text(errors='replace').strip()[-300:]}")
+                    raise CannotBootError(f"{why}: {_last_line(console.read_text(errors='replace'))}")
                 news = dict(line.split("=", 1) for line in notified.recv(4096).decode().splitlines())
                 leader = int(news.get("X_NSPAWN_LEADER_PID", leader))
                 up = "READY" in news
