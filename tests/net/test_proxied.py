@@ -120,9 +120,8 @@ class Served:
         self.on = on
         self.opened: list[Any] = []
         self.ended: list[tuple[Any, str]] = []  # connections, and why, as in their records
-        self.register = Connections(
-            Logger(observer=lambda event: None), limits or Limits(max_connections=100, proxy_from=LOOPBACK)
-        )
+        self.events: list[Any] = []  # of the register's log
+        self.register = Connections(Logger(observer=self.events.append), limits)
         self._waiting: list[Deferred[None]] = []
         self.port = Port(
             on,
