@@ -34,8 +34,8 @@ BUFFER_SIZE = 64 * 1024
 # More would copy bytes that the kernel then refuses.
 JOIN_LIMIT = 256 * 1024
 
-# Connections accepted per event. Each takes 30 µs if it is refused and 80 µs if it is greeted, and open connections
-# have to wait for that: with 64, a flood made an exchange of 0.03 ms one of 2 ms.
+# Connections accepted per event, for which open ones have to wait: with 64, the slowest hundredth of exchanges took up
+# to 2 ms during a flood of connects that were refused.
 ACCEPTS_PER_EVENT = 16
 
 # Why accept() can fail for one connection while the listener is fine (accept(2): "treat them like EAGAIN by
