@@ -46,7 +46,9 @@ class LayeredConnection(Connection):
 
     def end(self, why: str) -> None:
         super().end(why)
-        self.unregisterProducer()  # the layer waits for that as well
+        # What the layer waits for: that its producer is no more, and then the peer's close_notify.
+        self.unregisterProducer()
+        self.resumeProducing()
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         if self.connected:

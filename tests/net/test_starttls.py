@@ -218,10 +218,13 @@ def test_an_end_of_ours_sends_what_is_written_also_while_a_producer_is_paused(se
     class Own(Upgrading):
         """Its transport is its producer, as an echo's is."""
 
-        def handshakeCompleted(self):
-            self.transport.registerProducer(self.transport, True)
-            self.transport.write(content)
-            made.callback(self.transport)
+        def dataReceived(self, data):
+            if data == STARTTLS:
+                super().dataReceived(data)
+            else:
+                self.transport.registerProducer(self.transport, True)
+                self.transport.write(content)
+                made.callback(self.transport)
 
     factory.protocol = Own
 
@@ -232,6 +235,7 @@ def test_an_end_of_ours_sends_what_is_written_also_while_a_producer_is_paused(se
         return bytes(received)
 
     with (yield deferToThread(upgrade, address, certificates, b"go on\r\n")) as sock:
+        yield deferToThread(sock.sendall, b"go")
         transport = yield made.addTimeout(DEADLINE, reactor)
         assert transport.unsent
         transport.end("drained")

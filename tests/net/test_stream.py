@@ -728,8 +728,10 @@ def talking(address) -> bytes:
     enough = threading.Event()
 
     def send(sock: socket.socket) -> None:
-        while not enough.is_set():
-            sock.sendall(b"x" * 65536)
+        # When we are closed with all said and all read, what is sent later comes too late.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while not enough.is_set():
+                sock.sendall(b"x" * 65536)
 
     with socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX) as sock:
         sock.settimeout(DEADLINE)
@@ -742,13 +744,13 @@ def talking(address) -> bytes:
                     received += piece
             finally:
                 enough.set()
-            sending.result()  # nor was anything of the client's answered with a reset
+            sending.result()
         return bytes(received)
 
 
 @pytest.mark.parametrize("description", ["tcp:0:interface=127.0.0.1", "unix:{}/s"], ids=["tcp", "unix"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serve, tmp_path, description):
+def test_a_client_that_sends_on_while_we_close_reads_every_byte_and_the_end(serve, tmp_path, description):
     def write_and_close(protocol, data):
         protocol.transport.write(content)
         protocol.transport.loseConnection()
@@ -765,10 +767,25 @@ def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serv
     assert factory.transports == [Connection] * 20
 
 
+def test_what_comes_in_the_very_moment_of_our_close_takes_nothing_from_the_client(monkeypatch) -> None:
+    def too_late(connection, reason):
+        one.client.sendall(b"now")
+        connection_lost(connection, reason)
+
+    connection_lost = Connection.connectionLost
+    monkeypatch.setattr(Connection, "connectionLost", too_late)
+    one = Ending(b"")
+    one.closes()
+    assert one.connection.disconnected
+    assert one.client.recv(100) == b"last words"
+    assert one.client.recv(100) == b""  # and no reset
+    one.client.close()
+
+
 class Ending:
     """A connection with a client, on the test's clock: everything is sent, and what came from the client is unread."""
 
-    def __init__(self) -> None:
+    def __init__(self, unread: bytes = b"unread") -> None:
         self.clock = Reactor()
         self.factory = Recording()
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -776,10 +793,13 @@ class Ending:
             near, _ = listening.accept()
         near.setblocking(False)
         port = Port(self.clock, near, self.factory, name="test")
-        self.connection = Connection(self.clock, near, port, self.client.getsockname(), 1)
+        self.connection = Connection(self.clock, near, port, None, 1)
         self.connection.start()
-        self.client.sendall(b"unread")
-        select.select([near], [], [], DEADLINE)
+        if unread:
+            self.client.sendall(unread)
+            select.select([near], [], [], DEADLINE)
+
+    def closes(self) -> None:
         self.connection.write(b"last words")
         self.connection.loseConnection()
         self.connection.doWrite()
@@ -794,6 +814,7 @@ class Ending:
 @pytest.fixture
 def ending():
     one = Ending()
+    one.closes()
     yield one
     one.client.close()
     assert one.clock.getDelayedCalls() == []
