@@ -34,6 +34,15 @@ _FLUSH_STALL, _FLUSH_LIMIT, _FLUSH_STEP = 5.0, 30.0, 1.0
 # just copied a certificate, does not mind waiting for.
 _TICK = 2.0
 
+# Of one certificate, in its line of the log.
+_NAMES_SHOWN = 5
+
+
+def _some_of(names: tuple[str, ...]) -> str:
+    """The first of a certificate's names, which can be thousands."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
 
 class StartError(SystemExit, Exception):
     """The service cannot start; the text says why, and has been reported.
@@ -331,7 +340,7 @@ class Server(Service):
             (self._log.info if seconds >= 0 and certificate.not_before <= now else self._log.warn)(
                 "certificate {path} for {names}: {state}",
                 path=certificate.path,
-                names=escaped(", ".join(certificate.names)) or "no name",
+                names=escaped(_some_of(certificate.names)) or "no name",
                 state=state,
                 not_after=certificate.not_after,
             )
