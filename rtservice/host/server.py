@@ -109,7 +109,7 @@ class Server(Service):
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
     `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
-    calls it.
+    calls it, SIGUSR1 is ignored where twistd has no log file to rotate.
     """
 
     name = "rtservice"
@@ -160,6 +160,9 @@ class Server(Service):
         if self._reload is not None:
             # A reload that is asked for too early must not be what SIGHUP is by default.
             signal.signal(signal.SIGHUP, self._hung_up)
+            # Twistd's, for a log file to rotate; where there is none, it would end the process.
+            if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+                signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         endpoints, self._endpoints = self._endpoints, []
         for description, endpoint in endpoints:
             failures: list[Failure] = []

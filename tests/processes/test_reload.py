@@ -497,6 +497,14 @@ def test_a_signal_during_the_drain_does_no_harm(service) -> None:
     assert not lines(one, "SIGHUP")
 
 
+def test_the_signal_that_rotates_a_log_file_does_no_harm_where_there_is_none(service) -> None:
+    one = service("--listen=tcp:0:interface=127.0.0.1")
+    with connected(one) as client:
+        one.process.send_signal(signal.SIGUSR1)
+        assert echoes(client)
+    assert one.stop() == 0
+
+
 # --- where the process cannot read any more ---
 
 
