@@ -34,6 +34,15 @@ _FLUSH_STALL, _FLUSH_LIMIT, _FLUSH_STEP = 5.0, 30.0, 1.0
 # just copied a certificate, does not mind waiting for.
 _TICK = 2.0
 
+# Of one certificate, in its line of the log.
+_NAMES_SHOWN = 5
+
+
+def _some_of(names: tuple[str, ...]) -> str:
+    """The first of a certificate's names, which can be thousands."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
 
 class StartError(SystemExit, Exception):
     """The service cannot start; the text says why, and has been reported.
@@ -100,7 +109,7 @@ class Server(Service):
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
     `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
-    calls it.
+    calls it, SIGUSR1 is ignored where twistd has no log file to rotate.
     """
 
     name = "rtservice"
@@ -152,6 +161,9 @@ class Server(Service):
         if self._reload is not None:
             # A reload that is asked for too early must not be what SIGHUP is by default.
             signal.signal(signal.SIGHUP, self._hung_up)
+            # Twistd's, for a log file to rotate; where there is none, it would end the process.
+            if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+                signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         endpoints, self._endpoints = self._endpoints, []
         for description, endpoint in endpoints:
             failures: list[Failure] = []
@@ -336,7 +348,7 @@ class Server(Service):
             (self._log.info if seconds >= 0 and certificate.not_before <= now else self._log.warn)(
                 "certificate {path} for {names}: {state}",
                 path=certificate.path,
-                names=escaped(", ".join(certificate.names)) or "no name",
+                names=escaped(_some_of(certificate.names)) or "no name",
                 state=state,
                 not_after=certificate.not_after,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
+import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -278,10 +279,17 @@ def _certificates_in(text: str, path: str, what: str) -> str:
 
 def _read(path: str, what: str) -> str:
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
+        # A pipe would keep a reload, and with it the whole service, waiting.
+        with open(path, encoding="ascii", errors="replace", opener=_open_nonblocking) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read()
     except OSError as error:
         raise TLSError(f"cannot read the {what} {path!r}: {_reason(error)}") from error
+    raise TLSError(f"cannot read the {what} {path!r}: not a regular file")
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _reason(error: OSError) -> str:

@@ -40,6 +40,11 @@ def put(renewed, tmp_path):
     return copy
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 TLS = "--listen=ssl:0:interface=127.0.0.1:privateKey=served.key:certKey=served.pem"
 
 
@@ -119,8 +124,9 @@ def test_a_renewed_certificate_is_shown_after_sighup_and_an_open_connection_goes
         (lambda put, here: (here / "served.key").write_bytes(b"\0\xff" * 99), "no usable private key in PEM form"),
         (lambda put, here: (here / "served.pem").write_text(""), "no usable certificate in PEM form"),
         (lambda put, here: (here / "served.key").unlink(), "cannot read the private key"),
+        (lambda put, here: pipe(here / "served.key"), "not a regular file"),
     ],
-    ids=["mismatch", "garbage", "binary", "empty", "missing"],
+    ids=["mismatch", "garbage", "binary", "empty", "missing", "pipe"],
 )
 def test_a_certificate_that_is_wrong_is_one_line_and_the_old_one_stays(
     service, put, der, tls_client, tmp_path, spoil, problem
@@ -180,6 +186,10 @@ def test_the_days_that_certificates_have_are_logged_at_the_start_and_after_a_rel
     put("short")
     hang_up(one)
     assert one.wait_line(r"#info\] certificate .*/served.pem for localhost: expires in 7 days$")
+    renewed.make("many", "server", "ca", alternative=",".join(f"DNS:n{number}.example" for number in range(500)))
+    put("many")
+    hang_up(one, 2)
+    assert one.wait_line(r"served.pem for n0\.example,( n[1-4]\.example,?){4} and 495 more: expires in 90 days$")
 
 
 # The program itself would stand between the test and the service.
@@ -485,6 +495,14 @@ def test_a_signal_during_the_drain_does_no_harm(service) -> None:
     assert one.process.wait(DEADLINE) == 0
     assert one.wait_line("drained: 1 ended, 0 aborted")
     assert not lines(one, "SIGHUP")
+
+
+def test_the_signal_that_rotates_a_log_file_does_no_harm_where_there_is_none(service) -> None:
+    one = service("--listen=tcp:0:interface=127.0.0.1")
+    with connected(one) as client:
+        one.process.send_signal(signal.SIGUSR1)
+        assert echoes(client)
+    assert one.stop() == 0
 
 
 # --- where the process cannot read any more ---
