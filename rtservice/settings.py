@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -443,7 +445,7 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
         ("command line", _parsed(options, _option)),
     ]
     if config is not None:
-        file = _printable(config)
+        file = printable(config)
         layers.insert(0, (file, _parsed(_read(config), str, prefix=f"{file}: ")))
     values: dict[str, Any] = {}
     sources = {setting.name: "default" for setting in schema()}
@@ -464,8 +466,11 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
 
 def _read(config: str) -> dict[str, Any]:
     try:
-        with open(config, "rb") as file:
-            return tomllib.load(file)
+        # A pipe would give nothing to a reload, and so the defaults to everything, or keep the whole service waiting.
+        with open(config, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return tomllib.load(file)
+            problem = "is not a regular file, which a reload could read again"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
@@ -473,7 +478,7 @@ def _read(config: str) -> dict[str, Any]:
     # tomllib's own error is a ValueError; int() has another for thousands of digits, and arrays may nest too deeply.
     except (ValueError, RecursionError) as error:
         problem = f"is not TOML: {error}"
-    raise SettingError(f"{_printable(config)}: {problem}")
+    raise SettingError(f"{printable(config)}: {problem}")
 
 
 def _parsed(given: Mapping[str, Any], key_of: Callable[[str], str], *, prefix: str = "") -> dict[str, Any]:
@@ -481,7 +486,7 @@ def _parsed(given: Mapping[str, Any], key_of: Callable[[str], str], *, prefix: s
     settings = {key_of(setting.name): setting for setting in schema()}
     values = {}
     for key, value in given.items():
-        where = prefix + _printable(key)
+        where = prefix + printable(key)
         if key not in settings:
             # Without what all keys of a layer share, which would make them all alike.
             bare = key.removeprefix(_PREFIX).lower().replace("_", "-")
@@ -524,8 +529,8 @@ def _shown(given: Any) -> str:
     return str(given).lower() if isinstance(given, bool) else str(given)
 
 
-def _printable(text: str) -> str:
-    """For errors and comments, which are one line."""
+def printable(text: str) -> str:
+    """The text, quoted if it would not be one line or cannot be shown."""
     return text if text.isprintable() else repr(text)
 
 

@@ -22,7 +22,7 @@ from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.net.tls import TLSError
 from rtservice.observe.logs import Log
-from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError
+from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
 
 
 def _help(setting: settings.Setting) -> str:
@@ -251,7 +251,7 @@ def _open(
     endpoints: list[tuple[str, Any]] = []
     try:
         for description in in_force.listen:
-            with _naming(f"{loaded.where('listen')} {description}"):
+            with _naming(f"{loaded.where('listen')} {printable(description)}"):
                 if _is_ours(description):
                     opened += listeners.open_description(
                         description, backlog=in_force.backlog, resolve_path=resolve_path, slots=slots
@@ -276,7 +276,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
     """Find what _open would, without a socket that listens. Raises SettingError."""
     in_force = loaded.settings
     for description in in_force.listen:
-        with _naming(f"{loaded.where('listen')} {description}"):
+        with _naming(f"{loaded.where('listen')} {printable(description)}"):
             if _is_ours(description):
                 listeners.check_description(description, resolve_path=resolve_path)
             else:
@@ -288,7 +288,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
 
 def _port_and_interface(loaded: Loaded) -> str:
     given = loaded.settings
-    interface = f" {loaded.where('interface')} {given.interface}" if given.interface else ""
+    interface = f" {loaded.where('interface')} {printable(given.interface)}" if given.interface else ""
     return f"{loaded.where('port')} {given.port}{interface}"
 
 
@@ -376,7 +376,7 @@ class _Start:
         self._take_pipe()
         with contextlib.suppress(OSError):  # nobody listens any more
             if problem is not None:
-                os.write(self._terminal, f"rtservice: {problem}\n".encode(errors="surrogateescape"))
+                os.write(self._terminal, f"rtservice: {printable(problem)}\n".encode())
             if self._pipe is not None:
                 os.write(self._pipe, b"0" if problem is None else b"1 rtservice did not start")
         os.close(self._terminal)

@@ -36,7 +36,14 @@ BIN = Path(sys.executable).parent
 class Service:
     """A `twistd rtservice` in the foreground, whose output is read as it comes."""
 
-    def __init__(self, command: list[str], cwd: Path, env: dict[str, str], launcher: list[str]) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        cwd: Path,
+        env: dict[str, str],
+        launcher: list[str],
+        pass_fds: tuple[int, ...] = (),
+    ) -> None:
         self.lines: list[str] = []
         self._news = threading.Condition()
         self.process = subprocess.Popen(
@@ -48,6 +55,7 @@ class Service:
             stderr=subprocess.STDOUT,
             text=True,
             errors="backslashreplace",
+            pass_fds=pass_fds,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -107,9 +115,15 @@ def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..
     """Starts `twistd -n rtservice` with arguments, and waits until it listens."""
     started: list[Service] = []
 
-    def start(*arguments: str, twistd: tuple[str, ...] = (), launcher: list[str] | None = None, **env: str) -> Service:
+    def start(
+        *arguments: str,
+        twistd: tuple[str, ...] = (),
+        launcher: list[str] | None = None,
+        pass_fds: tuple[int, ...] = (),
+        **env: str,
+    ) -> Service:
         command = [str(BIN / "twistd"), "--nodaemon", "--pidfile=", *twistd, "rtservice", *arguments]
-        one = Service(command, tmp_path, {**environment, **env}, launcher or [])
+        one = Service(command, tmp_path, {**environment, **env}, launcher or [], pass_fds)
         started.append(one)
         one.wait_line("listening on")
         return one

@@ -1,39 +1,79 @@
-"""The files in etc/ are what systemd accepts, and start what this package installs."""
+"""The files in etc/ are what systemd accepts, start what this package installs, and give away little."""
 
 import re
+import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from rtservice import settings
 from rtservice.tap import Options
 
 ETC = Path(__file__).parent.parent / "etc"
-
-
-@pytest.mark.skipif(
+SERVICES = ["rtservice.service", "rtservice-standalone.service"]
+needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze (Debian: systemd) is not installed"
 )
+
+
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60)
+
+
+@needs_systemd
 def test_systemd_finds_nothing_wrong_with_the_units(tmp_path) -> None:
-    for unit in ("rtservice.service", "rtservice.socket"):
+    units = []
+    for unit in (*SERVICES, "rtservice.socket"):
         text = (ETC / unit).read_text()
         # The one thing that is not on this machine is the installed program.
         (tmp_path / unit).write_text(text.replace("/opt/rtservice/bin/twistd", shutil.which("true") or "/bin/true"))
-    units = [str(tmp_path / unit) for unit in ("rtservice.service", "rtservice.socket")]
-    result = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, timeout=60
-    )
+        units.append(str(tmp_path / unit))
+    result = analyze("verify", "--man=no", *units)
     # Units of the host itself may be complained about; ours must not.
     ours = [line for line in result.stderr.splitlines() if "rtservice" in line]
     assert ours == []
     assert result.returncode == 0, result.stderr
 
 
-def test_the_service_is_started_with_options_that_exist() -> None:
-    command = re.search(r"^ExecStart=(.*)$", (ETC / "rtservice.service").read_text(), re.MULTILINE)
+@needs_systemd
+@pytest.mark.parametrize(("unit", "most"), [("rtservice.service", 0.5), ("rtservice-standalone.service", 1.5)])
+def test_a_unit_is_exposed_no_more_than_its_work_asks_for(unit, most) -> None:
+    result = analyze("security", "--offline=true", "--no-pager", str(ETC / unit))
+    level = re.search(r"Overall exposure level for \S+: (\d+\.\d)", result.stdout)
+    assert level is not None, result.stderr
+    assert float(level[1]) <= most, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("unit", "listen"), [("rtservice.service", ("systemd:name=rtservice",)), ("rtservice-standalone.service", ())]
+)
+def test_a_service_is_started_with_options_and_a_file_that_are_right(unit, listen) -> None:
+    text = (ETC / unit).read_text().replace("/etc/rtservice/rtservice.toml", str(ETC / "rtservice.toml"))
+    command = re.search(r"^ExecStart=(.*)$", text.replace("\\\n", ""), re.MULTILINE)
     assert command is not None
-    arguments = command[1].split()
+    arguments = shlex.split(command[1])
     options = Options()
     options.parseOptions(arguments[arguments.index("rtservice") + 1 :])
-    assert options.settings().listen == ("systemd:name=rtservice",)
+    assert options.settings().listen == listen
+    assert options.settings().port == 8080
+
+
+def test_the_systemd_timeout_leaves_time_for_the_drain_of_the_example() -> None:
+    drain = tomllib.loads((ETC / "rtservice.toml").read_text())["drain-timeout"]
+    for unit in SERVICES:
+        timeout = re.search(r"^TimeoutStopSec=(\d+)$", (ETC / unit).read_text(), re.MULTILINE)
+        assert timeout is not None
+        assert int(timeout[1]) == drain + 15
+
+
+def test_what_the_example_shows_behind_a_hash_is_the_default(tmp_path) -> None:
+    text = (ETC / "rtservice.toml").read_text()
+    hidden = "\n".join(line.removeprefix("#") for line in text.splitlines() if re.match("#[a-z0-9-]+ = ", line))
+    (tmp_path / "hidden.toml").write_text(hidden)
+    assert settings.load({}, {}, str(tmp_path / "hidden.toml")).settings == settings.Settings()
+    # All of them are there, so that nobody has to look elsewhere.
+    shown = {*tomllib.loads(hidden), *tomllib.loads(text), "listen", "interface"}
+    assert shown == {setting.name for setting in settings.schema()}

@@ -185,6 +185,13 @@ class Connections:
 
     def closed(self, connection: Any, reason: Failure) -> None:
         """Write the record of a connection of ours, and forget it."""
+        if isinstance(connection.error, ProxyError):  # what a misconfigured proxy sent, for whoever looks for it
+            self._log.debug(
+                "{peer} on {listener}: {problem}",
+                peer=peer_name(connection.getPeer()),
+                listener=connection.port.name,
+                problem=connection.error,
+            )
         self._record(
             connection.getPeer(),
             connection.port.name,

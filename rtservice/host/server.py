@@ -34,6 +34,15 @@ _FLUSH_STALL, _FLUSH_LIMIT, _FLUSH_STEP = 5.0, 30.0, 1.0
 # just copied a certificate, does not mind waiting for.
 _TICK = 2.0
 
+# Of one certificate, in its line of the log.
+_NAMES_SHOWN = 5
+
+
+def _some_of(names: tuple[str, ...]) -> str:
+    """The first of a certificate's names, which can be thousands."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
 
 class StartError(SystemExit, Exception):
     """The service cannot start; the text says why, and has been reported.
@@ -103,7 +112,7 @@ def log_certificates(log: Logger, listeners: list[Listener]) -> None:
         (log.info if seconds >= 0 and certificate.not_before <= now else log.warn)(
             "certificate {path} for {names}: {state}",
             path=certificate.path,
-            names=escaped(", ".join(certificate.names)) or "no name",
+            names=escaped(_some_of(certificate.names)) or "no name",
             state=state,
             not_after=certificate.not_after,
         )
@@ -118,7 +127,8 @@ class Server(Service):
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
     `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
-    calls it. With `announce`, it logs what it listens on and which certificates it shows.
+    calls it, SIGUSR1 is ignored where twistd has no log file to rotate. With `announce`, it logs what it listens on
+    and which certificates it shows.
     """
 
     name = "rtservice"
@@ -158,7 +168,7 @@ class Server(Service):
         self._announce = announce
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notifier.watchdog)
-        self._certificates_seen: object = None
+        self._certificates_seen: object = [listener.read for listener in listeners]
         self._ending = False  # the reactor is told to stop
         self._reload_asked = False
         self._hurried = False
@@ -173,6 +183,9 @@ class Server(Service):
         if self._reload is not None:
             # A reload that is asked for too early must not be what SIGHUP is by default.
             signal.signal(signal.SIGHUP, self._hung_up)
+            # Twistd's, for a log file to rotate; where there is none, it would end the process.
+            if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+                signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         endpoints, self._endpoints = self._endpoints, []
         for description, endpoint in endpoints:
             failures: list[Failure] = []
@@ -264,7 +277,6 @@ class Server(Service):
             port.startListening()
             if self._announce:
                 self._log.info("listening on {listener}", listener=listener.name)
-        self._certificates_seen = self._fingerprint()
         if self._announce:
             log_certificates(self._log, self._listeners)
         self._serving_if_all_listen()
@@ -346,8 +358,8 @@ class Server(Service):
 
         return adopt
 
-    def _fingerprint(self) -> tuple[object, ...]:
-        return fingerprint(file for listener in self._listeners for file in listener.tls_files())
+    def _fingerprint(self) -> object:
+        return [fingerprint(listener.tls_files()) for listener in self._listeners]
 
     def _look_at_certificates(self) -> None:
         """Renew them if their files have changed since the last time that this was tried."""

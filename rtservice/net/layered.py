@@ -44,6 +44,12 @@ class LayeredConnection(Connection):
         if self.connected and not self.disconnecting:
             self.protocol.loseConnection()
 
+    def end(self, why: str) -> None:
+        super().end(why)
+        # What the layer waits for: that its producer is no more, and then the peer's close_notify.
+        self.unregisterProducer()
+        self.resumeProducing()
+
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         if self.connected:
             self.protocol.registerProducer(producer, streaming)

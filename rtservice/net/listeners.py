@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
-from rtservice.net.tls import Certificate, DirectoryTLS, Loaded, Minimum, ServerTLS, TLSError
+from rtservice.net.tls import Certificate, DirectoryTLS, Loaded, Minimum, ServerTLS, TLSError, fingerprint
 
 # sd_listen_fds(3): the first descriptor that the service manager passes.
 _LISTEN_FDS_START = 3
@@ -64,8 +64,9 @@ class _SocketFile:
 class Listener:
     """A bound, listening, non-blocking socket, and what logs call it (`tcp:[::1]:8080`, `unix:/run/rt.sock`).
 
-    With `tls`, its connections are to be secured with this, and shown one of `certificates`. With `proxied`, each of
-    them begins with a PROXY header. One that is `shared` is held by whoever passed it, too, who keeps its queue.
+    With `tls`, its connections are to be secured with this, and shown one of `certificates`; `read` is the
+    `tls.fingerprint` of the files that these were first read from. With `proxied`, each of them begins with a PROXY
+    header. One that is `shared` is held by whoever passed it, too, who keeps its queue.
 
     For several processes a TCP listener has a socket for each slot, `copies`, among which the kernel spreads new
     connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `spares` are bound, and listen when a slot
@@ -76,6 +77,7 @@ class Listener:
     name: str
     tls: ssl.SSLContext | None = None
     certificates: tuple[Certificate, ...] = ()
+    read: tuple[object, ...] = ()
     proxied: bool = False
     shared: bool = False
     source: ServerTLS | DirectoryTLS | None = field(default=None, repr=False)
@@ -214,11 +216,13 @@ def open_description(
     """
     wanted = _read(description, backlog, resolve_path, slots)
     # Before anything is bound: a file that is wrong is found without a client that waits in a queue.
+    read = fingerprint(wanted.tls.files()) if wanted.tls is not None else ()
     loaded = _load(wanted.tls)
     opened = wanted.open()
     for listener in opened:
         if loaded is not None:
             listener.adopt(loaded)
+            listener.read = read
             listener.source = wanted.tls
             listener.name = f"ssl:{listener.name.removeprefix('tcp:')}"
         if wanted.proxied:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,11 +50,14 @@ class Files:
     def read(self, path: str, what: str) -> str:
         """The text of a file; `what` it is, is for the TLSError."""
         try:
-            with open(path, encoding="ascii", errors="replace") as file:
-                text = self.texts[path] = file.read()
+            # A pipe would keep a reload, and with it the whole service, waiting.
+            with open(path, encoding="ascii", errors="replace", opener=_open_nonblocking) as file:
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    text = self.texts[path] = file.read()
+                    return text
         except OSError as error:
             raise TLSError(f"cannot read the {what} {path!r}: {_reason(error)}") from error
-        return text
+        raise TLSError(f"cannot read the {what} {path!r}: not a regular file")
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file, be it a broken link."""
@@ -337,6 +341,10 @@ def _certificates_in(text: str, path: str, what: str) -> str:
     except (ssl.SSLError, ValueError, TypeError) as error:  # also none at all; and a byte that is not ASCII
         raise TLSError(f"no usable {what} in PEM form in {path!r}") from error
     return "\n".join(found)
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _reason(error: OSError) -> str:

@@ -1,6 +1,8 @@
 """The register: what it tells a log reader, whom it refuses, whom it ends and when, to the tick of a clock."""
 
+import contextlib
 import errno
+import importlib.util
 import select
 import socket
 import ssl
@@ -635,10 +637,42 @@ class Stubborn(Protocol):
         pass
 
 
-def test_whoever_does_not_close_when_asked_to_is_cut_at_the_next_sweep(world) -> None:
+def test_a_producer_that_never_finishes_keeps_nobody_for_more_than_another_sweep(world) -> None:
     one = world(Factory.forProtocol(Stubborn), idle_timeout=20)
     one.client()
-    still_open(one, 22)
+    still_open(one, 20)
+    one.advance(1)
+    one.advance(1)
+    assert len(one.reasons) == 1
+
+
+class Upgrading(Protocol):
+    """Starts TLS with a context of Twisted's."""
+
+    def connectionMade(self) -> None:
+        self.transport.startTLS(self.factory.context)
+
+
+def test_a_peer_in_twisteds_tls_that_answers_no_close_notify_is_cut(world, certificates) -> None:
+    if importlib.util.find_spec("OpenSSL") is None:
+        pytest.skip("pyOpenSSL (twisted[tls]) is not installed")
+    from twisted.internet.ssl import DefaultOpenSSLContextFactory
+
+    factory: Any = Factory.forProtocol(Upgrading)
+    factory.context = DefaultOpenSSLContextFactory(certificates["server.key"], certificates["server.pem"])
+    one = world(factory, idle_timeout=20)
+    trusting = ssl.create_default_context(cafile=certificates["ca.pem"])
+    plain = one.client()
+    one.clients.append(
+        client := trusting.wrap_socket(plain, server_hostname="localhost", do_handshake_on_connect=False)
+    )
+    for _ in range(2):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.do_handshake()
+        one.clock.turn()
+    assert client.version() is not None
+    for _ in range(100):
+        one.advance(0.5)
     assert one.reasons == ["stopped reading"]
 
 

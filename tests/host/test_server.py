@@ -1,18 +1,24 @@
 """The serving process: what starts, what does not, and what is left when it stops."""
 
 import socket
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.internet.error import CannotListenError
-from twisted.internet.protocol import Factory
-from twisted.internet.testing import StringTransportWithDisconnection
+from twisted.internet.error import CannotListenError, ConnectionAborted, ConnectionDone
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.testing import MemoryReactorClock, StringTransportWithDisconnection
+from twisted.internet.threads import deferToThread
 from twisted.logger import Logger, formatEvent
+from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from rtservice.host.connections import Limits
-from rtservice.host.server import Live, Server, StartError
+from rtservice.host.server import Live, Server, StartError, State
+from rtservice.interfaces import IDrainable
 from rtservice.net.listeners import open_description
 from rtservice.protocols.echo import EchoFactory
 
@@ -35,10 +41,10 @@ class Endpoint:
         self.stopped += 1
 
 
-def server(listeners=(), endpoints=()) -> tuple[Server, list[dict[str, Any]]]:
+def server(listeners=(), endpoints=(), drain_timeout=0.0) -> tuple[Server, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     log = Logger(observer=events.append)
-    live = Live(limits=Limits(max_connections=100), drain_timeout=0)
+    live = Live(limits=Limits(max_connections=100), drain_timeout=drain_timeout)
     made = Server(EchoFactory(), listeners=list(listeners), endpoints=list(endpoints), live=live, log=log)
     return made, events
 
@@ -120,3 +126,382 @@ def test_an_endpoint_that_listens_at_once_needs_no_reactor() -> None:
     service, events = server(endpoints=[("x:1", endpoint)])
     service.privilegedStartService()
     assert formatEvent(events[-1]) == "listening on x:1 (an address)"
+
+
+# --- the lifecycle ---
+
+
+@pytest.mark.parametrize("now", State)
+@pytest.mark.parametrize("then", State)
+def test_a_process_goes_one_way(now, then) -> None:
+    service, _ = server()
+    service.state = now
+    forward = [State.STARTING, State.SERVING, State.DRAINING, State.STOPPED]
+    steps = forward.index(then) - forward.index(now)
+    # One at a time; a start that is broken off has nothing to drain, if it came to nothing.
+    if steps == 1 or (now is State.STARTING and steps > 0):
+        service._move(then)
+        assert service.state is then
+    else:
+        with pytest.raises(RuntimeError, match=f"^a process that is {now.value} cannot become {then.value}$"):
+            service._move(then)
+        assert service.state is now
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_process_starts_serves_drains_and_stops_with_its_last_connection(tmp_path):
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    address = listener.socket.getsockname()
+    service, events = server([listener], drain_timeout=30)
+    assert service.state is State.STARTING
+    service.startService()
+    assert service.state is State.SERVING
+    with socket.create_connection(address, timeout=20) as client:
+        answer = yield deferToThread(client.recv, 100)
+        assert answer == b"Hello from the server!"
+        done = service.stopService()
+        again = service.stopService()
+        assert service.state is State.DRAINING
+        client.sendall(b"still here")
+        answer = yield deferToThread(client.recv, 100)
+        assert answer == b"still here"
+        assert (done.called, again.called) == (False, False)
+    yield done
+    yield again
+    assert service.state is State.STOPPED
+    assert str(formatEvent(events[-1])).startswith("drained: 1 ended, 0 aborted, ")
+    yield service.stopService()
+
+
+@implementer(IDrainable)
+class Polite(Protocol):
+    def drain(self) -> None:
+        self.transport.write(b"bye")
+        self.transport.loseConnection()
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_protocol_can_say_goodbye_also_to_who_was_still_in_the_queue():
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    address = listener.socket.getsockname()
+    service, events = server([listener], drain_timeout=30)
+    service.factory = Factory.forProtocol(Polite)
+    service.startService()
+    with socket.create_connection(address, timeout=20) as early:
+        while not service.connections.open:
+            yield deferToThread(lambda: None)
+        with socket.create_connection(address, timeout=20) as queued:
+            done = service.stopService()
+            for client in (early, queued):
+                answer = yield deferToThread(client.recv, 100)
+                end = yield deferToThread(client.recv, 100)
+                assert (answer, end) == (b"bye", b"")
+            yield done
+    assert str(formatEvent(events[-1])).startswith("drained: 2 ended, 0 aborted, ")
+
+
+# --- the same, by a clock of the test's ---
+
+
+class Reactor(MemoryReactorClock):
+    """Runs already, and takes our descriptors without asking for a real one."""
+
+    stops = 0
+
+    def callWhenRunning(self, call: Callable, *arguments: Any) -> None:
+        call(*arguments)
+
+    def stop(self) -> None:
+        self.stops += 1
+
+    def addReader(self, reader: Any) -> None:
+        self.readers.add(reader)
+
+    def removeReader(self, reader: Any) -> None:
+        self.readers.discard(reader)
+
+
+class Held:
+    """A connection as the register sees one; what is asked of it is written down."""
+
+    unsent = bytes_in = bytes_out = 0
+    seen, still_since, opened = -1, 0.0, 0.0
+    disconnecting = peer_finished = False
+    error = None
+    port = SimpleNamespace(name="test")
+
+    def __init__(self, service: Server, phase: str = "open", protocol: Any = None) -> None:
+        self.service = service
+        self.phase = phase
+        self.protocol = protocol
+        self.asked: list[str] = []
+        service.connections.opened(self)
+
+    def getPeer(self) -> None:
+        return None
+
+    def end(self, why: str) -> None:
+        self.asked.append(f"end: {why}")
+        self.disconnecting = True
+
+    def cut(self, why: str) -> None:
+        self.asked.append(f"cut: {why}")
+        self.service.reactor.callLater(0, self.closes, ConnectionAborted())
+
+    def abortConnection(self) -> None:
+        self.cut("abort")
+
+    def closes(self, reason: Exception | None = None) -> None:
+        self.service.connections.closed(self, Failure(reason or ConnectionDone()))
+
+
+class Told:
+    """A protocol that counts how often it is told of a drain."""
+
+    def __init__(self) -> None:
+        self.drains = 0
+
+    def drain(self) -> None:
+        self.drains += 1
+
+
+@pytest.fixture
+def timed(monkeypatch) -> Callable[..., tuple[Server, Reactor, list[dict[str, Any]]]]:
+    """Makes a server that serves, on the clock of a reactor of the test's."""
+
+    def start(*listeners: Any, **live: Any) -> tuple[Server, Reactor, list[dict[str, Any]]]:
+        clock = Reactor()
+        monkeypatch.setattr("twisted.internet.reactor", clock)
+        service, events = server(listeners, **live)
+        service.startService()
+        assert service.state is State.SERVING
+        return service, clock, events
+
+    return start
+
+
+def last(events: list[dict[str, Any]]) -> str:
+    return str(formatEvent(events[-1]))
+
+
+def test_a_drain_ends_with_the_last_connection_and_counts_what_has_ended_since(timed) -> None:
+    service, clock, events = timed(drain_timeout=30)
+    Held(service).closes()
+    first, second = Held(service), Held(service)
+    done = service.stopService()
+    assert last(events) == "draining: 2 connections have 30 s to end"
+    clock.advance(20)
+    first.closes()
+    clock.advance(9.5)
+    assert (done.called, first.asked, second.asked) == (False, [], [])
+    second.closes(ConnectionAborted())  # by its protocol
+    assert done.called
+    assert last(events) == "drained: 1 ended, 1 aborted, 29.5 s"
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_drain_without_connections_is_done_at_once(timed) -> None:
+    service, clock, events = timed(drain_timeout=30)
+    assert service.stopService().called
+    assert last(events) == "drained: 0 ended, 0 aborted, 0.0 s"
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_listener_that_has_finished_is_closed_while_connections_go_on(timed, tmp_path) -> None:
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    service, clock, _ = timed(listener, drain_timeout=30)
+    held = Held(service)
+    done = service.stopService()
+    assert not (tmp_path / "s").exists()
+    clock.pump([0.1] * 5)
+    assert listener.socket.fileno() == -1
+    assert not done.called
+    held.closes()
+    assert done.called
+
+
+def test_a_listener_that_somebody_else_holds_keeps_its_queue(timed, tmp_path) -> None:
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    listener.shared = True
+    service, _, _ = timed(listener, drain_timeout=30)
+    (port,) = service.connections.ports
+    other = listener.socket.dup()
+    with socket.socket(socket.AF_UNIX) as client, other:
+        client.connect(f"{tmp_path}/s")
+        assert service.stopService().called
+        assert not port.listening
+        near, _ = other.accept()
+        near.close()
+
+
+def test_each_drainable_protocol_is_told_once_also_one_that_opens_later(timed) -> None:
+    service, clock, _ = timed(drain_timeout=30)
+    protocols = [implementer(IDrainable)(type("Telling", (Told,), {}))() for _ in range(3)]
+    deaf = Told()  # has the method, and does not say so
+    held = [Held(service, protocol=protocols[0]), Held(service, protocol=deaf), Held(service, "tls")]
+    service.stopService()
+    assert protocols[0].drains == 1
+    held.append(Held(service, protocol=protocols[1]))
+    held[2].phase, held[2].protocol = "open", protocols[2]
+    clock.pump([1] * 10)
+    assert [protocol.drains for protocol in protocols] == [1, 1, 1]
+    assert deaf.drains == 0
+    assert [one.asked for one in held] == [[]] * 4
+    for one in held:
+        one.closes()
+
+
+def test_a_protocol_that_fails_in_drain_loses_its_connection_alone(timed) -> None:
+    service, clock, events = timed(drain_timeout=30)
+    bad, good = implementer(IDrainable)(Told)(), implementer(IDrainable)(Told)()
+    bad.drain = lambda: 1 / 0
+    failing, other = Held(service, protocol=bad), Held(service, protocol=good)
+    done = service.stopService()
+    assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+    assert (failing.asked, other.asked, good.drains) == (["cut: abort"], [], 1)
+    clock.advance(0)
+    other.closes()
+    assert done.called
+    assert last(events) == "drained: 1 ended, 1 aborted, 0.0 s"
+
+
+def test_after_the_drain_timeout_what_is_buffered_is_sent_for_as_long_as_it_moves(timed) -> None:
+    service, clock, events = timed(drain_timeout=10)
+    reading, silent, shaking, closing = (Held(service, phase) for phase in ("open", "open", "tls", "closing"))
+    reading.unsent = silent.unsent = 1000
+    done = service.stopService()
+    clock.pump([0.5] * 19)
+    assert [one.asked for one in (reading, silent, shaking, closing)] == [[]] * 4
+    clock.advance(0.5)
+    assert (reading.asked, silent.asked) == (["end: drained"], ["end: drained"])
+    assert (shaking.asked, closing.asked) == (["cut: drained"], [])  # it has nothing to flush; it ends by itself
+    for _ in range(4):
+        clock.advance(1)
+        reading.bytes_out += 1
+    assert silent.asked == ["end: drained"]
+    for _ in range(3):
+        clock.advance(1)
+        reading.bytes_out += 1
+    assert silent.asked == ["end: drained", "cut: stopped reading"]
+    assert reading.asked == ["end: drained"]
+    reading.closes()
+    assert not done.called
+    closing.closes()
+    assert done.called
+    assert last(events) == "drained: 2 ended, 2 aborted, 17.0 s"
+    assert clock.getDelayedCalls() == []
+
+
+def test_what_still_moves_half_a_minute_after_the_drain_timeout_is_cut_off(timed) -> None:
+    service, clock, events = timed(drain_timeout=0)
+    endless = Held(service)
+    endless.unsent = 1
+    done = service.stopService()
+    clock.advance(0)
+    for _ in range(30):
+        assert endless.asked == ["end: drained"]
+        endless.bytes_out += 1
+        clock.advance(1)
+    clock.advance(0)
+    assert endless.asked == ["end: drained", "cut: cut off"]
+    assert done.called
+    assert last(events).startswith("drained: 0 ended, 1 aborted, 30")
+
+
+@pytest.mark.parametrize("after", [0, 5, 12], ids=["at-once", "while-waiting", "while-flushing"])
+def test_hurry_ends_a_drain(timed, after) -> None:
+    service, clock, events = timed(drain_timeout=10)
+    held = [Held(service, phase) for phase in ("open", "tls", "closing")]
+    held[0].unsent = 1
+    done = service.stopService()
+    clock.pump([1] * after)
+    service.hurry()
+    assert held[0].asked[-1] == "cut: cut off"
+    clock.advance(0)
+    assert done.called
+    assert last(events) == f"drained: 0 ended, 3 aborted, {after:.1f} s"
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_service_that_is_stopped_before_it_serves_never_does(monkeypatch, tmp_path) -> None:
+    waiting: list[Callable] = []
+    clock = Reactor()
+    monkeypatch.setattr(clock, "callWhenRunning", waiting.append)
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    service, events = server([listener], drain_timeout=30)
+    service.startService()
+    assert service.state is State.STARTING
+    assert service.stopService().called
+    assert service.state is State.STOPPED
+    (serve,) = waiting
+    serve()
+    assert service.connections.ports == []
+    assert not (tmp_path / "s").exists()
+    assert not any("listening" in str(formatEvent(event)) for event in events)
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_service_that_never_started_closes_its_listeners(tmp_path) -> None:
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    service, events = server([listener])
+    assert service.stopService().called
+    assert service.state is State.STOPPED
+    assert not (tmp_path / "s").exists()
+    assert events == []
+
+
+def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_path, monkeypatch) -> None:
+    results: list[Deferred] = [Deferred(), Deferred()]
+    clock = Reactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    reports: list[Any] = []
+    service, _ = server([listener], [(f"x:{i}", Endpoint(result)) for i, result in enumerate(results)], 30)
+    service._report = reports.append
+    service.startService()
+    held = Held(service)
+    for result in results:
+        result.errback(OSError("too late"))
+    assert (clock.stops, service.exit_status) == (1, 1)  # a reactor that stops twice says that it is a mistake
+    assert reports == ["--listen x:0: too late"]
+    done = service.stopService()
+    assert held.asked == ["cut: cut off"]
+    clock.advance(0)
+    assert done.called
+    assert service.state is State.STOPPED
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_endpoint_that_listens_when_the_service_has_stopped_is_stopped(monkeypatch) -> None:
+    clock = Reactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    early, late = Endpoint(Deferred()), Endpoint(Deferred())
+    service, _ = server(endpoints=[("x:1", early), ("x:2", late)])
+    service.startService()
+    assert service.stopService().called
+    early.result.callback(early)
+    assert early.stopped == 1
+    late.result.errback(OSError("too late"))  # which is nobody's concern any more
+    assert (service.exit_status, clock.stops) == (0, 0)
+
+
+def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    service, clock, events = timed(listener, drain_timeout=30)
+    (port,) = service.connections.ports
+    held = [Held(service) for _ in range(3)]
+    assert port in clock.getReaders()
+    service.apply(Live(limits=Limits(max_connections=3, idle_timeout=60), handshake_timeout=3, drain_timeout=2))
+    assert port.handshake_timeout == 3
+    assert port not in clock.getReaders()  # as many as may be are there
+    clock.pump([5] * 11)
+    assert held[0].asked == []
+    clock.pump([5] * 2)
+    assert [one.asked for one in held] == [["end: idle"]] * 3
+    service.apply(Live(limits=Limits(max_connections=100), drain_timeout=5))
+    assert port in clock.getReaders()
+    service.stopService()
+    assert last(events) == "draining: 3 connections have 5 s to end"
+    for one in held:
+        one.closes()

@@ -19,7 +19,7 @@ from twisted.internet.error import ConnectionAborted, ConnectionDone, Connection
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel, formatEvent
 
 from rtservice.host.connections import Connections, Limits, end_reason
 from rtservice.net.listeners import open_description
@@ -120,9 +120,8 @@ class Served:
         self.on = on
         self.opened: list[Any] = []
         self.ended: list[tuple[Any, str]] = []  # connections, and why, as in their records
-        self.register = Connections(
-            Logger(observer=lambda event: None), limits or Limits(max_connections=100, proxy_from=LOOPBACK)
-        )
+        self.events: list[Any] = []  # of the register's log
+        self.register = Connections(Logger(observer=self.events.append), limits)
         self._waiting: list[Deferred[None]] = []
         self.port = Port(
             on,
@@ -371,6 +370,18 @@ def test_a_second_header_is_data(serve, connect):
     assert answer == GREETING + V2 + V1
 
 
+@pytest_twisted.inlineCallbacks
+def test_urgent_data_within_a_header_is_no_part_of_it(serve, connect):
+    one = serve()
+    for split in range(1, len(V1) + 5):
+        sock = connect(one.address)
+        sock.sendall((V1 + b"hello")[:split])
+        sock.send(b"!", socket.MSG_OOB)
+        sock.sendall((V1 + b"hello")[split:])
+        answer = yield deferToThread(read, sock, 11)
+        assert answer == b"Hello!hello"
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000, len(LONGEST)])
 @pytest_twisted.inlineCallbacks
 def test_the_longest_header_is_read_also_byte_by_byte(serve, connect, reads, size):
@@ -535,6 +546,11 @@ def test_who_sends_no_header_is_closed_without_a_word(serve, connect, data):
     reason, why = yield one.end()
     assert isinstance(reason, ConnectionLost)
     assert why == "invalid PROXY header"
+    # What was found is told to whoever looks for it.
+    detail, record = one.events
+    assert (detail["log_level"], record["log_level"]) == (LogLevel.debug, LogLevel.info)
+    assert " header" in formatEvent(detail)
+    assert record["reason"] == why
     assert not one.factory.built
     assert not one.register.open
     # The next one is served.

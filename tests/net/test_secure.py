@@ -50,6 +50,7 @@ class Recorder(Protocol):
 
     def connectionLost(self, reason):
         self.factory.lost.append(reason.value)
+        self.factory.transports.append(type(self.transport))
 
 
 @implementer(IHalfCloseableProtocol)
@@ -83,6 +84,7 @@ class Recording(Factory):
         self.on_connect, self.on_data, self.on_fin, self.on_handshake = on_connect, on_data, on_fin, on_handshake
         self.made: list[Any] = []
         self.lost: list[Any] = []
+        self.transports: list[type] = []
         self.received = bytearray()
         self.write_closed = threading.Event()
 
@@ -939,6 +941,42 @@ def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_clo
     served = serve(Recording(on_data=write_and_close))
     same = yield deferToThread(client)
     assert same
+
+
+@VERSIONS
+@pytest_twisted.inlineCallbacks
+def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serve, trusting, version):
+    data = os.urandom(4 << 20)
+
+    def write_and_close(protocol, _):
+        protocol.transport.write(data)
+        protocol.transport.loseConnection()
+
+    def client():
+        with Client(served.address, trusting(version)).shake() as peer:
+            received, waiting = bytearray(), memoryview(b"")
+            peer.sock.setblocking(False)
+            while True:
+                if not waiting:
+                    peer.tls.write(bytes(16384))
+                    waiting = memoryview(peer.outgoing.read())
+                readable, writable, _ = select.select([peer.sock], [peer.sock], [], DEADLINE)
+                if writable:
+                    waiting = waiting[peer.sock.send(waiting) :]
+                if readable:
+                    peer.feed()
+                    with contextlib.suppress(ssl.SSLWantReadError):
+                        while piece := peer.tls.read(1 << 16):
+                            received += piece
+                        return received == data
+
+    served = serve(Recording(on_data=write_and_close))
+    for count in range(1, 11):
+        same = yield deferToThread(client)
+        assert same
+        yield eventually(lambda count=count: len(served.closed) == count)
+    assert [type(reason) for reason in served.factory.lost] == [ConnectionDone] * 10
+    assert served.factory.transports == [SecureConnection] * 10
 
 
 @pytest.mark.parametrize("where", ["on_connect", "on_data", "on_fin", "on_handshake"])

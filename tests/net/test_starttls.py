@@ -207,3 +207,38 @@ def test_a_context_for_the_other_side_is_refused_and_the_connection_is_lost_alon
     assert isinstance((yield factory.lost.addTimeout(DEADLINE, reactor)), ConnectionDone)
     assert "cannot be the server" in str(problems[0])
     sock.close()
+
+
+@pytest_twisted.inlineCallbacks
+def test_an_end_of_ours_sends_what_is_written_also_while_a_producer_is_paused(serve, context, certificates):
+    factory, address = serve(context)
+    content = os.urandom(8_000_000)
+    made: Deferred = Deferred()
+
+    class Own(Upgrading):
+        """Its transport is its producer, as an echo's is."""
+
+        def dataReceived(self, data):
+            if data == STARTTLS:
+                super().dataReceived(data)
+            else:
+                self.transport.registerProducer(self.transport, True)
+                self.transport.write(content)
+                made.callback(self.transport)
+
+    factory.protocol = Own
+
+    def rest(sock):
+        received = bytearray()
+        while piece := sock.recv(1 << 16):
+            received += piece
+        return bytes(received)
+
+    with (yield deferToThread(upgrade, address, certificates, b"go on\r\n")) as sock:
+        yield deferToThread(sock.sendall, b"go")
+        transport = yield made.addTimeout(DEADLINE, reactor)
+        assert transport.unsent
+        transport.end("drained")
+        received = yield deferToThread(rest, sock)
+    assert received == b"first in TLS" + content
+    yield factory.lost.addTimeout(DEADLINE, reactor)

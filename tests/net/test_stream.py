@@ -3,8 +3,11 @@
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,16 +20,17 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock
 from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel, globalLogPublisher
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.net.listeners import open_description
-from rtservice.net.stream import Port
+from rtservice.net.stream import Connection, Lingering, Port
 
 DEADLINE = 20
 
 
 class Recorder(Protocol):
-    """Does what its factory's hooks say, and tells when it ended."""
+    """Does what its factory's hooks say, and tells when it ended, and what its transport was then."""
 
     def connectionMade(self):
         self.factory.made.append(self)
@@ -37,6 +41,7 @@ class Recorder(Protocol):
 
     def connectionLost(self, reason):
         self.factory.lost.append(reason.value)
+        self.factory.transports.append(type(self.transport))
         waiting, self.factory.waiting = self.factory.waiting, []
         for deferred in waiting:
             # Later, since the connection itself ends after its protocol.
@@ -62,6 +67,7 @@ class Recording(Factory):
         self.on_fin = on_fin or (lambda protocol: protocol.transport.loseConnection())
         self.made: list[Any] = []
         self.lost: list[Any] = []
+        self.transports: list[type] = []
         self.waiting: list[Deferred] = []
         self.write_lost = 0
 
@@ -82,7 +88,7 @@ def serve():
     connections: set[Any] = set()
     idle: list[Deferred] = []  # fires when the last connection has ended
 
-    def start(factory, description="tcp:0:interface=127.0.0.1"):
+    def start(factory, description="tcp:0:interface=127.0.0.1", ports=None):
         (listener,) = open_description(description, backlog=100)
         ended = []
 
@@ -95,6 +101,8 @@ def serve():
         port = Port(reactor, listener.socket, factory, name=listener.name, opened=connections.add, closed=closed)
         port.startListening()
         started.append((port, listener))
+        if ports is not None:
+            ports.append((port, listener))
         return listener.socket.getsockname(), ended
 
     yield start
@@ -157,8 +165,6 @@ def test_half_close_echoes_everything_received_also_for_a_protocol_that_knows_no
 
 def exchange(address, data: bytes) -> bytes:
     """Send and read at the same time, as nc does."""
-    import threading
-
     with connected(address) as sock:
 
         def send():
@@ -215,6 +221,23 @@ def test_lose_connection_right_after_a_large_write_delivers_everything(serve):
     reason = yield factory.end()
     assert isinstance(reason, ConnectionDone)
     assert closed[0].bytes_out == len(data)
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_transport_that_is_its_own_producer_and_paused_delivers_everything_and_closes(serve):
+    data = os.urandom(4 << 20)
+
+    def write_and_close(protocol):
+        protocol.transport.registerProducer(protocol.transport, True)
+        protocol.transport.write(data)
+        protocol.transport.loseConnection()
+
+    factory = Recording(on_connect=write_and_close)
+    address, _ = serve(factory)
+    answer = yield deferToThread(talk, address)
+    assert answer == data
+    reason = yield factory.end()
+    assert isinstance(reason, ConnectionDone)
 
 
 @pytest_twisted.inlineCallbacks
@@ -455,8 +478,6 @@ def test_addresses_are_those_of_the_socket(serve, tmp_path):
 
 @pytest.mark.parametrize("data", ["text", 5, None])
 def test_write_takes_bytes_alone(data) -> None:
-    from rtservice.net.stream import Connection
-
     near, far = socket.socketpair()
     with near, far:
         port = Port(MemoryReactorClock(), near, None, name="test")
@@ -697,3 +718,330 @@ def test_a_finish_waits_for_a_paused_port_and_a_resting_one() -> None:
     assert finished == [None]
     with near, far:
         assert len(port.factory.made) == 1
+
+
+# --- the end of a connection whose peer has not finished ---
+
+
+def talking(address) -> bytes:
+    """A client that sends and sends, until it has read all that its server says."""
+    enough = threading.Event()
+
+    def send(sock: socket.socket) -> None:
+        # When we are closed with all said and all read, what is sent later comes too late.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while not enough.is_set():
+                sock.sendall(b"x" * 65536)
+
+    with socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX) as sock:
+        sock.settimeout(DEADLINE)
+        sock.connect(address)
+        with ThreadPoolExecutor() as pool:
+            sending = pool.submit(send, sock)
+            received = bytearray()
+            try:
+                while piece := sock.recv(1 << 16):
+                    received += piece
+            finally:
+                enough.set()
+            sending.result()
+        return bytes(received)
+
+
+@pytest.mark.parametrize("description", ["tcp:0:interface=127.0.0.1", "unix:{}/s"], ids=["tcp", "unix"])
+@pytest_twisted.inlineCallbacks
+def test_a_client_that_sends_on_while_we_close_reads_every_byte_and_the_end(serve, tmp_path, description):
+    def write_and_close(protocol, data):
+        protocol.transport.write(content)
+        protocol.transport.loseConnection()
+
+    content = os.urandom(4 << 20)
+    factory = Recording(on_data=write_and_close)
+    address, closed = serve(factory, description.format(tmp_path))
+    for count in range(1, 21):
+        answer = yield deferToThread(talking, address)
+        assert answer == content
+        while len(closed) < count:
+            yield deferToThread(lambda: None)
+    assert [type(reason) for reason in factory.lost] == [ConnectionDone] * 20
+    assert factory.transports == [Connection] * 20
+
+
+def test_what_comes_in_the_very_moment_of_our_close_takes_nothing_from_the_client(monkeypatch) -> None:
+    def too_late(connection, reason):
+        one.client.sendall(b"now")
+        connection_lost(connection, reason)
+
+    connection_lost = Connection.connectionLost
+    monkeypatch.setattr(Connection, "connectionLost", too_late)
+    one = Ending(b"")
+    one.closes()
+    assert one.connection.disconnected
+    assert one.client.recv(100) == b"last words"
+    assert one.client.recv(100) == b""  # and no reset
+    one.client.close()
+
+
+class Ending:
+    """A connection with a client, on the test's clock: everything is sent, and what came from the client is unread."""
+
+    def __init__(self, unread: bytes = b"unread") -> None:
+        self.clock = Reactor()
+        self.factory = Recording()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self.client = socket.create_connection(listening.getsockname(), timeout=DEADLINE)
+            near, _ = listening.accept()
+        near.setblocking(False)
+        port = Port(self.clock, near, self.factory, name="test")
+        self.connection = Connection(self.clock, near, port, None, 1)
+        self.connection.start()
+        if unread:
+            self.client.sendall(unread)
+            select.select([near], [], [], DEADLINE)
+
+    def closes(self) -> None:
+        self.connection.write(b"last words")
+        self.connection.loseConnection()
+        self.connection.doWrite()
+
+    def says_more(self) -> None:
+        """The client sends something, which is read."""
+        self.client.sendall(b"more")
+        select.select([self.connection.socket], [], [], DEADLINE)
+        assert self.connection.doRead() is None
+
+
+@pytest.fixture
+def ending():
+    one = Ending()
+    one.closes()
+    yield one
+    one.client.close()
+    assert one.clock.getDelayedCalls() == []
+    assert one.clock.getReaders() == one.clock.getWriters() == []
+
+
+def test_a_connection_that_lingers_has_said_all_and_its_protocol_has_not_heard_of_the_end(ending) -> None:
+    assert type(ending.connection) is Lingering
+    assert ending.connection.phase == "closing"
+    assert ending.client.recv(100) == b"last words"
+    assert ending.client.recv(100) == b""
+    ending.connection.write(b"too late")
+    ending.connection.loseConnection()
+    assert ending.factory.lost == []
+    ending.client.close()
+    assert ending.connection.doRead() is None  # what was unread
+    ending.connection.readConnectionLost(Failure(ConnectionDone()))
+    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
+    assert ending.factory.transports == [Connection]
+
+
+def test_a_peer_that_neither_reads_nor_sends_is_let_go_when_nothing_has_moved_for_a_second(ending) -> None:
+    ending.says_more()
+    ending.clock.advance(1)
+    ending.clock.advance(0.99)
+    assert ending.factory.lost == []
+    ending.clock.advance(0.01)
+    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
+    assert ending.factory.transports == [Connection]
+    assert ending.connection.disconnected
+
+
+def test_a_peer_that_sends_for_ever_is_let_go_after_half_a_minute(ending) -> None:
+    for _ in range(30):
+        assert ending.factory.lost == []
+        ending.says_more()
+        ending.clock.advance(1)
+    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
+
+
+def test_abort_of_a_connection_that_lingers_resets_it_and_is_heard_of_once(ending) -> None:
+    ending.connection.abortConnection()
+    assert ending.factory.lost == []
+    ending.clock.advance(0)
+    assert [type(reason) for reason in ending.factory.lost] == [ConnectionAborted]
+    assert ending.factory.transports == [Connection]
+    with pytest.raises(BrokenPipeError):  # a reset, after FIN
+        ending.client.sendall(b"x")
+
+
+def test_abort_in_the_very_moment_in_which_it_is_let_go_is_one_end(ending) -> None:
+    ending.clock.callLater(1, ending.connection.abortConnection)
+    ending.clock.advance(1)
+    ending.clock.advance(0)
+    assert len(ending.factory.lost) == 1
+
+
+def test_a_peer_that_resets_a_connection_that_lingers_ends_it_with_the_error(ending) -> None:
+    reset(ending.client)
+    select.select([ending.connection.socket], [], [], DEADLINE)
+    assert ending.connection.doRead() is None  # what was unread
+    why = ending.connection.doRead()
+    assert isinstance(why, ConnectionLost)
+    assert ending.connection.error.errno == errno.ECONNRESET
+    ending.connection.connectionLost(Failure(why))
+    assert ending.factory.transports == [Connection]
+
+
+def test_an_end_of_ours_does_not_wait_for_a_producer_and_lets_it_know() -> None:
+    """Neither for one that is paused, nor for one that would go on for ever, nor for the transport itself."""
+    calls: list[str] = []
+
+    class Producer:
+        pauseProducing = resumeProducing = lambda self: calls.append("more")
+
+        def stopProducing(self):
+            calls.append("stop")
+
+    for streaming, itself in ((True, False), (False, False), (True, True)):
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        clock, factory = Reactor(), Recording()
+        connection = Connection(clock, near, Port(clock, near, factory, name="test"), None, 1)
+        connection.start()
+        connection.registerProducer(connection if itself else Producer(), streaming)
+        connection.write(b"x" * (1 << 20))
+        calls.clear()
+        connection.doWrite()
+        assert connection.unsent
+        connection.end("drained")
+        with far:
+            left = 1 << 20
+            while left:
+                left -= len(far.recv(left))
+                connection.doWrite()
+            far.close()
+        connection.readConnectionLost(Failure(ConnectionDone()))  # if it lingered
+        assert [type(reason) for reason in factory.lost] == [ConnectionDone]
+        assert calls == ([] if itself else ["stop"])
+        assert str(connection.error) == "drained"
+
+
+# --- the end of a listener ---
+
+
+def state_of(sock: socket.socket) -> int:
+    """`tcpi_state` of struct tcp_info, tcp(7)."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+
+
+SYN_SENT = 2  # include/net/tcp_states.h
+
+
+@pytest.mark.parametrize("count", [0, 1, 99])
+@pytest.mark.parametrize("description", ["tcp:0:interface=127.0.0.1", "unix:{}/s"], ids=["tcp", "unix"])
+@pytest_twisted.inlineCallbacks
+def test_a_listener_that_finishes_serves_its_queue_and_nobody_who_comes_later(serve, tmp_path, description, count):
+    """With more in the queue than one event accepts; and what is accepted lives on without the listener."""
+    factory, ports = Recording(), []
+    address, _ = serve(factory, description.format(tmp_path), ports)
+    ((port, listener),) = ports
+    kind = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
+    queued = [socket.socket(kind) for _ in range(count)]
+    for client in queued:
+        client.settimeout(DEADLINE)
+        client.connect(address)
+    listener.remove_file()
+    finished = port.finish()
+    late = socket.socket(kind)
+    late.setblocking(False)
+    if kind == socket.AF_INET:
+        assert late.connect_ex(address) == errno.EINPROGRESS
+    else:
+        assert late.connect_ex(address) == errno.ENOENT
+    yield finished.addTimeout(DEADLINE, reactor)
+    assert len(factory.made) == count
+    assert not port.listening
+    if kind == socket.AF_INET:
+        assert state_of(late) == SYN_SENT
+        listener.close()
+        yield deferToThread(select.select, [], [late], [], DEADLINE)
+        assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+    late.close()
+    for client in queued:
+        with client:
+            client.sendall(b"hello")
+            answer = yield deferToThread(client.recv, 100)
+            assert answer == b"hello"
+
+
+def finishing(*results) -> tuple[Reactor, Port, Recording, list[bool]]:
+    """A port with a queue of these, on the test's clock, and whether it has finished."""
+    clock, factory, done = Reactor(), Recording(), []
+    port = Port(clock, Listening(*results), factory, name="test")
+    port.startListening()
+    return clock, port, factory, done
+
+
+def pair() -> tuple[socket.socket, str]:
+    """What accept() gives."""
+    near, _ = socket.socketpair()
+    return near, ""
+
+
+def test_a_listener_has_finished_when_nobody_came_for_as_long_as_a_handshake_takes() -> None:
+    clock, port, factory, done = finishing()
+    port.finish().addCallback(done.append)
+    clock.advance(0.1)
+    port.socket.results.append(pair())  # a client far away, whose handshake was under way
+    port.doRead()
+    clock.pump([0.1, 0.1])
+    port.socket.results.append(pair())
+    port.doRead()
+    clock.pump([0.1, 0.1, 0.09])
+    assert (len(factory.made), done, port.listening) == (2, [], True)
+    clock.advance(0.02)
+    assert (done, port.listening) == ([None], False)
+    for protocol in factory.made:
+        protocol.transport.connectionLost(Failure(ConnectionDone()))
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_paused_listener_finishes_when_it_may_go_on() -> None:
+    clock, port, factory, done = finishing()
+    port.pause()
+    port.socket.results.append(pair())
+    port.finish().addCallback(done.append)
+    clock.pump([0.2] * 100)
+    assert (factory.made, done) == ([], [])
+    port.resume()
+    clock.pump([0.2] * 3)
+    assert (len(factory.made), done) == (1, [None])
+    factory.made[0].transport.connectionLost(Failure(ConnectionDone()))
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_listener_that_pauses_while_it_finishes_waits_too() -> None:
+    """The register pauses it when the limit is reached, by a client of its queue."""
+    clock, port, factory, done = finishing(pair(), pair())
+    factory.on_connect = lambda protocol: port.pause()
+    port.finish().addCallback(done.append)
+    for count in (1, 2):
+        clock.pump([0.2] * 100)
+        assert (len(factory.made), done) == (count, [])
+        port.resume()
+    clock.pump([0.2] * 3)
+    assert done == [None]
+    for protocol in factory.made:
+        protocol.transport.connectionLost(Failure(ConnectionDone()))
+
+
+def test_a_listener_that_finishes_outlives_a_shortage() -> None:
+    clock, port, factory, done = finishing(OSError(errno.EMFILE, "x"), pair())
+    port.finish().addCallback(done.append)
+    clock.pump([0.1] * 4)
+    assert (factory.made, done) == ([], [])
+    clock.pump([0.1] * 10)
+    assert (len(factory.made), done) == (1, [None])
+    factory.made[0].transport.connectionLost(Failure(ConnectionDone()))
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_listener_that_is_stopped_has_finished() -> None:
+    clock, port, _, done = finishing()
+    port.finish().addCallback(done.append)
+    port.stopListening()
+    assert done == [None]
+    assert clock.getDelayedCalls() == []
+    port.finish().addCallback(done.append)  # nothing is left to do
+    assert done == [None, None]

@@ -1,8 +1,18 @@
 """What is wrong at the start is one line that names the setting and the value, and a status that is not 0."""
 
+import os
+import re
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+BIN = Path(sys.executable).parent
+DEADLINE = 30
 
 
 def assert_refused(result, *names: str) -> None:
@@ -34,6 +44,7 @@ def assert_refused(result, *names: str) -> None:
         (["--listen", "tcp:"], ["--listen tcp:", "port is missing"]),
         (["--listen", "tcp:1:bogus=2"], ["--listen tcp:1:bogus=2", "'bogus'"]),
         (["--listen", "unix:/no/such/place/s"], ["--listen unix:/no/such/place/s", "'/no/such/place'"]),
+        (["--listen", "tcp:1\nx"], [r"--listen 'tcp:1\nx': port"]),
         (["--listen", "systemd:index=0"], ["--listen systemd:index=0", "no sockets were passed"]),
     ],
     ids=" ".join,
@@ -81,42 +92,330 @@ def test_a_file_that_is_no_socket_is_refused_and_kept(run, tmp_path) -> None:
     assert (tmp_path / "s").read_text() == "precious"
 
 
-def test_an_endpoint_of_a_plugin_that_fails_is_refused_with_its_description(run, tmp_path, environment) -> None:
-    plugins = tmp_path / "twisted" / "plugins"
-    plugins.mkdir(parents=True)
-    (plugins / "broken_endpoint.py").write_text(
-        """
-from zope.interface import implementer
-from twisted.plugin import IPlugin
+ENDPOINT = """
 from twisted.internet.defer import Deferred, fail
+from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.interfaces import IStreamServerEndpointStringParser
+from twisted.plugin import IPlugin
+from zope.interface import implementer
 
 @implementer(IPlugin, IStreamServerEndpointStringParser)
 class Parser:
-    prefix = "broken"
-    def parseStreamServer(self, reactor, when):
-        self.reactor, self.when = reactor, when
+    prefix = "slow"
+    def parseStreamServer(self, reactor, outcome, port="0"):
+        self.reactor, self.outcome, self.port = reactor, outcome, int(port)
         return self
     def listen(self, factory):
-        if self.when == "now":
+        if self.outcome == "fails-now":
             return fail(OSError("broken by design"))
         result = Deferred()
-        self.reactor.callLater(0, result.errback, OSError("broken by design"))
-        return result
+        if self.outcome != "never":
+            self.reactor.callLater(0.2, result.callback, None)
+        endpoint = TCP4ServerEndpoint(self.reactor, self.port, interface="127.0.0.1")
+        fails = self.outcome == "fails"
+        return result.addCallback(lambda _: fail(OSError("broken by design")) if fails else endpoint.listen(factory))
 
 parser = Parser()
 """
-    )
+
+
+@pytest.fixture
+def slow_endpoints(tmp_path, environment):
+    """Endpoints of a plugin, which may be slow: slow:fails-now, slow:fails, slow:never, slow:listens:PORT."""
+    plugins = tmp_path / "twisted" / "plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "slow_endpoint.py").write_text(ENDPOINT)
     environment["PYTHONPATH"] = str(tmp_path)
-    for when in ("now", "later"):
-        result = run("-n", "--pidfile=", "rtservice", "--listen", f"broken:{when}")
-        assert result.returncode == 1
-        assert f"--listen broken:{when}: broken by design" in result.stdout + result.stderr
-        assert "Traceback" not in result.stdout + result.stderr
-    result = run("--pidfile=d.pid", "--logfile=d.log", "rtservice", "--listen", "broken:now")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def nobody_listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=DEADLINE).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+FOREGROUND = ("--nodaemon", "--pidfile=", "--logfile=-")
+DAEMON = ("--pidfile=d.pid", "--logfile=d.log")
+both = pytest.mark.parametrize("twistd", [FOREGROUND, DAEMON], ids=["fore", "daemon"])
+
+
+@pytest.mark.usefixtures("slow_endpoints")
+@pytest.mark.parametrize("outcome", ["fails-now", "fails"])
+@both
+def test_an_endpoint_that_fails_even_later_ends_all_of_it_and_the_command_says_so(
+    run, tmp_path, twistd, outcome
+) -> None:
+    port = free_port()
+    listen = (f"--listen=tcp:{port}:interface=127.0.0.1", "--listen=unix:s", f"--listen=slow:{outcome}")
+    result = run(*twistd, "rtservice", *listen)
     assert result.returncode == 1
-    assert "broken by design" in (tmp_path / "d.log").read_text()
+    problem = f"--listen slow:{outcome}: broken by design"
+    # What follows when it daemonizes are twistd's own words.
+    assert result.stderr.splitlines()[0] == f"rtservice: {problem}"
+    assert result.stderr.count("\n") == (1 if twistd == FOREGROUND else 3)
+    log = result.stdout if twistd == FOREGROUND else (tmp_path / "d.log").read_text()
+    assert f"#critical] cannot start: {problem}" in log
+    assert "Traceback" not in result.stderr + log
+    assert nobody_listens(port)
+    assert not (tmp_path / "s").exists()
     assert not (tmp_path / "d.pid").exists()
+
+
+@pytest.mark.usefixtures("slow_endpoints")
+def test_a_long_description_is_not_cut_when_it_fails_in_a_daemon(run) -> None:
+    name = "x" * 200
+    result = run(*DAEMON, "rtservice", f"--listen=unix:{name}/s", "--listen=slow:fails")
+    assert_refused(result, f"--listen unix:{name}/s: ")
+    result = run(*DAEMON, "rtservice", "--greeting=" + name, "--listen=slow:fails:" + "0" * 200)
+    assert f"rtservice: --listen slow:fails:{'0' * 200}: broken by design\n" in result.stderr
+
+
+@pytest.mark.usefixtures("slow_endpoints")
+def test_a_daemons_command_returns_when_all_of_it_listens(run, tmp_path, daemon_ends) -> None:
+    port, slow = free_port(), free_port()
+    result = run(*DAEMON, "rtservice", f"--listen=slow:listens:{slow}", f"--listen=tcp:{port}:interface=127.0.0.1")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    for number in (slow, port):
+        with socket.create_connection(("127.0.0.1", number), timeout=DEADLINE) as client:
+            assert client.recv(100) == b"Hello from the server!"
+    daemon_ends()
+
+
+@pytest.mark.usefixtures("slow_endpoints")
+def test_a_daemon_that_is_stopped_while_it_starts_is_no_success(environment, tmp_path, wait_for) -> None:
+    command = [BIN / "twistd", *DAEMON, "rtservice", "--listen=slow:never", "--listen=unix:s"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        log = tmp_path / "d.log"
+        wait_for(lambda: log.exists() and "listening on unix" in log.read_text())
+        os.kill(int((tmp_path / "d.pid").read_text()), signal.SIGTERM)
+        said = process.communicate(timeout=DEADLINE)[1]
+    assert process.returncode == 1
+    assert said.startswith("rtservice: told to stop before every listener was ready\n")
+    wait_for(lambda: not (tmp_path / "d.pid").exists())
+    assert not (tmp_path / "s").exists()
+
+
+@both
+@pytest.mark.parametrize("second", ["taken", "certificate", "unknown", "interface", "directory"])
+def test_when_the_second_listener_fails_the_first_is_closed(run, tmp_path, twistd, second) -> None:
+    port = free_port()
+    (tmp_path / "bad.pem").write_text("garbage")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        description, reason = {
+            "taken": (f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1", "address already in use"),
+            "certificate": ("ssl:0:privateKey=bad.pem:certKey=bad.pem", "bad.pem"),
+            "unknown": ("nosuch:1", "nosuch"),
+            "interface": ("tcp:0:interface=203.0.113.1", "cannot assign requested address"),
+            "directory": ("unix:/no/such/place/s", "'/no/such/place'"),
+        }[second]
+        result = run(
+            *twistd, "rtservice", f"--listen=tcp:{port}:interface=127.0.0.1", "--listen=unix:s", "--listen", description
+        )
+    assert_refused(result, f"rtservice: --listen {description}: ", reason)
+    assert result.returncode == 1
+    assert nobody_listens(port)
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.pem"}
+
+
+@both
+def test_a_mistake_is_where_it_was_made(run, tmp_path, environment, twistd) -> None:
+    (tmp_path / "rt.toml").write_text("listen = ['unix:/no/such/place/s']")
+    environment["RTSERVICE_CONFIG"] = "rt.toml"
+    assert_refused(run(*twistd, "rtservice"), f"rtservice: {tmp_path}/rt.toml: listen unix:/no/such/place/s: ")
+    environment["RTSERVICE_LISTEN"] = "tcp:0 nosuch:1"
+    assert_refused(run(*twistd, "rtservice"), "rtservice: RTSERVICE_LISTEN nosuch:1: ")
+    environment["RTSERVICE_LISTEN"] = ""
+    (tmp_path / "rt.toml").write_text("port = 0\ninterface = '203.0.113.1'\nframing = 'line'")
+    assert_refused(
+        run(*twistd, "rtservice"), f"rtservice: {tmp_path}/rt.toml: port 0 {tmp_path}/rt.toml: interface 203.0.113.1: "
+    )
+    environment["RTSERVICE_GREETING"] = r"a\n"
+    assert_refused(run(*twistd, "rtservice"), "rtservice: RTSERVICE_GREETING: ", "line feed")
+
+
+@both
+@pytest.mark.parametrize("kind", ["directory", "missing", "loop", "long", "pipe", "device"])
+def test_a_file_of_settings_that_cannot_be_read_is_one_line(run, tmp_path, twistd, kind) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    path, reason = {
+        "directory": (str(tmp_path), "cannot be read: Is a directory"),
+        "missing": ("no/such.toml", "cannot be read: No such file or directory"),
+        "loop": ("loop", "cannot be read: Too many levels of symbolic links"),
+        "long": ("x" * 300, "cannot be read: File name too long"),
+        "pipe": ("pipe", "is not a regular file"),
+        "device": ("/dev/zero", "is not a regular file"),
+    }[kind]
+    assert_refused(run(*twistd, "rtservice", "--config", path), path, reason)
+
+
+def test_a_check_binds_nothing_and_minds_no_port_that_is_taken(run, tmp_path, certificates) -> None:
+    pair = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run(
+            *(*FOREGROUND, "rtservice", "--check", f"--listen=tcp:{port}:interface=127.0.0.1"),
+            *(f"--listen=ssl:{port}:interface=127.0.0.1:{pair}", "--listen=unix:s", "--listen=proxy:systemd:name=web"),
+        )
+    assert (result.returncode, result.stdout) == (0, "rtservice: the configuration is valid\n"), result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--listen=ssl:0:privateKey={0[server.key]}:certKey={0[rsa.pem]}"], ["--listen ssl:0", "does not belong to"]),
+        (["--listen=ssl:0:privateKey=/no/key:certKey={0[rsa.pem]}"], ["--listen ssl:0", "'/no/key'"]),
+        (["--listen=ssl:0:certificates=/no/such"], ["--listen ssl:0", "'/no/such'"]),
+        (["--listen=tcp:0", "--listen=tcp:0:interface=203.0.113.1"], ["--listen tcp:0:interface=203.0.113.1"]),
+        (["--port=0", "--interface=203.0.113.1"], ["--port 0 --interface 203.0.113.1"]),
+        (["--listen=unix:/no/such/place/s"], ["'/no/such/place'"]),
+        (["--listen=nosuch:1"], ["--listen nosuch:1"]),
+        (["--framing=line", "--greeting=a\\n"], ["--greeting"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--listen=") else None,
+)
+def test_a_check_finds_what_a_start_would(run, certificates, arguments, names) -> None:
+    for check in (["--check"], []):
+        result = run(*FOREGROUND, "rtservice", *check, *(argument.format(certificates) for argument in arguments))
+        assert_refused(result, *names)
+        assert result.stdout == ""
+
+
+needs_strace = pytest.mark.skipif(
+    shutil.which("strace") is None or os.getuid() != 0, reason="strace (Debian: strace), or root, is not there"
+)
+
+
+@needs_strace
+@both
+@pytest.mark.parametrize("calls", ["setuid,setresuid,setreuid", "setgid,setresgid,setregid"])
+def test_a_change_of_user_that_claims_success_and_did_nothing_refuses_to_start(
+    environment, tmp_path, twistd, calls
+) -> None:
+    port = free_port()
+    strace = ["strace", "-f", "-qq", "-o", "trace", "-e", f"trace={calls}", "-e", f"inject={calls}:retval=0"]
+    command = [
+        *strace,
+        BIN / "twistd",
+        *twistd,
+        "--uid=nobody",
+        "rtservice",
+        f"--listen=tcp:{port}:interface=127.0.0.1",
+    ]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+    assert "INJECTED" in (tmp_path / "trace").read_text(), result
+    what = calls[3:6]
+    assert result.returncode == 1
+    assert re.match(rf"rtservice: --{what} \d+: the process still runs as {what} 0\n", result.stderr)
+    assert "Traceback" not in result.stderr
+    assert nobody_listens(port)
+    # Who is not root any more cannot remove what root has made.
+    assert what == "gid" or not (tmp_path / "d.pid").exists()
+
+
+def test_a_daemon_without_standard_descriptors_serves(run, tmp_path, environment, daemon_ends) -> None:
+    port = free_port()
+    command = f'exec "$0" {" ".join(DAEMON)} rtservice --listen=tcp:{port}:interface=127.0.0.1 <&- >&- 2>&-'
+    result = subprocess.run(
+        ["sh", "-c", command, BIN / "twistd"], cwd=tmp_path, env=environment, timeout=DEADLINE, check=False
+    )
+    assert result.returncode == 0
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as client:
+        assert client.recv(100) == b"Hello from the server!"
+    daemon_ends()
+    assert "Traceback" not in (tmp_path / "d.log").read_text()
+
+
+@pytest.mark.parametrize("option", ["--check", "--print-config"])
+def test_what_cannot_be_printed_is_one_line(environment, tmp_path, option) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [BIN / "twistd", *FOREGROUND, "rtservice", option],
+            cwd=tmp_path,
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "rtservice: cannot write to standard output: No space left on device\n"
+
+
+@pytest.fixture
+def twist(environment, tmp_path):
+    """Starts `twist rtservice` with arguments, and a log in the file `log`."""
+    started = []
+
+    def start(*arguments: str):
+        process = subprocess.Popen(
+            [BIN / "twist", "--log-format=text", "--log-file=log", "rtservice", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_twist_reloads_drains_and_ends_with_a_status(twist, tmp_path, wait_for) -> None:
+    process = twist("--listen=unix:s")
+
+    def logged(text: str) -> None:
+        wait_for(lambda: (tmp_path / "log").exists() and text in (tmp_path / "log").read_text())
+
+    logged("listening on")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"{tmp_path}/s")
+        assert client.recv(100) == b"Hello from the server!"
+        process.send_signal(signal.SIGHUP)
+        logged("reloaded; changed: no setting")
+        process.send_signal(signal.SIGTERM)
+        logged("draining: 1 connections")
+        client.sendall(b"still")
+        assert client.recv(100) == b"still"
+    assert process.wait(DEADLINE) == 0
+    logged("drained: 1 ended, 0 aborted")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.usefixtures("slow_endpoints")
+@pytest.mark.parametrize("outcome", ["fails-now", "fails"])
+def test_twist_ends_with_a_status_when_the_start_fails(twist, outcome, tmp_path) -> None:
+    process = twist("--listen=unix:s", f"--listen=slow:{outcome}")
+    said = process.communicate(timeout=DEADLINE)[1]
+    assert process.returncode == 1
+    # Twist opens its log when its reactor runs; until then what is critical is printed, too.
+    assert said.splitlines()[-1] == f"rtservice: --listen slow:{outcome}: broken by design"
+    assert "Traceback" not in said
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.fixture
+def daemon_ends(tmp_path, wait_for):
+    """Stops the daemon of d.pid, and waits until it is gone; also at the end of the test."""
+
+    def end() -> None:
+        if (tmp_path / "d.pid").exists():
+            os.kill(int((tmp_path / "d.pid").read_text()), signal.SIGTERM)
+            wait_for(lambda: not (tmp_path / "d.pid").exists())
+
+    yield end
+    end()
 
 
 def test_help_and_version_name_the_service(run) -> None:

@@ -1,0 +1,350 @@
+"""Real proxies in front that say who the client is: HAProxy and nginx."""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+DEADLINE = 30
+GREETING = b"Hello from the server!"
+NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+
+# Debian has them where users' PATH does not go.
+HAPROXY, NGINX = (shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") for name in ("haproxy", "nginx"))
+
+needs_haproxy = pytest.mark.skipif(HAPROXY is None, reason="haproxy (Debian: haproxy) is not installed")
+needs_nginx = pytest.mark.skipif(
+    NGINX is None or not NGINX_STREAM.exists(),
+    reason="nginx's stream module (Debian: nginx-light, libnginx-mod-stream) is not installed",
+)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+class Front:
+    """A listening socket that a proxy inherits, so that no port is raced for and no client comes too early."""
+
+    def __init__(self, host: str) -> None:
+        self.socket = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.fd = self.socket.fileno()
+        self.address = self.socket.getsockname()[:2]
+
+    def connect(self, source: str | None = None) -> socket.socket:
+        """A client from this address."""
+        return socket.create_connection(self.address, DEADLINE, source_address=(source, 0) if source else None)
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator:
+    """Starts a proxy with a command line, to be ended after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def run(front: Front, *command: str, **env: str) -> Front:
+            output = stack.enter_context(open(tmp_path / "proxy.log", "w"))
+            process = subprocess.Popen(
+                command, pass_fds=(front.fd,), env={**os.environ, **env}, stdout=output, stderr=output
+            )
+            stack.callback(process.wait, DEADLINE)
+            stack.callback(process.terminate)  # nginx's worker ends with its master
+            # Only the proxy holds it from now on: if that has ended, clients are refused, and wait for nobody.
+            front.socket.close()
+            return front
+
+        yield run
+
+
+@pytest.fixture
+def haproxy(start, tmp_path):
+    """Starts HAProxy in front of a server as its configuration calls it, such as `127.0.0.1:8080 send-proxy`."""
+
+    def run(server: str, host: str = "127.0.0.1", bind: str = "") -> Front:
+        front = Front(host)
+        (tmp_path / "haproxy.cfg").write_text(f"""
+global
+    maxconn 100
+    log stdout format raw local0
+defaults
+    mode tcp
+    log global
+    option log-health-checks
+    timeout connect 20s
+    timeout client 20s
+    timeout server 20s
+listen echo
+    bind fd@{front.fd} {bind}
+    server s {server}
+""")
+        return start(front, HAPROXY, "-db", "-f", str(tmp_path / "haproxy.cfg"))
+
+    return run
+
+
+@pytest.fixture
+def nginx(start, tmp_path):
+    """Starts nginx, which sends headers of version 1, in front of a server."""
+
+    def run(server: str, host: str = "127.0.0.1") -> Front:
+        front = Front(host)
+        name = f"[{host}]" if ":" in host else host
+        (tmp_path / "nginx.conf").write_text(f"""
+daemon off;
+user root;
+worker_processes 1;
+pid {tmp_path}/nginx.pid;
+load_module {NGINX_STREAM};
+events {{ }}
+stream {{
+    server {{
+        listen {name}:{front.address[1]};
+        proxy_pass {server};
+        proxy_protocol on;
+        proxy_half_close on;
+    }}
+}}
+""")
+        # NGINX= is how it hands its sockets to a successor; without a master process it would crash.
+        command = (NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", "stderr")
+        return start(front, *command, NGINX=f"{front.fd};")
+
+    return run
+
+
+@pytest.fixture
+def proxies(haproxy, nginx):
+    """Starts one of PROXIES in front of a server."""
+
+    def run(name: str, server: str, **settings: str) -> Front:
+        if name == "nginx":
+            return nginx(server.replace("unix@", "unix:"), **settings)
+        return haproxy(f"{server} {name}", **settings)
+
+    return run
+
+
+PROXIES = [
+    pytest.param("send-proxy", marks=needs_haproxy),
+    pytest.param("send-proxy-v2", marks=needs_haproxy),
+    pytest.param("send-proxy-v2 proxy-v2-options crc32c,unique-id", marks=needs_haproxy),
+    pytest.param("nginx", marks=needs_nginx),
+]
+
+
+def port(one) -> int:
+    return int(one.wait_line(r"listening on proxy:.*:\d+$").rpartition(":")[2])
+
+
+def name(sock: socket.socket) -> str:
+    """How the log calls the client with this socket."""
+    host, number = sock.getsockname()[:2]
+    return f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    """This many bytes, or less at the end."""
+    received = bytearray()
+    while len(received) < size and (piece := sock.recv(min(size - len(received), 1 << 18))):
+        received += piece
+    return bytes(received)
+
+
+def greet(sock: socket.socket, data: bytes) -> None:
+    """Send a little, and read it after the greeting."""
+    sock.sendall(data)
+    answer = receive(sock, len(GREETING) + len(data))
+    assert answer == GREETING + data
+
+
+def exchange(sock: socket.socket, data: bytes) -> None:
+    """Send much while it comes back, after the greeting; not for TLS, whose sockets are not for two threads."""
+    sender = threading.Thread(target=sock.sendall, args=(data,))
+    sender.start()
+    answer = receive(sock, len(GREETING) + len(data))
+    sender.join()
+    assert answer == GREETING + data
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Waits until the other side closes without a word."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def problems(one) -> list[str]:
+    return [line for line in one.lines if re.search(r"#(warn|error|critical)|Traceback|Error", line)]
+
+
+# --- the client is who it is ---
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6"))]
+)
+def test_some_mebibytes_come_back_and_the_record_names_the_client(service, proxies, proxy, host) -> None:
+    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    front = proxies(proxy, f"127.0.0.1:{port(one)}", host=host)
+    size = 4 << 20
+    for source in ("127.0.0.2", "127.0.0.3") if host == "127.0.0.1" else ("::1",):
+        with front.connect(source) as client:
+            exchange(client, os.urandom(size))
+            peer = name(client)
+        record = one.wait_line(re.escape(f"{peer} on proxy:tcp:127.0.0.1:"))
+        assert f"{size} bytes in, {size + len(GREETING)} bytes out, " in record
+    assert not problems(one)
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_a_proxy_may_come_over_a_unix_socket(service, proxies, tmp_path, proxy) -> None:
+    one = service("--listen=proxy:unix:s")
+    front = proxies(proxy, f"unix@{tmp_path}/s")
+    with front.connect("127.0.0.2") as client:
+        exchange(client, os.urandom(1 << 20))
+        peer = name(client)
+    one.wait_line(re.escape(f"{peer} on proxy:unix:{tmp_path}/s: "))
+    assert not problems(one)
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_a_client_that_finishes_first_gets_everything(service, proxies, proxy) -> None:
+    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    front = proxies(proxy, f"127.0.0.1:{port(one)}")
+    data = os.urandom(1 << 20)
+    with front.connect() as client:
+
+        def send():
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        answer = receive(client, 2 * len(data))
+        sender.join()
+    assert answer == GREETING + data
+    one.wait_line("peer finished$")
+
+
+# --- TLS ---
+
+
+@pytest.fixture
+def trusting(certificates) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=certificates["ca.pem"])
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_the_header_comes_before_tls_that_passes_through(service, proxies, certificates, trusting, proxy) -> None:
+    files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
+    one = service(f"--listen=proxy:ssl:0:interface=127.0.0.1:{files}")
+    front = proxies(proxy, f"127.0.0.1:{port(one)}")
+    with trusting.wrap_socket(front.connect("127.0.0.2"), server_hostname="localhost") as client:
+        greet(client, b"hello")
+        peer = name(client)
+    one.wait_line(re.escape(f"{peer} on proxy:ssl:127.0.0.1:") + ".* 5 bytes in, 27 bytes out")
+    assert not problems(one)
+
+
+@needs_haproxy
+def test_a_proxy_that_ends_tls_tells_of_it(service, haproxy, certificates, trusting) -> None:
+    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    pem = certificates.join("haproxy.pem", "server.pem", "server.key")
+    options = "ssl,cert-cn,ssl-cipher,cert-sig,cert-key,authority,crc32c"
+    front = haproxy(f"127.0.0.1:{port(one)} send-proxy-v2-ssl-cn proxy-v2-options {options}", bind=f"ssl crt {pem}")
+    with trusting.wrap_socket(front.connect("127.0.0.2"), server_hostname="localhost") as client:
+        greet(client, b"hello")
+        peer = name(client)
+    one.wait_line(re.escape(f"{peer} on proxy:tcp:127.0.0.1:") + ".* 5 bytes in, 27 bytes out")
+    assert not problems(one)
+
+
+# --- health checks ---
+
+
+@needs_haproxy
+@pytest.mark.parametrize("proxy", ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c"])
+def test_health_checks_with_a_header_pass_and_are_no_errors(service, haproxy, proxy) -> None:
+    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    front = haproxy(f"127.0.0.1:{port(one)} {proxy} check check-send-proxy inter 50ms fall 1")
+    one.wait_line(r"127\.0\.0\.1:\d+ on proxy:.* 0 bytes in, ", count=5)
+    with front.connect("127.0.0.2") as client:  # refused if a check had failed
+        greet(client, b"hello")
+    assert not problems(one)
+
+
+@needs_haproxy
+def test_health_checks_without_a_header_pass_and_leave_no_trace(service, haproxy, wait_for, tmp_path) -> None:
+    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    # With a port of their own, even if it is the same, checks send no header: SYN, and RST instead of the last ACK.
+    front = haproxy(f"127.0.0.1:{port(one)} send-proxy check port {port(one)} inter 50ms fall 1")
+    wait_for(lambda: "Health check for server echo/s succeeded" in (tmp_path / "proxy.log").read_text())
+    with front.connect("127.0.0.2") as client:
+        greet(client, b"hello")
+        peer = name(client)
+    one.wait_line(re.escape(f"{peer} on proxy:"))
+    assert not problems(one)
+    assert not [line for line in one.lines if " bytes in, " in line and peer not in line]
+
+
+# --- limits ---
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_a_limit_per_peer_counts_the_clients_behind_a_proxy(service, proxies, proxy) -> None:
+    one = service("--listen=proxy:tcp:0:interface=127.0.0.1", "--max-connections-per-peer=2")
+    front = proxies(proxy, f"127.0.0.1:{port(one)}")
+    with contextlib.ExitStack() as stack:
+
+        def connect(source: str) -> socket.socket:
+            return stack.enter_context(front.connect(source))
+
+        for source in ("127.0.0.2", "127.0.0.3", "127.0.0.3", "127.0.0.2"):
+            greet(last := connect(source), b"hello")
+        third = connect("127.0.0.2")
+        assert is_closed(third)
+        one.wait_line(re.escape(f"refused {name(third)} on proxy:tcp:127.0.0.1:") + ".*--max-connections-per-peer")
+        greet(connect("127.0.0.4"), b"hello")
+        # One leaves, and there is room for another.
+        peer = name(last)
+        last.close()
+        one.wait_line(re.escape(f"{peer} on proxy:"))
+        greet(connect("127.0.0.2"), b"hello")
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_a_proxy_that_is_not_believed_is_refused(service, proxies, proxy) -> None:
+    one = service("--listen=proxy:tcp:0:interface=127.0.0.1", "--proxy-from=192.0.2.0/24,127.0.0.2")
+    front = proxies(proxy, f"127.0.0.1:{port(one)}")
+    with front.connect() as client:
+        assert is_closed(client)
+    one.wait_line(r"refused 127\.0\.0\.1:\d+ on proxy:tcp:127\.0\.0\.1:\d+: its address is not in --proxy-from")
+    # A proxy of our own, from an address that is.
+    with socket.create_connection(("127.0.0.1", port(one)), DEADLINE, source_address=("127.0.0.2", 0)) as client:
+        client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+        greet(client, b"hello")
+    one.wait_line(r"192\.0\.2\.1:1 on proxy:tcp:")
+
+
+@needs_haproxy
+def test_twisteds_spelling_means_the_same(service, haproxy) -> None:
+    one = service("--listen=haproxy:tcp:0:interface=127.0.0.1")
+    front = haproxy(f"127.0.0.1:{port(one)} send-proxy-v2")
+    with front.connect("127.0.0.2") as client:
+        greet(client, b"hello")
+        peer = name(client)
+    one.wait_line(re.escape(f"{peer} on proxy:tcp:127.0.0.1:"))

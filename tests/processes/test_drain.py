@@ -1,0 +1,661 @@
+"""The end of a service, and its restart, as clients and the service manager see them: nothing that was said is lost."""
+
+import contextlib
+import fcntl
+import itertools
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import textwrap
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+GREETING = b"Hello from the server!"
+DEADLINE = 30
+
+
+def connect(address) -> socket.socket:
+    """A blocking client of a TCP address or of the path of a UNIX socket."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    client = socket.socket(family)
+    client.settimeout(DEADLINE)
+    try:
+        client.connect(address)
+    except OSError:
+        client.close()
+        raise
+    return client
+
+
+def echoed(client: socket.socket, data: bytes) -> None:
+    """One message there and back."""
+    client.sendall(data)
+    answer = bytearray()
+    while len(answer) < len(data):
+        piece = client.recv(1 << 16)
+        assert piece, f"the connection ended after {len(answer)} bytes of {len(data)}"
+        answer += piece
+    assert answer == data
+
+
+def greeted(address) -> socket.socket:
+    client = connect(address)
+    answer = client.recv(len(GREETING), socket.MSG_WAITALL)
+    assert answer == GREETING
+    return client
+
+
+def freeze(one, wait_for) -> None:
+    """Stop a process as it stands: what comes for it waits in the kernel."""
+    one.process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: Path(f"/proc/{one.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
+def last_line(one) -> str:
+    """The last line of ours, without the time."""
+    (*_, last) = (line for line in one.lines if "[rtservice" in line)
+    return last.partition("] ")[2]
+
+
+class Load:
+    """Clients that come one after another in each of several threads, until they are told to stop or nobody answers.
+
+    Each sends up to 200 KB in one to three messages, reads as it sends, finishes, and reads to the end. `outcome`
+    counts: `served` to the last byte, `refused`, `reset`, or something else that must not be.
+    """
+
+    def __init__(self, addresses, until_refused: bool = False) -> None:
+        self.outcome: Counter[str] = Counter()
+        self._until_refused = until_refused
+        self._enough = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(address,), daemon=True) for address in addresses]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, address) -> None:
+        while not self._enough.is_set():
+            outcome = self._visit(address)
+            self.outcome[outcome] += 1
+            if outcome == "refused" and self._until_refused:
+                return
+
+    def _visit(self, address) -> str:
+        try:
+            client = connect(address)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return "refused"
+        except OSError as problem:
+            return f"connect: {problem!r}"
+        try:
+            with client:
+                expected, answer = bytearray(GREETING), bytearray()
+                for _ in range(random.randint(1, 3)):
+                    data = random.randbytes(random.choice((1, 100, 70_000)))
+                    client.sendall(data)
+                    expected += data
+                    answer += client.recv(1 << 16)
+                client.shutdown(socket.SHUT_WR)
+                while piece := client.recv(1 << 16):
+                    answer += piece
+        except (ConnectionResetError, BrokenPipeError):
+            return "reset"
+        except OSError as problem:
+            return f"exchange: {problem!r}"
+        return "served" if answer == expected else f"{len(answer)} bytes of {len(expected)}"
+
+    def stop(self) -> Counter[str]:
+        self._enough.set()
+        for thread in self._threads:
+            thread.join(DEADLINE)
+        return self.outcome
+
+
+TCP4 = r"--listen=tcp:0:interface=127.0.0.1"
+TCP6 = r"--listen=tcp:0:interface=\:\:1"
+UNIX = "--listen=unix:s"
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+KINDS = [
+    pytest.param(TCP4, id="tcp"),
+    pytest.param(TCP6, id="tcp6", marks=pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")),
+    pytest.param(UNIX, id="unix"),
+]
+
+
+def address_of(one, tmp_path, listen: str):
+    if listen == UNIX:
+        return f"{tmp_path}/s"
+    return ("::1" if listen == TCP6 else "127.0.0.1", one.port)
+
+
+# --- own sockets ---
+
+
+@pytest.mark.parametrize("listen", KINDS)
+def test_clients_that_were_queued_when_the_signal_came_are_served(
+    service, tmp_path, wait_for, read_all, listen
+) -> None:
+    one = service(listen)
+    address = address_of(one, tmp_path, listen)
+    freeze(one, wait_for)
+    clients = [connect(address) for _ in range(100)]
+    for client in clients[:50]:  # some have said all that they have to say before anybody listens
+        client.sendall(b"early")
+        client.shutdown(socket.SHUT_WR)
+    one.process.send_signal(signal.SIGTERM)
+    one.process.send_signal(signal.SIGCONT)
+    for client in clients[50:]:
+        client.sendall(b"late")
+        client.shutdown(socket.SHUT_WR)
+    for number, client in enumerate(clients):
+        with client:
+            assert read_all(client) == GREETING + (b"early" if number < 50 else b"late")
+    assert one.process.wait(DEADLINE) == 0
+    assert last_line(one).startswith("drained: 100 ended, 0 aborted, ")
+
+
+@pytest.mark.parametrize("listen", KINDS)
+def test_clients_that_keep_coming_are_served_or_refused_and_never_reset(service, tmp_path, wait_for, listen) -> None:
+    one = service(listen)
+    load = Load([address_of(one, tmp_path, listen)] * 6, until_refused=True)
+    wait_for(lambda: load.outcome["served"] >= 100)
+    assert one.stop() == 0
+    outcome = load.stop()
+    assert set(outcome) == {"served", "refused"}, outcome
+    assert outcome["refused"] == 6
+    assert re.match(r"drained: \d+ ended, 0 aborted, ", last_line(one))
+
+
+def test_who_comes_during_a_drain_is_refused_and_a_successor_can_have_the_port(service, wait_for) -> None:
+    one = service(TCP4)
+    with greeted(("127.0.0.1", one.port)) as client:
+        one.process.send_signal(signal.SIGTERM)
+        one.wait_line("draining: 1 connections have 30 s to end")
+
+        def refused() -> bool:
+            # Or served, when the line was read faster than the next one of the program was run.
+            try:
+                greeted(("127.0.0.1", one.port)).close()
+            except ConnectionRefusedError:
+                return True
+            return False
+
+        wait_for(refused)
+        other = service(f"--listen=tcp:{one.port}:interface=127.0.0.1")
+        with greeted(("127.0.0.1", one.port)) as newcomer:
+            echoed(newcomer, b"to the successor")
+        echoed(client, b"still here")
+    assert one.process.wait(DEADLINE) == 0
+    assert re.match(r"drained: \d ended, 0 aborted, ", last_line(one))
+    assert other.stop() == 0
+
+
+def test_connections_go_on_and_their_own_end_is_the_end_of_the_drain(service, tmp_path) -> None:
+    one = service(TCP4, UNIX)
+    clients = [greeted(address) for address in [("127.0.0.1", one.port), f"{tmp_path}/s"] * 3]
+    one.process.send_signal(signal.SIGTERM)
+    one.wait_line("draining: 6 connections")
+    for client in clients:
+        for _ in range(10):
+            echoed(client, os.urandom(100_000))
+        client.close()
+    assert one.process.wait(DEADLINE) == 0
+    assert re.fullmatch(r"drained: 6 ended, 0 aborted, \d+\.\d s", last_line(one))
+
+
+def test_the_drain_timeout_closes_what_is_open_and_that_is_a_complete_drain(service, read_all) -> None:
+    one = service(TCP4, "--drain-timeout=0.5")
+    with greeted(("127.0.0.1", one.port)) as client:
+        echoed(client, b"x")
+        assert one.stop() == 0
+        assert read_all(client) == b""  # and no reset
+    assert last_line(one).startswith("drained: 1 ended, 0 aborted, ")
+    one.wait_line(r"1 bytes in, 23 bytes out, drained$")
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_drain_and_shows_in_the_status(service, sig) -> None:
+    one = service(TCP4)
+    with greeted(("127.0.0.1", one.port)) as client:
+        one.process.send_signal(signal.SIGTERM)
+        one.wait_line("draining: 1 connections")
+        assert one.stop(sig) == 128 + sig
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    assert last_line(one).startswith("drained: 0 ended, 1 aborted, ")
+    one.wait_line(r"0 bytes in, 22 bytes out, cut off$")
+    assert not any("Traceback" in line for line in one.lines)
+
+
+def test_two_signals_at_once_are_a_signal_and_a_second(service, wait_for) -> None:
+    one = service(TCP4)
+    with greeted(("127.0.0.1", one.port)):
+        freeze(one, wait_for)
+        one.process.send_signal(signal.SIGTERM)
+        one.process.send_signal(signal.SIGINT)
+        one.process.send_signal(signal.SIGCONT)
+        assert one.process.wait(DEADLINE) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert not any("Traceback" in line for line in one.lines)
+    assert last_line(one).startswith("drained: 0 ended, 1 aborted, ")
+
+
+def stuffed(address) -> tuple[socket.socket, bytes]:
+    """A client that has sent all that it can and read nothing, and what it has sent."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
+    client.settimeout(1)  # when nothing can be sent for so long, every buffer on the way is full
+    client.connect(address)
+    data = random.randbytes(64 << 10) * 320
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        while sent < len(data):
+            sent += client.send(memoryview(data)[sent : sent + (64 << 10)])
+    assert sent < len(data)
+    client.settimeout(DEADLINE)
+    return client, data[:sent]
+
+
+def not_read_by_the_server(client: socket.socket) -> int:
+    """Bytes that the client has sent and its server has not read: in its queue, or in the server's."""
+    waiting = int.from_bytes(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    here, there = client.getsockname()[1], client.getpeername()[1]
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, queues, *_ = line.split()
+        if (int(local[-4:], 16), int(remote[-4:], 16)) == (there, here):
+            return waiting + int(queues.partition(":")[2], 16)
+    raise AssertionError("the kernel does not know the server's end")
+
+
+def test_a_client_that_never_reads_is_aborted_when_it_has_had_its_time(service) -> None:
+    one = service(TCP4, "--drain-timeout=0.2")
+    client, _ = stuffed(("127.0.0.1", one.port))
+    with client:
+        assert one.stop() == 0
+    assert last_line(one).startswith("drained: 0 ended, 1 aborted, ")
+    assert float(last_line(one).split()[-2]) < 12
+    one.wait_line(r"bytes out, stopped reading$")
+
+
+def test_a_slow_reader_gets_all_that_was_echoed_into_a_buffer(service) -> None:
+    one = service(TCP4, "--drain-timeout=0")
+    client, sent = stuffed(("127.0.0.1", one.port))
+    with client:
+        expected = GREETING + sent[: len(sent) - not_read_by_the_server(client)]
+        one.process.send_signal(signal.SIGTERM)
+        one.wait_line("draining: 1 connections have 0 s")
+        received = bytearray()
+        pause = threading.Event()
+        while piece := client.recv(len(expected) // 400):  # over more time than a peer that stands still is given
+            received += piece
+            pause.wait(0.02)
+        assert received == expected
+    assert one.process.wait(DEADLINE) == 0
+    assert last_line(one).startswith("drained: 1 ended, 0 aborted, ")
+    one.wait_line(rf" {len(expected)} bytes out, drained$")
+
+
+def test_a_large_greeting_reaches_two_hundred_of_two_hundred_clients_that_finished_first(
+    service, tmp_path, wait_for, read_all
+) -> None:
+    text = random.randbytes(2 << 20).hex()
+    (tmp_path / "rt.toml").write_text(f"greeting = '{text}'\nlisten = ['tcp:0:interface=127.0.0.1']\n")
+    one = service("--config=rt.toml")
+    complete = 0
+    for _ in range(10):
+        freeze(one, wait_for)
+        clients = [connect(("127.0.0.1", one.port)) for _ in range(20)]
+        for client in clients:
+            client.shutdown(socket.SHUT_WR)
+        one.process.send_signal(signal.SIGCONT)
+        for client in clients:
+            with client:
+                complete += read_all(client) == text.encode()
+    assert complete == 200
+
+
+# --- whoever ends it ---
+
+ENDPOINTS = """
+import signal
+from zope.interface import implementer
+from twisted.plugin import IPlugin
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IStreamServerEndpointStringParser
+
+@implementer(IPlugin, IStreamServerEndpointStringParser)
+class Parser:
+    def __init__(self, prefix):
+        self.prefix = prefix
+    def parseStreamServer(self, reactor, argument=""):
+        self.reactor = reactor
+        return self
+    def listen(self, factory):
+        '''`stopper:` stops the reactor at SIGUSR2; `late:` listens at SIGUSR2, `broken:` fails then.'''
+        result = Deferred()
+        act = {
+            "stopper": self.reactor.stop,
+            "late": lambda: result.callback(self),
+            "broken": lambda: result.errback(OSError("broken by design")),
+        }[self.prefix]
+        before = signal.getsignal(signal.SIGUSR2)
+        def acting(*signalled):
+            self.reactor.callFromThread(act)
+            if callable(before):
+                before(*signalled)
+        signal.signal(signal.SIGUSR2, acting)
+        return succeed(self) if self.prefix == "stopper" else result
+    def getHost(self):
+        return self.prefix
+    def stopListening(self):
+        pass
+
+stopper = Parser("stopper")
+late = Parser("late")
+broken = Parser("broken")
+"""
+
+
+@pytest.fixture
+def endpoints(tmp_path, environment) -> None:
+    """Twistd finds the endpoints above."""
+    plugins = tmp_path / "twisted" / "plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "endpoints_of_the_test.py").write_text(textwrap.dedent(ENDPOINTS))
+    environment["PYTHONPATH"] = str(tmp_path)
+
+
+def test_a_reactor_that_others_stop_drains_too(service, endpoints) -> None:
+    one = service(TCP4, "--listen=stopper:")
+    one.wait_line("listening on stopper:")
+    with greeted(("127.0.0.1", one.port)) as client:
+        one.process.send_signal(signal.SIGUSR2)
+        one.wait_line("draining: 1 connections")
+        echoed(client, b"still here")
+    assert one.process.wait(DEADLINE) == 0
+    assert last_line(one).startswith("drained: 1 ended, 0 aborted, ")
+
+
+def test_a_service_of_twist_drains_too(environment, tmp_path) -> None:
+    twist = os.path.join(os.path.dirname(sys.executable), "twist")
+    command = [twist, "--log-format=text", "rtservice", UNIX]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("listening on" in line for line in process.stdout)
+        with greeted(f"{tmp_path}/s") as client:
+            process.send_signal(signal.SIGTERM)
+            assert any("draining: 1 connections" in line for line in process.stdout)
+            echoed(client, b"still here")
+        output = process.communicate(timeout=DEADLINE)[0]
+    assert process.returncode == 0
+    assert "drained: 1 ended, 0 aborted, " in output
+
+
+def test_a_daemon_drains_too(run, tmp_path, wait_for) -> None:
+    assert run("--pidfile=d.pid", "--logfile=d.log", "rtservice", UNIX).returncode == 0
+    pid = int(wait_for(lambda: (tmp_path / "d.pid").exists() and (tmp_path / "d.pid").read_text()))
+    try:
+        with greeted(f"{tmp_path}/s") as client:
+            os.kill(pid, signal.SIGTERM)
+            wait_for(lambda: "draining: 1 connections" in (tmp_path / "d.log").read_text())
+            echoed(client, b"still here")
+            assert not (tmp_path / "s").exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM) if "draining" not in (tmp_path / "d.log").read_text() else None
+        wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+    assert "drained: 1 ended, 0 aborted, " in (tmp_path / "d.log").read_text()
+    assert not (tmp_path / "d.pid").exists()
+
+
+def test_listeners_that_fail_late_together_are_one_end_with_a_status(service, endpoints) -> None:
+    one = service(TCP4, "--listen=broken:", "--listen=broken:")
+    with greeted(("127.0.0.1", one.port)):
+        one.process.send_signal(signal.SIGUSR2)
+        assert one.process.wait(DEADLINE) == 1
+    assert len([line for line in one.lines if "cannot start: --listen broken:: broken by design" in line]) == 1
+    assert not any("Traceback" in line for line in one.lines)
+
+
+# --- sockets that somebody else holds ---
+
+PASS = """
+import os, sys
+count = int(sys.argv[1])
+passed = list(map(int, sys.argv[2 : 2 + count]))
+for to, fd in enumerate([os.dup2(fd, 100 + fd) for fd in passed], 3):
+    os.dup2(fd, to, inheritable=True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(count))
+os.execv(sys.argv[2 + count], sys.argv[2 + count :])
+"""
+
+
+def passing(*sockets: socket.socket) -> dict:
+    """What has `service` start as a service manager that holds these sockets would."""
+    fds = [sock.fileno() for sock in sockets]
+    launcher = [sys.executable, "-c", PASS, str(len(fds)), *map(str, fds)]
+    return {"launcher": launcher, "pass_fds": tuple(fds)}
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A listening TCP and a UNIX socket that outlive whoever serves on them."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(f"{tmp_path}/held")
+        unix.listen(1000)
+        yield tcp, unix
+
+
+def test_restarts_under_load_refuse_and_reset_nobody(service, held, wait_for) -> None:
+    addresses = [sock.getsockname() for sock in held]
+    one = service("--listen=systemd:", **passing(*held))
+    load = Load(addresses * 3)
+
+    def served_more() -> None:
+        before = load.outcome["served"]
+        wait_for(lambda: load.outcome["served"] >= before + 50)
+
+    for _ in range(4):
+        served_more()
+        assert one.stop() == 0
+        assert re.match(r"drained: \d+ ended, 0 aborted, ", last_line(one))
+        one = service("--listen=systemd:", **passing(*held))
+    served_more()
+    outcome = load.stop()
+    assert set(outcome) == {"served"}, outcome
+    assert one.stop() == 0
+
+
+def test_the_queue_of_a_held_socket_is_left_to_the_successor(service, held, wait_for, read_all) -> None:
+    one = service("--listen=systemd:", **passing(*held))
+    freeze(one, wait_for)
+    clients = [connect(sock.getsockname()) for sock in held for _ in range(50)]
+    # The signal is there before the events of the sockets are looked at: accepting goes on until it is handled.
+    one.process.send_signal(signal.SIGTERM)
+    one.process.send_signal(signal.SIGCONT)
+    served = threading.Thread(target=service, args=("--listen=systemd:",), kwargs=passing(*held))
+    served.start()
+    for client in clients:
+        with client:
+            client.sendall(b"hello")
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == GREETING + b"hello"
+    served.join(DEADLINE)
+    assert one.process.wait(DEADLINE) == 0
+
+
+def test_a_service_without_clients_on_held_sockets_has_nothing_to_wait_for(service, held) -> None:
+    one = service("--listen=systemd:", **passing(*held))
+    one.wait_line("listening on", count=2)
+    assert one.stop() == 0
+    assert last_line(one) == "drained: 0 ended, 0 aborted, 0.0 s"
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-socket-activate") is None,
+    reason="systemd-socket-activate (Debian: systemd) is not installed",
+)
+@pytest.mark.parametrize(
+    ("names", "listen"),
+    [
+        (["--fdname=web:local"], ["--listen=systemd:name=web", "--listen=systemd:name=local"]),
+        (["--fdname=rt:rt"], ["--listen=systemd:name=rt"]),
+        ([], ["--listen=systemd:index=0", "--listen=systemd:UNIX:index=1"]),
+        ([], ["--listen=systemd:"]),
+    ],
+    ids=["named", "one-name", "numbered", "all"],
+)
+def test_systemd_socket_activate_hands_over_both_sockets_and_the_first_client(
+    service, tmp_path, wait_for, names, listen
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+    path = f"{tmp_path}/activated"
+    first: list[socket.socket] = []
+
+    def be_the_first() -> None:
+        # Whoever it is that comes, it starts the service.
+        wait_for(lambda: os.path.exists(path))
+        first.append(greeted(path))
+
+    comer = threading.Thread(target=be_the_first)
+    comer.start()
+    activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{address[1]}", "-l", path, *names]
+    one = service(*listen, launcher=[*activate, "-E", "PYTHONUNBUFFERED=1"])
+    one.wait_line("listening on", count=2)
+    comer.join(DEADLINE)
+    with greeted(address) as second:
+        echoed(second, b"over TCP")
+        echoed(first[0], b"over UNIX")
+        one.process.send_signal(signal.SIGTERM)
+        one.wait_line("draining: 2 connections")
+        echoed(second, b"still here")
+        first[0].close()
+    assert one.process.wait(DEADLINE) == 0
+    assert os.path.exists(path)
+
+
+# --- the service manager ---
+
+
+class Manager:
+    """A NOTIFY_SOCKET, and every message that came through it, in order, with the time."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.messages: list[str] = []
+        self.times: list[float] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(path)
+        self._thread = threading.Thread(target=self._record, daemon=True)
+        self._thread.start()
+
+    def _record(self) -> None:
+        while message := self._socket.recv(4097):
+            self.times.append(time.monotonic())
+            self.messages.append(message.decode())
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"", self.path)
+        self._thread.join(DEADLINE)
+        self._socket.close()
+
+    def has(self, pattern: str, since: int = 0) -> bool:
+        return any(re.search(pattern, message) for message in self.messages[since:])
+
+
+@pytest.fixture
+def manager(tmp_path):
+    one = Manager(f"{tmp_path}/notify")
+    yield one
+    one.close()
+
+
+def test_ready_is_said_first_and_when_every_listener_accepts(service, endpoints, manager, tmp_path, wait_for) -> None:
+    one = service(TCP4, UNIX, "--listen=late:", NOTIFY_SOCKET=manager.path)
+    one.wait_line("listening on unix:")
+    with greeted(("127.0.0.1", one.port)):  # some do already; all of them do not
+        assert manager.messages == []
+        asked = time.monotonic()
+        one.process.send_signal(signal.SIGUSR2)
+        wait_for(lambda: manager.messages)
+        one.wait_line("listening on late:")
+        assert manager.messages[0] == "READY=1\nSTATUS=serving: 1 connections open"
+        assert manager.times[0] >= asked
+        greeted(f"{tmp_path}/s").close()
+    assert one.stop() == 0
+
+
+def test_the_manager_hears_of_counts_reloads_and_the_end_in_order(service, manager, tmp_path, wait_for) -> None:
+    one = service(TCP4, NOTIFY_SOCKET=manager.path)
+    clients = [greeted(("127.0.0.1", one.port)) for _ in range(3)]
+    wait_for(lambda: manager.has("^STATUS=serving: 3 connections open$"))
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    one.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: manager.has("^READY=1", since=1))
+    after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+    seen = len(manager.messages)
+    one.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: len([m for m in manager.messages if m.startswith("EXTEND")]) >= 3)  # once at first, then each tick
+    for client in clients:
+        client.close()
+    assert one.process.wait(DEADLINE) == 0
+
+    serving, draining = manager.messages[:seen], manager.messages[seen:]
+    changes = [message for message in serving if not message.startswith("STATUS=")]
+    assert [message.partition("\n")[0] for message in changes] == ["READY=1", "RELOADING=1", "READY=1"]
+    reloading = re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=(\d+)", changes[1])
+    assert reloading is not None
+    assert before <= int(reloading[1]) <= after
+    # A status may have been under way when the signal was.
+    if draining[0].startswith("STATUS=serving"):
+        del draining[0]
+    assert draining[0] == "STOPPING=1\nSTATUS=draining: 3 connections open"
+    assert draining[1] == "EXTEND_TIMEOUT_USEC=60000000"  # --drain-timeout, and what flushing may take
+    assert set(draining[2:]) == {"STATUS=draining: 3 connections open", "EXTEND_TIMEOUT_USEC=30000000"}
+
+
+def test_signs_of_life_come_at_half_of_the_time_and_stop_with_the_process(service, manager, wait_for) -> None:
+    one = service(TCP4, NOTIFY_SOCKET=manager.path, WATCHDOG_USEC="500000")
+
+    def beats() -> list[float]:
+        return [when for when, what in zip(manager.times, manager.messages, strict=False) if what == "WATCHDOG=1"]
+
+    def next_beats(count: int) -> list[float]:
+        before = len(beats())
+        return wait_for(lambda: len(beats()) >= before + count and beats()[before : before + count])
+
+    some = next_beats(9)
+    gaps = sorted(later - sooner for sooner, later in itertools.pairwise(some))
+    assert 0.24 < gaps[len(gaps) // 2] < 0.3
+
+    freeze(one, wait_for)
+    seen = len(beats())
+    threading.Event().wait(1)  # four of them are due
+    assert len(beats()) <= seen + 1  # one that was under way
+    one.process.send_signal(signal.SIGCONT)
+    next_beats(2)
+
+    with greeted(("127.0.0.1", one.port)):
+        one.process.send_signal(signal.SIGTERM)
+        one.wait_line("draining: 1 connections")
+        next_beats(3)
+    assert one.process.wait(DEADLINE) == 0

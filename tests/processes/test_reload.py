@@ -1,0 +1,528 @@
+"""SIGHUP: certificates and settings of a running service are read again, and whatever is wrong changes nothing."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+GREETING = b"Hello from the server!"
+DEADLINE = 30
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
+
+
+@pytest.fixture(scope="module")
+def renewed(certificates):
+    """The certificates, with more of localhost's and of some names."""
+    for name in ("first", "second"):
+        certificates.make(name, "server", "ca")
+    for name in ("a", "b", "c"):
+        certificates.make(name, "server", "ca", alternative=f"DNS:{name}.example")
+    return certificates
+
+
+@pytest.fixture
+def put(renewed, tmp_path):
+    """Puts a certificate and its key in place, as an ACME client does: each file at once."""
+
+    def copy(name: str, file: str = "served", suffixes: tuple[str, ...] = ("key", "pem")) -> None:
+        for suffix in suffixes:
+            shutil.copy(renewed[f"{name}.{suffix}"], tmp_path / "new")
+            (tmp_path / "new").replace(tmp_path / f"{file}.{suffix}")
+
+    return copy
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+TLS = "--listen=ssl:0:interface=127.0.0.1:privateKey=served.key:certKey=served.pem"
+
+
+def shown(port: int, name: str = "localhost") -> bytes:
+    """The certificate that openssl is shown, as DER."""
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-servername", name]
+    said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE).stdout
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    return ssl.PEM_cert_to_DER_cert(begin + said.split(begin)[1].split(end)[0] + end)
+
+
+@pytest.fixture
+def der(renewed):
+    def read(name: str) -> bytes:
+        return ssl.PEM_cert_to_DER_cert(Path(renewed[f"{name}.pem"]).read_text())
+
+    return read
+
+
+@pytest.fixture
+def tls_client(renewed):
+    """Connects with TLS and reads the greeting."""
+
+    def connect(port: int) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=renewed["ca.pem"])
+        plain = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)
+        client = context.wrap_socket(plain, server_hostname="localhost")
+        assert client.recv(100) == GREETING
+        return client
+
+    return connect
+
+
+def echoes(client: socket.socket, data: bytes = b"still here") -> bool:
+    client.sendall(data)
+    received = b""
+    while len(received) < len(data) and (piece := client.recv(100)):
+        received += piece
+    return received == data
+
+
+def hang_up(one, count: int = 1) -> str:
+    """Sends a SIGHUP, and waits for the `count`th line that says how it went."""
+    one.process.send_signal(signal.SIGHUP)
+    return one.wait_line(r"\] (reloaded;|nothing is reloaded)", count)
+
+
+def lines(one, word: str) -> list[str]:
+    return [line for line in one.lines if word in line]
+
+
+# --- certificates ---
+
+
+def test_a_renewed_certificate_is_shown_after_sighup_and_an_open_connection_goes_on(
+    service, put, der, tls_client
+) -> None:
+    put("first")
+    one = service(TLS)
+    assert shown(one.port) == der("first")
+    with tls_client(one.port) as old:
+        put("second")
+        assert shown(one.port) == der("first")
+        assert hang_up(one).endswith("reloaded; changed: no setting")
+        assert shown(one.port) == der("second")
+        assert old.getpeercert(binary_form=True) == der("first")
+        assert echoes(old)
+        with tls_client(one.port) as new:
+            assert echoes(new)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda put, here: put("second", suffixes=("key",)), "does not belong to the certificate"),
+        (lambda put, here: (here / "served.pem").write_text("garbage"), "no usable certificate in PEM form"),
+        (lambda put, here: (here / "served.key").write_bytes(b"\0\xff" * 99), "no usable private key in PEM form"),
+        (lambda put, here: (here / "served.pem").write_text(""), "no usable certificate in PEM form"),
+        (lambda put, here: (here / "served.key").unlink(), "cannot read the private key"),
+        (lambda put, here: pipe(here / "served.key"), "not a regular file"),
+    ],
+    ids=["mismatch", "garbage", "binary", "empty", "missing", "pipe"],
+)
+def test_a_certificate_that_is_wrong_is_one_line_and_the_old_one_stays(
+    service, put, der, tls_client, tmp_path, spoil, problem
+) -> None:
+    put("first")
+    one = service(TLS)
+    with tls_client(one.port) as old:
+        spoil(put, tmp_path)
+        line = hang_up(one)
+        assert "#error] nothing is reloaded: " in line
+        assert problem in line
+        assert str(tmp_path / "served.") in line
+        assert shown(one.port) == der("first")
+        assert echoes(old)
+        put("second")
+        hang_up(one, 2)
+        assert shown(one.port) == der("second")
+    assert one.stop() == 0
+    assert len(lines(one, "error]")) == 1
+    assert not lines(one, "Traceback")
+
+
+def test_a_certificate_that_is_replaced_is_noticed_without_a_signal(service, put, der, wait_for, tmp_path) -> None:
+    put("first")
+    one = service(TLS, "--watch-certificates")
+    (tmp_path / "served.key").write_text("half of a ke")
+    assert "no usable private key" in one.wait_line("the certificates in force stay: ")
+    assert shown(one.port) == der("first")
+    put("second")
+    one.wait_line("certificate .* expires in", 2)
+    assert shown(one.port) == der("second")
+    # What is wrong is said once for each change, and not each time that is looked.
+    assert len(lines(one, "in force stay")) <= 2
+
+
+def test_names_come_and_go_with_the_files_of_a_directory(service, put, der, tmp_path) -> None:
+    (tmp_path / "names").mkdir()
+    put("a", "names/a")
+    put("b", "names/b")
+    one = service("--listen=ssl:0:interface=127.0.0.1:certificates=names")
+    assert [shown(one.port, f"{name}.example") for name in "abc"] == [der("a"), der("b"), der("a")]
+    put("c", "names/c")
+    for suffix in ("pem", "key"):
+        (tmp_path / f"names/b.{suffix}").unlink()
+    hang_up(one)
+    assert [shown(one.port, f"{name}.example") for name in "abc"] == [der("a"), der("a"), der("c")]
+    (tmp_path / "names/c.key").unlink()
+    assert "no private key for" in hang_up(one, 2)
+    assert shown(one.port, "c.example") == der("c")
+
+
+def test_the_days_that_certificates_have_are_logged_at_the_start_and_after_a_reload(service, put, renewed) -> None:
+    renewed.make("short", "server", "ca", days=7)
+    put("first")
+    one = service(TLS)
+    assert one.wait_line(r"#info\] certificate .*/served.pem for localhost: expires in 90 days$")
+    put("short")
+    hang_up(one)
+    assert one.wait_line(r"#info\] certificate .*/served.pem for localhost: expires in 7 days$")
+    renewed.make("many", "server", "ca", alternative=",".join(f"DNS:n{number}.example" for number in range(500)))
+    put("many")
+    hang_up(one, 2)
+    assert one.wait_line(r"served.pem for n0\.example,( n[1-4]\.example,?){4} and 495 more: expires in 90 days$")
+
+
+# The program itself would stand between the test and the service.
+FAKETIME = [str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")]
+
+
+@pytest.mark.skipif(not FAKETIME, reason="libfaketime (Debian: libfaketime) is not installed")
+@pytest.mark.parametrize(("clock", "state"), [("+100d", "has expired"), ("-9d", "is not valid yet")])
+def test_a_certificate_that_does_not_hold_now_is_served_with_a_warning(service, put, der, clock, state) -> None:
+    put("first")
+    one = service(TLS, LD_PRELOAD=FAKETIME[0], FAKETIME=clock)
+    assert one.wait_line(rf"#warn\] certificate .*/served.pem for localhost: {state}$")
+    assert shown(one.port) == der("first")
+    hang_up(one)
+    assert one.wait_line(rf"#warn\] certificate .*/served.pem for localhost: {state}$", 2)
+
+
+# --- settings ---
+
+
+@pytest.fixture
+def configured(service, tmp_path):
+    """Starts the service with a file, and gives a function that replaces it and reloads."""
+
+    def start(before: str, *arguments: str, **more):
+        file = tmp_path / "rt.toml"
+        file.write_text(before)
+        one = service("--config=rt.toml", *(arguments or ("--listen=tcp:0:interface=127.0.0.1",)), **more)
+        reloads = iter(range(1, 100))
+
+        def change(content: str) -> str:
+            file.write_text(content)
+            return hang_up(one, next(reloads))
+
+        return one, change
+
+    return start
+
+
+def connected(one) -> socket.socket:
+    client = one.connect()
+    assert client.recv(100) == GREETING
+    return client
+
+
+def test_the_limit_of_connections_and_what_happens_there_change_live(configured) -> None:
+    one, change = configured("max-connections = 1\nat-limit = 'reject'")
+    with connected(one) as first:
+        with one.connect() as second:
+            assert second.recv(100) == b""
+        assert change("max-connections = 2\nat-limit = 'reject'").endswith("changed: max-connections")
+        with connected(one) as second:
+            assert echoes(second)
+            assert change("max-connections = 2").endswith("changed: at-limit")
+            with one.connect() as third:
+                third.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    third.recv(100)
+                third.settimeout(DEADLINE)
+                change("max-connections = 3")
+                assert third.recv(100) == GREETING
+                assert all(map(echoes, (first, second, third)))
+
+
+def test_a_limit_below_what_is_open_closes_nobody(configured) -> None:
+    one, change = configured("")
+    with connected(one) as first, connected(one) as second:
+        change("max-connections = 1\nat-limit = 'reject'")
+        assert echoes(first)
+        assert echoes(second)
+        with one.connect() as third:
+            assert third.recv(100) == b""
+
+
+def test_the_limit_for_each_peer_counts_those_who_are_there_already(configured) -> None:
+    one, change = configured("")
+    with connected(one) as first:
+        assert change("max-connections-per-peer = 1").endswith("changed: max-connections-per-peer")
+        with one.connect() as second:
+            assert second.recv(100) == b""
+        assert change("max-connections-per-peer = 2\npeer-prefix-v6 = 56").endswith(
+            "changed: max-connections-per-peer, peer-prefix-v6"
+        )
+        with connected(one) as second:
+            assert echoes(first)
+            assert echoes(second)
+
+
+def test_the_idle_timeout_changes_for_who_is_there_already(configured) -> None:
+    one, change = configured("idle-timeout = 0")
+    with connected(one) as client:
+        assert echoes(client)
+        change("idle-timeout = 0.2")
+        assert client.recv(100) == b""
+    one.wait_line("bytes out, idle$")
+
+
+def test_the_handshake_timeout_changes_for_who_comes_then(configured, put) -> None:
+    put("first")
+    one, change = configured("", TLS)
+    change("handshake-timeout = 0.2")
+    with one.connect() as silent, contextlib.suppress(ConnectionResetError):
+        assert silent.recv(100) == b""
+    one.wait_line("0 bytes in, 0 bytes out, .*handshake")
+
+
+def test_the_peers_that_may_send_proxy_headers_change_live(configured) -> None:
+    header = b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
+    one, change = configured("proxy-from = '192.0.2.9'", "--listen=proxy:tcp:0:interface=127.0.0.1")
+    port = int(one.wait_line("listening on").rpartition(":")[2])
+
+    def answer() -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as client:
+            try:
+                client.sendall(header)
+                return client.recv(100)
+            except (ConnectionResetError, BrokenPipeError):
+                return b""
+
+    assert answer() == b""
+    assert change("proxy-from = '127.0.0.1'").endswith("changed: proxy-from")
+    assert answer() == GREETING
+
+
+def test_the_log_level_changes_live(configured, tmp_path, read_all) -> None:
+    one, change = configured("")
+
+    def visit() -> str:
+        with one.connect() as client:
+            peer = "{}:{}".format(*client.getsockname())
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == GREETING
+        return peer
+
+    one.wait_line(f"{visit()} on ")
+    # Its success is an info, and not seen any more; that of the greeting is a warning.
+    (tmp_path / "rt.toml").write_text("log-level = 'warn'\ngreeting = 'x'")
+    one.process.send_signal(signal.SIGHUP)
+    one.wait_line("a restart is needed")
+    unseen = visit()
+    assert change("log-level = 'info'").endswith("changed: log-level")
+    one.wait_line(f"{visit()} on ")
+    assert not lines(one, unseen)
+
+
+def test_the_time_to_drain_changes_live(configured) -> None:
+    one, change = configured("drain-timeout = 600")
+    change("drain-timeout = 0.2")
+    with connected(one) as client:
+        one.process.send_signal(signal.SIGTERM)
+        assert client.recv(100) == b""
+    assert one.process.wait(DEADLINE) == 0
+    one.wait_line("1 connections have 0.2 s to end")
+
+
+def test_watching_certificates_can_be_turned_on(configured, put, der) -> None:
+    put("first")
+    one, change = configured("", TLS)
+    assert change("watch-certificates = true").endswith("changed: watch-certificates")
+    put("second")
+    one.wait_line("certificates have changed")
+    one.wait_line("certificate .* expires in", 3)
+    assert shown(one.port) == der("second")
+
+
+def test_what_takes_a_restart_is_named_each_time_and_not_applied(configured) -> None:
+    # Port 1 would be one that is refused or taken, and is not tried.
+    one, change = configured("listen = 'tcp:0:interface=127.0.0.1'", "--backlog=7")
+    for count in (1, 2):
+        change("port = 1\ngreeting = 'x'\nframing = 'line'\nmax-message = 1\ngreet = 'first-data'\nbacklog = 9\n")
+        line = one.wait_line("a restart is needed", count)
+        assert "#warn]" in line
+        assert line.endswith("for what changed of port, listen, greeting, greet, framing, max-message")
+    with connected(one) as client:
+        assert echoes(client)
+    change("listen = 'tcp:0:interface=127.0.0.1'")
+    assert len(lines(one, "a restart is needed")) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            "max-connections = 1\nat-limit = 'reject'\nmax-connections-per-peer = -1",
+            "max-connections-per-peer: '-1' is",
+        ),
+        ("max-connections = 1\nat-limit = 'reject'\nprot = 1", "prot: no such setting; did you mean port?"),
+        ("max-connections = 1\nat-limit = 'reject'\nport =", "is not TOML"),
+        ("max-connections = 1\nat-limit = 'reject'\nframing = 'line'\ngreeting = 'a\\nb'", "greeting: "),
+        ("max-connections = 1\nat-limit = 'reject'\nport = 1\nlisten = '1'", "port: listen says already"),
+        ("max-connections = 1\nat-limit = 'reject'\n\udcff", "is not UTF-8"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+    ids=["value", "key", "syntax", "together", "both", "encoding", "missing"],
+)
+def test_a_wrong_file_changes_nothing_at_all(configured, put, der, tmp_path, content, problem) -> None:
+    put("first")
+    one, _ = configured("", TLS)
+    put("second")
+    file = tmp_path / "rt.toml"
+    file.unlink() if content is None else file.write_text(content, errors="surrogateescape")
+    line = hang_up(one)
+    assert f"#error] nothing is reloaded: {file}: " in line
+    assert problem in line
+    with one.connect(), one.connect():
+        assert shown(one.port) == der("first")
+    assert not lines(one, "refused")
+    assert one.stop() == 0
+    assert not lines(one, "Traceback")
+
+
+def test_a_wrong_certificate_keeps_the_settings_too(configured, put, tmp_path) -> None:
+    put("first")
+    one, change = configured("", TLS, "--listen=unix:s")
+    one.wait_line("listening on unix")
+    (tmp_path / "served.pem").write_text("garbage")
+    assert "nothing is reloaded: no usable certificate" in change("idle-timeout = 0.1\ngreeting = 'x'")
+    assert not lines(one, "restart")
+    put("second")
+    assert change("idle-timeout = 0.1").endswith("changed: idle-timeout")
+
+
+# --- at any time ---
+
+
+def test_a_storm_of_signals_loses_nobody(configured, put, der, tls_client) -> None:
+    put("first")
+    one, change = configured("", TLS)
+    port, over, served, problems = one.port, threading.Event(), [], []
+
+    def visit() -> None:
+        while not over.is_set():
+            try:
+                with tls_client(port) as client:
+                    assert echoes(client)
+                served.append(1)
+            except (OSError, AssertionError) as problem:
+                problems.append(problem)
+
+    visitors = [threading.Thread(target=visit) for _ in range(2)]
+    for visitor in visitors:
+        visitor.start()
+    with tls_client(port) as old:
+        for number in range(100):
+            put(("first", "second")[number % 2], suffixes=("pem", "key") if number % 3 else ("pem",))
+            one.process.send_signal(signal.SIGHUP)
+            assert echoes(old)
+    over.set()
+    for visitor in visitors:
+        visitor.join(DEADLINE)
+    assert not problems
+    assert served
+    put("second")
+    change("idle-timeout = 7")
+    one.wait_line("reloaded; changed: idle-timeout")
+    assert shown(port) == der("second")
+    assert one.stop() == 0
+    assert not lines(one, "Traceback")
+
+
+WHEN_ENDPOINT = """
+import os
+from twisted.internet.endpoints import TCP4ServerEndpoint
+from twisted.internet.interfaces import IStreamServerEndpointStringParser
+from twisted.internet.task import LoopingCall
+from twisted.plugin import IPlugin
+from zope.interface import implementer
+
+@implementer(IPlugin, IStreamServerEndpointStringParser)
+class Parser:
+    prefix = "when"
+    def parseStreamServer(self, reactor, path):
+        self.reactor, self.path = reactor, path
+        return self
+    def listen(self, factory):
+        waiting = LoopingCall(lambda: os.path.exists(self.path) and waiting.stop())
+        endpoint = TCP4ServerEndpoint(self.reactor, 0, interface="127.0.0.1")
+        return waiting.start(0.01).addCallback(lambda _: endpoint.listen(factory))
+
+parser = Parser()
+"""
+
+
+def test_a_signal_before_it_serves_is_answered_when_it_does(service, tmp_path) -> None:
+    (tmp_path / "twisted" / "plugins").mkdir(parents=True)
+    (tmp_path / "twisted" / "plugins" / "when_endpoint.py").write_text(WHEN_ENDPOINT)
+    one = service("--listen=when:there", "--listen=unix:s", PYTHONPATH=str(tmp_path))
+    one.process.send_signal(signal.SIGHUP)
+    (tmp_path / "there").touch()
+    one.wait_line("reloaded; changed: no setting")
+    order = [line.partition("] ")[2][:12] for line in one.lines if "listening on" in line or "SIGHUP" in line]
+    assert order == ["listening on", "listening on", "SIGHUP: relo"]
+    assert one.stop() == 0
+
+
+def test_a_signal_during_the_drain_does_no_harm(service) -> None:
+    one = service("--listen=tcp:0:interface=127.0.0.1")
+    with connected(one) as client:
+        one.process.send_signal(signal.SIGTERM)
+        one.wait_line("draining: 1 connections")
+        one.process.send_signal(signal.SIGHUP)
+        assert echoes(client)
+    assert one.process.wait(DEADLINE) == 0
+    assert one.wait_line("drained: 1 ended, 0 aborted")
+    assert not lines(one, "SIGHUP")
+
+
+def test_the_signal_that_rotates_a_log_file_does_no_harm_where_there_is_none(service) -> None:
+    one = service("--listen=tcp:0:interface=127.0.0.1")
+    with connected(one) as client:
+        one.process.send_signal(signal.SIGUSR1)
+        assert echoes(client)
+    assert one.stop() == 0
+
+
+# --- where the process cannot read any more ---
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user or the root")
+def test_a_key_that_only_root_may_read_is_a_line_once_root_is_given_up(service, put, der, tmp_path) -> None:
+    put("first")
+    (tmp_path / "served.key").chmod(0o600)
+    one = service(TLS, twistd=("--uid=nobody",))
+    assert "the private key" in (line := hang_up(one)) or "the certificate" in line
+    assert "permission denied" in line
+    assert shown(one.port) == der("first")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user or the root")
+def test_files_outside_the_new_root_are_a_line_and_the_service_goes_on(service, put, der, tmp_path) -> None:
+    put("first")
+    (tmp_path / "rt.toml").write_text("")
+    one = service(TLS, twistd=(f"--chroot={tmp_path}",))
+    line = hang_up(one)
+    assert "nothing is reloaded: cannot read the certificate" in line
+    assert shown(one.port) == der("first")
