@@ -374,13 +374,19 @@ class _Start:
     def report(self, problem: str | None) -> None:
         """The start is over, and went well or not."""
         self._take_pipe()
-        with contextlib.suppress(OSError):  # nobody listens any more
-            if problem is not None:
+        if problem is None:
+            self._answer(b"0")
+        else:
+            with contextlib.suppress(OSError):  # nobody reads it any more
                 os.write(self._terminal, f"rtservice: {printable(problem)}\n".encode())
-            if self._pipe is not None:
-                os.write(self._pipe, b"0" if problem is None else b"1 rtservice did not start")
+            # The command returns when all is cleaned up: who tries again at once finds no pidfile and no port in use.
+            atexit.register(self._answer, b"1 rtservice did not start")
         os.close(self._terminal)
+
+    def _answer(self, word: bytes) -> None:
         if self._pipe is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._pipe, word)
             os.close(self._pipe)
 
     def _take_pipe(self) -> None:

@@ -249,6 +249,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("TESTS_SKIP_NOTHING") and reporter is not None and reporter.stats.get("skipped"):
+    if reporter is None or not os.environ.get("TESTS_SKIP_NOTHING"):
+        return
+    # Not every host can boot a container, whatever is installed there.
+    if any("no systemd can be booted here" not in one.longrepr[2] for one in reporter.stats.get("skipped", ())):
         reporter.write_line("tests were skipped where everything they need is installed", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -322,7 +322,8 @@ class Connections:
             if connection.protocol is None or connection in self._told:
                 continue
             self._told.add(connection)
-            protocol = IDrainable(connection.protocol, None)
+            # Twisted's TLS after startTLS is a protocol too, and wraps the one that may want to know.
+            protocol = IDrainable(getattr(connection.protocol, "wrappedProtocol", connection.protocol), None)
             if protocol is not None:
                 try:
                     protocol.drain()

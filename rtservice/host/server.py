@@ -259,6 +259,7 @@ class Server(Service):
         if self._reload is not None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._signalled)
+        self._warn_of_descriptors()
         self.connections.start(self.reactor)
         for listener in self._listeners:
             port = Port(
@@ -320,9 +321,19 @@ class Server(Service):
     def apply(self, live: Live) -> None:
         """Serve by these from now on."""
         self.live = live
+        self._warn_of_descriptors()
         self.connections.apply(live.limits)
         for port in self.connections.ports:
             port.handshake_timeout = live.handshake_timeout
+
+    def _warn_of_descriptors(self) -> None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY and self.live.limits.max_connections >= limit:
+            self._log.warn(
+                "--max-connections {connections} is never reached: the limit of descriptors is {limit}",
+                connections=self.live.limits.max_connections,
+                limit=limit,
+            )
 
     def _hung_up(self, number: int, frame: object) -> None:
         self._reload_asked = True

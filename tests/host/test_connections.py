@@ -23,6 +23,7 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger, formatEvent
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -776,6 +777,17 @@ def test_a_protocol_that_wants_to_know_of_the_drain_is_told_once(world) -> None:
     one.clock.turn()
     assert late.recv(100) == b"bye"
     assert len(one.connections.open) == 2
+
+
+def test_a_protocol_below_a_layer_that_wraps_it_is_told(world) -> None:
+    one = world(Factory.forProtocol(Polite))
+    client = one.client()
+    (connection,) = one.connections.open
+    layer = ProtocolWrapper(WrappingFactory(one.factory), connection.protocol)
+    connection.protocol = layer  # as startTLS does it with pyOpenSSL's contexts
+    one.connections.tell_drain()
+    one.clock.turn()
+    assert client.recv(100) == b"bye"
 
 
 def test_a_protocol_that_fails_in_drain_loses_its_own_connection(world) -> None:

@@ -200,6 +200,7 @@ def test_the_default_limit_is_what_the_descriptors_allow(service, clients) -> No
 
 def test_without_descriptors_nothing_spins_and_whoever_waits_is_served_when_there_are_some(service, clients) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=1000", launcher=FEW_DESCRIPTORS)
+    one.wait_line("--max-connections 1000 is never reached: the limit of descriptors is 64$")
     waiting = clients(100, one.port)
     one.wait_line("accepts nobody for now: Too many open files")
     inside = readable(waiting, DEADLINE)
