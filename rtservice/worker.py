@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import faulthandler
 import os
@@ -297,6 +298,10 @@ class Worker(Protocol):
         if self._full or self._ending:
             self._dropped += 1
             return
+        if isinstance(event.get("log_failure"), Failure):
+            failure: Any = copy.copy(event["log_failure"])
+            failure.value = failure.getErrorMessage()  # JSON cannot hold an exception
+            event = {**event, "log_failure": failure}
         try:
             text = eventAsJSON(event)
         except Exception:  # something in it that JSON cannot hold
