@@ -7,10 +7,8 @@ here is read at run time but by `tap`, which passes plain values on.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import ipaddress
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -463,6 +461,8 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
 
 
 def _read(config: str) -> dict[str, Any]:
+    import tomllib  # no worker reads a file
+
     try:
         with open(config, "rb") as file:
             return tomllib.load(file)
@@ -483,6 +483,8 @@ def _parsed(given: Mapping[str, Any], key_of: Callable[[str], str], *, prefix: s
     for key, value in given.items():
         where = prefix + _printable(key)
         if key not in settings:
+            import difflib  # a rare need
+
             # Without what all keys of a layer share, which would make them all alike.
             bare = key.removeprefix(_PREFIX).lower().replace("_", "-")
             close = difflib.get_close_matches(bare, [setting.name for setting in schema()], 1)
