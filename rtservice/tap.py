@@ -16,7 +16,7 @@ from twisted.python import usage
 
 from rtservice import __version__, settings, worker
 from rtservice.host import systemd
-from rtservice.host.server import Server
+from rtservice.host.server import Server, raise_descriptor_limit
 from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
@@ -155,6 +155,7 @@ def makeService(options: Options) -> Server | Supervisor:
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
         _install_reactor(log.logger)
+        raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
         opened, endpoints = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
         raise SystemExit(f"rtservice: {error}") from None
