@@ -334,6 +334,7 @@ class Supervisor(Service):
         self._check = check
         self._reload = reload
         self._seen = fingerprint(plan.watched)
+        self._refusal = ""  # why the system had no process for a worker
         self._rolling: list[Slot] = []  # whose workers are still to be replaced
         self._reload_asked = False  # too early
         self._reloading = False
@@ -382,7 +383,7 @@ class Supervisor(Service):
         for slot in self.slots:
             slot.worker = self._spawn(slot)
             if slot.worker is None:
-                self.fail("no worker can be spawned")
+                self.fail(self._refusal)
                 return
 
     def _spawn(self, slot: Slot) -> Worker | None:
@@ -391,9 +392,8 @@ class Supervisor(Service):
         try:
             self._spawn_process(worker)
         except OSError as problem:
-            self.log.error(
-                "slot {slot}: no worker can be spawned: {problem}", slot=slot.number, problem=problem.strerror
-            )
+            self._refusal = f"no worker can be spawned: {problem.strerror}"
+            self.log.error("slot {slot}: {problem}", slot=slot.number, problem=self._refusal)
             return None
         worker.tell("start", self._plan.start(slot.number, len(self.slots)))
         return worker
@@ -601,7 +601,7 @@ class Supervisor(Service):
                 slot.successor = self._spawn(slot)
                 if slot.successor is not None:
                     return
-                self._stop_rolling("the system has no process for another one")
+                self._stop_rolling(self._refusal)
         if self._reloading:
             self._reloading = False
             self.log.info("reloaded: {status}", status=self.status)

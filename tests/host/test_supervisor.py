@@ -426,7 +426,7 @@ def test_a_start_for_which_the_system_has_no_process_fails_with_one_line(world) 
     one = world()
     one.reactor.refuse = BlockingIOError(11, "Resource temporarily unavailable")
     one.service.startService()
-    assert one.reports == ["no worker can be spawned"]
+    assert one.reports == ["no worker can be spawned: Resource temporarily unavailable"]
     assert one.logged("slot 0: no worker can be spawned: Resource temporarily unavailable")
     one.reactor.advance(0)
     assert one.done == [None]
@@ -736,7 +736,7 @@ def test_a_reload_for_which_there_is_no_process_leaves_the_old_ones(world) -> No
     one.reactor.refuse = OSError(11, "Resource temporarily unavailable")
     one.send(signal.SIGHUP)
     assert one.notifier.said == ["READY", "RELOADING", "READY"]
-    assert one.logged("workers are not replaced: the system has no process for another one")
+    assert one.logged("workers are not replaced: no worker can be spawned: Resource temporarily unavailable")
     assert [slot.ready for slot in one.service.slots] == [True, True]
 
 
