@@ -130,9 +130,10 @@ def measure(options: argparse.Namespace, bench: Bench, results: list[Result]) ->
     """Measure the chosen cases, and show the table of each as soon as it is complete."""
     cases = [case for case in CASES if not options.cases or case.name in options.cases]
     servers = [server for server in SERVERS if not options.servers or server.name in options.servers]
-    progress = Progress(len(cases) * len(servers) * options.rounds)
-    for case in cases:
-        result = bench.measure(case, servers, functools.partial(progress.ran, case.name))
+    taking_part = {case: [server for server in servers if case.takes(server.name)] for case in cases}
+    progress = Progress(sum(map(len, taking_part.values())) * options.rounds)
+    for case in filter(taking_part.get, cases):
+        result = bench.measure(case, taking_part[case], functools.partial(progress.ran, case.name))
         results.append(result)
         progress.clear()
         print(report.case_table(result), end="\n\n", flush=True)

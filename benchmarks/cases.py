@@ -14,15 +14,29 @@ class Case:
     connections: int
     size: int = 64
     """Bytes in a message."""
-    mode: Literal["exchange", "churn", "idle"] = "exchange"
-    """As in load.c: echo without end, a connection for each message, or connections that only stay open."""
+    mode: Literal["exchange", "churn", "idle", "start"] = "exchange"
+    """As in load.c: echo without end, a connection for each message, or connections that only stay open; or, without a
+    load, the start of the server until it greets."""
     tls: bool = False
+    servers: tuple[str, ...] = ()
+    """Who takes part. Empty: everybody but ``workers``."""
 
     @property
     def unit(self) -> str:
         """What is counted."""
-        return "msg" if self.mode == "exchange" else "conn"
+        return {"exchange": "msg", "start": "start"}.get(self.mode, "conn")
 
+    @property
+    def cost(self) -> str:
+        """What is counted for each of them."""
+        return {"idle": "KiB", "start": "CPU ms"}.get(self.mode, "CPU µs")
+
+    def takes(self, server: str) -> bool:
+        """Whether a server takes part."""
+        return server in self.servers if self.servers else server != "workers"
+
+
+_WORKERS = ("rtservice", "workers")
 
 CASES = (
     Case("small", "64 B × 100 connections", connections=100),
@@ -33,4 +47,8 @@ CASES = (
     Case("tls-small", "TLS, 64 B × 100 connections", connections=100, tls=True),
     Case("tls-large", "TLS, 16 KiB × 100 connections", connections=100, size=16384, tls=True),
     Case("idle", "5,000 idle connections", connections=5000, mode="idle"),
+    Case("workers", "64 B × 100 connections, two processes on one core", connections=100, servers=_WORKERS),
+    Case(
+        "start", "from the command to the first greeting", connections=1, mode="start", servers=(*_WORKERS, "twisted")
+    ),
 )

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import load
 from benchmarks.build import UnavailableError
 from benchmarks.cases import Case
-from benchmarks.servers import Certificate, Server, running
+from benchmarks.servers import Certificate, Running, Server, running
 
 # Descriptors that a process needs besides its connections.
 SPARE_DESCRIPTORS = 200
@@ -22,7 +22,7 @@ class Figures:
     """What one run measured. Times are in microseconds, shares are of one core."""
 
     cost: float
-    """The steady figure: server CPU µs per message or connection; for idle ones, resident KiB each."""
+    """The steady figure: server CPU µs per message or connection; resident KiB of an idle one; CPU ms of a start."""
     rate: float | None = None
     """Messages or connections per second."""
     p50: float | None = None
@@ -32,6 +32,10 @@ class Figures:
     load_busy: float | None = None
     strangers: float | None = None
     """How busy other programs kept the two cores meanwhile, the busier of them."""
+    ready: float | None = None
+    """Milliseconds of a start."""
+    memory: float | None = None
+    """MiB that it takes then, what processes share divided among them (Pss of proc_pid_smaps(5))."""
 
 
 @dataclass
@@ -126,6 +130,8 @@ class Bench:
             raise UnavailableError(f"{case.connections} connections exceed {self.descriptors} descriptors")
         log = self.directory / f"{server.name}-{case.name}.log"
         with running(server, self.cores.server, log, certificate) as process:
+            if case.mode == "start":
+                return _start_figures(process)
             watch = _Watch(self.cores, process.pids)
             answer = load.run(generator, case, process, self.cores.load, self.seconds)
             return _figures(case, answer, watch.strangers())
@@ -153,12 +159,27 @@ def _figures(case: Case, answer: dict[str, Any], strangers: float | None) -> Fig
     )
 
 
+def _start_figures(process: Running) -> Figures:
+    shares = [
+        int(line.split()[1])
+        for pid in process.pids
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        if line.startswith("Pss:")
+    ]
+    return Figures(cost=1e3 * _cpu_seconds(process.pids), ready=1e3 * process.started, memory=sum(shares) / 1024)
+
+
+def _cpu_seconds(pids: list[int]) -> float:
+    # CPUCLOCK_SCHED, as made by clock_getcpuclockid(3).
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
+
+
 class _Watch:
     """What keeps the two cores busy that is neither server nor load: other programs, or the host's share."""
 
     def __init__(self, cores: Cores, pids: list[int]) -> None:
         self._cores = cores
-        self._clocks = [~pid << 3 | 2 for pid in pids]  # CPUCLOCK_SCHED, as made by clock_getcpuclockid(3)
+        self._pids = pids
         self._began = time.monotonic()
         self._before = self._sample()
 
@@ -172,7 +193,7 @@ class _Watch:
 
     def _sample(self) -> list[float]:
         """Seconds used up on the server's core and on the load's, without server and load."""
-        server = sum(map(time.clock_gettime, self._clocks))
+        server = _cpu_seconds(self._pids)
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         busy = _busy_seconds()
         return [busy[self._cores.server] - server, busy[self._cores.load] - ended.ru_utime - ended.ru_stime]

@@ -32,8 +32,8 @@ def draw(results: list[Result], path: Path) -> None:
         whiskers = {"lw": 1, "alpha": 0.5}
         bars = panel.barh(titles, medians, xerr=errors, color=colours, height=0.72, error_kw=whiskers)
         panel.bar_label(bars, [f" {median:.3g}" for median in medians], fontsize=8, padding=2)
-        unit = "KiB" if result.case.mode == "idle" else "µs"
-        noun = "message" if result.case.unit == "msg" else "connection"
+        unit = result.case.cost.removeprefix("CPU ")
+        noun = {"msg": "message", "conn": "connection"}.get(result.case.unit, result.case.unit)
         panel.set_title(result.case.title, fontsize=9, loc="left")
         panel.set_xlabel(f"{unit} for each {noun}", fontsize=8)
         panel.margins(x=0.18)

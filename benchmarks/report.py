@@ -59,15 +59,16 @@ def subject_of(result: Result) -> Row | None:
 
 def case_table(result: Result) -> str:
     """One case: a line for each server that was measured, and one for each that was not, with the reason."""
-    idle = result.case.mode == "idle"
     unit = result.case.unit
     subject = subject_of(result)
-    cost = "KiB" if idle else "CPU µs"
+    cost = result.case.cost
 
     def compared(row: Row, figure: Figure) -> Spread | None:
         return ratio(subject, row, figure) if subject and row is not subject else None
 
     columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("ready ms", lambda row: _median(over_rounds(row, _ready))),
+        ("memory MiB", lambda row: _median(over_rounds(row, _memory), 1)),
         (f"{unit}/s", lambda row: _median(over_rounds(row, _rate))),
         ("p50 µs", lambda row: _median(over_rounds(row, _p50))),
         ("p99", lambda row: _median(over_rounds(row, _p99))),
@@ -94,12 +95,13 @@ def summary_table(results: list[Result]) -> str:
     compared = [result for result in results if subject_of(result)]
     if not compared:
         return ""
-    peers = [row.server for row in compared[0].rows if row.server is not SUBJECT]
+    # In the order of their first case; not all are in every one.
+    peers = dict.fromkeys(row.server for result in compared for row in result.rows if row.server is not SUBJECT)
 
     def cell(result: Result, name: str) -> str:
         subject = subject_of(result)
-        row = next(row for row in result.rows if row.server.name == name)
-        return _median(ratio(subject, row, _cost), 2) if subject else ""
+        rows = [row for row in result.rows if row.server.name == name]
+        return _median(ratio(subject, rows[0], _cost), 2) if subject and rows else ""
 
     headings = ["", *(peer.name for peer in peers)]
     grid = [[result.case.name, *(cell(result, peer.name) for peer in peers)] for result in compared]
@@ -164,7 +166,7 @@ def _case_json(result: Result) -> dict[str, Any]:
             },
         }
     about = asdict(result.case) | {"unit": result.case.unit}
-    about["cost_is"] = "KiB resident" if result.case.mode == "idle" else "server CPU µs"
+    about["cost_is"] = "KiB resident" if result.case.mode == "idle" else f"server {result.case.cost}"
     return about | {"servers": servers, "remarks": result.remarks}
 
 
@@ -178,6 +180,7 @@ def _picker(field: str) -> Figure:
 
 _cost, _rate, _p50, _p99, _p999 = map(_picker, ("cost", "rate", "p50", "p99", "p999"))
 _server_busy, _load_busy, _strangers = map(_picker, ("server_busy", "load_busy", "strangers"))
+_ready, _memory = map(_picker, ("ready", "memory"))
 
 
 def _spread(figures: Iterable[float | None]) -> Spread | None:

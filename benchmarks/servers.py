@@ -51,6 +51,8 @@ class Server:
     launch: Callable[[int, Certificate | None], Launch]
     """Port and, for TLS, certificate to what starts it. Raises `UnavailableError`."""
     tls: bool = True
+    says: str = ""
+    """What it logs when all of its processes are ready, which a greeting does not tell."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Running:
     pids: list[int]
     """Its process and all descendants."""
     log: Path
+    started: float
+    """Seconds from its command to then."""
 
 
 def make_certificate(directory: Path) -> Certificate:
@@ -85,6 +89,7 @@ def running(server: Server, cpu: int, log: Path, certificate: Certificate | None
     """
     port = _free_port()
     launch = server.launch(port, certificate)
+    began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
             launch.command,
@@ -97,8 +102,8 @@ def running(server: Server, cpu: int, log: Path, certificate: Certificate | None
             preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
         )
     try:
-        _wait_until_it_accepts(process, port, log, greets=certificate is None)
-        yield Running(port, _family(process.pid), log)
+        _wait_until_it_accepts(process, port, log, greets=certificate is None, says=server.says)
+        yield Running(port, _family(process.pid), log, time.monotonic() - began)
     finally:
         _stop(process)
 
@@ -115,7 +120,9 @@ def _free_port() -> int:
     return port
 
 
-def _wait_until_it_accepts(process: "subprocess.Popen[bytes]", port: int, log: Path, *, greets: bool) -> None:
+def _wait_until_it_accepts(
+    process: "subprocess.Popen[bytes]", port: int, log: Path, *, greets: bool, says: str
+) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -124,7 +131,7 @@ def _wait_until_it_accepts(process: "subprocess.Popen[bytes]", port: int, log: P
         # client too and connect the socket to itself.
         try:
             with socket.create_connection(("127.0.0.1", port), 1, source_address=("127.0.0.2", 0)) as client:
-                if not greets or client.recv(len(GREETING)):
+                if (not greets or client.recv(len(GREETING))) and says in log.read_text(errors="replace"):
                     return
         except OSError:
             pass
@@ -178,6 +185,11 @@ def _rtservice(port: int, certificate: Certificate | None) -> Launch:
     return Launch(command, {})
 
 
+def _workers(port: int, certificate: Certificate | None) -> Launch:
+    launch = _rtservice(port, certificate)
+    return Launch([*launch.command, "--workers", "2"], launch.environment)
+
+
 def _stock_twisted(port: int, certificate: Certificate | None) -> Launch:
     command = [_twistd(), "-n", "--pidfile=", "-y", str(PEERS / "echo_twisted.py")]
     return Launch(command, {"ECHO_ENDPOINT": _description(port, certificate)})
@@ -212,6 +224,7 @@ SUBJECT = Server("rtservice", "rtservice", _rtservice)
 
 SERVERS = (
     SUBJECT,
+    Server("workers", "rtservice, 2 workers", _workers, says="listening on"),
     Server("twisted", "Twisted, stock", _stock_twisted),
     Server("streams", "asyncio streams", _python("echo_streams")),
     Server("asyncio", "asyncio Protocol", _python("echo_asyncio")),

@@ -7,12 +7,10 @@ here is read at run time but by `tap`, which passes plain values on.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import ipaddress
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -465,6 +463,8 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
 
 
 def _read(config: str) -> dict[str, Any]:
+    import tomllib  # no worker reads a file
+
     try:
         # A pipe would give nothing to a reload, and so the defaults to everything, or keep the whole service waiting.
         with open(config, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
@@ -488,6 +488,8 @@ def _parsed(given: Mapping[str, Any], key_of: Callable[[str], str], *, prefix: s
     for key, value in given.items():
         where = prefix + printable(key)
         if key not in settings:
+            import difflib  # a rare need
+
             # Without what all keys of a layer share, which would make them all alike.
             bare = key.removeprefix(_PREFIX).lower().replace("_", "-")
             close = difflib.get_close_matches(bare, [setting.name for setting in schema()], 1)

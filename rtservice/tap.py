@@ -16,7 +16,7 @@ from twisted.python import usage
 
 from rtservice import __version__, settings, worker
 from rtservice.host import systemd
-from rtservice.host.server import Server
+from rtservice.host.server import Server, raise_descriptor_limit
 from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
@@ -151,10 +151,11 @@ def makeService(options: Options) -> Server | Supervisor:
     try:
         worker.make_factory(options.loaded)
         if options["check"]:
-            _check(options.loaded, resolve_path)
+            _check(options.loaded, resolve_path, slots)
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
         _install_reactor(log.logger)
+        raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
         opened, endpoints = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
         raise SystemExit(f"rtservice: {error}") from None
@@ -256,10 +257,8 @@ def _open(
                     opened += listeners.open_description(
                         description, backlog=in_force.backlog, resolve_path=resolve_path, slots=slots
                     )
-                elif slots:
-                    raise ListenError(f"with --workers a listener is one of {', '.join(sorted(listeners.TYPES))}")
                 else:
-                    endpoints.append((description, _other_endpoint(description)))
+                    endpoints.append((description, _other_endpoint(description, slots)))
         if not in_force.listen:
             with _naming(_port_and_interface(loaded)):
                 opened += listeners.open_port(
@@ -272,7 +271,7 @@ def _open(
     return opened, endpoints
 
 
-def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
+def _check(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> None:
     """Find what _open would, without a socket that listens. Raises SettingError."""
     in_force = loaded.settings
     for description in in_force.listen:
@@ -280,7 +279,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
             if _is_ours(description):
                 listeners.check_description(description, resolve_path=resolve_path)
             else:
-                _other_endpoint(description)
+                _other_endpoint(description, slots)
     if not in_force.listen:
         with _naming(_port_and_interface(loaded)):
             listeners.check_port(in_force.port, interface=in_force.interface)
@@ -418,8 +417,10 @@ def _naming(setting: str) -> Iterator[None]:
         raise SettingError(f"{setting}: {error}") from None
 
 
-def _other_endpoint(description: str) -> Any:
-    """An endpoint of a kind that Twisted or one of its plugins knows; raises ListenError."""
+def _other_endpoint(description: str, slots: int) -> Any:
+    """An endpoint of a kind that Twisted or one of its plugins knows; raises ListenError, also for several slots."""
+    if slots > 1:
+        raise ListenError(f"with --workers a listener is one of {', '.join(sorted(listeners.TYPES))}")
     from twisted.internet import reactor
     from twisted.internet.endpoints import serverFromString
 

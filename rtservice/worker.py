@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import faulthandler
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
-from twisted.logger import LogEvent, eventAsJSON, formatEvent, globalLogBeginner, globalLogPublisher
+from twisted.logger import LogEvent, Logger, eventAsJSON, formatEvent, globalLogBeginner, globalLogPublisher
 from twisted.python.failure import Failure
 
 from rtservice import settings
@@ -36,6 +37,8 @@ from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLS
 from rtservice.observe.logs import Log
 from rtservice.protocols.echo import EchoFactory
 from rtservice.settings import Loaded, SettingError
+
+_log = Logger()
 
 # Seconds that its last words may take to reach the supervisor.
 _LAST_WORDS = 5.0
@@ -115,6 +118,7 @@ def _described(listener: Listener) -> dict[str, Any]:
 
 
 def _adopted(given: dict[str, Any], descriptor: int) -> Listener:
+    os.set_inheritable(descriptor, False)  # it was inherited, and is nothing for what this process starts
     sock = socket.socket(fileno=descriptor)
     sock.setblocking(False)
     listener = Listener(sock, given["name"], proxied=given["proxied"], shared=True)
@@ -209,6 +213,10 @@ class Worker(Protocol):
         except (SettingError, TLSError, OSError) as error:
             self._failed(str(error))
             return
+        except Exception as error:
+            _log.failure("a worker cannot start")
+            self._failed(repr(error))
+            return
         self._server = Server(
             factory,
             listeners=self._listeners,
@@ -290,6 +298,10 @@ class Worker(Protocol):
         if self._full or self._ending:
             self._dropped += 1
             return
+        if isinstance(event.get("log_failure"), Failure):
+            failure: Any = copy.copy(event["log_failure"])
+            failure.value = failure.getErrorMessage()  # JSON cannot hold an exception
+            event = {**event, "log_failure": failure}
         try:
             text = eventAsJSON(event)
         except Exception:  # something in it that JSON cannot hold
@@ -312,7 +324,8 @@ def _memory() -> int:
 
 def main() -> int:
     """Serve until the supervisor says otherwise; gives the exit status."""
-    # Before anything can hang. What it writes goes to the supervisor's log.
+    # Before anything can hang or crash. What it writes goes to the supervisor's log.
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they are for the supervisor, whose group or terminal is ours too

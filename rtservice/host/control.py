@@ -49,16 +49,21 @@ class Messages:
     def __init__(self, words: frozenset[str], longest: int) -> None:
         self._words = words
         self._longest = longest
-        self._rest = b""
+        self._rest = bytearray()  # of the line that is not complete
 
     def feed(self, data: bytes) -> Iterator[tuple[str, Any]]:
         """The word and value of each message that is complete now; of `log`, the JSON itself. Raises ControlError."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in (*lines, self._rest):
-            if len(line) > self._longest:
-                raise ControlError(f"a message of more than {self._longest} bytes")
-        for line in lines:
+        first, *more = data.split(b"\n")
+        self._rest += first  # and is not searched again: a long message comes in very many pieces
+        for piece in more:
+            self._check_length()
+            line, self._rest = bytes(self._rest), bytearray(piece)
             yield self._decoded(line)
+        self._check_length()
+
+    def _check_length(self) -> None:
+        if len(self._rest) > self._longest:
+            raise ControlError(f"a message of more than {self._longest} bytes")
 
     def _decoded(self, line: bytes) -> tuple[str, Any]:
         name, _, text = line.partition(b" ")

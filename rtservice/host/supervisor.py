@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessDone
+from twisted.internet.error import ProcessDone, ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, eventFromJSON, globalLogPublisher
@@ -44,14 +45,17 @@ _BACKOFF_LEAST, _BACKOFF_MOST, _HEALTHY = 0.1, 30.0, 60.0
 # A worker that is to end has this long after its own deadlines, in seconds, until it is killed.
 _KILL_AFTER = 40.0
 
-# How much of a worker's log is taken in one beat; it drops what is too much.
-_RECORDS_A_BEAT = 5000
+# How many messages and printed lines of a worker are taken in one beat; it drops records that are too many.
+_MESSAGES_A_BEAT = 5000
 
-# Seconds that a worker has to end when nobody waits any longer.
+# Seconds that a worker has to end when nobody waits any longer, or it has nothing to say any more.
 _HURRY = 5.0
 
-# Seconds without a sign of life of a worker after which the service manager is told of none either.
-_DEAF = 60.0
+# Seconds that the pipes of a process that is dead are read on, should another process hold them open.
+_PIPES = 1.0
+
+# Seconds that a worker is still there after it was to be killed: then the service manager is told of no life either.
+_DEAF = 30.0
 
 # Seconds between two looks that show that this process did not run.
 _STALL = 5.0
@@ -98,6 +102,11 @@ def backoff(deaths: int, jitter: float) -> float:
     return min(_BACKOFF_MOST, _BACKOFF_LEAST * 2.0 ** min(deaths - 1, 20)) * (0.75 + jitter / 2)
 
 
+def _add_counters(to: dict[str, int], more: dict[str, int]) -> None:
+    for name, count in more.items():
+        to[name] = to.get(name, 0) + count
+
+
 class Worker(ProcessProtocol):
     """One process of a slot, from its spawning to its end."""
 
@@ -113,9 +122,11 @@ class Worker(ProcessProtocol):
         self.problem = ""  # why it could not start, in its own words
         self.age = plan.max_age * random.uniform(0.9, 1.1)  # at which it is replaced: not all at once
         self._messages = Messages(FROM_WORKER, LONGEST_FROM_WORKER)
-        self._records = 0  # within this beat
+        self._taken = 0  # messages and lines, within this beat
         self._dumped = False
-        self._kill_call: Any = None
+        self._listens = True
+        self._exited = False
+        self._end_call: Any = None
         self._printed = b""
         self._pid = 0
 
@@ -138,7 +149,7 @@ class Worker(ProcessProtocol):
 
     def tell(self, word: str, value: object = None) -> None:
         """Send a message."""
-        if self.phase is not Phase.GONE:
+        if self._listens:
             self.transport.writeToChild(CONTROL_IN, encode(word, value))
 
     def drain(self, finish: tuple[str, ...] = ()) -> None:
@@ -146,24 +157,38 @@ class Worker(ProcessProtocol):
         if self.phase in (Phase.STARTING, Phase.READY):
             self.move(Phase.DRAINING)
             self.tell("drain", finish)
-            self.kill_in(self.plan.drain_timeout + _KILL_AFTER)
+            self.end_in(self.plan.drain_timeout + _KILL_AFTER)
 
-    def kill_in(self, seconds: float) -> None:
-        """Kill it then, if it is there still."""
-        if self._kill_call is not None and self._kill_call.active():
-            self._kill_call.cancel()
-        self._kill_call = self.supervisor.reactor.callLater(seconds, self.signal, signal.SIGKILL)
+    def end_in(self, seconds: float) -> None:
+        """Kill it then, if it is there still; a time that is said already stays when it is earlier."""
+        reactor = self.supervisor.reactor
+        if self._end_call is not None and self._end_call.active():
+            if self._end_call.getTime() <= reactor.seconds() + seconds:
+                return
+            self._end_call.cancel()
+        self._end_call = reactor.callLater(seconds, self._end)
+
+    def _end(self) -> None:
+        self.signal(signal.SIGKILL)
+        if self._exited:
+            for descriptor in (1, 2, CONTROL_IN, CONTROL_OUT):
+                self.transport.closeChildFD(descriptor)
 
     def signal(self, number: int) -> None:
         """Send a signal."""
-        if self.phase is not Phase.GONE:
+        with contextlib.suppress(ProcessExitedAlready):  # what it has written is still being read
             self.transport.signalProcess(number)
+
+    def excuse(self, seconds: float) -> None:
+        """Do not hold it against it that it was not heard for so long."""
+        self.heard += seconds
+        self.began += seconds
 
     def look(self, now: float) -> None:
         """See whether it is alive. Called once in a beat."""
-        if self._records >= _RECORDS_A_BEAT:
+        if self._taken >= _MESSAGES_A_BEAT:
             self.transport.resumeProducing()
-        self._records = 0
+        self._taken = 0
         hang_timeout = self.plan.hang_timeout
         if self.phase is Phase.STARTING:
             if now - self.began >= _START_DEADLINE:
@@ -179,6 +204,11 @@ class Worker(ProcessProtocol):
             self._dumped = True  # it has until the next look
             self.signal(signal.SIGUSR2)
 
+    def is_deaf(self, now: float) -> bool:
+        """Whether it is there although it should have been killed."""
+        hang_timeout = self.plan.hang_timeout
+        return self.phase is not Phase.STARTING and hang_timeout > 0 and now - self.heard >= hang_timeout + _DEAF
+
     # --- from it ---
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
@@ -186,6 +216,7 @@ class Worker(ProcessProtocol):
             self.heard = self.supervisor.reactor.seconds()
             try:
                 for word, value in self._messages.feed(data):
+                    self._taken += 1
                     self._received(word, value)
             except Exception as error:  # whatever it may be that it sends: it harms nobody else
                 self._log_error("said what it must not say, and is killed: {problem}", problem=repr(error))
@@ -193,19 +224,23 @@ class Worker(ProcessProtocol):
                 self.signal(signal.SIGKILL)
         else:
             self._prints(data)
-        if self._records >= _RECORDS_A_BEAT and self.phase is not Phase.GONE:
+        if self._taken >= _MESSAGES_A_BEAT:
             self.transport.pauseProducing()
 
     def _received(self, word: str, value: Any) -> None:
         if word == "log":
-            self._records += 1
             self.supervisor.publish(self, value)
         elif word == "beat":
-            self.counters = {str(name): int(count) for name, count in value.items()}
+            counters = {str(name): int(count) for name, count in value.items()}
+            # A total that falls would be the whole service's.
+            self.counters = {
+                name: count if name in _GAUGES else max(count, self.counters.get(name, 0))
+                for name, count in counters.items()
+            }
         elif word == "failed":
             self.problem = str(value)
         elif word == "leave":
-            self.supervisor.replace([self.slot])
+            self.supervisor.worker_leaves(self)
         elif self.phase is Phase.STARTING:
             self.move(Phase.READY)
             self.supervisor.worker_ready(self)
@@ -216,14 +251,23 @@ class Worker(ProcessProtocol):
         if len(self._printed) > LONGEST_FROM_WORKER:
             lines, self._printed = [*lines, self._printed], b""
         for line in lines:
-            self._records += 1
+            self._taken += 1
             self._log_error("printed: {line}", line=escaped(line.decode("utf-8", "backslashreplace")))
+
+    def childConnectionLost(self, childFD: int) -> None:
+        if childFD in (CONTROL_IN, CONTROL_OUT):  # it is about to end, or out of its mind
+            self._listens = False
+            self.end_in(_HURRY)
+
+    def processExited(self, reason: Failure) -> None:
+        self._exited = True
+        self.end_in(_PIPES)
 
     def processEnded(self, reason: Failure) -> None:
         if self._printed:
             self._prints(b"\n")
-        if self._kill_call is not None and self._kill_call.active():
-            self._kill_call.cancel()
+        if self._end_call is not None and self._end_call.active():
+            self._end_call.cancel()
         self.move(Phase.GONE)
         self.supervisor.worker_gone(self, reason)
 
@@ -290,15 +334,19 @@ class Supervisor(Service):
         self._check = check
         self._reload = reload
         self._seen = fingerprint(plan.watched)
+        self._refusal = ""  # why the system had no process for a worker
         self._rolling: list[Slot] = []  # whose workers are still to be replaced
+        self._reload_asked = False  # too early
         self._reloading = False
-        self._looking = LoopingCall(self._look)
+        self._looking = LoopingCall(self._beat)
         self._watchdog = LoopingCall(self._watch)
         self._looked = 0.0
         self._patient_until = 0.0  # after a replacement that failed
         self._serving = False
+        self._ending = False  # the reactor is told to stop
         self._stopped: Deferred[None] | None = None
         self._stop_began = 0.0
+        self._drained_before: dict[str, int] = {}  # the totals when the stop began
 
     # --- start ---
 
@@ -335,7 +383,7 @@ class Supervisor(Service):
         for slot in self.slots:
             slot.worker = self._spawn(slot)
             if slot.worker is None:
-                self.fail("no worker can be spawned")
+                self.fail(self._refusal)
                 return
 
     def _spawn(self, slot: Slot) -> Worker | None:
@@ -344,9 +392,8 @@ class Supervisor(Service):
         try:
             self._spawn_process(worker)
         except OSError as problem:
-            self.log.error(
-                "slot {slot}: no worker can be spawned: {problem}", slot=slot.number, problem=problem.strerror
-            )
+            self._refusal = f"no worker can be spawned: {problem.strerror}"
+            self.log.error("slot {slot}: {problem}", slot=slot.number, problem=self._refusal)
             return None
         worker.tell("start", self._plan.start(slot.number, len(self.slots)))
         return worker
@@ -378,26 +425,35 @@ class Supervisor(Service):
                 self._watchdog.start(self._notifier.watchdog_interval)
             self._notifier.ready(self.status)
             self._reported(None)
+            if self._reload_asked:
+                self.reload()
         self._go_on()
+
+    def worker_leaves(self, worker: Worker) -> None:
+        """It was asked to end, and can be replaced first."""
+        if worker is worker.slot.worker and worker.slot.successor is None:
+            self.replace([worker.slot])
 
     def worker_gone(self, worker: Worker, reason: Failure) -> None:
         """Its process has ended."""
         slot = worker.slot
-        for name, count in worker.counters.items():
-            if name not in _GAUGES:
-                self.totals[name] = self.totals.get(name, 0) + count
+        _add_counters(self.totals, {name: n for name, n in worker.counters.items() if name not in _GAUGES})
         how = "has ended" if reason.check(ProcessDone) else f"has ended: {reason.getErrorMessage()}"
         self.log.info("{worker} {how}", worker=str(worker), how=how, slot=slot.number)
         if worker in slot.old:
             slot.old.remove(worker)
         elif worker is slot.successor:
             slot.successor = None
-            self._stop_rolling(f"{worker} cannot take over: {worker.problem or how}")
+            # Unless that was for a plan that is not wanted any more.
+            if self._stopped is None and worker.plan is self._plan:
+                self._stop_rolling(f"{worker} cannot take over: {worker.problem or how}")
         elif worker is slot.worker:
-            slot.worker = None
-            if not self._serving and self._stopped is None:
+            slot.worker, slot.successor = slot.successor, None
+            if self._stopped is not None or slot.leaving:
+                pass
+            elif not self._serving:
                 self.fail(worker.problem or f"{worker} {how}")
-            elif not slot.leaving and self._stopped is None:
+            elif slot.worker is None:
                 self._respawn_later(slot, worker)
         self._go_on()
 
@@ -428,16 +484,29 @@ class Supervisor(Service):
         event["log_system"] = f"{event['log_namespace']}#{event['log_level'].name} worker {number}"
         globalLogPublisher(event)
 
+    def counters(self) -> dict[str, int]:
+        """What all workers have counted, those that have ended too; `open` and `memory` are of those that are there."""
+        counters = dict(self.totals)
+        for worker in self._workers():
+            _add_counters(counters, worker.counters)
+        return counters
+
+    def _workers(self) -> list[Worker]:
+        return [worker for slot in self.slots for worker in slot.workers()]
+
+    def _beat(self) -> None:
+        # Nothing that goes wrong in one look is to prevent the next.
+        with self.log.failuresHandled("a look at the workers failed"):
+            self._look()
+
     def _look(self) -> None:
         now = self.reactor.seconds()
-        if now - self._looked > _STALL:  # it is this process that was away, and heard nobody
-            for slot in self.slots:
-                for worker in slot.workers():
-                    worker.heard = now
+        away = now - self._looked
         self._looked = now
-        for slot in self.slots:
-            for worker in slot.workers():
-                worker.look(now)
+        for worker in self._workers():
+            if away > _STALL:  # it is this process that was away, and heard nobody
+                worker.excuse(away)
+            worker.look(now)
         if self._notifier.connected:
             self._notifier.status(self.status)
         if self._stopped is not None:
@@ -467,14 +536,14 @@ class Supervisor(Service):
     def _watch(self) -> None:
         """Tell the service manager that all is well, if it is."""
         now = self.reactor.seconds()
-        if all(now - slot.worker.heard < _DEAF for slot in self.slots if slot.worker is not None):
+        if not any(worker.is_deaf(now) for worker in self._workers()):
             self._notifier.watchdog()
 
     @property
     def status(self) -> str:
         """One line on how it stands."""
         ready = sum(slot.ready for slot in self.slots)
-        count = sum(worker.counters.get("open", 0) for slot in self.slots for worker in slot.workers())
+        count = sum(worker.counters.get("open", 0) for worker in self._workers())
         state = "draining" if self._stopped is not None else "serving" if self._serving else "starting"
         return f"{state}: {ready} of {len(self.slots)} workers ready, {count} connections open"
 
@@ -482,6 +551,7 @@ class Supervisor(Service):
 
     def reload(self) -> None:
         """Replace every worker by one with the settings, certificates and code of now. Called for SIGHUP."""
+        self._reload_asked = not self._serving
         if self._stopped is not None or not self._serving:
             return
         self.log.info("reloading")
@@ -526,12 +596,12 @@ class Supervisor(Service):
             return
         while self._rolling:
             slot = self._rolling.pop(0)
-            if slot.ready and not slot.leaving:
+            # One without a worker gets one of the new plan anyway.
+            if slot.worker is not None and not slot.leaving and (slot.ready or slot.worker.plan is not self._plan):
                 slot.successor = self._spawn(slot)
                 if slot.successor is not None:
                     return
-                self._stop_rolling("the system has no process for another one")
-            # One that has no worker now gets one of the new plan anyway.
+                self._stop_rolling(self._refusal)
         if self._reloading:
             self._reloading = False
             self.log.info("reloaded: {status}", status=self.status)
@@ -598,20 +668,23 @@ class Supervisor(Service):
         self._go_on()
 
     def _share(self) -> None:
-        for slot in self.slots:
-            for worker in slot.workers():
-                worker.tell("share", len(self.slots))
+        for worker in self._workers():
+            worker.tell("share", len(self.slots))
 
     # --- stop ---
 
     def fail(self, problem: str) -> None:
         """End the process: it cannot serve as it was asked to."""
-        if self.exit_status == 0:
+        if not self._ending:
             self.log.critical("cannot start: {problem}", problem=problem)
             self.exit_status = 1
             self._reported(problem)
-            self.reactor.stop()
+            self._stop_reactor()
             self.hurry()
+
+    def _stop_reactor(self) -> None:
+        self._ending = True  # before stopService is called, which is a turn of the reactor later
+        self.reactor.stop()
 
     def _reported(self, problem: str | None) -> None:
         report, self._report = self._report, None
@@ -620,29 +693,31 @@ class Supervisor(Service):
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self._stopped is None:
+        if not self._ending:
             self.log.info("{signal}: stopping", signal=name)
-            self.reactor.stop()
+            self._stop_reactor()
         else:
             self.log.info("{signal}: not waiting any longer", signal=name)
-            self.exit_status = 128 + number
+            self.exit_status = self.exit_status or 128 + number
             self.hurry()
 
     def hurry(self) -> None:
         """End a drain now."""
-        for slot in self.slots:
-            for worker in slot.workers():
-                worker.tell("hurry")
-                worker.kill_in(_HURRY)
+        for worker in self._workers():
+            worker.tell("hurry")
+            worker.end_in(_HURRY)
 
     def stopService(self) -> Deferred[None]:
         """Drain all workers, within one deadline. Fires when the last one has ended."""
+        self._ending = True
         if self._stopped is None:
             super().stopService()
+            self._reported("told to stop before every worker was ready")
             self._stopped = Deferred()
             self._stopped.addCallback(self._all_gone)
             self._notifier.stopping(self.status)
             self._stop_began = self.reactor.seconds()
+            self._drained_before = dict(self.totals)
             for listener in self._listeners:
                 self._remove_file(listener)
             for slot in self.slots:
@@ -656,10 +731,13 @@ class Supervisor(Service):
         return done
 
     def _all_gone(self, result: None) -> None:
+        ended, aborted = (
+            self.totals.get(name, 0) - self._drained_before.get(name, 0) for name in ("drain_ended", "drain_aborted")
+        )
         self.log.info(
             "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
-            ended=self.totals.get("drain_ended", 0),
-            aborted=self.totals.get("drain_aborted", 0),
+            ended=ended,
+            aborted=aborted,
             seconds=self.reactor.seconds() - self._stop_began,
         )
         for repeated in (self._looking, self._watchdog):

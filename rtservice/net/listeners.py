@@ -15,7 +15,7 @@ import stat
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
@@ -119,7 +119,11 @@ class Listener:
                 sock = _bind_tcp(self.socket.family, host, scope, port, reuse_port=True)
             except OSError as error:
                 raise _cannot_listen(self.socket.family, host, port, error) from error
-        _listen(sock, self._backlog)
+        try:
+            _listen(sock, self._backlog)
+        except ListenError:
+            sock.close()
+            raise
         self.copies.append(sock)
 
     def leave_out_last(self) -> None:
@@ -489,7 +493,8 @@ def _spread_among(sock: socket.socket, count: int) -> None:
 
 def _spread_among_all(sock: socket.socket) -> None:
     """Have the kernel choose among all sockets of a port by each connection's addresses, as it does by itself."""
-    sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
+    with suppress(FileNotFoundError):  # it does already
+        sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
 
 
 # asm-generic/socket.h, and linux/filter.h: ld random (SKF_AD_OFF + SKF_AD_RANDOM); mod; ret a.

@@ -2,13 +2,14 @@
 
 import base64
 import os
+import shutil
 import ssl
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from rtservice.net.tls import DirectoryTLS, ServerTLS, TLSError, fingerprint
+from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLSError, fingerprint
 
 FILES = ("private_key", "certificate", "chain", "client_ca")
 
@@ -388,3 +389,60 @@ def test_other_files_of_a_directory_do_not_change_its_fingerprint(tmp_path) -> N
     for name in ("README", ".hidden.pem", "a.pem.new"):
         (tmp_path / name).touch()
     assert fingerprint([str(tmp_path)]) == before
+
+
+def served(context: ssl.SSLContext, client_ca: str) -> bytes:
+    """The certificate that a client is shown, in DER."""
+    client = ssl.create_default_context(cafile=client_ca)
+    return shake(context, client)[0].getpeercert(binary_form=True)
+
+
+def test_what_one_has_read_another_can_load_without_the_files(good, tmp_path) -> None:
+    copies = {field: str(shutil.copy(path, tmp_path)) for field, path in good.items()}
+    source = ServerTLS(**copies)
+    files = Files()
+    before = source.load(files)
+    for path in copies.values():
+        os.unlink(path)
+    after = source.load(RecordedFiles(files.texts, files.entries))
+    assert after.certificates == before.certificates
+    assert after.context.verify_mode == ssl.CERT_REQUIRED
+    with pytest.raises(TLSError):
+        source.load()
+
+
+def test_a_recorded_certificate_is_shown_as_the_one_that_was_read(certificates) -> None:
+    source = ServerTLS(private_key=certificates["server.key"], certificate=certificates["server.pem"])
+    files = Files()
+    read = source.load(files).context
+    recorded = source.load(RecordedFiles(files.texts, files.entries)).context
+    ca = certificates["ca.pem"]
+    assert served(recorded, ca) == served(read, ca)
+
+
+def test_a_recorded_directory_holds_what_it_held(certificates, tmp_path) -> None:
+    directory = tmp_path / "certificates"
+    directory.mkdir()
+    shutil.copy(certificates["server.pem"], directory / "one.pem")
+    shutil.copy(certificates["server.key"], directory / "one.key")
+    (directory / "default.pem").write_text(Path(certificates.join("both.pem", "rsa.pem", "rsa.key")).read_text())
+    (directory / "notes.txt").write_text("not read")
+    source = DirectoryTLS(str(directory))
+    files = Files()
+    before = source.load(files)
+    shutil.rmtree(directory)
+    after = source.load(RecordedFiles(files.texts, files.entries))
+    assert [one.path for one in after.certificates] == [f"{directory}/one.pem", f"{directory}/default.pem"]
+    assert after.certificates == before.certificates
+    assert served(after.context, certificates["ca.pem"]) == served(before.context, certificates["ca.pem"])
+    assert not any(path.endswith(".txt") for path in files.texts)
+
+
+def test_a_recorded_key_that_was_not_there_is_missed_again(certificates, tmp_path) -> None:
+    shutil.copy(certificates["server.pem"], tmp_path / "one.pem")
+    source = DirectoryTLS(str(tmp_path))
+    files = Files()
+    with pytest.raises(TLSError, match="no private key for"):
+        source.load(files)
+    with pytest.raises(TLSError, match="no private key for"):
+        source.load(RecordedFiles(files.texts, files.entries))

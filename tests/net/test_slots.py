@@ -1,0 +1,307 @@
+"""A listener with a socket for each of several processes: who gets which connection, and who keeps it."""
+
+import contextlib
+import errno
+import select
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from rtservice.net import listeners as listeners_module
+from rtservice.net.listeners import Listener, ListenError, open_description, open_port
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+interfaces = pytest.mark.parametrize("interface", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Listener]]:
+    """Opens a port for a number of slots, and closes it."""
+    made: list[Listener] = []
+
+    def one(slots: int, interface: str = "127.0.0.1", backlog: int = 1000) -> Listener:
+        [listener] = open_port(0, interface=interface, backlog=backlog, slots=slots)
+        made.append(listener)
+        return listener
+
+    yield one
+    for listener in made:
+        listener.close()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[Listener, int], list[socket.socket]]]:
+    """Connects a number of clients to a listener."""
+    with contextlib.ExitStack() as stack:
+
+        def clients(listener: Listener, count: int) -> list[socket.socket]:
+            address = listener.socket.getsockname()
+            made = []
+            for _ in range(count):
+                # From another address: with the same one at both ends, the kernel may pick the server's port here too.
+                source = ("127.0.0.2", 0) if listener.socket.family == socket.AF_INET else None
+                made.append(stack.enter_context(socket.create_connection(address[:2], 10, source)))
+            return made
+
+        yield clients
+
+
+def accept_all(sock: socket.socket) -> int:
+    """How many clients are in the queue of a socket, which is empty then."""
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.accept()[0].close()
+            count += 1
+    return count
+
+
+def queued(listener: Listener) -> list[int]:
+    return [accept_all(sock) for sock in listener.copies]
+
+
+@interfaces
+def test_every_slot_has_a_socket_of_its_own_on_one_address(opened, interface) -> None:
+    listener = opened(3, interface)
+    assert len({sock.fileno() for sock in listener.copies}) == 3
+    assert len({sock.getsockname() for sock in listener.copies}) == 1
+    assert [listener.of_slot(slot) for slot in range(3)] == listener.copies
+    assert listener.socket is listener.copies[0]
+    assert not any(sock.getblocking() or sock.get_inheritable() for sock in (*listener.copies, *listener.spares))
+
+
+@interfaces
+def test_clients_are_spread_over_all_slots(opened, connect, interface) -> None:
+    listener = opened(4, interface)
+    connect(listener, 400)
+    found = queued(listener)
+    assert sum(found) == 400
+    # Each has 100 on average, and a standard deviation of 9.
+    assert all(50 <= count <= 150 for count in found), found
+
+
+@interfaces
+def test_the_last_slot_can_be_left_out_and_keeps_who_is_queued(opened, connect, interface) -> None:
+    listener = opened(3, interface)
+    connect(listener, 90)
+    listener.leave_out_last()
+    connect(listener, 90)
+    first, second, last = listener.copies
+    assert 10 <= accept_all(last) <= 60  # a third of the first ninety
+    connect(listener, 90)
+    assert accept_all(last) == 0
+    assert accept_all(first) + accept_all(second) > 180
+
+
+@interfaces
+def test_a_slot_that_is_dropped_after_it_was_left_out_costs_no_client(opened, connect, interface) -> None:
+    listener = opened(3, interface)
+    connect(listener, 60)
+    listener.leave_out_last()
+    accepted = accept_all(listener.copies[2])
+    listener.drop_last()
+    assert len(listener.copies) == 2
+    connect(listener, 100)
+    found = queued(listener)
+    assert sum(found) == 60 - accepted + 100
+    assert all(count > 20 for count in found), found
+
+
+def test_slots_leave_until_there_is_one(opened, connect) -> None:
+    listener = opened(4)
+    for left in (3, 2, 1):
+        listener.leave_out_last()
+        listener.drop_last()
+        connect(listener, 60)
+        found = queued(listener)
+        assert len(found) == left
+        assert sum(found) == 60
+        assert all(found), found
+
+
+def test_a_slot_is_added_and_gets_its_part(opened, connect) -> None:
+    listener = opened(1)
+    connect(listener, 10)
+    spares = len(listener.spares)
+    listener.add_copy()
+    assert len(listener.spares) == spares - 1
+    connect(listener, 100)
+    found = queued(listener)
+    assert sum(found) == 110
+    assert found[1] > 20
+
+
+def test_a_slot_is_added_again_after_one_has_left(opened, connect) -> None:
+    listener = opened(3)
+    listener.leave_out_last()
+    listener.drop_last()
+    listener.add_copy()
+    connect(listener, 150)
+    found = queued(listener)
+    assert sum(found) == 150
+    assert all(count > 20 for count in found), found
+
+
+def test_slots_are_added_when_there_are_no_spares_any_more(opened, connect) -> None:
+    listener = opened(1)
+    for _ in range(listeners_module._SPARES + 2):
+        listener.add_copy()
+    assert listener.spares == []
+    count = 40 * len(listener.copies)
+    connect(listener, count)
+    found = queued(listener)
+    assert sum(found) == count
+    assert all(found), found
+
+
+def test_spares_get_no_client(opened, connect) -> None:
+    listener = opened(2)
+    connect(listener, 50)
+    for spare in listener.spares:
+        with pytest.raises(OSError, match="Invalid argument") as refused:  # it does not listen
+            spare.accept()
+        assert refused.value.errno == errno.EINVAL
+    assert sum(queued(listener)) == 50
+
+
+def test_a_slot_that_could_not_be_added_is_taken_back_without_a_client_lost(opened, connect) -> None:
+    listener = opened(2)
+    listener.add_copy()
+    listener.drop_last()  # which was not left out before
+    connect(listener, 100)
+    found = queued(listener)
+    assert sum(found) == 100
+    assert all(count > 20 for count in found), found
+
+
+def test_a_slot_that_cannot_be_bound_is_an_error_with_the_address(opened, monkeypatch) -> None:
+    listener = opened(1)
+    for spare in listener.spares:
+        spare.close()
+    listener.spares.clear()
+
+    def refuse(*arguments, **keywords):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(listeners_module, "_bind_tcp", refuse)
+    with pytest.raises(ListenError, match=r"cannot listen on 127\.0\.0\.1:\d+: permission denied"):
+        listener.add_copy()
+    assert len(listener.copies) == 1
+
+
+def test_a_slot_that_cannot_listen_leaves_no_socket_open(opened, monkeypatch) -> None:
+    listener = opened(1)
+    [spare] = listener.spares[-1:]
+
+    def refuse(sock, backlog):
+        raise ListenError("cannot listen")
+
+    monkeypatch.setattr(listeners_module, "_listen", refuse)
+    with pytest.raises(ListenError):
+        listener.add_copy()
+    assert spare.fileno() == -1
+    assert len(listener.copies) == 1
+
+
+@interfaces
+def test_a_port_on_which_somebody_else_listens_and_shares_is_refused(interface) -> None:
+    family = socket.AF_INET6 if ":" in interface else socket.AF_INET
+    with socket.socket(family) as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind((interface, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ListenError, match=f"cannot listen on .*{port}: address already in use"):
+            open_port(port, interface=interface, backlog=10, slots=2)
+
+
+def test_two_services_with_slots_do_not_get_one_port(opened) -> None:
+    port = opened(2).socket.getsockname()[1]
+    with pytest.raises(ListenError, match="address already in use"):
+        open_port(port, interface="127.0.0.1", backlog=10, slots=2)
+
+
+@needs_ipv6
+def test_both_families_have_their_slots_on_one_port() -> None:
+    listeners = open_port(0, interface="", backlog=10, slots=2)
+    try:
+        assert [len(listener.copies) for listener in listeners] == [2, 2]
+        assert len({sock.getsockname()[1] for listener in listeners for sock in listener.copies}) == 1
+        families = [listener.socket.family for listener in listeners]
+        assert families == [socket.AF_INET, socket.AF_INET6]
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def test_a_backlog_is_that_of_every_slot(opened) -> None:
+    listener = opened(2, backlog=1)
+    listener.add_copy()
+    address = listener.socket.getsockname()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.socket()) for _ in range(60)]
+        for client in clients:
+            client.setblocking(False)
+            assert client.connect_ex(address) in (0, errno.EINPROGRESS)
+        _, connected, _ = select.select([], clients, [], 0)
+        # Linux queues one more than it is told; the clients of a full queue send their SYN again later.
+        assert len(connected) <= 6
+        assert sum(queued(listener)) <= 6
+
+
+def test_everything_is_closed(opened) -> None:
+    listener = opened(2)
+    sockets = [listener.socket, *listener.copies, *listener.spares]
+    listener.close()
+    assert [sock.fileno() for sock in sockets] == [-1] * len(sockets)
+
+
+def test_an_error_on_the_way_leaves_nothing_open(monkeypatch) -> None:
+    made: list[socket.socket] = []
+    bind = listeners_module._bind_tcp
+
+    def bind_some(*arguments, **keywords):
+        if len(made) == 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        made.append(bind(*arguments, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(listeners_module, "_bind_tcp", bind_some)
+    with pytest.raises(ListenError, match="too many open files"):
+        open_port(0, interface="127.0.0.1", backlog=10, slots=4)
+    assert [sock.fileno() for sock in made] == [-1] * 3
+
+
+def test_a_unix_socket_is_the_same_for_all_slots(tmp_path) -> None:
+    [listener] = open_description(f"unix:{tmp_path}/rt.sock", backlog=10, slots=3)
+    try:
+        assert [listener.of_slot(slot) for slot in range(3)] == [listener.socket] * 3
+        for change in (listener.add_copy, listener.leave_out_last, listener.drop_last):
+            change()
+        assert listener.socket.fileno() != -1
+        inode = (tmp_path / "rt.sock").stat().st_ino
+        assert listener.file == (f"{tmp_path}/rt.sock", inode)
+    finally:
+        listener.close()
+    assert not (tmp_path / "rt.sock").exists()
+    assert listener.file is None
+
+
+def test_a_queue_outlives_the_worker_that_served_it(opened, connect) -> None:
+    listener = opened(2)
+    connect(listener, 40)
+    for sock in listener.copies:
+        sock.dup().close()  # as that of a worker that dies
+    assert sum(queued(listener)) == 40

@@ -1,0 +1,326 @@
+"""What a worker makes of what its supervisor tells it, and what it says itself."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransportWithDisconnection
+from twisted.logger import Logger, LogLevel, eventFromJSON, formatEvent
+from twisted.python.failure import Failure
+
+from rtservice import settings, worker
+from rtservice.host.control import FROM_WORKER, LONGEST_FROM_WORKER, Messages, encode
+from rtservice.net.listeners import Listener, open_description
+from rtservice.net.tls import TLSError
+from rtservice.worker import Worker, describe, make_live, share
+
+# --- the division of limits ---
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("total", [1, 2, 15, 16, 17, 1000, 1001])
+def test_the_shares_of_a_total_are_the_total_or_one_each(total, slots) -> None:
+    shares = [share(total, slot, slots) for slot in range(slots)]
+    assert sum(shares) == max(total, slots)
+    assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("slots", [1, 3, 4])
+def test_limits_are_divided_among_workers_as_the_documentation_says(slots) -> None:
+    in_force = dataclasses.replace(settings.Settings(), max_connections=10, max_connections_per_peer=10)
+    limits = [make_live(in_force, slot=slot, slots=slots).limits for slot in range(slots)]
+    assert sum(one.max_connections for one in limits) == 10
+    assert {one.max_connections_per_peer for one in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
+
+
+def test_no_limit_for_each_peer_stays_none() -> None:
+    assert make_live(settings.Settings(), slot=1, slots=3).limits.max_connections_per_peer == 0
+
+
+def test_the_descriptor_limit_is_each_process_s_own() -> None:
+    whole = make_live(settings.Settings()).limits.max_connections
+    assert make_live(settings.Settings(), slot=1, slots=3).limits.max_connections == whole
+
+
+def test_certificates_are_watched_by_the_supervisor_where_there_is_one() -> None:
+    in_force = dataclasses.replace(settings.Settings(), watch_certificates=True)
+    assert make_live(in_force).watch_certificates
+    assert not make_live(in_force, slot=0, slots=2).watch_certificates
+
+
+# --- from a supervisor's listeners to a worker's ---
+
+
+@pytest.fixture
+def adopted() -> Iterator[Callable[..., list[Listener]]]:
+    """Opens descriptions for two slots, and gives what a worker of the second one adopts of them."""
+    made: list[Listener] = []
+
+    def adopt(*descriptions: str, before: Callable[[], None] = lambda: None) -> list[Listener]:
+        opened = [one for text in descriptions for one in open_description(text, backlog=10, slots=2)]
+        made.extend(opened)
+        described = json.loads(json.dumps(describe(settings.Settings(), opened)))
+        before()
+        found = []
+        for given, listener in zip(described["listeners"], opened, strict=True):
+            descriptor = os.dup(listener.of_slot(1).fileno())
+            os.set_inheritable(descriptor, True)
+            os.set_blocking(descriptor, True)
+            found.append(worker._adopted(given, descriptor))
+        made.extend(found)
+        return found
+
+    yield adopt
+    for listener in made:
+        listener.close()
+
+
+def test_a_worker_adopts_its_socket_under_the_listener_s_name(adopted) -> None:
+    [listener] = adopted("proxy:tcp:0:interface=127.0.0.1")
+    assert listener.name.startswith("proxy:tcp:127.0.0.1:")
+    assert listener.proxied
+    assert listener.tls is None
+    assert not listener.socket.getblocking()
+    # What a worker starts has no business with it.
+    assert not listener.socket.get_inheritable()
+    assert listener.shared
+
+
+def test_a_worker_shows_certificates_that_it_could_not_read(adopted, certificates, tmp_path) -> None:
+    for name in ("server.pem", "server.key", "ca.pem"):
+        shutil.copy(certificates[name], tmp_path)
+    description = (
+        f"ssl:0:interface=127.0.0.1:privateKey={tmp_path}/server.key:certKey={tmp_path}/server.pem"
+        f":clientCA={tmp_path}/ca.pem:minimum=1.3:alpn=h2,http/1.1"
+    )
+    [listener] = adopted(description, before=lambda: shutil.rmtree(tmp_path))
+    assert listener.tls is not None
+    assert listener.tls.minimum_version is ssl.TLSVersion.TLSv1_3
+    assert listener.tls.verify_mode is ssl.CERT_REQUIRED
+    assert [one.names for one in listener.certificates] == [("localhost",)]
+
+
+def test_a_worker_shows_the_certificates_of_a_directory_by_name(adopted, certificates, tmp_path) -> None:
+    directory = tmp_path / "certificates"
+    directory.mkdir()
+    for name in ("server.pem", "server.key"):
+        shutil.copy(certificates[name], directory)
+    [listener] = adopted(
+        f"ssl:unix:{tmp_path}/rt.sock:certificates={directory}", before=lambda: shutil.rmtree(directory)
+    )
+    assert [one.path for one in listener.certificates] == [f"{directory}/server.pem"]
+    assert listener.tls is not None
+    assert listener.tls.sni_callback is not None
+
+
+def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeypatch) -> None:
+    opened = [
+        *open_description("tcp:0:interface=127.0.0.1", backlog=10, slots=2),
+        *open_description(f"unix:{tmp_path}/rt.sock", backlog=10, slots=2),
+        Listener(socket.socket(), "tcp:passed", shared=True),
+    ]
+    try:
+        described = describe(settings.Settings(), opened)["listeners"]
+        assert [one["kind"] for one in described] == ["slot", "own", "passed"]
+        assert [one["file"] for one in described] == [None, opened[1].file, None]
+    finally:
+        for listener in opened:
+            listener.close()
+
+
+def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
+    given = {"max-connections": "7", "greeting": r"\x00\xff", "proxy-from": ("10.0.0.0/8,::1",), "log-level": "debug"}
+    in_force = settings.load(
+        {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None
+    ).settings
+    texts = json.loads(json.dumps(describe(in_force, [])))["settings"]
+    assert settings.load(texts, {}, None).settings == in_force
+
+
+def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tmp_path) -> None:
+    for name in ("server.pem", "server.key"):
+        shutil.copy(certificates[name], tmp_path)
+    files = f"privateKey={tmp_path}/server.key:certKey={tmp_path}/server.pem"
+    [listener] = open_description(f"ssl:0:interface=127.0.0.1:{files}", backlog=10)
+    try:
+        (tmp_path / "server.key").unlink()
+        with pytest.raises(TLSError, match=r"server\.key"):
+            describe(settings.Settings(), [listener])
+    finally:
+        listener.close()
+
+
+# --- a worker's side of the channel ---
+
+
+class Reactor(Clock):
+    """A clock that can be stopped."""
+
+    stopped = 0
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+    def callWhenRunning(self, function: Callable[[], Any]) -> None:
+        function()
+
+
+class Channel(StringTransportWithDisconnection):
+    """What a worker writes, as its supervisor reads it."""
+
+    @property
+    def disconnected(self) -> bool:
+        return not self.connected
+
+    def said(self) -> list[tuple[str, Any]]:
+        found = list(Messages(FROM_WORKER, LONGEST_FROM_WORKER).feed(self.value()))
+        self.clear()
+        return found
+
+
+@pytest.fixture
+def connected() -> tuple[Worker, Channel, Reactor]:
+    """A worker that has not been told anything."""
+    reactor = Reactor()
+    made = Worker(reactor)
+    channel = Channel(made)
+    channel.protocol = made
+    made.makeConnection(channel)
+    return made, channel, reactor
+
+
+def start(**given: Any) -> bytes:
+    described = describe(settings.Settings(), [])
+    return encode("start", {**described, "slot": 0, "slots": 2, **given})
+
+
+def test_a_worker_says_that_it_serves_and_then_that_it_lives(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    made.dataReceived(start())
+    words = [word for word, _ in channel.said()]
+    assert words == ["beat", "ready"]
+    reactor.advance(1)
+    [(word, counters)] = channel.said()
+    assert word == "beat"
+    assert counters["open"] == 0
+    assert counters["memory"] > 1 << 20
+    made.dataReceived(encode("drain", ["slot"]))
+    reactor.pump([1] * 5)
+    assert reactor.stopped
+    assert channel.said()[-1][0] == "beat"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"settings": {"max-connections": "many"}}, "max-connections"),
+        ({"settings": {"no-such": "1"}}, "no-such"),
+        ({"listeners": [{"kind": "own"}]}, "KeyError"),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why_and_ends(connected, given, reason) -> None:
+    made, channel, reactor = connected
+    made.dataReceived(start(**given))
+    [problem] = [value for word, value in channel.said() if word == "failed"]
+    assert reason in problem
+    assert made.status == 1
+    assert reactor.stopped == 1
+
+
+def test_a_worker_whose_supervisor_is_gone_before_it_was_told_anything_ends(connected) -> None:
+    _, channel, reactor = connected
+    channel.loseConnection()
+    assert reactor.stopped == 1
+
+
+def test_a_worker_whose_supervisor_has_died_removes_the_socket_files_of_its_own_alone(connected, tmp_path) -> None:
+    made, channel, _ = connected
+    for name in ("ours", "successors"):
+        (tmp_path / name).touch()
+    inode = (tmp_path / "ours").stat().st_ino
+    made._files = [(f"{tmp_path}/ours", inode), (f"{tmp_path}/successors", inode), (f"{tmp_path}/gone", inode)]
+    channel.loseConnection()
+    assert os.listdir(tmp_path) == ["successors"]
+
+
+def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
+    made, channel, reactor = connected
+    made.leave()
+    assert channel.said() == [("leave", None)]
+    assert not reactor.stopped
+
+
+# --- its log ---
+
+
+def record(made: Worker, text: str, **fields: Any) -> None:
+    Logger(namespace="its.own", observer=made.observe).info(text, **fields)  # type: ignore[arg-type]  # a function is one
+
+
+def test_a_record_is_sent_with_its_structure(connected) -> None:
+    made, channel, _ = connected
+    record(made, "{peer} went", peer="1.2.3.4", seconds=1.5)
+    [(word, text)] = channel.said()
+    event = eventFromJSON(text)
+    assert word == "log"
+    assert formatEvent(event) == "1.2.3.4 went"
+    assert (event["log_level"], event["log_namespace"], event["seconds"]) == (LogLevel.info, "its.own", 1.5)
+
+
+def test_a_traceback_is_sent_with_its_record(connected) -> None:
+    made, channel, _ = connected
+    try:
+        raise ValueError("no")
+    except ValueError:
+        record(made, "it raised", log_failure=Failure())
+    [(_, text)] = channel.said()
+    assert "ValueError: no" in eventFromJSON(text)["log_failure"].getTraceback()
+
+
+class Stubborn:
+    """What JSON cannot hold, and has no words for itself either."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("value", ["x" * 1_000_000, b"\xff\x00", object(), {1, 2}, float("nan"), Stubborn(), "\ud800"])
+def test_whatever_is_in_a_record_it_is_one_message_of_a_length_that_is_taken(connected, value) -> None:
+    made, channel, _ = connected
+    record(made, "about {value}", value=value)
+    [(word, text)] = channel.said()
+    assert word == "log"
+    assert len(text) < LONGEST_FROM_WORKER
+    assert formatEvent(eventFromJSON(text))
+
+
+def test_a_record_that_refers_to_itself_is_sent_as_text(connected) -> None:
+    made, channel, _ = connected
+    loop: list[Any] = []
+    loop.append(loop)
+    record(made, "about {value}", value=loop)
+    [(_, text)] = channel.said()
+    assert formatEvent(eventFromJSON(text)) == "about [[...]]"
+
+
+def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
+    made.dataReceived(start())
+    channel.said()
+    made.pauseProducing()
+    for _ in range(3):
+        record(made, "hello")
+    assert channel.said() == []
+    made.resumeProducing()
+    [(_, text)] = channel.said()
+    assert formatEvent(eventFromJSON(text)) == "3 log records were dropped: too many at once"
