@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import faulthandler
 import os
@@ -291,7 +292,7 @@ class Worker(Protocol):
             self._dropped += 1
             return
         try:
-            text = eventAsJSON(event)
+            text = eventAsJSON(_with_text_of_failure(event))
         except Exception:  # something in it that JSON cannot hold
             text = ""
         if not text or len(text) > LONGEST_FROM_WORKER - 10:
@@ -299,6 +300,16 @@ class Worker(Protocol):
             kept |= {"log_format": "{text}", "text": (formatEvent(event) or "")[:10_000]}
             text = eventAsJSON(kept)
         self.transport.write(b"log " + text.encode() + b"\n")
+
+
+def _with_text_of_failure(event: LogEvent) -> LogEvent:
+    """The event with its exception's text in the place of the exception, of which JSON would hold nothing."""
+    failure = event.get("log_failure")
+    if failure is None:
+        return event
+    failure = copy.copy(failure)
+    failure.value = failure.getErrorMessage()
+    return {**event, "log_failure": failure}
 
 
 def _memory() -> int:
