@@ -335,18 +335,20 @@ class Supervisor(Service):
         for slot in self.slots:
             slot.worker = self._spawn(slot)
             if slot.worker is None:
-                self.fail("no worker can be spawned")
                 return
 
     def _spawn(self, slot: Slot) -> Worker | None:
-        """A new process for a slot; None when the system has none, which is logged."""
+        """A new process for a slot; None when there can be none, which is logged, or ends a start."""
         worker = Worker(self, slot, self._plan)
         try:
             self._spawn_process(worker)
-        except OSError as problem:
-            self.log.error(
-                "slot {slot}: no worker can be spawned: {problem}", slot=slot.number, problem=problem.strerror
-            )
+        except OSError as error:
+            # Most often it is the user of --uid who may not run the interpreter.
+            problem = f"no worker can be spawned: {self._command[0]}: {error.strerror}"
+            if self._serving:
+                self.log.error("slot {slot}: {problem}", slot=slot.number, problem=problem)
+            else:
+                self.fail(problem)
             return None
         worker.tell("start", self._plan.start(slot.number, len(self.slots)))
         return worker
