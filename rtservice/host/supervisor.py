@@ -53,6 +53,10 @@ _HURRY = 5.0
 # Seconds without a sign of life of a worker after which the service manager is told of none either.
 _DEAF = 60.0
 
+# Seconds without a sign of life of a worker from which on new clients are left to the others: it may be stopped, and
+# what is not accepted has to wait.
+_SILENT = 3 * BEAT
+
 # Seconds between two looks that show that this process did not run.
 _STALL = 5.0
 
@@ -248,6 +252,10 @@ class Slot:
     def ready(self) -> bool:
         return self.worker is not None and self.worker.phase is Phase.READY
 
+    def accepts(self, now: float) -> bool:
+        """Whether new clients are served at once here."""
+        return self.ready and not self.leaving and self.worker is not None and now - self.worker.heard < _SILENT
+
 
 class Supervisor(Service):
     """Serves with a worker process for each of `slots` slots.
@@ -299,6 +307,7 @@ class Supervisor(Service):
         self._serving = False
         self._stopped: Deferred[None] | None = None
         self._stop_began = 0.0
+        self._accepting: list[int] = []  # the slots among which new clients are spread
 
     # --- start ---
 
@@ -399,7 +408,8 @@ class Supervisor(Service):
             slot.worker = None
             if not self._serving and self._stopped is None:
                 self.fail(worker.problem or f"{worker} {how}")
-            elif not slot.leaving and self._stopped is None:
+            elif self._stopped is None and not (slot.leaving and reason.check(ProcessDone)):
+                slot.leaving = False  # it is not served to its end, and leaves once it has a worker
                 self._respawn_later(slot, worker)
         self._go_on()
 
@@ -440,6 +450,7 @@ class Supervisor(Service):
         for slot in self.slots:
             for worker in slot.workers():
                 worker.look(now)
+        self._spread()
         if self._notifier.connected:
             self._notifier.status(self.status)
         if self._stopped is not None:
@@ -524,6 +535,7 @@ class Supervisor(Service):
             if not any(slot.workers() for slot in self.slots) and not self._stopped.called:
                 self._stopped.callback(None)
             return
+        self._spread()
         if not self._serving or any(slot.successor is not None for slot in self.slots):
             return
         while self._rolling:
@@ -541,6 +553,18 @@ class Supervisor(Service):
         self._adjust()
 
     # --- more and fewer slots ---
+
+    def _spread(self) -> None:
+        """Have new clients go where one is served at once: in another queue they would wait for a worker to start."""
+        if self._stopped is not None or not self._serving:
+            return
+        now = self.reactor.seconds()
+        accepting = [slot.number for slot in self.slots if slot.accepts(now)]
+        accepting = accepting or [slot.number for slot in self.slots if not slot.leaving]
+        if accepting != self._accepting:
+            self._accepting = accepting
+            for listener in self._listeners:
+                listener.spread(accepting)
 
     def add_slot(self) -> None:
         """One more worker. Called for SIGTTIN."""
@@ -586,8 +610,7 @@ class Supervisor(Service):
 
     def _leave(self, slot: Slot) -> None:
         slot.leaving = True
-        for listener in self._listeners:
-            listener.leave_out_last()
+        self._spread()
         assert slot.worker is not None
         slot.worker.drain(("slot",))
 
@@ -650,6 +673,7 @@ class Supervisor(Service):
             for slot in self.slots:
                 if slot.respawn is not None:
                     slot.respawn.cancel()
+                    slot.respawn, slot.worker = None, self._spawn(slot)  # there may be somebody in its queue
                 for worker in slot.workers():
                     worker.drain(("slot", "own"))
             self._go_on()
