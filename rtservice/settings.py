@@ -262,14 +262,15 @@ class Settings:
     max_connections: int | None = _setting(
         None,
         either("auto", None, whole_number(1, 10_000_000)),
-        "Open connections of the whole service at once. `auto`: what the descriptor limit, raised to its hard limit "
-        "at the start, allows less a reserve.",
+        "Open connections of the whole service at once; each of several workers has an equal share. `auto`: what the "
+        "descriptor limit, raised to its hard limit at the start, allows less a reserve, in each worker.",
         takes="reload",
     )
     max_connections_per_peer: int = _setting(
         0,
         whole_number(0, 1_000_000),
-        "Open connections of one address at once; `0`: no limit. An IPv4-mapped IPv6 address counts as the IPv4 one.",
+        "Open connections of one address at once; `0`: no limit. An IPv4-mapped IPv6 address counts as the IPv4 one. "
+        "Each of several workers has an equal share, rounded up.",
         takes="reload",
     )
     # One customer usually has a whole /64 (RFC 6177, RFC 4291 section 2.5.4), and with it 2^64 addresses.
@@ -339,8 +340,9 @@ class Settings:
     )
     max_worker_memory: int = _setting(
         0,
-        whole_number(0, 1024 * 1024),
-        "MiB of resident memory at which a worker is replaced; `0`: no limit.",
+        # A worker begins with about 50, and would be replaced for ever.
+        either("0", 0, whole_number(64, 1024 * 1024)),
+        "MiB of resident memory, 64 or more, above which a worker is replaced; `0`: no limit.",
         takes="reload",
     )
     greeting: bytes = _setting(

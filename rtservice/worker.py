@@ -303,7 +303,7 @@ class Worker(Protocol):
             failure.value = failure.getErrorMessage()  # JSON cannot hold an exception
             event = {**event, "log_failure": failure}
         try:
-            text = eventAsJSON(event)
+            text = eventAsJSON(_with_text_of_failure(event))
         except Exception:  # something in it that JSON cannot hold
             text = ""
         if not text or len(text) > LONGEST_FROM_WORKER - 10:
@@ -311,6 +311,16 @@ class Worker(Protocol):
             kept |= {"log_format": "{text}", "text": (formatEvent(event) or "")[:10_000]}
             text = eventAsJSON(kept)
         self.transport.write(b"log " + text.encode() + b"\n")
+
+
+def _with_text_of_failure(event: LogEvent) -> LogEvent:
+    """The event with its exception's text in the place of the exception, of which JSON would hold nothing."""
+    failure = event.get("log_failure")
+    if failure is None:
+        return event
+    failure = copy.copy(failure)
+    failure.value = failure.getErrorMessage()
+    return {**event, "log_failure": failure}
 
 
 def _memory() -> int:

@@ -57,6 +57,10 @@ _PIPES = 1.0
 # Seconds that a worker is still there after it was to be killed: then the service manager is told of no life either.
 _DEAF = 30.0
 
+# Seconds without a sign of life of a worker from which on new clients are left to the others: it may be stopped, and
+# what is not accepted has to wait.
+_SILENT = 3 * BEAT
+
 # Seconds between two looks that show that this process did not run.
 _STALL = 5.0
 
@@ -292,6 +296,10 @@ class Slot:
     def ready(self) -> bool:
         return self.worker is not None and self.worker.phase is Phase.READY
 
+    def accepts(self, now: float) -> bool:
+        """Whether new clients are served at once here."""
+        return self.ready and not self.leaving and self.worker is not None and now - self.worker.heard < _SILENT
+
 
 class Supervisor(Service):
     """Serves with a worker process for each of `slots` slots.
@@ -347,6 +355,7 @@ class Supervisor(Service):
         self._stopped: Deferred[None] | None = None
         self._stop_began = 0.0
         self._drained_before: dict[str, int] = {}  # the totals when the stop began
+        self._accepting: list[int] = []  # the slots among which new clients are spread
 
     # --- start ---
 
@@ -387,13 +396,15 @@ class Supervisor(Service):
                 return
 
     def _spawn(self, slot: Slot) -> Worker | None:
-        """A new process for a slot; None when the system has none, which is logged."""
+        """A new process for a slot; None when there can be none, which is logged, or ends a start."""
         worker = Worker(self, slot, self._plan)
         try:
             self._spawn_process(worker)
         except OSError as problem:
-            self._refusal = f"no worker can be spawned: {problem.strerror}"
-            self.log.error("slot {slot}: {problem}", slot=slot.number, problem=self._refusal)
+            # Most often it is the user of --uid who may not run the interpreter.
+            self._refusal = f"no worker can be spawned: {self._command[0]}: {problem.strerror}"
+            if self._serving:
+                self.log.error("slot {slot}: {problem}", slot=slot.number, problem=self._refusal)
             return None
         worker.tell("start", self._plan.start(slot.number, len(self.slots)))
         return worker
@@ -449,11 +460,12 @@ class Supervisor(Service):
                 self._stop_rolling(f"{worker} cannot take over: {worker.problem or how}")
         elif worker is slot.worker:
             slot.worker, slot.successor = slot.successor, None
-            if self._stopped is not None or slot.leaving:
+            if self._stopped is not None or (slot.leaving and reason.check(ProcessDone)):
                 pass
             elif not self._serving:
                 self.fail(worker.problem or f"{worker} {how}")
             elif slot.worker is None:
+                slot.leaving = False  # it was not served to its end, and leaves once it has a worker
                 self._respawn_later(slot, worker)
         self._go_on()
 
@@ -507,6 +519,7 @@ class Supervisor(Service):
             if away > _STALL:  # it is this process that was away, and heard nobody
                 worker.excuse(away)
             worker.look(now)
+        self._spread()
         if self._notifier.connected:
             self._notifier.status(self.status)
         if self._stopped is not None:
@@ -592,6 +605,7 @@ class Supervisor(Service):
             if not any(slot.workers() for slot in self.slots) and not self._stopped.called:
                 self._stopped.callback(None)
             return
+        self._spread()
         if not self._serving or any(slot.successor is not None for slot in self.slots):
             return
         while self._rolling:
@@ -609,6 +623,18 @@ class Supervisor(Service):
         self._adjust()
 
     # --- more and fewer slots ---
+
+    def _spread(self) -> None:
+        """Have new clients go where one is served at once: in another queue they would wait for a worker to start."""
+        if self._stopped is not None or not self._serving:
+            return
+        now = self.reactor.seconds()
+        accepting = [slot.number for slot in self.slots if slot.accepts(now)]
+        accepting = accepting or [slot.number for slot in self.slots if not slot.leaving]
+        if accepting != self._accepting:
+            self._accepting = accepting
+            for listener in self._listeners:
+                listener.spread(accepting)
 
     def add_slot(self) -> None:
         """One more worker. Called for SIGTTIN."""
@@ -654,8 +680,7 @@ class Supervisor(Service):
 
     def _leave(self, slot: Slot) -> None:
         slot.leaving = True
-        for listener in self._listeners:
-            listener.leave_out_last()
+        self._spread()
         assert slot.worker is not None
         slot.worker.drain(("slot",))
 
@@ -723,6 +748,7 @@ class Supervisor(Service):
             for slot in self.slots:
                 if slot.respawn is not None:
                     slot.respawn.cancel()
+                    slot.respawn, slot.worker = None, self._spawn(slot)  # there may be somebody in its queue
                 for worker in slot.workers():
                     worker.drain(("slot", "own"))
             self._go_on()

@@ -14,7 +14,7 @@ import ssl
 import stat
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -126,16 +126,21 @@ class Listener:
             raise
         self.copies.append(sock)
 
-    def leave_out_last(self) -> None:
-        """Have new connections go to all sockets but that of the last slot, whose queue then has an end."""
+    def spread(self, slots: Sequence[int]) -> None:
+        """Have new connections go to the sockets of these slots alone, at random; what is queued stays where it is."""
         if self.copies:
-            _spread_among(self.socket, len(self.copies) - 1)
+            _spread_among(self.socket, slots)
 
     def drop_last(self) -> None:
-        """Close the socket of the last slot, whose queue is empty and stays so."""
+        """Have the socket of the last slot listen no more; it is a spare then. Who is in its queue is reset."""
         if self.copies:
-            self.copies.pop().close()
-            _spread_among_all(self.socket)
+            sock = self.copies.pop()
+            try:
+                sock.shutdown(socket.SHUT_RDWR)  # on Linux it stays bound: privileges to bind another may be gone
+            except OSError:
+                sock.close()
+            else:
+                self.spares.append(sock)
 
     @property
     def file(self) -> tuple[str, int] | None:
@@ -481,25 +486,25 @@ def _with_copies(found: socket.socket, backlog: int, slots: int) -> Listener:
     return Listener(sockets[0], _tcp_name(sockets[0]), copies=sockets[:slots], spares=sockets[slots:], _backlog=backlog)
 
 
-def _spread_among(sock: socket.socket, count: int) -> None:
-    """Have the kernel choose among the first `count` sockets of a port, at random, for each new connection.
+def _spread_among(sock: socket.socket, places: Sequence[int]) -> None:
+    """Have the kernel choose among these sockets of a port, at random, for each new connection.
 
-    They are in the order in which they began to listen (SO_ATTACH_REUSEPORT_CBPF of socket(7)). What is queued stays.
+    They are numbered in the order in which they began to listen (SO_ATTACH_REUSEPORT_CBPF of socket(7)).
     """
-    program = array("B", b"".join(struct.pack("HBBI", *one) for one in (_LOAD_RANDOM, (0x94, 0, 0, count), _RETURN_IT)))
-    address, _ = program.buffer_info()
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, struct.pack("HP", 3, address))
+    program = [_LOAD_RANDOM, (_MODULO, 0, 0, len(places))]
+    for number, place in enumerate(places):
+        program += [(_SKIP_UNLESS, 0, 1, number), (_RETURN, 0, 0, place)]
+    program += [(_RETURN, 0, 0, places[0])]  # never reached, but the kernel wants an end
+    code = array("B", b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    address, _ = code.buffer_info()
+    with suppress(OSError):  # not Linux
+        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, struct.pack("HP", len(program), address))
 
 
-def _spread_among_all(sock: socket.socket) -> None:
-    """Have the kernel choose among all sockets of a port by each connection's addresses, as it does by itself."""
-    with suppress(FileNotFoundError):  # it does already
-        sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
+_SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h
 
-
-# asm-generic/socket.h, and linux/filter.h: ld random (SKF_AD_OFF + SKF_AD_RANDOM); mod; ret a.
-_SO_ATTACH_REUSEPORT_CBPF, _SO_DETACH_REUSEPORT_BPF = 51, 68
-_LOAD_RANDOM, _RETURN_IT = (0x20, 0, 0, 0xFFFFF000 + 56), (0x16, 0, 0, 0)
+# linux/filter.h: ld random (SKF_AD_OFF + SKF_AD_RANDOM); mod; jeq #number, go on, else skip one; ret #number.
+_LOAD_RANDOM, _MODULO, _SKIP_UNLESS, _RETURN = (0x20, 0, 0, 0xFFFFF000 + 56), 0x94, 0x15, 0x06
 
 # Slots that can be added although the port is privileged and privileges are dropped.
 _SPARES = 8

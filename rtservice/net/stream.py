@@ -83,7 +83,7 @@ _NO_SYN = (
     (0x06, 0, 0, 0),  # ret 0: drop
     (0x06, 0, 0, 0xFFFFFFFF),  # ret all of it
 )
-_SO_ATTACH_FILTER = 26  # asm-generic/socket.h; `socket` has no name for it
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; `socket` has no names for them
 
 # Made once, as Twisted's reactors do: a Failure of one's own for each connection costs more than its greeting.
 _DONE = Failure(main.CONNECTION_DONE)
@@ -1086,6 +1086,7 @@ class Port:
         """Start to accept; the factory is started."""
         if self.socket.family != socket.AF_UNIX:
             _tune_tcp(self.socket)
+            _answer_new_clients(self.socket)
         self.factory.doStart()
         self.listening = True
         if not self.paused:
@@ -1219,6 +1220,12 @@ def _tune_tcp(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+def _answer_new_clients(sock: socket.socket) -> None:
+    """Undo what a process has done to the socket that died while it finished."""
+    with contextlib.suppress(OSError):  # most often there is nothing to undo
+        sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def _ignore_new_clients(sock: socket.socket) -> None:

@@ -81,6 +81,10 @@ def test_every_slot_has_a_socket_of_its_own_on_one_address(opened, interface) ->
     assert not any(sock.getblocking() or sock.get_inheritable() for sock in (*listener.copies, *listener.spares))
 
 
+def leave_out_last(listener) -> None:
+    listener.spread(range(len(listener.copies) - 1))
+
+
 @interfaces
 def test_clients_are_spread_over_all_slots(opened, connect, interface) -> None:
     listener = opened(4, interface)
@@ -95,7 +99,7 @@ def test_clients_are_spread_over_all_slots(opened, connect, interface) -> None:
 def test_the_last_slot_can_be_left_out_and_keeps_who_is_queued(opened, connect, interface) -> None:
     listener = opened(3, interface)
     connect(listener, 90)
-    listener.leave_out_last()
+    leave_out_last(listener)
     connect(listener, 90)
     first, second, last = listener.copies
     assert 10 <= accept_all(last) <= 60  # a third of the first ninety
@@ -108,7 +112,7 @@ def test_the_last_slot_can_be_left_out_and_keeps_who_is_queued(opened, connect, 
 def test_a_slot_that_is_dropped_after_it_was_left_out_costs_no_client(opened, connect, interface) -> None:
     listener = opened(3, interface)
     connect(listener, 60)
-    listener.leave_out_last()
+    leave_out_last(listener)
     accepted = accept_all(listener.copies[2])
     listener.drop_last()
     assert len(listener.copies) == 2
@@ -121,7 +125,7 @@ def test_a_slot_that_is_dropped_after_it_was_left_out_costs_no_client(opened, co
 def test_slots_leave_until_there_is_one(opened, connect) -> None:
     listener = opened(4)
     for left in (3, 2, 1):
-        listener.leave_out_last()
+        leave_out_last(listener)
         listener.drop_last()
         connect(listener, 60)
         found = queued(listener)
@@ -144,9 +148,10 @@ def test_a_slot_is_added_and_gets_its_part(opened, connect) -> None:
 
 def test_a_slot_is_added_again_after_one_has_left(opened, connect) -> None:
     listener = opened(3)
-    listener.leave_out_last()
+    leave_out_last(listener)
     listener.drop_last()
     listener.add_copy()
+    listener.spread([0, 1, 2])
     connect(listener, 150)
     found = queued(listener)
     assert sum(found) == 150
@@ -288,8 +293,9 @@ def test_a_unix_socket_is_the_same_for_all_slots(tmp_path) -> None:
     [listener] = open_description(f"unix:{tmp_path}/rt.sock", backlog=10, slots=3)
     try:
         assert [listener.of_slot(slot) for slot in range(3)] == [listener.socket] * 3
-        for change in (listener.add_copy, listener.leave_out_last, listener.drop_last):
-            change()
+        listener.add_copy()
+        listener.spread([0, 1])
+        listener.drop_last()
         assert listener.socket.fileno() != -1
         inode = (tmp_path / "rt.sock").stat().st_ino
         assert listener.file == (f"{tmp_path}/rt.sock", inode)
