@@ -424,7 +424,7 @@ def test_workers_may_be_added_and_removed_for_ever(workers, wait_for) -> None:
         one.wait_line(r"worker 2 \(pid \d+\) is ready", count=count)
         one.send(signal.SIGTTOU)
         one.wait_line("slot 2 is gone", count=count)
-    wait_for(lambda: descriptors(one.pid) == before)
+    wait_for(lambda: descriptors(one.pid) <= before)
     assert one.stop() == 0
 
 
@@ -642,7 +642,8 @@ def test_whatever_happens_to_workers_the_service_is_there_afterwards(workers, ma
             elif not (what == signal.SIGTTIN and slots(ready=False) > 4):
                 one.send(what)
             threading.Event().wait(0.1)
-        wait_for(lambda: slots() or time.monotonic() > end + 20)  # a slot may have to wait for 38 s
+        for seconds in (20, 40):  # a slot may have to wait for 38 s, and then for its worker to start
+            wait_for(lambda seconds=seconds: slots() or time.monotonic() > end + seconds)
         wait_for(slots)
         load.more(200)
         count = load.stop()
@@ -660,7 +661,7 @@ def test_whatever_happens_to_workers_the_service_is_there_afterwards(workers, ma
             assert echoes(client)
     assert time.monotonic() - began < 5
     one.settled(3)
-    wait_for(lambda: descriptors(one.pid) == before)
+    wait_for(lambda: descriptors(one.pid) <= before)
     assert one.stop() == 0
 
 
