@@ -1,6 +1,7 @@
 """Several processes that serve as one: what clients, operators and the service manager see of it, whatever dies."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from twisted import plugins
 
 GREETING = b"Hello from the server!"
 DEADLINE = 30
@@ -719,12 +722,59 @@ def privileged_port() -> int:
     """A free port below 1024."""
     if os.getuid() != 0:
         pytest.skip("only root can bind a privileged port and change the user")
-    if subprocess.run([sys.executable, "-c", "import rtservice"], user="nobody", group="nogroup", cwd="/").returncode:
-        pytest.skip(f"nobody, the user, cannot run {sys.executable}")
     for port in range(1023, 600, -1):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise AssertionError("every port below 1024 is in use")
+
+
+def nobody_can_run(interpreter: str) -> bool:
+    try:
+        result = subprocess.run([interpreter, "-c", "import ssl"], user="nobody", group="nogroup", cwd="/", check=False)
+    except OSError:
+        return False
+    return result.returncode == 0
+
+
+@pytest.fixture
+def run_for_all(environment) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Runs twistd with an interpreter and packages that every user can run and read; the tests' own may be root's."""
+    interpreters = [sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"]
+    interpreter = next(filter(nobody_can_run, interpreters), None)
+    if interpreter is None:
+        pytest.skip("no interpreter of the version of this one that the user nobody can run")
+    with tempfile.TemporaryDirectory() as name:
+        packages = Path(name)
+        packages.chmod(0o755)
+        for module in ("twisted", "zope.interface", "attr", "attrs", "automat", "constantly", "hyperlink", "idna"):
+            copy_package(module, packages)
+        for module in ("incremental", "typing_extensions", "rtservice"):
+            copy_package(module, packages)
+        plugin = next(Path(place) / "rtservice_plugin.py" for place in plugins.__path__ if has_plugin(Path(place)))
+        shutil.copy(plugin, packages / "twisted" / "plugins")
+
+        def run(*arguments: str) -> subprocess.CompletedProcess:
+            twistd = [interpreter, "-c", "from twisted.scripts.twistd import run; run()"]
+            env = {**environment, "PYTHONPATH": name}
+            return subprocess.run([*twistd, *arguments], env=env, capture_output=True, text=True, timeout=DEADLINE)
+
+        yield run
+
+
+def has_plugin(directory: Path) -> bool:
+    return (directory / "rtservice_plugin.py").exists()
+
+
+def copy_package(module: str, to: Path) -> None:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin)
+    target = to / module.replace(".", "/")
+    if source.name == "__init__.py":
+        shutil.copytree(source.parent, target, ignore=shutil.ignore_patterns("test", "__pycache__"))
+    else:
+        shutil.copy(source, to)
 
 
 @pytest.fixture
@@ -736,7 +786,7 @@ def public_directory() -> Iterator[Path]:
 
 
 def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_only_root_reads(
-    run, public_directory, privileged_port, certificates, wait_for
+    run_for_all, public_directory, privileged_port, certificates, wait_for
 ) -> None:
     here, port = public_directory, privileged_port
     shutil.copy(certificates["server.pem"], here)
@@ -745,7 +795,7 @@ def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_o
     log = here / "d.log"
     log.touch()
     shutil.chown(log, "nobody")  # or twistd could not rotate it
-    result = run(
+    result = run_for_all(
         *(f"--pidfile={here}/d.pid", f"--logfile={log}", f"--rundir={here}", "--uid=nobody", "--gid=nogroup"),
         *("rtservice", "--workers=2", "--listen=unix:s:mode=666"),
         f"--listen=ssl:{port}:interface=127.0.0.1:privateKey=server.key:certKey=server.pem",
@@ -793,11 +843,11 @@ def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_o
 
 
 def test_more_slots_than_were_bound_before_privileges_were_dropped_are_refused(
-    run, public_directory, privileged_port, wait_for
+    run_for_all, public_directory, privileged_port, wait_for
 ) -> None:
     here = public_directory
     log = here / "d.log"
-    result = run(
+    result = run_for_all(
         *(f"--pidfile={here}/d.pid", f"--logfile={log}", f"--rundir={here}", "--uid=nobody", "rtservice"),
         *("--workers=2", f"--listen=tcp:{privileged_port}:interface=127.0.0.1"),
     )
