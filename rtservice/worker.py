@@ -33,9 +33,12 @@ from rtservice.host.control import (
 from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
 from rtservice.net.listeners import Listener
 from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLSError
-from rtservice.observe.logs import Log
+from rtservice.observe.logs import AccessLog, LevelName, Levels, Log
 from rtservice.protocols.echo import EchoFactory
 from rtservice.settings import Loaded, SettingError
+
+# Seconds that lines for the access log wait for others, and how many go together at the most.
+_TOGETHER, _MOST_TOGETHER = 0.1, 500
 
 # Seconds that its last words may take to reach the supervisor.
 _LAST_WORDS = 5.0
@@ -73,6 +76,11 @@ def make_live(in_force: settings.Settings, *, slot: int = 0, slots: int = 1) -> 
         drain_timeout=in_force.drain_timeout,
         watch_certificates=in_force.watch_certificates and slots == 1,
     )
+
+
+def levels(in_force: settings.Settings) -> dict[str, LevelName]:
+    """The least level of each namespace that has one."""
+    return {least.namespace: least.level for least in in_force.log_level}
 
 
 def share(total: int, slot: int, slots: int) -> int:
@@ -144,6 +152,8 @@ class Worker(Protocol):
         self._ending = False
         self._full = False  # the supervisor does not read as fast as is written
         self._dropped = 0  # records, since then
+        self._levels = Levels({})
+        self._lines: list[str] = []  # for the access log
         self.status = 0
 
     # --- messages ---
@@ -178,7 +188,7 @@ class Worker(Protocol):
         self._full = False
         dropped, self._dropped = self._dropped, 0
         if dropped and self._server is not None:
-            self._log.logger.warn("{count} log records were dropped: too many at once", count=dropped)
+            self._log.logger.warn("{count} records were dropped: too many at once", count=dropped)
 
     def stopProducing(self) -> None:
         self._full = True
@@ -199,7 +209,8 @@ class Worker(Protocol):
             loaded = settings.load(given["settings"], {}, None)
             self._settings = loaded.settings
             self._slot = given["slot"]
-            self._log = Log(self._settings.log_level, globalLogPublisher)
+            self._levels.change(levels(self._settings))
+            self._log = Log(self._levels, globalLogPublisher)
             factory = make_factory(loaded)
             for place, listener in enumerate(given["listeners"]):
                 self._kinds.append(listener["kind"])
@@ -217,6 +228,7 @@ class Worker(Protocol):
             log=self._log.logger,
             report=self._started,
             announce=False,
+            record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
         )
         self._beating.clock = self._reactor
         self._beating.start(BEAT)
@@ -261,12 +273,28 @@ class Worker(Protocol):
             listener.shared = kind not in finish
         self._server.stopService().addBoth(self._drained)
 
+    def _access(self, line: str) -> None:
+        if self._full:
+            self._dropped += 1
+            return
+        if not self._lines:
+            self._reactor.callLater(_TOGETHER, self._send_lines)
+        self._lines.append(line)
+        if len(self._lines) >= _MOST_TOGETHER:
+            self._send_lines()
+
+    def _send_lines(self) -> None:
+        if self._lines:
+            lines, self._lines = self._lines, []
+            self._tell("access", lines)
+
     def _drained(self, result: object) -> None:
         if isinstance(result, Failure):
             self._log.logger.failure("a drain failed", result)
         if self._beating.running:
             self._beat()
             self._beating.stop()
+        self._send_lines()
         self._end()
 
     def _end(self) -> None:
@@ -287,6 +315,8 @@ class Worker(Protocol):
 
     def observe(self, event: LogEvent) -> None:
         """Send a record to the supervisor."""
+        if not self._levels.allow(event):
+            return
         if self._full or self._ending:
             self._dropped += 1
             return

@@ -27,6 +27,7 @@ from rtservice.host.control import (
     FIRST_SOCKET,
     FROM_WORKER,
     LONGEST_FROM_WORKER,
+    ControlError,
     Messages,
     encode,
 )
@@ -200,6 +201,9 @@ class Worker(ProcessProtocol):
         if word == "log":
             self._records += 1
             self.supervisor.publish(self, value)
+        elif word == "access":
+            self._records += 1 + len(value) // 20  # they are that much cheaper
+            self.supervisor.access(value)
         elif word == "beat":
             self.counters = {str(name): int(count) for name, count in value.items()}
         elif word == "failed":
@@ -252,7 +256,8 @@ class Slot:
 class Supervisor(Service):
     """Serves with a worker process for each of `slots` slots.
 
-    `listeners` have a socket for each slot where they can (see Listener.copies). `command` starts a worker. `report`,
+    `listeners` have a socket for each slot where they can (see Listener.copies). `command` starts a worker. `access`
+    takes a line that a worker has for the access log; one that has none is not to be sent any. `report`,
     `check` and `notifier` are as in Server. `reload` gives the Plan of the next generation, or None if nothing can be
     reloaded, which it has logged then.
 
@@ -274,8 +279,10 @@ class Supervisor(Service):
         report: Callable[[str | None], None],
         check: Callable[[], str | None],
         reload: Callable[[], Plan | None],
+        access: Callable[[str], None] | None = None,
     ) -> None:
         self.log = log
+        self._access = access
         self.reactor: Any = None
         self.slots = [Slot(number) for number in range(slots)]
         self.exit_status = 0
@@ -427,6 +434,13 @@ class Supervisor(Service):
         event["slot"] = number
         event["log_system"] = f"{event['log_namespace']}#{event['log_level'].name} worker {number}"
         globalLogPublisher(event)
+
+    def access(self, lines: list[str]) -> None:
+        """What a worker has for the access log. Raises ControlError for what cannot be."""
+        if self._access is None or not all(line[-1:] == "\n" and line[:-1].isprintable() for line in lines):
+            raise ControlError("lines for an access log that are none")
+        for line in lines:
+            self._access(line)
 
     def _look(self) -> None:
         now = self.reactor.seconds()
