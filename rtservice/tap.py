@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
-from twisted.logger import ILogObserver, Logger, globalLogPublisher
+from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python import usage
 from twisted.python.components import Componentized
 
@@ -158,7 +158,7 @@ def makeService(options: Options) -> Server | Supervisor:
             _check(options.loaded, resolve_path)
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
-        _install_reactor(log.logger)
+        _install_reactor(log)
         outputs = _Outputs(options.loaded, twistd, resolve_path, log.levels)
         opened, endpoints = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
@@ -186,7 +186,7 @@ def _serve_here(
         listeners=opened,
         endpoints=endpoints,
         live=worker.make_live(options.settings()),
-        log=log.logger,
+        log=log,
         notifier=notifier,
         listen_setting=options.loaded.where("listen"),
         check=start.check,
@@ -213,7 +213,7 @@ def _serve_with_workers(
         slots=_slots(options.settings()),
         plan=_plan(options.settings(), opened),
         command=[sys.executable, "-P", "-m", worker.__name__],
-        log=log.logger,
+        log=log,
         notifier=notifier,
         check=start.check,
         report=start.report,
@@ -323,7 +323,7 @@ class _Settings:
 
     def _reloaded(self, wanted: settings.Settings) -> None:
         """All that can change is what was wanted now."""
-        log = self._log.logger
+        log = self._log
         live, restart = settings.changes(self._in_force, wanted)
         self._log.levels.change(worker.levels(wanted))
         # What takes a restart stays as it is, so that the next reload says so again.
@@ -342,7 +342,7 @@ class _Reload(_Settings):
             wanted = self._wanted()
             adopt_certificates = server.renewed_certificates()
         except (SettingError, ListenError) as problem:
-            self._log.logger.error("nothing is reloaded: {problem}", problem=problem)
+            self._log.error("nothing is reloaded: {problem}", problem=problem)
             return
         adopt_certificates()
         server.apply(worker.make_live(wanted))
@@ -364,7 +364,7 @@ class _ReloadWorkers(_Settings):
             changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
             plan = _plan(dataclasses.replace(self._in_force, **changed), self._opened)
         except (SettingError, ListenError, TLSError) as problem:
-            self._log.logger.error("nothing is reloaded: {problem}", problem=problem)
+            self._log.error("nothing is reloaded: {problem}", problem=problem)
             return None
         for listener, loaded in renewed:
             if loaded is not None:
@@ -529,7 +529,7 @@ def _other_endpoint(description: str) -> Any:
         raise ListenError(f"not a usable endpoint description: {error or type(error).__name__}") from error
 
 
-def _install_reactor(log: Logger) -> None:
+def _install_reactor(log: Log) -> None:
     """Make our reactor the process's, unless it has one: chosen by the user, or by `twist`, which imports it early."""
     if "twisted.internet.reactor" in sys.modules:
         return

@@ -188,7 +188,7 @@ class Worker(Protocol):
         self._full = False
         dropped, self._dropped = self._dropped, 0
         if dropped and self._server is not None:
-            self._log.logger.warn("{count} records were dropped: too many at once", count=dropped)
+            self._log.warn("{count} records were dropped: too many at once", count=dropped)
 
     def stopProducing(self) -> None:
         self._full = True
@@ -225,7 +225,7 @@ class Worker(Protocol):
             listeners=self._listeners,
             endpoints=[],
             live=make_live(self._settings, slot=self._slot, slots=given["slots"]),
-            log=self._log.logger,
+            log=self._log,
             report=self._started,
             announce=False,
             record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
@@ -290,7 +290,7 @@ class Worker(Protocol):
 
     def _drained(self, result: object) -> None:
         if isinstance(result, Failure):
-            self._log.logger.failure("a drain failed", result)
+            self._log.failure("a drain failed", result)
         if self._beating.running:
             self._beat()
             self._beating.stop()
@@ -315,7 +315,7 @@ class Worker(Protocol):
 
     def observe(self, event: LogEvent) -> None:
         """Send a record to the supervisor."""
-        if not self._levels.allow(event):
+        if not self._levels.allow(event.get("log_namespace"), event.get("log_level")):
             return
         if self._full or self._ending:
             self._dropped += 1
