@@ -416,6 +416,9 @@ class _Outputs:
             # A device or a pipe does not rotate.
             special = os.path.exists(path) and not os.path.isfile(path)
             lines = Lines(File(path) if special else opener(path))
+        from twisted.internet import reactor
+
+        lines.start(reactor)
         self._lines.append(lines)
         return lines
 

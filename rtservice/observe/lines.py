@@ -103,7 +103,8 @@ class File:
     def __init__(self, path: str, mode: int = 0o640) -> None:
         self.title = path
         self._mode = mode
-        directory, self._base = os.path.split(path)
+        directory, base = os.path.split(path)
+        self._base = base or "."
         # The path may mean another file once the process has changed its root or its directory, or none at all.
         self._directory = os.open(directory or ".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
         self._descriptor = self._open()

@@ -6,6 +6,7 @@ import json as _json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -120,18 +121,18 @@ def _message(event: LogEvent) -> str:
 def _classic(event: LogEvent) -> str:
     """The line that twistd's own observers write, exactly."""
     when = event.get("log_time")
-    if when is None or "log_failure" in event:
+    system = event.get("log_system")
+    if when is None or "log_failure" in event or not (system is None or isinstance(system, str)):
         return formatEventAsClassicLogText(event) or ""
     message = _message(event)
     if not message:
         return ""
-    system = event.get("log_system")
     if system is None:
         level = event.get("log_level")
         system = f"{event.get('log_namespace', '-')}#{'-' if level is None else level.name}"
     if "\n" in message:
         message = message.replace("\n", "\n\t")
-    return f"{_local_second(math.floor(when))} [{safe_str(system)}] {message}\n"
+    return f"{_local_second(math.floor(when))} [{system}] {message}\n"
 
 
 # What an event of twisted.python.log has beside its own fields.
@@ -274,14 +275,17 @@ class Format:
         from twisted.internet import reactor
 
         lines = self.lines or Lines(standard_output())
-        lines.start(reactor)
+        if self.lines is None:
+            lines.start(reactor)
         colour = self._coloured is not None and os.isatty(lines.fileno()) and not os.environ.get("NO_COLOR")
         return Observer(self._coloured if self._coloured is not None and colour else self._line, lines, self.levels)
 
 
 def standard_output() -> Stream:
     """Standard output, whatever it is."""
-    return Stream(1, "standard output")
+    # If it was closed, 1 is now something else that was opened, and what can only be read is as good.
+    descriptor = 1 if sys.__stdout__ is not None else os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    return Stream(descriptor, "standard output")
 
 
 json = Format(_json_line)
