@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import faulthandler
 import os
@@ -16,6 +17,7 @@ from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
 from twisted.logger import LogEvent, eventAsJSON, formatEvent, globalLogBeginner, globalLogPublisher
 from twisted.python.failure import Failure
+from twisted.python.reflect import safe_str
 
 from rtservice import settings
 from rtservice.host.connections import Limits
@@ -320,6 +322,10 @@ class Worker(Protocol):
         if self._full or self._ending:
             self._dropped += 1
             return
+        if "log_failure" in event:  # Twisted would send all of it but what it says
+            failure = copy.copy(event["log_failure"])
+            failure.value = safe_str(failure.value)
+            event = {**event, "log_failure": failure}
         try:
             text = eventAsJSON(event)
         except Exception:  # something in it that JSON cannot hold
