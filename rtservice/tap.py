@@ -167,7 +167,7 @@ def makeService(options: Options) -> Server | Supervisor:
     make = _serve_with_workers if slots > 1 else _serve_here
     service = make(options, opened, endpoints, log, notifier, start, outputs)
     # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
-    atexit.register(_exit_with_status_of, service)
+    atexit.register(_exit_with_status_of, service, outputs)
     return service
 
 
@@ -429,6 +429,11 @@ class _Outputs:
         if self._before is not None:
             self._before(number, frame)
 
+    def finish(self) -> None:
+        """Write what is left."""
+        for lines in self._lines:
+            lines.finish()
+
     def _turn_over(self) -> None:
         for lines in self._lines:
             lines.turn_over()
@@ -558,8 +563,9 @@ def _path_resolver(twistd: Any) -> Callable[[str], str]:
     )
 
 
-def _exit_with_status_of(service: Server | Supervisor) -> None:
+def _exit_with_status_of(service: Server | Supervisor, outputs: _Outputs) -> None:
     if service.exit_status:
+        outputs.finish()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(service.exit_status)

@@ -39,8 +39,9 @@ from rtservice.observe.logs import AccessLog, LevelName, Levels, Log
 from rtservice.protocols.echo import EchoFactory
 from rtservice.settings import Loaded, SettingError
 
-# Seconds that lines for the access log wait for others, and how many go together at the most.
-_TOGETHER, _MOST_TOGETHER = 0.1, 500
+# Seconds that lines for the access log wait for others, and how many go together at the most: the longest names that
+# UNIX clients can have make them 200 KiB, and a message may have no more than 256.
+_TOGETHER, _MOST_TOGETHER = 0.1, 100
 
 # Seconds that its last words may take to reach the supervisor.
 _LAST_WORDS = 5.0
