@@ -15,7 +15,7 @@ from typing import Any
 
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
-from twisted.logger import LogEvent, eventAsJSON, formatEvent, globalLogBeginner, globalLogPublisher
+from twisted.logger import LogEvent, LogLevel, eventAsJSON, formatEvent, globalLogBeginner, globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.python.reflect import safe_str
 
@@ -39,9 +39,13 @@ from rtservice.observe.logs import AccessLog, LevelName, Levels, Log
 from rtservice.protocols.echo import EchoFactory
 from rtservice.settings import Loaded, SettingError
 
-# Seconds that lines for the access log wait for others, and how many go together at the most: the longest names that
-# UNIX clients can have make them 200 KiB, and a message may have no more than 256.
+# Seconds that what is for the log waits for more of it, but for errors, and how many lines of the access log go
+# together at the most: the longest names that UNIX clients can have make them 200 KiB; a message may have 256.
 _TOGETHER, _MOST_TOGETHER = 0.1, 100
+
+# Values of an event that are the same on the other side, and levels that may wait.
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+_CALM = frozenset((LogLevel.debug, LogLevel.info))
 
 # Seconds that its last words may take to reach the supervisor.
 _LAST_WORDS = 5.0
@@ -157,6 +161,7 @@ class Worker(Protocol):
         self._dropped = 0  # records, since then
         self._levels = Levels({})
         self._lines: list[str] = []  # for the access log
+        self._records: list[bytes] = []  # messages
         self.status = 0
 
     # --- messages ---
@@ -280,16 +285,20 @@ class Worker(Protocol):
         if self._full:
             self._dropped += 1
             return
-        if not self._lines:
-            self._reactor.callLater(_TOGETHER, self._send_lines)
+        if not self._lines and not self._records:
+            self._reactor.callLater(_TOGETHER, self._send)
         self._lines.append(line)
         if len(self._lines) >= _MOST_TOGETHER:
-            self._send_lines()
+            self._send()
 
-    def _send_lines(self) -> None:
+    def _send(self) -> None:
+        """Send what waits for more."""
+        records, self._records = self._records, []
         if self._lines:
             lines, self._lines = self._lines, []
-            self._tell("access", lines)
+            records.append(encode("access", lines))
+        if records:
+            self.transport.write(b"".join(records))
 
     def _drained(self, result: object) -> None:
         if isinstance(result, Failure):
@@ -297,11 +306,11 @@ class Worker(Protocol):
         if self._beating.running:
             self._beat()
             self._beating.stop()
-        self._send_lines()
         self._end()
 
     def _end(self) -> None:
         if not self._ending:
+            self._send()
             self._ending = True
             if self.transport.disconnected:  # there is nobody to tell
                 self._stop()
@@ -323,6 +332,19 @@ class Worker(Protocol):
         if self._full or self._ending:
             self._dropped += 1
             return
+        if event.get("log_level") in _CALM and "log_trace" not in event:
+            plain = {key: value for key, value in event.items() if key not in ("log_logger", "log_source")}
+            level = plain.pop("log_level").name
+            if _PLAIN.issuperset(map(type, plain.values())):
+                message = encode("record", {**plain, "log_level": level})
+                if len(message) <= LONGEST_FROM_WORKER:
+                    if not self._records and not self._lines:
+                        self._reactor.callLater(_TOGETHER, self._send)
+                    self._records.append(message)
+                    if len(self._records) >= _MOST_TOGETHER:
+                        self._send()
+                    return
+        self._send()  # each in its turn
         if "log_failure" in event:  # Twisted would send all of it but what it says
             failure = copy.copy(event["log_failure"])
             failure.value = safe_str(failure.value)

@@ -16,7 +16,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import LoopingCall
-from twisted.logger import Logger, eventFromJSON, globalLogPublisher
+from twisted.logger import Logger, LogLevel, eventFromJSON, globalLogPublisher
 from twisted.python.failure import Failure
 
 from rtservice.host.connections import escaped
@@ -200,7 +200,10 @@ class Worker(ProcessProtocol):
     def _received(self, word: str, value: Any) -> None:
         if word == "log":
             self._records += 1
-            self.supervisor.publish(self, value)
+            self.supervisor.publish(self, eventFromJSON(value))
+        elif word == "record":
+            self._records += 1
+            self.supervisor.publish(self, value | {"log_level": LogLevel.lookupByName(value["log_level"])})
         elif word == "access":
             self._records += 1 + len(value) // 20  # they are that much cheaper
             self.supervisor.access(value)
@@ -427,9 +430,8 @@ class Supervisor(Service):
         if slot.worker is None:
             self._respawn_later(slot, None)
 
-    def publish(self, worker: Worker, text: str) -> None:
+    def publish(self, worker: Worker, event: dict[str, Any]) -> None:
         """A record of a worker's, in this process's log, with its slot."""
-        event = eventFromJSON(text)
         number = worker.slot.number
         event["slot"] = number
         event["log_system"] = f"{event['log_namespace']}#{event['log_level'].name} worker {number}"

@@ -350,6 +350,16 @@ def test_every_worker_hands_over_its_access_lines_before_it_ends(service, tmp_pa
     assert (tmp_path / "access").read_text().count("out=22") == 200
 
 
+def test_hostile_names_of_peers_fill_no_message_of_a_worker(service, tmp_path) -> None:
+    one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
+    room = 107 - len(os.fsencode(tmp_path)) - 1
+    for number in range(300):
+        assert greets(tmp_path, f"{number:03}".encode() + b"\x01" * (room - 3))
+    assert one.stop() == 0
+    assert (tmp_path / "access").read_text().count("out=22") == 300
+    assert not any("must not say" in line for line in one.lines)
+
+
 def test_a_daemons_log_is_rotated_on_sigusr1_as_twistd_does(run, tmp_path, wait_for) -> None:
     log = tmp_path / "d.log"
     result = run(f"--pidfile={tmp_path}/pid", f"--logfile={log}", "rtservice", f"--listen=unix:{tmp_path}/s")
