@@ -142,6 +142,37 @@ def _parse_networks(value: str) -> tuple[Network, ...]:
     return tuple(networks)
 
 
+@dataclass(frozen=True)
+class Least:
+    """The least level of the records of a namespace and what is below it."""
+
+    namespace: str
+    level: LogLevelName
+
+    def __str__(self) -> str:
+        return self.level if self.namespace == _OURS else f"{self.namespace}={self.level}"
+
+
+_OURS = "rtservice"
+
+
+def _parse_levels(value: str) -> tuple[Least, ...]:
+    levels: dict[str, Least] = {_OURS: Least(_OURS, "info")}
+    given = set()
+    for part in value.split(","):
+        name, equals, word = part.strip().rpartition("=")
+        namespace = name if equals else _OURS
+        if word not in get_args(LogLevelName):
+            raise SettingError(f"{word!r} is not one of {', '.join(get_args(LogLevelName))}")
+        if not re.fullmatch(r"\w+(\.\w+)*", namespace):
+            raise SettingError(f"{namespace!r} is not a namespace such as twisted.web")
+        if namespace in given:
+            raise SettingError(f"{value!r} has two levels for {namespace}")
+        given.add(namespace)
+        levels[namespace] = Least(namespace, word)  # type: ignore[arg-type]  # one of the words
+    return tuple(levels.values())
+
+
 def _parse_text(value: str) -> str:
     if "\0" in value:
         raise SettingError(f"{value!r} holds a NUL byte")
@@ -177,6 +208,7 @@ FLAG = Kind("true or false", _parse_flag, (bool,))
 TEXT = Kind("a string", _parse_text)
 NON_EMPTY = Kind("a string", _parse_non_empty)
 ESCAPED = Kind("a string", _parse_escaped)
+LEVELS = Kind("a string of levels, such as info,twisted=warn", _parse_levels)
 NETWORKS = Kind("a string of networks, such as 10.0.0.0/8,2001:db8::/32", _parse_networks)
 
 
@@ -361,12 +393,19 @@ class Settings:
         whole_number(1, 2**30),
         "Longest message of a framing, in bytes; a longer one closes its connection.",
     )
-    log_level: LogLevelName = _setting(
-        "info",
-        one_of(LogLevelName),
+    log_level: tuple[Least, ...] = _setting(
+        _parse_levels("info"),
+        LEVELS,
         "Least level of rtservice's own records: `debug`, `info`, `warn`, `error` or `critical`; one record for each "
-        "connection, at its end, is an `info`.",
+        "connection, at its end, is an `info`. After a comma, of other namespaces: `info,rtservice.net=debug,"
+        "twisted=warn`.",
         takes="reload",
+    )
+    access_log: str = _setting(
+        "",
+        TEXT,
+        "File for a line about each connection, at its end, instead of a record in the log; `-`: standard output. "
+        "SIGUSR1 opens it anew.",
     )
 
 

@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 import os
 import pwd
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
-from twisted.logger import Logger, globalLogPublisher
+from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python import usage
+from twisted.python.components import Componentized
 
 from rtservice import __version__, settings, worker
 from rtservice.host import systemd
@@ -21,7 +23,9 @@ from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.net.tls import TLSError
-from rtservice.observe.logs import Log
+from rtservice.observe import logs
+from rtservice.observe.lines import File, Lines, RotatedFile, check_file
+from rtservice.observe.logs import AccessLog, Format, Levels, Log
 from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
 
 
@@ -145,7 +149,7 @@ def makeService(options: Options) -> Server | Supervisor:
     in_force = options.settings()
     twistd: Any = options.parent or {}
     _open_standard_descriptors()
-    log = Log(in_force.log_level, globalLogPublisher)
+    log = Log(Levels(worker.levels(in_force)), globalLogPublisher)
     slots = _slots(in_force)
     resolve_path = _path_resolver(twistd)
     try:
@@ -154,16 +158,17 @@ def makeService(options: Options) -> Server | Supervisor:
             _check(options.loaded, resolve_path, slots)
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
-        _install_reactor(log.logger)
+        _install_reactor(log)
         raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
+        outputs = _Outputs(options.loaded, twistd, resolve_path, log.levels)
         opened, endpoints = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
         raise SystemExit(f"rtservice: {error}") from None
     start = _Start(twistd)
     make = _serve_with_workers if slots > 1 else _serve_here
-    service = make(options, opened, endpoints, log, notifier, start)
+    service = make(options, opened, endpoints, log, notifier, start, outputs)
     # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
-    atexit.register(_exit_with_status_of, service)
+    atexit.register(_exit_with_status_of, service, outputs)
     return service
 
 
@@ -174,20 +179,23 @@ def _serve_here(
     log: Log,
     notifier: systemd.Notifier,
     start: _Start,
+    outputs: _Outputs,
 ) -> Server:
     reload = _Reload(options, log)
-    server = Server(
+    server = _Server(
         worker.make_factory(options.loaded),
         listeners=opened,
         endpoints=endpoints,
         live=worker.make_live(options.settings()),
-        log=log.logger,
+        log=log,
         notifier=notifier,
         listen_setting=options.loaded.where("listen"),
         check=start.check,
         report=start.report,
         reload=lambda: reload(server),
+        record=None if outputs.access is None else AccessLog(outputs.access.put),
     )
+    server.log_format = outputs.format
     return server
 
 
@@ -198,19 +206,23 @@ def _serve_with_workers(
     log: Log,
     notifier: systemd.Notifier,
     start: _Start,
+    outputs: _Outputs,
 ) -> Supervisor:
     reload = _ReloadWorkers(options, log, opened)
-    return Supervisor(
+    supervisor = _Supervisor(
         listeners=opened,
         slots=_slots(options.settings()),
         plan=_plan(options.settings(), opened),
         command=[sys.executable, "-P", "-m", worker.__name__],
-        log=log.logger,
+        log=log,
         notifier=notifier,
         check=start.check,
         report=start.report,
         reload=reload,
+        access=None if outputs.access is None else outputs.access.put,
     )
+    supervisor.log_format = outputs.format
+    return supervisor
 
 
 def _slots(in_force: settings.Settings) -> int:
@@ -280,6 +292,9 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> No
                 listeners.check_description(description, resolve_path=resolve_path)
             else:
                 _other_endpoint(description, slots)
+    if in_force.access_log not in ("", "-"):
+        with _opening(loaded.where("access-log"), in_force.access_log):
+            check_file(resolve_path(in_force.access_log))
     if not in_force.listen:
         with _naming(_port_and_interface(loaded)):
             listeners.check_port(in_force.port, interface=in_force.interface)
@@ -307,9 +322,9 @@ class _Settings:
 
     def _reloaded(self, wanted: settings.Settings) -> None:
         """All that can change is what was wanted now."""
-        log = self._log.logger
+        log = self._log
         live, restart = settings.changes(self._in_force, wanted)
-        self._log.level = wanted.log_level
+        self._log.levels.change(worker.levels(wanted))
         # What takes a restart stays as it is, so that the next reload says so again.
         changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
         self._in_force = dataclasses.replace(self._in_force, **changed)
@@ -326,7 +341,7 @@ class _Reload(_Settings):
             wanted = self._wanted()
             adopt_certificates = server.renewed_certificates()
         except (SettingError, ListenError) as problem:
-            self._log.logger.error("nothing is reloaded: {problem}", problem=problem)
+            self._log.error("nothing is reloaded: {problem}", problem=problem)
             return
         adopt_certificates()
         server.apply(worker.make_live(wanted))
@@ -348,13 +363,110 @@ class _ReloadWorkers(_Settings):
             changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
             plan = _plan(dataclasses.replace(self._in_force, **changed), self._opened)
         except (SettingError, ListenError, TLSError) as problem:
-            self._log.logger.error("nothing is reloaded: {problem}", problem=problem)
+            self._log.error("nothing is reloaded: {problem}", problem=problem)
             return None
         for listener, loaded in renewed:
             if loaded is not None:
                 listener.adopt(loaded)
         self._reloaded(wanted)
         return plan
+
+
+class _Outputs:
+    """The files that this process writes lines to, opened before privileges are dropped. Raises SettingError.
+
+    `format` is what twistd is to log with, unless it was told that: its own observers write each record by itself, wait
+    for a pipe that nobody reads, and are at a loss when a disk is full. The lines are the same, in the same file, which
+    rotates alike. What else `--logger` or `--syslog` asks for is left alone.
+    """
+
+    def __init__(self, loaded: Loaded, twistd: Any, resolve_path: Callable[[str], str], levels: Levels) -> None:
+        self.format: Format | None = None
+        self.access: Lines | None = None
+        self._lines: list[Lines] = []
+        chosen = twistd.get("logger")
+        standard_output: Lines | None = None
+        if isinstance(chosen, Format) or ("logger" in twistd and chosen is None and not twistd["syslog"]):
+            log_format = chosen or logs.classic
+            self.format = None if chosen else log_format
+            log_format.levels = levels
+            file = twistd["logfile"] or ("-" if twistd["nodaemon"] else "twistd.log")
+            with _opening("--logfile", file):
+                log_format.lines = self._open(file, twistd, RotatedFile)
+            if file == "-":
+                standard_output = log_format.lines
+        file = loaded.settings.access_log
+        if file == "-" and standard_output is not None:
+            self.access = standard_output  # one batch after the other
+        elif file:
+            with _opening(loaded.where("access-log"), file):
+                self.access = self._open(file if file == "-" else resolve_path(file), twistd, File)
+        before = signal.getsignal(signal.SIGUSR1)
+        self._before = before if callable(before) else None
+        signal.signal(signal.SIGUSR1, self._signalled)
+
+    def _open(self, file: str, twistd: Any, opener: type[File | RotatedFile]) -> Lines:
+        if file == "-" and "nodaemon" in twistd and not twistd["nodaemon"]:
+            raise SettingError("a daemon has no standard output")
+        if file == "-":
+            lines = Lines(logs.standard_output())
+        else:
+            path = os.path.abspath(file)
+            # A device or a pipe does not rotate.
+            special = os.path.exists(path) and not os.path.isfile(path)
+            lines = Lines(File(path) if special else opener(path))
+        from twisted.internet import reactor
+
+        lines.start(reactor)
+        self._lines.append(lines)
+        return lines
+
+    def _signalled(self, number: int, frame: Any) -> None:
+        from twisted.internet import reactor
+
+        reactor.callFromThread(self._turn_over)  # type: ignore[attr-defined]  # the module stands for the object
+        if self._before is not None:
+            self._before(number, frame)
+
+    def finish(self) -> None:
+        """Write what is left."""
+        for lines in self._lines:
+            lines.finish()
+
+    def _turn_over(self) -> None:
+        for lines in self._lines:
+            lines.turn_over()
+
+
+@contextlib.contextmanager
+def _opening(setting: str, file: str) -> Iterator[None]:
+    """Turn an OSError into a SettingError that names the setting and the file."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(f"{setting} {file}: cannot be written: {error.strerror}") from None
+    except SettingError as error:
+        raise SettingError(f"{setting} {file}: {error}") from None
+
+
+class _Logged:
+    """A service that has twistd log in `log_format`, if there is one."""
+
+    log_format: Format | None = None
+
+    def setServiceParent(self, parent: Any) -> None:
+        # Twistd asks its application for an observer, and makes its own if that has none.
+        if self.log_format is not None and isinstance(parent, Componentized):
+            parent.setComponent(ILogObserver, self.log_format())
+        super().setServiceParent(parent)  # type: ignore[misc]  # it stands before a Service
+
+
+class _Server(_Logged, Server):
+    """A Server for twistd."""
+
+
+class _Supervisor(_Logged, Supervisor):
+    """A Supervisor for twistd."""
 
 
 class _Start:
@@ -432,7 +544,7 @@ def _other_endpoint(description: str, slots: int) -> Any:
         raise ListenError(f"not a usable endpoint description: {error or type(error).__name__}") from error
 
 
-def _install_reactor(log: Logger) -> None:
+def _install_reactor(log: Log) -> None:
     """Make our reactor the process's, unless it has one: chosen by the user, or by `twist`, which imports it early."""
     if "twisted.internet.reactor" in sys.modules:
         return
@@ -458,8 +570,9 @@ def _path_resolver(twistd: Any) -> Callable[[str], str]:
     )
 
 
-def _exit_with_status_of(service: Server | Supervisor) -> None:
+def _exit_with_status_of(service: Server | Supervisor, outputs: _Outputs) -> None:
     if service.exit_status:
+        outputs.finish()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(service.exit_status)

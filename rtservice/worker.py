@@ -15,7 +15,7 @@ from typing import Any
 
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
-from twisted.logger import LogEvent, Logger, eventAsJSON, formatEvent, globalLogBeginner, globalLogPublisher
+from twisted.logger import LogEvent, Logger, LogLevel, eventAsJSON, formatEvent, globalLogBeginner, globalLogPublisher
 from twisted.python.failure import Failure
 
 from rtservice import settings
@@ -34,11 +34,18 @@ from rtservice.host.control import (
 from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
 from rtservice.net.listeners import Listener
 from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLSError
-from rtservice.observe.logs import Log
+from rtservice.observe.logs import AccessLog, LevelName, Levels, Log
 from rtservice.protocols.echo import EchoFactory
 from rtservice.settings import Loaded, SettingError
 
 _log = Logger()
+# Seconds that what is for the log waits for more of it, but for errors, and how many lines of the access log go
+# together at the most: the longest names that UNIX clients can have make them 200 KiB; a message may have 256.
+_TOGETHER, _MOST_TOGETHER = 0.1, 100
+
+# Values of an event that are the same on the other side, and levels that may wait.
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+_CALM = frozenset((LogLevel.debug, LogLevel.info))
 
 # Seconds that its last words may take to reach the supervisor.
 _LAST_WORDS = 5.0
@@ -76,6 +83,11 @@ def make_live(in_force: settings.Settings, *, slot: int = 0, slots: int = 1) -> 
         drain_timeout=in_force.drain_timeout,
         watch_certificates=in_force.watch_certificates and slots == 1,
     )
+
+
+def levels(in_force: settings.Settings) -> dict[str, LevelName]:
+    """The least level of each namespace that has one."""
+    return {least.namespace: least.level for least in in_force.log_level}
 
 
 def share(total: int, slot: int, slots: int) -> int:
@@ -148,6 +160,9 @@ class Worker(Protocol):
         self._ending = False
         self._full = False  # the supervisor does not read as fast as is written
         self._dropped = 0  # records, since then
+        self._levels = Levels({})
+        self._lines: list[str] = []  # for the access log
+        self._records: list[bytes] = []  # messages
         self.status = 0
 
     # --- messages ---
@@ -182,7 +197,7 @@ class Worker(Protocol):
         self._full = False
         dropped, self._dropped = self._dropped, 0
         if dropped and self._server is not None:
-            self._log.logger.warn("{count} log records were dropped: too many at once", count=dropped)
+            self._log.warn("{count} records were dropped: too many at once", count=dropped)
 
     def stopProducing(self) -> None:
         self._full = True
@@ -203,7 +218,8 @@ class Worker(Protocol):
             loaded = settings.load(given["settings"], {}, None)
             self._settings = loaded.settings
             self._slot = given["slot"]
-            self._log = Log(self._settings.log_level, globalLogPublisher)
+            self._levels.change(levels(self._settings))
+            self._log = Log(self._levels, globalLogPublisher)
             factory = make_factory(loaded)
             for place, listener in enumerate(given["listeners"]):
                 self._kinds.append(listener["kind"])
@@ -222,9 +238,10 @@ class Worker(Protocol):
             listeners=self._listeners,
             endpoints=[],
             live=make_live(self._settings, slot=self._slot, slots=given["slots"]),
-            log=self._log.logger,
+            log=self._log,
             report=self._started,
             announce=False,
+            record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
         )
         self._beating.clock = self._reactor
         self._beating.start(BEAT)
@@ -269,9 +286,28 @@ class Worker(Protocol):
             listener.shared = kind not in finish
         self._server.stopService().addBoth(self._drained)
 
+    def _access(self, line: str) -> None:
+        if self._full:
+            self._dropped += 1
+            return
+        if not self._lines and not self._records:
+            self._reactor.callLater(_TOGETHER, self._send)
+        self._lines.append(line)
+        if len(self._lines) >= _MOST_TOGETHER:
+            self._send()
+
+    def _send(self) -> None:
+        """Send what waits for more."""
+        records, self._records = self._records, []
+        if self._lines:
+            lines, self._lines = self._lines, []
+            records.append(encode("access", lines))
+        if records:
+            self.transport.write(b"".join(records))
+
     def _drained(self, result: object) -> None:
         if isinstance(result, Failure):
-            self._log.logger.failure("a drain failed", result)
+            self._log.failure("a drain failed", result)
         if self._beating.running:
             self._beat()
             self._beating.stop()
@@ -279,6 +315,7 @@ class Worker(Protocol):
 
     def _end(self) -> None:
         if not self._ending:
+            self._send()
             self._ending = True
             if self.transport.disconnected:  # there is nobody to tell
                 self._stop()
@@ -295,13 +332,24 @@ class Worker(Protocol):
 
     def observe(self, event: LogEvent) -> None:
         """Send a record to the supervisor."""
+        if not self._levels.allow(event.get("log_namespace"), event.get("log_level")):
+            return
         if self._full or self._ending:
             self._dropped += 1
             return
-        if isinstance(event.get("log_failure"), Failure):
-            failure: Any = copy.copy(event["log_failure"])
-            failure.value = failure.getErrorMessage()  # JSON cannot hold an exception
-            event = {**event, "log_failure": failure}
+        if event.get("log_level") in _CALM and "log_trace" not in event:
+            plain = {key: value for key, value in event.items() if key not in ("log_logger", "log_source")}
+            level = plain.pop("log_level").name
+            if _PLAIN.issuperset(map(type, plain.values())):
+                message = encode("record", {**plain, "log_level": level})
+                if len(message) <= LONGEST_FROM_WORKER:
+                    if not self._records and not self._lines:
+                        self._reactor.callLater(_TOGETHER, self._send)
+                    self._records.append(message)
+                    if len(self._records) >= _MOST_TOGETHER:
+                        self._send()
+                    return
+        self._send()  # each in its turn
         try:
             text = eventAsJSON(_with_text_of_failure(event))
         except Exception:  # something in it that JSON cannot hold

@@ -11,6 +11,7 @@ from rtservice import settings
 from rtservice.settings import (
     ESCAPED,
     FLAG,
+    LEVELS,
     NETWORKS,
     Loaded,
     SettingError,
@@ -335,7 +336,7 @@ def test_one_layer_says_where_to_listen_in_one_way(config, command_line, variabl
             handshake_timeout=1234.5678901234567,
             watch_certificates=True,
             proxy_from=NETWORKS.parse("192.0.2.1,2001:db8::/32"),
-            log_level="critical",
+            log_level=LEVELS.parse("critical,twisted.web=warn,x=debug"),
         ),
         Settings(listen=("tcp:1", 'unix:/a "b" \\c\'\t\x7f\u202e\U0001f600', "x:#y")),
         *(
@@ -377,7 +378,7 @@ def test_a_path_that_toml_cannot_hold_is_refused_when_printing() -> None:
 
 def test_a_change_takes_a_reload_or_a_restart_as_the_schema_says() -> None:
     old = Settings(port=1, greeting=b"a")
-    new = Settings(port=1, greeting=b"b", max_connections=5, log_level="warn")
+    new = Settings(port=1, greeting=b"b", max_connections=5, log_level=LEVELS.parse("warn"))
     assert changes(old, new) == (("max-connections", "log-level"), ("greeting",))
     assert changes(new, new) == ((), ())
 

@@ -12,6 +12,8 @@ for an answer, and a line can be read by eyes.
                     beat {…}    it is alive; its counters
                     leave       somebody asked it to end, and it would like to be replaced first
                     log {…}     a record of its, as twisted.logger has it in JSON
+                    record {…}  the same, of one whose fields are plain, and its level a word: most are
+                    access […]  lines for the access log
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ CONTROL_IN, CONTROL_OUT, FIRST_SOCKET = 3, 4, 5
 BEAT = 1.0
 
 TO_WORKER = frozenset(("start", "share", "drain", "hurry"))
-FROM_WORKER = frozenset(("ready", "failed", "beat", "leave", "log"))
+FROM_WORKER = frozenset(("ready", "failed", "beat", "leave", "log", "record", "access"))
 
 # The longest message that is taken, in bytes. To a worker: a large directory of certificates. From one, which may have
 # gone mad: a long traceback.

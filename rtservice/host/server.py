@@ -16,7 +16,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from rtservice.host.connections import Connections, Limits, escaped
+from rtservice.host.connections import Connections, Limits, Record, escaped
 from rtservice.host.systemd import Notifier
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.net.stream import HANDSHAKE_TIMEOUT, Port
@@ -127,8 +127,8 @@ class Server(Service):
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
     `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
-    calls it, SIGUSR1 is ignored where twistd has no log file to rotate. With `announce`, it logs what it listens on
-    and which certificates it shows.
+    calls it. With `announce`, it logs what it listens on and which certificates it shows. `record` is as in
+    Connections.
     """
 
     name = "rtservice"
@@ -147,6 +147,7 @@ class Server(Service):
         check: Callable[[], str | None] = lambda: None,
         reload: Callable[[], None] | None = None,
         announce: bool = True,
+        record: Record | None = None,
     ) -> None:
         self.factory = factory
         self.live = live
@@ -154,7 +155,7 @@ class Server(Service):
         self.exit_status = 0
         self.drain_ended = self.drain_aborted = 0
         self.reactor: Any = None  # known from startService on
-        self.connections = Connections(log, live.limits)
+        self.connections = Connections(log, live.limits, record)
         self._listeners = listeners
         self._endpoints = endpoints
         self._awaited = 0  # endpoints that do not listen yet

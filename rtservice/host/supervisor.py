@@ -17,7 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import LoopingCall
-from twisted.logger import Logger, eventFromJSON, globalLogPublisher
+from twisted.logger import Logger, LogLevel, eventFromJSON, globalLogPublisher
 from twisted.python.failure import Failure
 
 from rtservice.host.connections import escaped
@@ -28,6 +28,7 @@ from rtservice.host.control import (
     FIRST_SOCKET,
     FROM_WORKER,
     LONGEST_FROM_WORKER,
+    ControlError,
     Messages,
     encode,
 )
@@ -233,7 +234,12 @@ class Worker(ProcessProtocol):
 
     def _received(self, word: str, value: Any) -> None:
         if word == "log":
-            self.supervisor.publish(self, value)
+            self.supervisor.publish(self, eventFromJSON(value))
+        elif word == "record":
+            self.supervisor.publish(self, value | {"log_level": LogLevel.lookupByName(value["log_level"])})
+        elif word == "access":
+            self._taken += len(value) // 20  # they are that much cheaper
+            self.supervisor.access(value)
         elif word == "beat":
             counters = {str(name): int(count) for name, count in value.items()}
             # A total that falls would be the whole service's.
@@ -304,7 +310,8 @@ class Slot:
 class Supervisor(Service):
     """Serves with a worker process for each of `slots` slots.
 
-    `listeners` have a socket for each slot where they can (see Listener.copies). `command` starts a worker. `report`,
+    `listeners` have a socket for each slot where they can (see Listener.copies). `command` starts a worker. `access`
+    takes a line that a worker has for the access log; one that has none is not to be sent any. `report`,
     `check` and `notifier` are as in Server. `reload` gives the Plan of the next generation, or None if nothing can be
     reloaded, which it has logged then.
 
@@ -326,8 +333,10 @@ class Supervisor(Service):
         report: Callable[[str | None], None],
         check: Callable[[], str | None],
         reload: Callable[[], Plan | None],
+        access: Callable[[str], None] | None = None,
     ) -> None:
         self.log = log
+        self._access = access
         self.reactor: Any = None
         self.slots = [Slot(number) for number in range(slots)]
         self.exit_status = 0
@@ -488,13 +497,19 @@ class Supervisor(Service):
         if slot.worker is None:
             self._respawn_later(slot, None)
 
-    def publish(self, worker: Worker, text: str) -> None:
+    def publish(self, worker: Worker, event: dict[str, Any]) -> None:
         """A record of a worker's, in this process's log, with its slot."""
-        event = eventFromJSON(text)
         number = worker.slot.number
         event["slot"] = number
         event["log_system"] = f"{event['log_namespace']}#{event['log_level'].name} worker {number}"
         globalLogPublisher(event)
+
+    def access(self, lines: list[str]) -> None:
+        """What a worker has for the access log. Raises ControlError for what cannot be."""
+        if self._access is None or not all(line[-1:] == "\n" and line[:-1].isprintable() for line in lines):
+            raise ControlError("lines for an access log that are none")
+        for line in lines:
+            self._access(line)
 
     def counters(self) -> dict[str, int]:
         """What all workers have counted, those that have ended too; `open` and `memory` are of those that are there."""

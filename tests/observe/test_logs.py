@@ -1,0 +1,536 @@
+"""What records look like, which are logged, and what an output that fails, blocks or comes back does to them."""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import socket
+import threading
+from datetime import datetime
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import Logger, LogLevel, formatEventAsClassicLogText, globalLogPublisher
+from twisted.python import log as legacy
+from twisted.python.failure import Failure
+
+from rtservice.observe import lines, logs
+from rtservice.observe.lines import File, Lines, RotatedFile, Stream, check_file
+from rtservice.observe.logs import AccessLog, Levels, Log, Observer, utc_time
+
+
+class Awkward:
+    """Nothing that can be done with it goes well."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+def failure(text: str = "wrong") -> Failure:
+    try:
+        raise ValueError(text)
+    except ValueError:
+        return Failure()
+
+
+def legacy_event(*message, **fields):
+    """What twisted.python.log makes of it."""
+    seen = []
+    globalLogPublisher.addObserver(seen.append)
+    try:
+        legacy.theLogPublisher.msg(*message, **fields)
+    finally:
+        globalLogPublisher.removeObserver(seen.append)
+    return seen[-1]
+
+
+def event(template="it is {what}", level=LogLevel.info, **fields):
+    seen = []
+    Logger("name.space", observer=seen.append).emit(level, template, what="so", **fields)
+    return seen[0] | {"log_time": 1795559892.000417}
+
+
+itself: list[object] = []
+itself.append(itself)
+
+EVENTS = {
+    "usual": event(),
+    "level": event(level=LogLevel.error),
+    "lines": event("a\nb\r\nc"),
+    "call": event("{f()}", f=lambda: "called"),
+    "attributes": event("{a.real} {b[x]} {b[x]!r} {a:05d}", a=1, b={"x": "y"}),
+    "broken template": event("{"),
+    "missing field": event("{missing}"),
+    "positional": event("{}"),
+    "no template": event(None),
+    "empty": event(""),
+    "bytes template": event(b"caf\xc3\xa9"),
+    "awkward": event("{thing}", thing=Awkward()),
+    "failure": event(log_failure=failure()),
+    "system": event(log_system="a system"),
+    "awkward system": event(log_system=Awkward()),
+    "no time": event() | {"log_time": None},
+    "half a second": event() | {"log_time": 1795559892.5},
+    "before 1970": event() | {"log_time": -0.5},
+    "no level": {key: value for key, value in event().items() if key != "log_level"},
+    "nothing": {},
+    "legacy": legacy_event("old", "style", system="sys"),
+    "legacy failure": legacy_event(failure=failure(), isError=1, why="because"),
+    "legacy format": legacy_event(format="%(a)s", a=b"\xff"),
+    "control bytes": event("\x1b[31m\u2028\x9b\x85\0{what}"),
+    "half a pair": event("\udc80 {what} \U0001f600", key="\ud800\\udc00", deep={"\udfff": ["\udfff"]}),
+    "own names": event() | {"time": 1, "level": 2, "namespace": 3, "message": 4, "traceback": 5, "slot": 6},
+    "values": event(a=[1, None, True, {"x": (1.5, b"\xff")}], b=math.nan, c={1: 2}, d={(1, 2): 3}, e=itself, f={1}),
+}
+
+
+@pytest.mark.parametrize("given", EVENTS.values(), ids=EVENTS.keys())
+def test_the_classic_line_is_twisteds_own(given) -> None:
+    assert logs._classic(dict(given)) == (formatEventAsClassicLogText(dict(given)) or "")
+
+
+@pytest.mark.parametrize("given", EVENTS.values(), ids=EVENTS.keys())
+def test_every_record_is_one_line_of_valid_json_in_ascii(given) -> None:
+    line = logs._json_line(dict(given))
+    assert line.isascii()
+    assert len(line.splitlines()) == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    read = json.loads(line, parse_constant=refuse)
+    assert [*read][:4] == ["time", "level", "namespace", "message"]
+    datetime.fromisoformat(read["time"])
+    json.dumps(read, ensure_ascii=False).encode()  # no half of a surrogate pair
+
+
+@pytest.mark.parametrize("given", EVENTS.values(), ids=EVENTS.keys())
+def test_every_line_of_text_is_printable_and_one_of_a_record_is_not_indented(given) -> None:
+    first, *more = logs._text_line(dict(given)).removesuffix("\n").split("\n")
+    assert first.isprintable()
+    assert all(line.startswith("    ") and line.isprintable() for line in more)
+
+
+def test_json_has_the_fields_of_an_event_beside_what_every_record_has() -> None:
+    assert json.loads(logs._json_line(EVENTS["own names"])) == {
+        **{"time": "2026-11-24T22:38:12.000417Z", "level": "info", "namespace": "name.space", "message": "it is so"},
+        **{"slot": 6, "what": "so"},
+        **{"time_": 1, "level_": 2, "namespace_": 3, "message_": 4, "traceback_": 5},
+    }
+    values = json.loads(logs._json_line(EVENTS["values"]))
+    assert values["a"] == [1, None, True, {"x": [1.5, "\\xff"]}]
+    assert (values["b"], values["c"], values["d"], values["f"]) == ("nan", {"1": 2}, "{(1, 2): 3}", "{1}")
+    assert values["e"] == "[[...]]"
+    # What is nothing but the message is there once.
+    assert "record" not in json.loads(logs._json_line(event("{record}", record="all of it")))
+
+
+def test_json_has_a_traceback_as_a_field() -> None:
+    for name, message in (("failure", "it is so"), ("legacy failure", "because")):
+        read = json.loads(logs._json_line(EVENTS[name]))
+        assert read["message"] == message
+        assert read["traceback"].startswith("Traceback (most recent call last)")
+        assert read["traceback"].endswith("ValueError: wrong\n")
+        assert "failure" not in read
+
+
+def test_text_shows_time_level_origin_and_message() -> None:
+    assert logs._text_line(event(slot=3)) == "2026-11-24T22:38:12.000417Z info     name.space worker 3: it is so\n"
+    shown = logs._text_line(EVENTS["failure"])
+    assert shown.startswith("2026-11-24T22:38:12.000417Z info     name.space: it is so\n    Traceback")
+    assert shown.endswith("\n    builtins.ValueError: wrong\n")
+    assert r": \x1b[31m\u2028\x9b\x85\x00so" in logs._text_line(EVENTS["control bytes"])
+    coloured = logs._text_line(EVENTS["level"], coloured=True)
+    assert coloured != logs._text_line(EVENTS["level"])
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == logs._text_line(EVENTS["level"])
+
+
+@pytest.mark.parametrize(
+    ("when", "text"),
+    [
+        (0, "1970-01-01T00:00:00.000000Z"),
+        (1795559892.9999999, "2026-11-24T22:38:13.000000Z"),
+        (-0.25, "1969-12-31T23:59:59.750000Z"),
+    ],
+)
+def test_times_are_rfc_3339_in_utc(when, text) -> None:
+    assert utc_time(when) == text
+
+
+# --- levels ---
+
+
+def test_the_longest_namespace_decides_and_others_are_not_held_to_any() -> None:
+    levels = Levels({"rtservice": "info", "rtservice.net": "debug", "twisted": "warn"})
+
+    def least(namespace: str) -> str:
+        return next(level.name for level in LogLevel.iterconstants() if levels.allow(namespace, level))
+
+    names = ["rtservice", "rtservice.net.stream", "rtservice.network", "twisted.web", "twistedish", "user"]
+    assert [least(name) for name in names] == ["info", "debug", "info", "warn", "debug", "debug"]
+    levels.change({"rtservice": "error"})
+    assert [least(name) for name in names] == ["error", "error", "error", "debug", "debug", "debug"]
+    for number in range(5000):
+        assert levels.allow(f"made up {number}", None)
+
+
+def test_our_log_makes_no_event_below_its_level_and_the_same_as_twisteds_above() -> None:
+    seen, theirs = [], []
+    log = Log(Levels({"rtservice": "warn"}), seen.append)
+    log.info("{a}", a=1)
+    assert seen == []
+    log.warn("{a}", a=1)
+    log.failure("{a}", failure(), a=2)
+    other = Logger("rtservice", observer=theirs.append)
+    other.warn("{a}", a=1)
+    other.failure("{a}", failure(), a=2)
+    for ours, twisteds in zip(seen, theirs, strict=True):
+        assert set(ours) == set(twisteds)
+        assert {key: ours[key] for key in ("a", "log_level", "log_namespace", "log_source", "log_format")} == {
+            key: twisteds[key] for key in ("a", "log_level", "log_namespace", "log_source", "log_format")
+        }
+
+
+# --- lines, on their way ---
+
+
+class Reactor(Clock):
+    """A clock with what else Lines needs of a reactor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.from_threads = []
+        self.at_end = []
+
+    def callWhenRunning(self, call, *arguments) -> None:
+        call(*arguments)
+
+    def addSystemEventTrigger(self, phase, event, call) -> None:
+        self.at_end.append(call)
+
+    def callFromThread(self, call) -> None:
+        self.from_threads.append(call)
+
+
+class Output:
+    """Takes `room` bytes, then raises `error`."""
+
+    title = "an output"
+
+    def __init__(self) -> None:
+        self.taken = b""
+        self.writes = 0
+        self.room = 1 << 30
+        self.error = errno.EAGAIN
+        self.turned = 0
+
+    def write(self, data) -> int:
+        self.writes += 1
+        part = bytes(data[: self.room])
+        if not part:
+            raise OSError(self.error, os.strerror(self.error))
+        self.room -= len(part)
+        self.taken += part
+        return len(part)
+
+    def turn_over(self) -> None:
+        self.turned += 1
+
+    def fileno(self) -> int:
+        return 1
+
+
+@pytest.fixture
+def said():
+    """What is logged meanwhile."""
+    events = []
+    globalLogPublisher.addObserver(events.append)
+    yield lambda: [logs._message(event) for event in events if event["log_namespace"] == lines.__name__]
+    globalLogPublisher.removeObserver(events.append)
+
+
+def test_lines_are_written_at_once_until_the_reactor_runs_and_after_it_has() -> None:
+    output, reactor = Output(), Reactor()
+    under_test = Lines(output)
+    under_test.put("a\n")
+    assert output.taken == b"a\n"
+    under_test.start(reactor)
+    under_test.put("b\n")
+    under_test.put("c\n")
+    assert output.taken == b"a\n"
+    reactor.advance(0.1)
+    assert (output.taken, output.writes) == (b"a\nb\nc\n", 2)
+    assert reactor.getDelayedCalls() == []  # it costs nothing when there is nothing
+    under_test.put("d\n")
+    for call in reactor.at_end:
+        call()
+    under_test.put("e\n")
+    assert output.taken == b"a\nb\nc\nd\ne\n"
+
+
+def test_an_error_and_a_long_batch_do_not_wait() -> None:
+    output = Output()
+    under_test = Lines(output)
+    under_test.start(Reactor())
+    observer = Observer(lambda event: f"{event['log_level'].name}\n", under_test, Levels({}))
+    observer({"log_level": LogLevel.warn})
+    assert output.taken == b""
+    observer({"log_level": LogLevel.error})
+    assert output.taken == b"warn\nerror\n"
+    for _ in range(100):
+        under_test.put("x" * 1023 + "\n")
+    assert len(output.taken) == 11 + 64 * 1024
+
+
+def test_a_line_of_another_thread_is_written_by_the_reactors() -> None:
+    output, reactor = Output(), Reactor()
+    under_test = Lines(output)
+    under_test.start(reactor)
+    thread = threading.Thread(target=under_test.put, args=("a\n",), kwargs={"at_once": True})
+    thread.start()
+    thread.join()
+    assert output.taken == b""
+    for call in reactor.from_threads:
+        call()
+    assert output.taken == b"a\n"
+
+
+def test_what_is_logged_while_lines_are_written_is_written_after_them() -> None:
+    output = Output()
+    under_test = Lines(output)
+    write = output.write
+
+    def write_and_log(data) -> int:
+        output.write = write
+        under_test.put("found by the garbage collector\n", at_once=True)
+        return write(data)
+
+    output.write = write_and_log
+    under_test.put("a\n")
+    assert output.taken == b"a\nfound by the garbage collector\n"
+
+
+def test_half_a_surrogate_pair_is_written_as_its_escape() -> None:
+    output = Output()
+    Lines(output).put("a\udc80\u00e9\n")
+    assert output.taken == b"a\\udc80\xc3\xa9\n"
+
+
+@pytest.mark.parametrize("problem", [errno.EAGAIN, errno.ENOSPC])
+def test_what_is_not_taken_for_a_while_is_kept_whole(problem, said) -> None:
+    output, reactor = Output(), Reactor()
+    under_test = Lines(output)
+    under_test.start(reactor)
+    output.room, output.error = 3, problem
+    under_test.put("abc\n", at_once=True)
+    under_test.put("def\n")
+    reactor.advance(0.1)
+    assert output.taken == b"abc"
+    output.room = 1000
+    reactor.advance(0.1)
+    assert (output.taken, under_test.dropped) == (b"abc\ndef\n", 0)
+    assert reactor.getDelayedCalls() == []
+    full = ["an output cannot be written: No space left on device", "an output is written again; lines dropped: 0"]
+    assert said() == (full if problem == errno.ENOSPC else [])
+
+
+@pytest.mark.parametrize("problem", [errno.EAGAIN, errno.ENOSPC, errno.EPIPE, errno.EBADF, errno.EIO])
+def test_what_is_not_taken_at_all_is_bounded_counted_and_said_when_it_works_again(problem, said) -> None:
+    output, reactor = Output(), Reactor()
+    under_test = Lines(output)
+    under_test.start(reactor)
+    output.room, output.error = 0, problem
+    line = "x" * 1023 + "\n"
+    for _ in range(5000):
+        under_test.put(line)
+    reactor.pump([0.1] * 100)
+    assert output.writes < 200  # 100 batches, and the clock
+    assert len(under_test._kept) < 1.1 * (1 << 20)
+    words = "nobody reads it" if problem == errno.EAGAIN else os.strerror(problem)
+    assert said() == [f"an output cannot be written: {words}"]
+    output.room = 1 << 30
+    reactor.advance(0.1)
+    under_test.put("last\n")
+    reactor.advance(0.1)
+    assert output.taken.count(line.encode()) + under_test.dropped == 5000
+    assert output.taken.endswith(b"last\n")
+    assert said()[1:] == [f"an output is written again; lines dropped: {under_test.dropped}"]
+    assert under_test.dropped >= 3900
+
+
+def test_a_pipe_that_is_emptied_slowly_is_looked_at_more_often() -> None:
+    output, reactor = Output(), Reactor()
+    under_test = Lines(output)
+    under_test.start(reactor)
+    output.room = 1
+    under_test.put("abcdef\n", at_once=True)
+    for _ in range(6):
+        output.room = 1
+        reactor.advance(0.01)
+    assert output.taken == b"abcdef\n"
+
+
+# --- outputs ---
+
+
+def fill(descriptor: int) -> None:
+    """Have a pipe or socket full to the last byte."""
+    os.set_blocking(descriptor, False)
+    for size in (1 << 16, 1):
+        try:
+            while True:
+                os.write(descriptor, bytes(size))
+        except BlockingIOError:
+            pass
+    os.set_blocking(descriptor, True)
+
+
+@pytest.fixture(params=["pipe", "pipe of another user", "socket", "terminal"])
+def ends(request, monkeypatch):
+    """The descriptors of a reader and of a writer, and a Stream of that."""
+    if request.param == "terminal":
+        reader, writer = os.openpty()
+    elif request.param == "socket":
+        reader, writer = (one.detach() for one in socket.socketpair())
+    else:
+        reader, writer = os.pipe()
+    with monkeypatch.context() as patch:
+        if request.param == "pipe of another user":
+
+            def refuse(*arguments) -> int:
+                raise PermissionError(errno.EACCES, "Permission denied")
+
+            patch.setattr(lines.os, "open", refuse)
+        stream = Stream(writer, "it")
+    yield reader, writer, stream
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_stream_that_nobody_reads_takes_what_it_can_and_never_waits(ends) -> None:
+    reader, writer, stream = ends
+    flags = fcntl.fcntl(writer, fcntl.F_GETFL)
+    taken = 0
+    try:
+        while True:
+            taken += stream.write(bytearray(b"x" * 999 + b"\n"))
+    except BlockingIOError:
+        pass
+    assert taken > 2000
+    assert not lines.wait_for_room(stream, 0)
+    assert fcntl.fcntl(writer, fcntl.F_GETFL) == flags  # which it has with others
+    received = 0
+    while received < taken:
+        received += os.read(reader, 1 << 16).replace(b"\r", b"").__len__()
+    assert lines.wait_for_room(stream, 30)
+    assert stream.write(bytearray(b"again\n")) == 6
+
+
+def test_the_last_lines_of_a_process_wait_for_a_reader_that_is_behind() -> None:
+    reader, writer = os.pipe()
+    fill(writer)
+    under_test = Lines(Stream(writer, "it"))
+    under_test.put("last\n")
+    received = b""
+
+    def read() -> None:
+        nonlocal received
+        while not received.endswith(b"last\n"):
+            received += os.read(reader, 1 << 16)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    under_test.finish()
+    thread.join(30)
+    assert received.endswith(b"last\n")
+    fill(writer)
+    under_test.put("nobody's\n")
+    under_test.finish()  # returns
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_file_is_appended_to_and_opened_anew_in_the_directory_that_it_had(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "a"
+    path.write_text("before\n")
+    monkeypatch.chdir(tmp_path)
+    file = File("a")
+    monkeypatch.chdir("/")
+    under_test = Lines(file)
+    under_test.put("one\n")
+    path.rename(tmp_path / "b")
+    under_test.put("two\n")
+    under_test.turn_over()
+    under_test.put("three\n")
+    assert (tmp_path / "b").read_text() == "before\none\ntwo\n"
+    assert path.read_text() == "three\n"
+    assert path.stat().st_mode & 0o777 & ~0o640 == 0
+
+
+def test_a_file_that_cannot_be_opened_anew_is_gone_on_with(tmp_path, said) -> None:
+    (tmp_path / "d").mkdir()
+    under_test = Lines(File(f"{tmp_path}/d/a"))
+    (tmp_path / "d" / "a").rename(tmp_path / "b")
+    (tmp_path / "d").rmdir()
+    under_test.turn_over()
+    under_test.put("one\n")
+    assert (tmp_path / "b").read_text() == "one\n"
+    assert said() == [f"{tmp_path}/d/a cannot be opened anew: No such file or directory"]
+
+
+def test_a_rotated_file_rotates_as_twistds_does(tmp_path) -> None:
+    path = tmp_path / "t.log"
+    path.write_text("before\n")
+    under_test = Lines(RotatedFile(str(path)))
+    under_test.put("one\n")
+    under_test.turn_over()
+    under_test.put("x" * 1_000_000 + "\n")
+    under_test.put("two\n")
+    assert path.read_text() == "two\n"
+    assert (tmp_path / "t.log.2").read_text() == "before\none\n"
+    assert (tmp_path / "t.log.1").stat().st_size == 1_000_001
+    path.rename(tmp_path / "moved")
+    under_test.turn_over()
+    under_test.put("three\n")
+    assert path.read_text() == "three\n"
+
+
+def test_a_full_device_is_said_and_nothing_is_raised(said) -> None:
+    under_test = Lines(File("/dev/full"))
+    for _ in range(10):
+        under_test.put("x\n")
+    assert said() == ["/dev/full cannot be written: No space left on device"]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"), [("no/such", FileNotFoundError), (".", IsADirectoryError), ("fine", None), ("there", None)]
+)
+def test_a_check_finds_what_opening_would(tmp_path, path, problem) -> None:
+    (tmp_path / "there").touch()
+    for action in (check_file, File):
+        if problem is None:
+            action(f"{tmp_path}/{path}")
+        else:
+            with pytest.raises(problem):
+                action(f"{tmp_path}/{path}")
+    assert (tmp_path / "there").read_text() == ""
+
+
+# --- the access log ---
+
+
+def test_a_line_of_the_access_log_has_its_fields_in_order_and_values_that_read_back() -> None:
+    out = []
+    AccessLog(out.append, slot=2)("192.0.2.1:4711", "tcp:[::]:8080", 0.0125, 5, 27, "peer finished")
+    time, _, rest = out[0].partition(" ")
+    assert re.fullmatch(r"start=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", time)
+    assert rest == (
+        'peer=192.0.2.1:4711 listener=tcp:[::]:8080 seconds=0.013 in=5 out=27 reason="peer finished" worker=2\n'
+    )
+    AccessLog(out.append)('unix:/a b="\\x1b\u2028', "unix:s", 0, 0, 0, "")
+    assert r' peer="unix:/a b=\"\\x1b\u2028" listener=unix:s ' in out[1]
+    assert out[1].endswith(' reason="" worker=-\n')

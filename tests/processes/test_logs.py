@@ -1,0 +1,417 @@
+"""Logs of real processes: disks that are full, pipes that nobody reads, formats, and files that are opened anew."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TWISTD = str(Path(sys.executable).parent / "twistd")
+GREETING = b"Hello from the server!"
+DEADLINE = 30
+
+
+@pytest.fixture
+def start(tmp_path, environment, wait_for):
+    """Starts `twistd -n rtservice` on a UNIX socket, with output where the test says, and waits until it serves."""
+    started = []
+
+    def start(*arguments, twistd=(), launcher=(), env=None, **streams) -> subprocess.Popen:
+        command = [
+            *launcher,
+            TWISTD,
+            "-n",
+            "--pidfile=",
+            *twistd,
+            "rtservice",
+            f"--listen=unix:{tmp_path}/s",
+            *arguments,
+        ]
+        process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=tmp_path,
+            env={**environment, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            **streams,
+        )
+        started.append(process)
+        wait_for(lambda: greets(tmp_path))
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def greets(directory, name: bytes | None = None) -> bool:
+    """Connect to it, from a socket of this name, and leave."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE)
+        if name is not None:
+            client.bind(os.fsencode(directory) + b"/" + name)
+        try:
+            client.connect(f"{directory}/s")
+        except OSError:
+            return False
+        return client.recv(100) == GREETING
+
+
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """What it has used."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def is_idle(process: subprocess.Popen, directory) -> bool:
+    """Whether it does nothing while there is nothing to do, for a second."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"{directory}/s")
+        assert client.recv(100) == GREETING
+        before = cpu_seconds(process)
+        client.settimeout(1)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        return cpu_seconds(process) - before < 0.1
+
+
+def end(process: subprocess.Popen) -> int:
+    process.terminate()
+    return process.wait(DEADLINE)
+
+
+# --- logs that fail ---
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB, and one that is always full where none can be mounted."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        yield None
+    else:
+        yield directory
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+@pytest.mark.parametrize("what", ["--logfile", "--access-log"])
+def test_a_full_disk_delays_nobody_and_what_was_dropped_is_said_once_there_is_room(
+    start, tmp_path, small_disk, wait_for, what
+) -> None:
+    file = "/dev/full" if small_disk is None else f"{small_disk}/log"
+    if small_disk is not None:
+        (small_disk / "full").write_bytes(bytes(56 << 10))
+    output = tmp_path / "output"
+    with output.open("wb") as out:
+        if what == "--logfile":
+            process = start(twistd=(f"--logfile={file}",), stdout=out, stderr=out)
+        else:
+            process = start(f"--access-log={file}", stdout=out, stderr=out)
+    for _ in range(300):
+        assert greets(tmp_path)
+    assert is_idle(process, tmp_path)
+    main = Path(file) if what == "--logfile" else output
+    if what == "--access-log":
+        wait_for(lambda: f"{file} cannot be written: No space left on device" in output.read_text())
+    if small_disk is not None:
+        (small_disk / "full").unlink()
+        wait_for(lambda: f"{file} is written again; lines dropped: 0" in main.read_text())
+        if what == "--logfile":
+            assert f"{file} cannot be written: No space left on device" in main.read_text()
+    assert end(process) == 0
+    if small_disk is not None:
+        assert Path(file).read_text().count("peer finished") >= 301
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_descriptors_disturb_nobody(start, tmp_path, closed) -> None:
+    launcher = ("sh", "-c", f'exec "$@" {closed}', "sh")
+    process = start("--access-log=-", launcher=launcher, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        assert greets(tmp_path)
+    assert is_idle(process, tmp_path)
+    assert end(process) == 0
+
+
+def test_a_reader_that_has_gone_disturbs_nobody(start, tmp_path) -> None:
+    process = start(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.close()
+    for _ in range(300):
+        assert greets(tmp_path)
+    assert is_idle(process, tmp_path)
+    assert end(process) == 0
+
+
+@pytest.mark.parametrize("logger", ["classic", "json"])
+def test_a_pipe_that_nobody_reads_delays_nobody_and_every_record_is_there_or_counted(start, tmp_path, logger) -> None:
+    process = start(
+        twistd=(f"--logger=rtservice.observe.logs.{logger}",),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    served = 8000 if logger == "classic" else 3500
+    for _ in range(served):
+        assert greets(tmp_path)
+    assert is_idle(process, tmp_path)
+    received = b""
+    while b"is written again" not in received:
+        received += os.read(process.stdout.fileno(), 1 << 16)
+    process.terminate()
+    received += process.stdout.read()
+    assert process.wait(DEADLINE) == 0
+    dropped = int(re.search(rb"is written again; lines dropped: (\d+)", received)[1])
+    assert b"standard output cannot be written: nobody reads it" not in received.split(b"lines dropped")[1]
+    records = sum(b"bytes in" in line for line in received.splitlines())
+    assert dropped > 100
+    # Whoever waited until it serves and until it is idle has a record too; what says that it cannot be written has not.
+    assert records + dropped - served in range(1, 5)
+
+
+def test_a_stopped_service_has_written_all_to_a_reader_that_is_slow(start, tmp_path) -> None:
+    process = start(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    clients = []
+    for _ in range(700):
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(f"{tmp_path}/s")
+        clients.append(client)
+    for client in clients:
+        assert client.recv(100) == GREETING
+        client.close()
+    process.terminate()
+    output = process.stdout.read().decode()
+    assert output.count("peer finished") >= 701
+    assert output.endswith("Server Shut Down.\n")
+
+
+# --- formats ---
+
+# What is imported by every interpreter that finds it: an exchange that fails when it is told to.
+FAILING = """
+import rtservice.protocols.echo as echo
+from twisted.logger import Logger
+log = Logger("rtservice.net")
+received = echo.Echo.dataReceived
+def failing(self, data):
+    if data == b"fail":
+        log.warn("a warning")
+        log.error("a failure is logged")
+        raise ValueError("a\\nvalue\\x1b")
+    received(self, data)
+echo.Echo.dataReceived = failing
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_json_is_one_object_a_line_whatever_peers_and_protocols_do(start, tmp_path, workers) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILING)
+    process = start(
+        f"--workers={workers}",
+        twistd=("--logger=rtservice.observe.logs.json",),
+        env={"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    names = [b"\x1b[31mred", b'"quoted" \\', b"new\nline\r", b"\xff\xfe", "\u2028\x9b".encode(), b"{peer}"]
+    for name in names:
+        assert greets(tmp_path, name)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE)
+        client.connect(f"{tmp_path}/s")
+        assert client.recv(100) == GREETING
+        client.sendall(b"fail")
+        assert client.recv(100) == b""
+    process.terminate()
+    records = [json.loads(line) for line in process.stdout]
+    assert all([*record][:4] == ["time", "level", "namespace", "message"] for record in records)
+    (failed,) = [record for record in records if "traceback" in record]
+    assert failed["level"] == "critical"
+    assert "ValueError: a\nvalue\x1b" in failed["traceback"]
+    ended = [record for record in records if "bytes_in" in record]
+    prefix = f"unix:{tmp_path}/"
+    peers = [record["peer"].removeprefix(prefix) for record in ended if record["peer"] != "unix"]
+    escaped = [r"\x1b[31mred", '"quoted" \\', r"new\nline\r", r"\xff\xfe", r"\u2028\x9b", "{peer}"]
+    assert sorted(peers) == sorted(escaped)
+    assert all(type(record["seconds"]) is float and record["bytes_out"] == 22 for record in ended)
+    if workers > 1:
+        assert {record["slot"] for record in ended} <= {0, 1}
+        assert failed["slot"] in (0, 1)
+
+
+def test_our_loggers_write_to_twistds_log_file(start, tmp_path) -> None:
+    log = tmp_path / "x.log"
+    twistd = (f"--logfile={log}", "--logger=rtservice.observe.logs.text")
+    process = start(twistd=twistd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert end(process) == 0
+    assert process.stdout.read() == b""
+    shown = log.read_text()
+    assert re.search(r"^\d{4}-\d\d-\d\dT\S+Z info     rtservice: listening on unix:", shown, re.MULTILINE)
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_text_is_coloured_on_a_terminal_unless_nobody_wants_it(start, tmp_path, no_color) -> None:
+    ours, its = pty.openpty()
+    process = start(
+        twistd=("--logger=rtservice.observe.logs.text",), env={"NO_COLOR": no_color}, stdout=its, stderr=its
+    )
+    os.close(its)
+    process.terminate()
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while data := os.read(ours, 1 << 16):
+            shown += data
+    os.close(ours)
+    assert b"listening on" in shown
+    assert (b"\x1b[" in shown) == (not no_color)
+
+
+# --- levels ---
+
+
+def test_levels_hold_for_namespaces_and_change_on_sighup(service, tmp_path) -> None:
+    config = tmp_path / "rt.toml"
+    config.write_text('log-level = "info,twisted=error"\n')
+    one = service("--port=0", f"--config={config}")
+    assert not any("[twisted." in line for line in one.lines)
+    config.write_text('log-level = "debug"\n')
+    one.process.send_signal(signal.SIGHUP)
+    one.wait_line("changed: log-level")
+    one.stop()
+    assert any("Main loop terminated" in line for line in one.lines)
+
+
+def test_levels_hold_in_workers(service, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILING)
+    levels = "--log-level=rtservice.net=error,log_legacy=error"
+    one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", levels, PYTHONPATH=str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"{tmp_path}/s")
+        assert client.recv(100) == GREETING
+        client.sendall(b"fail")
+        assert client.recv(100) == b""
+    one.wait_line("a failure is logged")
+    one.wait_line("bytes in")
+    assert not any("a warning" in line for line in one.lines)
+    one.stop()
+
+
+# --- files that are opened anew ---
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_access_log_is_opened_anew_on_sigusr1(service, tmp_path, wait_for, workers) -> None:
+    one = service(f"--listen=unix:{tmp_path}/s", f"--workers={workers}", "--access-log=access")
+    path, moved = tmp_path / "access", tmp_path / "moved"
+    assert greets(tmp_path, b"peer 1")
+    line = wait_for(path.read_text)
+    fields = re.fullmatch(
+        r"start=(\S+Z) peer=\"(\S+/peer 1)\" listener=(unix:\S+/s) seconds=(0\.\d{3}) in=0 out=22 "
+        r"reason=\"peer finished\" worker=(\S)\n",
+        line,
+    )
+    assert fields is not None, line
+    assert fields[5] in ("-" if workers == 1 else "01")
+    path.rename(moved)
+    assert greets(tmp_path)
+    wait_for(lambda: moved.read_text().count("\n") == 2)
+    one.process.send_signal(signal.SIGUSR1)
+    wait_for(path.exists)
+    assert greets(tmp_path)
+    wait_for(lambda: path.read_text().count("\n") == 1)
+    assert one.stop() == 0
+    assert moved.read_text().count("\n") == 2
+    assert not any("bytes in" in line for line in one.lines)
+
+
+def test_an_access_log_on_standard_output_is_between_the_other_lines(service, tmp_path) -> None:
+    one = service(f"--listen=unix:{tmp_path}/s", "--access-log=-")
+    assert greets(tmp_path)
+    one.wait_line("^start=.* worker=-$")
+    one.stop()
+
+
+def test_every_worker_hands_over_its_access_lines_before_it_ends(service, tmp_path) -> None:
+    one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
+    for _ in range(200):
+        assert greets(tmp_path)
+    assert one.stop() == 0
+    assert (tmp_path / "access").read_text().count("out=22") == 200
+
+
+def test_hostile_names_of_peers_fill_no_message_of_a_worker(service, tmp_path) -> None:
+    one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
+    room = 107 - len(os.fsencode(tmp_path)) - 1
+    for number in range(300):
+        assert greets(tmp_path, f"{number:03}".encode() + b"\x01" * (room - 3))
+    assert one.stop() == 0
+    assert (tmp_path / "access").read_text().count("out=22") == 300
+    assert not any("must not say" in line for line in one.lines)
+
+
+def test_a_daemons_log_is_rotated_on_sigusr1_as_twistd_does(run, tmp_path, wait_for) -> None:
+    log = tmp_path / "d.log"
+    result = run(f"--pidfile={tmp_path}/pid", f"--logfile={log}", "rtservice", f"--listen=unix:{tmp_path}/s")
+    assert (result.returncode, result.stderr) == (0, "")
+    pid = int((tmp_path / "pid").read_text())
+    try:
+        os.kill(pid, signal.SIGUSR1)
+        wait_for((tmp_path / "d.log.1").exists)
+        assert greets(tmp_path)
+        wait_for(lambda: "bytes in" in log.read_text())
+        assert "listening on" in (tmp_path / "d.log.1").read_text()
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+    assert log.read_text().endswith("Server Shut Down.\n")
+
+
+@pytest.mark.parametrize("twistd", [(), ("--syslog",), ("--logger=twisted.logger.LogPublisher",)], ids=" ".join)
+def test_sigusr1_ends_no_process_wherever_it_logs_to(start, tmp_path, twistd) -> None:
+    process = start(twistd=twistd, stdout=subprocess.DEVNULL)
+    for _ in range(10):
+        process.send_signal(signal.SIGUSR1)
+        assert greets(tmp_path)
+    assert end(process) == 0
+
+
+# --- starts ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("-n", "rtservice", "--access-log=no/such"),
+            "--access-log no/such: cannot be written: No such file or directory",
+        ),
+        (("-n", "rtservice", "--access-log=/"), "--access-log /: cannot be written: Is a directory"),
+        (
+            ("-n", "rtservice", "--check", "--access-log=no/such"),
+            "--access-log no/such: cannot be written: No such file or directory",
+        ),
+        (("--logfile=x", "rtservice", "--access-log=-"), "--access-log -: a daemon has no standard output"),
+        (("--logfile=-", "rtservice"), "--logfile -: a daemon has no standard output"),
+        (("-n", "--logfile=no/such", "rtservice"), "--logfile no/such: cannot be written: No such file or directory"),
+        (
+            ("-n", "rtservice", "--log-level=loud"),
+            "--log-level: 'loud' is not one of debug, info, warn, error, critical",
+        ),
+        (("-n", "rtservice", "--log-level=info,a b=warn"), "--log-level: 'a b' is not a namespace such as twisted.web"),
+        (("-n", "rtservice", "--log-level=info,debug"), "--log-level: 'info,debug' has two levels for rtservice"),
+    ],
+)
+def test_what_cannot_be_logged_to_is_one_line_at_the_start(run, arguments, line) -> None:
+    result = run("--pidfile=", *arguments)
+    assert (result.returncode, result.stderr) == (1, f"rtservice: {line}\n")
