@@ -430,7 +430,6 @@ def test_a_start_for_which_the_system_has_no_process_fails_with_one_line(world) 
     one.reactor.refuse = BlockingIOError(11, "Resource temporarily unavailable")
     one.service.startService()
     assert one.reports == ["no worker can be spawned: python: Resource temporarily unavailable"]
-    assert one.logged("slot 0: no worker can be spawned: Resource temporarily unavailable")
     one.reactor.advance(0)
     assert one.done == [None]
     assert one.service.exit_status == 1
