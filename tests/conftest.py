@@ -120,12 +120,13 @@ def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..
         twistd: tuple[str, ...] = (),
         launcher: list[str] | None = None,
         pass_fds: tuple[int, ...] = (),
+        awaits: str = "listening on",
         **env: str,
     ) -> Service:
         command = [str(BIN / "twistd"), "--nodaemon", "--pidfile=", *twistd, "rtservice", *arguments]
         one = Service(command, tmp_path, {**environment, **env}, launcher or [], pass_fds)
         started.append(one)
-        one.wait_line("listening on")
+        one.wait_line(awaits)
         return one
 
     yield start
