@@ -37,7 +37,7 @@ from rtservice.settings import (
 GROUP = "rtservice.protocols"
 
 # Not entry points of ours: to read what all installed packages offer would be a tenth of a worker's start.
-SHIPPED = {"echo": "rtservice.protocols.echo:EchoFactory"}
+SHIPPED = {"echo": "rtservice.protocols.echo:EchoFactory", "chat": "rtservice.protocols.chat:ChatFactory"}
 
 # Options of the echo exchange that are settings of their own, too.
 ECHO_SETTINGS = ("greeting", "greet", "framing", "max-message")

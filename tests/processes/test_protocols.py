@@ -269,3 +269,30 @@ def test_what_blocks_the_reactor_is_logged_with_its_stack(service, workers) -> N
     one.wait_line("the reactor is blocked: nothing was served for 1")
     one.wait_line("in sleep_here")
     assert one.stop() == 0
+
+
+def test_a_chat_goes_on_while_a_member_does_not_read(service) -> None:
+    one = service("--protocol=chat", "--protocol-option=max-unsent=100000", HERE)
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with one.connect() as ann, slow:
+        slow.settimeout(30)
+        slow.connect(("127.0.0.1", one.port))
+        slow.sendall(b"slow\n/join tea\n")
+        heard = ann.makefile("rb")
+        ann.sendall(b"ann\n/join tea\n")
+        said = b"x" * 1000
+        while b"left" not in heard.readline():
+            ann.sendall(said + b"\n")
+        ann.sendall(b"/who\n")
+        while (line := heard.readline()) != b"* ann\r\n":
+            assert said in line
+    assert one.stop() == 0
+
+
+def test_a_chat_does_not_start_with_workers(run) -> None:
+    result = run(*RTSERVICE, "--protocol=chat", HERE, "--workers=2")
+    assert result.returncode == 1
+    assert result.stderr.endswith(
+        "--protocol chat: its connections have to be in one process: --workers has to be 1, not 2\n"
+    )
