@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "settings": {"protocols"},
     "hosting": {"settings", "interfaces"},
     "observe": set(),
+    "testing": {"net"},
     "worker": {"hosting", "settings", "host", "net", "protocols", "interfaces", "observe"},
     "tap": {"hosting", "settings", "worker", "observe", "host", "net", "protocols", "interfaces", ""},
     "__init__": set(),
