@@ -178,6 +178,12 @@ def _rtservice(port: int, certificate: Certificate | None) -> Launch:
     return Launch(command, {})
 
 
+def _hosted(port: int, certificate: Certificate | None) -> Launch:
+    launch = _rtservice(port, certificate)
+    launch.command.append("--protocol=benchmarks.peers.echo_hosted:Echo")
+    return Launch(launch.command, {"PYTHONPATH": str(ROOT)})
+
+
 def _stock_twisted(port: int, certificate: Certificate | None) -> Launch:
     command = [_twistd(), "-n", "--pidfile=", "-y", str(PEERS / "echo_twisted.py")]
     return Launch(command, {"ECHO_ENDPOINT": _description(port, certificate)})
@@ -212,6 +218,8 @@ SUBJECT = Server("rtservice", "rtservice", _rtservice)
 
 SERVERS = (
     SUBJECT,
+    # What ships has no way of its own: the two are to be equal.
+    Server("hosted", "hosted", _hosted),
     Server("twisted", "Twisted, stock", _stock_twisted),
     Server("streams", "asyncio streams", _python("echo_streams")),
     Server("asyncio", "asyncio Protocol", _python("echo_asyncio")),

@@ -26,9 +26,9 @@ from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from rtservice.host.connections import Connections, Limits, end_reason, escaped, peer_group, peer_name
+from rtservice.host.connections import Connections, Limits, end_reason, peer_group, peer_name
 from rtservice.interfaces import IDrainable
-from rtservice.net.stream import Port
+from rtservice.net.stream import Port, escaped
 from rtservice.protocols.echo import EchoFactory
 
 
