@@ -190,6 +190,12 @@ def _workers(port: int, certificate: Certificate | None) -> Launch:
     return Launch([*launch.command, "--workers", "2"], launch.environment)
 
 
+def _hosted(port: int, certificate: Certificate | None) -> Launch:
+    launch = _rtservice(port, certificate)
+    launch.command.append("--protocol=benchmarks.peers.echo_hosted:Echo")
+    return Launch(launch.command, {"PYTHONPATH": str(ROOT)})
+
+
 def _stock_twisted(port: int, certificate: Certificate | None) -> Launch:
     command = [_twistd(), "-n", "--pidfile=", "-y", str(PEERS / "echo_twisted.py")]
     return Launch(command, {"ECHO_ENDPOINT": _description(port, certificate)})
@@ -225,6 +231,8 @@ SUBJECT = Server("rtservice", "rtservice", _rtservice)
 SERVERS = (
     SUBJECT,
     Server("workers", "rtservice, 2 workers", _workers, says="listening on"),
+    # What ships has no way of its own: the two are to be equal.
+    Server("hosted", "hosted", _hosted),
     Server("twisted", "Twisted, stock", _stock_twisted),
     Server("streams", "asyncio streams", _python("echo_streams")),
     Server("asyncio", "asyncio Protocol", _python("echo_asyncio")),

@@ -1,14 +1,73 @@
-"""What a protocol author may import: optional interfaces, which a protocol or factory provides if it wants to."""
+"""What a protocol author may import, and the whole of it; nothing of it has to be.
 
+An ordinary Twisted `Protocol` and `Factory` are served as they are. Their transport has Twisted's contract: `getPeer`
+is the client, also behind a proxy; with TLS it provides `ISSLTransport` and `INegotiated`, and has `tls_version` and
+`tls_cipher`. `startFactory` is called once in each process, before the first connection, and `stopFactory` once, after
+the last. What a factory or protocol wants beyond that it says by providing one of these interfaces, with
+`zope.interface.implementer`. All of it is stable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from twisted.logger import Logger
 from zope.interface import Interface
 
 
+class IStartable(Interface):
+    """A factory that has something to do before it serves."""
+
+    def start() -> Awaitable[object]:
+        """Called once in each process, after startFactory; gives a Deferred or a coroutine.
+
+        Nobody is accepted before it is done, and the service is not ready. If it fails, so does the start of the
+        service, or of this worker, with the exception in one line.
+        """
+
+
 class IDrainable(Interface):
-    """A protocol that wants to say goodbye before the service ends."""
+    """A protocol, or a factory, that wants to say goodbye before the service ends."""
 
     def drain() -> None:
-        """The service is about to end. Called once on each open connection, also on those that open from now on.
+        """The service is about to end. Called once on the factory and then once on the protocol of each open
+        connection, also of those that open from now on.
 
         The connection goes on: finish what is under way, then call the transport's `loseConnection`. What is still
         open after the service's drain timeout is closed by it, with everything written sent first.
         """
+
+
+class IMetrics(Interface):
+    """A factory that counts something."""
+
+    def metrics() -> Mapping[str, int | float]:
+        """What it has counted, by names of letters, digits and underscores that begin with a letter.
+
+        Called now and then. A name that ends in `_total` is of something that only grows, and is summed over all
+        workers there have been; others are what is now, and are summed over the workers there are.
+        """
+
+
+class IOneProcess(Interface):
+    """A factory whose connections have to be in one process, since they know of each other: with several workers,
+    such a service does not start."""
+
+
+class ConnectionLogger(Logger):
+    """A `twisted.logger.Logger` whose records have the fields of a protocol's connection.
+
+    These are `peer` and `listener`, as in the record that the service writes at the connection's end, and `connection`,
+    its number on this listener, where the transport is rtservice's. On a transport that knows none of these there are
+    none. To be made when the protocol is connected: `self.log = ConnectionLogger(self)` in `connectionMade`.
+    """
+
+    def __init__(self, protocol: Any) -> None:
+        of = type(protocol)
+        super().__init__(namespace=f"{of.__module__}.{of.__qualname__}", source=protocol)
+        self._fields: dict[str, object] = getattr(protocol.transport, "log_fields", {})
+
+    def emit(self, level: Any, format: str | None = None, **kwargs: object) -> None:
+        """As in Twisted, with these fields; those of the record itself win."""
+        super().emit(level, format, **{**self._fields, **kwargs})

@@ -204,11 +204,18 @@ def _parse_escaped(value: str) -> bytes:
     return _ESCAPE.sub(unescape, value.encode("utf-8", "surrogateescape"))
 
 
+def _parse_protocol_option(value: str) -> str:
+    if not re.match(r"[A-Za-z_][\w-]*=", value):
+        raise SettingError(f"{value!r} is not an option's name, = and its value")
+    return _parse_text(value)
+
+
 FLAG = Kind("true or false", _parse_flag, (bool,))
 TEXT = Kind("a string", _parse_text)
 NON_EMPTY = Kind("a string", _parse_non_empty)
 ESCAPED = Kind("a string", _parse_escaped)
 LEVELS = Kind("a string of levels, such as info,twisted=warn", _parse_levels)
+PROTOCOL_OPTION = Kind("a string such as max-message=5", _parse_protocol_option)
 NETWORKS = Kind("a string of networks, such as 10.0.0.0/8,2001:db8::/32", _parse_networks)
 
 
@@ -377,10 +384,23 @@ class Settings:
         "MiB of resident memory, 64 or more, above which a worker is replaced; `0`: no limit.",
         takes="reload",
     )
+    protocol: str = _setting(
+        "echo",
+        NON_EMPTY,
+        "What is served: `echo`, another that is installed, or `package.module:name` of anybody's Factory class, "
+        "function that returns a factory, or Protocol class. `help` lists what is installed.",
+    )
+    protocol_option: tuple[str, ...] = _setting(
+        (),
+        PROTOCOL_OPTION,
+        "An option of the protocol, `key=value`; repeatable. They become keyword arguments.",
+        repeatable=True,
+    )
     greeting: bytes = _setting(
         b"Hello from the server!",
         ESCAPED,
-        r"What each client is sent first; empty for nothing; `\r \n \t \0 \e \\ \xHH` are understood.",
+        r"Of echo, as what follows: what each client is sent first; empty for nothing; `\r \n \t \0 \e \\ \xHH` are "
+        "understood.",
     )
     greet: Greet = _setting("connect", one_of(Greet), "When to greet: on `connect`, or on `first-data`.")
     framing: Framing = _setting(
@@ -466,7 +486,8 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
     holds texts with white space between them. The file's keys are the settings' names.
 
     `listen` and `port` with `interface` both say where to listen: one layer gives one of them, and the highest layer
-    that gives any is followed.
+    that gives any is followed. The options of a protocol are those of all layers, each the highest one's. A table
+    `[protocol]` in the file has them, and the protocol's `name`.
 
     Raises SettingError, whose text begins with where the mistake is.
     """
@@ -485,7 +506,7 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
     ]
     if config is not None:
         file = printable(config)
-        layers.insert(0, (file, _parsed(_read(config), str, prefix=f"{file}: ")))
+        layers.insert(0, (file, _parsed(_without_table(_read(config), file), str, prefix=f"{file}: ")))
     values: dict[str, Any] = {}
     sources = {setting.name: "default" for setting in schema()}
     for source, given in layers:
@@ -498,9 +519,42 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
         for name in beaten:
             values.pop(name, None)
             sources[name] = "default"
+        if "protocol-option" in given:
+            given["protocol-option"] = _joined(values.get("protocol-option", ()), given["protocol-option"])
         values |= given
         sources |= dict.fromkeys(given, source)
     return Loaded(Settings(**{name.replace("-", "_"): value for name, value in values.items()}), sources)
+
+
+def _joined(lower: tuple[str, ...], higher: tuple[str, ...]) -> tuple[str, ...]:
+    """Options of a protocol from two layers."""
+    names = {_option_name(option) for option in higher}
+    return *(option for option in lower if _option_name(option) not in names), *higher
+
+
+def _option_name(option: str) -> str:
+    return option.partition("=")[0].replace("_", "-")
+
+
+def _without_table(given: dict[str, Any], file: str) -> dict[str, Any]:
+    """A file's settings with what a table `[protocol]` says as `protocol` and `protocol-option`."""
+    table = given.get("protocol")
+    if not isinstance(table, dict):
+        return given
+    if "protocol-option" in given:
+        raise SettingError(f"{file}: protocol-option: [protocol] has the options already; give one of them")
+    settings = {key: value for key, value in given.items() if key != "protocol"}
+    if "name" in table:
+        settings["protocol"] = table["name"]
+    options = []
+    for key, value in table.items():
+        for one in value if isinstance(value, list) else [value]:
+            if type(one) not in (str, bool, int, float):
+                raise SettingError(f"{file}: protocol: {printable(key)}: {_shown(one)} is not a string or a number")
+            options += [f"{key}={as_text(one)}"] if key != "name" else []
+        if value == []:  # which the command line could not say either
+            raise SettingError(f"{file}: protocol: {printable(key)}: an array without anything in it")
+    return {**settings, "protocol-option": options} if options else settings
 
 
 def _read(config: str) -> dict[str, Any]:

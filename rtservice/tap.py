@@ -16,7 +16,7 @@ from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python import usage
 from twisted.python.components import Componentized
 
-from rtservice import __version__, settings, worker
+from rtservice import __version__, hosting, settings, worker
 from rtservice.host import systemd
 from rtservice.host.server import Server, raise_descriptor_limit
 from rtservice.host.supervisor import Plan, Supervisor
@@ -75,6 +75,7 @@ class Options(usage.Options):
     ]
 
     loaded: Loaded
+    directory: str  # in which relative paths of a protocol's options begin
 
     def opt_version(self) -> None:
         """Print the version and exit."""
@@ -103,7 +104,12 @@ class Options(usage.Options):
                 # A daemon changes its directory, and reads the file again on SIGHUP.
                 self["config"] = os.path.abspath(path)
                 break
+        # Where twistd is going to be.
+        twistd: Any = self.parent or {}
+        self.directory = os.path.abspath(twistd.get("rundir") or ".")
         self.loaded = self.reloaded()
+        if self.settings().protocol == "help":
+            raise _Printed(hosting.listing())
         if self["print-config"]:
             raise _Printed(settings.as_toml(self.loaded))
 
@@ -115,6 +121,10 @@ class Options(usage.Options):
         """The settings with what the file says now; raises SettingError."""
         given = {one.name: self[one.name] for one in settings.schema() if self.get(one.name) is not None}
         return settings.load(given, self._environment, self["config"])
+
+    def make_factory(self, loaded: Loaded, processes: int = 1) -> Any:
+        """The factory of these settings, for one of so many processes; raises SettingError."""
+        return hosting.make_factory(loaded, directory=self.directory, processes=processes)
 
 
 def _flag(setting: settings.Setting) -> Callable[[Options], None]:
@@ -153,20 +163,25 @@ def makeService(options: Options) -> Server | Supervisor:
     slots = _slots(in_force)
     resolve_path = _path_resolver(twistd)
     try:
-        worker.make_factory(options.loaded)
+        # Before a protocol is imported, which may import the reactor.
+        _install_reactor(log)
+        # With workers it is theirs to import, with their rights.
+        factory = options.make_factory(options.loaded, slots) if slots == 1 or options["check"] else None
         if options["check"]:
             _check(options.loaded, resolve_path, slots)
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
-        _install_reactor(log)
         raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
         outputs = _Outputs(options.loaded, twistd, resolve_path, log.levels)
         opened, endpoints = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
         raise SystemExit(f"rtservice: {error}") from None
     start = _Start(twistd)
-    make = _serve_with_workers if slots > 1 else _serve_here
-    service = make(options, opened, endpoints, log, notifier, start, outputs)
+    service: Server | Supervisor
+    if slots > 1:
+        service = _serve_with_workers(options, opened, log, notifier, start, outputs)
+    else:
+        service = _serve_here(options, factory, opened, endpoints, log, notifier, start, outputs)
     # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
     atexit.register(_exit_with_status_of, service, outputs)
     return service
@@ -174,6 +189,7 @@ def makeService(options: Options) -> Server | Supervisor:
 
 def _serve_here(
     options: Options,
+    factory: Any,
     opened: list[Listener],
     endpoints: list[tuple[str, Any]],
     log: Log,
@@ -183,7 +199,7 @@ def _serve_here(
 ) -> Server:
     reload = _Reload(options, log)
     server = _Server(
-        worker.make_factory(options.loaded),
+        factory,
         listeners=opened,
         endpoints=endpoints,
         live=worker.make_live(options.settings()),
@@ -202,7 +218,6 @@ def _serve_here(
 def _serve_with_workers(
     options: Options,
     opened: list[Listener],
-    endpoints: list[tuple[str, Any]],
     log: Log,
     notifier: systemd.Notifier,
     start: _Start,
@@ -212,7 +227,7 @@ def _serve_with_workers(
     supervisor = _Supervisor(
         listeners=opened,
         slots=_slots(options.settings()),
-        plan=_plan(options.settings(), opened),
+        plan=_plan(options.settings(), opened, options.directory),
         command=[sys.executable, "-P", "-m", worker.__name__],
         log=log,
         notifier=notifier,
@@ -230,9 +245,9 @@ def _slots(in_force: settings.Settings) -> int:
     return len(os.sched_getaffinity(0)) if in_force.workers is None else in_force.workers
 
 
-def _plan(in_force: settings.Settings, opened: list[Listener]) -> Plan:
+def _plan(in_force: settings.Settings, opened: list[Listener], directory: str) -> Plan:
     """What workers are started with from now on. Raises TLSError."""
-    described = worker.describe(in_force, opened)
+    described = worker.describe(in_force, opened, directory=directory)
     files = {file for listener in opened for file in listener.tls_files()} if in_force.watch_certificates else ()
     return Plan(
         start=lambda slot, slots: {**described, "slot": slot, "slots": slots},
@@ -306,6 +321,10 @@ def _port_and_interface(loaded: Loaded) -> str:
     return f"{loaded.where('port')} {given.port}{interface}"
 
 
+# What a factory is made of.
+_OF_FACTORIES = ("protocol", "protocol-option", *hosting.ECHO_SETTINGS)
+
+
 class _Settings:
     """The settings in force, and what a reload does to them."""
 
@@ -314,11 +333,9 @@ class _Settings:
         self._in_force = options.settings()
         self._log = log
 
-    def _wanted(self) -> settings.Settings:
+    def _wanted(self) -> Loaded:
         """What the file says now; raises SettingError."""
-        loaded = self._options.reloaded()
-        worker.make_factory(loaded)  # it takes a restart, which must not be what finds the mistake
-        return loaded.settings
+        return self._options.reloaded()
 
     def _reloaded(self, wanted: settings.Settings) -> None:
         """All that can change is what was wanted now."""
@@ -338,7 +355,10 @@ class _Reload(_Settings):
 
     def __call__(self, server: Server) -> None:
         try:
-            wanted = self._wanted()
+            loaded = self._wanted()
+            wanted = loaded.settings
+            if any(name in _OF_FACTORIES for name in settings.changes(self._in_force, wanted)[1]):
+                self._options.make_factory(loaded)  # it takes a restart, which must not be what finds the mistake
             adopt_certificates = server.renewed_certificates()
         except (SettingError, ListenError) as problem:
             self._log.error("nothing is reloaded: {problem}", problem=problem)
@@ -357,11 +377,11 @@ class _ReloadWorkers(_Settings):
 
     def __call__(self) -> Plan | None:
         try:
-            wanted = self._wanted()
+            wanted = self._wanted().settings
             renewed = [(listener, listener.renew()) for listener in self._opened]
             live, _ = settings.changes(self._in_force, wanted)
             changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
-            plan = _plan(dataclasses.replace(self._in_force, **changed), self._opened)
+            plan = _plan(dataclasses.replace(self._in_force, **changed), self._opened, self._options.directory)
         except (SettingError, ListenError, TLSError) as problem:
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return None

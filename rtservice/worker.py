@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 from typing import Any
 
 from twisted.internet.protocol import Protocol
@@ -18,7 +19,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import LogEvent, Logger, LogLevel, eventAsJSON, formatEvent, globalLogBeginner, globalLogPublisher
 from twisted.python.failure import Failure
 
-from rtservice import settings
+from rtservice import hosting, settings
 from rtservice.host.connections import Limits
 from rtservice.host.control import (
     BEAT,
@@ -35,8 +36,7 @@ from rtservice.host.server import Live, Server, default_max_connections, raise_d
 from rtservice.net.listeners import Listener
 from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLSError
 from rtservice.observe.logs import AccessLog, LevelName, Levels, Log
-from rtservice.protocols.echo import EchoFactory
-from rtservice.settings import Loaded, SettingError
+from rtservice.settings import SettingError
 
 _log = Logger()
 # Seconds that what is for the log waits for more of it, but for errors, and how many lines of the access log go
@@ -51,15 +51,6 @@ _CALM = frozenset((LogLevel.debug, LogLevel.info))
 _LAST_WORDS = 5.0
 
 # --- what tap uses too: from settings to what the host takes ---
-
-
-def make_factory(loaded: Loaded) -> EchoFactory:
-    """The factory of these settings; raises SettingError."""
-    wanted = loaded.settings
-    try:
-        return EchoFactory(wanted.greeting, wanted.greet, wanted.framing, wanted.max_message)
-    except ValueError as error:
-        raise SettingError(f"{loaded.where('greeting')}: {error}") from None
 
 
 def make_live(in_force: settings.Settings, *, slot: int = 0, slots: int = 1) -> Live:
@@ -98,17 +89,20 @@ def share(total: int, slot: int, slots: int) -> int:
 # --- the supervisor's side: what a worker is started with ---
 
 
-def describe(in_force: settings.Settings, listeners: list[Listener]) -> dict[str, Any]:
+def describe(in_force: settings.Settings, listeners: list[Listener], *, directory: str) -> dict[str, Any]:
     """The value of a `start` message, but for `slot` and `slots`. Raises TLSError.
 
-    Certificates and keys are read here: a worker may not have the rights to.
+    Certificates and keys are read here: a worker may not have the rights to. A protocol is not: whoever wrote it, it
+    is the workers' to import, with their rights, and anew for each of them.
     """
-    texts = {
-        setting.name: settings.as_text(getattr(in_force, setting.field))
-        for setting in settings.schema()
-        if setting.name not in ("listen", "port", "interface")  # it gets sockets
-    }
-    return {"settings": texts, "listeners": [_described(listener) for listener in listeners]}
+    texts: dict[str, str | tuple[str, ...]] = {}
+    for setting in settings.schema():
+        value = getattr(in_force, setting.field)
+        # It gets sockets; and an option of the echo exchange that nobody has given is none of other protocols.
+        if setting.name not in ("listen", "port", "interface") and value != setting.default:
+            texts[setting.name] = value if setting.repeatable else settings.as_text(value)
+    described = [_described(listener) for listener in listeners]
+    return {"settings": texts, "listeners": described, "directory": directory}
 
 
 def _described(listener: Listener) -> dict[str, Any]:
@@ -220,7 +214,7 @@ class Worker(Protocol):
             self._slot = given["slot"]
             self._levels.change(levels(self._settings))
             self._log = Log(self._levels, globalLogPublisher)
-            factory = make_factory(loaded)
+            factory = hosting.make_factory(loaded, directory=given["directory"], processes=given["slots"])
             for place, listener in enumerate(given["listeners"]):
                 self._kinds.append(listener["kind"])
                 if listener["file"] is not None:
@@ -240,6 +234,7 @@ class Worker(Protocol):
             live=make_live(self._settings, slot=self._slot, slots=given["slots"]),
             log=self._log,
             report=self._started,
+            stop=self._end,
             announce=False,
             record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
         )
@@ -331,8 +326,11 @@ class Worker(Protocol):
     # --- its log ---
 
     def observe(self, event: LogEvent) -> None:
-        """Send a record to the supervisor."""
+        """Send a record to the supervisor. Called in any thread."""
         if not self._levels.allow(event.get("log_namespace"), event.get("log_level")):
+            return
+        if threading.current_thread() is not threading.main_thread():
+            self._reactor.callFromThread(self.observe, event)
             return
         if self._full or self._ending:
             self._dropped += 1

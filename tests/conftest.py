@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -28,80 +25,10 @@ if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
 
     reactor.install()
 
-DEADLINE = 30  # seconds for something that takes a fraction of one; generous, since test machines are busy
+# It imports what knows of a reactor; two of these are fixtures.
+from rtservice.testing import DEADLINE, Service, hosted, serve  # noqa: E402, F401  # as said
 
 BIN = Path(sys.executable).parent
-
-
-class Service:
-    """A `twistd rtservice` in the foreground, whose output is read as it comes."""
-
-    def __init__(
-        self,
-        command: list[str],
-        cwd: Path,
-        env: dict[str, str],
-        launcher: list[str],
-        pass_fds: tuple[int, ...] = (),
-    ) -> None:
-        self.lines: list[str] = []
-        self._news = threading.Condition()
-        self.process = subprocess.Popen(
-            [*launcher, *command],
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="backslashreplace",
-            pass_fds=pass_fds,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._news:
-                self.lines.append(line.rstrip("\n"))
-                self._news.notify_all()
-        with self._news:
-            self.lines.append("<end of output>")
-            self._news.notify_all()
-
-    def wait_line(self, pattern: str, count: int = 1) -> str:
-        """The `count`th line that matches, waited for."""
-        end = time.monotonic() + DEADLINE
-        with self._news:
-            while True:
-                found = [line for line in self.lines if re.search(pattern, line)]
-                if len(found) >= count:
-                    return found[count - 1]
-                ended = self.lines and self.lines[-1] == "<end of output>"
-                if ended or not self._news.wait(end - time.monotonic()):
-                    raise AssertionError(f"no line {pattern!r} in:\n" + "\n".join(self.lines))
-
-    @property
-    def port(self) -> int:
-        """The TCP port that it listens on."""
-        return int(self.wait_line(r"listening on (?:tcp|ssl):.*:\d+$").rpartition(":")[2])
-
-    @property
-    def peak_memory(self) -> int:
-        """The most memory that it has had resident, in bytes."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
-
-    def stop(self, sig: int = signal.SIGTERM) -> int:
-        """Send a signal and wait for the end; gives the status."""
-        self.process.send_signal(sig)
-        status = self.process.wait(DEADLINE)
-        self._reader.join(DEADLINE)
-        return status
 
 
 @pytest.fixture
@@ -120,19 +47,18 @@ def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..
         twistd: tuple[str, ...] = (),
         launcher: list[str] | None = None,
         pass_fds: tuple[int, ...] = (),
+        awaits: str = "listening on",
         **env: str,
     ) -> Service:
         command = [str(BIN / "twistd"), "--nodaemon", "--pidfile=", *twistd, "rtservice", *arguments]
         one = Service(command, tmp_path, {**environment, **env}, launcher or [], pass_fds)
         started.append(one)
-        one.wait_line("listening on")
+        one.wait_line(awaits)
         return one
 
     yield start
     for one in started:
-        with contextlib.suppress(ProcessLookupError):
-            one.process.kill()
-        one.process.wait()
+        one.kill()
 
 
 @pytest.fixture

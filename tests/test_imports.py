@@ -16,9 +16,11 @@ MAY_IMPORT = {
     "net": {"interfaces"},
     "host": {"net", "interfaces"},
     "settings": {"protocols"},
+    "hosting": {"settings", "interfaces"},
     "observe": set(),
-    "worker": {"settings", "host", "net", "protocols", "interfaces", "observe"},
-    "tap": {"settings", "worker", "observe", "host", "net", "protocols", "interfaces", ""},
+    "testing": {"net"},
+    "worker": {"hosting", "settings", "host", "net", "protocols", "interfaces", "observe"},
+    "tap": {"hosting", "settings", "worker", "observe", "host", "net", "protocols", "interfaces", ""},
     "__init__": set(),
 }
 

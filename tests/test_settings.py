@@ -320,6 +320,48 @@ def test_one_layer_says_where_to_listen_in_one_way(config, command_line, variabl
         load(command_line, variables, config(file))
 
 
+# --- a protocol and its options ---
+
+
+def test_a_table_of_the_file_has_the_protocol_and_its_options(config) -> None:
+    file = config("[protocol]\nname = 'chat'\nmotd = 'a=b'\nrooms = ['x', 'y']\nlimit = 5\nopen = true\nrate = 1.5")
+    loaded = load({}, {}, file)
+    assert loaded.settings.protocol == "chat"
+    assert loaded.settings.protocol_option == ("motd=a=b", "rooms=x", "rooms=y", "limit=5", "open=true", "rate=1.5")
+    assert loaded.where("protocol") == f"{file}: protocol"
+    assert load({}, {}, config("[protocol]\nmotd = 'x'")).settings.protocol == "echo"
+    assert load({}, {}, config("protocol = 'x:y'\nprotocol-option = ['name=z']")).settings.protocol_option == (
+        "name=z",
+    )
+
+
+def test_options_of_all_layers_hold_each_from_the_highest(config) -> None:
+    loaded = load(
+        {"protocol-option": ["rooms=3", "rooms=4"]},
+        {"RTSERVICE_PROTOCOL_OPTION": "max-size=9 b=1"},
+        config("[protocol]\nmax_size = 1\nrooms = ['1', '2', '5']\nlast = 1"),
+    )
+    assert loaded.settings.protocol_option == ("last=1", "max-size=9", "b=1", "rooms=3", "rooms=4")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("[protocol]\nname = 5", "protocol: 5 is not a string"),
+        ("[protocol]\nsize = {}", "protocol: size: {} is not a string or a number"),
+        ("[protocol]\nsize = []", "protocol: size: an array without anything in it"),
+        ("[protocol]\nday = 2026-01-01", "protocol: day: 2026-01-01 is not a string or a number"),
+        ("[protocol]\n'a b' = 1", "protocol-option: 'a b=1' is not an option's name, = and its value"),
+        ("protocol-option = ['size']", "protocol-option: 'size' is not an option's name, = and its value"),
+        ("protocol-option = ['a=1']\n[protocol]\na = 1", "protocol-option: [protocol] has the options already"),
+    ],
+)
+def test_a_mistake_in_the_table_is_named(config, content, problem) -> None:
+    file = config(content)
+    with pytest.raises(SettingError, match=re.escape(f"{file}: {problem}")):
+        load({}, {}, file)
+
+
 # --- a file, a reload, the README ---
 
 
@@ -338,6 +380,7 @@ def test_one_layer_says_where_to_listen_in_one_way(config, command_line, variabl
             proxy_from=NETWORKS.parse("192.0.2.1,2001:db8::/32"),
             log_level=LEVELS.parse("critical,twisted.web=warn,x=debug"),
         ),
+        Settings(protocol="mine:Factory", protocol_option=("a=b 'c'", 'd="\\x00"')),
         Settings(listen=("tcp:1", 'unix:/a "b" \\c\'\t\x7f\u202e\U0001f600', "x:#y")),
         *(
             Settings(greeting=greeting)

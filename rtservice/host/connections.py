@@ -21,7 +21,7 @@ from zope.interface import alsoProvides
 
 from rtservice.interfaces import IDrainable
 from rtservice.net.proxy import ProxyError
-from rtservice.net.stream import Ended
+from rtservice.net.stream import Ended, peer_name
 
 # Why a client may be refused, by the name of the setting, and what the log says of it.
 REFUSALS = {
@@ -36,21 +36,6 @@ _SWEEPS, _SWEEP_LEAST, _SWEEP_MOST = 20, 0.05, 5.0
 
 # Seconds between two log lines about the same kind of refusal.
 _REPORT_EVERY = 10.0
-
-
-def escaped(text: str) -> str:
-    r"""Text that may hold a peer's bytes, with whatever a terminal or a log reader could act on as `\xHH`."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def peer_name(address: Any) -> str:
-    """A peer's address for logs: `192.0.2.1:4711`, `[2001:db8::1]:4711`, `unix`, or the path of a bound UNIX client."""
-    if hasattr(address, "host"):
-        return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
-    name = getattr(address, "name", None)
-    if not name:
-        return "unix"
-    return escaped(f"unix:{name.decode('utf-8', 'backslashreplace') if isinstance(name, bytes) else name}")
 
 
 def end_reason(reason: Failure, *, peer_finished: bool, problem: Exception | None) -> str:
@@ -383,6 +368,10 @@ class Connections:
             self._count_refusal(peer, listener, why)
         return not why
 
+    def failed_to_build(self, factory: Any) -> None:
+        """Log what a factory has just raised."""
+        self._log.failure("{factory} failed in buildProtocol", factory=type(factory).__name__)
+
     def wrapped_opened(self, connection: _Counting) -> None:
         """Such a connection was made."""
         self._add(connection)
@@ -426,6 +415,10 @@ class _Counting(ProtocolWrapper):
     @property
     def protocol(self) -> Any:
         return self.wrappedProtocol
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        return {"peer": peer_name(self.getPeer()), "listener": self.factory.listener}
 
     def makeConnection(self, transport: Any) -> None:
         super().makeConnection(transport)
@@ -493,10 +486,14 @@ class CountingFactory(WrappingFactory):
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         if not self.connections.wrapped_admitted(addr, self.listener):
-            return _Refused()  # None would do for some transports, and leave the client of others in silence
-        protocol = self.wrappedFactory.buildProtocol(addr)
-        # WrappingFactory would wrap None, which leaves the client connected and unanswered.
-        return None if protocol is None else _Counting(self, protocol)
+            return _Refused()
+        try:
+            protocol = self.wrappedFactory.buildProtocol(addr)
+        except Exception:
+            self.connections.failed_to_build(self.wrappedFactory)
+            return _Refused()
+        # None would do for some transports, and leave the client of others connected and in silence.
+        return _Refused() if protocol is None else _Counting(self, protocol)
 
     def registerProtocol(self, p: Any) -> None:
         self.connections.wrapped_opened(p)

@@ -13,13 +13,15 @@ from typing import Any
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import LoopingCall
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
-from rtservice.host.connections import Connections, Limits, Record, escaped
+from rtservice.host.blocked import Watch
+from rtservice.host.connections import Connections, Limits, Record
 from rtservice.host.systemd import Notifier
+from rtservice.interfaces import IDrainable, IMetrics, IStartable
 from rtservice.net.listeners import Listener, ListenError
-from rtservice.net.stream import HANDSHAKE_TIMEOUT, Port
+from rtservice.net.stream import HANDSHAKE_TIMEOUT, Port, escaped
 from rtservice.net.tls import fingerprint
 
 # Descriptors that the default limit of connections leaves for all else: listeners, logs, certificates that are read.
@@ -127,8 +129,8 @@ class Server(Service):
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
     `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
-    calls it. With `announce`, it logs what it listens on and which certificates it shows. `record` is as in
-    Connections.
+    calls it. What ends the process is `stop`, or else the reactor's. With `announce`, it logs what it listens on and
+    which certificates it shows. `record` is as in Connections.
     """
 
     name = "rtservice"
@@ -146,6 +148,7 @@ class Server(Service):
         report: Callable[[str | None], None] = lambda problem: None,
         check: Callable[[], str | None] = lambda: None,
         reload: Callable[[], None] | None = None,
+        stop: Callable[[], None] | None = None,
         announce: bool = True,
         record: Record | None = None,
     ) -> None:
@@ -166,6 +169,7 @@ class Server(Service):
         self._report: Callable[[str | None], None] | None = report
         self._check = check
         self._reload = reload
+        self._stop_process = stop
         self._announce = announce
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notifier.watchdog)
@@ -175,6 +179,9 @@ class Server(Service):
         self._hurried = False
         self._woken: Deferred[None] | None = None  # what the drain waits for
         self._drained: Deferred[None] | None = None
+        self._starting: Deferred[None] | None = None
+        self._started_factory = False
+        self._blocked = Watch(log)
 
     # --- start ---
 
@@ -223,7 +230,7 @@ class Server(Service):
         from twisted.internet import reactor
 
         self._ending = True  # before stopService is called, which is a turn of the reactor later
-        reactor.callWhenRunning(reactor.stop)
+        reactor.callWhenRunning(reactor.stop if self._stop_process is None else self._stop_process)
 
     def _cannot_start(self, problem: str) -> StartError:
         """What to raise before the reactor runs."""
@@ -261,7 +268,35 @@ class Server(Service):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._signalled)
         self._warn_of_descriptors()
+        self._starting = Deferred.fromCoroutine(self._start_factory())
+        self._starting.addCallbacks(self._accept, self._factory_failed)
+
+    async def _start_factory(self) -> None:
+        """Have the factory do what it wants to have done before anybody connects."""
+        # Once more than each listener does, so that it is stopped when the last connection is gone, and not the last
+        # listener.
+        self.factory.doStart()
+        self._started_factory = True
+        startable = IStartable(self.factory, None)
+        if startable is not None:
+            await startable.start()
+
+    def _factory_failed(self, failure: Failure) -> None:
+        if self.state is not State.STARTING or self._ending:  # it is stopped, and so was this
+            return
+        self._log.failure("{factory} failed", failure, LogLevel.debug, factory=self._factory_name)
+        text = " ".join(failure.getErrorMessage().split())
+        self.fail(f"{self._factory_name} did not start: {type(failure.value).__name__}{text and f': {text}'}")
+
+    @property
+    def _factory_name(self) -> str:
+        return type(self.factory).__name__
+
+    def _accept(self, result: object) -> None:
+        if self.state is not State.STARTING or not self.running:
+            return
         self.connections.start(self.reactor)
+        self._blocked.start(self.reactor)
         for listener in self._listeners:
             port = Port(
                 self.reactor,
@@ -318,6 +353,15 @@ class Server(Service):
             self._notifier.extend_timeout(_FLUSH_LIMIT)
         elif self.live.watch_certificates:
             self._look_at_certificates()
+
+    def metrics(self) -> dict[str, int | float]:
+        """What the factory has counted, if it counts: see IMetrics."""
+        try:
+            counting = IMetrics(self.factory, None)
+            return {} if counting is None else dict(counting.metrics())
+        except Exception:
+            self._log.failure("{factory} failed in metrics", factory=self._factory_name)
+            return {}
 
     def apply(self, live: Live) -> None:
         """Serve by these from now on."""
@@ -417,6 +461,8 @@ class Server(Service):
 
     async def _drain(self) -> None:
         self._reported("told to stop before every listener was ready")
+        if self._starting is not None:
+            self._starting.cancel()
         connections = self.connections
         if self.reactor is not None and self.state is not State.STOPPED:
             began, ended, aborted = self.reactor.seconds(), connections.ended, connections.aborted
@@ -442,7 +488,25 @@ class Server(Service):
             if repeated.running:
                 repeated.stop()
         connections.stop()
+        self._blocked.stop()
         self._close_listeners()
+        self._stop_factory()
+
+    def _stop_factory(self) -> None:
+        if self._started_factory:
+            self._started_factory = False
+            try:
+                self.factory.doStop()
+            except Exception:
+                self._log.failure("{factory} failed in stopFactory", factory=self._factory_name)
+
+    def _tell_factory(self) -> None:
+        try:
+            drainable = IDrainable(self.factory, None)
+            if drainable is not None:
+                drainable.drain()
+        except Exception:
+            self._log.failure("{factory} failed in drain", factory=self._factory_name)
 
     async def _end_connections(self) -> None:
         connections = self.connections
@@ -455,6 +519,7 @@ class Server(Service):
             else:
                 self._remove_file(listener)
                 port.finish().addCallback(self._finished, listener)
+        self._tell_factory()
         connections.tell_drain()
         await self._wait(self.live.drain_timeout)
         for port in connections.ports:

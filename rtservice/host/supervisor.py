@@ -20,7 +20,6 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, LogLevel, eventFromJSON, globalLogPublisher
 from twisted.python.failure import Failure
 
-from rtservice.host.connections import escaped
 from rtservice.host.control import (
     BEAT,
     CONTROL_IN,
@@ -35,6 +34,7 @@ from rtservice.host.control import (
 from rtservice.host.server import StartError, log_certificates
 from rtservice.host.systemd import Notifier
 from rtservice.net.listeners import Listener, ListenError
+from rtservice.net.stream import escaped
 from rtservice.net.tls import fingerprint
 
 # Seconds that a worker may take until it is ready: an interpreter that starts on a machine that is very busy.

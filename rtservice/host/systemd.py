@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 
 from twisted.logger import Logger
 
-from rtservice.host.connections import escaped
+from rtservice.net.stream import escaped
 
 _log = Logger()
 

@@ -98,6 +98,21 @@ class Ended(Exception):  # noqa: N818  # a reason, and no error
     """Why we ended a connection ourselves. The text is one of a fixed few, and none of the peer's bytes."""
 
 
+def escaped(text: str) -> str:
+    r"""Text that may hold a peer's bytes, with whatever a terminal or a log reader could act on as `\xHH`."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def peer_name(address: Any) -> str:
+    """A peer's address for logs: `192.0.2.1:4711`, `[2001:db8::1]:4711`, `unix`, or the path of a bound UNIX client."""
+    if hasattr(address, "host"):
+        return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
+    name = getattr(address, "name", None)
+    if not name:
+        return "unix"
+    return escaped(f"unix:{name.decode('utf-8', 'backslashreplace') if isinstance(name, bytes) else name}")
+
+
 def _log_prefix(thing: object) -> str:
     """What the log shows for a protocol or factory, by Twisted's rule."""
     if ILoggingContext.providedBy(thing):
@@ -665,6 +680,11 @@ class Connection:
 
     def setTcpKeepAlive(self, enabled: bool) -> None:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, enabled)
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """What a log record of this connection's is to have: `rtservice.interfaces.ConnectionLogger`."""
+        return {"connection": self.number, "peer": peer_name(self._peer), "listener": self.port.name}
 
     def logPrefix(self) -> str:
         host = getattr(self._peer, "host", "unix")

@@ -142,14 +142,14 @@ PROTOCOLS: dict[Framing, type[Echo]] = {
 
 
 class EchoFactory(Factory[Echo]):
-    """Makes the exchange of one framing.
+    """Greets each client, then sends back everything it sends.
 
     `greeting` is sent once to each client, as one message of the framing; empty means none. `greet` says when: as soon
     as it connects, or before the answer to its first data. `framing` is how messages are told apart: `raw` has no
     messages, bytes come back as they came. In the others a message of more than `max_message` bytes (1 or more) closes
     its connection with a logged reason; its framing does not count.
 
-    Raises ValueError when the greeting cannot be one message of the framing.
+    Raises ValueError when the greeting cannot be one message of the framing, or no message could be sent.
     """
 
     noisy = False
@@ -161,6 +161,8 @@ class EchoFactory(Factory[Echo]):
         framing: Framing = "raw",
         max_message: int = 64 * 1024,
     ) -> None:
+        if max_message < 1:
+            raise ValueError(f"the longest message is {max_message} bytes, and has to be 1 or more")
         if framing == "line" and b"\n" in greeting:
             raise ValueError("the greeting of the framing `line` is one line: it cannot hold a line feed")
         if framing != "raw" and len(greeting) > max_message:

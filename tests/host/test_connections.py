@@ -27,9 +27,9 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from rtservice.host.connections import Connections, Limits, end_reason, escaped, peer_group, peer_name
+from rtservice.host.connections import Connections, Limits, end_reason, peer_group, peer_name
 from rtservice.interfaces import IDrainable
-from rtservice.net.stream import Port
+from rtservice.net.stream import Port, escaped
 from rtservice.protocols.echo import EchoFactory
 
 
@@ -98,10 +98,16 @@ def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
     assert not IHalfCloseableProtocol.providedBy(protocol)
 
 
-def test_a_factory_that_refuses_is_left_to_refuse() -> None:
+@pytest.mark.parametrize("build", [lambda address: None, lambda address: 1 / 0], ids=["None", "raises"])
+def test_a_client_that_a_factory_gives_no_protocol_is_not_left_in_silence(build) -> None:
+    """Twisted's wrappers would keep it connected."""
     factory = Factory()
-    factory.buildProtocol = lambda address: None
-    assert Connections(Logger(), Limits(max_connections=10)).wrap(factory, "x").buildProtocol(None) is None
+    factory.buildProtocol = build
+    protocol = Connections(Logger(), Limits(max_connections=10)).wrap(factory, "x").buildProtocol(None)
+    transport = StringTransportWithDisconnection()
+    transport.protocol = Protocol()
+    protocol.makeConnection(transport)
+    assert not transport.connected
 
 
 # --- a register with a clock and clients from anywhere ---

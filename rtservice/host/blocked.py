@@ -1,0 +1,75 @@
+"""Finds out what blocks the reactor: a thread looks whether it goes on, and where it is when it does not."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from time import monotonic
+from typing import Any
+
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+# Seconds that all clients wait for, after which whoever runs the service wants to know why.
+BLOCKED = 1.0
+
+# Seconds between two signs of life of the reactor, and two looks of the thread. Both together take 0.01 % of a core.
+_BEAT = BLOCKED / 4
+
+# Seconds between two log records: a protocol that blocks does so for every client.
+_REPORT_EVERY = 10.0
+
+# Frames that a record shows, from the innermost.
+_FRAMES = 12
+
+
+class Watch:
+    """Logs the stack of a reactor's thread that has not come back to the reactor for `seconds`, while it has not.
+
+    What holds Python's own lock for all that time, as a regular expression can, is seen when it lets go.
+    """
+
+    def __init__(self, log: Logger, seconds: float = BLOCKED) -> None:
+        self._log = log
+        self._seconds = seconds
+        self._beating = LoopingCall(self._beat)
+        self._seen = 0.0
+        self._reactor_thread = 0
+        self._stopped = threading.Event()
+
+    def start(self, reactor: Any) -> None:
+        """Watch this reactor, whose thread this is called in."""
+        self._reactor_thread = threading.get_ident()
+        self._beating.clock = reactor
+        self._beating.start(_BEAT)
+        # A thread that is a daemon does not keep a process that is to end.
+        threading.Thread(target=self._watch, name="rtservice blocked", daemon=True).start()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._stopped.set()
+        if self._beating.running:
+            self._beating.stop()
+
+    def _beat(self) -> None:
+        self._seen = monotonic()
+
+    def _watch(self) -> None:
+        reported = -_REPORT_EVERY
+        while not self._stopped.wait(_BEAT):
+            now, seen = monotonic(), self._seen
+            if now - seen < self._seconds or now - reported < _REPORT_EVERY:
+                continue
+            frame = sys._current_frames().get(self._reactor_thread)
+            # In the reactor's own wait it is not blocked: the whole process did not run.
+            if frame is None or frame.f_code.co_name == "doPoll" or self._seen != seen:
+                continue
+            stack = "".join(traceback.format_stack(frame, limit=_FRAMES)).rstrip()
+            del frame
+            reported = now
+            self._log.warn(
+                "the reactor is blocked: nothing was served for {seconds:.1f} s. It is here:\n{stack}",
+                seconds=now - seen,
+                stack=stack,
+            )

@@ -1,0 +1,380 @@
+"""From the name of anybody's protocol, and the texts of its options, to a factory; no reactor is needed for that."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import re
+import traceback
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from twisted.internet.interfaces import IProtocol, IProtocolFactory
+from twisted.internet.protocol import Factory
+
+from rtservice.interfaces import IOneProcess
+from rtservice.settings import (
+    ESCAPED,
+    FLAG,
+    TEXT,
+    Kind,
+    Loaded,
+    SettingError,
+    as_text,
+    printable,
+)
+
+# Entry points of this group have names under which installed packages offer their protocols.
+GROUP = "rtservice.protocols"
+
+# Not entry points of ours: to read what all installed packages offer would be a tenth of a worker's start.
+SHIPPED = {"echo": "rtservice.protocols.echo:EchoFactory", "chat": "rtservice.protocols.chat:ChatFactory"}
+
+# Options of the echo exchange that are settings of their own, too.
+ECHO_SETTINGS = ("greeting", "greet", "framing", "max-message")
+
+
+def make_factory(loaded: Loaded, *, directory: str, processes: int = 1) -> Any:
+    """The factory of these settings, for one of so many processes that serve.
+
+    Relative paths among its options begin in `directory`. Raises SettingError.
+    """
+    wanted = loaded.settings
+    where = f"{loaded.where('protocol')} {printable(wanted.protocol)}"
+    given = list(wanted.protocol_option)
+    for name in ECHO_SETTINGS:
+        if loaded.sources[name] == "default":
+            continue
+        if wanted.protocol != "echo":
+            raise SettingError(f"{loaded.where(name)}: an option of the protocol echo, and not of {where}")
+        given.append(f"{name}={as_text(getattr(wanted, name.replace('-', '_')))}")
+        where = loaded.where("greeting")  # what else is wrong with them, together, is wrong with the greeting
+    try:
+        factory = _make(_find(wanted.protocol), given, directory)
+    except SettingError as error:
+        raise SettingError(f"{where}: {error}") from None
+    if processes > 1 and IOneProcess.providedBy(factory):
+        raise SettingError(
+            f"{where}: its connections have to be in one process: --workers has to be 1, not {processes}"
+        )
+    return factory
+
+
+def listing() -> str:
+    """What can be named, with a line for each and a line for each option."""
+    lines = [f"rtservice: --protocol is one of these, or package.module:name of a {_ACCEPTED}"]
+    for name in _installed():
+        try:
+            found = _find(name)
+            lines.append(f"{name}: {_first_line(found)}")
+            lines += [f"    --protocol-option {option}" for option in _options(found).values()]
+        except SettingError as error:
+            lines.append(f"{name}: {error}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+# --- names ---
+
+_ACCEPTED = "Factory class, a function that returns a factory, or a Protocol class"
+
+
+def _installed() -> list[str]:
+    return [*SHIPPED, *sorted({entry.name for entry in importlib.metadata.entry_points(group=GROUP)} - SHIPPED.keys())]
+
+
+def _find(name: str) -> Any:
+    """What a name stands for. Raises SettingError."""
+    path = SHIPPED.get(name, name)
+    if ":" not in path:
+        for entry in importlib.metadata.entry_points(group=GROUP, name=name):
+            path = entry.value.partition("[")[0].strip()
+    module, colon, attributes = path.partition(":")
+    if not colon:
+        raise SettingError(f"not one of {', '.join(_installed())}, nor package.module:name")
+    if not all(part.isidentifier() for part in (*module.split("."), *attributes.split("."))):
+        raise SettingError(f"{printable(path)} is not package.module:name")
+    found: Any = _imported(module)
+    for part in attributes.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise SettingError(f"there is no {part!r} in {found.__name__}") from None
+    if not callable(found) or _is_no_stream(found):
+        raise SettingError(f"{path} is not a {_ACCEPTED}")
+    return found
+
+
+def _is_no_stream(found: Any) -> bool:
+    """Whether it is a class, and can be seen to be neither a factory nor a protocol of streams."""
+    return isinstance(found, type) and not (_is_protocol(found) or _is_factory(found))
+
+
+def _is_protocol(found: Any) -> bool:
+    return isinstance(found, type) and IProtocol.implementedBy(found)
+
+
+def _is_factory(found: Any) -> bool:
+    return IProtocolFactory.implementedBy(found) or hasattr(found, "buildProtocol")
+
+
+def _imported(module: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise SettingError(f"{module} cannot be imported: {_told(error)}") from error
+        top = module.partition(".")[0]
+        here = any(Path(path).exists() for path in (top, f"{top}.py"))
+        hint = "; it is in the current directory, where PYTHONPATH=. has it found" if here else ""
+        raise SettingError(f"there is no module {error.name}{hint}") from None
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
+        raise SettingError(f"{module} cannot be imported: {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
+    """An exception of theirs in one line, with where it was raised."""
+    text = traceback.format_exception_only(error)[-1].strip()
+    if isinstance(error, SyntaxError):
+        return printable(f"{text} ({error.filename}, line {error.lineno})")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    # In a file of theirs, if there is one on the way.
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
+    return printable(" ".join(f"{text}{where}".split()))
+
+
+# --- options ---
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword argument, as users name and type it; `kind` is None for what no text can be."""
+
+    name: str
+    kind: Kind | None
+    annotation: str
+    many: type | None = None  # list or tuple, of one for each time that it is given
+    default: Any = inspect.Parameter.empty
+
+    @property
+    def required(self) -> bool:
+        """Whether it has to be given."""
+        return self.default is inspect.Parameter.empty
+
+    def __str__(self) -> str:
+        accepts = self.kind.accepts if self.kind else f"{self.annotation}, which no text can be"
+        more = ", repeatable" if self.many else ""
+        default = "required" if self.required else f"default: {_shown(self.default)}"
+        return f"{self.name}=…: {accepts}{more} [{default}]"
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "none"
+    if isinstance(default, Enum):
+        return default.name.lower()
+    return as_text(tuple(default) if isinstance(default, list) else default)
+
+
+def _options(maker: Any) -> dict[str, Option]:
+    """The options of something that is called with keywords, by keyword."""
+    try:
+        parameters = inspect.signature(maker).parameters.values()
+    except (TypeError, ValueError):  # some that are written in C
+        return {}
+    return {
+        parameter.name: _option(parameter, maker)
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def _takes_any(maker: Any) -> bool:
+    """Whether it takes keywords that it does not name."""
+    try:
+        return any(one.kind is one.VAR_KEYWORD for one in inspect.signature(maker).parameters.values())
+    except (TypeError, ValueError):
+        return False
+
+
+def _option(parameter: inspect.Parameter, maker: Any) -> Option:
+    hint = _evaluated(parameter.annotation, maker)
+    many = None
+    hint = _without_none(hint)
+    if hint in (list, tuple):
+        hint = hint[str]
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if origin is list or (origin is tuple and len(arguments) in (1, 2) and arguments[-1] in (..., arguments[0])):
+        many = origin
+        hint = arguments[0]
+    name = parameter.name.replace("_", "-")
+    annotation = getattr(hint, "__name__", str(hint))
+    return Option(name, _kind(hint), annotation, many, parameter.default)
+
+
+def _evaluated(annotation: Any, maker: Any) -> Any:
+    if not isinstance(annotation, str):
+        return annotation
+    if isinstance(maker, type):
+        maker = next(vars(one)["__init__"] for one in maker.__mro__ if "__init__" in vars(one))
+    function = inspect.unwrap(maker)
+    try:
+        return eval(annotation, getattr(function, "__globals__", {}))
+    except Exception:  # a name that is there for type checkers alone
+        return object
+
+
+def _without_none(hint: Any) -> Any:
+    """`X` of an `X | None`, which is None when it is not given."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        others = [one for one in typing.get_args(hint) if one is not type(None)]
+        if len(others) == 1:
+            return others[0]
+    return hint
+
+
+def _kind(hint: Any) -> Kind | None:
+    """What a text has to be for a parameter of this type."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return _words({member.name.lower(): member for member in hint})
+    if typing.get_origin(hint) is Literal:
+        return _words({as_text(value): value for value in typing.get_args(hint)})
+    try:
+        return _KINDS.get(hint)
+    except TypeError:  # not hashable, and so none of them
+        return None
+
+
+def _words(values: dict[str, Any]) -> Kind:
+    accepts = f"one of {', '.join(values)}"
+
+    def parse(text: str) -> Any:
+        if text not in values:
+            raise SettingError(f"{text!r} is not {accepts}")
+        return values[text]
+
+    return Kind(accepts, parse)
+
+
+def _parse_whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise SettingError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _parse_number(text: str) -> float:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,2})?", text):
+        raise SettingError(f"{text!r} is not a number")
+    return float(text)
+
+
+def _parse_path(text: str) -> Path:
+    if not text:
+        raise SettingError("the path is empty")
+    return Path(TEXT.parse(text))
+
+
+_KINDS: dict[Any, Kind] = {
+    # An argument of which nothing is said is a text: the type of its default would be a guess.
+    inspect.Parameter.empty: TEXT,
+    Any: TEXT,
+    str: TEXT,
+    bytes: ESCAPED,
+    int: Kind("a whole number", _parse_whole),
+    float: Kind("a number", _parse_number),
+    bool: FLAG,
+    Path: Kind("a path", _parse_path),
+}
+
+
+# --- factories ---
+
+
+def _make(maker: Any, given: Sequence[str], directory: str) -> Any:
+    """A factory by what a name stands for, with options such as `max-message=5`. Raises SettingError."""
+    arguments = _arguments(maker, given, directory)
+    if _is_protocol(maker):
+        return _HostedProtocol(maker, arguments)
+    try:
+        factory = maker(**arguments)
+    except ValueError as error:  # how Python says that an argument is not acceptable
+        raise SettingError(printable(str(error)) if str(error) else _told(error)) from error
+    except (Exception, SystemExit) as error:
+        raise SettingError(f"it cannot be made: {_told(error)}") from error
+    if not IProtocolFactory.providedBy(factory) and not hasattr(factory, "buildProtocol"):
+        raise SettingError(f"it gives no factory, but {type(factory).__name__}")
+    return factory
+
+
+class _HostedProtocol(Factory[Any]):
+    """Makes a protocol of a class, with the same arguments for each connection."""
+
+    noisy = False
+
+    def __init__(self, protocol: Any, arguments: dict[str, Any]) -> None:
+        self.protocol = partial(protocol, **arguments) if arguments else protocol
+        self._name = protocol.__name__
+
+    def logPrefix(self) -> str:
+        return str(self._name)
+
+
+def _arguments(maker: Any, given: Iterable[str], directory: str) -> dict[str, Any]:
+    options = _options(maker)
+    takes_any = _takes_any(maker)
+    arguments: dict[str, Any] = {}
+    for name, text in (one.split("=", 1) for one in given):
+        keyword = name.replace("-", "_")
+        option = options.get(keyword)
+        if option is None:
+            if not (takes_any and keyword.isidentifier()):
+                raise SettingError(f"no option {name!r}; {_what_there_is(options)}")
+            option = Option(name, TEXT, "")
+        if option.kind is None:
+            raise SettingError(f"option {name}: it is {option.annotation}, which no text can be; {_ADVICE}")
+        if keyword in arguments and option.many is None:
+            raise SettingError(f"option {name} is given twice")
+        try:
+            value = option.kind.parse(text)
+        except SettingError as error:
+            raise SettingError(f"option {name}: {error}") from None
+        if isinstance(value, Path):
+            value = Path(os.path.normpath(os.path.join(directory, value)))
+        arguments[keyword] = value if option.many is None else (*arguments.get(keyword, ()), value)
+    for keyword, option in options.items():
+        if option.required and keyword not in arguments:
+            raise SettingError(
+                f"option {option.name} is missing, {option.kind.accepts}"
+                if option.kind is not None
+                else f"it needs {option.name}, which no text can be: {option.annotation}; {_ADVICE}"
+            )
+    return {keyword: _as_many(options.get(keyword), value) for keyword, value in arguments.items()}
+
+
+_ADVICE = "name a function that returns the factory"
+
+
+def _as_many(option: Option | None, value: Any) -> Any:
+    return option.many(value) if option is not None and option.many is not None else value
+
+
+def _what_there_is(options: dict[str, Option]) -> str:
+    return f"it has {', '.join(one.name for one in options.values())}" if options else "it has none"
+
+
+def _first_line(found: Any) -> str:
+    return next(iter(_docstring_lines(found)), "(it says nothing about itself)")
+
+
+def _docstring_lines(found: Any) -> Iterator[str]:
+    # Not inspect.getdoc, which gives that of a base class.
+    yield from (line.strip() for line in (found.__doc__ or "").splitlines() if line.strip())

@@ -1,0 +1,115 @@
+"""Protocols that others wrote, as they are: with TLS, PROXY headers, workers, limits and a drain.
+
+Autobahn is without TLS here: on a transport that provides ISSLTransport it wants pyOpenSSL's connection, for a channel
+binding, and fails with any other.
+"""
+
+import base64
+import contextlib
+import os
+import socket
+import ssl
+import sys
+
+import pytest
+
+HELLO = b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 7\r\n"
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + base64.b64encode(b"0123456789abcdef") + b"\r\n\r\n"
+)
+# A frame of text, masked with zeros (RFC 6455, section 5.2), and what comes back.
+FRAME, FRAME_BACK = b"\x81\x82\0\0\0\0hi", b"\x81\x02hi"
+# An anonymous bind (RFC 4511, section 4.2) and the success that answers it.
+BIND, BOUND = bytes.fromhex("300c020101600702010304008000"), bytes.fromhex("300c02010161070a010004000400")
+
+AUTOBAHN = """
+from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
+
+class Echoes(WebSocketServerProtocol):
+    def onMessage(self, payload, is_binary):
+        self.sendMessage(payload, is_binary)
+
+def factory():
+    factory = WebSocketServerFactory()
+    factory.protocol = Echoes
+    return factory
+"""
+
+# What is hosted, what it takes, what a client sends, and what has to be in what comes back.
+HOSTED = {
+    "twisted-echo": ("twisted.protocols.wire:Echo", "", b"hello", b"hello"),
+    # Not its Daytime, which adds bytes to a text, and fails.
+    "twisted-finger": ("twisted.protocols.finger:Finger", "", b"root\r\n", b"No such user"),
+    "twisted-discard": ("twisted.protocols.wire:Discard", "", b"anything", b""),
+    "autobahn-websocket": ("others:factory", "autobahn", UPGRADE + FRAME, FRAME_BACK),
+    "ldaptor-ldap": ("ldaptor.protocols.ldap.ldapserver:LDAPServer", "ldaptor", BIND, BOUND),
+}
+
+
+@pytest.fixture(params=HOSTED)
+def hosted_one(request, hosted, tmp_path, certificates):
+    """A service with TLS behind a proxy, and what to say to it and to hear from it."""
+    protocol, package, says, hears = HOSTED[request.param]
+    if package:
+        pytest.importorskip(package, reason=f"{package} (PyPI) is not installed", exc_type=ImportError)
+    (tmp_path / "others.py").write_text(AUTOBAHN)
+
+    def start(*arguments: str):
+        keys = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
+        kind = "tcp:0:interface=127.0.0.1" if package == "autobahn" else f"ssl:0:interface=127.0.0.1:{keys}"
+        listen = f"--listen=proxy:{kind}"
+        path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+        return hosted(protocol, listen, *arguments, PYTHONPATH=path)
+
+    return start, says, hears
+
+
+def connect(one, certificates) -> socket.socket:
+    listener = one.wait_line(r"listening on proxy:")
+    plain = socket.create_connection(("127.0.0.1", int(listener.rpartition(":")[2])), timeout=30)
+    plain.sendall(HELLO)
+    if ":ssl:" not in listener:
+        return plain
+    return ssl.create_default_context(cafile=certificates["ca.pem"]).wrap_socket(plain, server_hostname="localhost")
+
+
+def receive(client: socket.socket, awaited: bytes) -> bytes:
+    received = b""
+    while awaited not in received:
+        data = client.recv(65536)
+        assert data, received
+        received += data
+    return received
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_is_served_with_everything_that_the_exchange_has(hosted_one, certificates, workers) -> None:
+    start, says, hears = hosted_one
+    one = start(f"--workers={workers}", "--drain-timeout=0.5")
+    for _ in range(4):
+        with connect(one, certificates) as client:
+            client.sendall(says)
+            receive(client, hears)
+    one.wait_line(r"192\.0\.2\.7:4711 on proxy:.* bytes out", count=4)
+    with connect(one, certificates) as client:
+        client.sendall(says)
+        receive(client, hears)
+        assert one.stop() == 0
+    assert not any("Traceback" in line or "failed in" in line for line in one.lines)
+
+
+def test_limits_hold(hosted_one, certificates) -> None:
+    start, says, hears = hosted_one
+    one = start("--max-connections=1", "--at-limit=reject", "--idle-timeout=1", "--drain-timeout=0")
+    with connect(one, certificates) as first:
+        # Its first place is its own until it is idle.
+        with contextlib.suppress(OSError):
+            connect(one, certificates).close()
+        one.wait_line("refused .*--max-connections are open")
+        first.sendall(says)
+        receive(first, hears)
+        while first.recv(65536):
+            pass
+    one.wait_line(", (idle|closed)$")
+    assert one.stop() == 0

@@ -1,0 +1,298 @@
+"""Protocols of anybody's, in real processes: how they start, what they get, and what a bad one cannot do."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+RTSERVICE = ("--nodaemon", "--pidfile=", "rtservice")
+HERE = "--listen=tcp:0:interface=127.0.0.1"
+
+GOOD = """
+from twisted.internet import defer, reactor, task
+from twisted.internet.protocol import Factory, Protocol
+from zope.interface import implementer
+
+from rtservice.interfaces import ConnectionLogger, IDrainable, IMetrics, IOneProcess, IStartable
+
+
+@implementer(IDrainable)
+class Shout(Protocol):
+    def connectionMade(self):
+        self.log = ConnectionLogger(self)
+        self.log.info("shouting at {peer} on {listener}, {connection}")
+
+    def dataReceived(self, data):
+        self.factory.shouts += 1
+        self.transport.write(data.upper() + self.factory.mark)
+
+    def drain(self):
+        self.transport.write(b"bye")
+        self.transport.loseConnection()
+
+
+@implementer(IStartable, IDrainable, IMetrics)
+class Shouts(Factory):
+    protocol = Shout
+    noisy = False
+    shouts = 0
+
+    def __init__(self, mark: bytes = b"!", fails: bool = False, hangs: bool = False):
+        self.mark = mark
+        self.fails = fails
+        self.hangs = hangs
+
+    def startFactory(self):
+        print("startFactory", flush=True)
+
+    async def start(self):
+        await task.deferLater(reactor, 0.05)
+        print("start", flush=True)
+        if self.hangs:
+            await defer.Deferred(lambda d: print("start is cancelled", flush=True))
+        if self.fails:
+            raise ConnectionRefusedError("no database\\nat all")
+
+    def drain(self):
+        print("drain", flush=True)
+
+    def stopFactory(self):
+        print("stopFactory", flush=True)
+
+    def metrics(self):
+        return {"shouts_total": self.shouts}
+
+
+@implementer(IOneProcess)
+class Alone(Factory):
+    protocol = Shout
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "good.py").write_text(GOOD)
+    environment["PYTHONPATH"] = "."
+
+
+def exchange(one, data: bytes, read_all: Callable[[socket.socket], bytes]) -> bytes:
+    with one.connect() as client:
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        return read_all(client)
+
+
+@pytest.mark.usefixtures("good")
+def test_a_factory_is_started_once_before_anybody_is_accepted_and_stopped_after_the_last(service) -> None:
+    one = service("--protocol=good:Shouts", "--protocol-option=mark=?", HERE, "--listen=unix:s")
+    with one.connect() as client:
+        client.sendall(b"hi")
+        assert client.recv(100) == b"HI?"
+        one.stop()
+        assert client.recv(100) == b"bye"
+    told = [line.rpartition("#info] ")[2] for line in one.lines]
+    order = [told.index(word) for word in ("startFactory", "start", "drain", "stopFactory")]
+    assert order == sorted(order)
+    assert [told.count(word) for word in ("startFactory", "start", "drain", "stopFactory")] == [1, 1, 1, 1]
+    listening = next(number for number, line in enumerate(told) if line.startswith("listening on"))
+    assert told.index("start") < listening < told.index("drain")
+    assert any(line.startswith("shouting at 127.0.0.1:") and line.endswith(", 1") for line in told)
+    record = next(number for number, line in enumerate(told) if "bytes out" in line)
+    assert record < told.index("stopFactory")
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_start_that_fails_is_one_line_and_a_status(run, workers) -> None:
+    result = run(*RTSERVICE, "--protocol=good:Shouts", "--protocol-option=fails=true", HERE, f"--workers={workers}")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.endswith("Shouts did not start: ConnectionRefusedError: no database at all")
+    assert "Traceback" not in result.stdout
+    assert "listening on" not in result.stdout
+
+
+@pytest.mark.usefixtures("good")
+def test_a_start_that_is_not_done_is_cancelled_by_a_stop(service) -> None:
+    one = service("--protocol=good:Shouts", "--protocol-option=hangs=true", HERE, awaits=r"\] start$")
+    one.stop()
+    one.wait_line("start is cancelled")
+    one.wait_line("stopFactory")
+    assert not any("listening on" in line or "Traceback" in line for line in one.lines)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("check", [[], ["--check"]], ids=["serve", "check"])
+@pytest.mark.parametrize(
+    ("source", "protocol", "problem"),
+    [
+        ("import nowhere_at_all", "bad:x", "bad cannot be imported: ModuleNotFoundError: No module named 'nowhere_at"),
+        ("1 / 0", "bad:x", "bad cannot be imported: ZeroDivisionError: division by zero ("),
+        ("", "bad:x", "there is no 'x' in bad"),
+        ("", "nowhere:x", "there is no module nowhere"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_line_and_a_status(
+    run, tmp_path, environment, workers, check, source, protocol, problem
+) -> None:
+    (tmp_path / "bad.py").write_text(source)
+    environment["PYTHONPATH"] = "."
+    result = run(*RTSERVICE, f"--protocol={protocol}", HERE, f"--workers={workers}", *check)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert f"--protocol {protocol}: {problem}" in line
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("check", [[], ["--check"]], ids=["serve", "check"])
+def test_what_has_to_be_in_one_process_does_not_start_with_workers(run, check) -> None:
+    result = run(*RTSERVICE, "--protocol=good:Alone", HERE, "--workers=2", *check)
+    assert result.returncode == 1
+    assert result.stderr.endswith("--workers has to be 1, not 2\n")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_list_of_protocols_is_printed(run) -> None:
+    result = run(*RTSERVICE, "--protocol=help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "echo: Greets each client" in result.stdout
+
+
+def test_workers_serve_new_code_after_a_reload(service, tmp_path, environment, read_all, wait_for) -> None:
+    environment["PYTHONPATH"] = "."
+    source = tmp_path / "changes.py"
+    text = "from twisted.internet.protocol import Protocol\nclass Says(Protocol):\n    def connectionMade(self):\n"
+    source.write_text(f"{text}        self.transport.write(b'old code')\n")
+    one = service("--protocol=changes:Says", HERE, "--workers=2")
+    assert exchange(one, b"", read_all) == b"old code"
+    source.write_text(f"{text}        self.transport.write(b'the new code')\n")
+    one.process.send_signal(1)
+    wait_for(lambda: sum("has ended" in line for line in one.lines) == 2)
+    assert exchange(one, b"", read_all) == b"the new code"
+    source.write_text("1 / 0")
+    one.process.send_signal(1)
+    one.wait_line("broken|ZeroDivisionError")
+    assert exchange(one, b"", read_all) == b"the new code"
+    assert one.stop() == 0
+
+
+@pytest.mark.usefixtures("good")
+def test_relative_paths_begin_where_the_command_was_typed(service, tmp_path, environment, read_all) -> None:
+    (tmp_path / "files.py").write_text(
+        "from pathlib import Path\nfrom twisted.internet.protocol import Protocol\n"
+        "class Shows(Protocol):\n    def __init__(self, path: Path):\n        self.path = path\n"
+        "    def connectionMade(self):\n        self.transport.write(bytes(self.path))\n"
+        "        self.transport.loseConnection()\n"
+    )
+    one = service("--protocol=files:Shows", "--protocol-option=path=a/b", HERE, "--workers=2")
+    assert exchange(one, b"", read_all) == bytes(tmp_path / "a" / "b")
+
+
+BAD = """
+import time
+from twisted.internet.protocol import Factory, Protocol
+
+class Raises(Protocol):
+    def dataReceived(self, data):
+        if data == b"block":
+            sleep_here()
+        elif data == b"raise":
+            1 / 0
+        self.transport.write(data)
+
+def sleep_here():
+    time.sleep(2)
+
+class Builds(Factory):
+    protocol = Raises
+    count = 0
+    def buildProtocol(self, address):
+        self.count += 1
+        if self.count == 1:
+            return None
+        if self.count == 2:
+            raise RuntimeError("not today")
+        return super().buildProtocol(address)
+
+class Clings(Protocol):
+    def connectionMade(self):
+        self.transport.registerProducer(self, True)
+        self.transport.write(b"x")
+    def pauseProducing(self): pass
+    def resumeProducing(self): pass
+    def stopProducing(self): raise RuntimeError("never")
+"""
+
+
+@pytest.fixture
+def bad(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "bad.py").write_text(BAD)
+    environment["PYTHONPATH"] = "."
+
+
+@pytest.mark.usefixtures("bad")
+def test_a_client_that_gets_no_protocol_is_closed_and_one_that_raises_harms_no_other(service, read_all) -> None:
+    one = service("--protocol=bad:Builds", HERE)
+    for _ in range(2):
+        with one.connect() as client:
+            assert read_all(client) == b""
+    with one.connect() as client:
+        client.sendall(b"before")
+        assert client.recv(100) == b"before"
+        with one.connect() as other:
+            other.sendall(b"raise")
+            assert read_all(other) == b""
+        client.sendall(b"after")
+        assert client.recv(100) == b"after"
+    one.wait_line("Builds failed in buildProtocol")
+    one.wait_line("Raises failed in dataReceived")
+    assert one.stop() == 0
+
+
+@pytest.mark.usefixtures("bad")
+def test_a_protocol_that_never_lets_go_does_not_hold_up_a_drain(service, read_all) -> None:
+    one = service("--protocol=bad:Clings", HERE, "--drain-timeout=0.2")
+    with one.connect() as client:
+        assert client.recv(1) == b"x"
+        assert one.stop() == 0
+    one.wait_line("drained: 1 ended, 0 aborted")
+
+
+@pytest.mark.usefixtures("bad")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_blocks_the_reactor_is_logged_with_its_stack(service, workers) -> None:
+    one = service("--protocol=bad:Raises", HERE, f"--workers={workers}")
+    with one.connect() as client:
+        client.sendall(b"block")
+        assert client.recv(100) == b"block"
+    one.wait_line("the reactor is blocked: nothing was served for 1")
+    one.wait_line("in sleep_here")
+    assert one.stop() == 0
+
+
+def test_a_chat_goes_on_while_a_member_does_not_read(service) -> None:
+    one = service("--protocol=chat", "--protocol-option=max-unsent=100000", HERE)
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with one.connect() as ann, slow:
+        slow.settimeout(30)
+        slow.connect(("127.0.0.1", one.port))
+        slow.sendall(b"slow\n/join tea\n")
+        heard = ann.makefile("rb")
+        ann.sendall(b"ann\n/join tea\n")
+        said = b"x" * 1000
+        while b"left" not in heard.readline():
+            ann.sendall(said + b"\n")
+        ann.sendall(b"/who\n")
+        while (line := heard.readline()) != b"* ann\r\n":
+            assert said in line
+    assert one.stop() == 0
+
+
+def test_a_chat_does_not_start_with_workers(run) -> None:
+    result = run(*RTSERVICE, "--protocol=chat", HERE, "--workers=2")
+    assert result.returncode == 1
+    assert result.stderr.endswith(
+        "--protocol chat: its connections have to be in one process: --workers has to be 1, not 2\n"
+    )

@@ -1,0 +1,274 @@
+"""From names and texts to factories, without a reactor."""
+
+import sys
+import types
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from twisted.internet.interfaces import IProtocolFactory
+from twisted.internet.protocol import Factory, Protocol
+from zope.interface import implementer
+
+from rtservice.hosting import ECHO_SETTINGS, listing, make_factory
+from rtservice.interfaces import IOneProcess
+from rtservice.protocols.echo import EchoFactory
+from rtservice.settings import SettingError, load
+
+
+class Color(Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Everything(Factory):
+    """Takes one of each.
+
+    And more.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        raw: bytes = b"",
+        whole: int = 1,
+        number: float = 1.0,
+        flag: bool = False,
+        path: Path = Path("here"),
+        color: Color = Color.RED,
+        word: Literal["one", "two"] = "one",
+        some: list[int] | None = None,
+        both: tuple[str, ...] = (),
+        plain=5,
+        other: object = None,
+    ) -> None:
+        self.given = {name: value for name, value in locals().items() if name != "self"}
+
+
+class Late(Factory):
+    """Its annotations are texts, and one of them is for type checkers alone."""
+
+    def __init__(self, count: "int" = 1, what: "Unknown | None" = None) -> None:  # noqa: F821  # as said
+        self.count = count
+
+
+class Inherits(Late):
+    pass
+
+
+class Answer(Protocol):
+    def __init__(self, text: bytes = b"yes", times: int = 1) -> None:
+        self.answer = text * times
+
+
+class Needs(Factory):
+    def __init__(self, realm: Factory) -> None: ...
+
+
+class Anything(Factory):
+    def __init__(self, **keywords: Any) -> None:
+        self.keywords = keywords
+
+
+@implementer(IOneProcess)
+class Alone(Factory):
+    pass
+
+
+def make(limit: int = 5) -> Factory:
+    if limit > 10:
+        raise ValueError(f"{limit} is too many")
+    if limit < 0:
+        raise OSError("no way")
+    factory = Factory()
+    factory.limit = limit
+    return factory
+
+
+def make_nothing() -> None:
+    """Gives no factory."""
+
+
+@pytest.fixture(autouse=True)
+def _module(monkeypatch) -> Iterator[None]:
+    """What is above, as the module `mine`."""
+    module = types.ModuleType("mine")
+    vars(module).update({name: value for name, value in globals().items() if not name.startswith("__")})
+    monkeypatch.setitem(sys.modules, "mine", module)
+    return
+
+
+def made(protocol: str, *options: str, directory: str = "/srv", processes: int = 1, **settings: str) -> Any:
+    given = {"protocol": protocol, "protocol-option": options, **settings}
+    return make_factory(load(given, {}, None), directory=directory, processes=processes)
+
+
+def problem(protocol: str, *options: str, **more: Any) -> str:
+    with pytest.raises(SettingError) as caught:
+        made(protocol, *options, **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_options_become_keyword_arguments_of_the_types_that_the_callable_says() -> None:
+    given = made(
+        "mine:Everything",
+        *("text=a=b", r"raw=\x00\n", "whole=-7", "number=2.5e3", "flag=true", "path=sub/../file", "color=blue"),
+        *("word=two", "some=1", "some=2", "both=x", "both=", "plain=6"),
+    ).given
+    assert given == {
+        "text": "a=b",
+        "raw": b"\0\n",
+        "whole": -7,
+        "number": 2500.0,
+        "flag": True,
+        "path": Path("/srv/file"),
+        "color": Color.BLUE,
+        "word": "two",
+        "some": [1, 2],
+        "both": ("x", ""),
+        "plain": "6",  # nothing is said of its type, and its default's would be a guess
+        "other": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["text=x", "whole=1.5"], "option whole: '1.5' is not a whole number"),
+        (["text=x", "number=inf"], "option number: 'inf' is not a number"),
+        (["text=x", "flag=yes"], "option flag: 'yes' is not true or false"),
+        (["text=x", "path="], "option path: the path is empty"),
+        (["text=x", "color=green"], "option color: 'green' is not one of red, blue"),
+        (["text=x", "word=three"], "option word: 'three' is not one of one, two"),
+        (["text=x", "some=1", "some=x"], "option some: 'x' is not a whole number"),
+        (["text=x", "text=y"], "option text is given twice"),
+        (["text=x", r"raw=\q"], "option raw: "),
+        (["text=x", "other=1"], "option other: it is object, which no text can be"),
+        ([], "option text is missing, a string"),
+        (["text=x", "wohle=1"], "no option 'wohle'; it has text, raw, whole, number, flag, path, color, word, some"),
+    ],
+)
+def test_a_mistake_in_an_option_names_it_and_what_there_is(options, words) -> None:
+    assert problem("mine:Everything", *options).startswith(f"--protocol mine:Everything: {words}")
+
+
+def test_annotations_that_are_texts_are_understood_and_one_that_cannot_be_harms_no_other() -> None:
+    for name in ("Late", "Inherits"):
+        assert made(f"mine:{name}", "count=7").count == 7
+        assert "option what: it is object" in problem(f"mine:{name}", "what=x")
+
+
+def test_a_protocol_class_is_made_for_each_connection_with_its_options() -> None:
+    factory = made("mine:Answer", "text=no", "times=2")
+    one, other = factory.buildProtocol(None), factory.buildProtocol(None)
+    assert one is not other
+    assert one.factory is factory
+    assert (one.answer, other.answer) == (b"nono", b"nono")
+    assert factory.logPrefix() == "Answer"
+    assert made("mine:Answer").buildProtocol(None).answer == b"yes"
+
+
+def test_a_function_gives_the_factory_and_says_what_is_wrong() -> None:
+    assert made("mine:make", "limit=7").limit == 7
+    assert problem("mine:make", "limit=11") == "--protocol mine:make: 11 is too many"
+    assert "it cannot be made: OSError: no way (" in problem("mine:make", "limit=-1")
+    assert problem("mine:make_nothing").endswith("it gives no factory, but NoneType")
+
+
+def test_a_callable_that_takes_any_keyword_gets_texts() -> None:
+    assert made("mine:Anything", "some-thing=1").keywords == {"some_thing": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mien", "not one of echo, "),
+        ("mine:Nothing", "there is no 'Nothing' in mine"),
+        ("mine:", "mine: is not package.module:name"),
+        ("my-module:x", "is not package.module:name"),
+        ("nowhere.at_all:x", "there is no module nowhere"),
+        ("mine:Color", "mine:Color is not a Factory class, a function"),
+        ("mine:sys", "mine:sys is not a Factory class, a function"),
+        ("mine:Needs", "it needs realm, which no text can be: Factory; name a function that returns the factory"),
+    ],
+)
+def test_a_name_that_cannot_be_served_says_why(name, words) -> None:
+    assert words in problem(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("import nowhere_at_all", "broken cannot be imported: ModuleNotFoundError: No module named 'nowhere_at_all' ("),
+        ("def f(:", "broken cannot be imported: SyntaxError: "),
+        ("\n1 / 0", "broken.py, line 2)"),
+        ("import sys; sys.exit('a\\nb')", "broken cannot be imported: SystemExit: a b ("),
+    ],
+)
+def test_a_module_that_fails_to_be_imported_is_named_with_its_error_and_line(
+    tmp_path, monkeypatch, source, words
+) -> None:
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert words in problem("broken:x")
+
+
+def test_a_module_of_the_current_directory_is_pointed_to(tmp_path, monkeypatch) -> None:
+    (tmp_path / "hidden_here.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert "PYTHONPATH=." in problem("hidden_here:x")
+    assert "PYTHONPATH" not in problem("hidden_there:x")
+
+
+@pytest.mark.parametrize("name", ["greeting", "greet", "framing", "max-message"])
+def test_the_exchange_has_its_options_by_both_names_and_other_protocols_refuse_them(name) -> None:
+    assert name in ECHO_SETTINGS
+    value = {"greeting": "hi", "greet": "first-data", "framing": "line", "max-message": "50"}[name]
+    ours = vars(made("echo", **{name: value}))
+    assert ours == vars(made("echo", f"{name}={value}")) != vars(made("echo"))
+    assert isinstance(made("echo"), EchoFactory)
+    assert "is given twice" in problem("echo", f"{name}={value}", **{name: value})
+    refused = problem("mine:Answer", **{name: value})
+    assert refused == f"--{name}: an option of the protocol echo, and not of --protocol mine:Answer"
+
+
+def test_what_the_exchange_refuses_is_a_settings_error() -> None:
+    assert problem("echo", "max-message=0").startswith("--protocol echo: the longest message is 0 bytes")
+    assert problem("echo", framing="line", greeting=r"a\n").startswith("--greeting: the greeting of the framing `line`")
+
+
+def test_what_has_to_be_in_one_process_is_refused_with_several() -> None:
+    assert IProtocolFactory.providedBy(made("mine:Alone"))
+    assert problem("mine:Alone", processes=2).endswith("--workers has to be 1, not 2")
+
+
+def test_the_list_has_a_line_for_each_and_for_each_option() -> None:
+    lines = listing().splitlines()
+    assert "echo: Greets each client, then sends back everything it sends." in lines
+    assert "    --protocol-option max-message=…: a whole number [default: 65536]" in lines
+
+
+def test_installed_packages_offer_protocols_by_name(tmp_path, monkeypatch) -> None:
+    package = tmp_path / "mine-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[rtservice.protocols]\neverything = mine:Everything\nanswer = mine:Answer [extra]\n"
+        "gone = mine:Gone\necho = mine:Answer\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert made("answer").logPrefix() == "Answer"
+    assert isinstance(made("echo"), EchoFactory)  # nobody else takes the name of what ships
+    assert "not one of echo, " in problem("answers")
+    assert ", answer, everything, gone, nor package" in problem("answers")
+    listed = listing()
+    assert "everything: Takes one of each.\n    --protocol-option text=…: a string [required]\n" in listed
+    assert "    --protocol-option color=…: one of red, blue [default: red]\n" in listed
+    assert "    --protocol-option some=…: a whole number, repeatable [default: none]\n" in listed
+    assert "    --protocol-option other=…: object, which no text can be [default: none]\n" in listed
+    assert "answer: (it says nothing about itself)\n" in listed
+    assert "gone: there is no 'Gone' in mine\n" in listed

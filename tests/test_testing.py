@@ -1,0 +1,100 @@
+"""What authors of protocols test with, tried on the exchange and on a protocol of theirs."""
+
+import socket
+import ssl
+from pathlib import Path
+
+import pytest
+from pytest_twisted import ensureDeferred
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.threads import deferToThread
+
+from rtservice.net.stream import Connection, SecureConnection
+from rtservice.protocols.echo import EchoFactory
+
+
+class Collects(Protocol):
+    def __init__(self) -> None:
+        self.received = b""
+        self.finished: Deferred[bytes] = Deferred()
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
+
+    def connectionLost(self, reason: object = None) -> None:
+        self.finished.callback(self.received)
+
+
+@ensureDeferred
+async def test_a_factory_is_served_in_this_process_on_the_transport_that_it_will_have(serve) -> None:
+    from twisted.internet import reactor
+
+    factory = EchoFactory()
+    transports = []
+    build = factory.buildProtocol
+
+    def recording(address: object) -> Protocol:
+        protocol = build(address)
+        transports.append(protocol)
+        return protocol
+
+    factory.buildProtocol = recording
+    port = serve(factory)
+    client = await connectProtocol(HostnameEndpoint(reactor, "127.0.0.1", port.getHost().port), Collects())
+    client.transport.write(b"hi")
+    client.transport.loseWriteConnection()
+    assert await client.finished == b"Hello from the server!hi"
+    assert type(transports[0].transport) is Connection
+
+
+losses: list[object] = []
+
+
+class Loses(Protocol):
+    def connectionMade(self) -> None:
+        self.transport.write(b"x")
+
+    def connectionLost(self, reason: object = None) -> None:
+        losses.append(type(self.transport))
+
+
+left_open: list[ssl.SSLSocket] = []
+
+
+@ensureDeferred
+async def test_a_connection_that_a_test_leaves_open(serve, certificates) -> None:
+    losses.clear()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates["server.pem"], certificates["server.key"])
+    port = serve(Factory.forProtocol(Loses), tls=context)
+    trusting = ssl.create_default_context(cafile=certificates["ca.pem"])
+
+    def connect() -> ssl.SSLSocket:
+        plain = socket.create_connection(("127.0.0.1", port.getHost().port), timeout=30)
+        client = trusting.wrap_socket(plain, server_hostname="localhost")
+        assert client.recv(1) == b"x"
+        return client
+
+    left_open.append(await deferToThread(connect))
+    assert losses == []
+
+
+def test_is_gone_before_the_next() -> None:
+    left_open.pop().close()
+    assert losses == [SecureConnection]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_protocol_is_served_by_a_real_twistd_reloaded_and_drained(hosted, tmp_path: Path, workers, read_all) -> None:
+    (tmp_path / "rt.toml").write_text("idle-timeout = 60")
+    one = hosted("echo", "--config=rt.toml", f"--workers={workers}", "--protocol-option=greeting=hi")
+    with one.connect() as client:
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"hi"
+    (tmp_path / "rt.toml").write_text("idle-timeout = 61")
+    assert one.reload().endswith("changed: idle-timeout")
+    (tmp_path / "rt.toml").write_text("idle-timeout = 'x'")
+    assert "nothing is reloaded" in one.reload()
+    assert one.stop() == 0
