@@ -66,7 +66,7 @@ def adopted() -> Iterator[Callable[..., list[Listener]]]:
     def adopt(*descriptions: str, before: Callable[[], None] = lambda: None) -> list[Listener]:
         opened = [one for text in descriptions for one in open_description(text, backlog=10, slots=2)]
         made.extend(opened)
-        described = json.loads(json.dumps(describe(settings.Settings(), opened)))
+        described = json.loads(json.dumps(describe(settings.Settings(), opened, directory="/")))
         before()
         found = []
         for given, listener in zip(described["listeners"], opened, strict=True):
@@ -127,7 +127,7 @@ def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeyp
         Listener(socket.socket(), "tcp:passed", shared=True),
     ]
     try:
-        described = describe(settings.Settings(), opened)["listeners"]
+        described = describe(settings.Settings(), opened, directory="/")["listeners"]
         assert [one["kind"] for one in described] == ["slot", "own", "passed"]
         assert [one["file"] for one in described] == [None, opened[1].file, None]
     finally:
@@ -140,7 +140,7 @@ def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
     in_force = settings.load(
         {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None
     ).settings
-    texts = json.loads(json.dumps(describe(in_force, [])))["settings"]
+    texts = json.loads(json.dumps(describe(in_force, [], directory="/")))["settings"]
     assert settings.load(texts, {}, None).settings == in_force
 
 
@@ -152,7 +152,7 @@ def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tm
     try:
         (tmp_path / "server.key").unlink()
         with pytest.raises(TLSError, match=r"server\.key"):
-            describe(settings.Settings(), [listener])
+            describe(settings.Settings(), [listener], directory="/")
     finally:
         listener.close()
 
@@ -164,6 +164,9 @@ class Reactor(Clock):
     """A clock that can be stopped."""
 
     stopped = 0
+
+    def callFromThread(self, call: Callable[..., object], *arguments: object) -> None:
+        """Nothing: what watches for a reactor that is blocked sees one whose clock stands still."""
 
     def stop(self) -> None:
         self.stopped += 1
@@ -197,7 +200,7 @@ def connected() -> tuple[Worker, Channel, Reactor]:
 
 
 def start(**given: Any) -> bytes:
-    described = describe(settings.Settings(), [])
+    described = describe(settings.Settings(), [], directory="/")
     return encode("start", {**described, "slot": 0, "slots": 2, **given})
 
 

@@ -41,7 +41,7 @@ def test_a_log_record_is_handed_on_as_the_text_that_it_is() -> None:
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"\n", r"a message '', which is none of beat, "),
+        (b"\n", r"a message '', which is none of access, beat, "),
         (b"no\n", "a message 'no'"),
         (b"\xff\x00" * 200 + b"\n", r"a message '\\\\xff"),
         (b"beat\n", "a message 'beat' that is not JSON"),
