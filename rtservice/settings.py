@@ -345,6 +345,12 @@ class Settings:
         "MiB of resident memory at which a worker is replaced; `0`: no limit.",
         takes="reload",
     )
+    status: str = _setting(
+        "",
+        TEXT,
+        "Where to serve the status page, `/status.json`, `/metrics`, `/healthz` and `/readyz` over HTTP, as `--listen` "
+        "has it: `tcp:9090` is on loopback unless it has an `interface=`. Nowhere if empty.",
+    )
     greeting: bytes = _setting(
         b"Hello from the server!",
         ESCAPED,

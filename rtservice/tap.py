@@ -9,20 +9,28 @@ import os
 import pwd
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from twisted.logger import Logger, globalLogPublisher
 from twisted.python import usage
 
 from rtservice import __version__, settings, worker
 from rtservice.host import systemd
+from rtservice.host.connections import COLUMNS
+from rtservice.host.counters import DURATIONS, LAGS
 from rtservice.host.server import Server
+from rtservice.host.side import Side
 from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.net.tls import TLSError
 from rtservice.observe.logs import Log
 from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
+
+_Found = TypeVar("_Found")
+
+# A listener of --status has a hundred clients at the most.
+_STATUS_BACKLOG = 100
 
 
 def _help(setting: settings.Setting) -> str:
@@ -155,12 +163,13 @@ def makeService(options: Options) -> Server | Supervisor:
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
         _install_reactor(log.logger)
-        opened, endpoints = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
+        opened, endpoints, status = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
         raise SystemExit(f"rtservice: {error}") from None
     start = _Start(twistd)
+    side = Side(log.logger, status)
     make = _serve_with_workers if slots > 1 else _serve_here
-    service = make(options, opened, endpoints, log, notifier, start)
+    service = make(options, opened, endpoints, log, notifier, start, side)
     # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
     atexit.register(_exit_with_status_of, service)
     return service
@@ -173,10 +182,12 @@ def _serve_here(
     log: Log,
     notifier: systemd.Notifier,
     start: _Start,
+    side: Side,
 ) -> Server:
     reload = _Reload(options, log)
     server = Server(
         worker.make_factory(options.loaded),
+        side=side,
         listeners=opened,
         endpoints=endpoints,
         live=worker.make_live(options.settings()),
@@ -187,6 +198,7 @@ def _serve_here(
         report=start.report,
         reload=lambda: reload(server),
     )
+    _serve_status(side, server, reload)
     return server
 
 
@@ -197,9 +209,11 @@ def _serve_with_workers(
     log: Log,
     notifier: systemd.Notifier,
     start: _Start,
+    side: Side,
 ) -> Supervisor:
     reload = _ReloadWorkers(options, log, opened)
-    return Supervisor(
+    supervisor = Supervisor(
+        side=side,
         listeners=opened,
         slots=_slots(options.settings()),
         plan=_plan(options.settings(), opened),
@@ -210,6 +224,26 @@ def _serve_with_workers(
         report=start.report,
         reload=reload,
     )
+    _serve_status(side, supervisor, reload)
+    return supervisor
+
+
+def _serve_status(side: Side, service: Server | Supervisor, in_force: _Settings) -> None:
+    """Have the site of --status, if there is one, show this service."""
+    if side:
+        from rtservice.observe.figures import Source
+        from rtservice.observe.site import make_site
+
+        source = Source(
+            version=__version__,
+            overview=service.overview,
+            rows=service.rows,
+            settings=in_force.shown,
+            columns=COLUMNS,
+            durations=DURATIONS,
+            lags=LAGS,
+        )
+        side.factory = make_site(source)
 
 
 def _slots(in_force: settings.Settings) -> int:
@@ -244,8 +278,11 @@ def _is_ours(description: str) -> bool:
 
 def _open(
     loaded: Loaded, resolve_path: Callable[[str], str], slots: int
-) -> tuple[list[Listener], list[tuple[str, Any]]]:
-    """Every listener, bound, and the endpoints that can only be bound later. Raises SettingError."""
+) -> tuple[list[Listener], list[tuple[str, Any]], list[Listener]]:
+    """Every listener, bound, the endpoints that can only be bound later, and the listeners of --status.
+
+    Raises SettingError.
+    """
     in_force = loaded.settings
     opened: list[Listener] = []
     endpoints: list[tuple[str, Any]] = []
@@ -265,11 +302,23 @@ def _open(
                 opened += listeners.open_port(
                     in_force.port, interface=in_force.interface, backlog=in_force.backlog, slots=slots
                 )
+        status = _status(loaded, listeners.open_description, resolve_path=resolve_path, backlog=_STATUS_BACKLOG)
     except BaseException:
         for listener in opened:
             listener.close()
         raise
-    return opened, endpoints
+    return opened, endpoints, status or []
+
+
+def _status(loaded: Loaded, use: Callable[..., _Found], **how: Any) -> _Found | None:
+    """What `use` makes of the description of --status, if there is one. Raises SettingError."""
+    description = loaded.settings.status
+    if not description:
+        return None
+    with _naming(f"{loaded.where('status')} {printable(description)}"):
+        if listeners.split_description(description)[0] not in listeners.TYPES - {"proxy", "haproxy"}:
+            raise ListenError("it is served on one of ssl, systemd, tcp, tcp6, unix")
+        return use(description, loopback=True, **how)
 
 
 def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
@@ -284,6 +333,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str]) -> None:
     if not in_force.listen:
         with _naming(_port_and_interface(loaded)):
             listeners.check_port(in_force.port, interface=in_force.interface)
+    _status(loaded, listeners.check_description, resolve_path=resolve_path)
 
 
 def _port_and_interface(loaded: Loaded) -> str:
@@ -299,6 +349,10 @@ class _Settings:
         self._options = options
         self._in_force = options.settings()
         self._log = log
+
+    def shown(self) -> dict[str, str]:
+        """Each setting in force, as a user would write it."""
+        return {one.name: printable(settings.as_text(getattr(self._in_force, one.field))) for one in settings.schema()}
 
     def _wanted(self) -> settings.Settings:
         """What the file says now; raises SettingError."""
