@@ -131,7 +131,7 @@ class Worker(ProcessProtocol):
         self.phase = Phase.STARTING
         self.began = self.heard = supervisor.reactor.seconds()
         self.counters: dict[str, int] = {}
-        self.counted = 0.0  # when, as time.time()
+        self.counted: float | None = None  # when, as time.time()
         self.problem = ""  # why it could not start, in its own words
         self.age = plan.max_age * random.uniform(0.9, 1.1)  # at which it is replaced: not all at once
         self._messages = Messages(FROM_WORKER, LONGEST_FROM_WORKER)

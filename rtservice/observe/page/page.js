@@ -35,11 +35,11 @@ const listed = (counts) => Object.entries(counts).map(([name, n]) => `${whole(n)
 
 // --- what one answer comes to ---
 
-function counted(worker) {
+function counted(worker, now) {
   const listeners = Object.values(worker.counters.listeners);
   const of = (word) => sum(listeners.map((one) => one[word]));
   return {
-    time: worker.counted, open: sum(listeners.flatMap((one) => Object.values(one.phase))),
+    time: worker.counted ?? now, open: sum(listeners.flatMap((one) => Object.values(one.phase))),
     opened: of("opened"), in: of("in"), out: of("out"), cpu: worker.counters.cpu_seconds || 0,
     looks: sum(worker.counters.lag.buckets), late: worker.counters.lag.seconds,
   };
@@ -49,7 +49,7 @@ function remember(workers, now) {
   for (const worker of workers) {
     const history = histories[worker.worker] ??= [];
     // Workers count once a second, by their own clock.
-    if (worker.counted !== null && worker.counted !== history.at(-1)?.time) history.push(counted(worker));
+    if (worker.counted === null || worker.counted !== history.at(-1)?.time) history.push(counted(worker, now));
     while (history.length && history[0].time < now - SHOWN[1] - 10) history.shift();
   }
 }
@@ -70,7 +70,7 @@ const GRAPHS = [
 
 function series(graph, worker) {
   const history = histories[worker];
-  return history.slice(1).map((now, i) => [now.time, graph.of(now, history[i])]);
+  return history.map((now, i) => [now.time, graph.of(now, history[i - 1] ?? now)]);
 }
 
 // --- drawing ---
@@ -136,7 +136,7 @@ function showWorkers(status) {
     ["phase", (one) => make("td", {class: ["ready", "serving"].includes(one.phase) ? "good" : "wait"}, one.phase)],
     ["pid", (one) => one.pid ?? "–", "number"],
     ["age", (one) => span(one.age), "number"],
-    ["connections", (one) => whole(now(one)?.open || 0), "number"],
+    ["connections", (one) => whole(counted(one).open), "number"],
     ["CPU", (one) => before(one) ? `${whole(100 * rate("cpu")(now(one), before(one)))} %` : "–", "number"],
     ["memory", (one) => bytes(one.counters.memory || 0), "number"],
     ["descriptors", (one) => `${whole(one.counters.descriptors || 0)} of ${whole(one.counters.descriptor_limit || 0)}`, "number"],
@@ -183,7 +183,7 @@ function showConnections(status) {
   ], rows, "nobody is connected");
   const open = sum(status.workers.map((one) => counted(one).open));
   const unheard = missing.length ? `; no answer from worker ${missing.join(", ")}` : "";
-  byId("shown").textContent = (rows.length ? `${whole(offset + 1)} to ${whole(offset + rows.length)} of ${whole(open)}` : "") + unheard;
+  byId("shown").textContent = (rows.length ? `${whole(offset + 1)} to ${whole(offset + rows.length)} of ${whole(Math.max(open, offset + rows.length))}` : "") + unheard;
   byId("earlier").disabled = offset === 0;
   byId("later").disabled = rows.length < PAGE || offset + 2 * PAGE > most;
 }
