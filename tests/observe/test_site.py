@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from rtservice.host.connections import COLUMNS
 from rtservice.host.counters import DURATIONS, LAGS
 from rtservice.observe.figures import Source
 from rtservice.observe.site import make_site
+
+ETC = Path(__file__).parent.parent.parent / "etc"
 
 COUNTERS = {
     "open": 1,
@@ -249,6 +253,15 @@ def test_metrics_have_the_names_and_units_that_prometheus_wants(one: Service) ->
         'rtservice_process_resident_memory_bytes{worker="supervisor"} 1.0',
     ):
         assert f"\n{line}" in f"\n{body}", line
+
+
+@pytest.mark.parametrize("file", ["rtservice.rules.yml", "grafana.json"])
+def test_alerts_and_the_dashboard_name_metrics_that_there_are(one: Service, file: str) -> None:
+    _, _, body = get(one, "/metrics")
+    there = {re.split(r"[{ ]", line)[0] for line in body.splitlines() if line[0] != "#"}
+    named = set(re.findall(r"\brtservice_[a-z_]+", (ETC / file).read_text()))
+    assert len(named) > 5
+    assert named <= there
 
 
 def test_open_metrics_is_spoken_to_who_accepts_it(one: Service) -> None:
