@@ -223,7 +223,10 @@ class Worker(ProcessProtocol):
             self._records += 1
             self.supervisor.publish(self, value)
         elif word == "beat":
-            self.counters |= {str(name): int(count) for name, count in value.items()}
+            for name, count in value.items():
+                # A total that falls would be the whole service's.
+                least = self.counters.get(name, 0) if is_total(name) else int(count)
+                self.counters[name] = max(int(count), least)
             self.counted = time.time()
         elif word == "rows":
             self.supervisor.answered(self, int(value["id"]), _checked_rows(value["rows"]))
