@@ -246,7 +246,7 @@ class Worker(Protocol):
     def _beat(self) -> None:
         assert self._server is not None
         counters, told = self._server.counters(), self._told
-        changed = {name: count for name, count in counters.items() if told.get(name, 0) != count}
+        changed = {name: count for name, count in counters.items() if told.get(name) != count}
         # What is not there any more is a phase that no connection is in.
         self._tell("beat", changed | dict.fromkeys(told.keys() - counters.keys(), 0))
         self._told = counters
