@@ -3,7 +3,7 @@
 
 const EVERY = 1000, LATE = 5000;  // ms between two questions; ms that an answer may take
 const SHOWN = [60, 300];  // seconds that a graph spans, at the least and at the most
-const PAGE = 50;
+const PAGE = 25;
 const byId = (id) => document.getElementById(id);
 
 const histories = {};  // by worker: what it had counted when
@@ -40,7 +40,7 @@ function counted(worker, now) {
   const of = (word) => sum(listeners.map((one) => one[word]));
   return {
     time: worker.counted ?? now, open: sum(listeners.flatMap((one) => Object.values(one.phase))),
-    opened: of("opened"), in: of("in"), out: of("out"), cpu: worker.counters.cpu_seconds || 0,
+    opened: of("opened"), moved: of("in") + of("out"), cpu: worker.counters.cpu_seconds || 0,
     looks: sum(worker.counters.lag.buckets), late: worker.counters.lag.seconds,
   };
 }
@@ -60,8 +60,7 @@ const rate = (word) => (now, before) => Math.max(0, now[word] - before[word]) / 
 const GRAPHS = [
   {title: "connections", of: (now) => now.open, show: whole, all: sum},
   {title: "connects / s", of: rate("opened"), show: whole, all: sum},
-  {title: "received / s", of: rate("in"), show: bytes, all: sum},
-  {title: "sent / s", of: rate("out"), show: bytes, all: sum},
+  {title: "bytes / s", of: rate("moved"), show: bytes, all: sum},
   {
     title: "reactor lag", show: millis, all: (values) => Math.max(0, ...values),
     of: (now, before) => now.looks > before.looks ? (now.late - before.late) / (now.looks - before.looks) : 0,
