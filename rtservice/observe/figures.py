@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,19 +51,24 @@ class Source:
             "listeners": {name: self._listener() for name in listeners},
         }
         for key, count in counters.items():
+            # What a worker that has gone mad calls a counter harms nobody else.
             word, label, listener = (*key.split("\t", 2), "", "")[:3]
-            place = found["listeners"].setdefault(listener, self._listener()) if listener else found
-            if word == "cpu_us":
-                found["cpu_seconds"] = count / 1e6
-            elif word in ("lag", "duration"):
-                place[word]["buckets"][int(label)] = count
-            elif word in ("lag_us", "duration_us"):
-                place[word.removesuffix("_us")]["seconds"] = count / 1e6
-            elif label:
-                place[word][label] = count
-            else:
-                place[word] = count
+            with suppress(LookupError, TypeError, ValueError):
+                self._place(found, word, label, listener, count)
         return found
+
+    def _place(self, found: dict[str, Any], word: str, label: str, listener: str, count: int) -> None:
+        place = found["listeners"].setdefault(listener, self._listener()) if listener else found
+        if word == "cpu_us":
+            found["cpu_seconds"] = count / 1e6
+        elif word in ("lag", "duration"):
+            place[word]["buckets"][int(label)] = count
+        elif word in ("lag_us", "duration_us"):
+            place[word.removesuffix("_us")]["seconds"] = count / 1e6
+        elif label:
+            place[word][label] = count
+        elif type(place.get(word, 0)) is int:
+            place[word] = count
 
     def _listener(self) -> dict[str, Any]:
         return {

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from rtservice.observe.figures import Source
 
+_VERSIONS = {"python": platform.python_version(), "twisted": version("twisted")}
 _STATES = ("starting", "serving", "draining", "stopped")
 
 
@@ -53,11 +54,7 @@ class _Figures(Collector):
         yield from self._processes(workers)
 
     def _service(self, figures: dict[str, Any]) -> Iterator[Metric]:
-        versions = {
-            "version": figures["version"],
-            "python": platform.python_version(),
-            "twisted": version("twisted"),
-        }
+        versions = {"version": figures["version"], **_VERSIONS}
         build = GaugeMetricFamily("rtservice_build_info", "What runs; always 1.", labels=[*versions])
         build.add_metric(list(versions.values()), 1)
         yield build

@@ -264,6 +264,21 @@ def test_alerts_and_the_dashboard_name_metrics_that_there_are(one: Service, file
     assert named <= there
 
 
+NO_COUNTERS = [
+    *("lag\t99\t", "lag\tx\t", "duration\t-99\ttcp:a", "lag", "listeners", "x\ty\tz", "opened\tx\ttcp:a", "\t\t"),
+    *("closed\t\ttcp:a", "seconds\tx\t"),
+]
+
+
+@pytest.mark.parametrize("name", NO_COUNTERS)
+def test_a_counter_that_is_none_harms_no_other(one: Service, monkeypatch, name: str) -> None:
+    monkeypatch.setitem(COUNTERS, name, 5)
+    status, _, body = get(one, "/metrics")
+    assert status == 200
+    assert 'rtservice_connections_opened_total{listener="tcp:a",worker="0"} 3.0' in body
+    assert get(one, "/status.json")[0] == 200
+
+
 def test_open_metrics_is_spoken_to_who_accepts_it(one: Service) -> None:
     accept = "Accept: application/openmetrics-text; version=1.0.0"
     _, headers, body = ask(one, f"GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}\r\n\r\n")
