@@ -310,3 +310,10 @@ def test_those_who_ask_for_the_status_cannot_use_up_the_service(service: Callabl
         with one.connect() as client:
             assert client.recv(100) == b"Hello from the server!"
     wait_for(lambda: ask(f"{address(one)}/healthz")[0] == 200)
+
+
+def test_check_looks_at_it_too(run) -> None:
+    ended = run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--check", "--status", "tcp:x")
+    assert ended.returncode != 0
+    assert ended.stderr.startswith("rtservice: --status tcp:x: port 'x' is not")
+    assert run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--check", "--status", "9090").returncode == 0
