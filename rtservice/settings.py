@@ -396,6 +396,12 @@ class Settings:
         "An option of the protocol, `key=value`; repeatable. They become keyword arguments.",
         repeatable=True,
     )
+    status: str = _setting(
+        "",
+        TEXT,
+        "Where to serve the status page, `/status.json`, `/metrics`, `/healthz` and `/readyz` over HTTP, as `--listen` "
+        "has it: `tcp:9090` is on loopback unless it has an `interface=`. Nowhere if empty.",
+    )
     greeting: bytes = _setting(
         b"Hello from the server!",
         ESCAPED,

@@ -10,7 +10,7 @@ import pwd
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python import usage
@@ -18,7 +18,10 @@ from twisted.python.components import Componentized
 
 from rtservice import __version__, hosting, settings, worker
 from rtservice.host import systemd
+from rtservice.host.connections import COLUMNS
+from rtservice.host.counters import DURATIONS, LAGS
 from rtservice.host.server import Server, raise_descriptor_limit
+from rtservice.host.side import Side
 from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
@@ -27,6 +30,11 @@ from rtservice.observe import logs
 from rtservice.observe.lines import File, Lines, RotatedFile, check_file
 from rtservice.observe.logs import AccessLog, Format, Levels, Log
 from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
+
+_Found = TypeVar("_Found")
+
+# A listener of --status has a hundred clients at the most.
+_STATUS_BACKLOG = 100
 
 
 def _help(setting: settings.Setting) -> str:
@@ -173,15 +181,16 @@ def makeService(options: Options) -> Server | Supervisor:
         notifier = systemd.from_environment(os.environ)
         raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
         outputs = _Outputs(options.loaded, twistd, resolve_path, log.levels)
-        opened, endpoints = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
+        opened, endpoints, status = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
         raise SystemExit(f"rtservice: {error}") from None
     start = _Start(twistd)
+    side = Side(log, status)
     service: Server | Supervisor
     if slots > 1:
-        service = _serve_with_workers(options, opened, log, notifier, start, outputs)
+        service = _serve_with_workers(options, opened, log, notifier, start, outputs, side)
     else:
-        service = _serve_here(options, factory, opened, endpoints, log, notifier, start, outputs)
+        service = _serve_here(options, factory, opened, endpoints, log, notifier, start, outputs, side)
     # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
     atexit.register(_exit_with_status_of, service, outputs)
     return service
@@ -196,10 +205,13 @@ def _serve_here(
     notifier: systemd.Notifier,
     start: _Start,
     outputs: _Outputs,
+    side: Side,
 ) -> Server:
     reload = _Reload(options, log)
     server = _Server(
         factory,
+        side=side,
+        dropped=outputs.dropped,
         listeners=opened,
         endpoints=endpoints,
         live=worker.make_live(options.settings()),
@@ -212,6 +224,7 @@ def _serve_here(
         record=None if outputs.access is None else AccessLog(outputs.access.put),
     )
     server.log_format = outputs.format
+    _serve_status(side, server, reload)
     return server
 
 
@@ -222,9 +235,12 @@ def _serve_with_workers(
     notifier: systemd.Notifier,
     start: _Start,
     outputs: _Outputs,
+    side: Side,
 ) -> Supervisor:
     reload = _ReloadWorkers(options, log, opened)
     supervisor = _Supervisor(
+        side=side,
+        dropped=outputs.dropped,
         listeners=opened,
         slots=_slots(options.settings()),
         plan=_plan(options.settings(), opened, options.directory),
@@ -237,7 +253,26 @@ def _serve_with_workers(
         access=None if outputs.access is None else outputs.access.put,
     )
     supervisor.log_format = outputs.format
+    _serve_status(side, supervisor, reload)
     return supervisor
+
+
+def _serve_status(side: Side, service: Server | Supervisor, in_force: _Settings) -> None:
+    """Have the site of --status, if there is one, show this service."""
+    if side:
+        from rtservice.observe.figures import Source
+        from rtservice.observe.site import make_site
+
+        source = Source(
+            version=__version__,
+            overview=service.overview,
+            rows=service.rows,
+            settings=in_force.shown,
+            columns=COLUMNS,
+            durations=DURATIONS,
+            lags=LAGS,
+        )
+        side.factory = make_site(source)
 
 
 def _slots(in_force: settings.Settings) -> int:
@@ -272,8 +307,11 @@ def _is_ours(description: str) -> bool:
 
 def _open(
     loaded: Loaded, resolve_path: Callable[[str], str], slots: int
-) -> tuple[list[Listener], list[tuple[str, Any]]]:
-    """Every listener, bound, and the endpoints that can only be bound later. Raises SettingError."""
+) -> tuple[list[Listener], list[tuple[str, Any]], list[Listener]]:
+    """Every listener, bound, the endpoints that can only be bound later, and the listeners of --status.
+
+    Raises SettingError.
+    """
     in_force = loaded.settings
     opened: list[Listener] = []
     endpoints: list[tuple[str, Any]] = []
@@ -291,11 +329,23 @@ def _open(
                 opened += listeners.open_port(
                     in_force.port, interface=in_force.interface, backlog=in_force.backlog, slots=slots
                 )
+        status = _status(loaded, listeners.open_description, resolve_path=resolve_path, backlog=_STATUS_BACKLOG)
     except BaseException:
         for listener in opened:
             listener.close()
         raise
-    return opened, endpoints
+    return opened, endpoints, status or []
+
+
+def _status(loaded: Loaded, use: Callable[..., _Found], **how: Any) -> _Found | None:
+    """What `use` makes of the description of --status, if there is one. Raises SettingError."""
+    description = loaded.settings.status
+    if not description:
+        return None
+    with _naming(f"{loaded.where('status')} {printable(description)}"):
+        if listeners.split_description(description)[0] not in listeners.TYPES - {"proxy", "haproxy"}:
+            raise ListenError("it is served on one of ssl, systemd, tcp, tcp6, unix")
+        return use(description, loopback=True, **how)
 
 
 def _check(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> None:
@@ -313,6 +363,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> No
     if not in_force.listen:
         with _naming(_port_and_interface(loaded)):
             listeners.check_port(in_force.port, interface=in_force.interface)
+    _status(loaded, listeners.check_description, resolve_path=resolve_path)
 
 
 def _port_and_interface(loaded: Loaded) -> str:
@@ -332,6 +383,10 @@ class _Settings:
         self._options = options
         self._in_force = options.settings()
         self._log = log
+
+    def shown(self) -> dict[str, str]:
+        """Each setting in force, as a user would write it."""
+        return {one.name: printable(settings.as_text(getattr(self._in_force, one.field))) for one in settings.schema()}
 
     def _wanted(self) -> Loaded:
         """What the file says now; raises SettingError."""
@@ -424,6 +479,10 @@ class _Outputs:
         before = signal.getsignal(signal.SIGUSR1)
         self._before = before if callable(before) else None
         signal.signal(signal.SIGUSR1, self._signalled)
+
+    def dropped(self) -> int:
+        """How many lines nobody took."""
+        return sum(lines.dropped for lines in self._lines)
 
     def _open(self, file: str, twistd: Any, opener: type[File | RotatedFile]) -> Lines:
         if file == "-" and "nodaemon" in twistd and not twistd["nodaemon"]:

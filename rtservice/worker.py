@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import faulthandler
 import os
-import resource
 import signal
 import socket
 import sys
@@ -157,6 +156,8 @@ class Worker(Protocol):
         self._levels = Levels({})
         self._lines: list[str] = []  # for the access log
         self._records: list[bytes] = []  # messages
+        self._dropped_before = 0
+        self._told: dict[str, int] = {}  # the counters that the supervisor has
         self.status = 0
 
     # --- messages ---
@@ -174,6 +175,9 @@ class Worker(Protocol):
                 self._drain(value)
             elif word == "hurry" and self._server is not None:
                 self._server.hurry()
+            elif word == "rows" and self._server is not None:
+                rows = self._server.connections.rows(value["sort"], value["count"])
+                self._tell("rows", {"id": value["id"], "rows": rows})
 
     def _tell(self, word: str, value: object = None) -> None:
         self.transport.write(encode(word, value))
@@ -190,6 +194,7 @@ class Worker(Protocol):
     def resumeProducing(self) -> None:
         self._full = False
         dropped, self._dropped = self._dropped, 0
+        self._dropped_before += dropped
         if dropped and self._server is not None:
             self._log.warn("{count} records were dropped: too many at once", count=dropped)
 
@@ -237,6 +242,7 @@ class Worker(Protocol):
             stop=self._end,
             announce=False,
             record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
+            dropped=lambda: self._dropped_before + self._dropped,
         )
         self._beating.clock = self._reactor
         self._beating.start(BEAT)
@@ -258,20 +264,12 @@ class Worker(Protocol):
         self._tell("leave")
 
     def _beat(self) -> None:
-        self._tell("beat", self._counters())
-
-    def _counters(self) -> dict[str, int]:
         assert self._server is not None
-        connections = self._server.connections
-        return {
-            "open": len(connections.open),
-            "memory": _memory(),
-            "ended": connections.ended,
-            "aborted": connections.aborted,
-            **{f"refused_{why}": count for why, count in connections.refused.items()},
-            "drain_ended": self._server.drain_ended,
-            "drain_aborted": self._server.drain_aborted,
-        }
+        counters, told = self._server.counters(), self._told
+        changed = {name: count for name, count in counters.items() if told.get(name) != count}
+        # What is not there any more is a phase that no connection is in.
+        self._tell("beat", changed | dict.fromkeys(told.keys() - counters.keys(), 0))
+        self._told = counters
 
     def _drain(self, finish: list[str]) -> None:
         if self._server is None:
@@ -367,15 +365,6 @@ def _with_text_of_failure(event: LogEvent) -> LogEvent:
     failure = copy.copy(failure)
     failure.value = failure.getErrorMessage()
     return {**event, "log_failure": failure}
-
-
-def _memory() -> int:
-    """Resident bytes of this process, or 0 where /proc does not say."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
 
 
 def main() -> int:

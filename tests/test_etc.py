@@ -77,3 +77,10 @@ def test_what_the_example_shows_behind_a_hash_is_the_default(tmp_path) -> None:
     # All of them are there, so that nobody has to look elsewhere.
     shown = {*tomllib.loads(hidden), *tomllib.loads(text), "listen", "interface"}
     assert shown == {setting.name for setting in settings.schema()}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
+@pytest.mark.parametrize(("what", "file"), [("rules", "rtservice.rules.yml"), ("config", "prometheus.yml")])
+def test_prometheus_accepts_the_alerts_and_the_scrape(what: str, file: str) -> None:
+    checked = subprocess.run(["promtool", "check", what, ETC / file], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -6,6 +6,7 @@ import errno
 import ssl
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from heapq import nlargest, nsmallest
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from time import monotonic
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides
 
+from rtservice.host.counters import Tally, add
 from rtservice.interfaces import IDrainable
 from rtservice.net.proxy import ProxyError
 from rtservice.net.stream import Ended, peer_name
@@ -29,6 +31,13 @@ REFUSALS = {
     "max-connections-per-peer": "--max-connections-per-peer are open from its address",
     "proxy-from": "its address is not in --proxy-from, so no PROXY header of its is believed",
 }
+
+# What `Connections.rows` gives of each, and may be sorted by, with the attribute that the order is of.
+COLUMNS = ("peer", "listener", "phase", "age", "idle", "bytes_in", "bytes_out")
+_KEYS = {name: "opened" if name == "age" else name for name in COLUMNS}
+
+# Characters of a peer's name in a row: an address and a port of any kind.
+_PEER_SHOWN = 64
 
 # Sweeps within an idle timeout, and how often that may be at the least and at the most, in seconds. A sweep of 10,000
 # connections takes about 1.5 ms.
@@ -101,6 +110,13 @@ class Limits:
 Record = Callable[[str, str, float, int, int, str], None]
 
 
+def first_rows(rows: list[list[Any]], sort: str, count: int) -> list[list[Any]]:
+    """The first of many rows, each of which is what `Connections.rows` gives after the number of its worker."""
+    place = 1 + COLUMNS.index(sort.removeprefix("-"))
+    chosen = nlargest if sort.startswith("-") else nsmallest
+    return chosen(count, rows, key=lambda row: 0.0 if row[place] is None else row[place])
+
+
 class Connections:
     """Every accepted connection of this process, whoever accepted it. Each gets a record in the log, or `record`."""
 
@@ -110,10 +126,11 @@ class Connections:
         self._seconds = monotonic
         self.limits = limits
         # In the order of their arrival. Their phase says how far they are: see `net.stream.Connection`.
-        self.open: dict[Any, None] = {}
+        self.open: dict[Any, Tally] = {}
         self.ports: list[Any] = []  # what pauses at the limit
         self.ended = self.aborted = 0  # all that have ended; those of them that were aborted, by whomever
         self.refused = dict.fromkeys(REFUSALS, 0)
+        self._tallies: dict[str, Tally] = {}  # by listener
         self.when_empty: Callable[[], None] | None = None
         self._peers: dict[Hashable, int] = {}
         self._paused = False
@@ -153,23 +170,26 @@ class Connections:
         if why:
             self._refuse(connection, why)
         else:
-            self._add(connection)
+            self._add(connection, connection.port.name)
 
     def identified(self, connection: Any) -> None:
         """A PROXY header has named the peer; it may be refused."""
         if not self.limits.max_connections_per_peer:
             return
         if self._is_one_too_many(connection.getPeer()):
-            del self.open[connection]
+            self.open.pop(connection).ended(
+                "refused", "open", monotonic() - connection.opened, connection.bytes_in, connection.bytes_out
+            )
             self._refuse(connection, "max-connections-per-peer")
             self._pause_or_resume()
         else:
             self._count_peer(connection.getPeer())
 
-    def _add(self, connection: Any) -> None:
+    def _add(self, connection: Any, listener: str) -> None:
         if connection.phase != "proxy" and self.limits.max_connections_per_peer:
             self._count_peer(connection.getPeer())
-        self.open[connection] = None
+        tally = self.open[connection] = self._tally(listener)
+        tally.opened += 1
         if len(self.open) >= self.limits.max_connections:
             self._pause_or_resume()
 
@@ -189,6 +209,7 @@ class Connections:
             connection.bytes_in,
             connection.bytes_out,
             end_reason(reason, peer_finished=connection.peer_finished, problem=connection.error),
+            connection.phase,
         )
         self._forget(connection, reason)
 
@@ -256,6 +277,7 @@ class Connections:
     def _count_refusal(self, peer: Any, listener: str, why: str) -> None:
         """Count it, and log it: one line in a while for each reason, since a flood must not become one of lines."""
         self.refused[why] += 1
+        self._tally(listener).refuse(why)
         before = self._reported.get(why, (0.0, 0))[1]
         if self._worth_reporting(why):
             self._log.warn(
@@ -304,6 +326,71 @@ class Connections:
             count[connection.phase] += 1
         return count
 
+    # --- what is counted: see `host.counters` ---
+
+    def _tally(self, listener: str) -> Tally:
+        tally = self._tallies.get(listener)
+        if tally is None:
+            tally = self._tallies[listener] = Tally()
+        return tally
+
+    def counters(self) -> dict[str, int]:
+        """What was counted, connections that are open included."""
+        found = {"open": len(self.open), "ended": self.ended, "aborted": self.aborted}
+        for name, tally in self._tallies.items():
+            found |= tally.counters(name)
+        names = {tally: name for name, tally in self._tallies.items()}
+        moved = {tally: [0, 0] for tally in names}
+        phases: dict[tuple[str, Tally], int] = {}
+        for connection, tally in self.open.items():
+            sums = moved[tally]
+            sums[0] += connection.bytes_in
+            sums[1] += connection.bytes_out
+            place = connection.phase, tally
+            phases[place] = phases.get(place, 0) + 1
+        for tally, (bytes_in, bytes_out) in moved.items():
+            add(found, {f"in\t\t{names[tally]}": bytes_in, f"out\t\t{names[tally]}": bytes_out})
+        return found | {f"phase\t{phase}\t{names[tally]}": count for (phase, tally), count in phases.items()}
+
+    def rows(self, sort: str, count: int) -> list[list[Any]]:
+        """The first `count` open connections in this order, as COLUMNS: `age`, or `-age` for the largest first.
+
+        Ages and idle times are in seconds; the latter is as exact as a sweep, and None where nothing is swept.
+        """
+        now, began = self._seconds(), monotonic()
+        names = {tally: name for name, tally in self._tallies.items()}
+        key = _KEYS[sort.removeprefix("-")]
+
+        def idle(connection: Any) -> float | None:
+            if not self._sweeping.running:
+                return None
+            moved = connection.bytes_in + connection.bytes_out
+            return now - connection.still_since if connection.seen == moved else 0.0
+
+        def ordered(connection: Any) -> Any:
+            if key == "idle":
+                return idle(connection) or 0.0
+            if key == "listener":
+                return names[self.open[connection]]
+            return peer_name(connection.getPeer()) if key == "peer" else getattr(connection, key)
+
+        # A connection that was opened earlier is older.
+        largest = sort.startswith("-") != (key == "opened")
+        chosen = (nlargest if largest else nsmallest)(count, self.open, key=ordered)
+        return [
+            [
+                # What a row takes is bounded, also as JSON.
+                peer_name(connection.getPeer()).encode("ascii", "backslashreplace").decode()[:_PEER_SHOWN],
+                names[self.open[connection]],
+                connection.phase,
+                round(began - connection.opened, 3),
+                None if (still := idle(connection)) is None else round(still, 3),
+                connection.bytes_in,
+                connection.bytes_out,
+            ]
+            for connection in chosen
+        ]
+
     # --- drain ---
 
     def tell_drain(self) -> None:
@@ -338,7 +425,10 @@ class Connections:
 
     # --- records ---
 
-    def _record(self, peer: Any, listener: str, opened: float, bytes_in: int, bytes_out: int, reason: str) -> None:
+    def _record(
+        self, peer: Any, listener: str, opened: float, bytes_in: int, bytes_out: int, reason: str, phase: str
+    ) -> None:
+        self._tally(listener).ended(reason, phase, monotonic() - opened, bytes_in, bytes_out)
         name = peer_name(peer)
         seconds = monotonic() - opened
         if self._access is not None:
@@ -374,7 +464,7 @@ class Connections:
 
     def wrapped_opened(self, connection: _Counting) -> None:
         """Such a connection was made."""
-        self._add(connection)
+        self._add(connection, connection.factory.listener)
 
     def wrapped_closed(self, connection: _Counting, reason: Failure) -> None:
         """The end of such a connection."""
@@ -387,6 +477,7 @@ class Connections:
             connection.bytes_in,
             connection.bytes_out,
             end_reason(reason, peer_finished=finished, problem=connection.error),
+            connection.phase,
         )
         self._forget(connection, reason)
 

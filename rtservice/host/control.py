@@ -1,15 +1,17 @@
 """The messages between supervisor and worker: one a line, a word and a JSON value.
 
-Twisted's AMP would do, but for what it has no use for here: a log record may be longer than AMP's 64 KiB, nothing waits
-for an answer, and a line can be read by eyes.
+Twisted's AMP would do, but for what it has no use for here: a log record may be longer than AMP's 64 KiB, one question
+alone has an answer, and a line can be read by eyes.
 
     to a worker     start {…}   what to serve: see `worker.py`
                     share N     it is one of so many now, and limits that are divided change
                     drain […]   end; the kinds of socket whose queue is to be served first
                     hurry       end the drain
+                    rows {…}    say which connections are open: `id`, `sort`, `count`
     from a worker   ready       every listener accepts
                     failed "…"  it cannot start, and why
-                    beat {…}    it is alive; its counters
+                    beat {…}    it is alive; those of its counters that have changed
+                    rows {…}    the answer to a question: `id`, `rows`
                     leave       somebody asked it to end, and it would like to be replaced first
                     log {…}     a record of its, as twisted.logger has it in JSON
                     record {…}  the same, of one whose fields are plain, and its level a word: most are
@@ -28,8 +30,8 @@ CONTROL_IN, CONTROL_OUT, FIRST_SOCKET = 3, 4, 5
 # Seconds between two signs of life of a worker.
 BEAT = 1.0
 
-TO_WORKER = frozenset(("start", "share", "drain", "hurry"))
-FROM_WORKER = frozenset(("ready", "failed", "beat", "leave", "log", "record", "access"))
+TO_WORKER = frozenset(("start", "share", "drain", "hurry", "rows"))
+FROM_WORKER = frozenset(("ready", "failed", "beat", "leave", "log", "record", "access", "rows"))
 
 # The longest message that is taken, in bytes. To a worker: a large directory of certificates. From one, which may have
 # gone mad: a long traceback.

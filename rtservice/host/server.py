@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import time
@@ -11,13 +12,15 @@ from enum import Enum
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from rtservice.host.blocked import Watch
 from rtservice.host.connections import Connections, Limits, Record
+from rtservice.host.counters import Lag, process_counters
+from rtservice.host.side import Side
 from rtservice.host.systemd import Notifier
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
 from rtservice.net.listeners import Listener, ListenError
@@ -36,8 +39,9 @@ _FLUSH_STALL, _FLUSH_LIMIT, _FLUSH_STEP = 5.0, 30.0, 1.0
 # just copied a certificate, does not mind waiting for.
 _TICK = 2.0
 
-# Of one certificate, in its line of the log.
+# Of one certificate, in its line of the log; and of a directory of them.
 _NAMES_SHOWN = 5
+_CERTIFICATES_SHOWN = 100
 
 
 def _some_of(names: tuple[str, ...]) -> str:
@@ -120,6 +124,21 @@ def log_certificates(log: Logger, listeners: list[Listener]) -> None:
         )
 
 
+def certificates_of(listeners: list[Listener]) -> list[dict[str, Any]]:
+    """The certificates that listeners show, as plain data: of many, those that end first."""
+    shown: list[dict[str, Any]] = [
+        {
+            "listener": listener.name,
+            "path": escaped(certificate.path),
+            "names": escaped(_some_of(certificate.names)),
+            "not_after": certificate.not_after,
+        }
+        for listener in listeners
+        for certificate in listener.certificates
+    ]
+    return sorted(shown, key=lambda one: one["not_after"])[:_CERTIFICATES_SHOWN]
+
+
 class Server(Service):
     """Serves one factory on listeners, which are bound already, and on endpoints of other kinds.
 
@@ -130,7 +149,8 @@ class Server(Service):
     `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
     calls it. What ends the process is `stop`, or else the reactor's. With `announce`, it logs what it listens on and
-    which certificates it shows. `record` is as in Connections.
+    which certificates it shows. `record` is as in Connections. `side` is served too, from the start to the very
+    end. `dropped` gives how many log records nobody took.
     """
 
     name = "rtservice"
@@ -151,6 +171,8 @@ class Server(Service):
         stop: Callable[[], None] | None = None,
         announce: bool = True,
         record: Record | None = None,
+        side: Side | None = None,
+        dropped: Callable[[], int] = lambda: 0,
     ) -> None:
         self.factory = factory
         self.live = live
@@ -171,6 +193,10 @@ class Server(Service):
         self._reload = reload
         self._stop_process = stop
         self._announce = announce
+        self._side = Side(log) if side is None else side
+        self._dropped = dropped
+        self._lag = Lag()
+        self._started = time.time()
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notifier.watchdog)
         self._certificates_seen: object = [listener.read for listener in listeners]
@@ -267,6 +293,8 @@ class Server(Service):
         if self._reload is not None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._signalled)
+        self._side.start(self.reactor)
+        self._lag.start(self.reactor)
         self._warn_of_descriptors()
         self._starting = Deferred.fromCoroutine(self._start_factory())
         self._starting.addCallbacks(self._accept, self._factory_failed)
@@ -344,6 +372,51 @@ class Server(Service):
         unfinished = sum(phases.values()) - phases["open"]
         more = f", {unfinished} in a handshake or closing" if unfinished else ""
         return f"{self.state.value}: {phases['open']} connections open{more}"
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is a place to send clients to."""
+        return self.state is State.SERVING and not self._ending
+
+    def counters(self) -> dict[str, int]:
+        """What this process has counted: see `host.counters`."""
+        return {
+            **self.connections.counters(),
+            **self._lag.counters(),
+            **process_counters(),
+            "drain_ended": self.drain_ended,
+            "drain_aborted": self.drain_aborted,
+            "dropped": self._dropped(),
+        }
+
+    def overview(self) -> dict[str, Any]:
+        """How the service stands, as plain data."""
+        now = time.time()
+        worker = {
+            "worker": 0,
+            "pid": os.getpid(),
+            "phase": self.state.value,
+            "age": now - self._started,
+            "counted": now,
+            "counters": self.counters(),
+        }
+        return {
+            "state": self.state.value,
+            "ready": self.ready,
+            "status": self.status,
+            "time": now,
+            "started": self._started,
+            "listeners": [listener.name for listener in self._listeners],
+            "certificates": certificates_of(self._listeners),
+            "workers": [worker],
+            "supervisor": None,
+            "starts": {},
+            "exits": {},
+        }
+
+    def rows(self, sort: str, count: int) -> Deferred[tuple[list[list[Any]], list[int]]]:
+        """Connections as `Connections.rows` has them, each after its worker's number; and workers without an answer."""
+        return succeed(([[0, *row] for row in self.connections.rows(sort, count)], []))
 
     def _tick(self) -> None:
         if self._notifier.connected:
@@ -489,6 +562,7 @@ class Server(Service):
                 repeated.stop()
         connections.stop()
         self._blocked.stop()
+        self._lag.stop()
         self._close_listeners()
         self._stop_factory()
 
@@ -565,6 +639,7 @@ class Server(Service):
         self._log.failure("a listener failed to stop", failure)
 
     def _close_listeners(self) -> None:
+        self._side.stop()
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             self._remove_file(listener)

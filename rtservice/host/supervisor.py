@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +21,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, LogLevel, eventFromJSON, globalLogPublisher
 from twisted.python.failure import Failure
 
+from rtservice.host.connections import first_rows
 from rtservice.host.control import (
     BEAT,
     CONTROL_IN,
@@ -31,7 +33,9 @@ from rtservice.host.control import (
     Messages,
     encode,
 )
-from rtservice.host.server import StartError, log_certificates
+from rtservice.host.counters import Lag, add, is_total, process_counters
+from rtservice.host.server import StartError, certificates_of, log_certificates
+from rtservice.host.side import Side
 from rtservice.host.systemd import Notifier
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.net.stream import escaped
@@ -65,8 +69,8 @@ _SILENT = 3 * BEAT
 # Seconds between two looks that show that this process did not run.
 _STALL = 5.0
 
-# What of a worker's counters is not a total.
-_GAUGES = frozenset(("open", "memory"))
+# Seconds that workers have to say which connections are open.
+_ANSWER = 2.0
 
 
 class Phase(Enum):
@@ -107,9 +111,22 @@ def backoff(deaths: int, jitter: float) -> float:
     return min(_BACKOFF_MOST, _BACKOFF_LEAST * 2.0 ** min(deaths - 1, 20)) * (0.75 + jitter / 2)
 
 
-def _add_counters(to: dict[str, int], more: dict[str, int]) -> None:
-    for name, count in more.items():
-        to[name] = to.get(name, 0) + count
+def _checked_rows(rows: Any) -> list[list[Any]]:
+    """Rows of connections, as Connections gives them; raises what a value raises that is none."""
+    return [
+        [str(peer), str(listener), str(phase), float(age), idle and float(idle), int(bytes_in), int(bytes_out)]
+        for peer, listener, phase, age, idle, bytes_in, bytes_out in rows
+    ]
+
+
+class _Question:
+    """What workers were asked, and have answered so far."""
+
+    def __init__(self, asked: list[Worker]) -> None:
+        self.waiting = asked
+        self.rows: list[list[Any]] = []
+        self.answer: Deferred[tuple[list[list[Any]], list[int]]] = Deferred()
+        self.deadline: Any = None
 
 
 class Worker(ProcessProtocol):
@@ -124,6 +141,7 @@ class Worker(ProcessProtocol):
         self.phase = Phase.STARTING
         self.began = self.heard = supervisor.reactor.seconds()
         self.counters: dict[str, int] = {}
+        self.counted: float | None = None  # when, as time.time()
         self.problem = ""  # why it could not start, in its own words
         self.age = plan.max_age * random.uniform(0.9, 1.1)  # at which it is replaced: not all at once
         self._messages = Messages(FROM_WORKER, LONGEST_FROM_WORKER)
@@ -241,12 +259,13 @@ class Worker(ProcessProtocol):
             self._taken += len(value) // 20  # they are that much cheaper
             self.supervisor.access(value)
         elif word == "beat":
-            counters = {str(name): int(count) for name, count in value.items()}
-            # A total that falls would be the whole service's.
-            self.counters = {
-                name: count if name in _GAUGES else max(count, self.counters.get(name, 0))
-                for name, count in counters.items()
-            }
+            for name, count in value.items():
+                # A total that falls would be the whole service's.
+                least = self.counters.get(name, 0) if is_total(name) else int(count)
+                self.counters[name] = max(int(count), least)
+            self.counted = time.time()
+        elif word == "rows":
+            self.supervisor.answered(self, int(value["id"]), _checked_rows(value["rows"]))
         elif word == "failed":
             self.problem = str(value)
         elif word == "leave":
@@ -311,9 +330,9 @@ class Supervisor(Service):
     """Serves with a worker process for each of `slots` slots.
 
     `listeners` have a socket for each slot where they can (see Listener.copies). `command` starts a worker. `access`
-    takes a line that a worker has for the access log; one that has none is not to be sent any. `report`,
-    `check` and `notifier` are as in Server. `reload` gives the Plan of the next generation, or None if nothing can be
-    reloaded, which it has logged then.
+    takes a line that a worker has for the access log; one that has none is not to be sent any. `report`, `check`,
+    `notifier`, `side` and `dropped` are as in Server. `reload` gives the Plan of the next generation, or None if
+    nothing can be reloaded, which it has logged then.
 
     Signals: SIGTERM and SIGINT drain, and a second one ends that; SIGHUP reloads; SIGTTIN adds a slot and SIGTTOU
     removes one.
@@ -334,13 +353,23 @@ class Supervisor(Service):
         check: Callable[[], str | None],
         reload: Callable[[], Plan | None],
         access: Callable[[str], None] | None = None,
+        side: Side | None = None,
+        dropped: Callable[[], int] = lambda: 0,
     ) -> None:
         self.log = log
         self._access = access
         self.reactor: Any = None
         self.slots = [Slot(number) for number in range(slots)]
         self.exit_status = 0
-        self.totals: dict[str, int] = {}  # what ended workers counted
+        self._ended: dict[int, dict[str, int]] = {}  # what ended workers counted, by slot
+        self._starts: dict[int, int] = {}  # by slot
+        self._exits: dict[int, dict[str, int]] = {}  # by slot and reason
+        self._questions: dict[int, _Question] = {}
+        self._asked = 0
+        self._lag = Lag()
+        self._side = Side(log) if side is None else side
+        self._dropped = dropped
+        self._started = time.time()
         self._listeners = listeners
         self._wanted = slots
         self._plan = plan
@@ -379,6 +408,7 @@ class Supervisor(Service):
             for listener in self._listeners:
                 self._remove_file(listener)
                 listener.close()
+            self._side.stop()
             raise StartError(problem)
         super().startService()
         self.reactor = reactor
@@ -398,6 +428,8 @@ class Supervisor(Service):
         self._looking.clock = self._watchdog.clock = self.reactor
         self._looking.start(BEAT, now=False)
         self._looked = self.reactor.seconds()
+        self._side.start(self.reactor)
+        self._lag.start(self.reactor)
         for slot in self.slots:
             slot.worker = self._spawn(slot)
             if slot.worker is None:
@@ -415,6 +447,7 @@ class Supervisor(Service):
             if self._serving:
                 self.log.error("slot {slot}: {problem}", slot=slot.number, problem=self._refusal)
             return None
+        add(self._starts, {slot.number: 1})
         worker.tell("start", self._plan.start(slot.number, len(self.slots)))
         return worker
 
@@ -457,7 +490,7 @@ class Supervisor(Service):
     def worker_gone(self, worker: Worker, reason: Failure) -> None:
         """Its process has ended."""
         slot = worker.slot
-        _add_counters(self.totals, {name: n for name, n in worker.counters.items() if name not in _GAUGES})
+        self._count(worker, reason)
         how = "has ended" if reason.check(ProcessDone) else f"has ended: {reason.getErrorMessage()}"
         self.log.info("{worker} {how}", worker=str(worker), how=how, slot=slot.number)
         if worker in slot.old:
@@ -477,6 +510,23 @@ class Supervisor(Service):
                 slot.leaving = False  # it was not served to its end, and leaves once it has a worker
                 self._respawn_later(slot, worker)
         self._go_on()
+
+    def _count(self, worker: Worker, reason: Failure) -> None:
+        """Keep what a worker counted until its end, and how it ended."""
+        number = worker.slot.number
+        ended = self._ended.setdefault(number, {})
+        for name, count in worker.counters.items():
+            word, *place = name.split("\t", 2)
+            if word == "phase" and place and count:  # who was there still
+                add(ended, {f"closed\tworker ended\t{place[-1]}": count})
+            elif is_total(name):
+                add(ended, {name: count})
+        how = "failed" if worker.problem or not reason.check(ProcessDone) else "ended"
+        if (killed := getattr(reason.value, "signal", None)) is not None:
+            how = signal.Signals(killed).name
+        add(self._exits.setdefault(number, {}), {how: 1})
+        for question in list(self._questions):
+            self.answered(worker, question, [])
 
     def _respawn_later(self, slot: Slot, worker: Worker | None) -> None:
         if worker is not None and self.reactor.seconds() - worker.began >= _HEALTHY:
@@ -515,7 +565,7 @@ class Supervisor(Service):
         """What all workers have counted, those that have ended too; `open` and `memory` are of those that are there."""
         counters = dict(self.totals)
         for worker in self._workers():
-            _add_counters(counters, worker.counters)
+            add(counters, worker.counters)
         return counters
 
     def _workers(self) -> list[Worker]:
@@ -574,6 +624,80 @@ class Supervisor(Service):
         count = sum(worker.counters.get("open", 0) for worker in self._workers())
         state = "draining" if self._stopped is not None else "serving" if self._serving else "starting"
         return f"{state}: {ready} of {len(self.slots)} workers ready, {count} connections open"
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is a place to send clients to."""
+        return self._serving and self._stopped is None and any(slot.ready for slot in self.slots)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """What ended workers counted, all together."""
+        totals: dict[str, int] = {}
+        for counters in self._ended.values():
+            add(totals, counters)
+        return totals
+
+    def overview(self) -> dict[str, Any]:
+        """How the service stands, as plain data: see Server."""
+        slots = {slot.number: slot for slot in self.slots}
+        return {
+            "state": "draining" if self._stopped is not None else "serving" if self._serving else "starting",
+            "ready": self.ready,
+            "status": self.status,
+            "time": time.time(),
+            "started": self._started,
+            "listeners": [listener.name for listener in self._listeners],
+            "certificates": certificates_of(self._listeners),
+            "workers": [self._seen_worker(number, slots.get(number)) for number in sorted(slots | self._ended)],
+            "supervisor": {**self._lag.counters(), **process_counters(), "dropped": self._dropped()},
+            "starts": self._starts,
+            "exits": self._exits,
+        }
+
+    def _seen_worker(self, number: int, slot: Slot | None) -> dict[str, Any]:
+        """One slot: its totals of all times, and who is there."""
+        counters = dict(self._ended.get(number, {}))
+        for worker in slot.workers() if slot is not None else ():
+            add(counters, worker.counters)
+        current = slot.worker if slot is not None else None
+        return {
+            "worker": number,
+            "pid": current.transport.pid if current is not None else None,
+            "phase": current.phase.value if current is not None else "gone" if slot is None else "waiting",
+            "age": self.reactor.seconds() - current.began if current is not None else None,
+            "counted": current.counted if current is not None else None,
+            "counters": counters,
+        }
+
+    def rows(self, sort: str, count: int) -> Deferred[tuple[list[list[Any]], list[int]]]:
+        """Which connections are open, asked of every worker: see Server."""
+        asked = [worker for slot in self.slots for worker in slot.workers() if worker.phase is not Phase.STARTING]
+        self._asked += 1
+        question = self._questions[self._asked] = _Question(asked)
+        question.answer.addCallback(lambda found: (first_rows(found[0], sort, count), found[1]))
+        question.deadline = self.reactor.callLater(_ANSWER, self._give, self._asked)
+        for worker in asked:
+            worker.tell("rows", {"id": self._asked, "sort": sort, "count": count})
+        answer = question.answer
+        if not asked:
+            self._give(self._asked)
+        return answer
+
+    def answered(self, worker: Worker, number: int, rows: list[list[Any]]) -> None:
+        """A worker has said which connections it has."""
+        question = self._questions.get(number)
+        if question is not None and worker in question.waiting:
+            question.waiting.remove(worker)
+            question.rows += [[worker.slot.number, *row] for row in rows]
+            if not question.waiting:
+                self._give(number)
+
+    def _give(self, number: int) -> None:
+        question = self._questions.pop(number)
+        if question.deadline.active():
+            question.deadline.cancel()
+        question.answer.callback((question.rows, [worker.slot.number for worker in question.waiting]))
 
     # --- replacing ---
 
@@ -784,6 +908,10 @@ class Supervisor(Service):
         for repeated in (self._looking, self._watchdog):
             if repeated.running:
                 repeated.stop()
+        self._lag.stop()
+        for number in list(self._questions):
+            self._give(number)
+        self._side.stop()
         for listener in self._listeners:
             listener.close()
 

@@ -211,7 +211,12 @@ def _number(what: str, text: str, low: int, high: int) -> int:
 
 
 def open_description(
-    description: str, *, backlog: int, resolve_path: Callable[[str], str] = os.path.abspath, slots: int = 0
+    description: str,
+    *,
+    backlog: int,
+    resolve_path: Callable[[str], str] = os.path.abspath,
+    slots: int = 0,
+    loopback: bool = False,
 ) -> list[Listener]:
     r"""The listening sockets of one description whose type is in `TYPES`.
 
@@ -221,9 +226,10 @@ def open_description(
     before TLS.
 
     `backlog` holds where the description does not say its own. `resolve_path` makes the paths of sockets and
-    certificates absolute. With `slots`, a TCP listener has a socket for each of them. Raises ListenError.
+    certificates absolute. With `slots`, a TCP listener has a socket for each of them. With `loopback`, TCP is on the
+    loopback address where the description has no interface. Raises ListenError.
     """
-    wanted = _read(description, backlog, resolve_path, slots)
+    wanted = _read(description, backlog, resolve_path, slots, loopback)
     # Before anything is bound: a file that is wrong is found without a client that waits in a queue.
     read = fingerprint(wanted.tls.files()) if wanted.tls is not None else ()
     loaded = _load(wanted.tls)
@@ -240,13 +246,15 @@ def open_description(
     return opened
 
 
-def check_description(description: str, *, resolve_path: Callable[[str], str] = os.path.abspath) -> None:
+def check_description(
+    description: str, *, resolve_path: Callable[[str], str] = os.path.abspath, loopback: bool = False
+) -> None:
     """Find what `open_description` would, and listen on nothing; raises ListenError.
 
     Whether a port is free and permitted, or a socket file in use, is not found out: only binding it would tell.
     Of `systemd:` only the words are looked at when there are no sockets that were passed.
     """
-    wanted = _read(description, 1, resolve_path, 0)
+    wanted = _read(description, 1, resolve_path, 0, loopback)
     _load(wanted.tls)
     wanted.check()
 
@@ -280,7 +288,7 @@ class _Wanted:
     proxied: bool
 
 
-def _read(description: str, backlog: int, resolve_path: Callable[[str], str], slots: int) -> _Wanted:
+def _read(description: str, backlog: int, resolve_path: Callable[[str], str], slots: int, loopback: bool) -> _Wanted:
     """Understand a description; names are looked up, and no file or socket is touched. Raises ListenError."""
     kind, positional, keywords = split_description(description)
     proxied = kind in _PROXY
@@ -317,7 +325,7 @@ def _read(description: str, backlog: int, resolve_path: Callable[[str], str], sl
         if not given.get("port"):
             raise ListenError(f"the port is missing: {kind}:8080")
         port = _number("port", given["port"], 0, 65535)
-        interface = given.get("interface", "")
+        interface = given.get("interface", ("::1" if kind == "tcp6" else "127.0.0.1") if loopback else "")
         six = kind == "tcp6" or ":" in interface
         family = socket.AF_INET6 if six else socket.AF_INET
         addresses = _resolve(interface, port, family) if interface else [(family, "::" if six else "0.0.0.0", 0)]

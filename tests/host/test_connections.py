@@ -27,7 +27,15 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from rtservice.host.connections import Connections, Limits, end_reason, peer_group, peer_name
+from rtservice.host.connections import (
+    COLUMNS,
+    Connections,
+    Limits,
+    end_reason,
+    first_rows,
+    peer_group,
+    peer_name,
+)
 from rtservice.interfaces import IDrainable
 from rtservice.net.stream import Port, escaped
 from rtservice.protocols.echo import EchoFactory
@@ -898,3 +906,82 @@ def test_a_foreign_transport_ends_with_the_others(world) -> None:
     one.connections.cut_all("cut off")
     assert one.reasons == ["drained", "cut off"]
     assert not one.connections.open
+
+
+# --- what is counted and who is shown ---
+
+
+def test_what_an_open_connection_moved_is_counted_and_stays_so(world) -> None:
+    one = world()
+    client = one.client(first=b"hello")
+    open_now = one.connections.counters()
+    assert (open_now["opened\t\ttest"], open_now["phase\topen\ttest"]) == (1, 1)
+    assert (open_now["in\t\ttest"], open_now["out\t\ttest"]) == (5, 27)
+    client.recv(100)
+    one.leave(client)
+    gone = one.connections.counters()
+    assert "phase\topen\ttest" not in gone
+    assert gone["closed\tpeer finished\ttest"] == 1
+    assert (gone["in\t\ttest"], gone["out\t\ttest"]) == (5, 27)
+
+
+def test_whoever_was_opened_is_there_or_closed_also_when_refused_once_known(world) -> None:
+    one = world(max_connections_per_peer=1, proxy_from=(ip_network("192.0.2.0/24"),))
+    proxied = one.add_port(proxied=True)
+    one.client(port=proxied, first=header("198.51.100.1"))
+    one.client(port=proxied, first=header("198.51.100.1"))
+    one.client(port=proxied, first=b"no header")
+    found = one.connections.counters()
+    now = sum(count for name, count in found.items() if name.startswith("phase\t"))
+    closed = sum(count for name, count in found.items() if name.startswith("closed\t"))
+    assert (found["opened\t\ttest"], now, closed) == (3, 1, 2)
+    assert found["closed\trefused\ttest"] == found["refused\tmax-connections-per-peer\ttest"] == 1
+    assert found["handshake_failed\tinvalid PROXY header\ttest"] == 1
+
+
+def test_connections_are_shown_in_the_order_that_is_asked_for(world) -> None:
+    one = world(idle_timeout=100)
+    for number, size in enumerate((20, 300, 1)):
+        one.client(host=f"192.0.2.{number}", first=b"x" * size)
+    one.advance(5)  # a sweep has seen them
+
+    def shown(sort: str, count: int = 10) -> list[Any]:
+        return [row[0] for row in one.connections.rows(sort, count)]
+
+    first, second, third = "192.0.2.0:1", "192.0.2.1:1", "192.0.2.2:1"
+    assert shown("bytes_in") == [third, first, second]
+    assert shown("-bytes_in", 2) == [second, first]
+    assert shown("-age") == [first, second, third]
+    assert shown("age", 1) == [third]
+    assert shown("-peer") == [third, second, first]
+    one.clients[3].sendall(b"y")
+    one.advance(10)
+    one.advance(5)
+    idle = {row[0]: row[COLUMNS.index("idle")] for row in one.connections.rows("-idle", 10)}
+    assert list(idle)[-1] == second
+    assert idle[first] == idle[third] > idle[second]
+
+
+def test_without_an_idle_timeout_nobody_knows_who_is_idle(world) -> None:
+    one = world()
+    one.client()
+    [row] = one.connections.rows("idle", 10)
+    assert row[COLUMNS.index("idle")] is None
+    assert first_rows([[1, *row], [0, *row]], "-idle", 5) == [[1, *row], [0, *row]]
+
+
+class Stranger:
+    """An open connection whose peer has a very long name."""
+
+    opened, phase, bytes_in, bytes_out = 0.0, "open", 0, 0
+
+    def getPeer(self) -> UNIXAddress:
+        return UNIXAddress("/" + "\U0001f600" * 100)
+
+
+def test_a_row_is_short_whatever_a_client_calls_itself(world) -> None:
+    one = world()
+    one.connections._add(Stranger(), "test")
+    [row] = one.connections.rows("age", 10)
+    assert row[0].isascii()
+    assert len(row[0]) == 64

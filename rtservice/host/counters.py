@@ -1,0 +1,182 @@
+r"""What a process counts, in whole numbers, and how it is given to others: a flat dict of names to numbers.
+
+A name is a word, or `word\tlabel\tlistener` where there is one number for each. The words:
+
+    open                how many connections are open; of workers, what the supervisor's STATUS line adds up
+    ended, aborted      connections that have ended, and those of them that were cut
+    drain_ended, …      the same within a drain
+    phase               connections in each phase now (label), by listener
+    opened              accepted, by listener
+    closed              by reason (label) and listener: together with those in a phase these are `opened`
+    handshake_failed    ended before a PROXY header and a TLS handshake were done, by kind (label) and listener
+    refused             closed as soon as accepted, by reason (label) and listener
+    in, out             bytes, by listener, those of connections that are open too
+    duration            connections by the bucket (label) of their duration, by listener
+    duration_us         the sum of durations, in microseconds, by listener
+    lag, lag_us         the same of how late the reactor calls what is due
+    cpu_us              processor time, in microseconds
+    memory              resident bytes
+    descriptors, descriptor_limit
+    dropped             log records that nobody took
+
+All but GAUGES are totals, which never fall while the process lives.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from bisect import bisect_left
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Name = TypeVar("Name")
+
+GAUGES = frozenset(("open", "memory", "phase", "descriptors", "descriptor_limit"))
+
+# Upper bounds of the buckets, in seconds; the last bucket has none.
+DURATIONS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0)
+LAGS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
+
+# Seconds between two looks at the reactor's lag. One takes some 30 µs.
+_LAG_EVERY = 0.1
+
+# Different reasons, and kinds of failed handshakes, that are told apart: OpenSSL has hundreds of words, and a peer has
+# a say in which of them it gets.
+_WORDS = 50
+
+
+def is_total(name: str) -> bool:
+    """Whether a counter is one that never falls."""
+    return name.partition("\t")[0] not in GAUGES
+
+
+def add(to: dict[Name, int], more: Mapping[Name, int]) -> None:
+    """Add counters to others."""
+    for name, count in more.items():
+        to[name] = to.get(name, 0) + count
+
+
+def _count(counts: dict[str, int], word: str) -> None:
+    if word not in counts and len(counts) >= _WORDS:
+        word = "other"
+    counts[word] = counts.get(word, 0) + 1
+
+
+class Histogram:
+    """How many values were in each bucket, and their sum."""
+
+    __slots__ = ("_bounds", "counts", "sum_us")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum_us = 0
+
+    def add(self, seconds: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self._bounds, seconds)] += 1
+        self.sum_us += int(seconds * 1e6)
+
+    def counters(self, word: str, listener: str = "") -> dict[str, int]:
+        """As said above; buckets that are empty are left out."""
+        found = {f"{word}\t{place}\t{listener}": count for place, count in enumerate(self.counts) if count}
+        found[f"{word}_us\t\t{listener}"] = self.sum_us
+        return found
+
+
+class Tally:
+    """What one listener's connections came to: a few additions for each connection, none for a message."""
+
+    __slots__ = ("bytes_in", "bytes_out", "closed", "durations", "handshake_failed", "opened", "refused")
+
+    def __init__(self) -> None:
+        self.opened = self.bytes_in = self.bytes_out = 0
+        self.closed: dict[str, int] = {}
+        self.handshake_failed: dict[str, int] = {}
+        self.refused: dict[str, int] = {}
+        self.durations = Histogram(DURATIONS)
+
+    def ended(self, reason: str, phase: str, seconds: float, bytes_in: int, bytes_out: int) -> None:
+        """A connection has ended, in this phase; `reason` may have more of it in parentheses."""
+        reason, _, more = reason.partition(" (")
+        _count(self.closed, reason)
+        if phase in ("proxy", "tls"):
+            _count(self.handshake_failed, more.removesuffix(")") or reason)
+        self.bytes_in += bytes_in
+        self.bytes_out += bytes_out
+        self.durations.add(seconds)
+
+    def refuse(self, why: str) -> None:
+        """One was refused."""
+        _count(self.refused, why)
+
+    def counters(self, listener: str) -> dict[str, int]:
+        """As said above."""
+        found = {
+            f"opened\t\t{listener}": self.opened,
+            f"in\t\t{listener}": self.bytes_in,
+            f"out\t\t{listener}": self.bytes_out,
+            **self.durations.counters("duration", listener),
+        }
+        for word, counts in (
+            ("closed", self.closed),
+            ("handshake_failed", self.handshake_failed),
+            ("refused", self.refused),
+        ):
+            for label, count in counts.items():
+                found[f"{word}\t{label}\t{listener}"] = count
+        return found
+
+
+class Lag:
+    """How late the reactor calls what is due."""
+
+    def __init__(self) -> None:
+        self.histogram = Histogram(LAGS)
+        self._call: Any = None
+
+    def start(self, clock: Any) -> None:
+        """Look from now on, by this clock (an IReactorTime)."""
+        self._call = clock.callLater(_LAG_EVERY, self._look, clock, clock.seconds() + _LAG_EVERY)
+
+    def _look(self, clock: Any, due: float) -> None:
+        self.histogram.add(max(0.0, clock.seconds() - due))
+        self.start(clock)
+
+    def stop(self) -> None:
+        """Look no more."""
+        if self._call is not None and self._call.active():
+            self._call.cancel()
+
+    def counters(self) -> dict[str, int]:
+        """As said above."""
+        return self.histogram.counters("lag")
+
+
+def process_counters() -> dict[str, int]:
+    """Those of this process; without /proc the memory is 0, and so are the descriptors."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return {
+        "cpu_us": int((used.ru_utime + used.ru_stime) * 1e6),
+        "memory": _memory(),
+        "descriptors": _descriptors(),
+        "descriptor_limit": limit,
+    }
+
+
+def _memory() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _descriptors() -> int:
+    try:
+        # Linux 6.2 has it as the size of the directory, proc(5); to list it takes 1 ms for 2,000.
+        return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
+    except OSError:
+        return 0

@@ -1,0 +1,87 @@
+"""What a process counts: bounded words, totals that never fall, and what a listener's connections came to."""
+
+from twisted.internet.task import Clock
+
+from rtservice.host.counters import DURATIONS, LAGS, Histogram, Lag, Tally, add, is_total, process_counters
+
+
+def test_a_connection_that_ends_is_counted_by_why_by_duration_and_with_its_bytes() -> None:
+    tally = Tally()
+    tally.opened = 3
+    tally.ended("peer finished", "open", 0.05, 10, 32)
+    tally.ended("peer finished", "open", 5.0, 1, 23)
+    tally.ended("idle", "open", 700.0, 0, 22)
+    assert tally.counters("tcp:1") == {
+        "opened\t\ttcp:1": 3,
+        "in\t\ttcp:1": 11,
+        "out\t\ttcp:1": 77,
+        "closed\tpeer finished\ttcp:1": 2,
+        "closed\tidle\ttcp:1": 1,
+        "duration\t1\ttcp:1": 1,
+        "duration\t3\ttcp:1": 1,
+        "duration\t6\ttcp:1": 1,
+        "duration_us\t\ttcp:1": 705_050_000,
+    }
+
+
+def test_what_is_in_parentheses_is_the_kind_of_a_failed_handshake_and_no_reason() -> None:
+    tally = Tally()
+    tally.ended("TLS failed (HTTP_REQUEST)", "tls", 0, 0, 0)
+    tally.ended("TLS failed (BAD_RECORD_MAC)", "open", 0, 0, 0)
+    tally.ended("PROXY header timed out", "proxy", 0, 0, 0)
+    assert tally.closed == {"TLS failed": 2, "PROXY header timed out": 1}
+    assert tally.handshake_failed == {"HTTP_REQUEST": 1, "PROXY header timed out": 1}
+
+
+def test_there_are_only_so_many_words_whatever_peers_do() -> None:
+    tally = Tally()
+    for number in range(1000):
+        tally.ended(f"TLS failed (KIND_{number})", "tls", 0, 0, 0)
+    assert len(tally.handshake_failed) == 51
+    assert sum(tally.handshake_failed.values()) == 1000
+    assert tally.handshake_failed["other"] == 950
+
+
+def test_a_value_at_a_bound_is_in_its_bucket_and_one_above_all_in_the_last() -> None:
+    histogram = Histogram((0.1, 1.0))
+    for seconds in (0.0, 0.1, 0.100001, 1.0, 99.0):
+        histogram.add(seconds)
+    assert histogram.counts == [2, 2, 1]
+    assert len(Histogram(DURATIONS).counts) == len(DURATIONS) + 1
+
+
+def test_lag_is_how_late_a_call_is() -> None:
+    clock, lag = Clock(), Lag()
+    lag.start(clock)
+    clock.advance(0.1)
+    clock.advance(0.4)
+    assert lag.histogram.counts[0] == 1
+    assert lag.histogram.counts[LAGS.index(0.5)] == 1
+    assert abs(lag.histogram.sum_us - 300_000) < 2
+    lag.stop()
+    assert clock.getDelayedCalls() == []
+
+
+def test_gauges_are_no_totals() -> None:
+    assert [is_total(name) for name in ("open", "phase\topen\ttcp:1", "opened\t\ttcp:1", "ended")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_counters_are_added_by_name() -> None:
+    totals = {"a": 1}
+    add(totals, {"a": 2, "b": 3})
+    assert totals == {"a": 3, "b": 3}
+
+
+def test_a_process_knows_its_memory_time_and_descriptors() -> None:
+    with open("/dev/null"):
+        more = process_counters()
+    less = process_counters()
+    assert more["descriptors"] == less["descriptors"] + 1
+    assert less["memory"] > 1 << 20
+    assert less["cpu_us"] >= more["cpu_us"] > 0
+    assert less["descriptor_limit"] >= less["descriptors"]

@@ -1,0 +1,221 @@
+"""The status page in a real browser: what it shows while clients come and go, and that nothing else is asked for."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium")
+DEADLINE = 60  # a browser on a busy machine
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium (Debian: chromium) is not installed")
+
+
+class Browser:
+    """A headless Chromium with one page, driven through a pair of pipes (--remote-debugging-pipe)."""
+
+    def __init__(self, directory: Path) -> None:
+        assert CHROMIUM is not None
+        to_read, self._to = os.pipe()
+        self._from, from_written = os.pipe()
+        options = [
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
+            *("--hide-scrollbars", f"--user-data-dir={directory}", "--remote-debugging-pipe"),
+        ]
+        # Chromium reads at 3 and writes at 4, whatever these are here.
+        self._process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_written}', "bash", CHROMIUM, *options, "about:blank"],
+            pass_fds=(to_read, from_written),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_read)
+        os.close(from_written)
+        self._rest = b""
+        self._number = 0
+        self._session: str | None = None
+        self.requested: list[str] = []
+        self.problems: list[str] = []  # what the console says
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Ask for something, and wait for the answer."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._number:
+            if answer["method"] == "Network.requestWillBeSent":
+                self.requested.append(answer["params"]["request"]["url"])
+            elif answer["method"] == "Log.entryAdded":
+                self.problems.append(answer["params"]["entry"]["text"])
+            elif answer["method"] == "Runtime.exceptionThrown":
+                self.problems.append(str(answer["params"]["exceptionDetails"]))
+        assert "error" not in answer, answer
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def _next(self) -> Any:
+        while b"\0" not in self._rest:
+            data = os.read(self._from, 1 << 20)
+            assert data, "the browser has ended"
+            self._rest += data
+        message, _, self._rest = self._rest.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, url: str, *, width: int = 1200, height: int = 1000, dark: bool = False) -> None:
+        """Show a page in a window of this size."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def value(self, expression: str) -> Any:
+        """The value of an expression of JavaScript."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def wait(self, expression: str) -> Any:
+        """Wait until an expression is true, and give its value."""
+        end = time.monotonic() + DEADLINE
+        while not (value := self.value(expression)):
+            assert time.monotonic() < end, f"{expression} is {value!r} on:\n{self.value('document.body.innerText')}"
+            self.value("new Promise((then) => setTimeout(then, 100))")
+        return value
+
+    def screenshot(self, path: Path) -> None:
+        """A picture of the window, as PNG."""
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(DEADLINE)
+        os.close(self._to)
+        os.close(self._from)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    one = Browser(tmp_path / "browser")
+    yield one
+    one.close()
+
+
+def page_of(service: Any) -> str:
+    """The address of its status page."""
+    return f"http://{service.wait_line('status on tcp:').rpartition('tcp:')[2]}/"
+
+
+# The large number of a graph, and the rows of a table.
+FIGURE = "document.querySelector('figure[data-graph=\"{}\"] strong')?.textContent"
+ROWS = "document.querySelectorAll('#connections tbody tr td:nth-child(3)').length"
+
+
+def test_the_page_follows_clients_that_come_and_leave(service: Callable[..., Any], browser: Browser) -> None:
+    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    browser.open(page_of(one))
+    browser.wait(f"{FIGURE.format('connections')} === '0'")
+    assert "nobody is connected" in browser.value("document.querySelector('#connections').innerText")
+    with ExitStack() as clients:
+        sockets = [clients.enter_context(one.connect()) for _ in range(7)]
+        assert {client.recv(100) for client in sockets} == {b"Hello from the server!"}
+        browser.wait(f"{FIGURE.format('connections')} === '7' && {ROWS} === 7")
+        browser.wait("GRAPHS[1].title === 'connects / s' && series(GRAPHS[1], 0).some(([, value]) => value > 1)")
+        host, port = sockets[3].getsockname()
+        assert f"{host}:{port}" in browser.value("document.querySelector('#connections').innerText")
+        sockets[3].sendall(b"x" * 5000)
+        browser.wait("document.querySelector('#connections').innerText.includes('4.9 KiB')")
+    browser.wait(f"{FIGURE.format('connections')} === '0'")
+    browser.wait("document.querySelector('#listeners').innerText.includes('6 peer finished, 1 reset by peer')")
+    assert browser.value("document.querySelector('#state').textContent") == "serving"
+    assert browser.problems == []
+
+
+def test_the_page_asks_nobody_but_its_server(service: Callable[..., Any], browser: Browser) -> None:
+    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    browser.open(page_of(one))
+    browser.wait(f"{FIGURE.format('connections')} === '0'")
+    asked = {url.partition("?")[0].removeprefix(page_of(one)) for url in browser.requested if url[:5] != "data:"}
+    assert asked == {"", "page.js", "page.css", "status.json"}
+    assert browser.problems == []
+
+
+def test_connections_can_be_sorted_and_paged(service: Callable[..., Any], browser: Browser) -> None:
+    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    with ExitStack() as clients:
+        sockets = [clients.enter_context(one.connect()) for _ in range(60)]
+        sockets[42].sendall(b"x" * 3000)
+        browser.open(page_of(one))
+        browser.wait(f"{ROWS} === 25")
+        browser.value("document.querySelector('button[data-key=bytes_in]').click()")
+        browser.wait("document.querySelector('#connections tbody tr').innerText.includes('2.9 KiB')")
+        assert browser.value("document.querySelector('th[aria-sort]').innerText").startswith("received")
+        browser.value("document.querySelector('#later').click()")
+        browser.wait("document.querySelector('#shown').textContent === '26 to 50 of 60'")
+        browser.value("document.querySelector('#later').click()")
+        browser.wait("document.querySelector('#shown').textContent === '51 to 60 of 60'")
+        assert browser.value(ROWS) == 10
+        assert browser.value("document.querySelector('#later').disabled") is True
+        assert browser.value("document.querySelector('#earlier').disabled") is False
+
+
+def test_a_server_that_is_gone_is_shown_plainly_and_one_that_drains_too(
+    service: Callable[..., Any], browser: Browser
+) -> None:
+    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--drain-timeout", "60")
+    with one.connect() as client:
+        client.recv(100)
+        browser.open(page_of(one))
+        browser.wait("document.querySelector('#state').textContent === 'serving'")
+        assert browser.value("document.querySelector('#broken').hidden") is True
+        one.process.terminate()
+        browser.wait("document.querySelector('#state').textContent === 'draining'")
+    one.process.wait(DEADLINE)
+    browser.wait("!document.querySelector('#broken').hidden")
+    assert browser.value("document.querySelector('#broken').textContent").startswith("No answer from the server for ")
+
+
+def test_what_a_peer_calls_itself_is_text(service: Callable[..., Any], browser: Browser, tmp_path: Path) -> None:
+    one = service("--listen", f"unix:{tmp_path}/s", "--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.bind(f"{tmp_path}/<b id=bold>&amp;")
+        client.connect(f"{tmp_path}/s")
+        browser.open(page_of(one))
+        shown = browser.wait("document.querySelector('#connections tbody tr td:nth-child(2)')?.parentNode.innerText")
+        assert "unix:" in shown
+        assert browser.value("document.querySelector('#bold')") is None
+        assert browser.problems == []
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
+def test_the_page_fits_a_window(
+    service: Callable[..., Any], browser: Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--workers", "2")
+    with one.connect():
+        browser.open(page_of(one), width=width, dark=dark)
+        browser.wait(f"{FIGURE.format('connections')} === '1'")
+        assert browser.value("document.documentElement.scrollWidth") <= width
+        assert browser.value("getComputedStyle(document.body).backgroundColor") == (
+            "rgb(18, 22, 28)" if dark else "rgb(246, 247, 249)"
+        )
+        browser.screenshot(tmp_path / f"{'dark' if dark else 'light'}-{width}.png")

@@ -1,0 +1,304 @@
+"""The site: what it answers, to whom, and what it does not do."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.testing import StringTransport
+
+import rtservice.observe
+from rtservice.host.connections import COLUMNS
+from rtservice.host.counters import DURATIONS, LAGS
+from rtservice.observe.figures import Source
+from rtservice.observe.site import make_site
+
+ETC = Path(__file__).parent.parent.parent / "etc"
+
+COUNTERS = {
+    "open": 1,
+    "memory": 50 << 20,
+    "cpu_us": 1_500_000,
+    "descriptors": 9,
+    "descriptor_limit": 1024,
+    "lag\t0\t": 7,
+    "lag\t10\t": 1,
+    "lag_us\t\t": 6_000_000,
+    "opened\t\ttcp:a": 3,
+    "closed\tpeer finished\ttcp:a": 2,
+    "phase\topen\ttcp:a": 1,
+    "in\t\ttcp:a": 10,
+    "out\t\ttcp:a": 76,
+    "duration\t0\ttcp:a": 1,
+    "duration\t8\ttcp:a": 1,
+    "duration_us\t\ttcp:a": 40_000_000_000,
+    "handshake_failed\tHTTP_REQUEST\ttcp:a": 1,
+    "refused\tmax-connections\ttcp:a": 4,
+}
+
+ROW = [0, "192.0.2.1:5", "tcp:a", "open", 2.5, None, 10, 22]
+
+
+class Service:
+    """What a source asks."""
+
+    def __init__(self) -> None:
+        self.ready = True
+        self.asked: list[tuple[str, int]] = []
+        self.answer: Deferred = succeed(([ROW, [1, *ROW[1:]]], [2]))
+
+    def overview(self) -> dict[str, Any]:
+        worker = {"worker": 0, "pid": 1, "phase": "serving", "age": 5.0, "counted": 7.0, "counters": COUNTERS}
+        return {
+            "state": "serving" if self.ready else "draining",
+            "ready": self.ready,
+            "status": "one line",
+            "time": 1000.0,
+            "started": 995.0,
+            "listeners": ["tcp:a", "ssl:b"],
+            "certificates": [{"listener": "ssl:b", "path": "/c.pem", "names": "b", "not_after": 2000}],
+            "workers": [worker],
+            "supervisor": {"memory": 1},
+            "starts": {0: 2},
+            "exits": {0: {"SIGKILL": 1}},
+        }
+
+    def rows(self, sort: str, count: int) -> Deferred:
+        self.asked.append((sort, count))
+        return self.answer
+
+    def source(self) -> Source:
+        return Source(
+            version="1.2.3",
+            overview=self.overview,
+            rows=self.rows,
+            settings=lambda: {"port": "8080"},
+            columns=COLUMNS,
+            durations=DURATIONS,
+            lags=LAGS,
+        )
+
+
+@pytest.fixture
+def one() -> Service:
+    return Service()
+
+
+def ask(service: Service, request: str, site: Any = None) -> tuple[int, dict[str, str], str]:
+    """The status, the headers and the body of an answer."""
+    channel = (site or make_site(service.source())).buildProtocol(None)
+    transport = StringTransport()
+    channel.makeConnection(transport)
+    channel.dataReceived(request.encode())
+    head, _, body = transport.value().decode().partition("\r\n\r\n")
+    status, *lines = head.split("\r\n")
+    return (
+        int(status.split()[1]),
+        {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)},
+        body,
+    )
+
+
+def get(service: Service, path: str, site: Any = None) -> tuple[int, dict[str, str], str]:
+    return ask(service, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n", site)
+
+
+def test_health_is_for_the_process_and_readiness_for_the_service(one: Service) -> None:
+    assert get(one, "/healthz")[0] == get(one, "/readyz")[0] == 200
+    one.ready = False
+    assert get(one, "/healthz")[0] == 200
+    status, _, body = get(one, "/readyz")
+    assert (status, body) == (503, "one line\n")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/page.js", "/page.css", "/metrics", "/status.json", "/nothing", "/status.json?x=1"]
+)
+def test_every_answer_forbids_all_that_is_not_its_own(one: Service, path: str) -> None:
+    _, headers, _ = get(one, path)
+    policy = headers["content-security-policy"].split("; ")
+    assert "default-src 'none'" in policy
+    assert "script-src 'self'" in policy
+    assert not any("unsafe" in rule or "http" in rule or "*" in rule for rule in policy)
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+
+
+def test_the_page_has_no_script_and_no_style_of_its_own(one: Service) -> None:
+    _, _, body = get(one, "/")
+    assert '<script src="page.js" defer></script>' in body
+    assert "style=" not in body
+    assert "://" not in body
+    script = importlib.resources.files("rtservice.observe").joinpath("page", "page.js").read_text()
+    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert way not in script
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "BREW"])
+def test_nothing_can_be_changed(one: Service, method: str) -> None:
+    status, headers, _ = ask(one, f"{method} / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (status, headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize("header", ["Content-Length: 9", "Content-Length: 999999999999", "Transfer-Encoding: chunked"])
+def test_a_body_is_refused_before_it_comes(one: Service, header: str) -> None:
+    status, headers, _ = ask(one, f"GET / HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n9\r\nxxxx")
+    assert (status, headers["connection"]) == (413, "close")
+
+
+def test_head_is_get_without_the_body(one: Service) -> None:
+    status, headers, body = ask(one, "HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (status, headers["content-length"], body) == (200, "6", "")
+
+
+def test_what_is_not_there_is_said_with_what_is(one: Service) -> None:
+    status, _, body = get(one, "/<b>")
+    assert status == 404
+    assert "/metrics" in body
+    assert "<b>" not in body
+
+
+def test_the_status_is_the_snapshot_with_a_page_of_connections(one: Service) -> None:
+    status, headers, body = get(one, "/status.json?sort=bytes_in&offset=1&limit=10")
+    assert (status, headers["content-type"]) == (200, "application/json")
+    found = json.loads(body)
+    assert one.asked == [("bytes_in", 11)]
+    assert found["connections"]["rows"] == [
+        {
+            "worker": 1,
+            "peer": "192.0.2.1:5",
+            "listener": "tcp:a",
+            "phase": "open",
+            "age": 2.5,
+            "idle": None,
+            "bytes_in": 10,
+            "bytes_out": 22,
+        }
+    ]
+    assert found["connections"]["missing"] == [2]
+    assert found["settings"] == {"port": "8080"}
+    listeners = found["workers"][0]["counters"]["listeners"]
+    assert listeners["tcp:a"]["phase"] == {"proxy": 0, "tls": 0, "open": 1, "closing": 0}
+    assert listeners["tcp:a"]["duration"] == {"buckets": [1, 0, 0, 0, 0, 0, 0, 0, 1], "seconds": 40_000.0}
+    assert listeners["ssl:b"]["opened"] == 0
+
+
+def test_nobody_is_asked_for_no_connections(one: Service) -> None:
+    assert json.loads(get(one, "/status.json?limit=0")[2])["connections"]["rows"] == []
+    assert one.asked == []
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ("sort=x", "sort 'x' is none of peer, listener,"),
+        ("sort=--age", "sort '--age' is none"),
+        ("sort=%1b", r"sort '\x1b' is none"),
+        ("limit=-1", "limit '-1' is not a whole number"),
+        ("limit=99999999999999999", "is not a whole number"),
+        ("offset=400&limit=101", "are together 501, more than 500"),
+        ("limit=1&page=2", "'page' is none of sort, offset, limit"),
+        ("&".join(f"a{number}=1" for number in range(11)), "Max number of fields exceeded"),
+    ],
+)
+def test_a_query_that_cannot_be_answered_says_what_can(one: Service, query: str, problem: str) -> None:
+    status, _, body = get(one, f"/status.json?{query}")
+    assert status == 400
+    assert problem in body
+    assert one.asked == []
+
+
+def test_a_client_that_left_before_the_answer_harms_nobody(one: Service) -> None:
+    from twisted.internet.error import ConnectionDone
+    from twisted.python.failure import Failure
+
+    one.answer = Deferred()
+    channel = make_site(one.source()).buildProtocol(None)
+    channel.makeConnection(StringTransport())
+    channel.dataReceived(b"GET /status.json HTTP/1.1\r\nHost: x\r\n\r\n")
+    channel.connectionLost(Failure(ConnectionDone()))
+    one.answer.callback(([ROW], []))
+
+
+def test_metrics_have_the_names_and_units_that_prometheus_wants(one: Service) -> None:
+    status, headers, body = get(one, "/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain; version=")
+    for line in (
+        'rtservice_connections{listener="tcp:a",phase="open",worker="0"} 1.0',
+        'rtservice_connections_opened_total{listener="tcp:a",worker="0"} 3.0',
+        'rtservice_connections_opened_total{listener="ssl:b",worker="0"} 0.0',
+        'rtservice_connections_closed_total{listener="tcp:a",reason="peer finished",worker="0"} 2.0',
+        'rtservice_connections_refused_total{listener="tcp:a",reason="max-connections",worker="0"} 4.0',
+        'rtservice_handshake_failures_total{kind="HTTP_REQUEST",listener="tcp:a",worker="0"} 1.0',
+        'rtservice_received_bytes_total{listener="tcp:a",worker="0"} 10.0',
+        'rtservice_connection_duration_seconds_bucket{le="36000.0",listener="tcp:a",worker="0"} 1.0',
+        'rtservice_connection_duration_seconds_bucket{le="+Inf",listener="tcp:a",worker="0"} 2.0',
+        'rtservice_connection_duration_seconds_sum{listener="tcp:a",worker="0"} 40000.0',
+        'rtservice_reactor_lag_seconds_count{worker="0"} 8.0',
+        'rtservice_worker_starts_total{worker="0"} 2.0',
+        'rtservice_worker_exits_total{reason="SIGKILL",worker="0"} 1.0',
+        'rtservice_certificate_expiry_timestamp_seconds{listener="ssl:b"} 2000.0',
+        'rtservice_build_info{python="3.',
+        'rtservice_state{state="serving"} 1.0',
+        'rtservice_process_cpu_seconds_total{worker="0"} 1.5',
+        'rtservice_process_resident_memory_bytes{worker="supervisor"} 1.0',
+    ):
+        assert f"\n{line}" in f"\n{body}", line
+
+
+@pytest.mark.parametrize("file", ["rtservice.rules.yml", "grafana.json"])
+def test_alerts_and_the_dashboard_name_metrics_that_there_are(one: Service, file: str) -> None:
+    _, _, body = get(one, "/metrics")
+    there = {re.split(r"[{ ]", line)[0] for line in body.splitlines() if line[0] != "#"}
+    named = set(re.findall(r"\brtservice_[a-z_]+", (ETC / file).read_text()))
+    assert len(named) > 5
+    assert named <= there
+
+
+NO_COUNTERS = [
+    *("lag\t99\t", "lag\tx\t", "duration\t-99\ttcp:a", "lag", "listeners", "x\ty\tz", "opened\tx\ttcp:a", "\t\t"),
+    *("closed\t\ttcp:a", "seconds\tx\t"),
+]
+
+
+@pytest.mark.parametrize("name", NO_COUNTERS)
+def test_a_counter_that_is_none_harms_no_other(one: Service, monkeypatch, name: str) -> None:
+    monkeypatch.setitem(COUNTERS, name, 5)
+    status, _, body = get(one, "/metrics")
+    assert status == 200
+    assert 'rtservice_connections_opened_total{listener="tcp:a",worker="0"} 3.0' in body
+    assert get(one, "/status.json")[0] == 200
+
+
+def test_open_metrics_is_spoken_to_who_accepts_it(one: Service) -> None:
+    accept = "Accept: application/openmetrics-text; version=1.0.0"
+    _, headers, body = ask(one, f"GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}\r\n\r\n")
+    assert headers["content-type"].startswith("application/openmetrics-text")
+    assert body.endswith("# EOF\n")
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
+def test_promtool_has_nothing_to_say_of_the_metrics(one: Service) -> None:
+    _, _, body = get(one, "/metrics")
+    checked = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, text=True, timeout=30)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_without_prometheus_client_the_rest_works_and_metrics_say_what_to_do(one: Service, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.delitem(sys.modules, "rtservice.observe.metrics", raising=False)
+    monkeypatch.delattr(rtservice.observe, "metrics", raising=False)
+    site = make_site(one.source())
+    status, _, body = get(one, "/metrics", site)
+    assert status == 501
+    assert "pip install 'rtservice[metrics]'" in body
+    assert get(one, "/status.json", site)[0] == 200

@@ -1,0 +1,319 @@
+"""--status of real processes: what it says is what clients counted, and it is there from the start to the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+DEADLINE = 30
+TCP = ("--listen", "tcp:0:interface=127.0.0.1")
+
+
+def address(service: Any) -> str:
+    """Where its site is."""
+    return f"http://{service.wait_line('status on tcp:').rpartition('tcp:')[2]}"
+
+
+def ask(url: str) -> tuple[int, str]:
+    """The status and body of an answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=DEADLINE) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def status(service: Any, query: str = "") -> Any:
+    return json.loads(ask(f"{address(service)}/status.json{query}")[1])
+
+
+def samples(service: Any) -> dict[str, float]:
+    """Every sample of a scrape, by its name with its labels."""
+    lines = ask(f"{address(service)}/metrics")[1].splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+
+
+def total(found: dict[str, float], name: str) -> float:
+    """One metric over all of its labels."""
+    return sum(value for key, value in found.items() if key.partition("{")[0] == name)
+
+
+def exchange(service: Any, size: int) -> None:
+    """One connection that sends so many bytes and reads all that comes back."""
+    with service.connect() as client:
+        client.sendall(b"x" * size)
+        client.shutdown(socket.SHUT_WR)
+        received = 0
+        while data := client.recv(1 << 16):
+            received += len(data)
+    assert received == size + 22
+
+
+class Scraper:
+    """Scrapes again and again, and notes each total that fell."""
+
+    def __init__(self, service: Any) -> None:
+        self.fell: list[tuple[str, float, float]] = []
+        self.scrapes = 0
+        self._service = service
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        before: dict[str, float] = {}
+        while not self._stop.wait(0.05):
+            now = samples(self._service)
+            self.scrapes += 1
+            for name, value in before.items():
+                if re.search(r"_(total|bucket|sum|count)($|\{)", name) and now.get(name, -1.0) < value:
+                    self.fell.append((name, value, now.get(name, -1.0)))
+            before = now
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(DEADLINE)
+
+
+@pytest.fixture
+def scraper() -> Iterator[Callable[[Any], Scraper]]:
+    """Starts scrapers, which are stopped at the end."""
+    started: list[Scraper] = []
+
+    def start(service: Any) -> Scraper:
+        started.append(Scraper(service))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+def test_it_is_on_loopback_unless_told_otherwise(service: Callable[..., Any]) -> None:
+    assert address(service(*TCP, "--status", "tcp:0")).startswith("http://127.0.0.1:")
+    assert address(service(*TCP, "--status", "0")).startswith("http://127.0.0.1:")
+    assert address(service(*TCP, "--status", "tcp:0:interface=0.0.0.0")).startswith("http://0.0.0.0:")
+
+
+def test_it_can_be_a_unix_socket(service: Callable[..., Any], tmp_path: Any) -> None:
+    one = service(*TCP, "--status", f"unix:{tmp_path}/status:mode=600")
+    one.wait_line("status on unix:")
+    assert os.stat(tmp_path / "status").st_mode & 0o777 == 0o600
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"{tmp_path}/status")
+        client.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.0 200 OK\r\n")
+    assert one.stop() == 0
+    assert not (tmp_path / "status").exists()
+
+
+@pytest.mark.parametrize(
+    ("description", "problem"),
+    [
+        ("proxy:tcp:1", "it is served on one of ssl, systemd, tcp, tcp6, unix"),
+        ("onion:1", "it is served on one of"),
+        ("tcp:x", "port 'x' is not a whole number"),
+        ("unix:/nowhere/at/all", "No such file or directory"),
+    ],
+)
+def test_one_that_cannot_be_served_ends_the_start_with_one_line(run, description: str, problem: str) -> None:
+    ended = run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--status", description)
+    assert ended.returncode != 0
+    [line] = ended.stderr.splitlines()
+    assert line.startswith(f"rtservice: --status {description}: ")
+    assert problem.lower() in line.lower()
+
+
+def test_a_port_that_is_taken_is_found_at_the_start(run, tmp_path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        ended = run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--status", f"tcp:{port}")
+    assert ended.returncode != 0
+    [line] = ended.stderr.splitlines()
+    assert f"--status tcp:{port}: " in line
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_totals_are_what_a_client_counted(service: Callable[..., Any], wait_for, workers: int) -> None:
+    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers))
+    sizes = [1, 100, 5000, 70_000] * 10
+    for size in sizes:
+        exchange(one, size)
+    with one.connect() as client:
+        client.sendall(b"y" * 1000)
+        received = 0
+        while received < 1022:
+            received += len(client.recv(2000))
+        found = wait_for(
+            lambda: (now := samples(one)) and total(now, "rtservice_received_bytes_total") == sum(sizes) + 1000 and now
+        )
+        assert total(found, "rtservice_sent_bytes_total") == sum(sizes) + 1000 + 22 * 41
+        assert total(found, "rtservice_connections_opened_total") == 41
+        assert total(found, "rtservice_connections_closed_total") == 40
+        assert total(found, "rtservice_connections") == 1
+        assert total(found, "rtservice_connection_duration_seconds_count") == 40
+        [row] = status(one)["connections"]["rows"]
+        host, port = client.getsockname()
+        assert (row["peer"], row["bytes_in"], row["bytes_out"]) == (f"{host}:{port}", 1000, 1022)
+
+
+def test_a_refusal_and_a_failed_handshake_are_counted_by_kind(
+    service: Callable[..., Any], certificates, wait_for
+) -> None:
+    tls = f"ssl:0:interface=127.0.0.1:privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
+    one = service("--listen", tls, "--status", "tcp:0", "--at-limit", "reject", "--max-connections", "1")
+    with one.connect() as client:
+        wait_for(lambda: total(samples(one), "rtservice_connections") == 1)
+        with one.connect() as refused:
+            assert refused.recv(100) == b""
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            while client.recv(100):
+                pass
+    found = wait_for(lambda: (now := samples(one)) and total(now, "rtservice_connections_closed_total") == 1 and now)
+    listener = one.wait_line("listening on ssl:").rpartition("listening on ")[2]
+
+    def value(name: str, **labels: str) -> float:
+        labels |= {"listener": listener}
+        shown = ",".join(f'{label}="{labels[label]}"' for label in sorted(labels))
+        return found[f"rtservice_{name}{{{shown}}}"]
+
+    assert value("connections_refused_total", reason="max-connections", worker="0") == 1
+    assert value("handshake_failures_total", kind="HTTP_REQUEST", worker="0") == 1
+    assert value("connections_closed_total", reason="TLS failed", worker="0") == 1
+    days = (value("certificate_expiry_timestamp_seconds") - status(one)["time"]) / 86400
+    assert 88 < days < 91
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_readiness_ends_with_the_first_instant_of_a_drain_and_the_site_with_its_last(
+    service: Callable[..., Any], wait_for, workers: int
+) -> None:
+    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers), "--drain-timeout", "60")
+    with one.connect() as client:
+        client.recv(100)
+        assert ask(f"{address(one)}/readyz")[0] == 200
+        one.process.send_signal(signal.SIGTERM)
+        one.wait_line("SIGTERM: stopping")
+        assert ask(f"{address(one)}/readyz")[0] == 503
+        assert ask(f"{address(one)}/healthz")[0] == 200
+        assert samples(one)['rtservice_state{state="draining"}'] == 1
+        wait_for(lambda: len(status(one)["connections"]["rows"]) == 1)
+    assert one.process.wait(DEADLINE) == 0
+    with pytest.raises(urllib.error.URLError):
+        ask(f"{address(one)}/healthz")
+
+
+def test_totals_never_fall_when_workers_are_replaced_killed_or_removed(
+    service: Callable[..., Any], wait_for, scraper
+) -> None:
+    one = service(*TCP, "--status", "tcp:0", "--workers", "3", "--drain-timeout", "1")
+    watching = scraper(one)
+    opened = 0
+
+    def busy(count: int = 30) -> None:
+        nonlocal opened
+        for _ in range(count):
+            exchange(one, 1000)
+        opened += count
+        wait_for(lambda: total(samples(one), "rtservice_connections_opened_total") == opened)
+
+    def ready(count: int) -> bool:
+        found = [worker["phase"] for worker in status(one, "?limit=0")["workers"]]
+        return found.count("ready") == count
+
+    busy()
+    one.process.send_signal(signal.SIGHUP)
+    one.wait_line("reloaded: ")
+    busy()
+    with ExitStack() as clients:
+        for _ in range(12):
+            clients.enter_context(one.connect()).recv(100)
+        opened += 12
+        victim = wait_for(
+            lambda: next(
+                (
+                    worker["pid"]
+                    for worker in status(one)["workers"]
+                    if total(samples(one), "rtservice_connections") == 12
+                    and sum(sum(kept["phase"].values()) for kept in worker["counters"]["listeners"].values())
+                ),
+                None,
+            )
+        )
+        os.kill(victim, signal.SIGKILL)
+        one.wait_line(rf"pid {victim}\) has ended")
+        wait_for(lambda: ready(3))
+    busy()
+    one.process.send_signal(signal.SIGTTOU)
+    one.wait_line("slot 2 is gone")
+    busy()
+    one.process.send_signal(signal.SIGTTIN)
+    wait_for(lambda: ready(3))
+    busy()
+    watching.stop()
+    found = wait_for(lambda: (now := samples(one)) and total(now, "rtservice_connections") == 0 and now)
+    assert watching.scrapes > 20
+    assert watching.fell == []
+    assert total(found, "rtservice_connections_closed_total") == opened
+    lost = sum(count for name, count in found.items() if 'reason="worker ended"' in name)
+    assert 1 <= lost <= 12
+    assert sum(count for name, count in found.items() if 'reason="SIGKILL"' in name) == 1
+    assert total(found, "rtservice_worker_starts_total") == 8
+
+
+def test_connections_are_those_of_all_workers_and_one_that_is_silent_is_named(
+    service: Callable[..., Any], wait_for
+) -> None:
+    one = service(*TCP, "--status", "tcp:0", "--workers", "2")
+    with ExitStack() as clients:
+        sockets = [clients.enter_context(one.connect()) for _ in range(20)]
+        for place, client in enumerate(sockets):
+            client.sendall(b"x" * (place + 1))
+            client.recv(100)
+        rows = wait_for(lambda: len(found := status(one, "?sort=-bytes_in")["connections"]["rows"]) == 20 and found)
+        assert [row["bytes_in"] for row in rows] == list(range(20, 0, -1))
+        assert {row["worker"] for row in rows} == {0, 1}
+        page = status(one, "?sort=-bytes_in&offset=5&limit=3")["connections"]["rows"]
+        assert [row["bytes_in"] for row in page] == [15, 14, 13]
+        stopped = status(one)["workers"][1]["pid"]
+        os.kill(stopped, signal.SIGSTOP)
+        found = status(one)["connections"]
+        assert found["missing"] == [1]
+        assert {row["worker"] for row in found["rows"]} == {0}
+        os.kill(stopped, signal.SIGCONT)
+        assert wait_for(lambda: not (found := status(one)["connections"])["missing"] and len(found["rows"]) == 20)
+
+
+def test_those_who_ask_for_the_status_cannot_use_up_the_service(service: Callable[..., Any], wait_for) -> None:
+    one = service(*TCP, "--status", "tcp:0", "--max-connections", "5")
+    where = address(one).removeprefix("http://").split(":")
+    with ExitStack() as clients:
+        crowd = [
+            clients.enter_context(socket.create_connection((where[0], int(where[1])), timeout=DEADLINE))
+            for _ in range(150)
+        ]
+        wait_for(lambda: len(select.select(crowd, [], [], 0)[0]) == 50)  # they are closed
+        with one.connect() as client:
+            assert client.recv(100) == b"Hello from the server!"
+    wait_for(lambda: ask(f"{address(one)}/healthz")[0] == 200)
+
+
+def test_check_looks_at_it_too(run) -> None:
+    ended = run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--check", "--status", "tcp:x")
+    assert ended.returncode != 0
+    assert ended.stderr.startswith("rtservice: --status tcp:x: port 'x' is not")
+    assert run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--check", "--status", "9090").returncode == 0
