@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
 import socket
 import ssl
 import struct
@@ -292,6 +293,13 @@ class Connection:
         """The peer has finished sending. Called by the reactor."""
         if self.disconnected:
             return
+        if not self.peer_finished:
+            # Twisted takes an error that the kernel reports before there is anything to read for a clean end.
+            code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                self.error = OSError(code, os.strerror(code))
+                self.connectionLost(_LOST)
+                return
         self._corked = True
         protocol = IHalfCloseableProtocol(self.protocol, None)
         if protocol is not None:

