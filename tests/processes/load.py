@@ -16,7 +16,6 @@ import time
 from typing import Any
 
 GREETING = b"Hello from the server!"
-DEADLINE = 30.0  # seconds that a client waits for anything
 
 
 class Clients:
@@ -26,8 +25,8 @@ class Clients:
     finish then. All read to the end, and know what has to come. `think` is the most seconds between two connections of
     one client. With `ca`, a file, they speak TLS, and with `proxied` begin with a PROXY header.
 
-    `count` has how many connections ended `ok`, were `refused` or `reset`, were `cut` off before all had come, or had
-    been `silent` for 30 s; and how many bytes were `lost`, of all that had to come back on a connection.
+    `count` has how many connections ended `ok`, were `refused` or `reset`, were `cut` off before all had come, or were
+    given up as `silent` after `patience` seconds; and how many bytes were `lost`, of all that had to come back.
     """
 
     def __init__(
@@ -41,6 +40,7 @@ class Clients:
         ca: str = "",
         proxied: bool = False,
         seed: int = 0,
+        patience: float = 30.0,
     ) -> None:
         self._port = port
         self._path = path
@@ -48,6 +48,7 @@ class Clients:
         self._context = ssl.create_default_context(cafile=ca) if ca else None
         self._random = random.Random(seed)
         self._think = think
+        self._patience = patience
         self._kinds = [self._short] * short + [self._long] * long
         self._stopping = asyncio.Event()
         self._latencies: list[float] = []
@@ -82,7 +83,7 @@ class Clients:
         began = time.monotonic()
         writer: asyncio.StreamWriter | None = None
         try:
-            async with asyncio.timeout(DEADLINE):
+            async with asyncio.timeout(self._patience):
                 reader, writer = await self._connect()
                 received += await reader.readexactly(len(GREETING))
                 self._latencies.append(time.monotonic() - began)
