@@ -38,12 +38,20 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def alive(pid: int) -> bool:
-    """Whether there is such a process; a zombie, which nobody has reaped, is none."""
+def born(pid: int) -> str:
+    """When a process was started, which with its number makes it the only one; empty when there is none.
+
+    A zombie, which nobody has reaped, is none.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def alive(pid: int) -> bool:
+    return born(pid) != ""
 
 
 def descriptors(pid: int) -> int:
@@ -87,14 +95,18 @@ class Workers:
         self.service = service
         self.pid: int = service.process.pid
         self._wait_for = wait_for
-        self.seen: set[int] = set()
+        self._seen: dict[int, str] = {}
         self.pids()
 
     def pids(self) -> list[int]:
         """The workers, the oldest first."""
         found = children(self.pid)
-        self.seen.update(found)
+        self._seen |= {pid: born(pid) for pid in found}
         return found
+
+    def left(self) -> list[int]:
+        """Of all its workers that were ever looked at, those that are there."""
+        return [pid for pid, when in self._seen.items() if when and born(pid) == when]
 
     def of_slot(self, slot: int) -> int:
         """The one that was ready in a slot last."""
@@ -128,7 +140,7 @@ class Workers:
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.pids()
         status = int(self.service.stop(number))
-        assert [pid for pid in self.seen if alive(pid)] == []
+        assert self.left() == []
         return status
 
 
@@ -152,7 +164,7 @@ def workers(service, wait_for) -> Iterator[Callable[..., Workers]]:
             one.send(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 one.service.process.wait(DEADLINE)
-    left = [pid for one in started for pid in one.seen if alive(pid)]
+    left = [pid for one in started for pid in one.left()]
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
