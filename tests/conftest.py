@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -98,6 +99,19 @@ def wait_for() -> Callable[..., Any]:
         return value
 
     return wait
+
+
+@pytest.fixture
+def wait_listening(wait_for) -> Callable[[Path], None]:
+    """Waits until somebody listens on a UNIX socket, whose file is there a moment before."""
+
+    def listens(path: Path) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            probe.connect(str(path))
+            return True
+        return False
+
+    return lambda path: wait_for(lambda: listens(path))
 
 
 class Certificates:

@@ -256,7 +256,7 @@ def test_a_client_that_is_gone_before_it_is_accepted_costs_nobody_else(service, 
     assert not any("accepts nobody" in line for line in one.lines)
 
 
-def test_a_log_that_cannot_be_written_disturbs_no_client(environment, tmp_path, wait_for, strace) -> None:
+def test_a_log_that_cannot_be_written_disturbs_no_client(environment, tmp_path, wait_listening, strace) -> None:
     log, path = tmp_path / "log", tmp_path / "s"
     twistd = str(Path(sys.executable).parent / "twistd")
     # Lines are written together: the first two times it goes well.
@@ -272,7 +272,7 @@ def test_a_log_that_cannot_be_written_disturbs_no_client(environment, tmp_path, 
 
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
-            wait_for(path.exists)
+            wait_listening(path)
             for _ in range(50):
                 with connected() as client:
                     exchange(client)

@@ -56,12 +56,12 @@ def test_one_line_for_each_listener_and_one_record_for_each_connection(service, 
     assert len([line for line in one.lines if "bytes in" in line]) == 2
 
 
-def test_records_can_be_turned_off(environment, tmp_path, wait_for, read_all) -> None:
+def test_records_can_be_turned_off(environment, tmp_path, wait_listening, read_all) -> None:
     twistd = os.path.join(os.path.dirname(sys.executable), "twistd")
     command = [twistd, "-n", "--pidfile=", "rtservice", "--listen=unix:s", "--log-level=warn"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
-            wait_for((tmp_path / "s").exists)
+            wait_listening(tmp_path / "s")
             with socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(30)
                 client.connect(f"{tmp_path}/s")
