@@ -217,9 +217,6 @@ class Server(Service):
         if self._reload is not None:
             # A reload that is asked for too early must not be what SIGHUP is by default.
             signal.signal(signal.SIGHUP, self._hung_up)
-            # Twistd's, for a log file to rotate; where there is none, it would end the process.
-            if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-                signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         endpoints, self._endpoints = self._endpoints, []
         for description, endpoint in endpoints:
             failures: list[Failure] = []

@@ -561,13 +561,6 @@ class Supervisor(Service):
         for line in lines:
             self._access(line)
 
-    def counters(self) -> dict[str, int]:
-        """What all workers have counted, those that have ended too; `open` and `memory` are of those that are there."""
-        counters = dict(self.totals)
-        for worker in self._workers():
-            add(counters, worker.counters)
-        return counters
-
     def _workers(self) -> list[Worker]:
         return [worker for slot in self.slots for worker in slot.workers()]
 

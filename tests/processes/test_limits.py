@@ -319,7 +319,7 @@ def test_clients_that_never_finish_a_handshake_are_all_gone_after_its_deadline(
         one.wait_line("TLS handshake timed out$", count=200)
         one.wait_line("PROXY header timed out$", count=200)
         manager.wait("STATUS=serving: 2 connections open$")
-        exchange(secured)  # type: ignore[arg-type]
+        exchange(secured)
     exchange(honest)
 
 
@@ -398,7 +398,7 @@ def test_setting_the_clock_by_an_hour_moves_no_deadline(service, clients, manage
     assert one.process.wait(DEADLINE) == 0
     line = one.wait_line("drained: 1 ended, 0 aborted, ")
     # The clock was really set: the log's own times show it.
-    hours = {re.search(r"T(\d\d):", text)[1] for text in (one.lines[0], one.wait_line(", idle$"))}  # type: ignore[index]
+    hours = {re.search(r"T(\d\d):", text)[1] for text in (one.lines[0], one.wait_line(", idle$"))}
     assert len(hours) == 2, line
 
 
