@@ -43,10 +43,13 @@ class IMetrics(Interface):
     """A factory that counts something."""
 
     def metrics() -> Mapping[str, int | float]:
-        """What it has counted, by names of letters, digits and underscores that begin with a letter.
+        """What it has counted, by names of letters, digits and underscores that begin with a letter: 100 of them at
+        the most, of 100 characters.
 
-        Called now and then. A name that ends in `_total` is of something that only grows, and is summed over all
-        workers there have been; others are what is now, and are summed over the workers there are.
+        Called about once a second while the factory serves, and once at its end. A name that ends in `_total` is of
+        something that only grows: what workers that have ended counted stays part of it. Others are what is now. The
+        status page shows them added up; in `/metrics` they are `rtservice_protocol_NAME`, one for each worker. What
+        cannot be shown is left out, and the log says why.
         """
 
 

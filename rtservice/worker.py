@@ -157,7 +157,7 @@ class Worker(Protocol):
         self._lines: list[str] = []  # for the access log
         self._records: list[bytes] = []  # messages
         self._dropped_before = 0
-        self._told: dict[str, int] = {}  # the counters that the supervisor has
+        self._told: dict[str, float] = {}  # the counters that the supervisor has
         self.status = 0
 
     # --- messages ---

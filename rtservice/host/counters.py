@@ -1,4 +1,4 @@
-r"""What a process counts, in whole numbers, and how it is given to others: a flat dict of names to numbers.
+r"""What a process counts, and how it is given to others: a flat dict of names to numbers, which are whole but for one.
 
 A name is a word, or `word\tlabel\tlistener` where there is one number for each. The words:
 
@@ -18,19 +18,23 @@ A name is a word, or `word\tlabel\tlistener` where there is one number for each.
     memory              resident bytes
     descriptors, descriptor_limit
     dropped             log records that nobody took
+    protocol            what the hosted factory counts, by its own names (label); may have fractions
 
-All but GAUGES are totals, which never fall while the process lives.
+All but GAUGES, and those of the factory's whose names do not end in `_total`, are totals, which never fall while the
+process lives.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import resource
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 Name = TypeVar("Name")
+Number = TypeVar("Number", int, float)
 
 GAUGES = frozenset(("open", "memory", "phase", "descriptors", "descriptor_limit"))
 
@@ -45,13 +49,20 @@ _LAG_EVERY = 0.1
 # a say in which of them it gets.
 _WORDS = 50
 
+# Of a factory's own counters: each is a number for each worker, which is kept for as long as the service runs.
+_MOST_OF_FACTORY, _LONGEST_NAME = 100, 100
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_TOTAL = "_total"
+_LARGEST = 1e300  # so that a sum of them is a number too
+
 
 def is_total(name: str) -> bool:
     """Whether a counter is one that never falls."""
-    return name.partition("\t")[0] not in GAUGES
+    word, _, label = name.partition("\t")
+    return label.partition("\t")[0].endswith(_TOTAL) if word == "protocol" else word not in GAUGES
 
 
-def add(to: dict[Name, int], more: Mapping[Name, int]) -> None:
+def add(to: dict[Name, Number], more: Mapping[Name, Number]) -> None:
     """Add counters to others."""
     for name, count in more.items():
         to[name] = to.get(name, 0) + count
@@ -152,6 +163,24 @@ class Lag:
     def counters(self) -> dict[str, int]:
         """As said above."""
         return self.histogram.counters("lag")
+
+
+def factory_counters(counted: Mapping[str, float]) -> tuple[dict[str, float], str]:
+    """What a factory's `IMetrics.metrics` gave, as said above, and what is wrong with what is left out of it."""
+    found: dict[str, float] = {}
+    problem = ""
+    for name, value in counted.items():
+        if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+            problem = f"{name!a:.100} is no name of letters, digits and underscores, {_LONGEST_NAME} at the most"
+        elif name + _TOTAL in counted:
+            problem = f"{name!r} and {name + _TOTAL!r} are one name to Prometheus"
+        elif not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+            problem = f"{name!r} is {value!a:.100}, and not a number"
+        elif len(found) == _MOST_OF_FACTORY:
+            problem = f"there are more than {_MOST_OF_FACTORY}"
+        else:
+            found[f"protocol\t{name}\t"] = +value  # of True, 1
+    return found, problem
 
 
 def process_counters() -> dict[str, int]:

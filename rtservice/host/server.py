@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 
 from rtservice.host.blocked import Watch
 from rtservice.host.connections import Connections, Limits, Record
-from rtservice.host.counters import Lag, process_counters
+from rtservice.host.counters import Lag, factory_counters, process_counters
 from rtservice.host.side import Side
 from rtservice.host.systemd import Notifier
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
@@ -195,6 +195,8 @@ class Server(Service):
         self._announce = announce
         self._side = Side(log) if side is None else side
         self._dropped = dropped
+        self._counted: dict[str, float] = {}  # by the factory
+        self._miscounted = ""  # what was wrong with that
         self._lag = Lag()
         self._started = time.time()
         self._ticking = LoopingCall(self._tick)
@@ -375,9 +377,11 @@ class Server(Service):
         """Whether it is a place to send clients to."""
         return self.state is State.SERVING and not self._ending
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, float]:
         """What this process has counted: see `host.counters`."""
+        self._ask_factory()
         return {
+            **self._counted,
             **self.connections.counters(),
             **self._lag.counters(),
             **process_counters(),
@@ -385,6 +389,27 @@ class Server(Service):
             "drain_aborted": self.drain_aborted,
             "dropped": self._dropped(),
         }
+
+    def _ask_factory(self) -> None:
+        """Ask the factory what it has counted, if it counts. What it said last stays when it fails or is stopped."""
+        if self.state in (State.STARTING, State.STOPPED):
+            return
+        problem = ""
+        try:
+            counting = IMetrics(self.factory, None)
+            if counting is not None:
+                self._counted, problem = factory_counters(counting.metrics())
+        except Exception as error:
+            problem = repr(error)
+            if problem != self._miscounted:
+                self._log.failure("{factory} failed in metrics", factory=self._factory_name)
+        else:
+            if problem and problem != self._miscounted:
+                self._log.warn(
+                    "{factory} counts what cannot be shown: {problem}", factory=self._factory_name, problem=problem
+                )
+        # It is asked once a second, and says the same each time.
+        self._miscounted = problem
 
     def overview(self) -> dict[str, Any]:
         """How the service stands, as plain data."""
@@ -423,15 +448,6 @@ class Server(Service):
             self._notifier.extend_timeout(_FLUSH_LIMIT)
         elif self.live.watch_certificates:
             self._look_at_certificates()
-
-    def metrics(self) -> dict[str, int | float]:
-        """What the factory has counted, if it counts: see IMetrics."""
-        try:
-            counting = IMetrics(self.factory, None)
-            return {} if counting is None else dict(counting.metrics())
-        except Exception:
-            self._log.failure("{factory} failed in metrics", factory=self._factory_name)
-            return {}
 
     def apply(self, live: Live) -> None:
         """Serve by these from now on."""
@@ -553,6 +569,7 @@ class Server(Service):
                 aborted=self.drain_aborted,
                 seconds=round(self.reactor.seconds() - began, 1),
             )
+        self._ask_factory()
         self._move(State.STOPPED)
         for repeated in (self._ticking, self._watchdog):
             if repeated.running:

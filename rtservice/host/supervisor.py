@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from math import isfinite
 from typing import Any
 
 from twisted.application.service import Service
@@ -140,7 +141,7 @@ class Worker(ProcessProtocol):
         self.plan = plan
         self.phase = Phase.STARTING
         self.began = self.heard = supervisor.reactor.seconds()
-        self.counters: dict[str, int] = {}
+        self.counters: dict[str, float] = {}
         self.counted: float | None = None  # when, as time.time()
         self.problem = ""  # why it could not start, in its own words
         self.age = plan.max_age * random.uniform(0.9, 1.1)  # at which it is replaced: not all at once
@@ -261,8 +262,9 @@ class Worker(ProcessProtocol):
         elif word == "beat":
             for name, count in value.items():
                 # A total that falls would be the whole service's.
-                least = self.counters.get(name, 0) if is_total(name) else int(count)
-                self.counters[name] = max(int(count), least)
+                if not isinstance(count, int | float) or not isfinite(count):
+                    raise ControlError(f"a count of {name!r} that is no number")
+                self.counters[name] = max(count, self.counters.get(name, 0)) if is_total(name) else count
             self.counted = time.time()
         elif word == "rows":
             self.supervisor.answered(self, int(value["id"]), _checked_rows(value["rows"]))
@@ -361,7 +363,7 @@ class Supervisor(Service):
         self.reactor: Any = None
         self.slots = [Slot(number) for number in range(slots)]
         self.exit_status = 0
-        self._ended: dict[int, dict[str, int]] = {}  # what ended workers counted, by slot
+        self._ended: dict[int, dict[str, float]] = {}  # what ended workers counted, by slot
         self._starts: dict[int, int] = {}  # by slot
         self._exits: dict[int, dict[str, int]] = {}  # by slot and reason
         self._questions: dict[int, _Question] = {}
@@ -392,7 +394,7 @@ class Supervisor(Service):
         self._ending = False  # the reactor is told to stop
         self._stopped: Deferred[None] | None = None
         self._stop_began = 0.0
-        self._drained_before: dict[str, int] = {}  # the totals when the stop began
+        self._drained_before: dict[str, float] = {}  # the totals when the stop began
         self._accepting: list[int] = []  # the slots among which new clients are spread
 
     # --- start ---
@@ -600,7 +602,7 @@ class Supervisor(Service):
             return True
         memory = worker.counters.get("memory", 0)
         if plan.max_memory and memory > plan.max_memory:
-            self.log.info("{worker} has {memory} MiB of memory", worker=str(worker), memory=memory >> 20)
+            self.log.info("{worker} has {memory} MiB of memory", worker=str(worker), memory=int(memory) >> 20)
             return True
         return False
 
@@ -624,9 +626,9 @@ class Supervisor(Service):
         return self._serving and self._stopped is None and any(slot.ready for slot in self.slots)
 
     @property
-    def totals(self) -> dict[str, int]:
+    def totals(self) -> dict[str, float]:
         """What ended workers counted, all together."""
-        totals: dict[str, int] = {}
+        totals: dict[str, float] = {}
         for counters in self._ended.values():
             add(totals, counters)
         return totals

@@ -44,11 +44,12 @@ class Source:
             "supervisor": None if supervisor is None else self.grouped(supervisor, ()),
         }
 
-    def grouped(self, counters: Mapping[str, int], listeners: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    def grouped(self, counters: Mapping[str, float], listeners: list[str] | tuple[str, ...]) -> dict[str, Any]:
         r"""Counters (`word\tlabel\tlistener`) as a tree, in seconds and bytes; what is not counted yet is 0."""
         found: dict[str, Any] = {
             "lag": {"buckets": [0] * (len(self.lags) + 1), "seconds": 0.0},
             "listeners": {name: self._listener() for name in listeners},
+            "protocol": {},
         }
         for key, count in counters.items():
             # What a worker that has gone mad calls a counter harms nobody else.
@@ -57,7 +58,7 @@ class Source:
                 self._place(found, word, label, listener, count)
         return found
 
-    def _place(self, found: dict[str, Any], word: str, label: str, listener: str, count: int) -> None:
+    def _place(self, found: dict[str, Any], word: str, label: str, listener: str, count: float) -> None:
         place = found["listeners"].setdefault(listener, self._listener()) if listener else found
         if word == "cpu_us":
             found["cpu_seconds"] = count / 1e6

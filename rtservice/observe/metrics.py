@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import accumulate
 from typing import Any
@@ -49,6 +50,7 @@ class _Figures(Collector):
         yield from self._service(figures)
         workers = [(str(one["worker"]), one["counters"]) for one in figures["workers"]]
         yield from self._connections(workers)
+        yield from _protocol(workers)
         if figures["supervisor"] is not None:
             workers.append(("supervisor", figures["supervisor"]))
         yield from self._processes(workers)
@@ -148,6 +150,20 @@ class _Figures(Collector):
             for worker, counters in workers:
                 family.add_metric([worker], counters.get(word, 0))
             yield family
+
+
+def _protocol(workers: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
+    """What the hosted factory counts, by its own names: see IMetrics."""
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+    for worker, counters in workers:
+        for name, count in counters["protocol"].items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            with suppress(ValueError):  # a worker that has gone mad: see figures
+                family = families.setdefault(
+                    name, kind(f"rtservice_protocol_{name}", "Counted by the hosted protocol.", labels=["worker"])
+                )
+                family.add_metric([worker], count)
+    yield from families.values()
 
 
 def _add_histogram(

@@ -1,8 +1,21 @@
 """What a process counts: bounded words, totals that never fall, and what a listener's connections came to."""
 
+import math
+
+import pytest
 from twisted.internet.task import Clock
 
-from rtservice.host.counters import DURATIONS, LAGS, Histogram, Lag, Tally, add, is_total, process_counters
+from rtservice.host.counters import (
+    DURATIONS,
+    LAGS,
+    Histogram,
+    Lag,
+    Tally,
+    add,
+    factory_counters,
+    is_total,
+    process_counters,
+)
 
 
 def test_a_connection_that_ends_is_counted_by_why_by_duration_and_with_its_bytes() -> None:
@@ -85,3 +98,43 @@ def test_a_process_knows_its_memory_time_and_descriptors() -> None:
     assert less["memory"] > 1 << 20
     assert less["cpu_us"] >= more["cpu_us"] > 0
     assert less["descriptor_limit"] >= less["descriptors"]
+
+
+def test_what_a_factory_counts_is_a_total_if_its_name_says_so() -> None:
+    found, problem = factory_counters({"said_total": 3, "rooms": 1.5, "full": True})
+    assert found == {"protocol\tsaid_total\t": 3, "protocol\trooms\t": 1.5, "protocol\tfull\t": 1}
+    assert problem == ""
+    assert [name for name in found if is_total(name)] == ["protocol\tsaid_total\t"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("a-b", 1, "'a-b' is no name of letters, digits and underscores, 100 at the most"),
+        ("", 1, "'' is no name"),
+        ("1st", 1, "'1st' is no name"),
+        ("_a", 1, "'_a' is no name"),
+        ("a\tb", 1, r"'a\tb' is no name"),
+        ("a\n", 1, r"'a\n' is no name"),
+        ("ä", 1, r"'\xe4' is no name"),
+        (5, 1, "5 is no name"),
+        ("x" * 101, 1, "is no name"),
+        ("x", "1", "'x' is '1', and not a number"),
+        ("x", None, "'x' is None, and not a number"),
+        ("x", math.nan, "'x' is nan, and not a number"),
+        ("x", math.inf, "'x' is inf, and not a number"),
+        ("x", 10**400, "'x' is 1000"),
+        ("good", 1, "'good' and 'good_total' are one name to Prometheus"),
+    ],
+)
+def test_what_cannot_be_shown_of_it_is_left_out_and_said(name, value, problem) -> None:
+    found, said = factory_counters({name: value, "good_total": 7})
+    assert found == {"protocol\tgood_total\t": 7}
+    assert problem in said
+    assert len(said) < 250
+
+
+def test_a_factory_has_a_hundred_counters_at_the_most() -> None:
+    found, problem = factory_counters({f"a{number}": number for number in range(101)})
+    assert len(found) == 100
+    assert problem == "there are more than 100"

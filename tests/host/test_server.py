@@ -18,7 +18,7 @@ from zope.interface import implementer
 
 from rtservice.host.connections import Limits
 from rtservice.host.server import Live, Server, StartError, State
-from rtservice.interfaces import IDrainable
+from rtservice.interfaces import IDrainable, IMetrics
 from rtservice.net.listeners import open_description
 from rtservice.protocols.echo import EchoFactory
 
@@ -41,11 +41,12 @@ class Endpoint:
         self.stopped += 1
 
 
-def server(listeners=(), endpoints=(), drain_timeout=0.0) -> tuple[Server, list[dict[str, Any]]]:
+def server(listeners=(), endpoints=(), drain_timeout=0.0, factory=None) -> tuple[Server, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     log = Logger(observer=events.append)
     live = Live(limits=Limits(max_connections=100), drain_timeout=drain_timeout)
-    made = Server(EchoFactory(), listeners=list(listeners), endpoints=list(endpoints), live=live, log=log)
+    factory = factory or EchoFactory()
+    made = Server(factory, listeners=list(listeners), endpoints=list(endpoints), live=live, log=log)
     return made, events
 
 
@@ -505,3 +506,62 @@ def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
     assert last(events) == "draining: 3 connections have 5 s to end"
     for one in held:
         one.closes()
+
+
+@implementer(IMetrics)
+class Counting(Factory):
+    """Has counted what a test says, or fails; `serving` is what it has between its start and its stop."""
+
+    noisy = False
+    serving = None
+
+    def __init__(self, counts: Any) -> None:
+        self.counts = counts
+
+    def startFactory(self) -> None:
+        self.serving = True
+
+    def stopFactory(self) -> None:
+        self.serving = None
+
+    def metrics(self) -> Any:
+        assert self.serving
+        if isinstance(self.counts, Exception):
+            raise self.counts
+        return self.counts
+
+
+def of_factory(service: Server) -> dict[str, float]:
+    return {name: count for name, count in service.counters().items() if name.startswith("protocol")}
+
+
+def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> None:
+    service, _, _ = timed(factory=Counting({"a_total": 1}))
+    service.factory.counts = {"a_total": 2, "b": 0.5}
+    service.stopService()
+    assert service.state is State.STOPPED
+    service.factory.counts = {"a_total": 3}
+    assert of_factory(service) == {"protocol\ta_total\t": 2, "protocol\tb\t": 0.5}
+    not_started, _ = server(factory=Counting(RuntimeError("not yet")))
+    assert of_factory(not_started) == {}
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        (RuntimeError("mine"), "Counting failed in metrics"),
+        ([("a", 1)], "Counting failed in metrics"),
+        ({"a b": 1}, "Counting counts what cannot be shown: 'a b' is no name"),
+    ],
+)
+def test_a_factory_that_counts_badly_is_logged_once_and_keeps_what_it_had(timed, counts, said) -> None:
+    service, _, events = timed(factory=Counting({"a_total": 1}))
+    assert of_factory(service) == {"protocol\ta_total\t": 1}
+    before = len(events)
+    for each in (counts, counts, {"a_total": 2}, counts):
+        service.factory.counts = each
+        service.counters()
+    told = [str(formatEvent(event)) for event in events[before:]]
+    assert [one[: len(said)] for one in told] == [said, said]  # once more after it was well
+    assert of_factory(service).get("protocol\ta_total\t", 2) == 2
+    assert service.counters()["open"] == 0

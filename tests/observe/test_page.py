@@ -130,6 +130,20 @@ FIGURE = "document.querySelector('figure[data-graph=\"{}\"] strong')?.textConten
 ROWS = "document.querySelectorAll('#connections tbody tr td:nth-child(3)').length"
 
 
+def test_what_a_protocol_counts_is_added_up(service: Callable[..., Any], browser: Browser) -> None:
+    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--protocol", "chat")
+    browser.open(page_of(one))
+    shown = (
+        "[...document.querySelectorAll('#protocol tbody tr')].map((row) => row.innerText.replace(/\\s+/, ' ')).join()"
+    )
+    browser.wait(f"{shown} === 'members 0,messages_total 0,rooms 0,too_slow_total 0'")
+    with one.connect() as client:
+        client.sendall(b"ann\n/join here\nhello\n")
+        browser.wait(f"{shown} === 'members 1,messages_total 1,rooms 1,too_slow_total 0'")
+    assert not browser.value("document.querySelector('#counting').hidden")
+    assert browser.problems == []
+
+
 def test_the_page_follows_clients_that_come_and_leave(service: Callable[..., Any], browser: Browser) -> None:
     one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
     browser.open(page_of(one))

@@ -42,6 +42,8 @@ COUNTERS = {
     "duration_us\t\ttcp:a": 40_000_000_000,
     "handshake_failed\tHTTP_REQUEST\ttcp:a": 1,
     "refused\tmax-connections\ttcp:a": 4,
+    "protocol\tsaid_total\t": 5,
+    "protocol\tseconds_per_word\t": 0.25,
 }
 
 ROW = [0, "192.0.2.1:5", "tcp:a", "open", 2.5, None, 10, 22]
@@ -189,6 +191,7 @@ def test_the_status_is_the_snapshot_with_a_page_of_connections(one: Service) -> 
     assert listeners["tcp:a"]["phase"] == {"proxy": 0, "tls": 0, "open": 1, "closing": 0}
     assert listeners["tcp:a"]["duration"] == {"buckets": [1, 0, 0, 0, 0, 0, 0, 0, 1], "seconds": 40_000.0}
     assert listeners["ssl:b"]["opened"] == 0
+    assert found["workers"][0]["counters"]["protocol"] == {"said_total": 5, "seconds_per_word": 0.25}
 
 
 def test_nobody_is_asked_for_no_connections(one: Service) -> None:
@@ -251,6 +254,10 @@ def test_metrics_have_the_names_and_units_that_prometheus_wants(one: Service) ->
         'rtservice_state{state="serving"} 1.0',
         'rtservice_process_cpu_seconds_total{worker="0"} 1.5',
         'rtservice_process_resident_memory_bytes{worker="supervisor"} 1.0',
+        "# TYPE rtservice_protocol_said_total counter",
+        'rtservice_protocol_said_total{worker="0"} 5.0',
+        "# TYPE rtservice_protocol_seconds_per_word gauge",
+        'rtservice_protocol_seconds_per_word{worker="0"} 0.25',
     ):
         assert f"\n{line}" in f"\n{body}", line
 
@@ -266,7 +273,7 @@ def test_alerts_and_the_dashboard_name_metrics_that_there_are(one: Service, file
 
 NO_COUNTERS = [
     *("lag\t99\t", "lag\tx\t", "duration\t-99\ttcp:a", "lag", "listeners", "x\ty\tz", "opened\tx\ttcp:a", "\t\t"),
-    *("closed\t\ttcp:a", "seconds\tx\t"),
+    *("closed\t\ttcp:a", "seconds\tx\t", "protocol\t{}\t", "protocol", "protocol\tsaid\t"),
 ]
 
 

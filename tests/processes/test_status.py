@@ -275,6 +275,64 @@ def test_totals_never_fall_when_workers_are_replaced_killed_or_removed(
     assert total(found, "rtservice_worker_starts_total") == 8
 
 
+COUNTING = """
+from twisted.internet.protocol import Factory, Protocol
+from zope.interface import implementer
+from rtservice.interfaces import IMetrics
+
+class Says(Protocol):
+    def connectionMade(self):
+        self.factory.here += 1
+        self.transport.write(b"here")
+
+    def dataReceived(self, data):
+        self.factory.heard += len(data)
+
+    def connectionLost(self, reason):
+        self.factory.here -= 1
+
+@implementer(IMetrics)
+class Counts(Factory):
+    protocol = Says
+    noisy = False
+    here = heard = 0
+
+    def metrics(self):
+        return {"heard_total": self.heard, "here": self.here, "not a name": 1}
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_hosted_protocol_counts_is_shown_and_its_totals_outlive_workers(
+    service: Callable[..., Any], wait_for, environment, tmp_path, workers: int
+) -> None:
+    (tmp_path / "counting.py").write_text(COUNTING)
+    environment["PYTHONPATH"] = "."
+    one = service(*TCP, "--protocol=counting:Counts", "--status", "tcp:0", "--workers", str(workers))
+
+    def shown(here: float, heard: float) -> bool:
+        now = samples(one)
+        found = [total(now, f"rtservice_protocol_{name}") for name in ("here", "heard_total")]
+        return found == [here, heard]
+
+    with ExitStack() as clients:
+        for count in range(1, 11):
+            client = clients.enter_context(one.connect())
+            assert client.recv(100) == b"here"
+            client.sendall(b"x" * count)
+        assert wait_for(lambda: shown(10, 55))
+        one.process.send_signal(signal.SIGHUP)
+        one.wait_line("reloaded|SIGHUP: reloading")
+        assert wait_for(lambda: shown(10, 55))  # also of workers that drain
+    assert wait_for(lambda: shown(0, 55))
+    with one.connect() as client:
+        client.sendall(b"five!")
+        assert wait_for(lambda: shown(1, 60))
+        shared = [worker["counters"]["protocol"] for worker in status(one)["workers"]]
+        assert sum(each["heard_total"] for each in shared) == 60
+    one.wait_line("Counts counts what cannot be shown: 'not a name' is no name", count=workers)
+
+
 def test_connections_are_those_of_all_workers_and_one_that_is_silent_is_named(
     service: Callable[..., Any], wait_for
 ) -> None:

@@ -168,6 +168,18 @@ function showListeners(status) {
   ], Object.values(all));
 }
 
+function showProtocol(status) {
+  const all = {};
+  for (const worker of status.workers) {
+    for (const [name, n] of Object.entries(worker.counters.protocol)) all[name] = (all[name] || 0) + n;
+  }
+  byId("counting").hidden = !Object.keys(all).length;
+  table("protocol", [
+    ["it counts", (one) => one[0]],
+    ["", (one) => one[1].toLocaleString("en"), "number"],
+  ], Object.entries(all).sort(([a], [b]) => a < b ? -1 : 1));
+}
+
 function showConnections(status) {
   const {rows, missing, most} = status.connections, several = status.workers.length > 1;
   table("connections", [
@@ -215,6 +227,7 @@ function show(status) {
     `worker ${number}`))));
   showWorkers(status);
   showListeners(status);
+  showProtocol(status);
   showConnections(status);
   showCertificates(status);
   table("settings", [["setting", (one) => one[0]], ["value", (one) => one[1], "text"]], Object.entries(status.settings));
