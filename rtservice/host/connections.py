@@ -396,10 +396,11 @@ class Connections:
     def tell_drain(self) -> None:
         """Tell each protocol that wants to know it that the service is about to end, once."""
         for connection in list(self.open):
-            if connection.protocol is None or connection in self._told:
+            # In a handshake there may be somebody else in the place of the protocol.
+            if connection.protocol is None or connection.phase == "tls" or connection in self._told:
                 continue
             self._told.add(connection)
-            # Twisted's TLS after startTLS is a protocol too, and wraps the one that may want to know.
+            # Twisted's layer of TLS is a protocol too, and wraps the one that may want to know.
             protocol = IDrainable(getattr(connection.protocol, "wrappedProtocol", connection.protocol), None)
             if protocol is not None:
                 try:

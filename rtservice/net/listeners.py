@@ -10,7 +10,6 @@ import fcntl
 import os
 import re
 import socket
-import ssl
 import stat
 import struct
 from array import array
@@ -20,7 +19,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
-from rtservice.net.tls import Certificate, DirectoryTLS, Loaded, Minimum, ServerTLS, TLSError, fingerprint
+from rtservice.net.tls import (
+    Certificate,
+    Context,
+    DirectoryTLS,
+    Library,
+    Loaded,
+    Minimum,
+    ServerTLS,
+    TLSError,
+    fingerprint,
+)
 
 # sd_listen_fds(3): the first descriptor that the service manager passes.
 _LISTEN_FDS_START = 3
@@ -75,7 +84,7 @@ class Listener:
 
     socket: socket.socket
     name: str
-    tls: ssl.SSLContext | None = None
+    tls: Context | None = None
     certificates: tuple[Certificate, ...] = ()
     read: tuple[object, ...] = ()
     proxied: bool = False
@@ -221,7 +230,8 @@ def open_description(
     r"""The listening sockets of one description whose type is in `TYPES`.
 
     TLS is `ssl:8443:privateKey=…:certKey=…`, or `ssl:` before a description of another type, which then takes the same
-    keywords: `ssl:systemd:name=web:privateKey=…`. `certificates=` is a directory in the place of both (DirectoryTLS).
+    keywords: `ssl:systemd:name=web:privateKey=…`. `certificates=` is a directory in the place of both (DirectoryTLS),
+    `library=pyopenssl` has Twisted's own TLS do it.
     `proxy:`, or `haproxy:` as Twisted has it, goes before all that: `proxy:ssl:8443:…`, since a PROXY header comes
     before TLS.
 
@@ -269,10 +279,10 @@ _ARGUMENTS = {
     "unix": ("address", "mode", "backlog", "lockfile"),
     "systemd": ("domain", "index", "name"),
 }
-# By keyword, wherever there is TLS; the last four are ours.
+# By keyword, wherever there is TLS; the last five are ours.
 _TLS_KEYWORDS = (
     *("privateKey", "certKey", "sslmethod", "extraCertChain", "dhParameters"),
-    *("certificates", "clientCA", "minimum", "alpn"),
+    *("certificates", "clientCA", "minimum", "alpn", "library"),
 )
 
 TYPES = frozenset((*_ARGUMENTS, *_PROXY))
@@ -349,6 +359,9 @@ def _tls(given: Mapping[str, str], resolve_path: Callable[[str], str]) -> Server
     minimum: Any = given.get("minimum", "1.2")
     if minimum not in get_args(Minimum):
         raise ListenError(f"minimum {minimum!r} is not one of {', '.join(get_args(Minimum))}")
+    library: Any = given.get("library", "ssl")
+    if library not in get_args(Library):
+        raise ListenError(f"library {library!r} is not one of {', '.join(get_args(Library))}")
     alpn = tuple(given["alpn"].split(",")) if "alpn" in given else ()
     if not all(re.fullmatch(r"[!-~]{1,255}", name) for name in alpn):
         raise ListenError(f"alpn {given['alpn']!r} is not a list of protocol names such as h2,http/1.1")
@@ -359,7 +372,7 @@ def _tls(given: Mapping[str, str], resolve_path: Callable[[str], str]) -> Server
             raise ListenError(f"the name of a file is empty: {keyword}=")
         return resolve_path(name) if name is not None else None
 
-    policy: dict[str, Any] = {"client_ca": path("clientCA"), "minimum": minimum, "alpn": alpn}
+    policy: dict[str, Any] = {"client_ca": path("clientCA"), "minimum": minimum, "alpn": alpn, "library": library}
     directory = path("certificates")
     if directory is not None:
         for keyword in ("privateKey", "certKey", "extraCertChain"):

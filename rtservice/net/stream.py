@@ -25,6 +25,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.net.proxy import Header, ProxyError, parse
+from rtservice.net.tls import Context
 
 Address = IPv4Address | IPv6Address | UNIXAddress
 
@@ -235,16 +236,8 @@ class Connection:
 
     def _connect_protocol(self) -> None:
         """Build the protocol and connect it. What it writes in connectionMade is sent at once."""
-        factory = self.port.factory
-        try:
-            protocol = factory.buildProtocol(self._peer)
-        except BaseException:
-            reason = Failure()
-            _log.failure("{factory} failed in buildProtocol", reason, factory=_log_prefix(factory))
-            self.connectionLost(reason)
-            return
+        protocol = self._build_protocol()
         if protocol is None:
-            self.connectionLost(_DONE)
             return
         self.protocol = protocol
         self.reactor.addReader(self)
@@ -255,6 +248,20 @@ class Connection:
             self._protocol_failed("connectionMade")
         else:
             self._flush()
+
+    def _build_protocol(self) -> Any:
+        """A protocol of the factory's; without one, None, and the connection is given up."""
+        factory = self.port.factory
+        try:
+            protocol = factory.buildProtocol(self._peer)
+        except BaseException:
+            reason = Failure()
+            _log.failure("{factory} failed in buildProtocol", reason, factory=_log_prefix(factory))
+            self._give_up(reason)
+            return None
+        if protocol is None:
+            self._give_up(_DONE)
+        return protocol
 
     # --- reading ---
 
@@ -564,6 +571,10 @@ class Connection:
         """A protocol that raises loses its own connection, and nobody else notices."""
         reason = Failure()
         _log.failure("{protocol} failed in {method}", reason, protocol=_log_prefix(self.protocol), method=method)
+        self._give_up(reason)
+
+    def _give_up(self, reason: Failure) -> None:
+        """End it at once, for what a factory or protocol has done."""
         self.connectionLost(reason)
 
     def connectionLost(self, reason: Failure) -> None:
@@ -854,7 +865,7 @@ class Handshake(SecureConnection):
     __slots__ = ()
 
     def start(self) -> None:
-        assert self.port.tls is not None
+        assert isinstance(self.port.tls, ssl.SSLContext)
         self.secure(self.port.tls, server_side=True)
 
     def secure(self, context: ssl.SSLContext, *, server_side: bool) -> None:
@@ -945,7 +956,7 @@ class Handshake(SecureConnection):
 class ProxyHeader(Connection):
     """A connection until its PROXY header is complete: nothing is sent, and no protocol is built.
 
-    Then it becomes a Handshake or a Connection, whose peer is the one that the header names.
+    Then it becomes what it would have been without one, and its peer is the one that the header names.
     """
 
     phase = "proxy"
@@ -993,7 +1004,7 @@ class ProxyHeader(Connection):
         self._phase_state = None
         self._deadline.cancel()
         self._deadline = None
-        self.__class__ = Connection if self.port.tls is None else Handshake  # type: ignore[assignment]  # same slots
+        self.__class__ = self.port.first_phase  # type: ignore[assignment]  # same slots
         self.start()
 
     def loseConnection(self) -> None:
@@ -1056,6 +1067,17 @@ class Lingering(SecureConnection):
         self.connectionLost(reason)
 
 
+def _first_phase(tls: Context | None) -> type[Connection]:
+    """What a connection is at first, or after its PROXY header."""
+    if tls is None:
+        return Connection
+    if isinstance(tls, ssl.SSLContext):
+        return Handshake
+    from rtservice.net.layered import LayeredHandshake
+
+    return LayeredHandshake
+
+
 def _nothing(*arguments: object) -> None:
     """What a Port does that nobody wants to hear of."""
 
@@ -1066,8 +1088,8 @@ class Port:
 
     `name` is what logs call it. With `proxied`, each connection begins with a PROXY header; whom to believe one is for
     `opened` to say. With `tls`, it is secured after that. A header and a handshake have `handshake_timeout` seconds,
-    each; protocols are built after both. `tls` and `handshake_timeout` may be changed at any time, for connections to
-    come.
+    each; protocols are built after both. `tls` (of the same library) and `handshake_timeout` may be changed at any
+    time, for connections to come.
 
     `opened` is called with each Connection when it is accepted, `identified` once more when its PROXY header is
     complete; either may call the connection's `refuse`. `closed` is called with each one that was not refused and the
@@ -1082,7 +1104,7 @@ class Port:
         *,
         name: str,
         proxied: bool = False,
-        tls: ssl.SSLContext | None = None,
+        tls: Context | None = None,
         handshake_timeout: float = HANDSHAKE_TIMEOUT,
         opened: Callable[[Connection], None] = _nothing,
         identified: Callable[[Connection], None] = _nothing,
@@ -1098,7 +1120,8 @@ class Port:
         self.tls = tls
         self.handshake_timeout = handshake_timeout
         self.proxied = proxied
-        self._connection = ProxyHeader if proxied else Connection if tls is None else Handshake
+        self.first_phase = _first_phase(tls)
+        self._connection = ProxyHeader if proxied else self.first_phase
         # Only our reactor has it; with others a write outside of an event waits until the kernel says that it may.
         self.write_soon: Callable[[Any], None] | None = getattr(reactor, "write_soon", None)
         self.fileno = sock.fileno

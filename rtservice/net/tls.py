@@ -1,4 +1,4 @@
-"""Certificates and keys → `ssl.SSLContext`, with one certificate or with one for each name."""
+"""Certificates and keys → a context of `ssl` or of pyOpenSSL, with one certificate or with one for each name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from rtservice.net.pyopenssl import PyOpenSSLContext
 
 Minimum = Literal["1.2", "1.3"]
+Library = Literal["ssl", "pyopenssl"]
+Context: TypeAlias = "ssl.SSLContext | PyOpenSSLContext"
 
 # Forward secrecy and authenticated encryption only: the TLS 1.2 suites of Mozilla's "intermediate" configuration, less
 # those with finite-field Diffie-Hellman, which no client of today needs. TLS 1.3's suites are all of this kind.
@@ -106,7 +111,7 @@ class Certificate:
 class Loaded:
     """What was made of the files: a context, and the certificates that its clients may be shown."""
 
-    context: ssl.SSLContext
+    context: Context
     certificates: tuple[Certificate, ...]
 
 
@@ -115,14 +120,16 @@ class _Policy:
     """What is asked of a client, whichever certificate it is shown.
 
     With `client_ca`, a PEM file, a client has to show a certificate that one of its authorities signed. `alpn` are the
-    protocols offered (RFC 7301), the preferred one first.
+    protocols offered (RFC 7301), the preferred one first. With the library `pyopenssl` contexts are for Twisted's own
+    TLS, which is slower, for protocols that ask for its objects.
     """
 
     client_ca: str | None = None
     minimum: Minimum = "1.2"
     alpn: tuple[str, ...] = ()
+    library: Library = "ssl"
 
-    def _load(self, files: Files, path: str, certificates: str, private_key: str) -> tuple[ssl.SSLContext, Certificate]:
+    def _load(self, files: Files, path: str, certificates: str, private_key: str) -> tuple[Context, Certificate]:
         """A context of this policy for the certificates, PEM text that was read from `path`; raises TLSError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = _MINIMUM[self.minimum]
@@ -134,12 +141,37 @@ class _Policy:
         if hasattr(context, "set_groups"):  # Python 3.15; before, the groups are OpenSSL's own choice
             context.set_groups(_GROUPS)
         certificate = _load_pair(context, files, path, certificates, private_key)
+        client_ca = None
         if self.client_ca is not None:
-            context.load_verify_locations(cadata=_certificates(files, self.client_ca, "client CA"))
+            client_ca = _certificates(files, self.client_ca, "client CA")
+            context.load_verify_locations(cadata=client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
         if self.alpn:
             context.set_alpn_protocols(list(self.alpn))
+        if self.library == "pyopenssl":  # what was read is known to be good now
+            key = files.read(private_key, "private key")
+            return self._pyopenssl(context, certificates, key, client_ca), certificate
         return context, certificate
+
+    def _pyopenssl(
+        self, like: ssl.SSLContext, certificates: str, private_key: str, client_ca: str | None
+    ) -> PyOpenSSLContext:
+        try:
+            from rtservice.net.pyopenssl import PyOpenSSLContext
+        except ImportError as error:
+            raise TLSError(f"library=pyopenssl is not there: pip install 'twisted[tls]' ({error})") from error
+        texts = (certificates, private_key, client_ca)
+        with ExitStack() as stack:
+            files = [None if text is None else stack.enter_context(_named(text)) for text in texts]
+            return PyOpenSSLContext(
+                certificates=str(files[0]),
+                private_key=str(files[1]),
+                client_ca=files[2],
+                minimum=like.minimum_version,
+                ciphers=_CIPHERS,
+                options=like.options,
+                alpn=self.alpn,
+            )
 
 
 @dataclass(frozen=True)
@@ -163,7 +195,7 @@ class ServerTLS(_Policy):
         context, certificate = self._load(files, self.certificate, certificates, self.private_key)
         return Loaded(context, (certificate,))
 
-    def context(self) -> ssl.SSLContext:
+    def context(self) -> Context:
         """The context alone. Raises TLSError."""
         return self.load().context
 
@@ -188,10 +220,10 @@ class DirectoryTLS(_Policy):
     def load(self, files: Files | None = None) -> Loaded:
         """Read the directory and all of its files. Raises TLSError, also when two files are for one name."""
         files = files or Files()
-        contexts: dict[str, ssl.SSLContext] = {}
+        contexts: dict[str, Context] = {}
         owners: dict[str, str] = {}
         certificates = []
-        default: ssl.SSLContext | None = None
+        default: Context | None = None
         # The one that may repeat names goes last.
         for name in sorted(self._names(files), key=lambda name: (name == _DEFAULT, name)):
             path = os.path.join(self.directory, name)
@@ -212,12 +244,15 @@ class DirectoryTLS(_Policy):
                 contexts.setdefault(served, context)
         if default is None:
             raise TLSError(f"no certificate, a file called *.pem, in the directory {self.directory!r}")
-        choose = _chooser(contexts)
+        find = _finder(contexts)
         # On each of them: a client that is told to say hello again, which TLS 1.3 has, is asked for its name again,
         # and then of the context that was chosen. Had that no callback, OpenSSL would call the default's, which
         # nothing of Python's holds any more once a reload has replaced it: the process would crash.
         for context in (default, *contexts.values()):
-            context.sni_callback = choose
+            if isinstance(context, ssl.SSLContext):
+                context.sni_callback = _chooser(find)
+            else:
+                context.find_by_name(find)
         return Loaded(default, tuple(certificates))
 
     def _names(self, files: Files) -> list[str]:
@@ -231,14 +266,21 @@ class DirectoryTLS(_Policy):
 _DEFAULT = "default.pem"
 
 
-def _chooser(contexts: dict[str, ssl.SSLContext]) -> Callable[[Any, str | None, Any], None]:
+def _finder(contexts: dict[str, Context]) -> Callable[[str], Any]:
+    """Gives the context for a name, or None."""
+
+    def find(name: str) -> Context | None:
+        name = name.lower()
+        return contexts.get(name) or contexts.get("*." + name.partition(".")[2])
+
+    return find
+
+
+def _chooser(find: Callable[[str], Context | None]) -> Callable[[Any, str | None, Any], None]:
     """A `sni_callback` that puts the name's context in the place of the default's."""
 
     def choose(connection: Any, name: str | None, context: object) -> None:
-        if name is None:
-            return
-        name = name.lower()
-        chosen = contexts.get(name) or contexts.get("*." + name.partition(".")[2])
+        chosen = None if name is None else find(name)
         if chosen is not None:
             connection.context = chosen
 

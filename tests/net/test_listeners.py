@@ -327,6 +327,7 @@ def test_ssl_listens_on_ipv6_too(open_secure) -> None:
         (f"ssl:0:{FILES}:bogus=1", "unknown keyword 'bogus'; known are port, privateKey, certKey"),
         (f"ssl:0:{FILES}:minimum=1.1", "minimum '1.1' is not one of 1.2, 1.3"),
         (f"ssl:0:{FILES}:minimum=", "minimum '' is not one of 1.2, 1.3"),
+        (f"ssl:0:{FILES}:library=openssl", "library 'openssl' is not one of ssl, pyopenssl"),
         (f"ssl:0:{FILES}:alpn=", "alpn '' is not a list"),
         (f"ssl:0:{FILES}:alpn=h2,,x", "alpn 'h2,,x' is not a list"),
         (f"ssl:0:{FILES}:alpn={'x' * 256}", "is not a list of protocol names"),

@@ -1,6 +1,7 @@
 """TLS in the transport: the contract of plain connections, and what hostile or hasty peers may do, on loopback."""
 
 import contextlib
+import importlib.util
 import os
 import select
 import shutil
@@ -27,7 +28,7 @@ from twisted.logger import LogLevel, globalLogPublisher
 from zope.interface import implementer
 
 from rtservice.net.stream import Port, SecureConnection
-from rtservice.net.tls import ServerTLS
+from rtservice.net.tls import Context, ServerTLS
 
 DEADLINE = 20
 GREETING = b"Hello from the server!"
@@ -103,7 +104,7 @@ class Timed:
 class Served:
     """A port in service, and every connection that it opened and closed."""
 
-    def __init__(self, factory: Recording, tls: ssl.SSLContext, on: Any, timeout: float) -> None:
+    def __init__(self, factory: Recording, tls: Context, on: Any, timeout: float) -> None:
         self.factory = factory
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.socket.setblocking(False)
@@ -131,12 +132,25 @@ class Served:
                 connection.abortConnection()
 
 
+# Whose TLS it is: what is true of our own alone, and what also with Twisted's on our transport.
+needs_pyopenssl = pytest.mark.skipif(
+    importlib.util.find_spec("OpenSSL") is None, reason="pyOpenSSL (twisted[tls]) is not installed"
+)
+BOTH = pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])
+
+
 @pytest.fixture
-def contexts(certificates):
+def library() -> str:
+    return "ssl"
+
+
+@pytest.fixture
+def contexts(certificates, library):
     """Makes server contexts, by default with one certificate and nothing special."""
 
-    def make(name: str = "server", **settings: Any) -> ssl.SSLContext:
-        return ServerTLS(certificates[f"{name}.key"], certificates[f"{name}.pem"], **settings).context()
+    def make(name: str = "server", **settings: Any) -> Context:
+        files = certificates[f"{name}.key"], certificates[f"{name}.pem"]
+        return ServerTLS(*files, library=library, **settings).context()
 
     return make
 
@@ -397,6 +411,7 @@ def test_half_close_echoes_everything_received_and_answers_with_close_notify(ser
     assert served.closed[0][0].error is None
 
 
+@BOTH
 @VERSIONS
 @pytest_twisted.inlineCallbacks
 def test_data_and_close_notify_in_one_segment_are_all_answered(serve, trusting, version):
@@ -416,6 +431,7 @@ def test_data_and_close_notify_in_one_segment_are_all_answered(serve, trusting, 
     assert answer == b"".join(b"%03d" % i for i in range(200))
 
 
+@BOTH
 @VERSIONS
 @pytest.mark.parametrize("notify", [False, True], ids=["open", "close_notify"])
 @pytest_twisted.inlineCallbacks
@@ -443,6 +459,7 @@ def test_data_right_with_the_clients_finished_is_not_lost(serve, trusting, versi
     assert answer == GREETING + b"early" * 50
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_thousand_records_in_few_segments_are_all_handled(serve, trusting):
     def client():
@@ -457,6 +474,7 @@ def test_a_thousand_records_in_few_segments_are_all_handled(serve, trusting):
     assert answer == b"".join(b"%04d" % i for i in range(1000))
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_record_that_comes_byte_by_byte_is_handled_once_it_is_whole(serve, trusting):
     def client():
@@ -534,6 +552,7 @@ def test_lose_connection_right_after_a_large_write_delivers_everything_and_close
     assert answer == data
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_slow_reader_that_speaks_meanwhile_loses_nothing(serve, trusting):
     """Reads and writes alternate on one TLS state, with a write that the kernel refused in between."""
@@ -675,6 +694,7 @@ def test_a_push_producer_is_paused_and_resumed_until_its_content_is_sent(serve, 
     assert calls == ["pause", "resume"] * 20
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_producer_is_stopped_when_its_peer_goes(serve, trusting):
     calls: list[str] = []
@@ -768,6 +788,7 @@ def test_fin_without_close_notify_is_a_connection_lost(serve, trusting, version,
     assert logged == []
 
 
+@BOTH
 @pytest.mark.parametrize("moment", ["connected", "hello", "shaken", "reading", "writing"])
 @pytest_twisted.inlineCallbacks
 def test_a_peer_that_resets_ends_its_connection_alone(serve, trusting, moment, logged):
@@ -819,6 +840,7 @@ GARBAGE = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
 @pytest_twisted.inlineCallbacks
 def test_garbage_instead_of_a_client_hello_is_closed_at_once(serve, garbage, logged):
@@ -841,6 +863,7 @@ def test_garbage_instead_of_a_client_hello_is_closed_at_once(serve, garbage, log
     assert reactor_is_free_of(connection)
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, trusting, logged):
     """With FIN or with RST, after each of many parts of both of a client's flights."""
@@ -920,6 +943,7 @@ def test_abort_resets_the_peer_and_drops_what_is_unsent(serve, trusting):
     assert connection.bytes_out == 0
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_close_notify_first(serve, trusting):
     """Both say close_notify at once; what is unsent is sent all the same."""
@@ -1014,6 +1038,7 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
         assert answer == b"still here"
 
 
+@BOTH
 @pytest.mark.parametrize("build", [lambda address: None, lambda address: 1 / 0], ids=["None", "raises"])
 @pytest_twisted.inlineCallbacks
 def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, trusting, build):
@@ -1063,6 +1088,7 @@ def test_lose_write_connection_sends_close_notify_and_goes_on_reading(serve, tru
 # --- handshakes ---
 
 
+@BOTH
 @pytest.mark.parametrize("sent", ["nothing", "half a hello", "hello"])
 @pytest_twisted.inlineCallbacks
 def test_fifty_handshakes_that_stall_are_gone_at_the_deadline_with_all_they_held(serve, trusting, sent):
@@ -1105,6 +1131,7 @@ def test_fifty_handshakes_that_stall_are_gone_at_the_deadline_with_all_they_held
     assert served.factory.made == []
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_handshake_that_is_done_or_failed_leaves_no_timer(serve, trusting):
     def good():
@@ -1129,6 +1156,7 @@ def test_a_handshake_that_is_done_or_failed_leaves_no_timer(serve, trusting):
         assert answer == b"still here"
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_client_that_trickles_its_hello_is_gone_at_the_deadline_all_the_same(serve, trusting):
     timed = Timed()
@@ -1175,6 +1203,7 @@ def test_abort_and_lose_during_a_handshake_end_it(serve, trusting):
         peer.close()
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_port_that_stops_leaves_handshakes_and_connections_to_go_on(serve, trusting):
     served = serve(Recording())
@@ -1260,6 +1289,7 @@ def test_nothing_is_known_of_a_client_without_certificate_and_alpn_or_before_its
             connection.startTLS(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
 
+@BOTH
 @VERSIONS
 @pytest.mark.parametrize("certificate", ["client", "stranger", ""])
 @pytest_twisted.inlineCallbacks
@@ -1283,6 +1313,7 @@ def test_a_client_ca_lets_in_its_own_alone(serve, trusting, version, certificate
         assert (served.factory.made, served.factory.received, logged) == ([], b"", [])
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_minimum_of_1_3_refuses_1_2(serve, trusting):
     def client():
@@ -1320,6 +1351,7 @@ def test_a_session_can_be_resumed(serve, trusting, version):
     assert reused == [False, True, True]
 
 
+@BOTH
 @pytest_twisted.inlineCallbacks
 def test_many_clients_at_once_each_get_their_own_bytes_back(serve, trusting):
     def client(number: int):
@@ -1387,6 +1419,7 @@ class OpenSSLClient:
         self.process.stdout.close()
 
 
+@BOTH
 @needs_openssl
 @pytest_twisted.inlineCallbacks
 def test_a_peer_may_update_its_keys_and_ask_for_ours(serve):
@@ -1406,6 +1439,7 @@ def test_a_peer_may_update_its_keys_and_ask_for_ours(serve):
     yield eventually(lambda: served.closed)
 
 
+@BOTH
 @needs_openssl
 @pytest_twisted.inlineCallbacks
 def test_a_renegotiation_is_refused_and_others_do_not_notice(serve, trusting, logged):

@@ -1,7 +1,6 @@
 """Protocols that others wrote, as they are: with TLS, PROXY headers, workers, limits and a drain.
 
-Autobahn is without TLS here: on a transport that provides ISSLTransport it wants pyOpenSSL's connection, for a channel
-binding, and fails with any other.
+Autobahn's asks its transport for pyOpenSSL's connection, and has it with `library=pyopenssl`.
 """
 
 import base64
@@ -57,8 +56,8 @@ def hosted_one(request, hosted, tmp_path, certificates):
 
     def start(*arguments: str):
         keys = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
-        kind = "tcp:0:interface=127.0.0.1" if package == "autobahn" else f"ssl:0:interface=127.0.0.1:{keys}"
-        listen = f"--listen=proxy:{kind}"
+        library = "pyopenssl" if package == "autobahn" else "ssl"
+        listen = f"--listen=proxy:ssl:0:interface=127.0.0.1:{keys}:library={library}"
         path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
         return hosted(protocol, listen, *arguments, PYTHONPATH=path)
 
@@ -69,8 +68,6 @@ def connect(one, certificates) -> socket.socket:
     listener = one.wait_line(r"listening on proxy:")
     plain = socket.create_connection(("127.0.0.1", int(listener.rpartition(":")[2])), timeout=30)
     plain.sendall(HELLO)
-    if ":ssl:" not in listener:
-        return plain
     return ssl.create_default_context(cafile=certificates["ca.pem"]).wrap_socket(plain, server_hostname="localhost")
 
 

@@ -1,6 +1,7 @@
 """SIGHUP: certificates and settings of a running service are read again, and whatever is wrong changes nothing."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -45,6 +46,9 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+needs_pyopenssl = pytest.mark.skipif(
+    importlib.util.find_spec("OpenSSL") is None, reason="pyOpenSSL (twisted[tls]) is not installed"
+)
 TLS = "--listen=ssl:0:interface=127.0.0.1:privateKey=served.key:certKey=served.pem"
 
 
@@ -99,11 +103,12 @@ def lines(one, word: str) -> list[str]:
 # --- certificates ---
 
 
+@pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])
 def test_a_renewed_certificate_is_shown_after_sighup_and_an_open_connection_goes_on(
-    service, put, der, tls_client
+    service, put, der, tls_client, library
 ) -> None:
     put("first")
-    one = service(TLS)
+    one = service(f"{TLS}:library={library}")
     assert shown(one.port) == der("first")
     with tls_client(one.port) as old:
         put("second")

@@ -1,0 +1,350 @@
+"""Listeners with library=pyopenssl: Twisted's TLS on our transport, from a description to what a protocol is given."""
+
+import contextlib
+import os
+import socket
+import ssl
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IHandshakeListener, INegotiated, ISSLTransport
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.logger import LogLevel, globalLogPublisher
+from zope.interface import implementer
+
+from rtservice.net.listeners import ListenError, open_description
+from rtservice.net.stream import Port
+
+SSL = pytest.importorskip("OpenSSL.SSL", reason="pyOpenSSL (twisted[tls]) is not installed")
+tls = pytest.importorskip("twisted.protocols.tls", reason="pyOpenSSL (twisted[tls]) is not installed")
+
+DEADLINE = 20
+
+
+class Recorder(Protocol):
+    """Does what its factory's hooks say; echoes without one."""
+
+    factory: Any
+    transport: Any
+
+    def connectionMade(self) -> None:
+        self.factory.made.append(self)
+        self.factory.on_connect(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.factory.on_data(self, data)
+
+
+@implementer(IHandshakeListener)
+class Listening(Recorder):
+    def handshakeCompleted(self) -> None:
+        self.factory.on_handshake(self)
+
+
+def nothing(*_: object) -> None:
+    pass
+
+
+@pytest.fixture
+def serve(certificates):
+    """Serves a protocol as a description says; gives its factory, its port, and a function that connects a client."""
+    started: list[Any] = []
+
+    def start(protocol: type[Recorder] = Recorder, more: str = "", files: str = "", **hooks: Any) -> Any:
+        factory: Any = Factory.forProtocol(protocol)
+        factory.noisy = False
+        factory.made, factory.closed = [], Deferred()
+        factory.on_connect = hooks.get("on_connect", nothing)
+        factory.on_handshake = hooks.get("on_handshake", nothing)
+        factory.on_data = hooks.get("on_data", lambda one, data: one.transport.write(data))
+        files = files or f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
+        (listener,) = open_description(f"ssl:0:interface=127.0.0.1:{files}:library=pyopenssl{more}", backlog=10)
+
+        def closed(connection: Any, reason: Any) -> None:
+            if not factory.closed.called:
+                factory.closed.callback((connection, reason.value))
+
+        port = Port(reactor, listener.socket, factory, name=listener.name, tls=listener.tls, closed=closed)
+        port.startListening()
+        started.append((port, listener))
+
+        def connect(name: str = "localhost", verify: bool = True, **options: Any) -> ssl.SSLSocket:
+            context = ssl.create_default_context(cafile=certificates["ca.pem"])
+            if not verify:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            if "alpn" in options:
+                context.set_alpn_protocols(options["alpn"])
+            if "certificate" in options:
+                of = options["certificate"]
+                context.load_cert_chain(certificates[f"{of}.pem"], certificates[f"{of}.key"])
+            plain = socket.create_connection(listener.socket.getsockname(), timeout=DEADLINE)
+            return context.wrap_socket(plain, server_hostname=name)
+
+        return factory, port, connect
+
+    yield start
+    for port, listener in started:
+        port.stopListening()
+        listener.close()
+
+
+@pytest.fixture
+def logged():
+    """The errors that were logged."""
+    events: list[Any] = []
+
+    def observe(event: Any) -> None:
+        if event["log_level"] >= LogLevel.error:
+            events.append(event)
+
+    globalLogPublisher.addObserver(observe)
+    yield events
+    globalLogPublisher.removeObserver(observe)
+
+
+def exchange(client: ssl.SSLSocket, data: bytes) -> bytes:
+    client.sendall(data)
+    received = b""
+    while len(received) < len(data) and (piece := client.recv(1 << 16)):
+        received += piece
+    return received
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_protocol_is_given_what_twisteds_own_tls_listeners_give(serve, certificates):
+    seen: dict[str, Any] = {}
+    calls: list[str] = []
+
+    def look(one: Recorder) -> None:
+        calls.append("connectionMade")
+        transport = one.transport
+        seen.update(
+            layer=isinstance(transport, tls.TLSMemoryBIOProtocol),
+            interfaces=[interface.providedBy(transport) for interface in (ISSLTransport, INegotiated)],
+            handle=isinstance(transport.getHandle(), SSL.Connection),
+            peer=transport.getPeerCertificate().to_cryptography().subject.rfc4514_string(),
+            chosen=transport.negotiatedProtocol,
+            version=transport.tls_version,
+            cipher=transport.tls_cipher,
+            fields=transport.log_fields,
+            host=transport.getHost().host,
+            who=transport.getPeer().port,
+            finished=transport.getHandle().get_peer_finished(),
+        )
+
+    factory, _, connect = serve(
+        Listening,
+        f":clientCA={certificates['ca.pem']}:alpn=two,one",
+        on_connect=look,
+        on_handshake=lambda one: calls.append("handshakeCompleted"),
+    )
+    client = yield deferToThread(connect, certificate="client", alpn=["one", "two"])
+    with client:
+        assert (yield deferToThread(exchange, client, b"hello")) == b"hello"
+        assert client.selected_alpn_protocol() == "two"
+        assert client.get_channel_binding("tls-unique") == seen.pop("finished")
+        assert seen == {
+            "layer": True,
+            "interfaces": [True, True],
+            "handle": True,
+            "peer": "CN=client",
+            "chosen": b"two",
+            "version": "TLSv1.3",
+            "cipher": client.cipher()[0],
+            "fields": {
+                "connection": 1,
+                "peer": f"127.0.0.1:{client.getsockname()[1]}",
+                "listener": f"ssl:127.0.0.1:{client.getpeername()[1]}",
+            },
+            "host": "127.0.0.1",
+            "who": client.getsockname()[1],
+        }
+        assert calls == ["connectionMade", "handshakeCompleted"]
+    yield factory.closed.addTimeout(DEADLINE, reactor)
+
+
+@pytest.mark.parametrize("where", ["on_connect", "on_handshake", "on_data"])
+@pytest_twisted.inlineCallbacks
+def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(serve, logged, where):
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("of the test")
+
+    factory, _, connect = serve(Listening, **{where: fail})
+    _, _, connect_elsewhere = serve()
+    bystander = yield deferToThread(connect_elsewhere)
+
+    def client() -> None:
+        with connect() as one:
+            try:
+                one.sendall(b"x")
+                assert one.recv(10) == b""
+            except OSError:  # reset, or no close_notify
+                pass
+
+    with bystander:
+        yield deferToThread(client)
+        _, reason = yield factory.closed.addTimeout(DEADLINE, reactor)
+        assert isinstance(reason, ZeroDivisionError)
+        assert [event["log_failure"].type for event in logged] == [ZeroDivisionError]
+        method = {"on_connect": "connectionMade", "on_handshake": "handshakeCompleted", "on_data": "dataReceived"}
+        assert logged[0]["method"] == method[where]
+        assert (yield deferToThread(exchange, bystander, b"still here")) == b"still here"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest_twisted.inlineCallbacks
+def test_a_protocol_that_has_failed_hears_no_more(serve, logged, version):
+    """Also of what was there already, together with the end of the client's handshake."""
+
+    def fail(one: Recorder) -> None:
+        raise ZeroDivisionError("of the test")
+
+    heard: list[bytes] = []
+    factory, port, _ = serve(on_connect=fail, on_data=lambda one, data: heard.append(data))
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.minimum_version = context.maximum_version = version
+
+    def client() -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        one = context.wrap_bio(incoming, outgoing)
+        with socket.create_connection(port.socket.getsockname(), timeout=DEADLINE) as sock:
+            for _ in range(3):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    one.do_handshake()
+                    break
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(1 << 16))
+            if version == ssl.TLSVersion.TLSv1_3:  # the handshake's last flight is the client's
+                one.write(b"right behind it")
+            sock.sendall(outgoing.read())
+            with contextlib.suppress(ConnectionResetError):
+                while sock.recv(1 << 16):
+                    pass
+
+    yield deferToThread(client)
+    yield factory.closed.addTimeout(DEADLINE, reactor)
+    assert len(logged) == 1
+    assert heard == []
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+@pytest_twisted.inlineCallbacks
+def test_who_has_finished_first_is_told_apart(serve, who):
+    factory, _, connect = serve(on_data=lambda one, data: one.transport.loseConnection())
+
+    def client() -> None:
+        with connect() as one:
+            if who == "client":
+                one.unwrap()
+            else:
+                one.sendall(b"close")
+                assert one.recv(10) == b""
+                with contextlib.suppress(OSError):
+                    one.unwrap()
+
+    yield deferToThread(client)
+    connection, reason = yield factory.closed.addTimeout(DEADLINE, reactor)
+    assert isinstance(reason, ConnectionDone)
+    assert connection.peer_finished is (who == "client")
+
+
+@pytest_twisted.inlineCallbacks
+def test_an_end_of_ours_sends_all_that_is_written(serve):
+    content = os.urandom(8_000_000)
+    factory, _, connect = serve(on_data=lambda one, data: one.transport.write(content))
+
+    def rest(client: ssl.SSLSocket) -> bytes:
+        received = bytearray()
+        while piece := client.recv(1 << 16):
+            received += piece
+        return bytes(received)
+
+    client = yield deferToThread(connect)
+    with client:
+        yield deferToThread(client.sendall, b"go")
+        while not (factory.made and factory.made[0].transport.unsent):
+            yield deferLater(reactor, 0.002, nothing)
+        factory.made[0].transport.end("drained")
+        assert (yield deferToThread(rest, client)) == content
+    connection, _ = yield factory.closed.addTimeout(DEADLINE, reactor)
+    assert str(connection.error) == "drained"
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_slow_reader_costs_bounded_memory_where_the_protocol_asks_for_that(serve):
+    """As with Twisted's: a transport that is registered as its own producer is paused."""
+    most = 0
+
+    def register(one: Recorder) -> None:
+        one.transport.registerProducer(one.transport, True)
+
+    def echo(one: Recorder, data: bytes) -> None:
+        nonlocal most
+        one.transport.write(data)
+        most = max(most, one.transport.unsent)
+
+    factory, _, connect = serve(on_connect=register, on_data=echo)
+    size = 20_000_000
+
+    def client() -> int:
+        with connect() as one:
+            one.setblocking(False)
+            sent = received = 0
+            while received < size:
+                with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                    sent += one.send(b"x" * min(1 << 16, size - sent)) if sent < size else 0
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    received += len(one.recv(1 << 12))
+            return received
+
+    assert (yield deferToThread(client)) == size
+    assert most < 1 << 20
+    yield factory.closed.addTimeout(DEADLINE, reactor)
+
+
+@pytest_twisted.inlineCallbacks
+def test_each_name_is_shown_its_certificate_and_a_renewed_one_is_shown_to_whoever_comes_then(
+    serve, certificates, tmp_path
+):
+    for name, alternative in (("a", "DNS:a.example"), ("star", "DNS:*.example"), ("default", "DNS:d.example")):
+        certificates.make(f"layered-{name}", "server", "ca", alternative=alternative)
+        both = certificates.join(f"layered-{name}-both.pem", f"layered-{name}.key", f"layered-{name}.pem")
+        (tmp_path / f"{name}.pem").write_bytes(Path(both).read_bytes())
+
+    def names(client_name: str) -> list[str]:
+        with connect(client_name, verify=False) as client:
+            der = client.getpeercert(binary_form=True)
+        return [
+            name
+            for name in ("a", "star", "default", "renewed")
+            if der and ssl.DER_cert_to_PEM_cert(der) in Path(certificates[f"layered-{name}.pem"]).read_text()
+        ]
+
+    certificates.make("layered-renewed", "server", "ca", alternative="DNS:a.example")
+    _, port, connect = serve(files=f"certificates={tmp_path}")
+    for asked, shown in (("a.example", "a"), ("A.Example", "a"), ("b.example", "star"), ("x.org", "default")):
+        assert (yield deferToThread(names, asked)) == [shown]
+    both = certificates.join("layered-renewed-both.pem", "layered-renewed.key", "layered-renewed.pem")
+    (tmp_path / "a.pem").write_bytes(Path(both).read_bytes())
+    (listener,) = open_description(f"ssl:0:interface=127.0.0.1:certificates={tmp_path}:library=pyopenssl", backlog=1)
+    port.tls = listener.tls
+    listener.close()
+    assert (yield deferToThread(names, "a.example")) == ["renewed"]
+    assert (yield deferToThread(names, "b.example")) == ["star"]
+
+
+def test_without_pyopenssl_the_start_says_how_to_get_it(certificates, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "OpenSSL", None)
+    monkeypatch.delitem(sys.modules, "rtservice.net.pyopenssl", raising=False)
+    files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
+    with pytest.raises(ListenError, match=r"library=pyopenssl is not there: pip install 'twisted\[tls\]' \("):
+        open_description(f"ssl:0:{files}:library=pyopenssl", backlog=1)
