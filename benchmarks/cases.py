@@ -47,7 +47,7 @@ CASES = (
     Case("tls-small", "TLS, 64 B × 100 connections", connections=100, tls=True),
     Case("tls-large", "TLS, 16 KiB × 100 connections", connections=100, size=16384, tls=True),
     Case("idle", "5,000 idle connections", connections=5000, mode="idle"),
-    Case("workers", "64 B × 100 connections, two processes on one core", connections=100, servers=_WORKERS),
+    Case("workers", "64 B × 100, two processes on one core", connections=100, servers=_WORKERS),
     Case(
         "start", "from the command to the first greeting", connections=1, mode="start", servers=(*_WORKERS, "twisted")
     ),

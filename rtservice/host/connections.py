@@ -429,9 +429,9 @@ class Connections:
     def _record(
         self, peer: Any, listener: str, opened: float, bytes_in: int, bytes_out: int, reason: str, phase: str
     ) -> None:
-        self._tally(listener).ended(reason, phase, monotonic() - opened, bytes_in, bytes_out)
-        name = peer_name(peer)
         seconds = monotonic() - opened
+        self._tally(listener).ended(reason, phase, seconds, bytes_in, bytes_out)
+        name = peer_name(peer)
         if self._access is not None:
             self._access(name, listener, seconds, bytes_in, bytes_out, reason)
             return
