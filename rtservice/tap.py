@@ -25,7 +25,7 @@ from rtservice.host.side import Side
 from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
-from rtservice.net.tls import TLSError
+from rtservice.net.tls import TLSError, ignore_bad_names
 from rtservice.observe import logs
 from rtservice.observe.lines import File, Lines, RotatedFile, check_file
 from rtservice.observe.logs import AccessLog, Format, Levels, Log
@@ -167,6 +167,7 @@ def makeService(options: Options) -> Server | Supervisor:
     in_force = options.settings()
     twistd: Any = options.parent or {}
     _open_standard_descriptors()
+    ignore_bad_names()
     log = Log(Levels(worker.levels(in_force)), globalLogPublisher)
     slots = _slots(in_force)
     resolve_path = _path_resolver(twistd)

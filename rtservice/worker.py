@@ -33,7 +33,7 @@ from rtservice.host.control import (
 )
 from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
 from rtservice.net.listeners import Listener
-from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLSError
+from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLSError, ignore_bad_names
 from rtservice.observe.logs import AccessLog, LevelName, Levels, Log
 from rtservice.settings import SettingError
 
@@ -372,6 +372,7 @@ def main() -> int:
     # Before anything can hang or crash. What it writes goes to the supervisor's log.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
+    ignore_bad_names()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they are for the supervisor, whose group or terminal is ours too
     try:

@@ -6,6 +6,7 @@ import os
 import re
 import ssl
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -285,6 +286,20 @@ def _chooser(find: Callable[[str], Context | None]) -> Callable[[Any, str | None
             connection.context = chosen
 
     return choose
+
+
+def ignore_bad_names() -> None:
+    """Have a client that asks for a name which is not ASCII, as RFC 6066, section 3, wants it, just be refused.
+
+    `ssl` does that before it asks for a context, and has Python print a traceback, in which the client has a say.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, UnicodeDecodeError) and isinstance(unraisable.object, bytes)):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def fingerprint(paths: Iterable[str]) -> tuple[object, ...]:
