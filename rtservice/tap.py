@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pwd
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +19,7 @@ from twisted.python.components import Componentized
 
 from rtservice import __version__, hosting, settings, worker
 from rtservice.host import systemd
+from rtservice.host.certificates import renewed
 from rtservice.host.connections import COLUMNS
 from rtservice.host.counters import DURATIONS, LAGS
 from rtservice.host.server import Server, raise_descriptor_limit
@@ -238,14 +240,14 @@ def _serve_with_workers(
     outputs: _Outputs,
     side: Side,
 ) -> Supervisor:
-    reload = _ReloadWorkers(options, log, opened)
+    reload = _ReloadWorkers(options, log, opened, side)
     supervisor = _Supervisor(
         side=side,
         dropped=outputs.dropped,
         listeners=opened,
         slots=_slots(options.settings()),
-        plan=_plan(options.settings(), opened, options.directory),
-        command=[sys.executable, "-P", "-m", worker.__name__],
+        plan=_plan(options.settings(), opened, side, options.directory),
+        command=[sys.executable, *_interpreter_flags(), "-P", "-m", worker.__name__],
         log=log,
         notifier=notifier,
         check=start.check,
@@ -256,6 +258,13 @@ def _serve_with_workers(
     supervisor.log_format = outputs.format
     _serve_status(side, supervisor, reload)
     return supervisor
+
+
+def _interpreter_flags() -> list[str]:
+    """What this interpreter was told that others have to be told again, such as -O and -X dev."""
+    # Private, and what multiprocessing uses: the flags are spread over half a dozen places.
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
+    return flags
 
 
 def _serve_status(side: Side, service: Server | Supervisor, in_force: _Settings) -> None:
@@ -281,10 +290,11 @@ def _slots(in_force: settings.Settings) -> int:
     return len(os.sched_getaffinity(0)) if in_force.workers is None else in_force.workers
 
 
-def _plan(in_force: settings.Settings, opened: list[Listener], directory: str) -> Plan:
+def _plan(in_force: settings.Settings, opened: list[Listener], side: Side, directory: str) -> Plan:
     """What workers are started with from now on. Raises TLSError."""
     described = worker.describe(in_force, opened, directory=directory)
-    files = {file for listener in opened for file in listener.tls_files()} if in_force.watch_certificates else ()
+    shown = [*opened, *side.listeners] if in_force.watch_certificates else []
+    files = {file for listener in shown for file in listener.tls_files()}
     return Plan(
         start=lambda slot, slots: {**described, "slot": slot, "slots": slots},
         drain_timeout=in_force.drain_timeout,
@@ -427,23 +437,24 @@ class _Reload(_Settings):
 class _ReloadWorkers(_Settings):
     """The same with workers, which are replaced: the plan for those to come."""
 
-    def __init__(self, options: Options, log: Log, opened: list[Listener]) -> None:
+    def __init__(self, options: Options, log: Log, opened: list[Listener], side: Side) -> None:
         super().__init__(options, log)
         self._opened = opened
+        self._side = side
 
     def __call__(self) -> Plan | None:
         try:
             wanted = self._wanted().settings
-            renewed = [(listener, listener.renew()) for listener in self._opened]
+            # Workers read what their listeners show from the plan; what is said of it is said here.
+            adopt = renewed([*((listener, None) for listener in self._opened), *self._side.served()])
             live, _ = settings.changes(self._in_force, wanted)
             changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
-            plan = _plan(dataclasses.replace(self._in_force, **changed), self._opened, self._options.directory)
+            in_force = dataclasses.replace(self._in_force, **changed)
+            plan = _plan(in_force, self._opened, self._side, self._options.directory)
         except (SettingError, ListenError, TLSError) as problem:
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return None
-        for listener, loaded in renewed:
-            if loaded is not None:
-                listener.adopt(loaded)
+        adopt()
         self._reloaded(wanted)
         return plan
 

@@ -18,13 +18,14 @@ from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from rtservice.host.blocked import Watch
+from rtservice.host.certificates import certificates_of, log_certificates, renewed
 from rtservice.host.connections import Connections, Limits, Record
 from rtservice.host.counters import Lag, factory_counters, process_counters
 from rtservice.host.side import Side
 from rtservice.host.systemd import Notifier
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
 from rtservice.net.listeners import Listener, ListenError
-from rtservice.net.stream import HANDSHAKE_TIMEOUT, Port, escaped
+from rtservice.net.stream import HANDSHAKE_TIMEOUT, Port
 from rtservice.net.tls import fingerprint
 
 # Descriptors that the default limit of connections leaves for all else: listeners, logs, certificates that are read.
@@ -38,16 +39,6 @@ _FLUSH_STALL, _FLUSH_LIMIT, _FLUSH_STEP = 5.0, 30.0, 1.0
 # Seconds between two looks at the counts and the certificates: what a reader of `systemctl status`, or somebody who has
 # just copied a certificate, does not mind waiting for.
 _TICK = 2.0
-
-# Of one certificate, in its line of the log; and of a directory of them.
-_NAMES_SHOWN = 5
-_CERTIFICATES_SHOWN = 100
-
-
-def _some_of(names: tuple[str, ...]) -> str:
-    """The first of a certificate's names, which can be thousands."""
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 class StartError(SystemExit, Exception):
@@ -104,39 +95,6 @@ def default_max_connections(descriptors: int) -> int:
     if descriptors == resource.RLIM_INFINITY:
         return 10_000_000
     return max(1, descriptors - min(_RESERVED_DESCRIPTORS, descriptors // 2))
-
-
-def log_certificates(log: Logger, listeners: list[Listener]) -> None:
-    """Say of each certificate that is shown until when it holds."""
-    now = time.time()
-    # Two listeners may show the same one.
-    for certificate in dict.fromkeys(one for listener in listeners for one in listener.certificates):
-        seconds = certificate.not_after - now
-        state = f"expires in {seconds / 86400:.0f} days" if seconds >= 0 else "has expired"
-        if certificate.not_before > now:
-            state = "is not valid yet"
-        (log.info if seconds >= 0 and certificate.not_before <= now else log.warn)(
-            "certificate {path} for {names}: {state}",
-            path=certificate.path,
-            names=escaped(_some_of(certificate.names)) or "no name",
-            state=state,
-            not_after=certificate.not_after,
-        )
-
-
-def certificates_of(listeners: list[Listener]) -> list[dict[str, Any]]:
-    """The certificates that listeners show, as plain data: of many, those that end first."""
-    shown: list[dict[str, Any]] = [
-        {
-            "listener": listener.name,
-            "path": escaped(certificate.path),
-            "names": escaped(_some_of(certificate.names)),
-            "not_after": certificate.not_after,
-        }
-        for listener in listeners
-        for certificate in listener.certificates
-    ]
-    return sorted(shown, key=lambda one: one["not_after"])[:_CERTIFICATES_SHOWN]
 
 
 class Server(Service):
@@ -489,19 +447,16 @@ class Server(Service):
         Raises ListenError, and nothing has changed.
         """
         self._certificates_seen = self._fingerprint()
-        renewed = [(listener, listener.renew()) for listener in self._listeners]
+        adopt = renewed([*zip(self._listeners, self.connections.ports, strict=True), *self._side.served()])
 
-        def adopt() -> None:
-            for (listener, loaded), port in zip(renewed, self.connections.ports, strict=True):
-                if loaded is not None:
-                    listener.adopt(loaded)
-                    port.tls = listener.tls
+        def adopt_and_log() -> None:
+            adopt()
             log_certificates(self._log, self._listeners)
 
-        return adopt
+        return adopt_and_log
 
     def _fingerprint(self) -> object:
-        return [fingerprint(listener.tls_files()) for listener in self._listeners]
+        return [fingerprint(listener.tls_files()) for listener in (*self._listeners, *self._side.listeners)]
 
     def _look_at_certificates(self) -> None:
         """Renew them if their files have changed since the last time that this was tried."""

@@ -23,21 +23,21 @@ class Side:
 
     def __init__(self, log: Logger, listeners: list[Listener] | None = None) -> None:
         self._log = log
-        self._listeners = listeners or []
+        self.listeners = listeners or []
         self.factory: Any = None
         # Whoever asks each second is not to be a line each second.
         self._connections = Connections(Logger(observer=_nobody), LIMITS)  # type: ignore[arg-type]  # a function is one
         self._ports: list[Port] = []
 
     def __bool__(self) -> bool:
-        return bool(self._listeners)
+        return bool(self.listeners)
 
     def start(self, reactor: Any) -> None:
         """Serve."""
         if not self:
             return
         self._connections.start(reactor)
-        for listener in self._listeners:
+        for listener in self.listeners:
             port = Port(
                 reactor,
                 listener.socket,
@@ -52,13 +52,17 @@ class Side:
             port.startListening()
             self._log.info("status on {listener}", listener=listener.name)
 
+    def served(self) -> list[tuple[Listener, Port]]:
+        """Its listeners, each with the port that accepts on it, once it serves."""
+        return list(zip(self.listeners, self._ports, strict=False))
+
     def stop(self) -> None:
         """Serve no more, and close the sockets."""
         for port in self._ports:
             port.stopListening()
         self._connections.cut_all("cut off")
         self._connections.stop()
-        listeners, self._listeners = self._listeners, []
+        listeners, self.listeners = self.listeners, []
         for listener in listeners:
             try:
                 listener.close()

@@ -22,6 +22,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, LogLevel, eventFromJSON, globalLogPublisher
 from twisted.python.failure import Failure
 
+from rtservice.host.certificates import certificates_of, log_certificates
 from rtservice.host.connections import first_rows
 from rtservice.host.control import (
     BEAT,
@@ -35,7 +36,7 @@ from rtservice.host.control import (
     encode,
 )
 from rtservice.host.counters import Lag, add, is_total, process_counters
-from rtservice.host.server import StartError, certificates_of, log_certificates
+from rtservice.host.server import StartError
 from rtservice.host.side import Side
 from rtservice.host.systemd import Notifier
 from rtservice.net.listeners import Listener, ListenError

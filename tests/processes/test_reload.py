@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 from pathlib import Path
@@ -165,6 +166,51 @@ def test_a_certificate_that_is_replaced_is_noticed_without_a_signal(service, put
     assert shown(one.port) == der("second")
     # What is wrong is said once for each change, and not each time that is looked.
     assert len(lines(one, "in force stay")) <= 2
+
+
+@pytest.mark.parametrize("how", ["SIGHUP", "watched"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_certificate_of_the_status_is_renewed_too(service, put, der, wait_for, workers, how) -> None:
+    put("first")
+    more = ["--watch-certificates"] if how == "watched" else []
+    one = service(
+        "--listen=tcp:0:interface=127.0.0.1", TLS.replace("--listen", "--status"), f"--workers={workers}", *more
+    )
+    port = int(one.wait_line("status on ssl:").rpartition(":")[2])
+    assert shown(port) == der("first")
+    put("second")
+    if how == "SIGHUP":
+        hang_up(one)
+        assert shown(port) == der("second")
+    else:
+        wait_for(lambda: shown(port) == der("second"))
+    assert one.stop() == 0
+
+
+def hello(name: bytes) -> bytes:
+    """A ClientHello of TLS 1.2 that asks for a name (RFC 5246, section 7.4.1.2; RFC 6066, section 3)."""
+    entry = struct.pack("!HBH", len(name) + 3, 0, len(name)) + name
+    extensions = struct.pack("!HH", 0, len(entry)) + entry
+    ciphers = b"\xc0\x2f\xc0\x2b"
+    body = b"\x03\x03" + bytes(32) + b"\0" + struct.pack("!H", len(ciphers)) + ciphers + b"\x01\0"
+    body += struct.pack("!H", len(extensions)) + extensions
+    message = b"\x01" + struct.pack("!I", len(body))[1:] + body
+    return b"\x16\x03\x01" + struct.pack("!H", len(message)) + message
+
+
+@pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_name_that_is_none_is_a_line_in_the_log_and_no_traceback(service, put, tmp_path, workers, library) -> None:
+    (tmp_path / "names").mkdir()
+    put("a", "names/a")
+    one = service(f"--listen=ssl:0:interface=127.0.0.1:certificates=names:library={library}", f"--workers={workers}")
+    for name in (b"b\xfccher.example", b"\xff" * 255, b"a\x1b[2J.example"):
+        with socket.create_connection(("127.0.0.1", one.port), timeout=DEADLINE) as client:
+            client.sendall(hello(name))
+            assert client.recv(1)  # an alert, or a ServerHello
+    one.wait_line("bytes out, ", count=3)
+    assert one.stop() == 0
+    assert not [line for line in one.lines if "Traceback" in line or "Exception" in line or "\x1b" in line]
 
 
 def test_names_come_and_go_with_the_files_of_a_directory(service, put, der, tmp_path) -> None:

@@ -1030,6 +1030,14 @@ def test_auto_is_one_worker_for_each_cpu_that_the_process_may_use(workers, servi
         assert is_greeted(client)
 
 
+def test_workers_run_with_what_the_interpreter_was_told(service) -> None:
+    one = service("--workers=2", TCP, launcher=[sys.executable, "-O", "-W", "error::SyntaxWarning", "-X", "utf8"])
+    for pid in children(one.process.pid):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        assert {b"-O", b"-Werror::SyntaxWarning"} <= {*command}
+        assert command[command.index(b"-X") + 1] == b"utf8"
+
+
 def test_connections_of_the_whole_service_are_divided_among_its_workers(workers, wait_for) -> None:
     one = workers("--max-connections=7", "--at-limit=reject", TCP)
     port = one.service.port
