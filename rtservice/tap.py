@@ -174,6 +174,7 @@ def makeService(options: Options) -> Server | Supervisor:
     slots = _slots(in_force)
     resolve_path = _path_resolver(twistd)
     try:
+        _check_directories(twistd, resolve_path)
         # Before a protocol is imported, which may import the reactor.
         _install_reactor(log)
         # With workers it is theirs to import, with their rights.
@@ -659,6 +660,21 @@ def _path_resolver(twistd: Any) -> Callable[[str], str]:
     return lambda path: os.path.join(
         os.path.abspath(root), os.path.normpath(os.path.join("/", directory, path)).lstrip("/")
     )
+
+
+def _check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
+    """Find where twistd itself would fail, with a traceback, when everything is bound already. Raises SettingError."""
+    for option, path in (("chroot", twistd.get("chroot") or "/"), ("rundir", resolve_path("."))):
+        if not os.path.isdir(path):
+            raise SettingError(f"--{option} {printable(twistd[option])}: no such directory")
+    given = twistd.get("pidfile")
+    if given:
+        path = resolve_path(given)
+        directory = os.path.dirname(path)
+        if not os.path.isdir(directory):
+            raise SettingError(f"--pidfile {printable(given)}: no such directory: {printable(directory)}")
+        if not os.access(path if os.path.exists(path) else directory, os.W_OK):
+            raise SettingError(f"--pidfile {printable(given)}: permission denied")
 
 
 def _exit_with_status_of(service: Server | Supervisor, outputs: _Outputs) -> None:

@@ -53,6 +53,23 @@ def test_a_mistake_is_refused_with_one_line(run, arguments, names) -> None:
     assert_refused(run("-n", "--pidfile=", "rtservice", *arguments), *names)
 
 
+@pytest.mark.parametrize("daemon", [False, True], ids=["fore", "daemon"])
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--pidfile=/no/such/place/d.pid"], ["--pidfile /no/such/place/d.pid", "no such directory: /no/such/place"]),
+        # Not even root may.
+        (["--pidfile=/proc/sys/d.pid"], ["--pidfile /proc/sys/d.pid", "permission denied"]),
+        (["--pidfile=", "--rundir=/no/such/place"], ["--rundir /no/such/place", "no such directory"]),
+        (["--pidfile=", "--chroot=/no/such/place"], ["--chroot /no/such/place", "no such directory"]),
+        (["--pidfile=", "--chroot=/", "--rundir=/no/such"], ["--rundir /no/such", "no such directory"]),
+    ],
+)
+def test_a_mistake_in_twistds_own_options_is_one_line_too(run, tmp_path, daemon, options, names) -> None:
+    where = [f"--logfile={tmp_path}/d.log"] if daemon else ["-n"]
+    assert_refused(run(*where, *options, "rtservice", "--port=0"), *names)
+
+
 @pytest.mark.parametrize(
     "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
 )
