@@ -25,19 +25,69 @@ def add_layer(connection: Connection, context_factory: Any, *, client: bool) -> 
     producer, streaming = connection.producer, connection.streaming_producer
     if producer is not None:
         connection.unregisterProducer()
-    # As in Twisted's own startTLS: without a factory to wrap, since it is given the protocol.
-    factory = TLSMemoryBIOFactory(context_factory, client, None)  # type: ignore[arg-type]  # None is for this use
-    protocol = factory.protocol(factory, connection.protocol, False)
-    connection.protocol = protocol
-    connection.__class__ = LayeredConnection
-    protocol.makeConnection(_BypassTLS(Connection, connection))
+    connection.__class__ = LayeredHandshake
+    connection.begin(context_factory, client=client)  # type: ignore[attr-defined]  # a LayeredHandshake's
     if producer is not None:
         connection.registerProducer(producer, streaming)
 
 
+class _Layer(TLSMemoryBIOProtocol):
+    """Twisted's layer, but for three things that it leaves to chance or to the peer.
+
+    It is not the one that a factory of Twisted's makes, which keeps writes for later, and drops them when the peer's
+    close_notify is there before: whoever asks and says so at once would get no answer.
+    """
+
+    transport: Any
+
+    def __init__(self, connection: Connection, context_factory: Any, client: bool) -> None:
+        # As in Twisted's own startTLS: without a factory to wrap, since it is given the protocol.
+        factory = TLSMemoryBIOFactory(context_factory, client, None)  # type: ignore[arg-type]  # None is for this use
+        super().__init__(factory, connection.protocol, _connectWrapped=False)
+        self._connection = connection
+
+    def _checkHandshakeStatus(self) -> None:
+        super()._checkHandshakeStatus()
+        if self._handshakeDone:
+            self._connection.shaken()  # type: ignore[attr-defined]  # a LayeredHandshake's
+
+    def _flushSendBIO(self) -> None:
+        # All of it: a long chain of certificates is more than what Twisted takes at once.
+        while self._tlsConnection is not None:
+            try:
+                data = self._tlsConnection.bio_read(1 << 16)
+            except SSL.WantReadError:
+                return
+            self.transport.write(data)
+
+    def _shutdownTLS(self) -> None:
+        super()._shutdownTLS()
+        self.transport.loseConnection()  # RFC 8446, section 6.1: there is no need to wait for the peer's close_notify
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._reason is not None and isinstance(self._reason.value, SSL.Error):
+            self._connection.failed(self._reason.value)  # type: ignore[attr-defined]  # a LayeredConnection's
+        if self.wrappedProtocol is None:  # none was built
+            self.wrappedProtocol = Protocol()
+        super().connectionLost(reason)
+
+
+class _Below(Connection):
+    """What the layer calls on its transport."""
+
+    __slots__ = ()
+
+    def loseConnection(self) -> None:
+        self._stop_producer()  # there is nobody any more who would take what it produces
+        Connection.loseConnection(self)
+
+
 @implementer(INegotiated, ISSLTransport)
 class LayeredConnection(Connection):
-    """What a protocol calls on its transport goes through the layer, which is the transport's protocol now."""
+    """What a protocol calls on its transport goes through the layer, which is the transport's protocol now.
+
+    Bytes are counted as they pass below TLS.
+    """
 
     __slots__ = ()
 
@@ -93,23 +143,44 @@ class LayeredConnection(Connection):
         name: str | None = handle and handle.get_cipher_name()
         return name
 
+    def startTLS(self, contextFactory: Any, normal: bool = True) -> None:
+        """TLS runs already, and not within itself; raises RuntimeError."""
+        raise RuntimeError("this connection is in TLS already")
+
+    def failed(self, problem: SSL.Error) -> None:
+        """TLS has failed."""
+        # For the record, in the words of `ssl`: see end_reason of host/connections.
+        error = ssl.SSLError()
+        words = problem.args and problem.args[0]
+        error.reason = words[0][-1].upper().replace(" ", "_") if words else type(problem).__name__
+        self.error = self.error or error
+
     def _give_up(self, reason: Failure) -> None:
         # In a later event: the layer, which may have called what has failed, goes on with what this would take from it.
         self.reactor.callLater(0, self.connectionLost, reason)
         self.protocol.abortConnection()  # and this has it give nothing more to the protocol
 
+    def _was_told(self) -> bool:
+        """Whether the peer has said close_notify."""
+        return bool(self.getHandle().get_shutdown() & SSL.RECEIVED_SHUTDOWN)
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        if self.peer_finished and not self.protocol.disconnecting and not self._was_told():
+            self.error = self.error or ssl.SSLEOFError()
+        super().readConnectionLost(reason)
+
     def connectionLost(self, reason: Failure) -> None:
         layer = self.protocol
-        if layer is not None and not layer.disconnecting:  # then its close_notify is an answer
-            self.peer_finished |= bool(layer.getHandle().get_shutdown() & SSL.RECEIVED_SHUTDOWN)
+        if layer is not None and not layer.disconnecting and self._was_told():  # or it was an answer
+            self.peer_finished = True
         super().connectionLost(reason)
 
 
 class LayeredHandshake(LayeredConnection):
-    """A connection until the handshake of a layer, with which it begins, is done.
+    """A connection until the handshake of a layer is done.
 
-    Then its protocol is built, whose transport is the layer: a `twisted.protocols.tls.TLSMemoryBIOProtocol`, as it is
-    on Twisted's own TLS listeners.
+    Where the connection begins with it, its protocol is built then, whose transport is the layer: a
+    `twisted.protocols.tls.TLSMemoryBIOProtocol`, as it is on Twisted's own TLS listeners.
     """
 
     phase = "tls"
@@ -117,21 +188,23 @@ class LayeredHandshake(LayeredConnection):
     __slots__ = ()
 
     def start(self) -> None:
-        self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._timed_out)
-        # As in add_layer; the protocol is there once the handshake is done.
-        factory = TLSMemoryBIOFactory(self.port.tls, False, None)  # type: ignore[arg-type]
-        # Not the factory's choice, which keeps writes for later, and drops them when the peer's close_notify is there
-        # before: whoever asks and says so at once would get no answer.
-        self.protocol = TLSMemoryBIOProtocol(factory, _Unshaken(self))
         self.reactor.addReader(self)
-        self.protocol.makeConnection(_BypassTLS(Connection, self))
+        self.begin(self.port.tls, client=False)
         self._flush()
+
+    def begin(self, context_factory: Any, *, client: bool) -> None:
+        """Begin the handshake."""
+        self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._timed_out)
+        layer = self.protocol = _Layer(self, context_factory, client)
+        layer.makeConnection(_BypassTLS(_Below, self))
 
     def shaken(self) -> None:
         """The handshake is done. The layer may have more to say in this event."""
         self._no_deadline()
         self.__class__ = LayeredConnection  # type: ignore[assignment]  # same slots
         layer = self.protocol
+        if layer.wrappedProtocol is not None:
+            return
         protocol = self._build_protocol()
         if protocol is None:
             return
@@ -146,18 +219,10 @@ class LayeredHandshake(LayeredConnection):
         except BaseException:
             self._protocol_failed(method)
 
-    def failed(self, reason: Failure) -> None:
-        """It has ended before that."""
-        if isinstance(reason.value, SSL.Error) and self.error is None:
-            # For the record, in the words of `ssl`: see end_reason of host/connections.
-            problem = ssl.SSLError()
-            words = reason.value.args and reason.value.args[0]
-            problem.reason = words[0][-1].upper().replace(" ", "_") if words else "HANDSHAKE_FAILURE"
-            self.error = problem
-
     def _no_deadline(self) -> None:
-        self._deadline.cancel()
-        self._deadline = None
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _close(self) -> None:
         self._no_deadline()  # it lingers, with a deadline of its own
@@ -168,26 +233,6 @@ class LayeredHandshake(LayeredConnection):
         self.error = Ended("TLS handshake timed out")
         self.connectionLost(_LOST)
 
-    def readConnectionLost(self, reason: Failure) -> None:
-        if self.peer_finished:
-            self.error = self.error or ssl.SSLEOFError()
-        super().readConnectionLost(reason)
-
     def connectionLost(self, reason: Failure) -> None:
         # The layer closes it as if all were well.
         super().connectionLost(_LOST if reason.check(ConnectionDone) else reason)
-
-
-@implementer(IHandshakeListener)
-class _Unshaken(Protocol):
-    """What a layer has in the place of its protocol until the handshake is done."""
-
-    def __init__(self, connection: LayeredHandshake) -> None:
-        self._connection = connection
-
-    def handshakeCompleted(self) -> None:
-        self._connection.shaken()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        if isinstance(self._connection, LayeredHandshake):  # and not one for which no protocol was built
-            self._connection.failed(reason)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import ssl
 import sys
@@ -13,7 +14,7 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IHandshakeListener, INegotiated, ISSLTransport
+from twisted.internet.interfaces import IHandshakeListener, INegotiated, IPullProducer, ISSLTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
@@ -348,3 +349,107 @@ def test_without_pyopenssl_the_start_says_how_to_get_it(certificates, monkeypatc
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     with pytest.raises(ListenError, match=r"library=pyopenssl is not there: pip install 'twisted\[tls\]' \("):
         open_description(f"ssl:0:{files}:library=pyopenssl", backlog=1)
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_producer_ends_with_the_clients_close_notify(serve):
+    """Twisted's layer leaves it to produce, for nobody."""
+    asked = 0
+
+    @implementer(IPullProducer)
+    class Endless(Recorder):
+        def connectionMade(self) -> None:
+            self.transport.registerProducer(self, False)
+
+        def resumeProducing(self) -> None:
+            nonlocal asked
+            asked += 1
+            self.transport.write(b"x" * 1000)
+
+        def stopProducing(self) -> None:
+            self.factory.stopped = True
+
+    factory, _, connect = serve(Endless)
+
+    def client() -> None:
+        with connect() as one:
+            one.recv(1000)
+            with contextlib.suppress(OSError):
+                one.unwrap()
+
+    yield deferToThread(client)
+    yield factory.closed.addTimeout(DEADLINE, reactor)
+    assert factory.stopped
+    before = asked
+    yield deferLater(reactor, 0.05, nothing)
+    assert asked == before
+
+
+@pytest_twisted.inlineCallbacks
+def test_the_clients_close_notify_is_not_waited_for_and_what_comes_after_ours_is_not_heard(serve):
+    heard: list[bytes] = []
+
+    def close(one: Recorder, data: bytes) -> None:
+        heard.append(data)
+        one.transport.write(b"bye")
+        one.transport.loseConnection()
+
+    factory, _, connect = serve(on_data=close)
+
+    def client() -> bytes:
+        with connect() as one:
+            one.sendall(b"quit")
+            received = one.recv(10)
+            assert one.recv(10) == b""  # its close_notify
+            plain = socket.socket(fileno=one.detach())
+            with plain, contextlib.suppress(OSError):
+                assert plain.recv(10) == b""  # its FIN, without any answer of ours
+                plain.sendall(bytes(100))
+            return received
+
+    assert (yield deferToThread(client)) == b"bye"
+    connection, reason = yield factory.closed.addTimeout(DEADLINE, reactor)
+    assert heard == [b"quit"]
+    assert isinstance(reason, ConnectionDone)
+    assert not connection.peer_finished
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_chain_of_certificates_may_be_long(serve, certificates):
+    chain = certificates.join("layered-long.pem", *["ca.pem"] * 100)
+    files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}:extraCertChain={chain}"
+    factory, _, connect = serve(files=files)
+
+    def client() -> bytes:
+        with connect(verify=False) as one:
+            return exchange(one, b"hello")
+
+    assert (yield deferToThread(client)) == b"hello"
+    yield factory.closed.addTimeout(DEADLINE, reactor)
+
+
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [(b"\x17\x03\x03\x00\x20" + b"z" * 32, ssl.SSLError), (b"garbage", ssl.SSLError), (b"", ssl.SSLEOFError)],
+    ids=["tampered", "garbage", "FIN"],
+)
+@pytest_twisted.inlineCallbacks
+def test_what_ends_tls_is_known_as_it_is_with_our_own(serve, sent, error):
+    factory, _, connect = serve()
+
+    def client() -> None:
+        one = connect()
+        assert exchange(one, b"hello") == b"hello"
+        with socket.socket(fileno=one.detach()) as plain:
+            plain.sendall(sent)
+            if not sent:
+                plain.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                while plain.recv(1000):
+                    pass
+
+    yield deferToThread(client)
+    connection, _ = yield factory.closed.addTimeout(DEADLINE, reactor)
+    assert type(connection.error) is error
+    if error is ssl.SSLError:  # which word it is depends on OpenSSL
+        assert re.fullmatch("[A-Z0-9_]+", connection.error.reason)
