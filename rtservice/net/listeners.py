@@ -41,7 +41,7 @@ _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _SAME_PORT_TRIES = 32
 
 
-Socket = socket.socket
+Socket = socket.socket  # where a field of this name hides the module
 
 
 class ListenError(Exception):

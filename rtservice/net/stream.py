@@ -118,7 +118,8 @@ def peer_name(address: Any) -> str:
 def _log_prefix(thing: object) -> str:
     """What the log shows for a protocol or factory, by Twisted's rule."""
     if ILoggingContext.providedBy(thing):
-        return str(thing.logPrefix())
+        with contextlib.suppress(Exception):  # it may be asked for what failed to become itself
+            return str(thing.logPrefix())
     return type(thing).__name__
 
 
@@ -545,7 +546,10 @@ class Connection:
         """
         self.error = Ended(why)
         self._stop_producer()
-        self.loseConnection()
+        if self.disconnecting:  # which may have waited for that
+            self._flush_soon()
+        else:
+            self.loseConnection()
 
     def cut(self, why: str) -> None:
         """Close at once with a reset, as abortConnection does, with this reason of ours for the record."""
@@ -785,7 +789,12 @@ class SecureConnection(Connection):
             except BaseException:
                 self._protocol_failed("handshakeCompleted")
                 return
-        if not self.disconnected:
+        if self.disconnected:
+            return
+        if self.producer_paused and not self._out:  # since before the handshake
+            self._corked = False
+            self._all_sent()
+        else:
             self._flush()
 
     def _not_read(self, problem: OSError) -> Any:
@@ -895,13 +904,15 @@ class Handshake(SecureConnection):
             self._phase_state = None
             # If wrapping fails, it has closed the descriptor, and the reactor must not know it any more.
             self.reactor.removeReader(self)
+            self._stop_waiting()
             self._use(
                 context.wrap_socket(
                     self.socket, server_side=server_side, do_handshake_on_connect=False, suppress_ragged_eofs=False
                 )
             )
-        except OSError as problem:  # the peer is gone
-            self.error = problem
+        except OSError as problem:  # the peer is gone, for which `ssl` has a sentence of its own
+            gone = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            self.error = gone if isinstance(problem, ssl.SSLError) else problem
             self.reactor.callLater(0, self.connectionLost, _LOST)
             return
         self.reactor.addReader(self)
@@ -938,6 +949,12 @@ class Handshake(SecureConnection):
 
     def _flush(self) -> None:
         self._corked = True  # until the handshake is done, which flushes
+
+    def resumeProducing(self) -> None:
+        if self._phase_state is None:  # or what the peer says has to wait
+            super().resumeProducing()
+
+    startReading = resumeProducing
 
     def loseConnection(self) -> None:
         """Close once the handshake is done and everything written is sent; or at the handshake's deadline."""
@@ -1093,7 +1110,8 @@ class Port:
 
     `opened` is called with each Connection when it is accepted, `identified` once more when its PROXY header is
     complete; either may call the connection's `refuse`. `closed` is called with each one that was not refused and the
-    Failure that ended it, after its protocol was.
+    Failure that ended it, after its protocol was. `broken` is called when the port can accept no more, though nobody
+    told it to stop.
     """
 
     def __init__(
@@ -1109,6 +1127,7 @@ class Port:
         opened: Callable[[Connection], None] = _nothing,
         identified: Callable[[Connection], None] = _nothing,
         closed: Callable[[Connection, Failure], None] = _nothing,
+        broken: Callable[[Port, Failure], None] = _nothing,
     ) -> None:
         self.reactor = reactor
         self.socket = sock
@@ -1117,6 +1136,7 @@ class Port:
         self.connection_opened = opened
         self.connection_identified = identified
         self.connection_closed = closed
+        self._broken = broken
         self.tls = tls
         self.handshake_timeout = handshake_timeout
         self.proxied = proxied
@@ -1197,7 +1217,9 @@ class Port:
 
     def connectionLost(self, reason: Failure) -> None:
         """Called by the reactor, at its own end or when the socket is broken."""
-        self.stopListening()
+        if self.listening:
+            self.stopListening()
+            self._broken(self, reason)
 
     def doRead(self) -> None:
         accept = self.socket.accept
@@ -1224,7 +1246,12 @@ class Port:
         connection = self._connection(self.reactor, sock, self, self.address_of(address), self._number)
         self.connection_opened(connection)
         if not connection.disconnected:
-            connection.start()
+            try:
+                connection.start()
+            except BaseException:  # a producer of its protocol's, most likely: the listener has nothing to do with it
+                reason = Failure()
+                _log.failure("{connection} failed as it began", reason, connection=connection)
+                connection.connectionLost(reason)
 
     def _rest(self, problem: OSError) -> None:
         """Leave the queue to the kernel for a while; open connections go on."""

@@ -196,10 +196,6 @@ class ServerTLS(_Policy):
         context, certificate = self._load(files, self.certificate, certificates, self.private_key)
         return Loaded(context, (certificate,))
 
-    def context(self) -> Context:
-        """The context alone. Raises TLSError."""
-        return self.load().context
-
     def files(self) -> tuple[str, ...]:
         """What `load` reads."""
         return tuple(path for path in (self.private_key, self.certificate, self.chain, self.client_ca) if path)

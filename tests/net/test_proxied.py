@@ -225,7 +225,7 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def context(certificates) -> ssl.SSLContext:
-    return ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    return ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
 
 
 @pytest.fixture

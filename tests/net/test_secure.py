@@ -150,7 +150,7 @@ def contexts(certificates, library):
 
     def make(name: str = "server", **settings: Any) -> Context:
         files = certificates[f"{name}.key"], certificates[f"{name}.pem"]
-        return ServerTLS(*files, library=library, **settings).context()
+        return ServerTLS(*files, library=library, **settings).load().context
 
     return make
 

@@ -1,5 +1,6 @@
 """A plain connection that goes on in TLS: with the standard library's contexts, and with Twisted's."""
 
+import contextlib
 import importlib.util
 import os
 import socket
@@ -74,7 +75,7 @@ def serve():
 def context(request, certificates):
     """A server's context for startTLS, of each kind."""
     if request.param == "ssl":
-        return ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+        return ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     if importlib.util.find_spec("OpenSSL") is None:
         pytest.skip("pyOpenSSL (twisted[tls]) is not installed")
     from twisted.internet.ssl import DefaultOpenSSLContextFactory
@@ -139,7 +140,7 @@ def test_the_accepting_side_can_be_the_client_of_the_handshake(serve, certificat
                 self.transport.write(data)
 
     factory.protocol = Reversed
-    server = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    server = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
 
     def client():
         sock = socket.create_connection(address, timeout=DEADLINE)
@@ -157,7 +158,7 @@ def test_the_accepting_side_can_be_the_client_of_the_handshake(serve, certificat
 
 @pytest_twisted.inlineCallbacks
 def test_lose_connection_during_the_handshake_waits_for_what_is_written(serve, certificates):
-    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     factory, address = serve(context)
 
     class Closing(Upgrading):
@@ -177,8 +178,7 @@ def test_lose_connection_during_the_handshake_waits_for_what_is_written(serve, c
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_handshake_that_stalls_ends_at_the_deadline(serve, certificates):
-    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+def test_a_handshake_that_stalls_ends_at_the_deadline(serve, context):
     factory, address = serve(context, handshake_timeout=0.1)
     sock = socket.create_connection(address, timeout=DEADLINE)
     sock.sendall(STARTTLS)
@@ -207,6 +207,99 @@ def test_a_context_for_the_other_side_is_refused_and_the_connection_is_lost_alon
     assert isinstance((yield factory.lost.addTimeout(DEADLINE, reactor)), ConnectionDone)
     assert "cannot be the server" in str(problems[0])
     sock.close()
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_producer_that_was_paused_before_goes_on_after_the_handshake(serve, context, certificates):
+    """One that is its own transport's is paused again, too, when its client does not read."""
+    factory, address = serve(context)
+    most = 0
+
+    class Own(Upgrading):
+        def dataReceived(self, data):
+            nonlocal most
+            if data == STARTTLS:
+                self.transport.registerProducer(self.transport, True)
+                self.transport.write(plain)
+                self.transport.startTLS(self.factory.context)
+            else:
+                self.transport.write(data)
+                most = max(most, self.transport.unsent)
+
+    factory.protocol = Own
+    plain = bytes(3_000_000)
+
+    def client():
+        with upgrade(address, certificates, plain) as sock:
+            assert exchange(sock, b"hello") == b"hello"
+            sock.setblocking(False)
+            sent = 0
+            with contextlib.suppress(ssl.SSLWantWriteError):
+                while sent < 50_000_000:
+                    sent += sock.send(bytes(1 << 16))
+            return sent
+
+    sent = yield deferToThread(client)
+    assert sent < 50_000_000
+    assert most < 1 << 20
+    yield factory.lost.addTimeout(DEADLINE, reactor)
+
+
+def exchange(sock, data):
+    sock.sendall(data)
+    return read(sock, len(data))
+
+
+@pytest_twisted.inlineCallbacks
+def test_reading_on_while_plain_text_is_sent_still_waits_for_it(serve, context, certificates):
+    factory, address = serve(context)
+    plain = bytes(8_000_000)
+
+    class Eager(Upgrading):
+        def dataReceived(self, data):
+            if data == STARTTLS:
+                self.transport.write(plain)
+                self.transport.startTLS(self.factory.context)
+                self.transport.resumeProducing()
+            else:
+                self.transport.write(data)
+
+    factory.protocol = Eager
+
+    def client():
+        with upgrade(address, certificates, plain) as sock:
+            return exchange(sock, b"hello")
+
+    assert (yield deferToThread(client)) == b"hello"
+    yield factory.lost.addTimeout(DEADLINE, reactor)
+
+
+@pytest_twisted.inlineCallbacks
+def test_tls_is_not_begun_within_tls(serve, context, certificates):
+    factory, address = serve(context)
+    problems: list[BaseException] = []
+
+    class Twice(Upgrading):
+        def dataReceived(self, data):
+            if data == STARTTLS:
+                super().dataReceived(data)
+            else:
+                try:
+                    self.transport.startTLS(self.factory.context)
+                except RuntimeError as problem:
+                    problems.append(problem)
+                self.transport.write(data)
+
+    factory.protocol = Twice
+
+    def client():
+        with upgrade(address, certificates, b"go on\r\n") as sock:
+            assert read(sock, 12) == b"first in TLS"
+            return exchange(sock, b"hello")
+
+    assert (yield deferToThread(client)) == b"hello"
+    assert [str(problem) for problem in problems] == ["this connection is in TLS already"]
+    yield factory.lost.addTimeout(DEADLINE, reactor)
 
 
 @pytest_twisted.inlineCallbacks

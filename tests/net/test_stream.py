@@ -279,6 +279,26 @@ def test_a_pull_producer_gives_its_whole_content(serve):
 
 
 @pytest_twisted.inlineCallbacks
+def test_an_end_of_ours_does_not_wait_for_a_producer_that_was_waited_for(serve):
+    class Silent:
+        def resumeProducing(self):
+            pass
+
+        def stopProducing(self):
+            pass
+
+    def start(protocol):
+        protocol.transport.registerProducer(Silent(), False)
+        protocol.transport.write(b"all")
+        protocol.transport.loseConnection()
+        reactor.callLater(0.05, protocol.transport.end, "drained")
+
+    address, _ = serve(Recording(on_connect=start))
+    answer = yield deferToThread(talk, address)
+    assert answer == b"all"
+
+
+@pytest_twisted.inlineCallbacks
 def test_a_push_producer_is_paused_above_64_kib_and_resumed_when_all_is_sent(serve):
     calls: list[str] = []
 

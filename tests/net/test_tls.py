@@ -23,7 +23,7 @@ def good(certificates) -> dict[str, str]:
 
 def refusal(**arguments) -> str:
     with pytest.raises(TLSError) as caught:
-        ServerTLS(**arguments).context()
+        ServerTLS(**arguments).load()
     line = str(caught.value)
     assert len(line.splitlines()) == 1
     return line
@@ -170,22 +170,22 @@ def test_nothing_of_a_key_is_in_a_message(certificates, tmp_path) -> None:
 
 def test_one_file_may_hold_key_certificate_and_chain(certificates) -> None:
     path = certificates.join("all.pem", "leaf.key", "leaf.pem", "inner.pem")
-    context = ServerTLS(private_key=path, certificate=path).context()
+    context = ServerTLS(private_key=path, certificate=path).load().context
     assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
 def test_the_chain_is_sent(certificates) -> None:
     key, certificate = certificates["leaf.key"], certificates["leaf.pem"]
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(ServerTLS(key, certificate).context(), trusting(certificates))
-    shake(ServerTLS(key, certificate, certificates["inner.pem"]).context(), trusting(certificates))
+        shake(ServerTLS(key, certificate).load().context, trusting(certificates))
+    shake(ServerTLS(key, certificate, certificates["inner.pem"]).load().context, trusting(certificates))
 
 
 def test_text_around_certificates_is_no_harm(certificates, tmp_path) -> None:
     path = tmp_path / "with-text.pem"
     text = Path(certificates["server.pem"]).read_text()
     path.write_text(f"Subject: CN = zoë\n{text}\nthat was it\n", encoding="utf-8")
-    context = ServerTLS(certificates["server.key"], str(path)).context()
+    context = ServerTLS(certificates["server.key"], str(path)).load().context
     assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
@@ -194,19 +194,19 @@ def test_lines_that_end_as_in_dos_are_no_harm(certificates, tmp_path) -> None:
     for name in ("server.key", "server.pem"):
         (tmp_path / name).write_bytes(Path(certificates[name]).read_bytes().replace(b"\n", b"\r\n"))
         paths.append(str(tmp_path / name))
-    assert shake(ServerTLS(*paths).context(), trusting(certificates))[0].version() == "TLSv1.3"
+    assert shake(ServerTLS(*paths).load().context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
 @pytest.mark.parametrize("name", ["server", "rsa"])
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 def test_both_versions_are_spoken_with_ecdsa_and_rsa(certificates, name, version) -> None:
-    context = ServerTLS(certificates[f"{name}.key"], certificates[f"{name}.pem"]).context()
+    context = ServerTLS(certificates[f"{name}.key"], certificates[f"{name}.pem"]).load().context
     client, _ = shake(context, trusting(certificates, maximum_version=ssl.TLSVersion[version]))
     assert client.version() == version.replace("_", ".")
 
 
 def test_a_minimum_of_1_3_refuses_1_2(certificates) -> None:
-    context = ServerTLS(certificates["server.key"], certificates["server.pem"], minimum="1.3").context()
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"], minimum="1.3").load().context
     assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
     with pytest.raises(ssl.SSLError) as caught:
         shake(context, trusting(certificates, maximum_version=ssl.TLSVersion.TLSv1_2))
@@ -215,7 +215,7 @@ def test_a_minimum_of_1_3_refuses_1_2(certificates) -> None:
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
 def test_versions_below_1_2_are_refused(certificates) -> None:
-    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     client = trusting(certificates, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
     client.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.raises(ssl.SSLError):
@@ -223,7 +223,7 @@ def test_versions_below_1_2_are_refused(certificates) -> None:
 
 
 def test_every_suite_has_forward_secrecy_and_authenticated_encryption(certificates) -> None:
-    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     offered = context.get_ciphers()
     assert offered
     for cipher in offered:
@@ -232,7 +232,7 @@ def test_every_suite_has_forward_secrecy_and_authenticated_encryption(certificat
 
 
 def test_the_server_chooses_but_for_a_client_that_prefers_chacha(certificates) -> None:
-    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     for first, chosen in (
         ("ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE-ECDSA-CHACHA20-POLY1305"),
         ("ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES256-GCM-SHA384"),
@@ -243,7 +243,7 @@ def test_the_server_chooses_but_for_a_client_that_prefers_chacha(certificates) -
 
 
 def test_alpn_is_the_servers_preference(certificates) -> None:
-    context = ServerTLS(certificates["server.key"], certificates["server.pem"], alpn=("one", "two")).context()
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"], alpn=("one", "two")).load().context
     client = trusting(certificates)
     client.set_alpn_protocols(["two", "one"])
     assert [end.selected_alpn_protocol() for end in shake(context, client)] == ["one", "one"]
@@ -252,9 +252,11 @@ def test_alpn_is_the_servers_preference(certificates) -> None:
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 def test_a_client_ca_asks_each_client_for_a_certificate_of_its_own(certificates, version) -> None:
-    context = ServerTLS(
-        certificates["server.key"], certificates["server.pem"], client_ca=certificates["ca.pem"]
-    ).context()
+    context = (
+        ServerTLS(certificates["server.key"], certificates["server.pem"], client_ca=certificates["ca.pem"])
+        .load()
+        .context
+    )
 
     def client(*names: str) -> ssl.SSLContext:
         made = trusting(certificates, maximum_version=ssl.TLSVersion[version])
@@ -270,7 +272,7 @@ def test_a_client_ca_asks_each_client_for_a_certificate_of_its_own(certificates,
 
 
 def test_no_certificate_is_asked_for_without_a_client_ca(certificates) -> None:
-    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).context()
+    context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     client = trusting(certificates)
     client.load_cert_chain(certificates["client.pem"], certificates["client.key"])
     _, server_end = shake(context, client)
@@ -280,7 +282,7 @@ def test_no_certificate_is_asked_for_without_a_client_ca(certificates) -> None:
 def test_the_certificate_stays_that_of_its_context_when_its_file_changes(certificates, tmp_path) -> None:
     for name in ("server.key", "server.pem"):
         (tmp_path / name).write_bytes(Path(certificates[name]).read_bytes())
-    context = ServerTLS(str(tmp_path / "server.key"), str(tmp_path / "server.pem")).context()
+    context = ServerTLS(str(tmp_path / "server.key"), str(tmp_path / "server.pem")).load().context
     for name in ("server.key", "server.pem"):
         (tmp_path / name).write_text("")
     assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
