@@ -23,6 +23,9 @@ from twisted.internet.main import installReactor
 from twisted.python import log
 from twisted.python.context import theContextTracker
 
+# A context that says nothing: signal handlers run while the reactor waits, and may log.
+_NOBODY: dict[Any, Any] = {}
+
 _NO_DESCRIPTOR = error.ConnectionFdescWentAway("File descriptor lost")
 
 
@@ -76,10 +79,11 @@ class Reactor(EPollReactor):
         """Wait up to `timeout` seconds (None: without end) for events, and handle one batch of them."""
         contexts = theContextTracker.currentContext().contexts
         depth = len(contexts)
-        contexts.append(None)  # the place for the log context of whoever is handled
+        contexts.append(_NOBODY)  # the place for the log context of whoever is handled
         try:
             if self._writers_soon:
                 self._write_now(contexts)
+                contexts[-1] = _NOBODY
                 timeout = 0  # what they did may have set timers, stopped the reactor, or asked for more
             selectables = self._selectables
             log_contexts = self._log_contexts

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -226,6 +228,21 @@ def test_what_is_logged_in_a_handler_has_the_prefix(reactor, events) -> None:
     one.on_read = lambda: log.msg("hello")
     reactor.doIteration(0)
     assert [event["system"] for event in events if event.get("message") == ("hello",)] == ["the prefix"]
+
+
+def test_a_signal_handler_may_log_while_the_reactor_waits(reactor, events) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: log.msg("signalled"))
+    try:
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+        timer.start()
+        (one,) = make(reactor, "one")
+        one.on_read = lambda: one.socket.recv(1)
+        reactor.doIteration(0)
+        while timer.is_alive():
+            reactor.doIteration(0.3)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [event["message"] for event in events if event.get("message")] == [("signalled",)]
 
 
 def test_a_prefix_that_raises_harms_nobody(reactor) -> None:
