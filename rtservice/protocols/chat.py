@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import Any
 
 from twisted.internet.protocol import Factory
@@ -29,6 +30,7 @@ class Member(LineOnlyReceiver):
         self.MAX_LENGTH = self.factory.max_line
         self.nick = ""
         self.room = ""
+        self._lines: deque[bytes] = deque()  # that wait for another turn
         # A member that does not read is not read from either: see echo. What others say to it is bounded by `tell`.
         self.transport.registerProducer(self.transport, True)
         if len(self.factory.members) >= self.factory.max_members:
@@ -38,12 +40,32 @@ class Member(LineOnlyReceiver):
         self.tell("your nickname?")
 
     def connectionLost(self, reason: Any = None) -> None:
+        self._lines.clear()
         self._leave()
         self.factory.forget(self)
 
     def lineReceived(self, line: bytes) -> None:
-        if self.transport.disconnecting:
-            return
+        self._lines.append(line)
+        if len(self._lines) == 1:  # or it waits for its turn
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Take what this member has said, for as long as there is room for it in this turn."""
+        while self._lines and not self.transport.disconnecting:
+            if self.factory.enough_said:
+                self.transport.pauseProducing()
+                self.factory.wait_for_turn(self)
+                return
+            self._hear(self._lines.popleft())
+
+    def turn(self) -> None:
+        """There is room again."""
+        self.go_on()
+        # Unless its transport has paused it, since it does not read.
+        if not self._lines and not getattr(self.transport, "producer_paused", False):
+            self.transport.resumeProducing()
+
+    def _hear(self, line: bytes) -> None:
         try:
             text = line.removesuffix(b"\r").decode()
         except UnicodeDecodeError:
@@ -121,6 +143,7 @@ class Member(LineOnlyReceiver):
     def _say(self, text: str) -> None:
         """To everybody in the room, also to whoever says it: so it is known to have arrived."""
         line = text.encode() + b"\r\n"
+        self.factory.said(len(line))
         for member in list(self.factory.rooms[self.room]):
             member.send(line)
 
@@ -132,7 +155,8 @@ class Member(LineOnlyReceiver):
         """Send a line, unless too much is unsent already: whoever is that slow has to go, or memory would."""
         if self.transport.disconnecting:
             return
-        # A transport of Twisted's own does not say how much is unsent; there the idle timeout has to do.
+        # So much is not said in one turn: it was tried to be sent before. A transport of Twisted's own does not say how
+        # much is unsent; there the idle timeout has to do.
         if getattr(self.transport, "unsent", 0) + len(line) > self.factory.max_unsent:
             self.factory.too_slow += 1
             self.transport.abortConnection()
@@ -155,7 +179,7 @@ class ChatFactory(Factory[Member]):
 
     Everything has a bound: lines of `max_line` bytes, `max_members` in all, `max_rooms` of them, names of `max_name`
     characters. A member to which more than `max_unsent` bytes are unsent is cut off, so that who reads slowly costs
-    the others nothing.
+    the others nothing; who says very much at once has to wait in between.
 
     Raises ValueError for a bound below 1.
     """
@@ -183,6 +207,20 @@ class ChatFactory(Factory[Member]):
         self.nicks: set[str] = set()
         self.rooms: dict[str, set[Member]] = {}
         self.messages = self.too_slow = 0
+        self.clock: Any = None  # an IReactorTime, from startFactory on
+        self._said = 0  # bytes, in this turn of the reactor
+        self._waiting: dict[Member, None] = {}
+        self._turn: Any = None  # the delayed call that is the next
+
+    def startFactory(self) -> None:
+        from twisted.internet import reactor
+
+        self.clock = self.clock or reactor
+
+    def stopFactory(self) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
 
     def problem_of(self, name: str, taken: Any) -> str:
         """What is wrong with a name; empty if nothing is."""
@@ -190,8 +228,35 @@ class ChatFactory(Factory[Member]):
             return f"a name has up to {self.max_name} letters, digits and . _ -"
         return f"{name} is taken" if name in taken else ""
 
+    @property
+    def enough_said(self) -> bool:
+        """Whether members have to wait for the next turn of the reactor, in which what is said in this one is sent."""
+        return self._said >= self.max_unsent // 4
+
+    def said(self, size: int) -> None:
+        """So many bytes were said to everybody in a room."""
+        self._said += size
+        if self._turn is None:
+            self._turn = self.clock.callLater(0, self._next_turn)
+
+    def wait_for_turn(self, member: Member) -> None:
+        """Give this member its turn when it comes."""
+        self._waiting[member] = None
+
+    def _next_turn(self) -> None:
+        self._turn = None
+        self._said = 0
+        for member in list(self._waiting):
+            if self.enough_said:
+                break
+            del self._waiting[member]  # it goes to the end of the line if that is not enough for it
+            member.turn()
+        if self._waiting and self._turn is None:
+            self._turn = self.clock.callLater(0, self._next_turn)
+
     def forget(self, member: Member) -> None:
         """It has gone."""
+        self._waiting.pop(member, None)
         self.members.discard(member)
         self.nicks.discard(member.nick)
 

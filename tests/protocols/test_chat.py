@@ -1,19 +1,43 @@
 """The chat: rooms, names, and a bound on everything, without a reactor."""
 
+import socket
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
+import pytest_twisted
 from twisted.internet.error import ConnectionDone
 from twisted.internet.testing import StringTransport
+from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 
 from rtservice.protocols.chat import ChatFactory
+
+
+class Turns:
+    """A reactor of which a test takes each turn."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def callLater(self, delay: float, call: Any) -> "Turns":
+        self.calls.append(call)
+        return self
+
+    def cancel(self) -> None:
+        self.calls.clear()
+
+    def turn(self) -> None:
+        calls, self.calls = self.calls, []
+        for call in calls:
+            call()
 
 
 class Client:
     """One connection: what the server would see and send."""
 
     def __init__(self, factory: ChatFactory, nick: str = "", room: str = "") -> None:
+        factory.clock = factory.clock or Turns()
         self.protocol: Any = factory.buildProtocol(None)
         self.transport = StringTransport()
         self.transport.unsent = 0
@@ -121,6 +145,73 @@ def test_a_member_that_does_not_read_is_cut_off_and_the_others_go_on() -> None:
     assert ann.hears() == ["* slow has left tea"]
     assert factory.metrics()["too_slow_total"] == 1
     assert slow.transport.producer is slow.transport  # while it is not read from either
+
+
+def test_who_says_very_much_at_once_has_to_wait_and_is_not_read_from_meanwhile() -> None:
+    factory = ChatFactory(max_unsent=1000)
+    ann, bob, eve = (Client(factory, nick, "tea") for nick in ("ann", "bob", "eve"))
+    factory.clock.turn()
+    bob.hears()
+    ann.says(*(f"{number:03}" for number in range(100)))  # 10 bytes each
+    assert bob.hears() == [f"ann: {number:03}" for number in range(25)]
+    assert ann.transport.producerState == "paused"
+    eve.says("and I")
+    assert bob.hears() == []
+    factory.clock.turn()
+    assert bob.hears() == [f"ann: {number:03}" for number in range(25, 50)]
+    factory.clock.turn()  # it is not ann's turn again
+    assert bob.hears() == ["eve: and I", *(f"ann: {number:03}" for number in range(50, 74))]
+    assert eve.transport.producerState == "producing"
+    for _ in range(3):
+        factory.clock.turn()
+    assert bob.hears() == [f"ann: {number:03}" for number in range(74, 100)]
+    assert ann.transport.producerState == "producing"
+    ann.goes()
+    assert bob.hears() == ["* ann has left tea"]
+
+
+def test_one_that_goes_while_it_waits_says_no_more() -> None:
+    factory = ChatFactory(max_unsent=100)
+    ann, bob = (Client(factory, nick, "tea") for nick in ("ann", "bob"))
+    factory.clock.turn()
+    bob.hears()
+    ann.says(*["x"] * 100)
+    ann.goes()
+    for _ in range(10):
+        factory.clock.turn()
+    assert bob.hears()[-1] == "* ann has left tea"
+    assert factory.clock.calls == []
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_flood_is_heard_by_all_who_read(serve):
+    address = ("127.0.0.1", serve(ChatFactory()).getHost().port)
+    lines = 20_000
+
+    def member(nick: str) -> socket.socket:
+        client = socket.create_connection(address, timeout=30)
+        client.sendall(f"{nick}\n/join tea\n".encode())
+        return client
+
+    def read(client: socket.socket) -> int:
+        received = b""
+        while not received.endswith(b": last\r\n"):
+            data = client.recv(1 << 16)
+            assert data, received[-100:]
+            received += data
+        return received.count(b": x\r\n")
+
+    def talk() -> list[int]:
+        with ExitStack() as stack:
+            members = [stack.enter_context(member(nick)) for nick in ("ann", "bob")]
+            for client in members:
+                while b"bob has joined" not in client.recv(1 << 16):
+                    pass
+            loud = stack.enter_context(member("𐍈" * 20))
+            loud.sendall(b"x\n" * lines + b"last\n")
+            return [read(client) for client in (*members, loud)]
+
+    assert (yield deferToThread(talk)) == [lines] * 3
 
 
 def test_everybody_is_told_that_the_end_is_near() -> None:
