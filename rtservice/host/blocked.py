@@ -68,7 +68,7 @@ class Watch:
             stack = "".join(traceback.format_stack(frame, limit=_FRAMES)).rstrip()
             del frame
             reported = now
-            self._log.warn(
+            self._log.error(  # which is written at once: the reactor may never come back
                 "the reactor is blocked: nothing was served for {seconds:.1f} s. It is here:\n{stack}",
                 seconds=now - seen,
                 stack=stack,

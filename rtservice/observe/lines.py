@@ -9,7 +9,7 @@ import select
 import socket
 import stat
 from collections.abc import Callable
-from threading import get_ident
+from threading import Lock, get_ident
 from time import monotonic
 from typing import Any, Protocol
 
@@ -187,7 +187,7 @@ class Lines:
         self._blocked = False  # there was no room
         self._failing = False  # which has been said
         self._said = 0  # of `dropped`
-        self._flushing = False
+        self._flushing = Lock()
         self._reactor: Any = None
         self._thread = 0
         self._waiting = False  # for _tick
@@ -196,7 +196,8 @@ class Lines:
     def start(self, reactor: Any) -> None:
         """Write in batches while this reactor runs."""
         reactor.callWhenRunning(self._run, reactor)
-        reactor.addSystemEventTrigger("after", "shutdown", self.finish)
+        # Before the reactor waits for its threads, which may take as long as they like.
+        reactor.addSystemEventTrigger("during", "shutdown", self.finish)
 
     def _run(self, reactor: Any) -> None:
         self._reactor = reactor
@@ -214,6 +215,8 @@ class Lines:
         if reactor is None:
             self.flush()
         elif get_ident() != self._thread:
+            if at_once:  # the reactor may be blocked, and this be what is said about it
+                self._write_all()
             reactor.callFromThread(self.flush)
         elif at_once:
             self.flush()
@@ -227,18 +230,23 @@ class Lines:
 
     def flush(self) -> None:
         """Write what the output takes now."""
-        if self._flushing:  # an object that logs at its end, found in here by the garbage collector; another thread
-            return
-        self._flushing = True
+        moved = self._write_all()
+        if (self._kept or self._lines) and self._reactor is not None and not self._waiting:
+            self._waiting = True
+            self._reactor.callLater(_RETRY if moved else _DELAY, self._tick)
+
+    def _write_all(self) -> bool:
+        """Write all there is, if nobody does that already; gives whether the last of it was taken."""
+        # Another thread, or an object that logs at its end and was found in here by the garbage collector.
+        if not self._flushing.acquire(blocking=False):
+            return False
         try:
             moved = self._write()
             while self._lines and not self._kept:
                 moved = self._write()
         finally:
-            self._flushing = False
-        if self._kept and self._reactor is not None and not self._waiting:
-            self._waiting = True
-            self._reactor.callLater(_RETRY if moved else _DELAY, self._tick)
+            self._flushing.release()
+        return moved
 
     def _write(self) -> bool:
         """Write what there is; gives whether some of it was taken."""

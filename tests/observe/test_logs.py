@@ -290,13 +290,24 @@ def test_a_line_of_another_thread_is_written_by_the_reactors() -> None:
     output, reactor = Output(), Reactor()
     under_test = Lines(output)
     under_test.start(reactor)
-    thread = threading.Thread(target=under_test.put, args=("a\n",), kwargs={"at_once": True})
+    thread = threading.Thread(target=under_test.put, args=("a\n",))
     thread.start()
     thread.join()
     assert output.taken == b""
     for call in reactor.from_threads:
         call()
     assert output.taken == b"a\n"
+
+
+def test_an_urgent_line_of_another_thread_does_not_wait_for_a_reactor_that_may_be_blocked() -> None:
+    output, reactor = Output(), Reactor()
+    under_test = Lines(output)
+    under_test.start(reactor)
+    under_test.put("a\n")
+    thread = threading.Thread(target=under_test.put, args=("b\n",), kwargs={"at_once": True})
+    thread.start()
+    thread.join()
+    assert output.taken == b"a\nb\n"
 
 
 def test_what_is_logged_while_lines_are_written_is_written_after_them() -> None:
