@@ -103,11 +103,15 @@ def _find(name: str) -> Any:
     if not all(part.isidentifier() for part in (*module.split("."), *attributes.split("."))):
         raise SettingError(f"{printable(path)} is not package.module:name")
     found: Any = _imported(module)
+    where = module
     for part in attributes.split("."):
         try:
             found = getattr(found, part)
         except AttributeError:
-            raise SettingError(f"there is no {part!r} in {found.__name__}") from None
+            raise SettingError(f"there is no {part!r} in {where}") from None
+        except Exception as error:  # a property of theirs
+            raise SettingError(f"{where}.{part} cannot be had: {_told(error)}") from error
+        where += f".{part}"
     if not callable(found) or _is_no_stream(found):
         raise SettingError(f"{path} is not a {_ACCEPTED}")
     return found
@@ -197,6 +201,15 @@ def _options(maker: Any) -> dict[str, Option]:
     }
 
 
+def _nameless(maker: Any) -> list[str]:
+    """What it has to be given, and not by a name."""
+    try:
+        parameters = inspect.signature(maker).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [one.name for one in parameters if one.kind is one.POSITIONAL_ONLY and one.default is one.empty]
+
+
 def _takes_any(maker: Any) -> bool:
     """Whether it takes keywords that it does not name."""
     try:
@@ -210,11 +223,11 @@ def _option(parameter: inspect.Parameter, maker: Any) -> Option:
     many = None
     hint = _without_none(hint)
     if hint in (list, tuple):
-        hint = hint[str]
+        hint = list[str] if hint is list else tuple[str, ...]
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
-    if origin is list or (origin is tuple and len(arguments) in (1, 2) and arguments[-1] in (..., arguments[0])):
-        many = origin
+    if origin in (list, Sequence) or (origin is tuple and arguments[1:] == (...,)):
+        many = tuple if origin is tuple else list
         hint = arguments[0]
     name = parameter.name.replace("_", "-")
     annotation = getattr(hint, "__name__", str(hint))
@@ -224,17 +237,27 @@ def _option(parameter: inspect.Parameter, maker: Any) -> Option:
 def _evaluated(annotation: Any, maker: Any) -> Any:
     if not isinstance(annotation, str):
         return annotation
-    if isinstance(maker, type):
-        maker = next(vars(one)["__init__"] for one in maker.__mro__ if "__init__" in vars(one))
-    function = inspect.unwrap(maker)
+    function = inspect.unwrap(_called(maker))
     try:
         return eval(annotation, getattr(function, "__globals__", {}))
     except Exception:  # a name that is there for type checkers alone
         return object
 
 
+def _called(maker: Any) -> Any:
+    """The function that is called with the arguments of something that is called."""
+    if isinstance(maker, type):
+        for one in maker.__mro__:
+            for name in ("__init__", "__new__"):
+                if name in vars(one) and one is not object:
+                    return getattr(one, name)
+    return maker if hasattr(maker, "__globals__") else getattr(type(maker), "__call__", maker)  # noqa: B004  # its function
+
+
 def _without_none(hint: Any) -> Any:
-    """`X` of an `X | None`, which is None when it is not given."""
+    """`X` of an `X | None`, which is None when it is not given, and of an annotated X."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         others = [one for one in typing.get_args(hint) if one is not type(None)]
         if len(others) == 1:
@@ -350,6 +373,8 @@ def _arguments(maker: Any, given: Iterable[str], directory: str) -> dict[str, An
         if isinstance(value, Path):
             value = Path(os.path.normpath(os.path.join(directory, value)))
         arguments[keyword] = value if option.many is None else (*arguments.get(keyword, ()), value)
+    for parameter in _nameless(maker):
+        raise SettingError(f"it needs {parameter}, which cannot be given by its name; {_ADVICE}")
     for keyword, option in options.items():
         if option.required and keyword not in arguments:
             raise SettingError(

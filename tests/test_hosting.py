@@ -2,10 +2,10 @@
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from twisted.internet.interfaces import IProtocolFactory
@@ -76,6 +76,31 @@ class Anything(Factory):
 @implementer(IOneProcess)
 class Alone(Factory):
     pass
+
+
+class Caller:
+    def __call__(self, count: "int") -> Factory:
+        return Late(count)
+
+
+caller = Caller()
+caller.inner = None
+
+
+class New(Factory):
+    def __new__(cls, count: "int") -> "New":
+        one = super().__new__(cls)
+        one.count = count
+        return one
+
+
+class Several(Factory):
+    def __init__(self, pair: tuple[int, int] | None = None, *, more: Sequence[int] = (), odd: Annotated[int, "x"] = 1):
+        self.given = (list(more), odd)
+
+
+class Nameless(Protocol):
+    def __init__(self, name, /) -> None: ...
 
 
 def make(limit: int = 5) -> Factory:
@@ -160,6 +185,30 @@ def test_annotations_that_are_texts_are_understood_and_one_that_cannot_be_harms_
     for name in ("Late", "Inherits"):
         assert made(f"mine:{name}", "count=7").count == 7
         assert "option what: it is object" in problem(f"mine:{name}", "what=x")
+
+
+@pytest.mark.parametrize("name", ["caller", "New"])
+def test_whatever_is_called_says_what_its_options_are(name) -> None:
+    assert made(f"mine:{name}", "count=7").count == 7
+    assert "option count: 'x' is not a whole number" in problem(f"mine:{name}", "count=x")
+
+
+def test_sequences_and_annotated_types_are_understood_and_tuples_of_so_many_are_not() -> None:
+    assert made("mine:Several", "more=1", "more=2", "odd=3").given == ([1, 2], 3)
+    assert "option pair: it is tuple" in problem("mine:Several", "pair=1")
+
+
+def test_what_has_no_name_cannot_be_given() -> None:
+    assert problem("mine:Nameless").endswith(
+        "it needs name, which cannot be given by its name; name a function that returns the factory"
+    )
+
+
+def test_what_is_not_in_an_object_is_said_in_one_line() -> None:
+    assert problem("mine:caller.nothing").endswith("there is no 'nothing' in mine.caller")
+    assert problem("mine:caller.inner").endswith(
+        "mine:caller.inner is not a Factory class, a function that returns a factory, or a Protocol class"
+    )
 
 
 def test_a_protocol_class_is_made_for_each_connection_with_its_options() -> None:
