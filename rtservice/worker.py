@@ -11,6 +11,8 @@ import signal
 import socket
 import sys
 import threading
+import time
+from string import Formatter
 from typing import Any
 
 from twisted.internet.protocol import Protocol
@@ -45,6 +47,8 @@ _TOGETHER, _MOST_TOGETHER = 0.1, 100
 # Values of an event that are the same on the other side, and levels that may wait.
 _PLAIN = frozenset((str, int, float, bool, type(None)))
 _CALM = frozenset((LogLevel.debug, LogLevel.info))
+
+_EVERY_EVENT_HAS = frozenset(("log_namespace", "log_level", "log_time"))
 
 # Seconds that its last words may take to reach the supervisor.
 _LAST_WORDS = 5.0
@@ -88,7 +92,7 @@ def share(total: int, slot: int, slots: int) -> int:
 # --- the supervisor's side: what a worker is started with ---
 
 
-def describe(in_force: settings.Settings, listeners: list[Listener], *, directory: str) -> dict[str, Any]:
+def describe(loaded: settings.Loaded, listeners: list[Listener], *, directory: str) -> dict[str, Any]:
     """The value of a `start` message, but for `slot` and `slots`. Raises TLSError.
 
     Certificates and keys are read here: a worker may not have the rights to. A protocol is not: whoever wrote it, it
@@ -96,12 +100,17 @@ def describe(in_force: settings.Settings, listeners: list[Listener], *, director
     """
     texts: dict[str, str | tuple[str, ...]] = {}
     for setting in settings.schema():
-        value = getattr(in_force, setting.field)
+        value = getattr(loaded.settings, setting.field)
         # It gets sockets; and an option of the echo exchange that nobody has given is none of other protocols.
         if setting.name not in ("listen", "port", "interface") and value != setting.default:
             texts[setting.name] = value if setting.repeatable else settings.as_text(value)
     described = [_described(listener) for listener in listeners]
-    return {"settings": texts, "listeners": described, "directory": directory}
+    return {
+        "settings": texts,
+        "sources": dict(loaded.sources),  # for what errors say
+        "listeners": described,
+        "directory": directory,
+    }
 
 
 def _described(listener: Listener) -> dict[str, Any]:
@@ -214,8 +223,8 @@ class Worker(Protocol):
 
     def _start(self, given: dict[str, Any]) -> None:
         try:
-            loaded = settings.load(given["settings"], {}, None)
-            self._settings = loaded.settings
+            self._settings = settings.load(given["settings"], {}, None).settings
+            loaded = settings.Loaded(self._settings, given["sources"])
             self._slot = given["slot"]
             self._levels.change(levels(self._settings))
             self._log = Log(self._levels, globalLogPublisher)
@@ -325,7 +334,9 @@ class Worker(Protocol):
 
     def observe(self, event: LogEvent) -> None:
         """Send a record to the supervisor. Called in any thread."""
-        if not self._levels.allow(event.get("log_namespace"), event.get("log_level")):
+        if not event.keys() >= _EVERY_EVENT_HAS:  # one that was not made by a Logger
+            event = {"log_namespace": "-", "log_level": LogLevel.info, "log_time": time.time(), **event}
+        if not self._levels.allow(event["log_namespace"], event["log_level"]):
             return
         if threading.current_thread() is not threading.main_thread():
             self._reactor.callFromThread(self.observe, event)
@@ -347,14 +358,25 @@ class Worker(Protocol):
                     return
         self._send()  # each in its turn
         try:
-            text = eventAsJSON(_with_text_of_failure(event))
+            text = eventAsJSON(_with_text_of_failure(_with_own_text(event)))
         except Exception:  # something in it that JSON cannot hold
             text = ""
         if not text or len(text) > LONGEST_FROM_WORKER - 10:
-            kept = {key: event[key] for key in ("log_time", "log_level", "log_namespace")}
+            kept = {key: event[key] for key in _EVERY_EVENT_HAS}
             kept |= {"log_format": "{text}", "text": (formatEvent(event) or "")[:10_000]}
             text = eventAsJSON(kept)
         self.transport.write(b"log " + text.encode() + b"\n")
+
+
+def _with_own_text(event: LogEvent) -> LogEvent:
+    """The event with its text, where the template says more of a field than its name: Twisted's JSON forgets that."""
+    template = event.get("log_format")
+    try:
+        if isinstance(template, str) and any(spec for _, _, spec, _ in Formatter().parse(template)):
+            return {**event, "log_format": "{log_text}", "log_text": formatEvent(event)}
+    except ValueError:  # no template
+        pass
+    return event
 
 
 def _with_text_of_failure(event: LogEvent) -> LogEvent:

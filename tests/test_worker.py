@@ -21,6 +21,8 @@ from rtservice.net.listeners import Listener, open_description
 from rtservice.net.tls import TLSError
 from rtservice.worker import Worker, describe, make_live, share
 
+DEFAULTS = settings.load({}, {}, None)
+
 # --- the division of limits ---
 
 
@@ -66,7 +68,7 @@ def adopted() -> Iterator[Callable[..., list[Listener]]]:
     def adopt(*descriptions: str, before: Callable[[], None] = lambda: None) -> list[Listener]:
         opened = [one for text in descriptions for one in open_description(text, backlog=10, slots=2)]
         made.extend(opened)
-        described = json.loads(json.dumps(describe(settings.Settings(), opened, directory="/")))
+        described = json.loads(json.dumps(describe(DEFAULTS, opened, directory="/")))
         before()
         found = []
         for given, listener in zip(described["listeners"], opened, strict=True):
@@ -127,7 +129,7 @@ def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeyp
         Listener(socket.socket(), "tcp:passed", shared=True),
     ]
     try:
-        described = describe(settings.Settings(), opened, directory="/")["listeners"]
+        described = describe(DEFAULTS, opened, directory="/")["listeners"]
         assert [one["kind"] for one in described] == ["slot", "own", "passed"]
         assert [one["file"] for one in described] == [None, opened[1].file, None]
     finally:
@@ -139,9 +141,10 @@ def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
     given = {"max-connections": "7", "greeting": r"\x00\xff", "proxy-from": ("10.0.0.0/8,::1",), "log-level": "debug"}
     in_force = settings.load(
         {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None
-    ).settings
-    texts = json.loads(json.dumps(describe(in_force, [], directory="/")))["settings"]
-    assert settings.load(texts, {}, None).settings == in_force
+    )
+    described = json.loads(json.dumps(describe(in_force, [], directory="/")))
+    assert settings.load(described["settings"], {}, None).settings == in_force.settings
+    assert described["sources"] == in_force.sources
 
 
 def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tmp_path) -> None:
@@ -152,7 +155,7 @@ def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tm
     try:
         (tmp_path / "server.key").unlink()
         with pytest.raises(TLSError, match=r"server\.key"):
-            describe(settings.Settings(), [listener], directory="/")
+            describe(DEFAULTS, [listener], directory="/")
     finally:
         listener.close()
 
@@ -200,7 +203,7 @@ def connected() -> tuple[Worker, Channel, Reactor]:
 
 
 def start(**given: Any) -> bytes:
-    described = describe(settings.Settings(), [], directory="/")
+    described = describe(DEFAULTS, [], directory="/")
     return encode("start", {**described, "slot": 0, "slots": 2, **given})
 
 

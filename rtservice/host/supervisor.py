@@ -52,6 +52,8 @@ _BACKOFF_LEAST, _BACKOFF_MOST, _HEALTHY = 0.1, 30.0, 60.0
 # A worker that is to end has this long after its own deadlines, in seconds, until it is killed.
 _KILL_AFTER = 40.0
 
+_SIGNALS = frozenset(signal.Signals)
+
 # How many messages and printed lines of a worker are taken in one beat; it drops records that are too many.
 _MESSAGES_A_BEAT = 5000
 
@@ -152,7 +154,7 @@ class Worker(ProcessProtocol):
         self._listens = True
         self._exited = False
         self._end_call: Any = None
-        self._printed = b""
+        self._printed: dict[int, bytes] = {}  # by descriptor, of a line that has no end yet
         self._pid = 0
 
     def connectionMade(self) -> None:
@@ -168,7 +170,10 @@ class Worker(ProcessProtocol):
         return f"worker {self.slot.number} (pid {self._pid})"
 
     def _log_error(self, text: str, **fields: object) -> None:
-        self.supervisor.log.error("{worker} " + text, worker=str(self), slot=self.slot.number, **fields)
+        self._log(LogLevel.error, text, **fields)
+
+    def _log(self, level: Any, text: str, **fields: object) -> None:
+        self.supervisor.log.emit(level, "{worker} " + text, worker=str(self), slot=self.slot.number, **fields)
 
     # --- to it ---
 
@@ -248,7 +253,7 @@ class Worker(ProcessProtocol):
                 self.transport.closeChildFD(CONTROL_OUT)
                 self.signal(signal.SIGKILL)
         else:
-            self._prints(data)
+            self._prints(childFD, data)
         if self._taken >= _MESSAGES_A_BEAT:
             self.transport.pauseProducing()
 
@@ -277,14 +282,18 @@ class Worker(ProcessProtocol):
             self.move(Phase.READY)
             self.supervisor.worker_ready(self)
 
-    def _prints(self, data: bytes) -> None:
+    def _prints(self, descriptor: int, data: bytes) -> None:
         """What it, or the interpreter that it is, prints: its last words, most often."""
-        *lines, self._printed = (self._printed + data).split(b"\n")
-        if len(self._printed) > LONGEST_FROM_WORKER:
-            lines, self._printed = [*lines, self._printed], b""
+        *lines, rest = (self._printed.pop(descriptor, b"") + data).split(b"\n")
+        if len(rest) > LONGEST_FROM_WORKER:
+            lines, rest = [*lines, rest], b""
+        if rest:
+            self._printed[descriptor] = rest
         for line in lines:
             self._taken += 1
-            self._log_error("printed: {line}", line=escaped(line.decode("utf-8", "backslashreplace")))
+            # As twistd has it.
+            level = LogLevel.info if descriptor == 1 else LogLevel.error
+            self._log(level, "printed: {line}", line=escaped(line.decode("utf-8", "backslashreplace")))
 
     def childConnectionLost(self, childFD: int) -> None:
         if childFD in (CONTROL_IN, CONTROL_OUT):  # it is about to end, or out of its mind
@@ -296,8 +305,8 @@ class Worker(ProcessProtocol):
         self.end_in(_PIPES)
 
     def processEnded(self, reason: Failure) -> None:
-        if self._printed:
-            self._prints(b"\n")
+        for descriptor in list(self._printed):
+            self._prints(descriptor, b"\n")
         if self._end_call is not None and self._end_call.active():
             self._end_call.cancel()
         self.move(Phase.GONE)
@@ -526,7 +535,8 @@ class Supervisor(Service):
                 add(ended, {name: count})
         how = "failed" if worker.problem or not reason.check(ProcessDone) else "ended"
         if (killed := getattr(reason.value, "signal", None)) is not None:
-            how = signal.Signals(killed).name
+            # Real-time signals have no names in Python, but for the first and the last.
+            how = signal.Signals(killed).name if killed in _SIGNALS else f"signal {killed}"
         add(self._exits.setdefault(number, {}), {how: 1})
         for question in list(self._questions):
             self.answered(worker, question, [])

@@ -103,10 +103,10 @@ class Process:
     def writes(self, data: bytes, descriptor: int = CONTROL_OUT) -> None:
         self.protocol.childDataReceived(descriptor, data)
 
-    def exits(self, status: int = 0) -> None:
+    def exits(self, status: int = 0, killed: int | None = None) -> None:
         """It is reaped; its pipes are open still."""
         self.pid = None
-        self._reason = Failure(ProcessTerminated(status) if status else ProcessDone(0))
+        self._reason = Failure(ProcessTerminated(status, killed) if status or killed else ProcessDone(0))
         self.protocol.processExited(self._reason)
         self._end_if_over()
 
@@ -531,6 +531,16 @@ def test_a_respawn_for_which_there_is_no_process_is_tried_again(world) -> None:
     one.pass_time(5)
     one.processes[-1].says("ready")
     assert [slot.ready for slot in one.service.slots] == [True, True]
+
+
+def test_a_signal_that_has_no_name_is_one_like_any_other(world) -> None:
+    one = world()
+    _, second = one.serve()
+    second.exits(killed=signal.SIGRTMIN + 6)
+    for descriptor in sorted(second.pipes):
+        second.loses(descriptor)
+    assert one.service.overview()["exits"] == {1: {f"signal {signal.SIGRTMIN + 6}": 1}}
+    assert one.logged("slot 1 gets a new worker in")
 
 
 def test_nothing_is_sent_to_a_process_that_is_dead_and_whose_output_is_still_read(world) -> None:
