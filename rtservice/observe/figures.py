@@ -16,12 +16,14 @@ PHASES = ("proxy", "tls", "open", "closing")
 class Source:
     """Where a site has from what it shows.
 
-    `overview` gives how the service stands. `rows` takes one of `columns`, with `-` before it for the largest first,
-    and a number of connections; it gives those, each after the number of its worker, and workers that did not answer.
-    `settings` gives those in force. `durations` and `lags` are the upper bounds of buckets, in seconds.
+    `standing` gives whether the service is a place to send clients to, and one line on how it stands; `overview` gives
+    all of that. `rows` takes one of `columns`, with `-` before it for the largest first, and a number of connections;
+    it gives those, each after the number of its worker, and workers that did not answer. `settings` gives those in
+    force. `durations` and `lags` are the upper bounds of buckets, in seconds.
     """
 
     version: str
+    standing: Callable[[], tuple[bool, str]]
     overview: Callable[[], dict[str, Any]]
     rows: Callable[[str, int], Deferred[tuple[list[list[Any]], list[int]]]]
     settings: Callable[[], dict[str, str]]

@@ -126,8 +126,8 @@ class _Request(http.Request):
         self._answer(200, "alive")
 
     def _ready(self, site: _Site) -> None:
-        overview = site.source.overview()
-        self._answer(200 if overview["ready"] else 503, overview["status"])
+        ready, status = site.source.standing()
+        self._answer(200 if ready else 503, status)
 
     def _metrics(self, site: _Site) -> None:
         if site.exposition is None:

@@ -80,6 +80,7 @@ class Service:
     def source(self) -> Source:
         return Source(
             version="1.2.3",
+            standing=lambda: (self.ready, "one line"),
             overview=self.overview,
             rows=self.rows,
             settings=lambda: {"port": "8080"},
