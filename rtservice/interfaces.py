@@ -26,7 +26,7 @@ class IStartable(Interface):
         """Called once in each process, after startFactory; gives a Deferred or a coroutine.
 
         Nobody is accepted before it is done, and the service is not ready. If it fails, so does the start of the
-        service, or of this worker, with the exception in one line.
+        service, or of this worker, with the exception in one line. A worker that takes a minute for it is killed.
         """
 
 
@@ -49,7 +49,7 @@ class IMetrics(Interface):
         """What it has counted, by names of letters, digits and underscores that begin with a letter: 100 of them at
         the most, of 100 characters.
 
-        Called about once a second while the factory serves, and once at its end. A name that ends in `_total` is of
+        Called now and then while the factory serves, and once at its end. A name that ends in `_total` is of
         something that only grows: what workers that have ended counted stays part of it. Others are what is now. The
         status page shows them added up; in `/metrics` they are `rtservice_protocol_NAME`, one for each worker. What
         cannot be shown is left out, and the log says why.

@@ -1,7 +1,7 @@
 """Every setting once: its name, type, range, default, help, and when a change of it takes effect.
 
 The command line, the environment's variables, the TOML file and the README's table are made from this schema. Nothing
-here is read at run time but by `tap`, which passes plain values on.
+here is read at run time but by `tap`, `worker` and `hosting`, which pass plain values on.
 """
 
 from __future__ import annotations

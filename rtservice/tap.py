@@ -168,6 +168,8 @@ def makeService(options: Options) -> Server | Supervisor:
     """
     in_force = options.settings()
     twistd: Any = options.parent or {}
+    leave = _Leave()
+    atexit.register(leave)  # first, so that it is run last: a protocol may register something when it is imported
     _open_standard_descriptors()
     ignore_bad_names()
     log = Log(Levels(worker.levels(in_force)), globalLogPublisher)
@@ -194,9 +196,8 @@ def makeService(options: Options) -> Server | Supervisor:
     if slots > 1:
         service = _serve_with_workers(options, opened, log, notifier, start, outputs, side)
     else:
-        service = _serve_here(options, factory, opened, endpoints, log, notifier, start, outputs, side)
-    # Registered first, so run last; twistd itself returns 0 from whatever stops its reactor.
-    atexit.register(_exit_with_status_of, service, outputs)
+        service = _serve_here(options, factory, opened, endpoints, log, notifier, start, outputs, side, leave)
+    leave.service, leave.outputs = service, outputs
     return service
 
 
@@ -210,6 +211,7 @@ def _serve_here(
     start: _Start,
     outputs: _Outputs,
     side: Side,
+    leave: _Leave,
 ) -> Server:
     reload = _Reload(options, log)
     server = _Server(
@@ -225,6 +227,7 @@ def _serve_here(
         check=start.check,
         report=start.report,
         reload=lambda: reload(server),
+        leave=leave,
         record=None if outputs.access is None else AccessLog(outputs.access.put),
     )
     server.log_format = outputs.format
@@ -242,12 +245,16 @@ def _serve_with_workers(
     side: Side,
 ) -> Supervisor:
     reload = _ReloadWorkers(options, log, opened, side)
+    try:
+        plan = _plan(options.loaded, opened, side, options.directory)
+    except TLSError as error:  # it was well a moment ago
+        raise SystemExit(f"rtservice: {error}") from None
     supervisor = _Supervisor(
         side=side,
         dropped=outputs.dropped,
         listeners=opened,
         slots=_slots(options.settings()),
-        plan=_plan(options.settings(), opened, side, options.directory),
+        plan=plan,
         command=[sys.executable, *_interpreter_flags(), "-P", "-m", worker.__name__],
         log=log,
         notifier=notifier,
@@ -276,6 +283,7 @@ def _serve_status(side: Side, service: Server | Supervisor, in_force: _Settings)
 
         source = Source(
             version=__version__,
+            standing=lambda: (service.ready, service.status),
             overview=service.overview,
             rows=service.rows,
             settings=in_force.shown,
@@ -291,9 +299,10 @@ def _slots(in_force: settings.Settings) -> int:
     return len(os.sched_getaffinity(0)) if in_force.workers is None else in_force.workers
 
 
-def _plan(in_force: settings.Settings, opened: list[Listener], side: Side, directory: str) -> Plan:
+def _plan(loaded: Loaded, opened: list[Listener], side: Side, directory: str) -> Plan:
     """What workers are started with from now on. Raises TLSError."""
-    described = worker.describe(in_force, opened, directory=directory)
+    in_force = loaded.settings
+    described = worker.describe(loaded, opened, directory=directory)
     shown = [*opened, *side.listeners] if in_force.watch_certificates else []
     files = {file for listener in shown for file in listener.tls_files()}
     return Plan(
@@ -404,7 +413,7 @@ class _Settings:
         """What the file says now; raises SettingError."""
         return self._options.reloaded()
 
-    def _reloaded(self, wanted: settings.Settings) -> None:
+    def _reloaded(self, wanted: settings.Settings, what: str = "reloaded") -> None:
         """All that can change is what was wanted now."""
         log = self._log
         live, restart = settings.changes(self._in_force, wanted)
@@ -412,7 +421,7 @@ class _Settings:
         # What takes a restart stays as it is, so that the next reload says so again.
         changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
         self._in_force = dataclasses.replace(self._in_force, **changed)
-        log.info("reloaded; changed: {names}", names=", ".join(live) or "no setting")
+        log.info("{what}; changed: {names}", what=what, names=", ".join(live) or "no setting")
         if restart:
             log.warn("a restart is needed for what changed of {names}", names=", ".join(restart))
 
@@ -450,13 +459,13 @@ class _ReloadWorkers(_Settings):
             adopt = renewed([*((listener, None) for listener in self._opened), *self._side.served()])
             live, _ = settings.changes(self._in_force, wanted)
             changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
-            in_force = dataclasses.replace(self._in_force, **changed)
-            plan = _plan(in_force, self._opened, self._side, self._options.directory)
+            loaded = Loaded(dataclasses.replace(self._in_force, **changed), self._options.loaded.sources)
+            plan = _plan(loaded, self._opened, self._side, self._options.directory)
         except (SettingError, ListenError, TLSError) as problem:
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return None
         adopt()
-        self._reloaded(wanted)
+        self._reloaded(wanted, "workers are replaced")
         return plan
 
 
@@ -677,9 +686,15 @@ def _check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
             raise SettingError(f"--pidfile {printable(given)}: permission denied")
 
 
-def _exit_with_status_of(service: Server | Supervisor, outputs: _Outputs) -> None:
-    if service.exit_status:
-        outputs.finish()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(service.exit_status)
+class _Leave:
+    """Ends the process with the status of its service, if that is not 0: twistd's is 0, whatever stops its reactor."""
+
+    service: Server | Supervisor | None = None
+    outputs: _Outputs | None = None
+
+    def __call__(self) -> None:
+        if self.service is not None and self.outputs is not None and self.service.exit_status:
+            self.outputs.finish()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.service.exit_status)

@@ -60,8 +60,8 @@ def serve() -> Iterator[Callable[..., Port]]:
             opened=lambda connection: opened.update({connection: None}),
             closed=closed,
         )
-        port.startListening()
         ports.append(port)
+        port.startListening()
         return port
 
     yield start
@@ -142,7 +142,7 @@ class Service:
 
     def reload(self) -> str:
         """Send SIGHUP, and wait for the line that says what came of it."""
-        told = r"rtservice.*\] (reloaded; changed|nothing is reloaded)"
+        told = r"rtservice.*\] (reloaded[;:] |nothing is reloaded|workers are not replaced: )"
         before = sum(bool(re.search(told, line)) for line in self.lines)
         self.process.send_signal(signal.SIGHUP)
         return self.wait_line(told, before + 1)
@@ -151,14 +151,21 @@ class Service:
         """Send a signal, which drains, and wait for the end; gives the status, which is 0 after a whole drain."""
         self.process.send_signal(sig)
         status = self.process.wait(DEADLINE)
-        self._reader.join(DEADLINE)
+        self._close(DEADLINE)
         return status
+
+    def _close(self, seconds: float) -> None:
+        assert self.process.stdout is not None
+        self._reader.join(seconds)
+        if not self._reader.is_alive():  # somebody else may hold the other end
+            self.process.stdout.close()
 
     def kill(self) -> None:
         """End it, if it has not ended."""
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         self.process.wait()
+        self._close(1)
 
 
 @pytest.fixture
@@ -172,7 +179,7 @@ def hosted(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
     def start(protocol: str, *arguments: str, **env: str) -> Service:
         twistd = [str(Path(sys.executable).parent / "twistd"), "--nodaemon", "--pidfile=", "rtservice"]
-        where = any(argument.startswith(("--listen", "--port")) for argument in arguments)
+        where = any(argument.startswith(("--listen", "--port", "-l", "-p")) for argument in arguments)
         listen = [] if where else ["--listen=tcp:0:interface=127.0.0.1"]
         importable = os.pathsep.join(filter(None, sys.path))
         one = Service(

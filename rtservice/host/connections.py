@@ -400,13 +400,16 @@ class Connections:
             if connection.protocol is None or connection.phase == "tls" or connection in self._told:
                 continue
             self._told.add(connection)
-            # Twisted's layer of TLS is a protocol too, and wraps the one that may want to know.
-            protocol = IDrainable(getattr(connection.protocol, "wrappedProtocol", connection.protocol), None)
+            # Twisted's layer of TLS is a protocol too, and wraps the one that may want to know; so do others.
+            protocol = connection.protocol
+            while isinstance(protocol, ProtocolWrapper) and IDrainable(protocol, None) is None:
+                protocol = protocol.wrappedProtocol
+            protocol = IDrainable(protocol, None)
             if protocol is not None:
                 try:
                     protocol.drain()
-                except Exception:
-                    self._log.failure("{protocol} failed in drain", protocol=type(connection.protocol).__name__)
+                except BaseException:
+                    self._log.failure("{protocol} failed in drain", protocol=type(protocol).__name__)
                     connection.abortConnection()
 
     def end_all(self, why: str) -> None:
@@ -551,8 +554,10 @@ class _Counting(ProtocolWrapper):
         _abort(self.transport)
 
     def connectionLost(self, reason: Any = connectionDone) -> None:
-        self.factory.connections.wrapped_closed(self, reason)
-        super().connectionLost(reason)
+        try:
+            super().connectionLost(reason)
+        finally:  # the last of them ends the factory
+            self.factory.connections.wrapped_closed(self, reason)
 
 
 def _abort(transport: Any) -> None:

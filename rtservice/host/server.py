@@ -36,6 +36,9 @@ _RESERVED_DESCRIPTORS = 64
 # which it is over for everybody.
 _FLUSH_STALL, _FLUSH_LIMIT, _FLUSH_STEP = 5.0, 30.0, 1.0
 
+# Signals that a stop may take: one to drain, one to hurry.
+_PATIENCE = 2
+
 # Seconds between two looks at the counts and the certificates: what a reader of `systemctl status`, or somebody who has
 # just copied a certificate, does not mind waiting for.
 _TICK = 2.0
@@ -108,7 +111,7 @@ class Server(Service):
     raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
     calls it. What ends the process is `stop`, or else the reactor's. With `announce`, it logs what it listens on and
     which certificates it shows. `record` is as in Connections. `side` is served too, from the start to the very
-    end. `dropped` gives how many log records nobody took.
+    end. `dropped` gives how many log records nobody took. `leave` ends the process as it is, with its `exit_status`.
     """
 
     name = "rtservice"
@@ -131,6 +134,7 @@ class Server(Service):
         record: Record | None = None,
         side: Side | None = None,
         dropped: Callable[[], int] = lambda: 0,
+        leave: Callable[[], None] = lambda: None,
     ) -> None:
         self.factory = factory
         self.live = live
@@ -155,6 +159,8 @@ class Server(Service):
         self._dropped = dropped
         self._counted: dict[str, float] = {}  # by the factory
         self._miscounted = ""  # what was wrong with that
+        self._leave = leave
+        self._signals = 0
         self._lag = Lag()
         self._started = time.time()
         self._ticking = LoopingCall(self._tick)
@@ -294,6 +300,7 @@ class Server(Service):
                 opened=self.connections.opened,
                 identified=self.connections.identified,
                 closed=self.connections.closed,
+                broken=self._broken,
             )
             self.connections.ports.append(port)
             port.startListening()
@@ -302,6 +309,10 @@ class Server(Service):
         if self._announce:
             log_certificates(self._log, self._listeners)
         self._serving_if_all_listen()
+
+    def _broken(self, port: Port, reason: Failure) -> None:
+        if not self._ending:
+            self.fail(f"{port.name} accepts no more: {reason.getErrorMessage()}")
 
     def _serving_if_all_listen(self) -> None:
         if self._awaited or len(self.connections.ports) < len(self._listeners) or self.reactor is None:
@@ -357,7 +368,7 @@ class Server(Service):
             counting = IMetrics(self.factory, None)
             if counting is not None:
                 self._counted, problem = factory_counters(counting.metrics())
-        except Exception as error:
+        except BaseException as error:  # sys.exit() would end the beat of a worker, and so the worker
             problem = repr(error)
             if problem != self._miscounted:
                 self._log.failure("{factory} failed in metrics", factory=self._factory_name)
@@ -436,8 +447,10 @@ class Server(Service):
         self._reload_asked = False
         self._log.info("SIGHUP: reloading")
         self._notifier.reloading()
-        self._reload()
-        self._notifier.ready(self.status)
+        try:
+            self._reload()
+        finally:  # or the service manager would wait for ever
+            self._notifier.ready(self.status)
 
     # --- certificates ---
 
@@ -471,6 +484,12 @@ class Server(Service):
     # --- stop ---
 
     def _signalled(self, number: int, frame: object) -> None:
+        self._signals += 1
+        if self.state is State.STOPPED or self._signals > _PATIENCE:
+            # Threads are waited for, or the reactor is blocked: it would not hear of this.
+            self._log.error("{signal}: ended as it is", signal=signal.Signals(number).name)
+            self.exit_status = self.exit_status or 128 + number
+            self._leave()
         self.reactor.callFromThread(self._stop, number)
 
     def _stop(self, number: int) -> None:
@@ -540,7 +559,7 @@ class Server(Service):
             self._started_factory = False
             try:
                 self.factory.doStop()
-            except Exception:
+            except BaseException:
                 self._log.failure("{factory} failed in stopFactory", factory=self._factory_name)
 
     def _tell_factory(self) -> None:
@@ -548,7 +567,7 @@ class Server(Service):
             drainable = IDrainable(self.factory, None)
             if drainable is not None:
                 drainable.drain()
-        except Exception:
+        except BaseException:  # the drain is everybody's
             self._log.failure("{factory} failed in drain", factory=self._factory_name)
 
     async def _end_connections(self) -> None:

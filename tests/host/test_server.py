@@ -94,6 +94,34 @@ def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
     assert endpoint.stopped == 1
 
 
+def test_a_factory_is_stopped_when_the_last_protocol_on_a_transport_of_others_has_heard_of_its_end(timed) -> None:
+    told: list[str] = []
+    factory: Any = Factory()
+    factory.noisy = False
+    factory.protocol = type("Telling", (Protocol,), {"connectionLost": lambda one, reason: told.append("lost")})
+    factory.stopFactory = lambda: told.append("stopped")
+    service, _, _ = timed(factory=factory, drain_timeout=30)
+    protocol = service.connections.wrap(factory, "x:1").buildProtocol(None)
+    transport = StringTransportWithDisconnection()
+    transport.protocol = protocol
+    protocol.makeConnection(transport)
+    service.stopService()
+    transport.loseConnection()
+    assert told == ["lost", "stopped"]
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_a_listener_that_breaks_ends_the_service_unless_that_is_about_to_end(timed, tmp_path, ending) -> None:
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=1)
+    service, _, events = timed(listener)
+    if ending:
+        service.stopService()
+    for port in service.connections.ports:
+        port.connectionLost(Failure(OSError("broken")))
+    assert service.exit_status == (0 if ending else 1)
+    assert any("accepts no more: broken" in str(formatEvent(event)) for event in events) is not ending
+
+
 @pytest_twisted.inlineCallbacks
 def test_stopping_closes_the_socket_and_removes_its_file(tmp_path):
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)

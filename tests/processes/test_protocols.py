@@ -1,6 +1,9 @@
 """Protocols of anybody's, in real processes: how they start, what they get, and what a bad one cannot do."""
 
+import contextlib
+import signal
 import socket
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -268,6 +271,203 @@ def test_what_blocks_the_reactor_is_logged_with_its_stack(service, workers) -> N
         assert client.recv(100) == b"block"
     one.wait_line("the reactor is blocked: nothing was served for 1")
     one.wait_line("in sleep_here")
+    assert one.stop() == 0
+
+
+WORSE = """
+import os, sys, threading, time
+from twisted.internet import reactor
+from twisted.internet.interfaces import ILoggingContext
+from twisted.internet.protocol import Factory, Protocol
+from twisted.logger import Logger, globalLogPublisher
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
+from zope.interface import implementer
+from rtservice.interfaces import IDrainable, IMetrics
+
+@implementer(IDrainable, IMetrics)
+class Exits(Factory):
+    # Ends the process wherever it is asked for something.
+    noisy = False
+    def buildProtocol(self, address):
+        return Leaves()
+    def metrics(self):
+        sys.exit("metrics")
+    def drain(self):
+        sys.exit("drain")
+    def stopFactory(self):
+        sys.exit("stopFactory")
+
+@implementer(IDrainable)
+class Leaves(Protocol):
+    def connectionMade(self):
+        self.transport.write(b"here")
+    def dataReceived(self, data):
+        self.transport.write(data)
+    def drain(self):
+        sys.exit("drain")
+
+class Pulls(Protocol):
+    # Fails when it is asked for more; its name is not there yet.
+    count = 0
+    def logPrefix(self):
+        return self.name
+    def connectionMade(self):
+        self.factory.count += 1
+        if self.factory.count < 3:
+            self.transport.registerProducer(self, False)
+        else:
+            self.transport.write(b"good")
+    def resumeProducing(self):
+        self.count += 1
+        if self.count > 1:
+            raise OSError("no more")
+        self.transport.write(b"one")
+    def stopProducing(self):
+        pass
+    def connectionLost(self, reason):
+        1 / 0
+
+class Worse(Factory):
+    protocol = Pulls
+    noisy = False
+    count = 0
+
+@implementer(IDrainable)
+class Wraps(ProtocolWrapper):
+    def drain(self):
+        self.transport.write(b"goodbye")
+        self.transport.loseConnection()
+
+def wrapped():
+    factory = Factory.forProtocol(Leaves)
+    made = WrappingFactory(factory)
+    made.protocol = Wraps
+    return made
+
+class Threads(Protocol):
+    def dataReceived(self, data):
+        if data == b"loop":
+            while True:
+                pass
+        reactor.callInThread(time.sleep, 600)
+        self.transport.write(data)
+
+class Logs(Protocol):
+    log = Logger()
+    def dataReceived(self, data):
+        globalLogPublisher({"log_format": "bare"})
+        self.log.warn("{x:.2f} of {y:05d}", x=1.2345, y=7)
+        print("printed")
+        print("complained", file=sys.stderr)
+        sys.stdout.flush()
+        self.transport.write(data)
+"""
+
+
+@pytest.fixture
+def worse(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "worse.py").write_text(WORSE)
+    environment["PYTHONPATH"] = "."
+
+
+@pytest.mark.usefixtures("worse")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sys_exit_in_a_factory_ends_nothing_but_what_it_was_asked_for(service, workers) -> None:
+    one = service(
+        *("--protocol=worse:Exits", HERE, f"--workers={workers}", "--status=tcp:0", "--hang-timeout=2"),
+        *("--drain-timeout=0.5",),
+    )
+    site = one.wait_line("status on tcp:").rpartition("tcp:")[2]
+    with urllib.request.urlopen(f"http://{site}/status.json", timeout=30) as answer:
+        assert answer.status == 200
+    one.wait_line("Exits failed in metrics")
+    with one.connect() as first, one.connect() as second:
+        assert first.recv(100) == second.recv(100) == b"here"
+        one.process.send_signal(signal.SIGTERM)
+        for client in (first, second):
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(100) == b""
+        assert one.process.wait(30) == 0
+    one.wait_line("Exits failed in drain")
+    one.wait_line("Leaves failed in drain", count=2)
+    one.wait_line("Exits failed in stopFactory")
+    one.wait_line("drained: ")
+    assert not any("sign of life" in line for line in one.lines)
+
+
+@pytest.mark.usefixtures("worse")
+@pytest.mark.parametrize("kind", ["tcp:0:interface=127.0.0.1", "unix:s"])
+def test_a_producer_that_fails_as_its_connection_begins_leaves_the_listener_and_no_trace(
+    service, tmp_path, kind
+) -> None:
+    one = service("--protocol=worse:Worse", f"--listen={kind}", "--max-connections=1")
+
+    def connect() -> socket.socket:
+        if kind != "unix:s":
+            return one.connect()
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(30)
+        client.connect(f"{tmp_path}/s")
+        return client
+
+    for _ in range(2):
+        with connect() as client, contextlib.suppress(ConnectionResetError):
+            assert client.recv(100) in (b"one", b"")
+            assert client.recv(100) == b""
+    with connect() as client:
+        assert client.recv(100) == b"good"
+    assert one.stop() == 0
+    assert one.wait_line("draining: ").endswith("30 s to end")
+    one.wait_line("drained: . ended, 0 aborted")
+
+
+@pytest.mark.usefixtures("worse")
+def test_a_wrapper_that_wants_to_say_goodbye_is_told(service) -> None:
+    one = service("--protocol=worse:wrapped", HERE)
+    with one.connect() as client:
+        assert client.recv(100) == b"here"
+        assert one.stop() == 0
+        assert client.recv(100) == b"goodbye"
+
+
+@pytest.mark.usefixtures("worse")
+def test_threads_that_never_end_hold_it_up_until_the_second_signal(service) -> None:
+    one = service("--protocol=worse:Threads", HERE, "--drain-timeout=0.2")
+    with one.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        one.process.send_signal(signal.SIGTERM)
+        one.wait_line("drained: ")
+        one.process.send_signal(signal.SIGTERM)
+        assert one.process.wait(30) == 128 + signal.SIGTERM
+
+
+@pytest.mark.usefixtures("worse")
+def test_a_reactor_that_is_blocked_for_ever_is_in_the_log_and_the_third_signal_ends_it(service, wait_for) -> None:
+    one = service("--protocol=worse:Threads", HERE)
+    with one.connect() as client:
+        client.sendall(b"loop")
+        one.wait_line("the reactor is blocked: ")
+        one.wait_line("in dataReceived")
+        # Signals that are not handled yet are one.
+        wait_for(lambda: one.process.send_signal(signal.SIGTERM) or one.process.poll() is not None)
+        assert one.process.wait(30) == 128 + signal.SIGTERM
+    one.wait_line("SIGTERM: ended as it is")
+
+
+@pytest.mark.usefixtures("worse")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_protocol_logs_and_prints_is_the_same_with_workers(service, workers) -> None:
+    one = service("--protocol=worse:Logs", HERE, f"--workers={workers}")
+    with one.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        one.wait_line(r"\] bare$")
+        one.wait_line(r"\[worse.Logs#warn.*\] 1\.23 of 00007$")
+        one.wait_line("#info.*printed$")
+        one.wait_line("#error.*complained$")
+        client.sendall(b"y")
+        assert client.recv(1) == b"y"
     assert one.stop() == 0
 
 

@@ -1008,7 +1008,7 @@ def test_a_reload_with_a_mistake_changes_nothing(workers, tmp_path) -> None:
     with greeted(one.service.port) as client:
         config.write_text("idle-timeout = 1\nbacklog = 3\n")
         one.send(signal.SIGHUP)
-        one.wait_line("reloaded; changed: idle-timeout$")
+        one.wait_line("workers are replaced; changed: idle-timeout$")
         one.wait_line("a restart is needed for what changed of backlog$")
         one.wait_line(r"worker \d\] draining: ", count=2)
         assert echoes(client)  # it is its old worker's
