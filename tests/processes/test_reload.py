@@ -94,7 +94,7 @@ def echoes(client: socket.socket, data: bytes = b"still here") -> bool:
 def hang_up(one, count: int = 1) -> str:
     """Sends a SIGHUP, and waits for the `count`th line that says how it went."""
     one.process.send_signal(signal.SIGHUP)
-    return one.wait_line(r"\] (reloaded;|nothing is reloaded)", count)
+    return one.wait_line(r"\] (reloaded[;:]|nothing is reloaded)", count)
 
 
 def lines(one, word: str) -> list[str]:

@@ -171,7 +171,7 @@ def test_who_says_very_much_at_once_has_to_wait_and_is_not_read_from_meanwhile()
 
 
 def test_one_that_goes_while_it_waits_says_no_more() -> None:
-    factory = ChatFactory(max_unsent=100)
+    factory = ChatFactory(max_unsent=200)
     ann, bob = (Client(factory, nick, "tea") for nick in ("ann", "bob"))
     factory.clock.turn()
     bob.hears()
