@@ -373,13 +373,15 @@ def test_the_longest_header_that_v2_can_state_is_read() -> None:
 def test_a_header_takes_no_more_memory_than_its_bytes_however_many_tlvs_they_are() -> None:
     count = (65535 - 12) // 3
     data = v2(0x21, 0x11, inet() + tlv(4) * count)
-    tracemalloc.start()
-    try:
-        header = parse(data)
-        size, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert size < len(data) + 4096
+    sizes = []
+    for _ in range(3):  # other threads, and who measures coverage, need memory too, but not each time
+        tracemalloc.start()
+        try:
+            header = parse(data)
+            sizes.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+    assert min(sizes) < len(data) + 4096
     assert header.tlvs == ((4, b""),) * count
 
 
