@@ -188,34 +188,31 @@ def _shown(default: Any) -> str:
     return as_text(tuple(default) if isinstance(default, list) else default)
 
 
+def _parameters(maker: Any) -> list[inspect.Parameter]:
+    """What something is called with, as far as it says."""
+    try:
+        return list(inspect.signature(maker).parameters.values())
+    except (TypeError, ValueError):  # some that are written in C
+        return []
+
+
 def _options(maker: Any) -> dict[str, Option]:
     """The options of something that is called with keywords, by keyword."""
-    try:
-        parameters = inspect.signature(maker).parameters.values()
-    except (TypeError, ValueError):  # some that are written in C
-        return {}
     return {
         parameter.name: _option(parameter, maker)
-        for parameter in parameters
+        for parameter in _parameters(maker)
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
 
 
 def _nameless(maker: Any) -> list[str]:
     """What it has to be given, and not by a name."""
-    try:
-        parameters = inspect.signature(maker).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    return [one.name for one in parameters if one.kind is one.POSITIONAL_ONLY and one.default is one.empty]
+    return [one.name for one in _parameters(maker) if one.kind is one.POSITIONAL_ONLY and one.default is one.empty]
 
 
 def _takes_any(maker: Any) -> bool:
     """Whether it takes keywords that it does not name."""
-    try:
-        return any(one.kind is one.VAR_KEYWORD for one in inspect.signature(maker).parameters.values())
-    except (TypeError, ValueError):
-        return False
+    return any(one.kind is one.VAR_KEYWORD for one in _parameters(maker))
 
 
 def _option(parameter: inspect.Parameter, maker: Any) -> Option:

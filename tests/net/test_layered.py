@@ -16,7 +16,6 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHandshakeListener, INegotiated, IPullProducer, ISSLTransport
 from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel, globalLogPublisher
 from zope.interface import implementer
@@ -261,7 +260,17 @@ def test_who_has_finished_first_is_told_apart(serve, who):
 @pytest_twisted.inlineCallbacks
 def test_an_end_of_ours_sends_all_that_is_written(serve):
     content = os.urandom(8_000_000)
-    factory, _, connect = serve(on_data=lambda one, data: one.transport.write(content))
+    unsent: list[int] = []
+
+    def end(one: Recorder) -> None:
+        unsent.append(one.transport.unsent)
+        one.transport.end("drained")
+
+    def write(one: Recorder, data: bytes) -> None:
+        one.transport.write(content)
+        reactor.callLater(0, end, one)
+
+    factory, _, connect = serve(on_data=write)
 
     def rest(client: ssl.SSLSocket) -> bytes:
         received = bytearray()
@@ -272,10 +281,8 @@ def test_an_end_of_ours_sends_all_that_is_written(serve):
     client = yield deferToThread(connect)
     with client:
         yield deferToThread(client.sendall, b"go")
-        while not (factory.made and factory.made[0].transport.unsent):
-            yield deferLater(reactor, 0.002, nothing)
-        factory.made[0].transport.end("drained")
         assert (yield deferToThread(rest, client)) == content
+    assert unsent[0] > 0
     connection, _ = yield factory.closed.addTimeout(DEADLINE, reactor)
     assert str(connection.error) == "drained"
 
@@ -367,7 +374,7 @@ def test_a_producer_ends_with_the_clients_close_notify(serve):
             self.transport.write(b"x" * 1000)
 
         def stopProducing(self) -> None:
-            self.factory.stopped = True
+            self.factory.asked_until_then = asked
 
     factory, _, connect = serve(Endless)
 
@@ -379,10 +386,7 @@ def test_a_producer_ends_with_the_clients_close_notify(serve):
 
     yield deferToThread(client)
     yield factory.closed.addTimeout(DEADLINE, reactor)
-    assert factory.stopped
-    before = asked
-    yield deferLater(reactor, 0.05, nothing)
-    assert asked == before
+    assert asked == factory.asked_until_then
 
 
 @pytest_twisted.inlineCallbacks
