@@ -242,12 +242,13 @@ class DirectoryTLS(_Policy):
         if default is None:
             raise TLSError(f"no certificate, a file called *.pem, in the directory {self.directory!r}")
         find = _finder(contexts)
+        choose = _chooser(find)
         # On each of them: a client that is told to say hello again, which TLS 1.3 has, is asked for its name again,
         # and then of the context that was chosen. Had that no callback, OpenSSL would call the default's, which
         # nothing of Python's holds any more once a reload has replaced it: the process would crash.
         for context in (default, *contexts.values()):
             if isinstance(context, ssl.SSLContext):
-                context.sni_callback = _chooser(find)
+                context.sni_callback = choose
             else:
                 context.find_by_name(find)
         return Loaded(default, tuple(certificates))
