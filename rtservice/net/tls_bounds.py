@@ -1,0 +1,31 @@
+"""Bounds on what one TLS peer may cost, whichever library runs its TLS."""
+
+from __future__ import annotations
+
+# Bytes that OpenSSL is given in one event until a peer has shown that most of what it sends is application data. OpenSSL
+# processes all records that it is given before it returns. The worst ones known, key updates (RFC 8446, section 4.6.3),
+# cost 0.4 µs a byte.
+FIRST_READ = 4 * 1024
+
+# Bytes given in one event to a peer that sends mostly application data: one record of the maximum size (RFC 8446,
+# section 5.2: 5 + 2^14 + 256).
+FULL_READ = 5 + (1 << 14) + 256
+
+# Bytes that a client may send until its handshake is done. A chain of three certificates with post-quantum signatures
+# (ML-DSA-65) and a ClientHello with a post-quantum key share need 25 KiB; the usual handshake needs 1 to 2 KiB.
+MAX_HANDSHAKE_BYTES = 32 * 1024
+
+# Bytes that a peer may send without any application data in them: one incomplete record, key updates, warnings.
+MAX_BYTES_WITHOUT_DATA = 64 * 1024
+
+# Bytes that TLS itself has to send (answers to key updates, alerts) and that the kernel does not take, above which
+# nothing more is read from the peer.
+MAX_UNSENT_ANSWERS = 16 * 1024
+
+# Seconds that such bytes may wait without any progress before the connection is aborted.
+ANSWER_TIMEOUT = 60.0
+
+# Reasons for the log and the counters.
+HANDSHAKE_TOO_LARGE = "TLS handshake too large"
+TOO_MUCH_WITHOUT_DATA = "too much TLS without data"
+ANSWERS_NOT_READ = "TLS answers not read"
