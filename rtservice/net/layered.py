@@ -219,11 +219,6 @@ class LayeredHandshake(LayeredConnection):
         except BaseException:
             self._protocol_failed(method)
 
-    def _no_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
     def _close(self) -> None:
         self._no_deadline()  # it lingers, with a deadline of its own
         super()._close()

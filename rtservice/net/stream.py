@@ -26,6 +26,18 @@ from zope.interface import implementer
 
 from rtservice.net.proxy import Header, ProxyError, parse
 from rtservice.net.tls import Context
+from rtservice.net.tls_bounds import (
+    ANSWER_TIMEOUT,
+    ANSWERS_NOT_READ,
+    FIRST_READ,
+    FULL_READ,
+    HANDSHAKE_TOO_LARGE,
+    MAX_BYTES_WITHOUT_DATA,
+    MAX_HANDSHAKE_BYTES,
+    MAX_UNSENT_ANSWERS,
+    TOO_MUCH_WITHOUT_DATA,
+)
+from rtservice.net.tls_stream import RECORD_SIZE, SEAL_SIZE, TLSStream
 
 Address = IPv4Address | IPv6Address | UNIXAddress
 
@@ -194,7 +206,11 @@ class Connection:
         self.port = port
         self.number = number
         self._peer = peer
-        self._use(sock)
+        self.socket = sock
+        # Bound once: three look-ups less for each message.
+        self.fileno = sock.fileno
+        self._recv: Callable[[int], bytes] = sock.recv
+        self._send: Callable[[bytes | memoryview], int] = sock.send
         self._out: list[bytes] = []  # what is unsent
         self._offset = 0  # how much of the first piece is sent
         self._unsent = 0
@@ -206,7 +222,7 @@ class Connection:
         self._aborting = False
         self._phase_state: Any = None  # what a phase other than `open` has to remember
         self._deadline: Any = None  # the delayed call that ends such a phase
-        self._tls: Any = None  # what `ssl` has below its socket, once the handshake is done
+        self._tls: Any = None  # the TLSStream, once the handshake is done
         self.connected = True
         self.disconnected = False
         self.disconnecting = False
@@ -222,14 +238,6 @@ class Connection:
         self.still_since = 0.0
         self.opened = monotonic()
         self.error: Exception | None = None
-
-    def _use(self, sock: socket.socket) -> None:
-        """Read from and write to this socket from now on."""
-        self.socket = sock
-        # Bound once: three look-ups less for each message.
-        self.fileno = sock.fileno
-        self._recv: Callable[[int], bytes] = sock.recv
-        self._send: Callable[[bytes | memoryview], int] = sock.send
 
     def start(self) -> None:
         """Begin to serve. Called once, when the connection is registered wherever it is to be known."""
@@ -294,7 +302,8 @@ class Connection:
     def _not_read(self, problem: OSError) -> Any:
         if isinstance(problem, BlockingIOError):
             return None
-        self.error = problem
+        # With its traceback it would refer to a frame that refers to this connection.
+        self.error = problem.with_traceback(None)
         return main.CONNECTION_LOST
 
     def readConnectionLost(self, reason: Failure) -> None:
@@ -364,8 +373,7 @@ class Connection:
                 sent = self._send(piece)
             except OSError as problem:
                 if not self._would_block(problem):
-                    self.error = problem
-                    self.connectionLost(_LOST)
+                    self._lost(problem)
                     return
                 sent = 0
             if sent != self._unsent:
@@ -403,6 +411,11 @@ class Connection:
     def _would_block(self, problem: OSError) -> bool:
         """Whether the kernel has only no room now."""
         return isinstance(problem, BlockingIOError) or problem.errno == errno.ENOBUFS
+
+    def _lost(self, problem: OSError) -> None:
+        """Nothing can be sent any more."""
+        self.error = problem.with_traceback(None)
+        self.connectionLost(_LOST)
 
     def _sent_some(self, piece: bytes | memoryview, sent: int) -> None:
         """The kernel took `sent` bytes of the piece, and there is more."""
@@ -470,7 +483,7 @@ class Connection:
         under_way = self._in_flight()  # without FIN, which counts as a byte
         # FIN goes before the look at what the peer has sent: who has that is not hurt by a reset for what comes later.
         with contextlib.suppress(OSError):  # the peer is gone
-            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+            self.socket.shutdown(socket.SHUT_WR)
         if not self._at_risk(under_way):
             self.connectionLost(_DONE)
         else:
@@ -485,7 +498,7 @@ class Connection:
         4.2.2.13), and drops what the peer has not acknowledged.
         """
         try:
-            if socket.socket.recv(self.socket, 1, socket.MSG_PEEK):
+            if self.socket.recv(1, socket.MSG_PEEK):
                 return True
         except BlockingIOError:
             return under_way > 0
@@ -560,9 +573,7 @@ class Connection:
         """Close a connection that was accepted a moment ago and is not served. Nobody is told."""
         self.disconnected = True
         self.connected = self._writable = False
-        if self._deadline is not None:  # its PROXY header was waited for
-            self._deadline.cancel()
-            self._deadline = None
+        self._no_deadline()  # of its PROXY header
         self.reactor.removeReader(self)
         self.socket.close()
 
@@ -587,9 +598,7 @@ class Connection:
             return
         self.disconnected = True
         self.connected = self._writable = self._once_sent = False
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        self._no_deadline()
         self._stop_producer()
         self.reactor.removeReader(self)
         if self._waiting:
@@ -609,6 +618,11 @@ class Connection:
             except BaseException:
                 _log.failure("{protocol} failed in connectionLost", protocol=_log_prefix(protocol))
         self.port.connection_closed(self, reason)
+
+    def _no_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     # --- producers and consumers ---
 
@@ -733,53 +747,51 @@ def joined(pieces: Any) -> bytes:
 
 @implementer(interfaces.INegotiated, interfaces.ISSLTransport)
 class SecureConnection(Connection):
-    """A Connection whose bytes pass through TLS, from the standard library's `ssl`.
-
-    What it sends and receives is in the kernel's buffers or in ours, never in between: each read empties the record
-    that it began, so what the kernel reports is what there is.
+    """A Connection whose bytes pass through TLS, from the standard library's `ssl`: see `rtservice.net.tls_stream`.
 
     The peer's close_notify is to a protocol what FIN is on a plain connection (RFC 8446, section 6.1); FIN without it
     is a connection lost, since what came before may be cut.
+
+    `unsent` and the byte counters are of plaintext. What is encrypted counts as sent as the kernel takes it.
     """
 
     __slots__ = ()
 
-    socket: ssl.SSLSocket
+    def getHandle(self) -> Any:
+        """The `ssl.SSLObject` of this connection; before the handshake is done its socket."""
+        return self.socket if self._tls is None else self._tls.object
 
     def getPeerCertificate(self) -> dict[str, Any] | None:
-        """The peer's certificate as `ssl.SSLSocket.getpeercert` describes it; None when it showed none.
+        """The peer's certificate as `ssl.SSLObject.getpeercert` describes it; None when it showed none.
 
-        What `ssl` can say beyond this (the certificate as DER, the chain) is at `getHandle()`, its SSLSocket. This and
+        What `ssl` can say beyond this (the certificate as DER, the chain) is at `getHandle()`, its SSLObject. This and
         the following are None before the handshake is done, and still there in connectionLost.
         """
-        return None if self._tls is None else self._tls.getpeercert() or None
+        return None if self._tls is None else self._tls.object.getpeercert() or None
 
     @property
     def negotiatedProtocol(self) -> bytes | None:
         """The protocol that ALPN chose (RFC 7301), or None."""
-        chosen = None if self._tls is None else self._tls.selected_alpn_protocol()
+        chosen = None if self._tls is None else self._tls.object.selected_alpn_protocol()
         return None if chosen is None else chosen.encode("ascii")
 
     @property
     def tls_version(self) -> str | None:
         """`TLSv1.3` or `TLSv1.2`."""
-        return None if self._tls is None else self._tls.version()
+        return None if self._tls is None else self._tls.object.version()
 
     @property
     def tls_cipher(self) -> str | None:
         """OpenSSL's name of the cipher suite in use, such as `TLS_AES_256_GCM_SHA384`."""
-        return None if self._tls is None else self._tls.cipher()[0]
+        return None if self._tls is None else self._tls.object.cipher()[0]
 
     def startTLS(self, contextFactory: Any, normal: bool = True) -> None:
         """TLS runs already, and not within itself; raises RuntimeError."""
         raise RuntimeError("this connection is in TLS already")
 
-    def secured(self) -> None:
-        """The handshake is done: what waited for it goes on."""
-        # Not the socket's own methods: they are these, in two more frames for each message.
-        self._tls = self.socket._sslobj  # type: ignore[attr-defined]  # private, not typed
-        self._recv = self._tls.read
-        self._send = self._tls.write
+    def secured(self, tls: TLSStream) -> None:
+        """Go on after the handshake: with the protocol, what it has written meanwhile, and what the peer has sent."""
+        self._tls = tls
         if self.protocol is None:
             self._connect_protocol()
         listener = interfaces.IHandshakeListener(self.protocol, None)
@@ -794,73 +806,276 @@ class SecureConnection(Connection):
         if self.producer_paused and not self._out:  # since before the handshake
             self._corked = False
             self._all_sent()
-        else:
-            self._flush()
-
-    def _not_read(self, problem: OSError) -> Any:
-        if isinstance(problem, ssl.SSLWantReadError):
-            return None
-        if isinstance(problem, ssl.SSLWantWriteError):  # the answer to a key update does not fit
-            self._wait_until_writable()
-            return None
-        if isinstance(problem, ssl.SSLZeroReturnError):  # how `ssl` puts the peer's close_notify once ours is sent
-            self.peer_finished = True
-            return main.CONNECTION_DONE
-        return super()._not_read(problem)
-
-    def _would_block(self, problem: OSError) -> bool:
-        return isinstance(problem, ssl.SSLWantWriteError)
-
-    def _sent_some(self, piece: bytes | memoryview, sent: int) -> None:
-        """Each write is one record of at most 16 KiB: go on until the kernel is full, or it is the turn of others."""
-        rest = memoryview(piece)
-        while 0 < sent < min(len(piece), JOIN_LIMIT):
-            try:
-                sent += self._send(rest[sent:])
-            except OSError as problem:
-                if self._would_block(problem):
-                    break
-                self.error = problem
-                self.connectionLost(_LOST)
+            if self.disconnected:
                 return
-        super()._sent_some(piece, sent)
+        self._flush()
+        tls.rest = tls.incoming.read()  # what came with the client's last message
+        if tls.rest and not self.disconnected:
+            self._read_rest()
+
+    # --- reading ---
+
+    def doRead(self) -> Any:
+        """One read for each event, of which OpenSSL gets no more than a bounded number of records."""
+        try:
+            data = self._recv(FULL_READ)
+        except OSError as problem:
+            return self._not_read(problem)
+        tls = self._tls
+        if not data:
+            self.error = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "FIN without close_notify")
+            return main.CONNECTION_LOST
+        if tls.aligned and len(data) <= FIRST_READ:
+            tls.feed(data)
+            try:
+                plain = tls.decrypt(RECORD_SIZE)
+            except ssl.SSLError as problem:
+                plain = tls.receive_none(data, problem)
+            else:
+                if plain and not tls.incoming.pending:
+                    # The usual message: `_received` without a frame, and without what only other records bring.
+                    if tls.without_data:
+                        tls.without_data = 0
+                    self.bytes_in += len(plain)
+                    self._corked = True
+                    try:
+                        self.protocol.dataReceived(plain)
+                    except BaseException:
+                        self._protocol_failed("dataReceived")
+                        return None
+                    if self._out or self._once_sent or tls.outgoing.pending:
+                        self._flush()
+                    else:
+                        self._corked = False
+                    return None
+                plain = tls.receive_more(data, plain)
+        else:
+            plain = tls.receive(data)
+        return self._received(tls, plain)
+
+    def _received(self, tls: TLSStream, plain: bytes) -> Any:
+        """Give plaintext to the protocol, then do what else has come with it. Returns what doRead does."""
+        if plain:
+            self.bytes_in += len(plain)
+            self._corked = True
+            try:
+                self.protocol.dataReceived(plain)
+            except BaseException:
+                self._protocol_failed("dataReceived")
+                return None
+            if self._out or self._once_sent or tls.outgoing.pending:
+                self._flush()
+            else:
+                self._corked = False
+        elif tls.outgoing.pending:
+            self._flush()
+        if tls.rest or tls.finished or tls.problem is not None or tls.without_data > MAX_BYTES_WITHOUT_DATA:
+            return self._not_only_received(tls)
+        return None
+
+    def _not_only_received(self, tls: TLSStream) -> Any:
+        if self.disconnected or self._aborting:
+            return None
+        if tls.problem is not None:
+            self.error = tls.problem
+            return main.CONNECTION_LOST
+        if tls.without_data > MAX_BYTES_WITHOUT_DATA:
+            self.error = Ended(TOO_MUCH_WITHOUT_DATA)
+            return main.CONNECTION_LOST
+        if tls.finished:
+            if not tls.reading:  # as with FIN, a protocol that has paused hears of it when it resumes
+                return None
+            self.peer_finished = True
+            return None if self.disconnecting else main.CONNECTION_DONE
+        if tls.rest:
+            self.reactor.removeReader(self)
+            self.reactor.callLater(0, self._read_rest)
+        return None
+
+    def _read_rest(self) -> None:
+        """Take what was read in an earlier turn."""
+        tls = self._tls
+        if not tls.reading or tls.held or self.disconnecting or self.disconnected:
+            return
+        rest, tls.rest = tls.rest, b""
+        why = self._received(tls, tls.receive(rest) if rest else b"")
+        if why is None:
+            if not tls.rest and tls.reading and not tls.held:
+                super().resumeProducing()
+        elif why is main.CONNECTION_DONE:
+            self.reactor.removeReader(self)
+            self.readConnectionLost(_DONE)
+        else:
+            self.connectionLost(_LOST)
+
+    def pauseProducing(self) -> None:
+        if self._tls is not None:
+            self._tls.reading = False
+        super().pauseProducing()
+
+    def resumeProducing(self) -> None:
+        tls = self._tls
+        if tls is not None:
+            tls.reading = True
+            if tls.held:
+                return
+            if tls.rest or (tls.finished and not self.peer_finished):
+                self.reactor.callLater(0, self._read_rest)
+                return
+        super().resumeProducing()
+
+    stopReading = pauseProducing
+    startReading = resumeProducing
+
+    # --- writing ---
+
+    def _flush(self) -> None:
+        tls = self._tls
+        out = self._out
+        if len(out) == 1 and not self._offset and not tls.sealed and len(out[0]) <= RECORD_SIZE:
+            try:
+                size = tls.encrypt(out[0])
+                data = tls.take()
+                sent = self._send(data)
+            except OSError as problem:
+                if not self._would_block(problem):
+                    self._lost(problem)
+                    return
+                sent = 0
+            out.clear()
+            if sent == len(data):
+                self.bytes_out += size
+                self._unsent = 0
+                self._corked = False
+                if self._once_sent:
+                    self._all_sent()
+                return
+            tls.sealed = data
+            tls.sealed_plain = size
+            self._count_sent(tls, sent)
+        self._flush_more(tls)
+
+    def _flush_more(self, tls: TLSStream) -> None:
+        """Send what is unsent, TLS's own messages included, until the kernel is full or it is the turn of others."""
+        most = JOIN_LIMIT
+        while most > 0:
+            try:
+                if not tls.sealed:
+                    self._seal(tls)
+                    if not tls.sealed:
+                        self._corked = False
+                        if tls.held:
+                            self._release(tls)
+                        if self._once_sent:
+                            self._all_sent()
+                        return
+                sent = self._send(tls.sealed)
+            except OSError as problem:
+                if not self._would_block(problem):
+                    self._lost(problem)
+                    return
+                sent = 0
+            most -= sent
+            if not self._count_sent(tls, sent):
+                break
+        self._corked = True
+        if not self._waiting:
+            self._wait_until_writable()
+        if self._unsent > BUFFER_SIZE:
+            self._pause_producer()
+        answers = tls.outgoing.pending
+        if answers > MAX_UNSENT_ANSWERS:
+            self._hold(tls)
+        elif tls.held and not answers:
+            self._release(tls)
+
+    def _seal(self, tls: TLSStream) -> None:
+        """Encrypt the first SEAL_SIZE bytes of what is written, or less; `sealed` is empty before."""
+        out = self._out
+        if not out:
+            tls.sealed = tls.take()
+            return
+        first = memoryview(out[0])[self._offset :]
+        count, size = 1, len(first)
+        while count < len(out) and size + len(out[count]) <= SEAL_SIZE:
+            size += len(out[count])
+            count += 1
+        if count > 1:
+            piece: bytes | memoryview = b"".join((first, *out[1:count]))
+        else:
+            piece = first[:SEAL_SIZE]
+            if len(piece) < size:
+                count = 0
+        self._offset = 0 if count else self._offset + len(piece)
+        del out[:count]
+        tls.seal(piece)
+
+    def _count_sent(self, tls: TLSStream, sent: int) -> bool:
+        """Count what the kernel took of what is sealed, and return whether that was all."""
+        done = sent == len(tls.sealed)
+        plain = tls.sealed_plain if done else min(sent, tls.sealed_plain)
+        tls.sealed_plain -= plain
+        tls.sealed = b"" if done else memoryview(tls.sealed)[sent:]
+        self.bytes_out += plain
+        self._unsent -= plain
+        return done
+
+    def _hold(self, tls: TLSStream) -> None:
+        """Read nothing more from a peer that does not read what TLS has to tell it."""
+        if not tls.held:
+            tls.held = True
+            self.reactor.removeReader(self)
+            self._deadline = self.reactor.callLater(ANSWER_TIMEOUT, self._check_answers, self._progress(tls))
+
+    def _progress(self, tls: TLSStream) -> tuple[int, int]:
+        return self.bytes_out, len(tls.sealed)
+
+    def _check_answers(self, before: tuple[int, int]) -> None:
+        self._deadline = None
+        now = self._progress(self._tls)
+        if now == before:
+            self.cut(ANSWERS_NOT_READ)
+        else:
+            self._deadline = self.reactor.callLater(ANSWER_TIMEOUT, self._check_answers, now)
+
+    def _release(self, tls: TLSStream) -> None:
+        tls.held = False
+        self._no_deadline()
+        if tls.reading:
+            self.resumeProducing()  # with what was read before
 
     def _shut_down_writing(self) -> bool:
-        """Send close_notify and FIN, as soon as there is nothing to read.
-
-        `ssl` looks for the peer's close_notify when it has sent ours, and breaks off when it finds data instead: what a
-        peer sends within those microseconds ends the connection.
-        """
-        try:
-            # Below TLS: SSLSocket's own methods would take no flags, and forget their TLS at a shutdown.
-            if socket.socket.recv(self.socket, 1, socket.MSG_PEEK):
-                self._once_sent = True  # asked for again when that is read
-                return False
-        except OSError:  # most often BlockingIOError: nothing to read
-            pass
-        try:
-            self._tls.shutdown()
-        except ssl.SSLWantWriteError:
-            self._once_sent = True
-            self._wait_until_writable()
+        """Send close_notify and FIN."""
+        if not self._close_notify():
             return False
-        except OSError:  # SSLWantReadError: there is none of the peer's yet; others: it is gone
-            pass
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the peer is gone, which reading will tell
+            self.socket.shutdown(socket.SHUT_WR)
+        return True
+
+    def _close_notify(self) -> bool:
+        """Send close_notify; False while the kernel has no room for it, and what comes next has to be tried again."""
+        tls = self._tls
+        tls.notify()
+        if tls.outgoing.pending:
+            tls.sealed = tls.take()
+            try:
+                sent = self._send(tls.sealed)
+            except OSError as problem:
+                if not self._would_block(problem):  # the peer is gone
+                    tls.sealed = b""
+                    return True
+                sent = 0
+            if not self._count_sent(tls, sent):
+                self._once_sent = True
+                self._wait_until_writable()
+                return False
         return True
 
     def _close(self) -> None:
-        """Say close_notify, and do not wait for the peer's: RFC 8446, section 6.1, does not ask for it."""
-        try:
-            self.socket.unwrap()
-        except ssl.SSLWantWriteError:
-            self._once_sent = True
-            self._wait_until_writable()
-            return
-        except OSError:  # SSLWantReadError: there is none of the peer's yet; others: it is gone
-            pass
-        super()._close()
+        """Send close_notify, and do not wait for the peer's: RFC 8446, section 6.1, does not ask for it."""
+        if self._close_notify():
+            self._no_deadline()
+            super()._close()
 
 
 class Handshake(SecureConnection):
@@ -884,76 +1099,114 @@ class Handshake(SecureConnection):
         self._unsent = self._offset = 0
         self._corked = True
         self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._timed_out)
-        self._phase_state = context, server_side, plain
+        # What was written before, until it is sent; then the TLSStream.
+        self._phase_state = plain, TLSStream(context, server_side=server_side)
         self._send_plain()
 
     def _send_plain(self) -> None:
-        context, server_side, plain = self._phase_state
-        try:
-            if plain:
-                try:
-                    sent = self._send(plain)
-                except BlockingIOError:
-                    sent = 0
-                self.bytes_out += sent
-                if sent < len(plain):
-                    self._phase_state = context, server_side, plain[sent:]
-                    self.reactor.removeReader(self)  # whatever the peer says now has to wait
-                    self._wait_until_writable()
+        plain, tls = self._phase_state
+        if plain:
+            try:
+                sent = self._send(plain)
+            except OSError as problem:
+                if not self._would_block(problem):
+                    self.error = problem.with_traceback(None)
+                    self.reactor.callLater(0, self.connectionLost, _LOST)
                     return
-            self._phase_state = None
-            # If wrapping fails, it has closed the descriptor, and the reactor must not know it any more.
-            self.reactor.removeReader(self)
-            self._stop_waiting()
-            self._use(
-                context.wrap_socket(
-                    self.socket, server_side=server_side, do_handshake_on_connect=False, suppress_ragged_eofs=False
-                )
-            )
-        except OSError as problem:  # the peer is gone, for which `ssl` has a sentence of its own
-            gone = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-            self.error = gone if isinstance(problem, ssl.SSLError) else problem
-            self.reactor.callLater(0, self.connectionLost, _LOST)
-            return
+                sent = 0
+            self.bytes_out += sent
+            if sent < len(plain):
+                self._phase_state = plain[sent:], tls
+                self.reactor.removeReader(self)  # whatever the peer says now has to wait
+                self._wait_until_writable()
+                return
+        self._stop_waiting()
+        self._phase_state = tls
         self.reactor.addReader(self)
-        if not server_side:  # the client has the first word
+        if not tls.object.server_side:  # the client has the first word
             self._corked = False
             self._flush_soon()
 
     def doRead(self) -> Any:
+        tls = self._phase_state
         try:
-            self.socket.do_handshake()
-        except ssl.SSLWantReadError:
-            self._stop_waiting()
-            return None
-        except ssl.SSLWantWriteError:
-            self._wait_until_writable()
-            return None
+            data = self._recv(FIRST_READ)
         except OSError as problem:
-            self.error = problem
+            return self._not_read(problem)
+        if not data:
+            self.error = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "FIN within the handshake")
             return main.CONNECTION_LOST
-        self._deadline.cancel()
-        self._deadline = None
-        self._stop_waiting()
+        tls.without_data += len(data)
+        if tls.without_data > MAX_HANDSHAKE_BYTES:
+            self.error = Ended(HANDSHAKE_TOO_LARGE)
+            return main.CONNECTION_LOST
+        tls.feed(data)
+        return self._shake(tls)
+
+    def _shake(self, tls: TLSStream) -> Any:
+        """Go on with the handshake as far as what has come allows. Returns what doRead does."""
+        try:
+            tls.object.do_handshake()
+        except ssl.SSLWantReadError:
+            tls.sealed = tls.take()
+            return self._send_flight(tls)
+        except OSError as problem:
+            self.error = problem.with_traceback(None)
+            tls.sealed = tls.take()  # an alert that says why
+            with contextlib.suppress(OSError):
+                self._send(tls.sealed)
+            return main.CONNECTION_LOST
+        self._no_deadline()
+        tls.without_data = 0
+        self._phase_state = None
         self.__class__ = SecureConnection  # type: ignore[assignment]  # same slots
-        self.secured()
+        self.secured(tls)
+        return None
+
+    def _send_flight(self, tls: TLSStream) -> Any:
+        """Send our part of the handshake. What the peer sends has to wait for that: it is to read ours first."""
+        if tls.sealed:
+            try:
+                sent = self._send(tls.sealed)
+            except OSError as problem:
+                if not self._would_block(problem):
+                    return self._not_read(problem)
+                sent = 0
+            if not self._count_sent(tls, sent):
+                self.reactor.removeReader(self)
+                self._wait_until_writable()
+                return None
+        if self._waiting:
+            self._stop_waiting()
+            if tls.reading:
+                self.reactor.addReader(self)
         return None
 
     def doWrite(self) -> Any:
         if self.disconnected:
             return None
-        if self._phase_state is not None:
+        if type(self._phase_state) is tuple:
             self._send_plain()
             return None
-        return self.doRead()
+        tls = self._phase_state
+        return self._send_flight(tls) if tls.sealed else self._shake(tls)
 
     def _flush(self) -> None:
         self._corked = True  # until the handshake is done, which flushes
 
-    def resumeProducing(self) -> None:
-        if self._phase_state is None:  # or what the peer says has to wait
-            super().resumeProducing()
+    def pauseProducing(self) -> None:
+        if type(self._phase_state) is TLSStream:
+            self._phase_state.reading = False
+        super().pauseProducing()
 
+    def resumeProducing(self) -> None:
+        tls = self._phase_state
+        if type(tls) is TLSStream:  # or what is written before has to be sent first
+            tls.reading = True
+            if not tls.sealed:
+                super().resumeProducing()
+
+    stopReading = pauseProducing
     startReading = resumeProducing
 
     def loseConnection(self) -> None:
@@ -1008,7 +1261,7 @@ class ProxyHeader(Connection):
     def _not_read(self, problem: Exception) -> Any:
         if isinstance(problem, BlockingIOError):
             return None
-        self.error = problem
+        self.error = problem.with_traceback(None)
         return main.CONNECTION_LOST
 
     def _identified(self, header: Header) -> None:
@@ -1019,8 +1272,7 @@ class ProxyHeader(Connection):
         if self.disconnected:
             return
         self._phase_state = None
-        self._deadline.cancel()
-        self._deadline = None
+        self._no_deadline()
         self.__class__ = self.port.first_phase  # type: ignore[assignment]  # same slots
         self.start()
 
@@ -1054,13 +1306,16 @@ class Lingering(SecureConnection):
         self._check()
         self.reactor.addReader(self)
 
+    def _flush(self) -> None:
+        self._corked = False  # nothing is sent any more
+
     def doRead(self) -> Any:
         try:
-            data = socket.socket.recv(self.socket, BUFFER_SIZE)  # below TLS
+            data = self._recv(BUFFER_SIZE)  # below TLS
         except BlockingIOError:
             return None
         except OSError as problem:
-            self.error = self.error or problem
+            self.error = self.error or problem.with_traceback(None)
             return main.CONNECTION_LOST
         self.bytes_in += len(data)
         return None if data else main.CONNECTION_DONE

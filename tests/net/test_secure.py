@@ -596,7 +596,8 @@ def test_writes_of_one_event_are_one_record(serve, trusting):
     served = serve(Recording(on_data=write_many))
     answer = yield deferToThread(client)
     assert answer == b"".join(b"%04d" % i for i in range(1000))
-    assert sends == [4000]
+    assert len(sends) == 2, "one record with all of it, and close_notify"
+    assert 4000 < sends[0] < 4100
 
 
 @pytest_twisted.inlineCallbacks
@@ -1255,7 +1256,7 @@ def test_a_protocol_knows_version_cipher_alpn_and_certificate_in_connection_made
     assert seen["version"] == version.replace("_", ".")
     assert (seen["cipher"], seen["alpn"], alpn) == (cipher, b"echo", "echo")
     assert seen["subject"] == ((("commonName", "client"),),)
-    assert isinstance(seen["handle"], ssl.SSLSocket)
+    assert isinstance(seen["handle"], ssl.SSLObject)
     assert seen["host"] == served.address[1]
     assert calls == ["connectionMade", "handshakeCompleted", "dataReceived"]
     yield eventually(lambda: served.closed)
