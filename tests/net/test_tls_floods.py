@@ -1,0 +1,438 @@
+"""What a hostile TLS peer may cost, in the transport and on loopback: bytes, records, memory and time are bounded."""
+
+import contextlib
+import gc
+import os
+import socket
+import struct
+import threading
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock, deferLater
+from twisted.internet.threads import deferToThread
+
+from rtservice.net.stream import Ended, Port
+from rtservice.net.tls import ServerTLS
+from rtservice.net.tls_bounds import (
+    ANSWER_TIMEOUT,
+    ANSWERS_NOT_READ,
+    HANDSHAKE_TOO_LARGE,
+    MAX_BYTES_WITHOUT_DATA,
+    MAX_HANDSHAKE_BYTES,
+    MAX_UNSENT_ANSWERS,
+    TOO_MUCH_WITHOUT_DATA,
+)
+
+pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
+
+from tests.support.forge import (  # after the check
+    ALERT,
+    APPLICATION_DATA,
+    CHANGE_CIPHER_SPEC,
+    HANDSHAKE,
+    Forger,
+    client_hello,
+    record,
+)
+
+DEADLINE = 20
+
+
+class Echo(Protocol):
+    def connectionMade(self):
+        self.factory.made.append(self)
+
+    def dataReceived(self, data):
+        self.factory.received += len(data)
+        self.factory.on_data(self, data)
+
+
+class Timed:
+    """The reactor, with the timers of a Clock, but for what is due at once."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    def callLater(self, delay: float, *call: Any) -> Any:
+        return (self.clock if delay else reactor).callLater(delay, *call)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reactor, name)
+
+
+class Served:
+    """A port with TLS, its connections and what ended them."""
+
+    def __init__(self, certificates, on: Any, on_data: Any, proxied: bool = False) -> None:
+        self.factory = factory = Factory.forProtocol(Echo)
+        factory.noisy = False
+        factory.made, factory.received, factory.on_data = [], 0, on_data
+        self.socket = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.socket.setblocking(False)
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            self.socket.setsockopt(socket.SOL_SOCKET, buffer, 4096)  # what is accepted inherits it
+        self.address = self.socket.getsockname()
+        self.opened: list[Any] = []
+        self.ended: list[str] = []
+        context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
+        self.port = Port(
+            on,
+            self.socket,
+            factory,
+            name="ssl:test",
+            tls=context,
+            proxied=proxied,
+            opened=self.opened.append,
+            closed=self.closed,
+        )
+        self.port.startListening()
+
+    def closed(self, connection: Any, reason: Any) -> None:
+        self.opened.remove(connection)
+        error = connection.error
+        self.ended.append(str(error) if isinstance(error, Ended) else type(error).__name__)
+
+    def stop(self) -> None:
+        self.port.stopListening()
+        self.socket.close()
+        for connection in list(self.opened):
+            connection.abortConnection()
+
+
+@pytest.fixture
+def serve(certificates):
+    started: list[Served] = []
+
+    def start(
+        on: Any = reactor, on_data: Any = lambda protocol, data: protocol.transport.write(data), **more
+    ) -> Served:
+        started.append(Served(certificates, on, on_data, **more))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+    pytest_twisted.blockon(eventually(lambda: not any(one.opened for one in started)))
+
+
+@pytest_twisted.inlineCallbacks
+def eventually(true: Any) -> Any:
+    """Fires when the function gives something true, with that."""
+    expired: Deferred = deferLater(reactor, DEADLINE, lambda: None)
+    while not (value := true()):
+        assert not expired.called, "the deadline has passed"
+        yield deferLater(reactor, 0.002, lambda: None)
+    expired.addErrback(lambda _: None)
+    expired.cancel()
+    return value
+
+
+def send_until_closed(sock: socket.socket, data: bytes) -> int:
+    """Send until the server has closed; returns how many bytes it took."""
+    view, sent = memoryview(data), 0
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        while sent < len(view):
+            sent += sock.send(view[sent : sent + 65536])
+        while sock.recv(65536):
+            pass
+    return sent
+
+
+# --- records without data ---
+
+
+def key_updates(peer: Forger) -> bytes:
+    return b"".join(peer.key_update() for _ in range(20_000))
+
+
+def hellos(peer: Forger) -> bytes:
+    hello = client_hello(version="TLSv1_2")
+    return b"".join(peer.seal(HANDSHAKE, hello) for _ in range(10_000))
+
+
+def many_hellos_in_a_record(peer: Forger) -> bytes:
+    hello = client_hello(version="TLSv1_2")
+    many = hello * (16000 // len(hello))
+    return b"".join(peer.seal(HANDSHAKE, many) for _ in range(50))
+
+
+def padded_records(peer: Forger) -> bytes:
+    return b"".join(peer.seal(APPLICATION_DATA, b"", padding=16000) for _ in range(50))
+
+
+def a_record_that_never_ends(peer: Forger) -> bytes:
+    return b""
+
+
+FLOODS = [
+    pytest.param("TLSv1_3", key_updates, id="key updates"),
+    pytest.param("TLSv1_3", padded_records, id="records of padding"),
+    pytest.param("TLSv1_2", hellos, id="ClientHellos"),
+    pytest.param("TLSv1_2", many_hellos_in_a_record, id="many ClientHellos in a record"),
+]
+
+
+@pytest.mark.parametrize(("version", "flood"), FLOODS)
+@pytest_twisted.inlineCallbacks
+def test_a_peer_that_sends_much_without_data_is_closed_with_a_reason(serve, version, flood):
+    def client():
+        with Forger(served.address, version) as peer:
+            peer.sock.sendall(peer.seal(APPLICATION_DATA, b"hello"))
+            return send_until_closed(peer.sock, flood(peer))
+
+    served = serve()
+    yield deferToThread(client)
+    yield eventually(lambda: served.ended)
+    assert served.factory.received == 5
+    # OpenSSL may have a bound of its own, which is met before ours.
+    assert served.ended[0] in (TOO_MUCH_WITHOUT_DATA, "SSLError")
+    if flood is key_updates:
+        assert served.ended == [TOO_MUCH_WITHOUT_DATA]
+
+
+@pytest_twisted.inlineCallbacks
+def test_records_without_data_between_data_end_nothing(serve):
+    """As many key updates as would end it together, but never much without data."""
+
+    def client() -> Forger:
+        peer = Forger(served.address)
+        for i in range(20):
+            updates = b"".join(peer.key_update() for _ in range(200))
+            peer.sock.sendall(updates + peer.seal(APPLICATION_DATA, b"%04d" % i))
+        return peer
+
+    assert MAX_BYTES_WITHOUT_DATA < 20 * 200 * 27
+    served = serve()
+    with (yield deferToThread(client)):
+        yield eventually(lambda: served.factory.received == 80)
+    assert not served.ended
+
+
+@pytest.mark.parametrize("padding", [0, 100, 16000])
+@pytest_twisted.inlineCallbacks
+def test_a_client_may_pad_its_records(serve, padding):
+    def client() -> Forger:
+        peer = Forger(served.address)
+        for _ in range(100):
+            peer.sock.sendall(peer.seal(APPLICATION_DATA, b"x", padding=padding))
+        return peer
+
+    served = serve()
+    with (yield deferToThread(client)):
+        yield eventually(lambda: served.factory.received == 100)
+    assert not served.ended
+
+
+# --- handshakes ---
+
+
+def trickle(hello: bytes) -> bytes:
+    """The message in records of one byte, each with 31 change_cipher_spec records behind it (RFC 8446, D.4)."""
+    return b"".join(record(HANDSHAKE, bytes([byte])) + 31 * CHANGE_CIPHER_SPEC for byte in hello)
+
+
+def hello_of_one_byte_records(address) -> int:
+    with socket.create_connection(address, timeout=DEADLINE) as sock:
+        sock.sendall(record(HANDSHAKE, client_hello()))
+        assert sock.recv(65536)[5] == 2, "a ServerHello: the HelloRetryRequest"
+        return send_until_closed(sock, trickle(client_hello(key_share=bytes(65), padding=16000)))
+
+
+def hello_without_end(address) -> int:
+    with socket.create_connection(address, timeout=DEADLINE) as sock:
+        # 128 KiB and more are announced, in records as large as they may be.
+        return send_until_closed(
+            sock, b"".join(record(HANDSHAKE, b"\x01\x01\xff\xff" + bytes(16000)) for _ in range(100))
+        )
+
+
+def warnings(address) -> int:
+    with socket.create_connection(address, timeout=DEADLINE) as sock:
+        return send_until_closed(sock, record(ALERT, b"\x01\x5a") * 100_000)
+
+
+def empty_records(address) -> int:
+    with socket.create_connection(address, timeout=DEADLINE) as sock:
+        return send_until_closed(sock, record(HANDSHAKE, b"") * 100_000)
+
+
+@pytest.mark.parametrize("attack", [hello_of_one_byte_records, hello_without_end, warnings, empty_records])
+@pytest_twisted.inlineCallbacks
+def test_a_handshake_that_is_too_large_is_closed_with_a_reason(serve, attack):
+    served = serve()
+    yield deferToThread(attack, served.address)
+    yield eventually(lambda: served.ended)
+    assert served.ended[0] in (HANDSHAKE_TOO_LARGE, "SSLError")
+    if attack is hello_of_one_byte_records:
+        assert served.ended == [HANDSHAKE_TOO_LARGE]
+    assert not served.factory.made
+
+
+def test_a_handshake_may_have_a_chain_of_certificates_of_tomorrow() -> None:
+    """Three with ML-DSA-65 keys and signatures, a CertificateVerify, and a ClientHello with an ML-KEM-768 share."""
+    certificate, signature = 1952 + 3309 + 400, 3309
+    assert 3 * certificate + signature + 1800 < MAX_HANDSHAKE_BYTES
+
+
+# --- what TLS itself has to send ---
+
+
+class Asker:
+    """A peer that asks for key updates and never reads, until the kernel takes no more of its records."""
+
+    def __init__(self, address: Any) -> None:
+        self.peer = Forger(address, small_buffers=True)
+        self.peer.sock.settimeout(0.5)
+        self.sent = 0
+
+    def ask(self, data: bytes = b"x", size: int = 4 << 20) -> None:
+        """Send updates that ask for one each, with some data after every 100th of them."""
+        with contextlib.suppress(TimeoutError):
+            while self.sent < size:
+                batch = b"".join(self.peer.key_update(ask=True) for _ in range(100))
+                batch += self.peer.seal(APPLICATION_DATA, data)
+                self.peer.sock.sendall(batch)
+                self.sent += len(batch)
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_peer_that_asks_for_key_updates_and_never_reads_is_read_no_more(serve):
+    """In bounded memory, without a spin, and it is gone after the deadline."""
+    timed = Timed()
+    served = serve(timed, on_data=lambda protocol, data: None)
+    asker = yield deferToThread(Asker, served.address)
+    with asker.peer:
+        yield deferToThread(asker.ask)
+        assert asker.sent < 4 << 20, "the server has stopped reading"
+        connection = served.opened[0]
+        assert connection not in reactor.getReaders(), "so it does not spin"
+        tls = connection._tls
+        assert MAX_UNSENT_ANSWERS < tls.outgoing.pending + len(tls.sealed) < MAX_UNSENT_ANSWERS + 64 * 1024
+        assert not served.ended
+        timed.clock.advance(ANSWER_TIMEOUT - 1)
+        assert not served.ended
+        timed.clock.advance(ANSWER_TIMEOUT + 2)  # what the kernel took meanwhile may have begun another step
+        timed.clock.advance(ANSWER_TIMEOUT + 2)
+        yield eventually(lambda: served.ended)
+    assert served.ended == [ANSWERS_NOT_READ]
+    assert not timed.clock.getDelayedCalls()
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_peer_that_reads_again_goes_on(serve):
+    timed = Timed()
+    served = serve(timed, on_data=lambda protocol, data: None)
+    asker = yield deferToThread(Asker, served.address)
+
+    def read(stop: threading.Event) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                asker.peer.sock.recv(1 << 16)
+
+    with asker.peer:
+        # Within the sendall that the deadline interrupts, a record is cut: so the last one is sent to its end.
+        yield deferToThread(asker.ask)
+        connection = served.opened[0]
+        assert connection._tls.held
+        stop = threading.Event()
+        reading = deferToThread(read, stop)
+        yield eventually(lambda: not connection._tls.held)
+        yield eventually(lambda: connection in reactor.getReaders())
+        stop.set()
+        yield reading
+        assert not served.ended
+        assert not timed.clock.getDelayedCalls(), "the deadline is gone"
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_protocol_that_pauses_is_not_resumed_by_a_peer_that_reads_again(serve):
+    timed = Timed()
+    served = serve(timed, on_data=lambda protocol, data: None)
+    asker = yield deferToThread(Asker, served.address)
+    with asker.peer:
+        yield deferToThread(asker.ask)
+        connection = served.opened[0]
+        connection.pauseProducing()
+        connection.resumeProducing()
+        assert connection not in reactor.getReaders(), "held all the same"
+        connection.pauseProducing()
+
+        def read() -> None:
+            with contextlib.suppress(TimeoutError):
+                while asker.peer.sock.recv(1 << 16):
+                    pass
+
+        reading = deferToThread(read)
+        yield eventually(lambda: not connection._tls.held)
+        yield reading
+        assert connection not in reactor.getReaders()
+        connection.resumeProducing()
+        yield eventually(lambda: connection in reactor.getReaders())
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_slow_reader_of_our_own_data_is_not_hurt_by_a_key_update(serve):
+    """Its answer waits behind the data, without a deadline of its own."""
+    timed = Timed()
+    served = serve(timed, on_data=lambda protocol, data: protocol.transport.write(bytes(8 << 20)))
+
+    def begin() -> Forger:
+        peer = Forger(served.address, small_buffers=True)
+        peer.sock.sendall(peer.seal(APPLICATION_DATA, b"go"))
+        return peer
+
+    peer = yield deferToThread(begin)
+    with peer:
+        yield eventually(lambda: served.opened and served.opened[0].unsent)
+        # OpenSSL answers one with the next record that it reads.
+        peer.sock.sendall(peer.key_update(ask=True) + peer.key_update(ask=True))
+        yield deferLater(reactor, 0, lambda: None)
+        timed.clock.advance(10 * ANSWER_TIMEOUT)
+        yield eventually(lambda: served.opened[0]._tls.outgoing.pending)
+        assert served.opened[0] in reactor.getReaders()
+        timed.clock.advance(10 * ANSWER_TIMEOUT)
+        assert not served.ended
+
+
+# --- descriptors ---
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+@pytest.mark.parametrize("header", [b"", b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"], ids=["plain", "proxied"])
+@pytest.mark.parametrize("moment", ["at once", "garbage", "within", "after", "header only"])
+@pytest_twisted.inlineCallbacks
+def test_a_client_that_resets_leaves_no_descriptor_behind(serve, header, moment):
+    def client():
+        for _ in range(30):
+            if moment == "after":
+                with Forger(served.address, before=header) as peer:
+                    reset(peer.sock)
+                continue
+            sock = socket.create_connection(served.address, timeout=DEADLINE)
+            if moment != "at once":
+                sock.sendall(header)
+            if moment == "garbage":
+                sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            if moment == "within":
+                sock.sendall(record(HANDSHAKE, client_hello())[:-10])
+            reset(sock)
+
+    served = serve(proxied=bool(header))
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        yield deferToThread(client)
+        yield eventually(lambda: served.port._number == 30 and not served.opened)
+        assert len(os.listdir("/proc/self/fd")) <= before
+    finally:
+        gc.enable()

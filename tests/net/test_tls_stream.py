@@ -1,0 +1,166 @@
+"""TLS in memory: where records begin, and how much of what a peer sends OpenSSL gets at a time."""
+
+import contextlib
+import random
+import ssl
+import struct
+
+import pytest
+
+from rtservice.net.tls import ServerTLS
+from rtservice.net.tls_bounds import FIRST_READ, FULL_READ, MAX_RECORDS
+from rtservice.net.tls_stream import RECORD_SIZE, SEAL_SIZE, Records, TLSStream
+
+
+def records_of(sizes: list[int]) -> bytes:
+    return b"".join(struct.pack("!BHH", 23, 0x0303, size) + bytes(size) for size in sizes)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_records_are_found_in_whatever_pieces_they_come(seed: int) -> None:
+    chance = random.Random(seed)
+    sizes = [chance.choice((0, 1, 2, 5, 17, 200, 16640)) for _ in range(chance.randrange(1, 60))]
+    data = records_of(sizes)
+    ends = {0}
+    at = 0
+    for size in sizes:
+        at += 5 + size
+        ends.add(at)
+    records, at = Records(), 0
+    while at < len(data):
+        piece = data[at : at + chance.choice((1, 2, 3, 4, 5, 6, 100, 5000))]
+        assert records.take(piece, len(piece)) == len(piece)
+        at += len(piece)
+        assert records.at_boundary == (at in ends)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_more_records_are_taken_than_asked_for(seed: int) -> None:
+    chance = random.Random(seed)
+    sizes = [chance.randrange(0, 50) for _ in range(100)]
+    data = records_of(sizes)
+    records, rest, counts = Records(), data, []
+    while rest:
+        end = records.take(rest, 7)
+        part, rest = rest[:end], rest[end:]
+        count = 0
+        while part:
+            part = part[5 + (part[3] << 8 | part[4]) :]
+            count += 1
+        counts.append(count)
+        assert records.at_boundary
+    assert counts == [7] * 14 + [2]
+
+
+class Pair:
+    """A TLSStream of the server's, and a client whose records the test carries over."""
+
+    def __init__(self, certificates, version: str = "TLSv1_3") -> None:
+        context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
+        self.server = TLSStream(context, server_side=True)
+        client = ssl.create_default_context(cafile=certificates["ca.pem"])
+        client.minimum_version = client.maximum_version = ssl.TLSVersion[version]
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = client.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
+        for _ in range(4):
+            for shake in (self.client.do_handshake, self.server.object.do_handshake):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    shake()
+                self.server.feed(self.outgoing.read())
+                self.incoming.write(self.server.take())
+
+    def say(self, data: bytes, size: int = RECORD_SIZE) -> bytes:
+        """What the client sends for this data, in records of `size` bytes."""
+        for at in range(0, len(data), size):
+            self.client.write(data[at : at + size])
+        return self.outgoing.read()
+
+    def hear(self, data: bytes) -> bytes:
+        """What the client reads of records of the server's."""
+        self.incoming.write(data)
+        heard = b""
+        try:
+            while piece := self.client.read(1 << 16):
+                heard += piece
+        except ssl.SSLWantReadError:
+            pass
+        return heard
+
+
+VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+
+
+@VERSIONS
+@pytest.mark.parametrize("seed", range(10))
+def test_data_arrives_whole_in_whatever_pieces_it_comes(certificates, version, seed) -> None:
+    chance = random.Random(seed)
+    pair = Pair(certificates, version)
+    data = chance.randbytes(100_000)
+    sent = b"".join(
+        pair.say(data[at : at + 10_000], chance.choice((1, 10, 1000, RECORD_SIZE)))
+        for at in range(0, len(data), 10_000)
+    )
+    received = b""
+    while sent:
+        size = chance.choice((1, 3, 5, 30, 1000, FIRST_READ, FULL_READ))
+        received += pair.server.receive(sent[:size])
+        sent = sent[size:]
+        while pair.server.rest:
+            rest, pair.server.rest = pair.server.rest, b""
+            received += pair.server.receive(rest)
+        assert pair.server.problem is None
+    assert received == data
+    assert pair.server.aligned
+
+
+def test_a_read_of_many_small_records_is_taken_in_turns(certificates) -> None:
+    pair = Pair(certificates)
+    sent = pair.say(b"x" * 700, 1)
+    assert FIRST_READ < len(sent) <= FULL_READ
+    turns = [pair.server.receive(sent)]
+    while pair.server.rest:
+        rest, pair.server.rest = pair.server.rest, b""
+        turns.append(pair.server.receive(rest))
+    assert [len(turn) for turn in turns] == [MAX_RECORDS] * 5 + [60]
+
+
+def test_data_before_a_record_that_is_broken_is_given_first(certificates) -> None:
+    pair = Pair(certificates)
+    good, bad = pair.say(b"good"), bytearray(pair.say(b"bad"))
+    bad[-1] ^= 1
+    assert pair.server.receive(good + bad) == b"good"
+    assert pair.server.problem is not None
+    assert pair.server.problem.__traceback__ is None
+    assert pair.server.outgoing.pending, "an alert says why"
+
+
+def test_data_before_close_notify_is_given_first(certificates) -> None:
+    pair = Pair(certificates)
+    sent = pair.say(b"last")
+    with pytest.raises(ssl.SSLWantReadError):
+        pair.client.unwrap()
+    assert pair.server.receive(sent + pair.outgoing.read()) == b"last"
+    assert pair.server.finished
+
+
+@VERSIONS
+@pytest.mark.parametrize("size", [1, RECORD_SIZE - 1, RECORD_SIZE, RECORD_SIZE + 1, SEAL_SIZE])
+def test_what_is_sealed_is_in_as_few_records_as_can_be(certificates, version, size) -> None:
+    pair = Pair(certificates, version)
+    pair.server.seal(b"y" * size)
+    sealed = bytes(pair.server.sealed)
+    records, count = Records(), 0
+    rest = sealed
+    while rest:
+        rest = rest[records.take(rest, 1) :]
+        count += 1
+    assert count == -(-size // RECORD_SIZE)
+    assert pair.hear(sealed) == b"y" * size
+
+
+def test_close_notify_is_made_once(certificates) -> None:
+    pair = Pair(certificates)
+    pair.server.notify()
+    assert pair.server.take()
+    pair.server.notify()
+    assert not pair.server.take()

@@ -1,0 +1,187 @@
+"""Hostile TLS clients of real processes: what others see meanwhile, with and without workers."""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
+
+from tests.support.forge import APPLICATION_DATA, CHANGE_CIPHER_SPEC, HANDSHAKE, Forger, client_hello, record
+
+# The worst round trip that somebody else may see, in seconds. Without bounds these attacks take 1.5 to 6 s, with them
+# some 10 ms; the rest is for busy machines.
+WORST = 1.0
+
+# Echoes after a greeting, and sends more than the kernel takes to those who ask for it.
+PROTOCOL = """
+from twisted.internet.protocol import Protocol
+
+class Spout(Protocol):
+    def connectionMade(self):
+        self.transport.write(b"Hello from the server!")
+
+    def dataReceived(self, data):
+        if data == b"much":
+            self.transport.write(bytes(16 << 20))
+        elif data != b"x":
+            self.transport.write(data)
+"""
+
+
+def exchange(client: socket.socket) -> float:
+    """One round trip; returns how long it took, in seconds."""
+    began = time.monotonic()
+    client.sendall(b"ping")
+    assert client.recv(100) == b"ping"
+    return time.monotonic() - began
+
+
+class Bystanders:
+    """Clients of the plain listener, some of each worker, who talk during the attack; `worst` is what they saw."""
+
+    def __init__(self, port: int) -> None:
+        self.clients = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(8)]
+        for client in self.clients:
+            assert client.recv(100) == b"Hello from the server!"
+        self.worst = 0.0
+        self.rounds = 0
+
+    def talk_during(self, attack: Callable[[], object]) -> None:
+        thread = threading.Thread(target=attack)
+        thread.start()
+        while thread.is_alive() or self.rounds < 10:
+            self.worst = max(self.worst, *map(exchange, self.clients))
+            self.rounds += 1
+        thread.join()
+
+
+@pytest.fixture(params=["1", "2"], ids=["one process", "two workers"])
+def attacked(request, service, certificates, tmp_path) -> Iterator[tuple[object, tuple[str, int], Bystanders]]:
+    """A service with a TLS listener and a plain one: the process, the address of the first, clients of the second."""
+    tls = f"ssl:0:interface=127.0.0.1:privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
+    (tmp_path / "spout.py").write_text(PROTOCOL)
+    where = ("--listen", tls, "--listen", "tcp:0:interface=127.0.0.1")
+    one = service(*where, "--workers", request.param, "--protocol", "spout:Spout", PYTHONPATH=str(tmp_path))
+    ports = [int(one.wait_line(rf"listening on {kind}:.*:\d+$").rpartition(":")[2]) for kind in ("ssl", "tcp")]
+    bystanders = Bystanders(ports[1])
+    yield one, ("127.0.0.1", ports[0]), bystanders
+    for client in bystanders.clients:
+        client.close()
+    one.stop()
+    assert not [line for line in one.lines if "Traceback" in line]
+
+
+def send_until_closed(sock: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        sock.sendall(data)
+        read_to_end(sock)
+
+
+def read_to_end(sock: socket.socket) -> None:
+    with contextlib.suppress(ConnectionResetError):
+        while sock.recv(65536):
+            pass
+
+
+def flood(address, version: str, make: Callable[[Forger], bytes]) -> None:
+    with Forger(address, version, timeout=30) as peer:
+        send_until_closed(peer.sock, make(peer))
+
+
+def key_updates(address) -> None:
+    flood(address, "TLSv1_3", lambda peer: b"".join(peer.key_update() for _ in range(100_000)))
+
+
+def renegotiations(address) -> None:
+    hello = client_hello(version="TLSv1_2")
+    flood(address, "TLSv1_2", lambda peer: b"".join(peer.seal(HANDSHAKE, hello) for _ in range(60_000)))
+
+
+def a_hello_of_one_byte_records(address) -> None:
+    """128 KiB of it, with as many change_cipher_spec records as OpenSSL lets pass."""
+    with socket.create_connection(address, timeout=30) as sock:
+        sock.sendall(record(HANDSHAKE, client_hello()))
+        assert sock.recv(65536)[5] == 2, "the HelloRetryRequest"
+        hello = client_hello(key_share=bytes(65), padding=60_000)
+        send_until_closed(sock, b"".join(record(HANDSHAKE, bytes([byte])) + 31 * CHANGE_CIPHER_SPEC for byte in hello))
+
+
+ATTACKS = [key_updates, renegotiations, a_hello_of_one_byte_records]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_records_without_data_delay_nobody_else(attacked, attack) -> None:
+    _, address, bystanders = attacked
+    bystanders.talk_during(lambda: attack(address))
+    assert bystanders.worst < WORST
+
+
+def test_key_updates_between_bytes_of_data_delay_nobody_else(attacked) -> None:
+    """Such a client is a busy one, and has its turn like others; one with most of what costs most has no more of it."""
+    _, address, bystanders = attacked
+
+    def attack() -> None:
+        with Forger(address, timeout=30) as peer:
+            reader = threading.Thread(target=read_to_end, args=[peer.sock])
+            reader.start()
+            for _ in range(200):
+                pairs = (peer.key_update() + peer.seal(APPLICATION_DATA, b"x") for _ in range(100))
+                peer.sock.sendall(b"".join(pairs))
+            peer.sock.shutdown(socket.SHUT_WR)
+            reader.join()
+
+    bystanders.talk_during(attack)
+    assert bystanders.worst < WORST
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process and its children have used."""
+    total = 0
+    for stat in [Path(f"/proc/{pid}/stat"), *(Path(f"/proc/{child}/stat") for child in children(pid))]:
+        fields = stat.read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def memory(pid: int) -> int:
+    """The most that a process, or a child of it, has had resident, in bytes."""
+    found = [Path(f"/proc/{one}/status").read_text() for one in (pid, *children(pid))]
+    return max(int(status.split("VmHWM:")[1].split()[0]) * 1024 for status in found)
+
+
+def test_a_peer_that_asks_for_key_updates_and_never_reads_costs_no_cpu_and_little_memory(attacked, wait_for) -> None:
+    one, address, bystanders = attacked
+    pid = one.process.pid
+    with Forger(address, small_buffers=True) as peer:
+        peer.sock.sendall(peer.seal(APPLICATION_DATA, b"much"))
+        assert peer.sock.recv(1 << 16)
+        before = memory(pid)
+
+        def attack() -> None:
+            peer.sock.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    updates = b"".join(peer.key_update(ask=True) for _ in range(200))
+                    peer.sock.sendall(updates + peer.seal(APPLICATION_DATA, b"x"))
+
+        bystanders.talk_during(attack)
+        assert bystanders.worst < WORST
+
+        def idle() -> bool:
+            """Whether it uses less than a tenth of a processor."""
+            cpu, began = cpu_seconds(pid), time.monotonic()
+            threading.Event().wait(0.5)
+            return cpu_seconds(pid) - cpu < 0.1 * (time.monotonic() - began)
+
+        wait_for(idle)
+        assert memory(pid) - before < 8 << 20
