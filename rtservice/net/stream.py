@@ -817,15 +817,15 @@ class SecureConnection(Connection):
 
     def doRead(self) -> Any:
         """One read for each event, of which OpenSSL gets no more than a bounded number of records."""
+        tls = self._tls
         try:
-            data = self._recv(FULL_READ)
+            data = self._recv(tls.read_size)
         except OSError as problem:
             return self._not_read(problem)
-        tls = self._tls
         if not data:
             self.error = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "FIN without close_notify")
             return main.CONNECTION_LOST
-        if tls.aligned and len(data) <= FIRST_READ:
+        if tls.aligned and (len(data) < FIRST_READ or (data[3] << 8 | data[4]) + 5 == len(data)):
             tls.feed(data)
             try:
                 plain = tls.decrypt(RECORD_SIZE)
@@ -850,6 +850,8 @@ class SecureConnection(Connection):
                     return None
                 plain = tls.receive_more(data, plain)
         else:
+            if len(data) == tls.read_size:
+                tls.read_size = FULL_READ
             plain = tls.receive(data)
         return self._received(tls, plain)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-# Bytes that OpenSSL is given in one event. OpenSSL processes all records that it is given before it returns. The most
-# expensive ones known, key updates (RFC 8446, section 4.6.3), have 27 bytes and cost 15 µs each.
+# Bytes that are read in one event of a handshake, and that OpenSSL is given in one event without a look at the records
+# in them. OpenSSL processes all records that it is given before it returns. The most expensive ones known, key updates
+# (RFC 8446, section 4.6.3), have 27 bytes and cost 15 µs each.
 FIRST_READ = 4 * 1024
 
-# Bytes that are read in one event once the handshake is done: one record of the maximum size (RFC 8446, section 5.2).
-FULL_READ = 5 + (1 << 14) + 256
+# Bytes that are read in one event once a peer has sent as much as FIRST_READ at a time: a record of the usual maximum
+# size and what comes with it. The larger the buffer, the more often the C library gives memory back to the system.
+FULL_READ = 20 * 1024
 
-# Records that OpenSSL is given in one event, where more than FIRST_READ bytes are read.
+# What OpenSSL is given of them in one event: this many records with application data, or fewer of others, such as half
+# as many of 128 bytes with handshake messages in TLS 1.2.
 MAX_RECORDS = 128
+
+# The largest record (RFC 5246, section 6.2.3; it is smaller in RFC 8446, section 5.2), with its header.
+MAX_RECORD = 5 + (1 << 14) + 2048
 
 # Bytes that a client may send until its handshake is done. A chain of three certificates with post-quantum signatures
 # (ML-DSA-65) and a ClientHello with a post-quantum key share need 25 KiB; the usual handshake needs 1 to 2 KiB.

@@ -12,16 +12,17 @@ import contextlib
 import ssl
 from collections.abc import Callable
 
-from rtservice.net.tls_bounds import FIRST_READ, MAX_RECORDS
+from rtservice.net.tls_bounds import FIRST_READ, MAX_RECORD, MAX_RECORDS
 
 # The most plaintext in one record (RFC 8446, section 5.1).
 RECORD_SIZE = 1 << 14
 
-# Bytes of plaintext that are encrypted before they are given to the kernel. Both buffers keep their largest size for as
-# long as the connection lives.
-SEAL_SIZE = 4 * RECORD_SIZE
+# Bytes of plaintext that are encrypted before they are given to the kernel. More would save system calls, but a
+# MemoryBIO keeps its largest size for as long as the connection lives.
+SEAL_SIZE = 2 * RECORD_SIZE
 
 _HEADER = 5
+_APPLICATION_DATA = 23
 
 
 class Records:
@@ -41,15 +42,21 @@ class Records:
         """Whether all records that began have ended."""
         return not self._ahead and not self._header
 
-    def take(self, data: bytes, most: int) -> int:
-        """Go on until `most` more records have begun and ended, and return how many bytes of `data` that took."""
+    def take(self, data: bytes, cost: int) -> list[int]:
+        """Go on by `data`, and return where to cut it into pieces for OpenSSL: the end of each.
+
+        A piece has whole records and up to MAX_RECORD bytes; the first one may begin within a record, and the last one
+        end within one. There are no more pieces, and the last one ends short of the end of `data`, once its records
+        have cost this much (1 or more): 1 for each with application data, more for others.
+        """
         size = len(data)
         at = self._ahead
+        begin, ends = 0, []
         while at < size:
-            if not most:
+            if cost <= 0:
                 self._ahead = 0
-                return at
-            most -= 1
+                ends.append(at)
+                return ends
             missing = _HEADER - len(self._header)
             header = self._header + data[at : at + missing]
             if len(header) < _HEADER:
@@ -57,9 +64,17 @@ class Records:
                 at = size
                 break
             self._header = b""
-            at += missing + (header[3] << 8 | header[4])
+            length = header[3] << 8 | header[4]
+            # In TLS 1.3 all records look like data, and none has more than one message that OpenSSL goes on after.
+            cost -= 1 if header[0] == _APPLICATION_DATA else 1 + length // 128
+            end = at + missing + length
+            if end - begin > MAX_RECORD and at > begin:
+                ends.append(at)
+                begin = at
+            at = end
         self._ahead = at - size
-        return size
+        ends.append(size)
+        return ends
 
 
 class TLSStream:
@@ -68,8 +83,8 @@ class TLSStream:
     Raises ssl.SSLError and ValueError as `ssl.SSLContext.wrap_bio` does.
 
     `feed`, `decrypt`, `encrypt` and `take` are methods of the two BIOs and of OpenSSL's object, for the usual message:
-    up to FIRST_READ bytes while `aligned`, up to RECORD_SIZE of plaintext while nothing is `sealed`. `receive` and
-    `seal` are for all cases.
+    one record, or up to FIRST_READ bytes, while `aligned`; up to RECORD_SIZE of plaintext while nothing is `sealed`.
+    `receive` and `seal` are for all cases.
     """
 
     __slots__ = (
@@ -84,6 +99,7 @@ class TLSStream:
         "object",
         "outgoing",
         "problem",
+        "read_size",
         "reading",
         "records",
         "rest",
@@ -99,10 +115,11 @@ class TLSStream:
         self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side)
         # Bound once; not the object's own methods, which are these in another frame for each message.
         inner = self.object._sslobj  # type: ignore[attr-defined]  # private, not typed
-        self.feed: Callable[[bytes], int] = self.incoming.write
+        self.feed: Callable[[bytes | memoryview], int] = self.incoming.write
         self.decrypt: Callable[[int], bytes] = inner.read
         self.encrypt: Callable[[bytes | memoryview], int] = inner.write
         self.take: Callable[[], bytes] = self.outgoing.read
+        self.read_size = FIRST_READ  # what to read in one event
         self.records = Records()
         self.aligned = True  # all records that were fed have ended
         self.without_data = 0  # bytes since the last application data
@@ -120,55 +137,70 @@ class TLSStream:
 
         After this, `finished` and `problem` say whether the stream ends with this plaintext.
         """
-        # In fewer bytes are not many more records: the smallest encrypted one has 22.
-        end = self.records.take(data, MAX_RECORDS if len(data) > FIRST_READ else len(data))
-        if end < len(data):
-            data, self.rest = data[:end], data[end:]
+        pieces: list[bytes] = []
+        ends = self.records.take(data, MAX_RECORDS)
         self.aligned = self.records.at_boundary
-        self.feed(data)
-        return self._decrypt_all(len(data), [])
+        view = memoryview(data)
+        begin = 0
+        for end in ends:
+            self.feed(view[begin:end])
+            begin = end
+            if not self._decrypt_all(pieces):
+                break
+        self.rest = data[end:]
+        return self._result(end, pieces)
 
     def receive_more(self, data: bytes, first: bytes) -> bytes:
         """As `receive`, after `feed(data)` and a `decrypt` that returned `first`."""
-        self.records.take(data, len(data))
-        self.aligned = self.records.at_boundary
+        self._note(data)
         if not first:
             self.finished = True
             return first
-        return self._decrypt_all(len(data), [first])
+        pieces = [first]
+        self._decrypt_all(pieces)
+        return self._result(len(data), pieces)
 
     def receive_none(self, data: bytes, problem: ssl.SSLError) -> bytes:
         """As `receive`, after `feed(data)` and a `decrypt` that raised the problem."""
+        self._note(data)
+        self._stopped(problem)
+        return self._result(len(data), [])
+
+    def _note(self, data: bytes) -> None:
+        """Note where records begin in data that was fed whole."""
         self.records.take(data, len(data))
         self.aligned = self.records.at_boundary
-        self.without_data += len(data)
-        self._stopped(problem)
-        return b""
 
-    def _decrypt_all(self, size: int, pieces: list[bytes]) -> bytes:
-        try:
-            while self.incoming.pending or not pieces:
-                piece = self.decrypt(RECORD_SIZE)
-                if not piece:
-                    self.finished = True
-                    break
-                pieces.append(piece)
-        except ssl.SSLError as problem:
-            self._stopped(problem)
+    def _result(self, size: int, pieces: list[bytes]) -> bytes:
         if not pieces:
             self.without_data += size
             return b""
         self.without_data = 0
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _stopped(self, problem: ssl.SSLError) -> None:
+    def _decrypt_all(self, pieces: list[bytes]) -> bool:
+        """Decrypt all that was fed; False if that was the last."""
+        try:
+            while self.incoming.pending:
+                piece = self.decrypt(RECORD_SIZE)
+                if not piece:
+                    self.finished = True
+                    return False
+                pieces.append(piece)
+        except ssl.SSLError as problem:
+            return self._stopped(problem)
+        return True
+
+    def _stopped(self, problem: ssl.SSLError) -> bool:
+        """Note why there is no more to decrypt; False if there never will be."""
         if isinstance(problem, ssl.SSLWantReadError):
-            return
+            return True
         if isinstance(problem, ssl.SSLZeroReturnError):  # how `ssl` reports close_notify once ours is sent
             self.finished = True
         else:
             # Its traceback refers to frames, which would keep the stream until a garbage collection.
             self.problem = problem.with_traceback(None)
+        return False
 
     def seal(self, piece: bytes | memoryview) -> None:
         """Encrypt a piece of up to SEAL_SIZE bytes; `sealed` is empty before and holds the records after this."""

@@ -4,11 +4,12 @@ import contextlib
 import random
 import ssl
 import struct
+from itertools import pairwise
 
 import pytest
 
 from rtservice.net.tls import ServerTLS
-from rtservice.net.tls_bounds import FIRST_READ, FULL_READ, MAX_RECORDS
+from rtservice.net.tls_bounds import FIRST_READ, FULL_READ, MAX_RECORD, MAX_RECORDS
 from rtservice.net.tls_stream import RECORD_SIZE, SEAL_SIZE, Records, TLSStream
 
 
@@ -21,27 +22,28 @@ def test_records_are_found_in_whatever_pieces_they_come(seed: int) -> None:
     chance = random.Random(seed)
     sizes = [chance.choice((0, 1, 2, 5, 17, 200, 16640)) for _ in range(chance.randrange(1, 60))]
     data = records_of(sizes)
-    ends = {0}
-    at = 0
+    boundaries = {0}
     for size in sizes:
-        at += 5 + size
-        ends.add(at)
+        boundaries.add(max(boundaries) + 5 + size)
     records, at = Records(), 0
     while at < len(data):
-        piece = data[at : at + chance.choice((1, 2, 3, 4, 5, 6, 100, 5000))]
-        assert records.take(piece, len(piece)) == len(piece)
-        at += len(piece)
-        assert records.at_boundary == (at in ends)
+        part = data[at : at + chance.choice((1, 2, 3, 4, 5, 6, 100, 5000, 50_000))]
+        ends = records.take(part, 1000)
+        assert ends[-1] == len(part), "nothing is left for later"
+        assert all(at + end in boundaries for end in ends[:-1]), "cut between records"
+        begins = [0, *ends]
+        assert all(end - begin <= MAX_RECORD for begin, end in pairwise(begins))
+        at += len(part)
+        assert records.at_boundary == (at in boundaries)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_more_records_are_taken_than_asked_for(seed: int) -> None:
     chance = random.Random(seed)
-    sizes = [chance.randrange(0, 50) for _ in range(100)]
-    data = records_of(sizes)
+    data = records_of([chance.randrange(0, 50) for _ in range(100)])
     records, rest, counts = Records(), data, []
     while rest:
-        end = records.take(rest, 7)
+        end = records.take(rest, 7)[-1]
         part, rest = rest[:end], rest[end:]
         count = 0
         while part:
@@ -50,6 +52,13 @@ def test_no_more_records_are_taken_than_asked_for(seed: int) -> None:
         counts.append(count)
         assert records.at_boundary
     assert counts == [7] * 14 + [2]
+
+
+def test_records_that_are_no_data_cost_by_their_size() -> None:
+    hello = struct.pack("!BHH", 22, 0x0303, 16384) + bytes(16384)
+    assert Records().take(hello * 4, MAX_RECORDS) == [len(hello)]
+    small = struct.pack("!BHH", 22, 0x0303, 128) + bytes(128)
+    assert Records().take(small * 100, MAX_RECORDS)[-1] == 64 * len(small)
 
 
 class Pair:
@@ -152,7 +161,7 @@ def test_what_is_sealed_is_in_as_few_records_as_can_be(certificates, version, si
     records, count = Records(), 0
     rest = sealed
     while rest:
-        rest = rest[records.take(rest, 1) :]
+        rest = rest[records.take(rest, 1)[-1] :]
         count += 1
     assert count == -(-size // RECORD_SIZE)
     assert pair.hear(sealed) == b"y" * size
