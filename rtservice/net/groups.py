@@ -55,14 +55,18 @@ class GroupPolicy(Generic[_T]):
     why: Callable[[], str]
     _proven: tuple[Way[_T], str | None] | None = field(default=None, init=False)
 
-    def limit(self, context: _T) -> str | None:
-        """Limit the groups of a context that has its certificate; a warning for the log where not all is as wanted."""
+    def limit(self, context: _T, probe: Callable[[], _T] | None = None) -> str | None:
+        """Limit the groups of a context that has its certificate; a warning for the log where not all is as wanted.
+
+        `probe` gives one like it, for a library whose contexts cannot be changed once a connection was made of them.
+        """
         if self._proven is not None:
             way, warning = self._proven
             if way(context):
                 return warning
         for way in (*self.full, self.fallback):
-            if way(context) and self._holds(context):
+            proof = context if probe is None else probe()
+            if way(context) and way(proof) and self._holds(proof):
                 limited = f"TLS key exchange is limited to P-256, without X25519: {self.why()}"
                 warning = f"{limited}; most clients need one more round trip" if way is self.fallback else None
                 self._proven = way, warning
