@@ -8,6 +8,7 @@ from typing import Any
 
 from twisted.logger import Logger
 
+from rtservice.net.crl import RevocationLists
 from rtservice.net.listeners import Listener
 from rtservice.net.stream import Port, escaped
 
@@ -23,8 +24,12 @@ def _some_of(names: tuple[str, ...]) -> str:
 
 
 def log_certificates(log: Logger, listeners: list[Listener]) -> None:
-    """Say of each certificate that is shown until when it holds."""
+    """Log when each certificate that is shown, and each revocation list, expires, and warnings of TLS."""
     now = time.time()
+    for warning in dict.fromkeys(warning for listener in listeners for warning in listener.warnings):
+        log.warn("{warning}", warning=warning)
+    for lists in dict.fromkeys(listener.revocation for listener in listeners if listener.revocation is not None):
+        _log_revocation(log, lists, now)
     # Two listeners may show the same one.
     for certificate in dict.fromkeys(one for listener in listeners for one in listener.certificates):
         seconds = certificate.not_after - now
@@ -38,6 +43,16 @@ def log_certificates(log: Logger, listeners: list[Listener]) -> None:
             state=state,
             not_after=certificate.not_after,
         )
+
+
+def _log_revocation(log: Logger, lists: RevocationLists, now: float) -> None:
+    if lists.next_update is None:
+        state, write = "has no next update", log.info
+    elif lists.next_update >= now:
+        state, write = f"next update in {(lists.next_update - now) / 86400:.0f} days", log.info
+    else:
+        state, write = "next update has passed: clients of its authority are refused", log.warn
+    write("revocation list {path}: {state}", path=lists.path, state=state, next_update=lists.next_update)
 
 
 def certificates_of(listeners: list[Listener]) -> list[dict[str, Any]]:

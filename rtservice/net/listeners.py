@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
+from rtservice.net.crl import RevocationLists
 from rtservice.net.tls import (
     Certificate,
     Context,
@@ -73,9 +74,10 @@ class _SocketFile:
 class Listener:
     """A bound, listening, non-blocking socket, and what logs call it (`tcp:[::1]:8080`, `unix:/run/rt.sock`).
 
-    With `tls`, its connections are to be secured with this, and shown one of `certificates`; `read` is the
-    `tls.fingerprint` of the files that these were first read from. With `proxied`, each of them begins with a PROXY
-    header. One that is `shared` is held by whoever passed it, too, who keeps its queue.
+    With `tls`, its connections are to be secured with this, and shown one of `certificates`; `revocation` and
+    `warnings` are those of a `tls.Loaded`, and `read` is the `tls.fingerprint` of the files that these were first read
+    from. With `proxied`, each of them begins with a PROXY header. One that is `shared` is held by whoever passed it,
+    too, who keeps its queue.
 
     For several processes a TCP listener has a socket for each slot, `copies`, among which the kernel spreads new
     connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `spares` are bound, and listen when a slot
@@ -86,6 +88,8 @@ class Listener:
     name: str
     tls: Context | None = None
     certificates: tuple[Certificate, ...] = ()
+    revocation: RevocationLists | None = None
+    warnings: tuple[str, ...] = ()
     read: tuple[object, ...] = ()
     proxied: bool = False
     shared: bool = False
@@ -106,6 +110,8 @@ class Listener:
         """Put a context and its certificates in force."""
         self.tls = loaded.context
         self.certificates = loaded.certificates
+        self.revocation = loaded.revocation
+        self.warnings = loaded.warnings
 
     def tls_files(self) -> tuple[str, ...]:
         """The files that `renew` reads, for `tls.fingerprint`; a directory stands for the certificates in it."""
@@ -279,10 +285,10 @@ _ARGUMENTS = {
     "unix": ("address", "mode", "backlog", "lockfile"),
     "systemd": ("domain", "index", "name"),
 }
-# By keyword, wherever there is TLS; the last five are ours.
+# By keyword, wherever there is TLS; the last six are ours.
 _TLS_KEYWORDS = (
     *("privateKey", "certKey", "sslmethod", "extraCertChain", "dhParameters"),
-    *("certificates", "clientCA", "minimum", "alpn", "library"),
+    *("certificates", "clientCA", "clientCRL", "minimum", "alpn", "library"),
 )
 
 TYPES = frozenset((*_ARGUMENTS, *_PROXY))
@@ -372,7 +378,10 @@ def _tls(given: Mapping[str, str], resolve_path: Callable[[str], str]) -> Server
             raise ListenError(f"the name of a file is empty: {keyword}=")
         return resolve_path(name) if name is not None else None
 
-    policy: dict[str, Any] = {"client_ca": path("clientCA"), "minimum": minimum, "alpn": alpn, "library": library}
+    policy: dict[str, Any] = {"client_ca": path("clientCA"), "client_crl": path("clientCRL")}
+    if policy["client_crl"] is not None and policy["client_ca"] is None:
+        raise ListenError("clientCRL= is given without clientCA=: only certificates of its authorities can be revoked")
+    policy.update(minimum=minimum, alpn=alpn, library=library)
     directory = path("certificates")
     if directory is not None:
         for keyword in ("privateKey", "certKey", "extraCertChain"):

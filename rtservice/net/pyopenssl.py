@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric import ec
 from OpenSSL import SSL
+from OpenSSL.crypto import X509StoreFlags
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from zope.interface import implementer
+
+from rtservice.net.groups import GROUP_LISTS, GroupPolicy
 
 
 @implementer(IOpenSSLServerConnectionCreator)
 class PyOpenSSLContext:
     """What connections are made of that show one certificate.
 
-    `certificates`, `private_key` and `client_ca` are names of PEM files, `options` are OpenSSL's SSL_OP_ bits.
+    `certificates`, `private_key`, `client_ca` and `client_crl` are names of PEM files, `options` are OpenSSL's SSL_OP_
+    bits.
     """
 
     def __init__(
@@ -25,6 +31,7 @@ class PyOpenSSLContext:
         certificates: str,
         private_key: str,
         client_ca: str | None,
+        client_crl: str | None,
         minimum: ssl.TLSVersion,
         ciphers: str,
         options: int,
@@ -42,11 +49,21 @@ class PyOpenSSLContext:
         if client_ca is not None:
             context.load_verify_locations(client_ca)
             context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
+        if client_crl is not None:
+            context.load_verify_locations(client_crl)
+            store = context.get_cert_store()
+            assert store is not None  # a context is made with one
+            store.set_flags(X509StoreFlags.CRL_CHECK | X509StoreFlags.CRL_CHECK_ALL)
         if alpn:
             ours = [name.encode("ascii") for name in alpn]
 
             def choose(connection: SSL.Connection, offered: list[bytes]) -> Any:
-                return next((name for name in ours if name in offered), SSL.NO_OVERLAPPING_PROTOCOLS)
+                for name in ours:
+                    if name in offered:
+                        return name
+                # The sentinel NO_OVERLAPPING_PROTOCOLS would go on without a protocol. For an exception OpenSSL sends
+                # the alert no_application_protocol (RFC 7301, section 3.2), and do_handshake raises it.
+                raise SSL.Error([("SSL routines", "", "no application protocol")])
 
             context.set_alpn_select_callback(choose)
 
@@ -61,6 +78,56 @@ class PyOpenSSLContext:
 
         self._context.set_tlsext_servername_callback(choose)
 
+    def limit_groups(self, like_this: Callable[[], PyOpenSSLContext]) -> str | None:
+        """Limit the groups that keys are exchanged on; a warning for the log where not all is as wanted.
+
+        `like_this` makes another context with the same arguments.
+        """
+        return _GROUPS.limit(self._context, lambda: like_this()._context)
+
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
         """Called by Twisted's layer."""
         return SSL.Connection(self._context, None)
+
+
+# --- groups ---
+
+
+def _answer(context: SSL.Context, hello: bytes) -> bytes:
+    connection = SSL.Connection(context, None)
+    connection.set_accept_state()
+    connection.bio_write(hello)
+    with suppress(SSL.Error):
+        connection.do_handshake()
+    with suppress(SSL.Error):
+        return connection.bio_read(1 << 16)
+    return b""
+
+
+def _below_pyopenssl(context: SSL.Context) -> bool:
+    """By the functions of OpenSSL that pyOpenSSL is made of, which has none of its own for this."""
+    try:
+        library: Any = vars(SSL)["_lib"]  # private
+        pointer = context._context
+        set_groups = library.SSL_CTX_set1_curves_list
+        for groups in GROUP_LISTS:
+            taken = set_groups(pointer, groups.encode("ascii"))
+            library.ERR_clear_error()  # of this thread, or the next call would raise it
+            if taken == 1:
+                return True
+    except (KeyError, AttributeError, TypeError):
+        pass
+    return False
+
+
+def _by_curve(context: SSL.Context) -> bool:
+    context.set_tmp_ecdh(ec.SECP256R1())
+    return True
+
+
+_GROUPS = GroupPolicy(
+    answer=_answer,
+    full=(_below_pyopenssl,),
+    fallback=_by_curve,
+    why=lambda: "this version of pyOpenSSL does not let them be chosen",
+)

@@ -8,10 +8,18 @@ import ssl
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from rtservice.net import crl, openssl
+from rtservice.net.client_hello import ALPNGate
+from rtservice.net.crl import RevocationLists
+from rtservice.net.groups import SSL_GROUPS
+from rtservice.net.tls_bounds import MAX_CLIENT_CERTIFICATES
 
 if TYPE_CHECKING:
     from rtservice.net.pyopenssl import PyOpenSSLContext
@@ -30,10 +38,10 @@ _PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICAT
 # In a directory of certificates; those of hidden files are left out, as a shell's *.pem would.
 _DIRECTORY_SUFFIXES = (".pem", ".key")
 
-# The groups of the same configuration; OpenSSL's own choice has X448 and P-521 too.
-_GROUPS = "X25519:prime256v1:secp384r1"
-
-_OP_PRIORITIZE_CHACHA = 1 << 21  # openssl/ssl.h; `ssl` has no name for it
+# openssl/ssl.h; `ssl` has no names for them. A compressed chain of certificates (RFC 8879) could be a thousand times
+# larger than what a client has sent.
+_OP_PRIORITIZE_CHACHA = 1 << 21
+_OP_NO_RX_CERTIFICATE_COMPRESSION = 1 << 33
 
 _MINIMUM = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
@@ -108,71 +116,147 @@ class Certificate:
     not_after: int
 
 
+class ServerContext(ssl.SSLContext):
+    """A context of `ssl` for a server, and what its connections need beside it.
+
+    `alpn` are the protocols that it has. A context that SNI chooses in its place has the same.
+    """
+
+    alpn: tuple[bytes, ...] = ()
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """What was made of the files: a context, and the certificates that its clients may be shown."""
+    """What was made of the files: a context, and the certificates that its clients may be shown.
+
+    `revocation` describes the lists that clients' certificates are looked up in. `warnings` are for the log: what this
+    process cannot do as it should.
+    """
 
     context: Context
     certificates: tuple[Certificate, ...]
+    revocation: RevocationLists | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def alpn_gate(context: ssl.SSLContext) -> ALPNGate | None:
+    """A gate for a connection that a client begins with this context; None where the context has no ALPN."""
+    alpn = context.alpn if isinstance(context, ServerContext) else ()
+    return ALPNGate(alpn) if alpn else None
+
+
+def check_resumed(connection: ssl.SSLObject | ssl.SSLSocket, now: float | None = None) -> str | None:
+    """Why a session that was resumed is to be refused, once the handshake is done; None when it is not.
+
+    OpenSSL does not verify a client's certificate again when it resumes a session, and renews its tickets for ever. The
+    contexts of this module resume none with a certificate where `openssl` is available; this holds for all others.
+    """
+    if not connection.session_reused:
+        return None
+    # None without one, and empty when it was not verified.
+    certificate = connection.getpeercert()
+    if not certificate:
+        return None
+    not_after = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+    return "client certificate has expired" if not_after < (time.time() if now is None else now) else None
+
+
+@dataclass(frozen=True)
+class _ClientTrust:
+    """PEM text that clients' certificates are verified with: authorities, and revocation lists if there are any."""
+
+    authorities: str
+    revoked: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Policy:
     """What is asked of a client, whichever certificate it is shown.
 
-    With `client_ca`, a PEM file, a client has to show a certificate that one of its authorities signed. `alpn` are the
-    protocols offered (RFC 7301), the preferred one first. With the library `pyopenssl` contexts are for Twisted's own
-    TLS, which is slower, for protocols that ask for its objects.
+    With `client_ca`, a PEM file, a client has to show a certificate that one of its authorities signed. Its sessions
+    are not resumed: nothing would verify the certificate again. `client_crl` is a PEM file with a revocation list of
+    each authority in the chain of such a certificate, which has to be in force: without one, or after its next update,
+    all clients of this authority are refused.
+
+    `alpn` are the protocols offered (RFC 7301), the preferred one first. With the library `pyopenssl` contexts are for
+    Twisted's own TLS, which is slower, for protocols that ask for its objects.
     """
 
     client_ca: str | None = None
+    client_crl: str | None = None
     minimum: Minimum = "1.2"
     alpn: tuple[str, ...] = ()
     library: Library = "ssl"
 
-    def _load(self, files: Files, path: str, certificates: str, private_key: str) -> tuple[Context, Certificate]:
-        """A context of this policy for the certificates, PEM text that was read from `path`; raises TLSError."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    def _trust(self, files: Files) -> tuple[_ClientTrust | None, RevocationLists | None]:
+        """What clients' certificates are verified with, and what the log says about it; raises TLSError."""
+        if self.client_ca is None:
+            return None, None
+        authorities = _certificates(files, self.client_ca, "client CA")
+        if self.client_crl is None:
+            return _ClientTrust(authorities), None
+        revoked, described = _revocation_lists(files, self.client_crl)
+        return _ClientTrust(authorities, revoked), described
+
+    def _load(
+        self, files: Files, path: str, certificates: str, private_key: str, trust: _ClientTrust | None
+    ) -> tuple[Context, Certificate, tuple[str, ...]]:
+        """A context of this policy for the certificates, PEM text that was read from `path`, and warnings.
+
+        Raises TLSError.
+        """
+        context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = _MINIMUM[self.minimum]
         context.set_ciphers(_CIPHERS)
         # A client that renegotiates makes the server work for nothing (CVE-2011-1473); TLS 1.3 has none of it.
         context.options |= ssl.OP_NO_RENEGOTIATION
         # The server's order, but for a client that puts ChaCha20 first, which has no AES in hardware.
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | _OP_PRIORITIZE_CHACHA
-        if hasattr(context, "set_groups"):  # Python 3.15; before, the groups are OpenSSL's own choice
-            context.set_groups(_GROUPS)
+        if sys.maxsize > 1 << 33:  # `ssl` takes a C long
+            context.options |= _OP_NO_RX_CERTIFICATE_COMPRESSION
         certificate = _load_pair(context, files, path, certificates, private_key)
-        client_ca = None
-        if self.client_ca is not None:
-            client_ca = _certificates(files, self.client_ca, "client CA")
-            context.load_verify_locations(cadata=client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
+        if trust is not None:
+            _verify_clients(context, trust)
         if self.alpn:
             context.set_alpn_protocols(list(self.alpn))
+            context.alpn = tuple(name.encode("ascii") for name in self.alpn)
         if self.library == "pyopenssl":  # what was read is known to be good now
             key = files.read(private_key, "private key")
-            return self._pyopenssl(context, certificates, key, client_ca), certificate
-        return context, certificate
+            made, warning = self._pyopenssl(context, certificates, key, trust)
+            return made, certificate, (warning,) if warning else ()
+        warning = SSL_GROUPS.limit(context)
+        return context, certificate, (warning,) if warning else ()
 
     def _pyopenssl(
-        self, like: ssl.SSLContext, certificates: str, private_key: str, client_ca: str | None
-    ) -> PyOpenSSLContext:
+        self, like: ssl.SSLContext, certificates: str, private_key: str, trust: _ClientTrust | None
+    ) -> tuple[PyOpenSSLContext, str | None]:
+        """A context with what was read into one of `ssl`, and a warning about its groups."""
         try:
             from rtservice.net.pyopenssl import PyOpenSSLContext
         except ImportError as error:
             raise TLSError(f"library=pyopenssl is not there: pip install 'twisted[tls]' ({error})") from error
-        texts = (certificates, private_key, client_ca)
+        verified = (None, None) if trust is None else (trust.authorities, trust.revoked)
         with ExitStack() as stack:
-            files = [None if text is None else stack.enter_context(_named(text)) for text in texts]
-            return PyOpenSSLContext(
+            files = [
+                None if text is None else stack.enter_context(_named(text))
+                for text in (certificates, private_key, *verified)
+            ]
+            make = partial(
+                PyOpenSSLContext,
                 certificates=str(files[0]),
                 private_key=str(files[1]),
                 client_ca=files[2],
+                client_crl=files[3],
                 minimum=like.minimum_version,
                 ciphers=_CIPHERS,
                 options=like.options,
                 alpn=self.alpn,
             )
+            made = make()
+            return made, made.limit_groups(make)
+
+    def _policy_files(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.client_ca, self.client_crl) if path)
 
 
 @dataclass(frozen=True)
@@ -193,12 +277,13 @@ class ServerTLS(_Policy):
         certificates = _certificates(files, self.certificate, "certificate")
         if self.chain is not None:
             certificates += "\n" + _certificates(files, self.chain, "certificate chain")
-        context, certificate = self._load(files, self.certificate, certificates, self.private_key)
-        return Loaded(context, (certificate,))
+        trust, revocation = self._trust(files)
+        context, certificate, warnings = self._load(files, self.certificate, certificates, self.private_key, trust)
+        return Loaded(context, (certificate,), revocation, warnings)
 
     def files(self) -> tuple[str, ...]:
         """What `load` reads."""
-        return tuple(path for path in (self.private_key, self.certificate, self.chain, self.client_ca) if path)
+        return (*(path for path in (self.private_key, self.certificate, self.chain) if path), *self._policy_files())
 
 
 @dataclass(frozen=True)
@@ -207,9 +292,10 @@ class DirectoryTLS(_Policy):
 
     Every `*.pem` of `directory` holds a certificate, those between it and a root after it, and its private key, which
     may also be in NAME.key beside NAME.pem. A certificate is for the DNS names in it, or, without any alternative name,
-    for its common name; `*.example.org` is for one label in the star's place, where no other has the exact name. Who
-    gives no name, or one that is not there, is shown that of `default.pem`, or without this that of the first file in
-    the order of `sorted`. The names of `default.pem` may be in another file too, whose certificate is shown for them.
+    for its common name; `*.example.org` is for one label in the star's place, where no other has the exact name. A dot
+    at the end of a name is ignored. A client that gives no name, or an unknown one, is shown that of `default.pem`, or
+    without this that of the first file in the order of `sorted`. The names of `default.pem` may be in another file too,
+    whose certificate is shown for them.
     """
 
     directory: str
@@ -220,6 +306,8 @@ class DirectoryTLS(_Policy):
         contexts: dict[str, Context] = {}
         owners: dict[str, str] = {}
         certificates = []
+        warnings: dict[str, None] = {}
+        trust, revocation = self._trust(files)
         default: Context | None = None
         # The one that may repeat names goes last.
         for name in sorted(self._names(files), key=lambda name: (name == _DEFAULT, name)):
@@ -230,8 +318,10 @@ class DirectoryTLS(_Policy):
                 private_key = path.removesuffix(".pem") + ".key"
                 if not files.exists(private_key):
                     raise TLSError(f"no private key for {path!r}: it holds none, and there is no {private_key!r}")
-            context, certificate = self._load(files, path, _certificates_in(text, path, "certificate"), private_key)
+            found = _certificates_in(text, path, "certificate")
+            context, certificate, warned = self._load(files, path, found, private_key, trust)
             certificates.append(certificate)
+            warnings |= dict.fromkeys(warned)
             if default is None or name == _DEFAULT:
                 default = context
             for served in certificate.names:
@@ -241,40 +331,49 @@ class DirectoryTLS(_Policy):
                 contexts.setdefault(served, context)
         if default is None:
             raise TLSError(f"no certificate, a file called *.pem, in the directory {self.directory!r}")
-        find = _finder(contexts)
-        choose = _chooser(find)
-        # On each of them: a client that is told to say hello again, which TLS 1.3 has, is asked for its name again,
-        # and then of the context that was chosen. Had that no callback, OpenSSL would call the default's, which
-        # nothing of Python's holds any more once a reload has replaced it: the process would crash.
-        for context in (default, *contexts.values()):
-            if isinstance(context, ssl.SSLContext):
-                context.sni_callback = choose
-            else:
-                context.find_by_name(find)
-        return Loaded(default, tuple(certificates))
+        _choose_by_name(default, contexts)
+        return Loaded(default, tuple(certificates), revocation, tuple(warnings))
 
     def _names(self, files: Files) -> list[str]:
         return [name for name in files.names(self.directory) if name.endswith(".pem")]
 
     def files(self) -> tuple[str, ...]:
         """What `load` reads; the directory stands for what is in it."""
-        return (self.directory,) if self.client_ca is None else (self.directory, self.client_ca)
+        return (self.directory, *self._policy_files())
 
 
 _DEFAULT = "default.pem"
 
 
-def _finder(contexts: dict[str, Context]) -> Callable[[str], Any]:
-    """Gives the context for a name, or None."""
+def _choose_by_name(default: Context, contexts: dict[str, Context]) -> None:
+    """Have connections that begin with the default context go on with the one for the name that their client gives.
 
-    def find(name: str) -> Context | None:
-        name = name.lower()
-        return contexts.get(name) or contexts.get("*." + name.partition(".")[2])
+    References go from the default to the others and never back, so that all are freed without the garbage collector
+    once nothing uses the default: replaced contexts would wait for it, thousands of certificates and their keys.
+    """
+    # The default's own names are in it as None: that they have no other is found before a wildcard is.
+    others = {name: None if context is default else context for name, context in contexts.items()}
 
-    return find
+    def find(name: str) -> Any:
+        name = name.lower().removesuffix(".")
+        wildcard = "*." + name.partition(".")[2]
+        return others[name] if name in others else others.get(wildcard)
+
+    # A client of TLS 1.3 that is told to say hello again is asked for its name again, and then of the context that was
+    # chosen. Had that no callback, OpenSSL would call the default's, which nothing of Python's holds any more once a
+    # reload has replaced it: the process would crash. The second name has to be the first (RFC 8446, section 4.1.2).
+    for context in others.values():
+        if isinstance(context, ssl.SSLContext):
+            context.sni_callback = _keep
+        elif context is not None:
+            context.find_by_name(_find_nothing)
+    if isinstance(default, ssl.SSLContext):
+        default.sni_callback = _chooser(find)
+    else:
+        default.find_by_name(find)
 
 
-def _chooser(find: Callable[[str], Context | None]) -> Callable[[Any, str | None, Any], None]:
+def _chooser(find: Callable[[str], ssl.SSLContext | None]) -> Callable[[Any, str | None, Any], None]:
     """A `sni_callback` that puts the name's context in the place of the default's."""
 
     def choose(connection: Any, name: str | None, context: object) -> None:
@@ -283,6 +382,30 @@ def _chooser(find: Callable[[str], Context | None]) -> Callable[[Any, str | None
             connection.context = chosen
 
     return choose
+
+
+def _keep(connection: object, name: str | None, context: object) -> None:
+    """A `sni_callback` that leaves the context."""
+
+
+def _find_nothing(name: str) -> None:
+    return None
+
+
+def _verify_clients(context: ssl.SSLContext, trust: _ClientTrust) -> None:
+    """Let in clients alone that show a certificate of one of these authorities; resume none of their sessions."""
+    context.load_verify_locations(cadata=trust.authorities)
+    context.verify_mode = ssl.CERT_REQUIRED
+    if trust.revoked is not None:
+        with _named(trust.revoked) as file:
+            context.load_verify_locations(cafile=file)  # cadata= takes certificates alone
+        # Of each certificate in a chain, as nginx and HAProxy do: an authority may be revoked too.
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
+    context.num_tickets = 0  # TLS 1.3
+    context.options |= ssl.OP_NO_TICKET
+    with suppress(openssl.UnavailableError):  # see check_resumed, and tls_bounds
+        openssl.disable_session_cache(context)
+        openssl.set_max_certificate_bytes(context, MAX_CLIENT_CERTIFICATES)
 
 
 def ignore_bad_names() -> None:
@@ -395,6 +518,21 @@ def _certificates_in(text: str, path: str, what: str) -> str:
     except (ssl.SSLError, ValueError, TypeError) as error:  # also none at all; and a byte that is not ASCII
         raise TLSError(f"no usable {what} in PEM form in {path!r}") from error
     return "\n".join(found)
+
+
+def _revocation_lists(files: Files, path: str) -> tuple[str, RevocationLists]:
+    """The text of a PEM file that has at least one revocation list in it, and what it says; raises TLSError."""
+    try:
+        blocks = crl.pem_blocks(files.read(path, "revocation list"))
+        text = "\n".join(blocks)
+        described = crl.describe(path, blocks)
+        with _named(text) as file:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cafile=file)
+    except (ssl.SSLError, ValueError) as error:
+        raise TLSError(f"no usable revocation list in PEM form in {path!r}") from error
+    except OSError as error:
+        raise TLSError(f"no temporary file for the revocation list {path!r}: {_reason(error)}") from error
+    return text, described
 
 
 def _open_nonblocking(path: str, flags: int) -> int:

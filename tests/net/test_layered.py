@@ -171,6 +171,19 @@ def test_a_protocol_is_given_what_twisteds_own_tls_listeners_give(serve, certifi
     yield factory.closed.addTimeout(DEADLINE, reactor)
 
 
+@pytest_twisted.inlineCallbacks
+def test_a_client_without_a_common_alpn_protocol_gets_the_alert_and_others_are_served(serve, logged):
+    factory, _, connect = serve(Listening, ":alpn=two,one")
+    with pytest.raises(ssl.SSLError, match="no application protocol"):
+        yield deferToThread(connect, alpn=["three"])
+    connection, _ = yield factory.closed.addTimeout(DEADLINE, reactor)
+    assert connection.error.reason == "NO_APPLICATION_PROTOCOL"
+    client = yield deferToThread(connect, alpn=["one"])
+    with client:
+        assert (yield deferToThread(exchange, client, b"hello")) == b"hello"
+    assert not logged
+
+
 @pytest.mark.parametrize("where", ["on_connect", "on_handshake", "on_data"])
 @pytest_twisted.inlineCallbacks
 def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(serve, logged, where):

@@ -187,6 +187,71 @@ def test_the_certificate_of_the_status_is_renewed_too(service, put, der, wait_fo
     assert one.stop() == 0
 
 
+def revoked(certificates, path: Path, *names: str, period: tuple[str, ...] = ("-crldays", "30")) -> None:
+    """Puts a list in place in which `ca` has revoked certificates."""
+    config, index = certificates["revoke.cnf"], certificates["revoke.index"]
+    Path(index).write_text("")
+    Path(config).write_text(f"[ca]\ndefault_ca=own\n[own]\ndatabase={index}\ndefault_md=sha256\n")
+    common = ("ca", "-config", config, "-keyfile", certificates["ca.key"], "-cert", certificates["ca.pem"])
+    for name in names:
+        certificates.openssl(*common, "-revoke", certificates[f"{name}.pem"])
+    certificates.openssl(*common, "-gencrl", *period, "-out", str(path.with_suffix(".new")))
+    path.with_suffix(".new").replace(path)
+
+
+def let_in(port: int, certificates, name: str) -> bool:
+    """Whether a client with this certificate is greeted."""
+    context = ssl.create_default_context(cafile=certificates["ca.pem"])
+    context.load_cert_chain(certificates[f"{name}.pem"], certificates[f"{name}.key"])
+    with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as plain:
+        try:
+            with context.wrap_socket(plain, server_hostname="localhost") as client:
+                return client.recv(100) == GREETING
+        except (ssl.SSLError, ConnectionResetError):
+            return False
+
+
+@pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])
+@pytest.mark.parametrize("how", ["SIGHUP", "watched"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_client_that_is_revoked_is_refused_after_a_reload(
+    service, put, renewed, wait_for, tmp_path, workers, how, library
+) -> None:
+    renewed.make("gone", "client", "ca")
+    put("first")
+    path = tmp_path / "clients.crl"
+    revoked(renewed, path)
+    more = ["--watch-certificates"] if how == "watched" else []
+    policy = f"clientCA={renewed['ca.pem']}:clientCRL={path}:library={library}"
+    one = service(f"{TLS}:{policy}", f"--workers={workers}", *more)
+    one.wait_line(r"#info\] revocation list .*/clients.crl: next update in 30 days$")
+    assert [let_in(one.port, renewed, name) for name in ("client", "gone", "stranger")] == [True, True, False]
+    revoked(renewed, path, "gone")
+    if how == "SIGHUP":
+        hang_up(one)
+    wait_for(lambda: not let_in(one.port, renewed, "gone"))
+    assert let_in(one.port, renewed, "client")
+    assert one.stop() == 0
+
+
+def test_a_revocation_list_that_is_out_of_date_is_a_warning_and_refuses_all(service, put, renewed, tmp_path) -> None:
+    put("first")
+    path = tmp_path / "clients.crl"
+    revoked(renewed, path, period=("-crl_lastupdate", "20200101000000Z", "-crl_nextupdate", "20200201000000Z"))
+    one = service(f"{TLS}:clientCA={renewed['ca.pem']}:clientCRL={path}")
+    one.wait_line(
+        r"#warn\] revocation list .*/clients.crl: next update has passed: clients of its authority are refused$"
+    )
+    assert not let_in(one.port, renewed, "client")
+    revoked(renewed, path)
+    hang_up(one)
+    assert let_in(one.port, renewed, "client")
+    path.write_text("junk")
+    assert "no usable revocation list in PEM form" in hang_up(one, 2)
+    assert let_in(one.port, renewed, "client")
+    assert one.stop() == 0
+
+
 def hello(name: bytes) -> bytes:
     """A ClientHello of TLS 1.2 that asks for a name (RFC 5246, section 7.4.1.2; RFC 6066, section 3)."""
     entry = struct.pack("!HBH", len(name) + 3, 0, len(name)) + name

@@ -1,0 +1,319 @@
+"""The ClientHello as read before OpenSSL: never another ALPN than what OpenSSL sees, never an exception, bounded."""
+
+import random
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from contextlib import suppress
+
+import pytest
+
+from rtservice.net.client_hello import (
+    ILLEGAL_PARAMETER,
+    MAX_CLIENT_HELLO,
+    NO_APPLICATION_PROTOCOL,
+    UNEXPECTED_MESSAGE,
+    ALPNGate,
+    ClientHello,
+    ClientHelloReader,
+    Refusal,
+    Unread,
+    parse_client_hello,
+)
+from rtservice.net.groups import client_hello
+from tests.support.client_hellos import fragmented, message, mutated_hellos, real_hello, record, with_extension
+
+SHORT = client_hello([29], (29, b"\x09" + bytes(31)))
+
+
+@pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("alpn", [None, ["echo"], ["h2", "http/1.1"], ["x" * 255, "y"]])
+@pytest.mark.parametrize("name", [None, "localhost"])
+def test_what_a_client_of_ssl_offers_is_read(maximum, alpn, name) -> None:
+    found = parse_client_hello(real_hello(alpn=alpn, name=name, maximum=maximum))
+    assert found == ClientHello(
+        None if alpn is None else tuple(one.encode() for one in alpn), None if name is None else name.encode()
+    )
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3", "-no_tls1_3"])
+def test_what_s_client_offers_is_read(version) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{server.getsockname()[1]}", version]
+        command += ["-alpn", "echo,h2", "-servername", "a.example"]
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as s:
+            client, _ = server.accept()
+            with client:
+                client.settimeout(30)
+                reader = ClientHelloReader()
+                found = Unread.MORE
+                while found is Unread.MORE:
+                    found = reader.feed(client.recv(1))
+            s.communicate(timeout=30)
+    assert found == ClientHello((b"echo", b"h2"), b"a.example")
+
+
+def test_a_hello_may_come_in_two_pieces_cut_anywhere() -> None:
+    hello = real_hello(alpn=["echo", "h2"], name="localhost")
+    for cut in range(len(hello)):
+        reader = ClientHelloReader()
+        assert reader.feed(hello[:cut]) is Unread.MORE
+        assert reader.feed(hello[cut:]) == ClientHello((b"echo", b"h2"), b"localhost")
+        assert reader.data == hello
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 255])
+def test_a_hello_may_be_in_several_records_and_come_byte_by_byte(size) -> None:
+    data = b"".join(fragmented(message(real_hello(alpn=["echo"])), [size]))
+    reader = ClientHelloReader()
+    for at in range(len(data) - 1):
+        assert reader.feed(data[at : at + 1]) is Unread.MORE
+    assert reader.feed(data[-1:]) == ClientHello((b"echo",), None)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", Unread.MORE),
+        (b"\x16", Unread.MORE),
+        (b"\x16\x03\x01\x40\x00", Unread.MORE),
+        (b"\x16\x03\x01\x40\x01", Unread.OTHER),
+        (b"\x16\x02", Unread.MORE),
+        (b"\x16\x02\0\0\5", Unread.OTHER),
+        (b"GET / HTTP/1.1\r\n", Unread.OTHER),
+        (b"\x80\x2e\x01\x03\x03", Unread.OTHER),  # a ClientHello as in SSL 2
+        (b"\x14", Unread.MISPLACED),
+        (b"\x15\x03\x03\0\2\1\0", Unread.MISPLACED),
+        (b"\x17", Unread.MISPLACED),
+        (record(b"\2\0\0\0"), Unread.OTHER),  # a ServerHello
+        (record(b"\1\xff\xff\xff"), Unread.TOO_LARGE),
+        (record(b""), Unread.MORE),
+        (record(b"") * 10000, Unread.TOO_LARGE),
+        (record(b"") + SHORT, ClientHello(None, None)),
+        (SHORT[:5] + b"\1" + SHORT[6:] + SHORT, ClientHello(None, None)),
+        (b"".join(fragmented(message(SHORT), [50])[:1]) + record(b"\1", 20), Unread.MISPLACED),
+        (b"".join(fragmented(message(SHORT), [50])[:1]) + b"G", Unread.MISPLACED),
+        (with_extension(SHORT, 16, b"\0\3\2h2"), ClientHello((b"h2",), None)),
+        (with_extension(SHORT, 16, b"\0\3\2h2\0"), Unread.OTHER),
+        (with_extension(SHORT, 16, b"\0\4\2h2"), Unread.OTHER),
+        (with_extension(SHORT, 16, b"\0\1\0"), Unread.OTHER),
+        (with_extension(SHORT, 16, b"\0\0"), Unread.OTHER),
+        (with_extension(SHORT, 16, b""), Unread.OTHER),
+        (with_extension(with_extension(SHORT, 16, b"\0\3\2h2"), 16, b"\0\5\4echo"), Unread.OTHER),
+        (with_extension(SHORT, 0, b"\0\6\0\0\3a.b"), ClientHello(None, b"a.b")),
+        (with_extension(SHORT, 0, b"\0\6\1\0\3a.b"), ClientHello(None, None)),
+        (with_extension(SHORT, 0, b""), ClientHello(None, None)),
+        (record(message(SHORT)[:4] + bytes(200)), Unread.OTHER),
+        (record(b"\1\0\0\x2a\3\3" + bytes(33) + b"\0\2\x13\1\1\0\0"), Unread.OTHER),
+        (record(b"\1\0\0\x29\3\3" + bytes(33) + b"\0\2\x13\1\1\0"), ClientHello(None, None)),
+    ],
+)
+def test_each_kind_of_first_bytes_has_its_answer(data, found) -> None:
+    assert parse_client_hello(data) == found
+
+
+def test_the_answer_stays_once_it_is_there() -> None:
+    reader = ClientHelloReader()
+    assert reader.feed(b"x") is Unread.OTHER
+    assert reader.feed(real_hello()) is Unread.OTHER
+
+
+def test_what_is_held_is_bounded() -> None:
+    reader = ClientHelloReader()
+    piece = record(b"\1\0\x40\0"[:1])
+    fed = 0
+    while reader.feed(piece) is Unread.MORE:
+        fed += len(piece)
+        assert fed <= 2 * MAX_CLIENT_HELLO
+    assert reader.feed(b"") is not Unread.MORE
+
+
+# --- against OpenSSL ---
+
+
+@pytest.fixture(scope="module")
+def seen_by_openssl(certificates):
+    """What the OpenSSL of pyOpenSSL makes of first bytes: the ALPN protocols, the name, and its answer.
+
+    The first is None when OpenSSL does not ask for a choice.
+    """
+    SSL = pytest.importorskip("OpenSSL.SSL")  # noqa: N806  # its name
+    asked: list[list[bytes]] = []
+    names: list[bytes | None] = []
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.use_certificate_file(certificates["server.pem"])
+    context.use_privatekey_file(certificates["server.key"])
+
+    def choose(connection, offered):
+        asked.append(offered)
+        return SSL.NO_OVERLAPPING_PROTOCOLS
+
+    context.set_alpn_select_callback(choose)
+    context.set_tlsext_servername_callback(lambda connection: names.append(connection.get_servername()))
+
+    def see(data: bytes) -> tuple[tuple[bytes, ...] | None, bytes | None, bytes]:
+        asked.clear()
+        names.clear()
+        connection = SSL.Connection(context, None)
+        connection.set_accept_state()
+        with suppress(SSL.Error):
+            connection.bio_write(data)
+            connection.do_handshake()
+        answer = b""
+        with suppress(SSL.Error):
+            answer = connection.bio_read(1 << 16)
+        return tuple(asked[0]) if asked else None, names[0] if names else None, answer
+
+    return see
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_openssl_never_sees_another_alpn_than_what_is_read(seen_by_openssl, seed) -> None:
+    dice = random.Random(seed)
+    counts = dict.fromkeys(("same", "none", "left", "refused"), 0)
+    for data in mutated_hellos(seed, 400):
+        reader = ClientHelloReader()
+        at, found = 0, Unread.MORE
+        while at < len(data):
+            size = dice.choice((1, 5, 100, 1 << 14))
+            found = reader.feed(data[at : at + size])
+            at += size
+        assert reader.data == data
+        assert found == parse_client_hello(data)
+        alpn, name, answer = seen_by_openssl(data)
+        goes_on = answer[:1] == b"\x16"
+        shown = data.hex()
+        if isinstance(found, ClientHello):
+            if alpn is not None:
+                assert found.alpn == alpn, shown
+            elif goes_on:
+                assert found.alpn is None, shown
+            if goes_on and name is not None:
+                assert found.server_name == name, shown
+            counts["none" if alpn is None else "same"] += 1
+        elif found in (Unread.MISPLACED, Unread.TOO_LARGE):
+            counts["refused"] += 1
+        else:  # OpenSSL's turn, which cannot have been offered a choice
+            assert alpn is None, shown
+            counts["left"] += 1
+    assert min(counts.values()) > 5, counts
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_client_that_ssl_serves_without_its_alpn_has_not_passed_the_gate(certificates, seed) -> None:
+    """With the OpenSSL of `ssl`, which is another one."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates["server.pem"], certificates["server.key"])
+    context.set_alpn_protocols(["echo"])
+    counts = dict.fromkeys(("chosen", "without", "refused", "failed"), 0)
+    for data in mutated_hellos(seed, 400):
+        found = parse_client_hello(data)
+        passed = ALPNGate((b"echo",)).feed(data)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        incoming.write(data)
+        connection = context.wrap_bio(incoming, outgoing, server_side=True)
+        with suppress(ssl.SSLError):
+            connection.do_handshake()
+        shown = data.hex()
+        if outgoing.read(1) != b"\x16":
+            counts["failed"] += 1
+        elif isinstance(passed, Refusal):
+            assert not isinstance(found, ClientHello) or connection.selected_alpn_protocol() is None, shown
+            counts["refused"] += 1
+        elif connection.selected_alpn_protocol() == "echo":
+            assert isinstance(found, ClientHello), shown
+            assert b"echo" in (found.alpn or ()), shown
+            counts["chosen"] += 1
+        else:
+            assert found == ClientHello(None, found.server_name), shown
+            counts["without"] += 1
+    assert min(counts.values()) > 5, counts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_bytes_are_no_exception(seed) -> None:
+    dice = random.Random(seed)
+    for _ in range(2000):
+        data = dice.choice((b"", b"\x16", b"\x16\x03\x01", SHORT[: dice.randrange(len(SHORT))]))
+        parse_client_hello(data + dice.randbytes(dice.randrange(200)))
+
+
+# --- the gate ---
+
+
+@pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("offered", [None, ["echo"], ["h2", "echo"]])
+def test_the_gate_gives_every_byte_on_once_a_protocol_is_ours_or_none_is_asked_for(maximum, offered) -> None:
+    hello = real_hello(alpn=offered, maximum=maximum) + b"and more"
+    for cut in range(1, len(hello), 7):
+        gate = ALPNGate((b"echo",))
+        passed = gate.feed(hello[:cut])
+        if passed is None:
+            passed = gate.feed(hello[cut:])
+            cut = len(hello)
+        assert passed == hello[:cut]
+
+
+@pytest.mark.parametrize(
+    ("data", "alert"),
+    [
+        (real_hello(alpn=["h2"]), NO_APPLICATION_PROTOCOL),
+        (real_hello(alpn=["ECHO", "echo2", "ech"], maximum=ssl.TLSVersion.TLSv1_2), NO_APPLICATION_PROTOCOL),
+        (record(b"") + real_hello(alpn=["h2"]), NO_APPLICATION_PROTOCOL),
+        (record(b"\1\0", 21) + real_hello(alpn=["h2"]), UNEXPECTED_MESSAGE),
+        (record(b"\1", 20), UNEXPECTED_MESSAGE),
+        (record(b"\1\0\x40\1"), ILLEGAL_PARAMETER),
+    ],
+)
+def test_the_gate_refuses_what_has_none_of_our_protocols_or_hides_them(data, alert) -> None:
+    refusal = ALPNGate((b"echo",)).feed(data)
+    assert isinstance(refusal, Refusal)
+    assert refusal.alert == alert
+    assert refusal.reason
+
+
+def test_what_is_no_hello_is_left_to_openssl() -> None:
+    assert ALPNGate((b"echo",)).feed(b"GET / HTTP/1.1\r\n") == b"GET / HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("alert", "words"),
+    [
+        (NO_APPLICATION_PROTOCOL, "no application protocol"),
+        (UNEXPECTED_MESSAGE, "unexpected message"),
+        (ILLEGAL_PARAMETER, "illegal parameter"),
+    ],
+)
+@pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_client_understands_the_alert(alert, words, maximum) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.maximum_version = maximum
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    incoming.write(alert)
+    with pytest.raises(ssl.SSLError) as caught:
+        client.do_handshake()
+    assert words in str(caught.value).lower().replace("_", " ")
+
+
+def test_the_bounds_hold_while_many_threads_use_gates_of_their_own() -> None:
+    """No state is shared."""
+    hello = real_hello(alpn=["echo"])
+    results: list[object] = []
+
+    def run() -> None:
+        gate = ALPNGate((b"echo",))
+        results.extend(gate.feed(hello[at : at + 1]) for at in range(len(hello)))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [one for one in results if one is not None] == [hello] * 4

@@ -1,0 +1,283 @@
+"""Keys are exchanged on X25519, P-256, P-384 and hybrids of them; where that cannot be had, the log has a line."""
+
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+from rtservice.net import groups, openssl
+from rtservice.net.groups import GROUP_LISTS, SSL_GROUPS, client_hello
+from rtservice.net.tls import DirectoryTLS, ServerTLS
+
+# Numbers of RFC 8446, section 4.2.7, and a public key.
+X25519, P256, P384, P521, X448 = 29, 23, 24, 25, 30
+FFDHE = {2048: 256, 3072: 257, 4096: 258, 6144: 259, 8192: 260}
+SHARE = X25519, b"\x09" + bytes(31)
+
+LIBRARIES = pytest.mark.parametrize("library", ["ssl", "pyopenssl"])
+
+
+@pytest.fixture
+def load(certificates):
+    """A context and the warnings that came with it."""
+
+    def make(library: str = "ssl", name: str = "server", **policy):
+        if library == "pyopenssl":
+            pytest.importorskip("OpenSSL")
+        loaded = ServerTLS(certificates[f"{name}.key"], certificates[f"{name}.pem"], library=library, **policy).load()
+        return loaded.context, loaded.warnings
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _proven_anew(monkeypatch) -> None:
+    """What was proven by other tests is not known."""
+    monkeypatch.setattr(SSL_GROUPS, "_proven", None)
+
+
+def answered(context, hello: bytes) -> bytes:
+    """What a context answers to a ClientHello."""
+    if isinstance(context, ssl.SSLContext):
+        return groups._answer(context, hello)
+    from rtservice.net import pyopenssl
+
+    return pyopenssl._answer(context._context, hello)
+
+
+def accepts(context, group: int) -> bool:
+    """Whether a context goes on with a client that has this group alone."""
+    hello = client_hello([group])  # without a public key yet: it is told to send one
+    return answered(context, hello)[:1] == b"\x16"
+
+
+@LIBRARIES
+@pytest.mark.parametrize("name", ["server", "rsa"])
+def test_three_groups_are_accepted_and_expensive_ones_are_not(load, library, name) -> None:
+    context, warnings = load(library, name)
+    assert warnings == ()
+    assert [accepts(context, group) for group in (X25519, P256, P384)] == [True] * 3
+    assert [accepts(context, group) for group in (X448, P521, *FFDHE.values())] == [False] * 7
+
+
+def test_without_a_limit_openssl_accepts_them_all(certificates) -> None:
+    """Or the test before would show nothing."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates["server.pem"], certificates["server.key"])
+    assert all(accepts(context, group) for group in (X25519, P256, P384, X448, P521, *FFDHE.values()))
+
+
+def test_a_hybrid_with_ml_kem_is_preferred_where_openssl_has_it(load) -> None:
+    context, _ = load("pyopenssl")
+    hybrid = 0x11EC
+    retry = answered(context, client_hello([X25519, hybrid], SHARE))
+    assert retry[:1] == b"\x16"
+    from OpenSSL import SSL
+
+    if SSL.OpenSSL_version(SSL.OPENSSL_VERSION).split()[1] < b"3.5":
+        pytest.skip("this OpenSSL has no ML-KEM")
+    # A HelloRetryRequest, whose key_share extension is the number of a group.
+    assert b"\x00\x33\x00\x02" + hybrid.to_bytes(2) in retry
+
+
+def test_every_context_of_a_directory_is_limited(certificates, tmp_path) -> None:
+    for name in ("server", "rsa", "leaf"):
+        for suffix in ("pem", "key"):
+            shutil.copy(certificates[f"{name}.{suffix}"], tmp_path / f"{name}.{suffix}")
+    certificates.make("other.example", "server", "ca", alternative="")
+    for suffix in ("pem", "key"):
+        shutil.copy(certificates[f"other.example.{suffix}"], tmp_path / f"default.{suffix}")
+        for name in ("rsa", "leaf"):  # for the same name as `server`
+            (tmp_path / f"{name}.{suffix}").unlink()
+    loaded = DirectoryTLS(str(tmp_path)).load()
+    assert loaded.warnings == ()
+    seen = []
+    for name in ("localhost", None):
+        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+        near = client.wrap_bio(to_client, to_server, server_hostname=name)
+        far = loaded.context.wrap_bio(to_server, to_client, server_side=True)
+        for end in (near, far):
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+        seen.append(far.context)
+    assert seen[0] is not seen[1]
+    for context in seen:
+        assert not accepts(context, FFDHE[2048])
+        assert accepts(context, X25519)
+
+
+# --- what cannot be had ---
+
+
+def test_without_access_below_ssl_p256_alone_is_left_and_a_line_says_so(load, monkeypatch) -> None:
+    def unavailable(*_: object) -> bool:
+        raise openssl.UnavailableError("no reason")
+
+    monkeypatch.setattr(openssl, "set_groups", unavailable)
+    monkeypatch.setattr(openssl, "unavailable", lambda: "no reason")
+    monkeypatch.setattr(SSL_GROUPS, "full", (groups._below_ssl,))  # Python 3.15 has another way
+    for _ in range(2):
+        context, warnings = load()
+        (line,) = warnings
+        assert line.startswith("TLS key exchange is limited to P-256, without X25519: no reason; ")
+        assert accepts(context, P256)
+        assert not any(accepts(context, group) for group in (X25519, P384, X448, P521, *FFDHE.values()))
+
+
+def test_without_the_function_below_pyopenssl_p256_alone_is_left_and_a_line_says_so(load, monkeypatch) -> None:
+    pytest.importorskip("OpenSSL")
+    from rtservice.net import pyopenssl
+
+    monkeypatch.setattr(pyopenssl._GROUPS, "_proven", None)
+    monkeypatch.setattr(pyopenssl._GROUPS, "full", (lambda context: False,))
+    context, (line,) = load("pyopenssl")
+    assert line.startswith("TLS key exchange is limited to P-256, without X25519: this version of pyOpenSSL")
+    assert accepts(context, P256)
+    assert not any(accepts(context, group) for group in (X25519, P384, X448, P521, *FFDHE.values()))
+
+
+def test_a_way_that_does_not_hold_what_it_says_is_not_believed(load, monkeypatch) -> None:
+    monkeypatch.setattr(SSL_GROUPS, "full", (lambda context: True,))
+    context, (line,) = load()
+    assert "is limited to P-256" in line
+    assert not accepts(context, FFDHE[2048])
+
+
+def test_it_is_said_when_no_way_holds(load, monkeypatch) -> None:
+    monkeypatch.setattr(SSL_GROUPS, "full", ())
+    monkeypatch.setattr(SSL_GROUPS, "fallback", lambda context: True)
+    _, (line,) = load()
+    assert line.startswith("TLS key exchange is not proven to be limited")
+
+
+def test_the_proof_is_made_once_in_a_process(load, monkeypatch) -> None:
+    answers = []
+    answer = SSL_GROUPS.answer
+    monkeypatch.setattr(SSL_GROUPS, "answer", lambda context, hello: answers.append(1) or answer(context, hello))
+    for _ in range(3):
+        load()
+    assert len(answers) == 2
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "sys.implementation.name = 'pypy'",
+        "del ssl._ssl.__file__",
+        "sys.modules['ctypes'] = None",
+        "ssl._ssl.__file__ = '/no/such/file.so'",
+        "ssl._ssl.__file__ = sys.modules['_ctypes'].__file__",
+        "ssl.OPENSSL_VERSION_NUMBER += 1",
+    ],
+)
+def test_no_assumption_about_the_interpreter_is_trusted(certificates, spoil) -> None:
+    """In a process of its own, since it is asked once in each."""
+    script = f"""
+import sys, ssl, _ctypes
+{spoil}
+from rtservice.net import openssl
+from rtservice.net.tls import ServerTLS
+if hasattr(ssl.SSLContext, "set_groups"): del ssl.SSLContext.set_groups
+loaded = ServerTLS({certificates["server.key"]!r}, {certificates["server.pem"]!r}).load()
+print(openssl.unavailable() is not None, loaded.warnings[0].partition(":")[0])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True TLS key exchange is limited to P-256, without X25519\n"
+
+
+def test_an_address_that_is_none_is_not_followed(certificates) -> None:
+    """Where contexts had another layout."""
+    script = """
+import ctypes, ssl
+from rtservice.net import openssl
+class Shifted(ctypes.c_void_p):
+    @classmethod
+    def from_address(cls, address): return ctypes.c_size_t.from_address(address - 8)  # the type's address
+ctypes.c_void_p = Shifted
+print(openssl.unavailable())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "another layout" in done.stdout
+
+
+def test_a_list_that_openssl_refuses_leaves_no_error_for_ssl_to_find(load) -> None:
+    context, _ = load()
+    assert openssl.unavailable() is None
+    assert not openssl.set_groups(context, "bogus")
+    assert accepts(context, X25519)
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True).do_handshake()
+
+
+def test_the_last_list_is_known_to_every_openssl() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    assert openssl.set_groups(context, GROUP_LISTS[-1])
+
+
+# prctl(2): PR_SET_MDWE, of Linux 6.3, forbids what MemoryDenyWriteExecute= of systemd.exec(5) does.
+CONFINED = """
+import ctypes, mmap, sys
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0): print("cannot be confined"); sys.exit()
+try: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+except PermissionError: pass
+else: sys.exit("not confined")
+import os
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
+def test_memory_deny_write_execute_permits_it(certificates) -> None:
+    script = f"""
+import mmap
+try: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+except PermissionError: pass
+else: raise SystemExit("not confined")
+from rtservice.net import groups, openssl
+from rtservice.net.tls import ServerTLS
+loaded = ServerTLS({certificates["server.key"]!r}, {certificates["server.pem"]!r}).load()
+print(openssl.unavailable(), loaded.warnings)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CONFINED, script], capture_output=True, text=True, timeout=60, env=environment
+    )
+    if done.stdout == "cannot be confined\n":
+        pytest.skip("this kernel has no PR_SET_MDWE (Linux 6.3)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "None ()\n"
+
+
+# --- another client ---
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
+@LIBRARIES
+@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
+def test_s_client_is_served_on_these_groups_alone(service, certificates, library, version) -> None:
+    if library == "pyopenssl":
+        pytest.importorskip("OpenSSL")
+    # RSA: in TLS 1.2 the groups that a client lists are for certificates too (RFC 8422, section 5.1).
+    files = f"privateKey={certificates['rsa.key']}:certKey={certificates['rsa.pem']}"
+    one = service(f"--listen=ssl:0:interface=127.0.0.1:{files}:library={library}")
+
+    def served(group: str) -> bool:
+        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{one.port}", version, "-groups", group]
+        command += ["-CAfile", certificates["ca.pem"], "-verify_return_error"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        return "Verify return code: 0 (ok)" in done.stdout and done.returncode == 0
+
+    for group in ("X25519", "P-256", "P-384", "X448:P-384", "ffdhe8192:X25519"):
+        assert served(group), group
+    for group in ("X448", "P-521", *(f"ffdhe{bits}" for bits in FFDHE)):
+        assert not served(group), group
+    assert one.stop() == 0
+    assert not [line for line in one.lines if "TLS key exchange" in line]

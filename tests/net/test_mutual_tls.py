@@ -1,0 +1,396 @@
+"""Clients that show a certificate: revoked ones are refused, their sessions end with them, and long chains too."""
+
+import os
+import shutil
+import ssl
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from rtservice.net import crl, openssl
+from rtservice.net.tls import (
+    DirectoryTLS,
+    Files,
+    RecordedFiles,
+    ServerTLS,
+    TLSError,
+    alpn_gate,
+    check_resumed,
+    fingerprint,
+)
+from rtservice.net.tls_bounds import MAX_CLIENT_CERTIFICATES
+
+LIBRARIES = pytest.mark.parametrize("library", ["ssl", "pyopenssl"])
+VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+
+
+# The second is all that pyOpenSSL says.
+REVOKED = r"(?i)certificate revoked|certificate verify failed'"
+
+
+class PyOpenSSLEnd:
+    """A server's end of pyOpenSSL, as an SSLObject."""
+
+    def __init__(self, context, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
+        from OpenSSL import SSL
+
+        self.error = SSL.Error
+        self.connection = SSL.Connection(context._context, None)
+        self.connection.set_accept_state()
+        self.incoming, self.outgoing = incoming, outgoing
+
+    def _call(self, method) -> None:
+        data = self.incoming.read()
+        if data:
+            self.connection.bio_write(data)
+        try:
+            method()
+        except self.error as problem:
+            failed = problem
+        else:
+            failed = None
+        with suppress(self.error):
+            while True:
+                self.outgoing.write(self.connection.bio_read(1 << 16))
+        if failed is not None and failed.args:
+            raise ssl.SSLError(str(failed))
+
+    def do_handshake(self) -> None:
+        self._call(self.connection.do_handshake)
+
+    def read(self, size: int) -> None:
+        self._call(lambda: self.connection.recv(size))
+
+
+def shake(server, client: ssl.SSLContext, name: str | None = "localhost", session: ssl.SSLSession | None = None):
+    """Both ends after a handshake without a network; raises the SSLError of the one that refuses."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    near = client.wrap_bio(to_client, to_server, server_hostname=name, session=session)
+    if isinstance(server, ssl.SSLContext):
+        far = server.wrap_bio(to_server, to_client, server_side=True)
+    else:
+        far = PyOpenSSLEnd(server, to_server, to_client)
+    for _ in range(3):
+        for end in (near, far):
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    for end in (near, far):
+        with suppress(ssl.SSLWantReadError):
+            end.read(1)  # a session of TLS 1.3, or its refusal of the client, comes after the handshake
+    return near, far
+
+
+@pytest.fixture(scope="module")
+def world(certificates):
+    """The certificates, with `deep`, a client of the authority `inner`; and `revoke`, which makes revocation lists."""
+    certificates.make("deep", "client", "inner")
+    certificates.join("deep-chain.pem", "deep.pem", "inner.pem")
+    certificates.join("both-ca.pem", "ca.pem", "other.pem")
+    config = certificates["ca.cnf"]
+
+    def revoke(file: str, authority: str, *names: str, last: str = "", following: str = "") -> str:
+        """The path of a new list of `authority` in which these are revoked."""
+        index = certificates[f"{file}.index"]
+        Path(index).write_text("")
+        Path(config).write_text(f"[ca]\ndefault_ca=own\n[own]\ndatabase={index}\ndefault_md=sha256\n")
+        common = ["ca", "-config", config, "-keyfile", certificates[f"{authority}.key"]]
+        common += ["-cert", certificates[f"{authority}.pem"]]
+        for name in names:
+            certificates.openssl(*common, "-revoke", certificates[f"{name}.pem"])
+        period = ["-crl_lastupdate", last, "-crl_nextupdate", following] if following else ["-crldays", "30"]
+        certificates.openssl(*common, "-gencrl", *period, "-out", certificates[f"{file}.crl"])
+        return certificates[f"{file}.crl"]
+
+    certificates.revoke = revoke
+    return certificates
+
+
+@pytest.fixture
+def load(world):
+    def make(library: str = "ssl", **policy):
+        if library == "pyopenssl":
+            pytest.importorskip("OpenSSL")
+        policy = {"client_ca": world["ca.pem"], "library": library, **policy}
+        return ServerTLS(world["server.key"], world["server.pem"], **policy).load()
+
+    return make
+
+
+@pytest.fixture
+def client(world):
+    """A client with a certificate, and its chain if it has one."""
+
+    def make(name: str | None = "client", version: str = "TLSv1_3") -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.maximum_version = ssl.TLSVersion[version]
+        if name is not None:
+            chain = world[f"{name}-chain.pem"]
+            context.load_cert_chain(chain if os.path.exists(chain) else world[f"{name}.pem"], world[f"{name}.key"])
+        return context
+
+    return make
+
+
+# --- sessions ---
+
+
+@LIBRARIES
+@VERSIONS
+def test_no_session_is_resumed_where_clients_show_a_certificate(load, client, library, version) -> None:
+    context = load(library).context
+    one = client(version=version)
+    first, _ = shake(context, one)
+    if library == "ssl":  # pyOpenSSL's are of no use, but sent
+        assert first.session is None or not first.session.has_ticket
+    again, far = shake(context, one, session=first.session)
+    assert not again.session_reused
+    if library == "ssl":
+        assert far.getpeercert()
+
+
+@pytest.fixture
+def two_names(world, tmp_path):
+    """A directory with a default and a.example."""
+    world.make("a.example", "server", "ca", alternative="")
+    for source, file in (("server", "default"), ("a.example", "a.example")):
+        for suffix in ("pem", "key"):
+            shutil.copy(world[f"{source}.{suffix}"], tmp_path / f"{file}.{suffix}")
+    return str(tmp_path)
+
+
+@LIBRARIES
+@VERSIONS
+def test_a_session_with_a_certificate_is_not_resumed_on_another_name(
+    world, two_names, client, library, version
+) -> None:
+    if library == "pyopenssl":
+        pytest.importorskip("OpenSSL")
+    context = DirectoryTLS(two_names, client_ca=world["ca.pem"], library=library).load().context
+    one = client(version=version)
+    for before, after in (("localhost", "a.example"), ("a.example", "localhost"), ("a.example", "a.example")):
+        first, _ = shake(context, one, before)
+        assert not shake(context, one, after, first.session)[0].session_reused
+
+
+@VERSIONS
+@pytest.mark.parametrize("access", [True, False])
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_session_is_not_resumed_after_a_reload(
+    world, two_names, client, version, access, verified, monkeypatch
+) -> None:
+    """Another authority, or another list of what it revoked, is for resumed sessions too: there are none."""
+    if not access:
+        monkeypatch.setattr(openssl, "_outcome", lambda: "no reason")
+    one = client(version=version)
+    source = DirectoryTLS(two_names, client_ca=world["both-ca.pem"] if verified else None)
+    changed = DirectoryTLS(two_names, client_ca=world["other.pem"] if verified else None)
+    for name in ("localhost", "a.example"):
+        before, after = source.load().context, source.load().context
+        first, _ = shake(before, one, name)
+        if not verified:  # or this test would show nothing
+            assert shake(before, one, name, first.session)[0].session_reused
+        assert not shake(after, one, name, first.session)[0].session_reused
+        if verified:
+            with pytest.raises(ssl.SSLError):
+                shake(changed.load().context, one, name, first.session)
+
+
+def not_after(world, name: str) -> float:
+    return ssl.cert_time_to_seconds(str(ssl._ssl._test_decode_cert(world[f"{name}.pem"])["notAfter"]))
+
+
+def test_without_access_to_openssl_a_resumed_session_ends_with_the_certificate(
+    world, load, client, monkeypatch
+) -> None:
+    monkeypatch.setattr(openssl, "_outcome", lambda: "no reason")
+    context = load().context
+    for version in ("TLSv1_2", "TLSv1_3"):
+        one = client(version=version)
+        first, far = shake(context, one)
+        assert check_resumed(far, not_after(world, "client") + 1) is None  # it was verified in this handshake
+        again, far = shake(context, one, session=first.session)
+        assert again.session_reused == (version == "TLSv1_2")
+        if version == "TLSv1_2":
+            assert check_resumed(far) is None
+            assert check_resumed(far, not_after(world, "client") - 1) is None
+            assert check_resumed(far, not_after(world, "client") + 1) == "client certificate has expired"
+
+
+@VERSIONS
+def test_a_context_of_others_is_checked_too(world, client, version) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(world["server.pem"], world["server.key"])
+    context.load_verify_locations(world["ca.pem"])
+    context.verify_mode = ssl.CERT_OPTIONAL
+    for name in ("client", None):
+        one = client(name, version)
+        first, _ = shake(context, one)
+        again, far = shake(context, one, session=first.session)
+        assert again.session_reused
+        assert check_resumed(far) is None
+        assert (check_resumed(far, time.time() + 1e9) is not None) == (name is not None)
+
+
+# --- revocation ---
+
+
+@LIBRARIES
+@VERSIONS
+def test_a_revoked_client_is_refused_and_others_are_not(world, load, client, library, version) -> None:
+    world.make("gone", "client", "ca")
+    context = load(library, client_crl=world.revoke("one", "ca", "gone")).context
+    shake(context, client(version=version))
+    with pytest.raises(ssl.SSLError, match=REVOKED):
+        shake(context, client("gone", version))
+
+
+@LIBRARIES
+@VERSIONS
+def test_each_name_of_a_directory_looks_certificates_up(world, two_names, client, library, version) -> None:
+    if library == "pyopenssl":
+        pytest.importorskip("OpenSSL")
+    world.make("gone", "client", "ca")
+    list_ = world.revoke("each", "ca", "gone")
+    context = DirectoryTLS(two_names, client_ca=world["ca.pem"], client_crl=list_, library=library).load().context
+    for name in ("localhost", "a.example", None):
+        shake(context, client(version=version), name)
+        with pytest.raises(ssl.SSLError, match=REVOKED):
+            shake(context, client("gone", version), name)
+
+
+@LIBRARIES
+def test_an_authority_below_the_root_may_be_revoked(world, load, client, library) -> None:
+    lists = [world.revoke("inner", "inner"), world.revoke("root", "ca"), world.revoke("root-less", "ca", "inner")]
+    whole = world.join("whole.crl", "inner.crl", "root.crl")
+    shake(load(library, client_crl=whole).context, client("deep"))
+    revoked = world.join("revoked.crl", "inner.crl", "root-less.crl")
+    with pytest.raises(ssl.SSLError, match=REVOKED):
+        shake(load(library, client_crl=revoked).context, client("deep"))
+    for only in lists[:2]:  # fail closed
+        with pytest.raises(ssl.SSLError):
+            shake(load(library, client_crl=only).context, client("deep"))
+
+
+@LIBRARIES
+def test_without_a_list_of_its_authority_a_client_is_refused(world, load, client, library) -> None:
+    context = load(library, client_crl=world.revoke("other", "other")).context
+    with pytest.raises(ssl.SSLError):
+        shake(context, client())
+
+
+@LIBRARIES
+def test_after_its_next_update_a_list_refuses_all_and_says_when(world, load, client, library) -> None:
+    list_ = world.revoke("old", "ca", last="20200101000000Z", following="20200201000000Z")
+    loaded = load(library, client_crl=list_)
+    assert loaded.revocation == crl.RevocationLists(list_, 1, 1580515200)
+    with pytest.raises(ssl.SSLError):
+        shake(loaded.context, client())
+
+
+def test_of_several_lists_the_first_to_end_is_said(world, load) -> None:
+    world.revoke("far", "ca", last="20200101000000Z", following="20550201000000Z")  # a GeneralizedTime
+    world.revoke("near", "other", last="20200101000000Z", following="20490201000000Z")  # the last of UTCTime
+    loaded = load(client_crl=world.join("two.crl", "far.crl", "near.crl"))
+    assert loaded.revocation == crl.RevocationLists(world["two.crl"], 2, 2495750400)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "junk",
+        "-----BEGIN X509 CRL-----\nMIIB\n",
+        "-----BEGIN X509 CRL-----\nMIIB\n-----END X509 CRL-----\n",
+        "-----BEGIN X509 CRL-----\n????\n-----END X509 CRL-----\n",
+        "-----BEGIN X509 CRL-----\n-----END X509 CRL-----\n",
+        None,
+    ],
+)
+def test_a_file_without_a_usable_list_is_named(world, load, content, tmp_path) -> None:
+    path = tmp_path / "bad.crl"
+    path.write_text(Path(world["ca.pem"]).read_text() if content is None else content)
+    with pytest.raises(TLSError) as caught:
+        load(client_crl=str(path))
+    assert str(caught.value) == f"no usable revocation list in PEM form in {str(path)!r}"
+    path.unlink()
+    with pytest.raises(TLSError, match="cannot read the revocation list"):
+        load(client_crl=str(path))
+
+
+def test_a_list_that_is_cut_or_changed_anywhere_is_an_error_and_no_traceback(world) -> None:
+    (block,) = crl.pem_blocks(Path(world.revoke("cut", "ca", "client")).read_text())
+    der = crl.base64.b64decode(block.split("-----")[2])
+    for at in range(len(der)):
+        for data in (der[:at], der[:at] + b"\xff" + der[at + 1 :], der[:at] + b"\x84" + der[at + 1 :]):
+            with suppress(ValueError):
+                crl._next_update(data)
+
+
+def test_its_file_is_read_watched_and_recorded_with_the_others(world, tmp_path, client) -> None:
+    world.make("gone", "client", "ca")
+    path = tmp_path / "clients.crl"
+    shutil.copy(world.revoke("watched", "ca", "gone"), path)
+    source = ServerTLS(world["server.key"], world["server.pem"], client_ca=world["ca.pem"], client_crl=str(path))
+    assert source.files()[-2:] == (world["ca.pem"], str(path))
+    assert DirectoryTLS("/d", client_ca="/ca", client_crl="/crl").files() == ("/d", "/ca", "/crl")
+    before = fingerprint(source.files())
+    files = Files()
+    loaded = source.load(files)
+    path.unlink()
+    assert fingerprint(source.files()) != before
+    recorded = ServerTLS(**asdict(source)).load(RecordedFiles(files.texts, files.entries))
+    assert recorded.revocation == loaded.revocation
+    with pytest.raises(ssl.SSLError, match=REVOKED):
+        shake(recorded.context, client("gone"))
+
+
+# --- chains ---
+
+
+@VERSIONS
+def test_a_long_chain_is_refused_before_its_certificates_are_read(world, load, client, version) -> None:
+    if openssl.unavailable() is not None:
+        pytest.skip("contexts cannot be reached below ssl")
+    context = load().context
+    one = client(version=version)
+    length = len(ssl.PEM_cert_to_DER_cert(Path(world["inner.pem"]).read_text()))
+    for count, accepted in (
+        (MAX_CLIENT_CERTIFICATES // length - 3, True),
+        (MAX_CLIENT_CERTIFICATES // length + 3, False),
+    ):
+        chain = world.join(f"{count}.pem", "client.pem", *["inner.pem"] * count)
+        one.load_cert_chain(chain, world["client.key"])
+        if accepted:
+            shake(context, one)
+        else:
+            with pytest.raises(ssl.SSLError, match=r"(?i)excessive message size"):
+                shake(context, one)
+
+
+# --- ALPN ---
+
+
+def test_a_context_with_protocols_has_a_gate_and_others_have_none(world, two_names) -> None:
+    assert alpn_gate(ServerTLS(world["server.key"], world["server.pem"]).load().context) is None
+    assert alpn_gate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) is None
+    context = DirectoryTLS(two_names, alpn=("echo", "h2")).load().context
+    assert context.alpn == (b"echo", b"h2")
+    assert alpn_gate(context) is not alpn_gate(context)
+
+
+@pytest.mark.parametrize("name", ["localhost", "a.example"])
+@VERSIONS
+def test_pyopenssl_answers_no_common_protocol_with_an_alert(two_names, client, name, version) -> None:
+    pytest.importorskip("OpenSSL")
+    context = DirectoryTLS(two_names, alpn=("echo",), library="pyopenssl").load().context
+    one = client(version=version)
+    one.set_alpn_protocols(["h2"])
+    with pytest.raises(ssl.SSLError, match="no application protocol"):
+        shake(context, one, name)
+    one.set_alpn_protocols(["h2", "echo"])
+    assert shake(context, one, name)[0].selected_alpn_protocol() == "echo"
+    assert shake(context, client(version=version), name)[0].selected_alpn_protocol() is None
