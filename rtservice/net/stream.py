@@ -24,8 +24,9 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from rtservice.net.client_hello import Refusal
 from rtservice.net.proxy import Header, ProxyError, parse
-from rtservice.net.tls import Context
+from rtservice.net.tls import Context, alpn_gate, check_resumed
 from rtservice.net.tls_bounds import (
     ANSWER_TIMEOUT,
     ANSWERS_NOT_READ,
@@ -1101,8 +1102,10 @@ class Handshake(SecureConnection):
         self._unsent = self._offset = 0
         self._corked = True
         self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._timed_out)
-        # What was written before, until it is sent; then the TLSStream.
-        self._phase_state = plain, TLSStream(context, server_side=server_side)
+        tls = TLSStream(context, server_side=server_side)
+        if server_side:
+            tls.gate = alpn_gate(context)
+        self._phase_state = plain, tls  # the TLSStream alone, once what was written before is sent
         self._send_plain()
 
     def _send_plain(self) -> None:
@@ -1142,8 +1145,23 @@ class Handshake(SecureConnection):
         if tls.without_data > MAX_HANDSHAKE_BYTES:
             self.error = Ended(HANDSHAKE_TOO_LARGE)
             return main.CONNECTION_LOST
+        if tls.gate is not None:
+            passed = tls.gate.feed(data)
+            if passed is None:
+                return None
+            if isinstance(passed, Refusal):
+                return self._refuse_handshake(passed.alert, Ended(passed.reason))
+            tls.gate = None
+            data = passed
         tls.feed(data)
         return self._shake(tls)
+
+    def _refuse_handshake(self, alert: bytes, why: Exception) -> Any:
+        """End it with an alert, if the kernel has room for that. Returns what doRead does."""
+        self.error = why
+        with contextlib.suppress(OSError):
+            self._send(alert)
+        return main.CONNECTION_LOST
 
     def _shake(self, tls: TLSStream) -> Any:
         """Go on with the handshake as far as what has come allows. Returns what doRead does."""
@@ -1152,12 +1170,11 @@ class Handshake(SecureConnection):
         except ssl.SSLWantReadError:
             tls.sealed = tls.take()
             return self._send_flight(tls)
-        except OSError as problem:
-            self.error = problem.with_traceback(None)
-            tls.sealed = tls.take()  # an alert that says why
-            with contextlib.suppress(OSError):
-                self._send(tls.sealed)
-            return main.CONNECTION_LOST
+        except ssl.SSLError as problem:
+            return self._refuse_handshake(tls.take(), problem.with_traceback(None))
+        why = check_resumed(tls.object)
+        if why is not None:
+            return self._refuse_handshake(b"", Ended(why))
         self._no_deadline()
         tls.without_data = 0
         self._phase_state = None

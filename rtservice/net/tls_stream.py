@@ -12,6 +12,7 @@ import contextlib
 import ssl
 from collections.abc import Callable
 
+from rtservice.net.client_hello import ALPNGate
 from rtservice.net.tls_bounds import FIRST_READ, MAX_RECORD, MAX_RECORDS
 
 # The most plaintext in one record (RFC 8446, section 5.1).
@@ -93,6 +94,7 @@ class TLSStream:
         "encrypt",
         "feed",
         "finished",
+        "gate",
         "held",
         "incoming",
         "notified",
@@ -119,6 +121,7 @@ class TLSStream:
         self.decrypt: Callable[[int], bytes] = inner.read
         self.encrypt: Callable[[bytes | memoryview], int] = inner.write
         self.take: Callable[[], bytes] = self.outgoing.read
+        self.gate: ALPNGate | None = None  # what the client's first bytes have to pass
         self.read_size = FIRST_READ  # what to read in one event
         self.records = Records()
         self.aligned = True  # all records that were fed have ended

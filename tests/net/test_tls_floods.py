@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import socket
+import ssl
 import struct
 import threading
 from typing import Any
@@ -16,6 +17,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 
+from rtservice.net.client_hello import NO_APPLICATION_PROTOCOL
 from rtservice.net.stream import Ended, Port
 from rtservice.net.tls import ServerTLS
 from rtservice.net.tls_bounds import (
@@ -30,6 +32,7 @@ from rtservice.net.tls_bounds import (
 
 pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
 
+from tests.support.client_hellos import real_hello
 from tests.support.forge import (  # after the check
     ALERT,
     APPLICATION_DATA,
@@ -68,7 +71,7 @@ class Timed:
 class Served:
     """A port with TLS, its connections and what ended them."""
 
-    def __init__(self, certificates, on: Any, on_data: Any, proxied: bool = False) -> None:
+    def __init__(self, certificates, on: Any, on_data: Any, proxied: bool = False, alpn: tuple[str, ...] = ()) -> None:
         self.factory = factory = Factory.forProtocol(Echo)
         factory.noisy = False
         factory.made, factory.received, factory.on_data = [], 0, on_data
@@ -79,7 +82,7 @@ class Served:
         self.address = self.socket.getsockname()
         self.opened: list[Any] = []
         self.ended: list[str] = []
-        context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
+        context = ServerTLS(certificates["server.key"], certificates["server.pem"], alpn=alpn).load().context
         self.port = Port(
             on,
             self.socket,
@@ -277,6 +280,46 @@ def test_a_handshake_may_have_a_chain_of_certificates_of_tomorrow() -> None:
     """Three with ML-DSA-65 keys and signatures, a CertificateVerify, and a ClientHello with an ML-KEM-768 share."""
     certificate, signature = 1952 + 3309 + 400, 3309
     assert 3 * certificate + signature + 1800 < MAX_HANDSHAKE_BYTES
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@pytest.mark.parametrize("pieces", [1, 7, 1000])
+@pytest_twisted.inlineCallbacks
+def test_a_client_without_a_common_alpn_protocol_gets_the_alert_for_it(serve, version, pieces):
+    """RFC 7301, section 3.2; in whatever pieces its ClientHello comes."""
+    hello = real_hello(alpn=["other"], maximum=ssl.TLSVersion[version])
+
+    def client() -> bytes:
+        with socket.create_connection(served.address, timeout=DEADLINE) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for at in range(0, len(hello), pieces):
+                sock.sendall(hello[at : at + pieces])
+            return sock.recv(100)
+
+    served = serve(alpn=("echo", "h2"))
+    answer = yield deferToThread(client)
+    assert answer == NO_APPLICATION_PROTOCOL
+    yield eventually(lambda: served.ended)
+    assert served.ended == ["no common ALPN protocol"]
+
+
+@pytest.mark.parametrize("offered", [["other", "h2"], None])
+@pytest_twisted.inlineCallbacks
+def test_a_client_with_a_common_alpn_protocol_or_without_alpn_is_served(serve, certificates, offered):
+    def client() -> tuple[str | None, bytes]:
+        context = ssl.create_default_context(cafile=certificates["ca.pem"])
+        if offered:
+            context.set_alpn_protocols(offered)
+        with (
+            socket.create_connection(served.address, timeout=DEADLINE) as sock,
+            context.wrap_socket(sock, server_hostname="localhost") as tls,
+        ):
+            tls.sendall(b"hello")
+            return tls.selected_alpn_protocol(), tls.recv(100)
+
+    served = serve(alpn=("echo", "h2"))
+    answer = yield deferToThread(client)
+    assert answer == ("h2" if offered else None, b"hello")
 
 
 # --- what TLS itself has to send ---

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import random
 import socket
+import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 
 pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
 
+from tests.support.client_hellos import mutated_hellos
 from tests.support.forge import APPLICATION_DATA, CHANGE_CIPHER_SPEC, HANDSHAKE, Forger, client_hello, record
 
 # The worst round trip that somebody else may see, in seconds. Without bounds these attacks take 1.5 to 6 s, with them
@@ -185,3 +189,38 @@ def test_a_peer_that_asks_for_key_updates_and_never_reads_costs_no_cpu_and_littl
 
         wait_for(idle)
         assert memory(pid) - before < 8 << 20
+
+
+@pytest.mark.parametrize("alpn", ["", ":alpn=echo,h2"], ids=["", "alpn"])
+def test_client_hellos_of_any_kind_leave_no_traceback(service, certificates, alpn) -> None:
+    tls = (
+        f"ssl:0:interface=127.0.0.1:privateKey={certificates['server.key']}:certKey={certificates['server.pem']}{alpn}"
+    )
+    one = service("--listen", tls, "--handshake-timeout", "1")
+    address = "127.0.0.1", one.port
+    chance = random.Random(14)
+    waiting: deque[socket.socket] = deque()
+    for hello in mutated_hellos(seed=14, count=2000):
+        sock = socket.create_connection(address, timeout=30)
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            cut = chance.randrange(len(hello) + 1)
+            sock.sendall(hello[:cut])
+            sock.sendall(hello[cut:])
+        waiting.append(sock)
+        if len(waiting) > 50:  # the oldest stays for its answer, or leaves
+            oldest = waiting.popleft()
+            if chance.random() < 0.5:
+                with contextlib.suppress(OSError):  # it was reset
+                    oldest.shutdown(socket.SHUT_WR)
+                read_to_end(oldest)
+            oldest.close()
+    for sock in waiting:
+        sock.close()
+    context = ssl.create_default_context(cafile=certificates["ca.pem"])
+    with (
+        socket.create_connection(address, timeout=30) as sock,
+        context.wrap_socket(sock, server_hostname="localhost") as peer,
+    ):
+        assert peer.recv(100) == b"Hello from the server!"
+    assert one.stop() == 0
+    assert not [line for line in one.lines if "Traceback" in line or "rror]" in line]
