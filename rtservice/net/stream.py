@@ -25,6 +25,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.net.client_hello import Refusal
+from rtservice.net.expensive import may_be_expensive, shake_in_thread
 from rtservice.net.proxy import Header, ProxyError, parse
 from rtservice.net.tls import Context, alpn_gate, check_resumed
 from rtservice.net.tls_bounds import (
@@ -1153,6 +1154,7 @@ class Handshake(SecureConnection):
                 return self._refuse_handshake(passed.alert, Ended(passed.reason))
             tls.gate = None
             data = passed
+        tls.since_flight += len(data)
         tls.feed(data)
         return self._shake(tls)
 
@@ -1165,13 +1167,38 @@ class Handshake(SecureConnection):
 
     def _shake(self, tls: TLSStream) -> Any:
         """Go on with the handshake as far as what has come allows. Returns what doRead does."""
+        if may_be_expensive(tls.object, tls.since_flight):
+            tls.held = True
+            self.reactor.removeReader(self)
+            shake_in_thread(
+                self.reactor,
+                tls.object,
+                lambda: not self.disconnected,
+                lambda problem: self._shaken_in_thread(tls, problem),
+            )
+            return None
         try:
             tls.object.do_handshake()
-        except ssl.SSLWantReadError:
+        except ssl.SSLError as problem:
+            return self._shaken(tls, problem.with_traceback(None))
+        return self._shaken(tls, None)
+
+    def _shaken_in_thread(self, tls: TLSStream, problem: ssl.SSLError | None) -> None:
+        tls.held = False
+        if self.disconnected or self._aborting:
+            return
+        if tls.reading:
+            self.reactor.addReader(self)
+        if self._shaken(tls, problem) is not None:
+            self.connectionLost(_LOST)
+
+    def _shaken(self, tls: TLSStream, problem: ssl.SSLError | None) -> Any:
+        """Do what follows a do_handshake that raised this problem, if any. Returns what doRead does."""
+        if isinstance(problem, ssl.SSLWantReadError):
             tls.sealed = tls.take()
             return self._send_flight(tls)
-        except ssl.SSLError as problem:
-            return self._refuse_handshake(tls.take(), problem.with_traceback(None))
+        if problem is not None:
+            return self._refuse_handshake(tls.take(), problem)
         why = check_resumed(tls.object)
         if why is not None:
             return self._refuse_handshake(b"", Ended(why))
@@ -1185,6 +1212,7 @@ class Handshake(SecureConnection):
     def _send_flight(self, tls: TLSStream) -> Any:
         """Send our part of the handshake. What the peer sends has to wait for that: it is to read ours first."""
         if tls.sealed:
+            tls.since_flight = 0
             try:
                 sent = self._send(tls.sealed)
             except OSError as problem:
@@ -1222,7 +1250,7 @@ class Handshake(SecureConnection):
         tls = self._phase_state
         if type(tls) is TLSStream:  # or what is written before has to be sent first
             tls.reading = True
-            if not tls.sealed:
+            if not tls.sealed and not tls.held:
                 super().resumeProducing()
 
     stopReading = pauseProducing

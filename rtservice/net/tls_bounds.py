@@ -28,6 +28,10 @@ MAX_HANDSHAKE_BYTES = 32 * 1024
 # 3 to 4.
 MAX_CLIENT_CERTIFICATES = 12 * 1024
 
+# The same that are decoded in the reactor's thread; more are decoded in another one. The usual chain is longer, a
+# certificate with an ECDSA key alone is not.
+MAX_INLINE_CERTIFICATES = 1024
+
 # Bytes that a peer may send without any application data in them: one incomplete record, key updates, warnings.
 MAX_BYTES_WITHOUT_DATA = 64 * 1024
 

@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Callable
 
 from rtservice.net.client_hello import ALPNGate
-from rtservice.net.tls_bounds import FIRST_READ, MAX_RECORD, MAX_RECORDS
+from rtservice.net.tls_bounds import FIRST_READ, MAX_HANDSHAKE_BYTES, MAX_RECORD, MAX_RECORDS
 
 # The most plaintext in one record (RFC 8446, section 5.1).
 RECORD_SIZE = 1 << 14
@@ -107,6 +107,7 @@ class TLSStream:
         "rest",
         "sealed",
         "sealed_plain",
+        "since_flight",
         "take",
         "without_data",
     )
@@ -126,6 +127,8 @@ class TLSStream:
         self.records = Records()
         self.aligned = True  # all records that were fed have ended
         self.without_data = 0  # bytes since the last application data
+        # Bytes that have come since our last part of the handshake; below 0 until the first is sent.
+        self.since_flight = -MAX_HANDSHAKE_BYTES
         self.rest = b""  # received, but for a later turn
         self.finished = False  # the peer has sent close_notify
         self.problem: ssl.SSLError | None = None  # what ended it, after the data that came before
@@ -133,7 +136,7 @@ class TLSStream:
         self.sealed_plain = 0  # bytes of plaintext in there that are not counted as sent
         self.notified = False  # we have sent close_notify
         self.reading = True  # the protocol has not paused it
-        self.held = False  # nothing is read because what TLS has to send does not leave
+        self.held = False  # nothing is read: what TLS has to send does not leave, or a thread works on it
 
     def receive(self, data: bytes) -> bytes:
         """Return the plaintext in what the peer has sent; what is for a later turn is in `rest` then.

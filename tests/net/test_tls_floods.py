@@ -18,6 +18,7 @@ from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 
 from rtservice.net.client_hello import NO_APPLICATION_PROTOCOL
+from rtservice.net.expensive import shake_in_thread
 from rtservice.net.stream import Ended, Port
 from rtservice.net.tls import ServerTLS
 from rtservice.net.tls_bounds import (
@@ -71,7 +72,7 @@ class Timed:
 class Served:
     """A port with TLS, its connections and what ended them."""
 
-    def __init__(self, certificates, on: Any, on_data: Any, proxied: bool = False, alpn: tuple[str, ...] = ()) -> None:
+    def __init__(self, certificates, on: Any, on_data: Any, proxied: bool = False, **policy: Any) -> None:
         self.factory = factory = Factory.forProtocol(Echo)
         factory.noisy = False
         factory.made, factory.received, factory.on_data = [], 0, on_data
@@ -82,7 +83,7 @@ class Served:
         self.address = self.socket.getsockname()
         self.opened: list[Any] = []
         self.ended: list[str] = []
-        context = ServerTLS(certificates["server.key"], certificates["server.pem"], alpn=alpn).load().context
+        context = ServerTLS(certificates["server.key"], certificates["server.pem"], **policy).load().context
         self.port = Port(
             on,
             self.socket,
@@ -320,6 +321,110 @@ def test_a_client_with_a_common_alpn_protocol_or_without_alpn_is_served(serve, c
     served = serve(alpn=("echo", "h2"))
     answer = yield deferToThread(client)
     assert answer == ("h2" if offered else None, b"hello")
+
+
+class InThread:
+    """Handshakes that were given to a thread, which waits for `go`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.begun = threading.Event()
+        self.go = threading.Event()
+
+    def __call__(self, on: Any, connection: Any, is_wanted: Any, done: Any) -> None:
+        self.count += 1
+        shake = connection.do_handshake
+
+        def wait_and_shake() -> None:
+            self.begun.set()
+            assert self.go.wait(DEADLINE)
+            shake()
+
+        connection.do_handshake = wait_and_shake
+        shake_in_thread(on, connection, is_wanted, done)
+
+
+@pytest.fixture
+def in_thread(monkeypatch):
+    spy = InThread()
+    monkeypatch.setattr("rtservice.net.stream.shake_in_thread", spy)
+    yield spy
+    spy.go.set()
+
+
+@pytest.fixture
+def shows_chain(certificates):
+    """Connects with a client certificate, and this many others behind it, and does its part of the handshake."""
+
+    def connect(address: Any, version: str, others: int) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=certificates["ca.pem"])
+        context.maximum_version = ssl.TLSVersion[version]
+        chain = certificates.join(f"chain-{others}.pem", "client.pem", *["inner.pem"] * others)
+        context.load_cert_chain(chain, certificates["client.key"])
+        sock = socket.create_connection(address, timeout=DEADLINE)
+        return context.wrap_socket(sock, server_hostname="localhost")
+
+    return connect
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@pytest.mark.parametrize("others", [0, 8])
+@pytest_twisted.inlineCallbacks
+def test_a_long_chain_of_a_client_is_decoded_in_a_thread(serve, certificates, in_thread, shows_chain, version, others):
+    def client() -> bytes:
+        with shows_chain(served.address, version, others) as tls:
+            tls.sendall(b"hello")
+            return tls.recv(100)
+
+    in_thread.go.set()
+    served = serve(client_ca=certificates["ca.pem"])
+    assert (yield deferToThread(client)) == b"hello"
+    assert bool(in_thread.count) == bool(others)
+
+
+@pytest_twisted.inlineCallbacks
+def test_others_are_served_while_a_chain_is_decoded(serve, certificates, in_thread, shows_chain):
+    served = serve(client_ca=certificates["ca.pem"])
+    with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)) as slow:
+        yield eventually(in_thread.begun.is_set)
+
+        def other() -> bytes:
+            with shows_chain(served.address, "TLSv1_3", 0) as tls:
+                tls.sendall(b"other")
+                return tls.recv(100)
+
+        assert (yield deferToThread(other)) == b"other"
+        in_thread.go.set()
+
+        def rest() -> bytes:
+            slow.sendall(b"slow")
+            return slow.recv(100)
+
+        assert (yield deferToThread(rest)) == b"slow"
+
+
+@pytest.mark.parametrize("end", ["deadline", "abort", "reset"])
+@pytest_twisted.inlineCallbacks
+def test_a_handshake_may_end_while_its_chain_is_decoded(serve, certificates, in_thread, shows_chain, end):
+    timed = Timed()
+    served = serve(timed, client_ca=certificates["ca.pem"])
+    slow = yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)
+    with slow:
+        yield eventually(in_thread.begun.is_set)
+        if end == "deadline":
+            timed.clock.advance(served.port.handshake_timeout)
+        elif end == "abort":
+            served.opened[0].abortConnection()
+        else:
+            reset(slow)
+            in_thread.go.set()
+        yield eventually(lambda: served.ended)
+    in_thread.go.set()
+    made = len(served.factory.made)
+    assert not made or end == "reset", "a reset is seen after what came before it"
+    # The next one has its turn, whatever became of the one before.
+    with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)):
+        yield eventually(lambda: len(served.factory.made) > made)
 
 
 # --- what TLS itself has to send ---
