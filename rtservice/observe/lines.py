@@ -54,7 +54,7 @@ class Output(Protocol):
 
     `write` takes what it can without waiting, gives how many bytes that was, and raises OSError. `reopen` does what
     SIGUSR1 asks for, and raises nothing: while `trouble` is not empty it says what failed, and `retry` tries again.
-    `fileno` is for waiting.
+    `in_place` is whether it is still the file at its path. `fileno` is for waiting.
     """
 
     title: str
@@ -63,6 +63,7 @@ class Output(Protocol):
     def write(self, data: bytearray) -> int: ...
     def reopen(self) -> None: ...
     def retry(self) -> None: ...
+    def in_place(self) -> bool: ...
     def fileno(self) -> int: ...
 
 
@@ -116,6 +117,10 @@ class Stream:
 
     def retry(self) -> None:
         """Nothing: nothing fails."""
+
+    def in_place(self) -> bool:
+        """True: it has no path."""
+        return True
 
     def close(self) -> None:
         """Close what was opened here, which is not the descriptor that was given."""
@@ -269,8 +274,11 @@ class Lines:
         if not self._flushing.acquire(blocking=False):
             return False
         try:
-            # Before anything is written: the file that was open may be on its way through a compressor.
             if self._asked:
+                # What was logged before the signal goes to the file that is going to be rotated; but not to one that
+                # somebody else has moved, which may be on its way through a compressor.
+                if self._output.in_place():
+                    self._write()
                 self._asked = self._due = False
                 self._output.reopen()
             elif self._due:

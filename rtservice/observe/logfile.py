@@ -141,6 +141,14 @@ class LogFile:
         if self._pending is not None:
             self._attempt(self._pending)
 
+    def in_place(self) -> bool:
+        """Whether the file that is open is the one at the path."""
+        try:
+            self._look_up_directory()
+            return self._found() in (Found.OURS, Found.EMPTY)
+        except OSError:
+            return False
+
     def fileno(self) -> int:
         """The descriptor of the file that is open now."""
         return self._descriptor

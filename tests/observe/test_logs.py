@@ -223,6 +223,9 @@ class Output:
 
     def retry(self) -> None: ...
 
+    def in_place(self) -> bool:
+        return True
+
     def fileno(self) -> int:
         return 1
 
