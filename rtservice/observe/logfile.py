@@ -111,7 +111,13 @@ class LogFile:
     # --- an Output ---
 
     def write(self, data: bytearray) -> int:
-        """Append data, in a new file if it is time for one; gives how much was taken. Raises OSError."""
+        """Append data, in a new file if it is time for one; gives how much was taken. Raises UnavailableError."""
+        try:
+            return self._write(data)
+        except OSError as problem:  # whatever it is, a file may take the same lines later
+            raise UnavailableError(problem.errno, problem.strerror) from None
+
+    def _write(self, data: bytearray) -> int:
         state = os.fstat(self._descriptor)
         if stat.S_ISREG(state.st_mode):
             self._look_after(state)
@@ -119,10 +125,7 @@ class LogFile:
             if state.st_size != self._end:
                 # A new file, or somebody else has appended or truncated. A line that is in parts begins again.
                 self._owed = (b"\n" if self._ends_within_a_line(state.st_size) else b"") + self._begun
-        try:
-            written = os.write(self._descriptor, self._owed + data if self._owed else data)
-        except OSError as problem:  # a file may take the same lines later, whatever it is now
-            raise UnavailableError(problem.errno, problem.strerror) from None
+        written = os.write(self._descriptor, self._owed + data if self._owed else data)
         if stat.S_ISREG(state.st_mode):
             # The end of what this process wrote (open(2), O_APPEND); others may have appended since.
             self._end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
@@ -167,12 +170,9 @@ class LogFile:
     # --- what has happened, and what follows ---
 
     def _look_after(self, state: os.stat_result) -> None:
-        """Before something is written: have a file that it will be found in. Raises UnavailableError."""
+        """Before something is written: have a file that it will be found in. Raises OSError."""
         if state.st_nlink == 0:
-            try:
-                self._take_step(Event.REMOVED)
-            except OSError as problem:
-                raise UnavailableError(problem.errno, problem.strerror) from None
+            self._take_step(Event.REMOVED)
         elif self.trouble:
             return
         elif self._pending is not None:

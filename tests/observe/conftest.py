@@ -27,7 +27,14 @@ class Reactor(Clock):
 
 @pytest.fixture
 def reactor() -> Reactor:
+    """One of them."""
     return Reactor()
+
+
+@pytest.fixture
+def new_reactor() -> type[Reactor]:
+    """Makes one."""
+    return Reactor
 
 
 @pytest.fixture

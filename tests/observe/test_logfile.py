@@ -526,3 +526,34 @@ def test_a_line_that_was_cut_begins_again_where_it_cannot_be_continued(tmp_path,
         under_test.put("more\n")
     whole = "second\nmore\nmore\nmore\nmore\n"
     assert path.read_text() == ("one\nsec\nother\n" + whole if how == "other process" else whole)
+
+
+def test_a_line_that_was_cut_begins_again_in_a_pipe_that_replaced_the_file(tmp_path, opened, faults) -> None:
+    path = tmp_path / "log"
+    under_test = opened(path)
+    faults.room = 3
+    under_test.put("second\n")
+    faults.room = None
+    path.unlink()
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    under_test.reopen()
+    under_test.put("third\n")
+    assert os.read(reader, 100) == b"second\nthird\n"
+    os.close(reader)
+
+
+# --- descriptors ---
+
+
+def test_no_descriptor_is_left_behind_whatever_fails(tmp_path, opened, faults) -> None:
+    path = tmp_path / "log"
+    under_test = opened(path, rotated=3, rotate_at=10)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        faults.failing = {} if number % 2 else {("open", "rename", "fchmod", "pread", "lseek")[number % 5]: errno.EIO}
+        under_test.put("0123456789\n")
+        under_test.reopen()
+        if number % 3 == 0:
+            path.unlink(missing_ok=True)
+    assert len(os.listdir("/proc/self/fd")) == before
