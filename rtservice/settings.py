@@ -433,7 +433,7 @@ class Settings:
         "File for a line about each connection, at its end, instead of a record in the log; `-`: standard output. "
         "SIGUSR1 opens it anew.",
     )
-    # Each rotation renames all of them, in one event: 100 take about a millisecond.
+    # Each rotation renames all of them, in one event: 30 took 1.5 ms of a busy machine, 100 took 3 ms.
     log_files: int = _setting(
         30,
         whole_number(0, 100),

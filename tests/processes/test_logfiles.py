@@ -174,8 +174,8 @@ def test_the_snippet_for_logrotate_rotates_a_service_that_has_dropped_its_privil
     for _ in range(3):
         traffic.wait_for(20, wait_for)
         (logs / "rtservice.log").open("a").write("an operator's note\n")  # notifempty: it is not
+        wait_for(lambda: clients_in((logs / "rtservice-access.log").read_text()))
         rotate(config)
-        wait_for(lambda: len(clients_in((logs / "rtservice-access.log").read_text())) > 0)
     names = traffic.finish()
     process.terminate()
     assert process.wait(DEADLINE) == 0

@@ -363,6 +363,7 @@ def test_sigusr1_ends_no_process_wherever_it_logs_to(start, tmp_path, twistd, gr
             "--log-level: 'loud' is not one of debug, info, warn, error, critical",
         ),
         (("-n", "rtservice", "--log-level=info,a b=warn"), "--log-level: 'a b' is not a namespace such as twisted.web"),
+        (("-n", "rtservice", "--log-files=101"), "--log-files: '101' is not a whole number from 0 to 100"),
         (("-n", "rtservice", "--log-level=info,debug"), "--log-level: 'info,debug' has two levels for rtservice"),
     ],
 )
