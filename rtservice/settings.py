@@ -433,6 +433,13 @@ class Settings:
         "File for a line about each connection, at its end, instead of a record in the log; `-`: standard output. "
         "SIGUSR1 opens it anew.",
     )
+    # Each rotation renames all of them, in one event: 30 took 1.5 ms of a busy machine, 100 took 3 ms.
+    log_files: int = _setting(
+        30,
+        whole_number(0, 100),
+        "Rotated files kept of twistd's `--logfile`, of 1 MB each; the oldest one is replaced. `0`: never rotate, "
+        "SIGUSR1 only reopens the file, which is what logrotate needs.",
+    )
 
 
 def schema() -> Iterator[Setting]:

@@ -29,7 +29,8 @@ from rtservice.net import listeners
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.net.tls import TLSError, ignore_bad_names
 from rtservice.observe import logs
-from rtservice.observe.lines import File, Lines, RotatedFile, check_file
+from rtservice.observe.lines import Lines, Output, say_aside
+from rtservice.observe.logfile import LogFile, check_file
 from rtservice.observe.logs import AccessLog, Format, Levels, Log
 from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
 
@@ -186,7 +187,7 @@ def makeService(options: Options) -> Server | Supervisor:
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
         raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
-        outputs = _Outputs(options.loaded, twistd, resolve_path, log.levels)
+        outputs = _Outputs(options.loaded, twistd, resolve_path, log)
         opened, endpoints, status = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
         raise SystemExit(f"rtservice: {error}") from None
@@ -473,31 +474,42 @@ class _Outputs:
     """The files that this process writes lines to, opened before privileges are dropped. Raises SettingError.
 
     `format` is what twistd is to log with, unless it was told that: its own observers write each record by itself, wait
-    for a pipe that nobody reads, and are at a loss when a disk is full. The lines are the same, in the same file, which
-    rotates alike. What else `--logger` or `--syslog` asks for is left alone.
+    for a pipe that nobody reads, and are at a loss when a disk is full. The lines are the same, in the same file. What
+    else `--logger` or `--syslog` asks for is left alone.
     """
 
-    def __init__(self, loaded: Loaded, twistd: Any, resolve_path: Callable[[str], str], levels: Levels) -> None:
+    def __init__(self, loaded: Loaded, twistd: Any, resolve_path: Callable[[str], str], log: Log) -> None:
         self.format: Format | None = None
         self.access: Lines | None = None
         self._lines: list[Lines] = []
+        # Who reads standard output reads standard error, most likely.
+        self._aside: Callable[[str], None] | None = say_aside
         chosen = twistd.get("logger")
-        standard_output: Lines | None = None
+        main: Lines | None = None
         if isinstance(chosen, Format) or ("logger" in twistd and chosen is None and not twistd["syslog"]):
             log_format = chosen or logs.classic
             self.format = None if chosen else log_format
-            log_format.levels = levels
+            log_format.levels = log.levels
             file = twistd["logfile"] or ("-" if twistd["nodaemon"] else "twistd.log")
-            with _opening("--logfile", file):
-                log_format.lines = self._open(file, twistd, RotatedFile)
             if file == "-":
-                standard_output = log_format.lines
+                self._aside = None
+            with _opening("--logfile", file):
+                # The mode that twistd gives it.
+                output = self._output(file, twistd, rotated=loaded.settings.log_files, mode=0o666)
+                main = log_format.lines = self._start(output)
+            if isinstance(output, LogFile) and output.beyond:
+                log.warn(
+                    "{file} and older files are left alone: --log-files is {count}",
+                    file=output.beyond,
+                    count=loaded.settings.log_files,
+                )
         file = loaded.settings.access_log
-        if file == "-" and standard_output is not None:
-            self.access = standard_output  # one batch after the other
-        elif file:
+        if file:
             with _opening(loaded.where("access-log"), file):
-                self.access = self._open(file if file == "-" else resolve_path(file), twistd, File)
+                path = file if file == "-" else resolve_path(file)
+                # One batch after the other, and one rotation for both.
+                shared = main is not None and _same_file(1 if file == "-" else path, main.fileno())
+                self.access = main if shared else self._start(self._output(path, twistd))
         before = signal.getsignal(signal.SIGUSR1)
         self._before = before if callable(before) else None
         signal.signal(signal.SIGUSR1, self._signalled)
@@ -506,18 +518,17 @@ class _Outputs:
         """How many lines nobody took."""
         return sum(lines.dropped for lines in self._lines)
 
-    def _open(self, file: str, twistd: Any, opener: type[File | RotatedFile]) -> Lines:
-        if file == "-" and "nodaemon" in twistd and not twistd["nodaemon"]:
+    def _output(self, file: str, twistd: Any, **how: int) -> Output:
+        if file != "-":
+            return LogFile(os.path.abspath(file), **how)
+        if "nodaemon" in twistd and not twistd["nodaemon"]:
             raise SettingError("a daemon has no standard output")
-        if file == "-":
-            lines = Lines(logs.standard_output())
-        else:
-            path = os.path.abspath(file)
-            # A device or a pipe does not rotate.
-            special = os.path.exists(path) and not os.path.isfile(path)
-            lines = Lines(File(path) if special else opener(path))
+        return logs.standard_output()
+
+    def _start(self, output: Output) -> Lines:
         from twisted.internet import reactor
 
+        lines = Lines(output, aside=self._aside)
         lines.start(reactor)
         self._lines.append(lines)
         return lines
@@ -525,7 +536,8 @@ class _Outputs:
     def _signalled(self, number: int, frame: Any) -> None:
         from twisted.internet import reactor
 
-        reactor.callFromThread(self._turn_over)  # type: ignore[attr-defined]  # the module stands for the object
+        for lines in self._lines:  # in a call for each, so that none depends on another
+            reactor.callFromThread(lines.reopen)  # type: ignore[attr-defined]  # the module stands for the object
         if self._before is not None:
             self._before(number, frame)
 
@@ -534,9 +546,13 @@ class _Outputs:
         for lines in self._lines:
             lines.finish()
 
-    def _turn_over(self) -> None:
-        for lines in self._lines:
-            lines.turn_over()
+
+def _same_file(one: str | int, other: int) -> bool:
+    """Whether a path or a descriptor is the file of a descriptor."""
+    try:
+        return os.path.samestat(os.stat(one), os.fstat(other))
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
+import fcntl
+import math
 import os
 import select
 import socket
@@ -14,7 +17,6 @@ from time import monotonic
 from typing import Any, Protocol
 
 from twisted.logger import Logger
-from twisted.python.logfile import LogFile
 
 # Seconds that a line may wait for others, so that one system call writes them all. Errors do not wait.
 _DELAY = 0.1
@@ -28,6 +30,12 @@ _BATCH = 64 * 1024
 # Bytes that are kept for an output that takes none: the records of 10,000 connections that end at once.
 _MOST_KEPT = 1024 * 1024
 
+# Seconds until a file that could not be reopened or rotated is tried again: at first, and at most after more failures.
+_FIRST_RETRY, _LAST_RETRY = 1.0, 60.0
+
+# Seconds in which one output is reported to fail once: it may fail and recover many times a second.
+_QUIET = 10.0
+
 # Seconds that a reader which is behind may take for the last lines of a process.
 _LAST_LINES = 1.0
 
@@ -37,33 +45,49 @@ _PASSING = frozenset((errno.EAGAIN, errno.ENOSPC, errno.EDQUOT))
 _log = Logger()
 
 
+class UnavailableError(OSError):
+    """An output takes nothing now; the same lines may be written later."""
+
+
 class Output(Protocol):
     """Where bytes go.
 
-    `write` takes what it can without waiting, gives how many bytes that was, and raises OSError; `turn_over` goes on in
-    a new file, if it is one, and raises OSError. `fileno` is for waiting.
+    `write` takes what it can without waiting, gives how many bytes that was, and raises OSError. `reopen` does what
+    SIGUSR1 asks for, and raises nothing: while `trouble` is not empty it says what failed, and `retry` tries again.
+    `in_place` is whether it is still the file at its path. `fileno` is for waiting.
     """
 
     title: str
+    trouble: str
 
     def write(self, data: bytearray) -> int: ...
-    def turn_over(self) -> None: ...
+    def reopen(self) -> None: ...
+    def retry(self) -> None: ...
+    def in_place(self) -> bool: ...
     def fileno(self) -> int: ...
 
 
 class Stream:
     """A descriptor that is open already, and shared with others: standard output."""
 
+    trouble = ""
+
     def __init__(self, descriptor: int, title: str) -> None:
         self.title = title
-        self._descriptor = descriptor
+        self._descriptor = self._given = descriptor
+        self._socket: socket.socket | None = None
         self._write: Callable[[bytearray], int] = self._write_whole
         mode = os.fstat(descriptor).st_mode
         # O_NONBLOCK would be everybody's who shares the descriptor, so it is not set on that.
         if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=os.dup(descriptor))
             self._write = self._send
-        elif not stat.S_ISREG(mode):
+        elif stat.S_ISREG(mode):
+            # What a shell opened with `>` would be overwritten by others, and have a hole once it is truncated. This is
+            # everybody's who shares it, and right for them too; GNU make does the same.
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
+        else:
             try:
                 # A descriptor of our own for the same pipe or terminal (proc(5)).
                 self._descriptor = os.open(
@@ -79,6 +103,7 @@ class Stream:
         return os.write(self._descriptor, data)
 
     def _send(self, data: bytearray) -> int:
+        assert self._socket is not None
         return self._socket.send(data, socket.MSG_DONTWAIT)
 
     def _write_if_there_is_room(self, data: bytearray) -> int:
@@ -87,81 +112,35 @@ class Stream:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return os.write(self._descriptor, data[: select.PIPE_BUF])
 
-    def turn_over(self) -> None:
-        """It has no name to be opened by."""
+    def reopen(self) -> None:
+        """Nothing: it has no path."""
+
+    def retry(self) -> None:
+        """Nothing: nothing fails."""
+
+    def in_place(self) -> bool:
+        """True: it has no path."""
+        return True
+
+    def close(self) -> None:
+        """Close what was opened here, which is not the descriptor that was given."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._descriptor != self._given:
+            os.close(self._descriptor)
 
     def fileno(self) -> int:
         return self._descriptor
 
 
-class File:
-    """A file that lines are appended to, or a device or a pipe with a name; opened anew by `turn_over`.
-
-    Raises OSError when it cannot be opened.
-    """
-
-    def __init__(self, path: str, mode: int = 0o640) -> None:
-        self.title = path
-        self._mode = mode
-        directory, base = os.path.split(path)
-        self._base = base or "."
-        # The path may mean another file once the process has changed its root or its directory, or none at all.
-        self._directory = os.open(directory or ".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._descriptor = self._open()
-
-    def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        return os.open(self._base, flags, self._mode, dir_fd=self._directory)
-
-    def write(self, data: bytearray) -> int:
-        return os.write(self._descriptor, data)
-
-    def turn_over(self) -> None:
-        old, self._descriptor = self._descriptor, self._open()
-        os.close(old)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-
-def check_file(path: str) -> None:
-    """Raise the OSError that a File of this path would most likely raise, and make none."""
-    directory = os.path.dirname(path)
-    wanted, rights = (path, os.W_OK) if os.path.lexists(path) else (directory, os.W_OK | os.X_OK)
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    os.stat(wanted)
-    if not os.access(wanted, rights):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-class RotatedFile(LogFile):
-    """A file of twistd's `--logfile`, which grows and rotates as it does there.
-
-    Raises OSError when it cannot be opened.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.title = path
-        super().__init__(os.path.basename(path), os.path.dirname(path))
-
-    def write(self, data: bytearray) -> int:  # Twisted's does not say how much it wrote
-        if self._file.closed:  # a rotation failed
-            self._openFile()
-        if self.shouldRotate():
-            self.rotate()
-        written = self._file.write(data)
-        self.size += written
-        return written
-
-    def turn_over(self) -> None:
-        if os.path.exists(self.path):
-            self.rotate()
-        else:  # somebody has moved it away
-            self.reopen()
-
-    def fileno(self) -> int:
-        return self._file.fileno()
+def say_aside(line: str) -> None:
+    """Write a line to standard error, if that takes it without waiting."""
+    with contextlib.suppress(OSError):
+        stream = Stream(2, "standard error")
+        try:
+            stream.write(bytearray(line.encode("utf-8", "backslashreplace")))
+        finally:
+            stream.close()
 
 
 def wait_for_room(output: Output, seconds: float) -> bool:
@@ -171,26 +150,63 @@ def wait_for_room(output: Output, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
+class Report:
+    """Whether a failure that lasts is to be reported: once, and not soon after another one."""
+
+    def __init__(self) -> None:
+        self._reported = False
+        self._quiet_until = -math.inf
+
+    def begin(self, now: float) -> bool:
+        """It fails, or still does; gives whether that is to be reported."""
+        if self._reported or now < self._quiet_until:
+            return False
+        self._reported = True
+        self._quiet_until = now + _QUIET
+        return True
+
+    def end(self) -> bool:
+        """It does not fail any more; gives whether that is to be reported."""
+        reported, self._reported = self._reported, False
+        return reported
+
+
 class Lines:
     """Lines on their way to an output. Nothing that becomes of that is raised, and nothing waits for it.
 
     From `start` on, while the reactor runs, lines are written some at a time. What an output does not take is kept, up
     to a megabyte, and tried again; beyond that, and when there is no hope, lines are dropped. `dropped` counts them.
+
+    An output that fails is reported as an error in the log, and to `aside`, which takes a line, since the log may be
+    what fails. `clock` gives seconds.
     """
 
-    def __init__(self, output: Output) -> None:
+    def __init__(
+        self,
+        output: Output,
+        *,
+        aside: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self.dropped = 0
         self._output = output
+        self._aside = aside
+        self._clock = clock
         self._lines: list[str] = []
         self._size = 0  # of those, about
         self._kept = bytearray()
         self._blocked = False  # there was no room
-        self._failing = False  # which has been said
-        self._said = 0  # of `dropped`
+        self._writing = Report()
+        self._opening = Report()
+        self._counted = 0  # of `dropped`, in the log
         self._flushing = Lock()
         self._reactor: Any = None
         self._thread = 0
         self._waiting = False  # for _tick
+        self._asked = False  # to reopen the output
+        self._due = False  # to try again what failed of that
+        self._retry_call: Any = None
+        self._retry_after = _FIRST_RETRY
         atexit.register(self.finish)
 
     def start(self, reactor: Any) -> None:
@@ -231,9 +247,26 @@ class Lines:
     def flush(self) -> None:
         """Write what the output takes now."""
         moved = self._write_all()
-        if (self._kept or self._lines) and self._reactor is not None and not self._waiting:
+        if self._reactor is None:
+            return
+        if (self._kept or self._lines or self._asked) and not self._waiting:
             self._waiting = True
             self._reactor.callLater(_RETRY if moved else _DELAY, self._tick)
+        if not self._output.trouble:
+            self._retry_after = _FIRST_RETRY
+        elif self._retry_call is None:
+            self._retry_call = self._reactor.callLater(self._retry_after, self._retry)
+            self._retry_after = min(2 * self._retry_after, _LAST_RETRY)
+
+    def _retry(self) -> None:
+        self._retry_call = None
+        self._due = True
+        self.flush()
+
+    def reopen(self) -> None:
+        """Have the output do what SIGUSR1 asks for."""
+        self._asked = True
+        self.flush()
 
     def _write_all(self) -> bool:
         """Write all there is, if nobody does that already; gives whether the last of it was taken."""
@@ -241,9 +274,21 @@ class Lines:
         if not self._flushing.acquire(blocking=False):
             return False
         try:
+            if self._asked:
+                # What was logged before the signal goes to the file that is going to be rotated; but not to one that
+                # somebody else has moved, which may be on its way through a compressor.
+                if self._output.in_place():
+                    self._write()
+                self._asked = self._due = False
+                self._output.reopen()
+            elif self._due:
+                self._due = False
+                self._output.retry()
             moved = self._write()
+            self._report_trouble()
             while self._lines and not self._kept:
                 moved = self._write()
+                self._report_trouble()
         finally:
             self._flushing.release()
         return moved
@@ -255,7 +300,7 @@ class Lines:
             self._kept += "".join(lines).encode("utf-8", "backslashreplace")
         elif lines:
             self.dropped += len(lines)
-            self._begin_to_fail("nobody reads it")
+            self._report_failure("nobody reads it")
         self._blocked = False
         before = len(self._kept)
         try:
@@ -263,30 +308,37 @@ class Lines:
                 del self._kept[: self._output.write(self._kept)]
         except OSError as problem:
             self._blocked = problem.errno == errno.EAGAIN
-            if problem.errno not in _PASSING:
+            if not isinstance(problem, UnavailableError) and problem.errno not in _PASSING:
                 self.dropped += self._kept.count(b"\n")
                 self._kept.clear()
             if not self._blocked:
-                self._begin_to_fail(problem.strerror or str(problem))
+                self._report_failure(problem.strerror or str(problem))
             return len(self._kept) < before
-        if self._failing and before:
-            self._failing = False
-            count, self._said = self.dropped - self._said, self.dropped
-            _log.warn("{output} is written again; lines dropped: {count}", output=self._output.title, count=count)
+        if before:
+            # Lines that were dropped are reported, however often that is: it takes a megabyte of them, or no hope.
+            count = self.dropped - self._counted
+            if self._writing.end() or count:
+                self._counted = self.dropped
+                _log.warn("{output} is written again; lines dropped: {count}", output=self._output.title, count=count)
         return True
 
-    def _begin_to_fail(self, problem: str) -> None:
-        if not self._failing:
-            self._failing = True
-            _log.error("{output} cannot be written: {problem}", output=self._output.title, problem=problem)
+    def _report_failure(self, problem: str) -> None:
+        if self._writing.begin(self._clock()):
+            self._report("{output} cannot be written: {problem}", problem=problem)
 
-    def turn_over(self) -> None:
-        """Go on in a new file, if the output is one."""
-        self.flush()
-        try:
-            self._output.turn_over()
-        except OSError as problem:
-            _log.error("{output} cannot be opened anew: {problem}", output=self._output.title, problem=problem.strerror)
+    def _report_trouble(self) -> None:
+        """Report that the output could not be reopened, or could be after all."""
+        trouble = self._output.trouble
+        if trouble:
+            if self._opening.begin(self._clock()):
+                self._report("{output} {problem}", problem=trouble)
+        elif self._opening.end():
+            _log.warn("{output} is the file at its path again", output=self._output.title)
+
+    def _report(self, text: str, **fields: str) -> None:
+        _log.error(text, output=self._output.title, **fields)
+        if self._aside is not None:
+            self._aside(f"rtservice: {text.format(output=self._output.title, **fields)}\n")
 
     def fileno(self) -> int:
         """The descriptor of the output."""

@@ -11,13 +11,12 @@ import threading
 from datetime import datetime
 
 import pytest
-from twisted.internet.task import Clock
 from twisted.logger import Logger, LogLevel, formatEventAsClassicLogText, globalLogPublisher
 from twisted.python import log as legacy
 from twisted.python.failure import Failure
 
 from rtservice.observe import lines, logs
-from rtservice.observe.lines import File, Lines, RotatedFile, Stream, check_file
+from rtservice.observe.lines import Lines, Stream
 from rtservice.observe.logs import AccessLog, Levels, Log, Observer, utc_time
 
 
@@ -198,28 +197,11 @@ def test_our_log_makes_no_event_below_its_level_and_the_same_as_twisteds_above()
 # --- lines, on their way ---
 
 
-class Reactor(Clock):
-    """A clock with what else Lines needs of a reactor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.from_threads = []
-        self.at_end = []
-
-    def callWhenRunning(self, call, *arguments) -> None:
-        call(*arguments)
-
-    def addSystemEventTrigger(self, phase, event, call) -> None:
-        self.at_end.append(call)
-
-    def callFromThread(self, call) -> None:
-        self.from_threads.append(call)
-
-
 class Output:
     """Takes `room` bytes, then raises `error`."""
 
     title = "an output"
+    trouble = ""
 
     def __init__(self) -> None:
         self.taken = b""
@@ -237,24 +219,19 @@ class Output:
         self.taken += part
         return len(part)
 
-    def turn_over(self) -> None:
-        self.turned += 1
+    def reopen(self) -> None: ...
+
+    def retry(self) -> None: ...
+
+    def in_place(self) -> bool:
+        return True
 
     def fileno(self) -> int:
         return 1
 
 
-@pytest.fixture
-def said():
-    """What is logged meanwhile."""
-    events = []
-    globalLogPublisher.addObserver(events.append)
-    yield lambda: [logs._message(event) for event in events if event["log_namespace"] == lines.__name__]
-    globalLogPublisher.removeObserver(events.append)
-
-
-def test_lines_are_written_at_once_until_the_reactor_runs_and_after_it_has() -> None:
-    output, reactor = Output(), Reactor()
+def test_lines_are_written_at_once_until_the_reactor_runs_and_after_it_has(reactor) -> None:
+    output = Output()
     under_test = Lines(output)
     under_test.put("a\n")
     assert output.taken == b"a\n"
@@ -272,10 +249,10 @@ def test_lines_are_written_at_once_until_the_reactor_runs_and_after_it_has() -> 
     assert output.taken == b"a\nb\nc\nd\ne\n"
 
 
-def test_an_error_and_a_long_batch_do_not_wait() -> None:
+def test_an_error_and_a_long_batch_do_not_wait(reactor) -> None:
     output = Output()
     under_test = Lines(output)
-    under_test.start(Reactor())
+    under_test.start(reactor)
     observer = Observer(lambda event: f"{event['log_level'].name}\n", under_test, Levels({}))
     observer({"log_level": LogLevel.warn})
     assert output.taken == b""
@@ -286,8 +263,8 @@ def test_an_error_and_a_long_batch_do_not_wait() -> None:
     assert len(output.taken) == 11 + 64 * 1024
 
 
-def test_a_line_of_another_thread_is_written_by_the_reactors() -> None:
-    output, reactor = Output(), Reactor()
+def test_a_line_of_another_thread_is_written_by_the_reactors(reactor) -> None:
+    output = Output()
     under_test = Lines(output)
     under_test.start(reactor)
     thread = threading.Thread(target=under_test.put, args=("a\n",))
@@ -299,8 +276,8 @@ def test_a_line_of_another_thread_is_written_by_the_reactors() -> None:
     assert output.taken == b"a\n"
 
 
-def test_an_urgent_line_of_another_thread_does_not_wait_for_a_reactor_that_may_be_blocked() -> None:
-    output, reactor = Output(), Reactor()
+def test_an_urgent_line_of_another_thread_does_not_wait_for_a_reactor_that_may_be_blocked(reactor) -> None:
+    output = Output()
     under_test = Lines(output)
     under_test.start(reactor)
     under_test.put("a\n")
@@ -332,8 +309,8 @@ def test_half_a_surrogate_pair_is_written_as_its_escape() -> None:
 
 
 @pytest.mark.parametrize("problem", [errno.EAGAIN, errno.ENOSPC])
-def test_what_is_not_taken_for_a_while_is_kept_whole(problem, said) -> None:
-    output, reactor = Output(), Reactor()
+def test_what_is_not_taken_for_a_while_is_kept_whole(problem, said, reactor) -> None:
+    output = Output()
     under_test = Lines(output)
     under_test.start(reactor)
     output.room, output.error = 3, problem
@@ -350,8 +327,8 @@ def test_what_is_not_taken_for_a_while_is_kept_whole(problem, said) -> None:
 
 
 @pytest.mark.parametrize("problem", [errno.EAGAIN, errno.ENOSPC, errno.EPIPE, errno.EBADF, errno.EIO])
-def test_what_is_not_taken_at_all_is_bounded_counted_and_said_when_it_works_again(problem, said) -> None:
-    output, reactor = Output(), Reactor()
+def test_what_is_not_taken_at_all_is_bounded_counted_and_said_when_it_works_again(problem, said, reactor) -> None:
+    output = Output()
     under_test = Lines(output)
     under_test.start(reactor)
     output.room, output.error = 0, problem
@@ -373,8 +350,8 @@ def test_what_is_not_taken_at_all_is_bounded_counted_and_said_when_it_works_agai
     assert under_test.dropped >= 3900
 
 
-def test_a_pipe_that_is_emptied_slowly_is_looked_at_more_often() -> None:
-    output, reactor = Output(), Reactor()
+def test_a_pipe_that_is_emptied_slowly_is_looked_at_more_often(reactor) -> None:
+    output = Output()
     under_test = Lines(output)
     under_test.start(reactor)
     output.room = 1
@@ -463,72 +440,6 @@ def test_the_last_lines_of_a_process_wait_for_a_reader_that_is_behind() -> None:
     under_test.finish()  # returns
     os.close(reader)
     os.close(writer)
-
-
-def test_a_file_is_appended_to_and_opened_anew_in_the_directory_that_it_had(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "a"
-    path.write_text("before\n")
-    monkeypatch.chdir(tmp_path)
-    file = File("a")
-    monkeypatch.chdir("/")
-    under_test = Lines(file)
-    under_test.put("one\n")
-    path.rename(tmp_path / "b")
-    under_test.put("two\n")
-    under_test.turn_over()
-    under_test.put("three\n")
-    assert (tmp_path / "b").read_text() == "before\none\ntwo\n"
-    assert path.read_text() == "three\n"
-    assert path.stat().st_mode & 0o777 & ~0o640 == 0
-
-
-def test_a_file_that_cannot_be_opened_anew_is_gone_on_with(tmp_path, said) -> None:
-    (tmp_path / "d").mkdir()
-    under_test = Lines(File(f"{tmp_path}/d/a"))
-    (tmp_path / "d" / "a").rename(tmp_path / "b")
-    (tmp_path / "d").rmdir()
-    under_test.turn_over()
-    under_test.put("one\n")
-    assert (tmp_path / "b").read_text() == "one\n"
-    assert said() == [f"{tmp_path}/d/a cannot be opened anew: No such file or directory"]
-
-
-def test_a_rotated_file_rotates_as_twistds_does(tmp_path) -> None:
-    path = tmp_path / "t.log"
-    path.write_text("before\n")
-    under_test = Lines(RotatedFile(str(path)))
-    under_test.put("one\n")
-    under_test.turn_over()
-    under_test.put("x" * 1_000_000 + "\n")
-    under_test.put("two\n")
-    assert path.read_text() == "two\n"
-    assert (tmp_path / "t.log.2").read_text() == "before\none\n"
-    assert (tmp_path / "t.log.1").stat().st_size == 1_000_001
-    path.rename(tmp_path / "moved")
-    under_test.turn_over()
-    under_test.put("three\n")
-    assert path.read_text() == "three\n"
-
-
-def test_a_full_device_is_said_and_nothing_is_raised(said) -> None:
-    under_test = Lines(File("/dev/full"))
-    for _ in range(10):
-        under_test.put("x\n")
-    assert said() == ["/dev/full cannot be written: No space left on device"]
-
-
-@pytest.mark.parametrize(
-    ("path", "problem"), [("no/such", FileNotFoundError), (".", IsADirectoryError), ("fine", None), ("there", None)]
-)
-def test_a_check_finds_what_opening_would(tmp_path, path, problem) -> None:
-    (tmp_path / "there").touch()
-    for action in (check_file, File):
-        if problem is None:
-            action(f"{tmp_path}/{path}")
-        else:
-            with pytest.raises(problem):
-                action(f"{tmp_path}/{path}")
-    assert (tmp_path / "there").read_text() == ""
 
 
 # --- the access log ---

@@ -8,63 +8,12 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-TWISTD = str(Path(sys.executable).parent / "twistd")
 GREETING = b"Hello from the server!"
 DEADLINE = 30
-
-
-@pytest.fixture
-def start(tmp_path, environment, wait_for):
-    """Starts `twistd -n rtservice` on a UNIX socket, with output where the test says, and waits until it serves."""
-    started = []
-
-    def start(*arguments, twistd=(), launcher=(), env=None, **streams) -> subprocess.Popen:
-        command = [
-            *launcher,
-            TWISTD,
-            "-n",
-            "--pidfile=",
-            *twistd,
-            "rtservice",
-            f"--listen=unix:{tmp_path}/s",
-            *arguments,
-        ]
-        process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=tmp_path,
-            env={**environment, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            **streams,
-        )
-        started.append(process)
-        wait_for(lambda: greets(tmp_path))
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
-
-
-def greets(directory, name: bytes | None = None) -> bool:
-    """Connect to it, from a socket of this name, and leave."""
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(DEADLINE)
-        if name is not None:
-            client.bind(os.fsencode(directory) + b"/" + name)
-        try:
-            client.connect(f"{directory}/s")
-        except OSError:
-            return False
-        return client.recv(100) == GREETING
 
 
 def cpu_seconds(process: subprocess.Popen) -> float:
@@ -108,7 +57,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("what", ["--logfile", "--access-log"])
 def test_a_full_disk_delays_nobody_and_what_was_dropped_is_said_once_there_is_room(
-    start, tmp_path, small_disk, wait_for, what
+    start, tmp_path, small_disk, wait_for, what, greets
 ) -> None:
     file = "/dev/full" if small_disk is None else f"{small_disk}/log"
     if small_disk is not None:
@@ -136,7 +85,7 @@ def test_a_full_disk_delays_nobody_and_what_was_dropped_is_said_once_there_is_ro
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_closed_standard_descriptors_disturb_nobody(start, tmp_path, closed) -> None:
+def test_closed_standard_descriptors_disturb_nobody(start, tmp_path, closed, greets) -> None:
     launcher = ("sh", "-c", f'exec "$@" {closed}', "sh")
     process = start("--access-log=-", launcher=launcher, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(300):
@@ -145,7 +94,7 @@ def test_closed_standard_descriptors_disturb_nobody(start, tmp_path, closed) -> 
     assert end(process) == 0
 
 
-def test_a_reader_that_has_gone_disturbs_nobody(start, tmp_path) -> None:
+def test_a_reader_that_has_gone_disturbs_nobody(start, tmp_path, greets) -> None:
     process = start(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.close()
     for _ in range(300):
@@ -155,7 +104,9 @@ def test_a_reader_that_has_gone_disturbs_nobody(start, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("logger", ["classic", "json"])
-def test_a_pipe_that_nobody_reads_delays_nobody_and_every_record_is_there_or_counted(start, tmp_path, logger) -> None:
+def test_a_pipe_that_nobody_reads_delays_nobody_and_every_record_is_there_or_counted(
+    start, tmp_path, logger, greets
+) -> None:
     process = start(
         twistd=(f"--logger=rtservice.observe.logs.{logger}",),
         stdout=subprocess.PIPE,
@@ -214,7 +165,7 @@ echo.Echo.dataReceived = failing
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_json_is_one_object_a_line_whatever_peers_and_protocols_do(start, tmp_path, workers) -> None:
+def test_json_is_one_object_a_line_whatever_peers_and_protocols_do(start, tmp_path, workers, greets) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAILING)
     process = start(
         f"--workers={workers}",
@@ -314,7 +265,7 @@ def test_levels_hold_in_workers(service, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_access_log_is_opened_anew_on_sigusr1(service, tmp_path, wait_for, workers) -> None:
+def test_an_access_log_is_opened_anew_on_sigusr1(service, tmp_path, wait_for, workers, greets) -> None:
     one = service(f"--listen=unix:{tmp_path}/s", f"--workers={workers}", "--access-log=access")
     path, moved = tmp_path / "access", tmp_path / "moved"
     assert greets(tmp_path, b"peer 1")
@@ -338,14 +289,14 @@ def test_an_access_log_is_opened_anew_on_sigusr1(service, tmp_path, wait_for, wo
     assert not any("bytes in" in line for line in one.lines)
 
 
-def test_an_access_log_on_standard_output_is_between_the_other_lines(service, tmp_path) -> None:
+def test_an_access_log_on_standard_output_is_between_the_other_lines(service, tmp_path, greets) -> None:
     one = service(f"--listen=unix:{tmp_path}/s", "--access-log=-")
     assert greets(tmp_path)
     one.wait_line("^start=.* worker=-$")
     one.stop()
 
 
-def test_every_worker_hands_over_its_access_lines_before_it_ends(service, tmp_path) -> None:
+def test_every_worker_hands_over_its_access_lines_before_it_ends(service, tmp_path, greets) -> None:
     one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
     for _ in range(200):
         assert greets(tmp_path)
@@ -353,7 +304,7 @@ def test_every_worker_hands_over_its_access_lines_before_it_ends(service, tmp_pa
     assert (tmp_path / "access").read_text().count("out=22") == 200
 
 
-def test_hostile_names_of_peers_fill_no_message_of_a_worker(service, tmp_path) -> None:
+def test_hostile_names_of_peers_fill_no_message_of_a_worker(service, tmp_path, greets) -> None:
     one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
     room = 107 - len(os.fsencode(tmp_path)) - 1
     for number in range(300):
@@ -363,7 +314,7 @@ def test_hostile_names_of_peers_fill_no_message_of_a_worker(service, tmp_path) -
     assert not any("must not say" in line for line in one.lines)
 
 
-def test_a_daemons_log_is_rotated_on_sigusr1_as_twistd_does(run, tmp_path, wait_for) -> None:
+def test_a_daemons_log_is_rotated_on_sigusr1_as_twistd_does(run, tmp_path, wait_for, greets) -> None:
     log = tmp_path / "d.log"
     result = run(f"--pidfile={tmp_path}/pid", f"--logfile={log}", "rtservice", f"--listen=unix:{tmp_path}/s")
     assert (result.returncode, result.stderr) == (0, "")
@@ -381,7 +332,7 @@ def test_a_daemons_log_is_rotated_on_sigusr1_as_twistd_does(run, tmp_path, wait_
 
 
 @pytest.mark.parametrize("twistd", [(), ("--syslog",), ("--logger=twisted.logger.LogPublisher",)], ids=" ".join)
-def test_sigusr1_ends_no_process_wherever_it_logs_to(start, tmp_path, twistd) -> None:
+def test_sigusr1_ends_no_process_wherever_it_logs_to(start, tmp_path, twistd, greets) -> None:
     process = start(twistd=twistd, stdout=subprocess.DEVNULL)
     for _ in range(10):
         process.send_signal(signal.SIGUSR1)
@@ -412,6 +363,7 @@ def test_sigusr1_ends_no_process_wherever_it_logs_to(start, tmp_path, twistd) ->
             "--log-level: 'loud' is not one of debug, info, warn, error, critical",
         ),
         (("-n", "rtservice", "--log-level=info,a b=warn"), "--log-level: 'a b' is not a namespace such as twisted.web"),
+        (("-n", "rtservice", "--log-files=101"), "--log-files: '101' is not a whole number from 0 to 100"),
         (("-n", "rtservice", "--log-level=info,debug"), "--log-level: 'info,debug' has two levels for rtservice"),
     ],
 )

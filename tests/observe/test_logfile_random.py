@@ -1,0 +1,280 @@
+"""Random sequences of what happens to log files: every record is in some file, or counted as dropped."""
+
+import atexit
+import errno
+import os
+import random
+import re
+import shutil
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from twisted.logger import formatEvent, globalLogPublisher
+
+from rtservice.observe import lines, logfile
+from rtservice.observe.lines import Lines
+from rtservice.observe.logfile import LogFile
+
+SEQUENCES = 1000
+STEPS = 40
+KEPT = 3  # rotated files
+
+
+class Disk:
+    """The module `os` as log files see it: it may be full, and refuse to open or rename.
+
+    `replaced` has the content of rotated files that were replaced by younger ones.
+    """
+
+    def __init__(self) -> None:
+        self.room: int | None = None
+        self.denied: set[str] = set()
+        self.replaced: list[bytes] = []
+
+    def __getattr__(self, name: str):
+        return getattr(os, name)
+
+    def _deny(self, name: str) -> None:
+        if name in self.denied:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def open(self, path, flags, *arguments, **named) -> int:
+        if path != "/":
+            self._deny("open")
+        if flags & os.O_CREAT and self.room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return os.open(path, flags, *arguments, **named)
+
+    def rename(self, old, new, *, src_dir_fd, dst_dir_fd) -> None:
+        self._deny("rename")
+        with suppress(FileNotFoundError):
+            descriptor = os.open(new, os.O_RDONLY, dir_fd=dst_dir_fd)
+            assert new.endswith(f".{KEPT}")
+            with open(descriptor, "rb") as file:
+                self.replaced.append(file.read())
+        os.rename(old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    def write(self, descriptor: int, data) -> int:
+        if self.room is None:
+            return os.write(descriptor, data)
+        written = os.write(descriptor, data[: self.room])
+        self.room -= written
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written
+
+
+class Process:
+    """A log and an access log, as one process has them. Its records are numbered."""
+
+    def __init__(self, name: str, directory: Path, reactor) -> None:
+        self.files = [
+            LogFile(f"{directory}/log", rotated=KEPT, rotate_at=2000),
+            LogFile(f"{directory}/access"),
+        ]
+        self.outputs = [Lines(file, clock=reactor.seconds) for file in self.files]
+        self.sent = Counter()
+        self._name = name
+        for output in self.outputs:
+            output.start(reactor)
+
+    def log(self, which: int, text: str, *, at_once: bool = False) -> None:
+        self.sent[which] += 1
+        record = f"<{self._name}{'la'[which]} {self.sent[which]} {text}>\n"
+        self.outputs[which].put(record, at_once=at_once)
+
+    def report(self, event) -> None:
+        if event["log_namespace"] == lines.__name__:
+            self.log(0, formatEvent(event), at_once=True)
+
+    def reopen(self) -> None:
+        for output in self.outputs:
+            output.reopen()
+
+    def end(self) -> None:
+        for output in self.outputs:
+            output.finish()
+            atexit.unregister(output.finish)
+        for file in self.files:
+            file.close()
+
+    def missing(self, found: Counter) -> list[tuple[int, int]]:
+        """How many records of each output are nowhere, and how many it says were dropped."""
+        counts = []
+        for which, letter in enumerate("la"):
+            name = f"{self._name}{letter}"
+            there = sum((name, number) in found for number in range(1, self.sent[which] + 1))
+            counts.append((self.sent[which] - there, self.outputs[which].dropped))
+        return counts
+
+
+class World:
+    """A directory of logs, one or two processes, and what others do to them."""
+
+    def __init__(self, root: Path, chance: random.Random, disk: Disk, reactor) -> None:
+        self.root = root
+        self.chance = chance
+        self.disk = disk
+        self.reactor = reactor
+        self.logs = root / "logs"
+        self.logs.mkdir(parents=True)
+        self.removed: list[bytes] = []  # what somebody has removed from files, and has read before
+        self.moved = 0
+        self.processes = [Process("AB"[number], self.logs, reactor) for number in range(chance.choice((1, 1, 2)))]
+
+    def _file(self) -> Path:
+        return self.logs / self.chance.choice(("log", "access"))
+
+    def _elsewhere(self) -> Path:
+        self.moved += 1
+        return self.root / f"moved{self.moved}"
+
+    # --- what happens ---
+
+    def traffic(self) -> None:
+        for process in self.processes:
+            for _ in range(self.chance.choice((1, 3, 20))):
+                process.log(self.chance.randrange(2), "x" * self.chance.randrange(120))
+
+    def time(self) -> None:
+        self.reactor.pump([0.1] * self.chance.choice((1, 2, 20, 40)))
+
+    def signal(self) -> None:
+        for process in self.chance.sample(self.processes, self.chance.randint(1, len(self.processes))):
+            process.reopen()
+
+    def rotate_without_create(self) -> None:
+        self._file().rename(self._elsewhere())
+
+    def rotate_with_create(self) -> None:
+        file = self._file()
+        file.rename(self._elsewhere())
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640))
+
+    def rotate_with_copytruncate(self) -> None:
+        file = self._file()
+        shutil.copyfile(file, self._elsewhere())
+        os.truncate(file, 0)
+
+    def truncate(self) -> None:
+        file = self._file()
+        self.removed.append(file.read_bytes())
+        os.truncate(file, 0)
+
+    def remove(self) -> None:
+        file = self._file()
+        self.removed.append(file.read_bytes())
+        file.unlink()
+
+    def remove_moved(self) -> None:
+        """A compressor removes what it has read; a process may still have it open."""
+        moved = self.chance.choice([*self.root.glob("moved*"), self.root / "none"])
+        self.removed.append(moved.read_bytes())
+        moved.unlink()
+
+    def chmod(self) -> None:
+        self._file().chmod(self.chance.choice((0o400, 0o440, 0o600, 0o644)))
+
+    def close_directory(self) -> None:
+        self.logs.chmod(0o500)
+
+    def open_directory(self) -> None:
+        self.logs.chmod(0o755)
+
+    def directory_goes(self) -> None:
+        self.logs.rename(self._elsewhere())
+
+    def directory_comes(self) -> None:
+        self.logs.mkdir(exist_ok=True)
+
+    def something_else_is_there(self) -> None:
+        self._file().mkdir()
+
+    def something_else_goes(self) -> None:
+        self._file().rmdir()
+
+    def disk_is_full(self) -> None:
+        self.disk.room = self.chance.choice((0, 1, 50, 300))
+
+    def disk_has_room(self) -> None:
+        self.disk.room = None
+
+    def deny(self) -> None:
+        self.disk.denied = set(self.chance.choice((("open",), ("rename",), ("open", "rename"))))
+
+    def allow(self) -> None:
+        self.disk.denied = set()
+
+    HAPPENS = (
+        *[traffic] * 10,
+        *[time] * 6,
+        *[signal] * 5,
+        *(rotate_without_create, rotate_with_create, rotate_with_copytruncate) * 2,
+        *(truncate, remove, remove_moved, chmod, close_directory, open_directory, directory_goes, directory_comes),
+        *(something_else_is_there, something_else_goes),
+        *(disk_is_full, disk_has_room, deny, allow) * 2,
+    )
+
+    def happen(self) -> list[str]:
+        """All of it; gives what it was."""
+        steps = [self.chance.choice(self.HAPPENS) for _ in range(STEPS)]
+        for step in steps:
+            with suppress(OSError):  # there is nothing to move, say
+                step(self)
+        return [step.__name__ for step in steps]
+
+    def recover(self) -> None:
+        """What was wrong is over, and everybody is told."""
+        self.disk_has_room()
+        self.allow()
+        self.directory_comes()
+        self.open_directory()
+        for name in ("log", "access"):
+            if (self.logs / name).is_dir():
+                (self.logs / name).rmdir()
+        for process in self.processes:
+            process.reopen()
+        self.reactor.pump([0.1] * 20)
+
+    def records(self) -> Counter:
+        """How often each record is somewhere, whole."""
+        text = self.disk.replaced + self.removed
+        for directory, _, names in os.walk(self.root):
+            text += [(Path(directory) / name).read_bytes() for name in names]
+        assert not any(b"\0" in some for some in text)
+        return Counter(
+            (name.decode(), int(number))
+            for some in text
+            for name, number in re.findall(rb"(?m)^<(\w+) (\d+) [^<>\n]*>\n", some)
+        )
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_every_record_is_in_some_file_or_counted_as_dropped(tmp_path, monkeypatch, new_reactor, part) -> None:
+    monkeypatch.setattr(lines, "_MOST_KEPT", 1000)
+    dropped = 0
+    for seed in range(part * SEQUENCES // 10, (part + 1) * SEQUENCES // 10):
+        disk = Disk()
+        monkeypatch.setattr(logfile, "os", disk)
+        world = World(tmp_path / str(seed), random.Random(seed), disk, new_reactor())
+        first = world.processes[0]  # one process hears of both
+        globalLogPublisher.addObserver(first.report)
+        try:
+            steps = world.happen()
+            world.recover()
+        finally:
+            globalLogPublisher.removeObserver(first.report)
+        kept = [bytes(output._kept) for process in world.processes for output in process.outputs]
+        assert not any(kept), (seed, steps)
+        for process in world.processes:
+            process.end()
+        found = world.records()
+        for process in world.processes:
+            for missing, counted in process.missing(found):
+                assert missing == counted, (seed, steps)
+                dropped += counted
+        assert set(found.values()) <= {1}, (seed, steps)
+        shutil.rmtree(world.root)
+    assert dropped > 0  # some of it is so hard
