@@ -56,17 +56,20 @@ _LAST_WORDS = 5.0
 # --- what tap uses too: from settings to what the host takes ---
 
 
-def make_live(in_force: settings.Settings, *, slot: int = 0, slots: int = 1) -> Live:
+def make_live(in_force: settings.Settings, *, slot: int = 0, slots: int = 1, beside: int = 0) -> Live:
     """What may change while the service runs, as the host takes it; of `slots` processes, this one's share.
 
-    The descriptor limit is each process's own. `max_connections` is divided evenly, `max_connections_per_peer` too, but
-    rounded up, since the kernel spreads a peer's connections by chance.
+    The descriptor limit is each process's own; `beside` descriptors of it are reserved for the status server.
+    `max_connections` is divided evenly, `max_connections_per_peer` too, but rounded up, since the kernel spreads a
+    peer's connections by chance.
     """
     descriptors = raise_descriptor_limit()
     total = in_force.max_connections
     return Live(
         limits=Limits(
-            max_connections=default_max_connections(descriptors) if total is None else share(total, slot, slots),
+            max_connections=(
+                default_max_connections(descriptors, beside) if total is None else share(total, slot, slots)
+            ),
             max_connections_per_peer=-(-in_force.max_connections_per_peer // slots),
             peer_prefix_v6=in_force.peer_prefix_v6,
             at_limit=in_force.at_limit,
@@ -186,7 +189,11 @@ class Worker(Protocol):
                 self._server.hurry()
             elif word == "rows" and self._server is not None:
                 rows = self._server.connections.rows(value["sort"], value["count"])
-                self._tell("rows", {"id": value["id"], "rows": rows})
+                rows.addCallback(self._tell_rows, value["id"])
+                rows.addErrback(lambda failure: self._log.failure("listing the connections failed", failure))
+
+    def _tell_rows(self, rows: list[list[Any]], number: int) -> None:
+        self._tell("rows", {"id": number, "rows": rows})
 
     def _tell(self, word: str, value: object = None) -> None:
         self.transport.write(encode(word, value))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import ssl
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from heapq import nlargest, nsmallest
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from itertools import chain
+from operator import itemgetter
 from time import monotonic
 from typing import Any, Literal
 
 from twisted.internet import error
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress, IHalfCloseableProtocol, IProtocol
 from twisted.internet.protocol import Protocol, connectionDone
-from twisted.internet.task import LoopingCall
+from twisted.internet.task import Cooperator, LoopingCall
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
@@ -42,6 +45,10 @@ _PEER_SHOWN = 64
 # Sweeps within an idle timeout, and how often that may be at the least and at the most, in seconds. A sweep of 10,000
 # connections takes about 1.5 ms.
 _SWEEPS, _SWEEP_LEAST, _SWEEP_MOST = 20, 0.05, 5.0
+
+# Connections that are looked through in one turn of the reactor to count or list them, which takes up to 2 ms, and
+# seconds until the next so many, so that this never takes more than about half of the process's time.
+SLICE, _SLICE_PAUSE = 1000, 0.002
 
 # Seconds between two log lines about the same kind of refusal.
 _REPORT_EVERY = 10.0
@@ -106,6 +113,13 @@ class Limits:
     proxy_from: tuple[IPv4Network | IPv6Network, ...] = ()
 
 
+def _count_phases(connections: Iterable[Any]) -> dict[str, int]:
+    count = dict.fromkeys(("proxy", "tls", "open", "closing"), 0)
+    for connection in connections:
+        count[connection.phase] += 1
+    return count
+
+
 # Takes what there is to say about a connection at its end: peer, listener, seconds, bytes in, bytes out, why.
 Record = Callable[[str, str, float, int, int, str], None]
 
@@ -137,11 +151,20 @@ class Connections:
         self._told: set[Any] = set()
         self._reported: dict[str, tuple[float, int]] = {}  # when a refusal was last logged, and how many there were
         self._sweeping = LoopingCall(self.sweep)
+        self._slices: Cooperator | None = None  # once there is a clock
+        self._counted: dict[str, int] = {}  # what a whole count came to
+        self._phases: dict[str, int] = {}
+        self._counting = False
+        self._await_count: list[Deferred[None]] = []
 
     def start(self, clock: Any) -> None:
         """Look for idle connections from now on, by this clock (an IReactorTime)."""
         self._seconds = clock.seconds
         self._sweeping.clock = clock
+        self._slices = Cooperator(
+            terminationPredicateFactory=lambda: lambda: True,  # one slice, whoever's it is
+            scheduler=lambda step: clock.callLater(_SLICE_PAUSE, step),
+        )
         self.apply(self.limits)
 
     def stop(self) -> None:
@@ -320,11 +343,14 @@ class Connections:
                     connection.end("idle")
 
     def phases(self) -> dict[str, int]:
-        """How many connections are in each phase."""
-        count = dict.fromkeys(("proxy", "tls", "open", "closing"), 0)
-        for connection in self.open:
-            count[connection.phase] += 1
-        return count
+        """How many connections are in each phase; of many, as `counters` counted last."""
+        if not self._are_many():
+            self._phases = _count_phases(self.open)
+            return dict(self._phases)
+        self._start_counting()
+        found = _count_phases(()) | self._phases
+        found["open"] = max(0, len(self.open) - sum(found.values()) + found["open"])
+        return found
 
     # --- what is counted: see `host.counters` ---
 
@@ -335,61 +361,136 @@ class Connections:
         return tally
 
     def counters(self) -> dict[str, int]:
-        """What was counted, connections that are open included."""
-        found = {"open": len(self.open), "ended": self.ended, "aborted": self.aborted}
+        """What was counted, connections that are open included.
+
+        More than `SLICE` open connections are counted over several turns of the reactor, so that their sums are those
+        of the last such count, and this call begins the next. See `refresh`.
+        """
+        if self._are_many():
+            self._start_counting()
+        else:
+            for _ in self._count():
+                pass
+        return self._counted | {"open": len(self.open), "ended": self.ended, "aborted": self.aborted}
+
+    def refresh(self) -> Deferred[None]:
+        """Fires when `counters` has counted what is open now, or was when a count began that is under way."""
+        if not self._are_many():
+            return succeed(None)
+        counted: Deferred[None] = Deferred()
+        self._await_count.append(counted)
+        self._start_counting()
+        return counted
+
+    def _are_many(self) -> bool:
+        return self._slices is not None and len(self.open) > SLICE
+
+    def _start_counting(self) -> None:
+        if not self._counting and self._slices is not None:
+            self._counting = True
+            self._slices.coiterate(self._count()).addErrback(self._failed_to_count).addBoth(self._has_counted)
+
+    def _failed_to_count(self, failure: Failure) -> None:
+        self._log.failure("counting the connections failed", failure)
+
+    def _has_counted(self, result: object) -> None:
+        self._counting = False
+        waiting, self._await_count = self._await_count, []
+        for counted in waiting:
+            counted.callback(None)
+
+    def _count(self) -> Iterator[None]:
+        """Count, a slice at each step.
+
+        The totals are those of the first step. A connection that ends after that is in none of them yet, and is counted
+        as open with the bytes that it came to: so no total falls from one count to the next.
+        """
+        found: dict[str, int] = {}
         for name, tally in self._tallies.items():
             found |= tally.counters(name)
         names = {tally: name for name, tally in self._tallies.items()}
         moved = {tally: [0, 0] for tally in names}
-        phases: dict[tuple[str, Tally], int] = {}
-        for connection, tally in self.open.items():
-            sums = moved[tally]
-            sums[0] += connection.bytes_in
-            sums[1] += connection.bytes_out
-            place = connection.phase, tally
-            phases[place] = phases.get(place, 0) + 1
+        phases: dict[Tally, dict[str, int]] = {tally: {} for tally in names}
+        # Two lists, since a list of many pairs would have the garbage collector look at every object.
+        opened, tallies = list(self.open), list(self.open.values())
+        for start in range(0, len(opened), SLICE):
+            for connection, tally in zip(opened[start : start + SLICE], tallies[start : start + SLICE], strict=True):
+                sums = moved[tally]
+                sums[0] += connection.bytes_in
+                sums[1] += connection.bytes_out
+                counts = phases[tally]
+                phase = connection.phase
+                counts[phase] = counts.get(phase, 0) + 1
+            yield
         for tally, (bytes_in, bytes_out) in moved.items():
             add(found, {f"in\t\t{names[tally]}": bytes_in, f"out\t\t{names[tally]}": bytes_out})
-        return found | {f"phase\t{phase}\t{names[tally]}": count for (phase, tally), count in phases.items()}
+        self._phases = {}
+        for tally, counts in phases.items():
+            found |= {f"phase\t{phase}\t{names[tally]}": count for phase, count in counts.items()}
+            add(self._phases, counts)
+        self._counted = found
 
-    def rows(self, sort: str, count: int) -> list[list[Any]]:
+    def rows(self, sort: str, count: int) -> Deferred[list[list[Any]]]:
         """The first `count` open connections in this order, as COLUMNS: `age`, or `-age` for the largest first.
 
-        Ages and idle times are in seconds; the latter is as exact as a sweep, and None where nothing is swept.
+        Ages and idle times are in seconds; the latter is as exact as a sweep, and None where nothing is swept. Many
+        connections are looked through over several turns of the reactor, as in `counters`.
         """
-        now, began = self._seconds(), monotonic()
-        names = {tally: name for name, tally in self._tallies.items()}
+        first: list[tuple[Any, Any]] = []
         key = _KEYS[sort.removeprefix("-")]
-
-        def idle(connection: Any) -> float | None:
-            if not self._sweeping.running:
-                return None
-            moved = connection.bytes_in + connection.bytes_out
-            return now - connection.still_since if connection.seen == moved else 0.0
 
         def ordered(connection: Any) -> Any:
             if key == "idle":
-                return idle(connection) or 0.0
+                return self._idle(connection) or 0.0
             if key == "listener":
                 return names[self.open[connection]]
             return peer_name(connection.getPeer()) if key == "peer" else getattr(connection, key)
 
         # A connection that was opened earlier is older.
         largest = sort.startswith("-") != (key == "opened")
-        chosen = (nlargest if largest else nsmallest)(count, self.open, key=ordered)
+        choose = nlargest if largest else nsmallest
+        names = {tally: name for name, tally in self._tallies.items()}
+
+        def look() -> Iterator[None]:
+            nonlocal first
+            found = list(self.open)
+            for start in range(0, len(found), SLICE):
+                more = (
+                    (ordered(connection), connection)
+                    for connection in found[start : start + SLICE]
+                    if connection in self.open  # still
+                )
+                first = choose(count, chain(first, more), key=itemgetter(0))
+                yield
+
+        def shown(result: object) -> list[list[Any]]:
+            there = [connection for _, connection in first if connection in self.open]
+            return [self._row(connection, names[self.open[connection]]) for connection in there]
+
+        if self._slices is not None and self._are_many():
+            return self._slices.coiterate(look()).addCallback(shown)
+        for _ in look():
+            pass
+        return succeed(shown(None))
+
+    def _row(self, connection: Any, listener: str) -> list[Any]:
+        still = self._idle(connection)
         return [
-            [
-                # What a row takes is bounded, also as JSON.
-                peer_name(connection.getPeer()).encode("ascii", "backslashreplace").decode()[:_PEER_SHOWN],
-                names[self.open[connection]],
-                connection.phase,
-                round(began - connection.opened, 3),
-                None if (still := idle(connection)) is None else round(still, 3),
-                connection.bytes_in,
-                connection.bytes_out,
-            ]
-            for connection in chosen
+            # What a row takes is bounded, also as JSON.
+            peer_name(connection.getPeer()).encode("ascii", "backslashreplace").decode()[:_PEER_SHOWN],
+            listener,
+            connection.phase,
+            round(monotonic() - connection.opened, 3),
+            None if still is None else round(still, 3),
+            connection.bytes_in,
+            connection.bytes_out,
         ]
+
+    def _idle(self, connection: Any) -> float | None:
+        if not self._sweeping.running:
+            return None
+        moved = connection.bytes_in + connection.bytes_out
+        return self._seconds() - connection.still_since if connection.seen == moved else 0.0
 
     # --- drain ---
 

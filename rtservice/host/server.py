@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
@@ -93,11 +93,24 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
-def default_max_connections(descriptors: int) -> int:
-    """How many connections a limit of descriptors allows, which can be unlimited (RLIM_INFINITY is -1)."""
+def _left_for_connections(descriptors: int) -> int:
+    return descriptors - min(_RESERVED_DESCRIPTORS, descriptors // 2)
+
+
+def default_max_connections(descriptors: int, beside: int = 0) -> int:
+    """How many connections a limit of descriptors allows, which can be unlimited (RLIM_INFINITY is -1).
+
+    `beside` descriptors are reserved for a Side, or half of all, where there are few.
+    """
     if descriptors == resource.RLIM_INFINITY:
         return 10_000_000
-    return max(1, descriptors - min(_RESERVED_DESCRIPTORS, descriptors // 2))
+    left = _left_for_connections(descriptors)
+    return max(1, left - min(beside, left // 2))
+
+
+def descriptors_for_side(descriptors: int) -> int | None:
+    """The most descriptors that a Side may use within a limit, as default_max_connections has it; None for any."""
+    return None if descriptors == resource.RLIM_INFINITY else _left_for_connections(descriptors) // 2
 
 
 class Server(Service):
@@ -407,7 +420,16 @@ class Server(Service):
 
     def rows(self, sort: str, count: int) -> Deferred[tuple[list[list[Any]], list[int]]]:
         """Connections as `Connections.rows` has them, each after its worker's number; and workers without an answer."""
-        return succeed(([[0, *row] for row in self.connections.rows(sort, count)], []))
+        return self.connections.rows(sort, count).addCallback(lambda rows: ([[0, *row] for row in rows], []))
+
+    def refresh(self) -> Deferred[None]:
+        """Have `overview` count all connections that are open now; fires when it has."""
+        return self.connections.refresh()
+
+    @property
+    def standing(self) -> str:
+        """One line on how it stands, which takes no look at each connection."""
+        return f"{self.state.value}: {len(self.connections.open)} connections"
 
     def _tick(self) -> None:
         if self._notifier.connected:

@@ -15,7 +15,7 @@ from math import isfinite
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ProcessDone, ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import LoopingCall
@@ -632,6 +632,15 @@ class Supervisor(Service):
         return f"{state}: {ready} of {len(self.slots)} workers ready, {count} connections open"
 
     @property
+    def standing(self) -> str:
+        """As in Server."""
+        return self.status
+
+    def refresh(self) -> Deferred[None]:
+        """As in Server; workers count by themselves."""
+        return succeed(None)
+
+    @property
     def ready(self) -> bool:
         """Whether it is a place to send clients to."""
         return self._serving and self._stopped is None and any(slot.ready for slot in self.slots)
@@ -678,10 +687,14 @@ class Supervisor(Service):
 
     def rows(self, sort: str, count: int) -> Deferred[tuple[list[list[Any]], list[int]]]:
         """Which connections are open, asked of every worker: see Server."""
-        asked = [worker for slot in self.slots for worker in slot.workers() if worker.phase is not Phase.STARTING]
+        there = [worker for slot in self.slots for worker in slot.workers() if worker.phase is not Phase.STARTING]
+        # A worker that is silent already is not waited for.
+        silent = [worker for worker in there if self.reactor.seconds() - worker.heard >= _SILENT]
+        asked = [worker for worker in there if worker not in silent]
         self._asked += 1
         question = self._questions[self._asked] = _Question(asked)
-        question.answer.addCallback(lambda found: (first_rows(found[0], sort, count), found[1]))
+        missing = [worker.slot.number for worker in silent]
+        question.answer.addCallback(lambda found: (first_rows(found[0], sort, count), found[1] + missing))
         question.deadline = self.reactor.callLater(_ANSWER, self._give, self._asked)
         for worker in asked:
             worker.tell("rows", {"id": self._asked, "sort": sort, "count": count})

@@ -41,6 +41,14 @@ from rtservice.net.stream import Port, escaped
 from rtservice.protocols.echo import EchoFactory
 
 
+def now(result: Deferred) -> Any:
+    """What a Deferred that has fired gives."""
+    found: list[Any] = []
+    result.addCallback(found.append)
+    [value] = found
+    return value
+
+
 @pytest.mark.parametrize(
     ("address", "name"),
     [
@@ -946,7 +954,7 @@ def test_connections_are_shown_in_the_order_that_is_asked_for(world) -> None:
     one.advance(5)  # a sweep has seen them
 
     def shown(sort: str, count: int = 10) -> list[Any]:
-        return [row[0] for row in one.connections.rows(sort, count)]
+        return [row[0] for row in now(one.connections.rows(sort, count))]
 
     first, second, third = "192.0.2.0:1", "192.0.2.1:1", "192.0.2.2:1"
     assert shown("bytes_in") == [third, first, second]
@@ -957,7 +965,7 @@ def test_connections_are_shown_in_the_order_that_is_asked_for(world) -> None:
     one.clients[3].sendall(b"y")
     one.advance(10)
     one.advance(5)
-    idle = {row[0]: row[COLUMNS.index("idle")] for row in one.connections.rows("-idle", 10)}
+    idle = {row[0]: row[COLUMNS.index("idle")] for row in now(one.connections.rows("-idle", 10))}
     assert list(idle)[-1] == second
     assert idle[first] == idle[third] > idle[second]
 
@@ -965,7 +973,7 @@ def test_connections_are_shown_in_the_order_that_is_asked_for(world) -> None:
 def test_without_an_idle_timeout_nobody_knows_who_is_idle(world) -> None:
     one = world()
     one.client()
-    [row] = one.connections.rows("idle", 10)
+    [row] = now(one.connections.rows("idle", 10))
     assert row[COLUMNS.index("idle")] is None
     assert first_rows([[1, *row], [0, *row]], "-idle", 5) == [[1, *row], [0, *row]]
 
@@ -982,6 +990,92 @@ class Stranger:
 def test_a_row_is_short_whatever_a_client_calls_itself(world) -> None:
     one = world()
     one.connections._add(Stranger(), "test")
-    [row] = one.connections.rows("age", 10)
+    [row] = now(one.connections.rows("age", 10))
     assert row[0].isascii()
     assert len(row[0]) == 64
+
+
+class Many:
+    """An open connection of many."""
+
+    phase = "open"
+    seen = -1
+
+    def __init__(self, number: int) -> None:
+        self.opened = self.bytes_in = number
+        self.bytes_out = 2 * number
+
+    def getPeer(self) -> IPv4Address:
+        return IPv4Address("TCP", "192.0.2.1", self.bytes_in)
+
+
+@pytest.fixture
+def many(monkeypatch) -> tuple[Connections, Clock, list[Many]]:
+    """A register with 95 connections, of which 10 are looked at in one turn of its clock."""
+    monkeypatch.setattr("rtservice.host.connections.SLICE", 10)
+    connections, clock = Connections(Logger(observer=lambda event: None), Limits(max_connections=1000)), Clock()
+    connections.start(clock)
+    opened = [Many(number) for number in range(1, 96)]
+    for one in opened:
+        connections._add(one, "test")
+    return connections, clock, opened
+
+
+def turns(clock: Clock, done: list[Any]) -> int:
+    """How many steps of work a clock had until something was done."""
+    count = 0
+    while not done:
+        count += 1
+        assert count < 1000
+        clock.advance(0.01)
+    return count
+
+
+def test_many_connections_are_listed_over_several_turns(many) -> None:
+    connections, clock, opened = many
+    found: list[Any] = []
+    connections.rows("-bytes_in", 20).addCallback(found.append)
+    clock.advance(0.01)
+    closed = opened[94]
+    del connections.open[closed]  # in the meantime
+    assert turns(clock, found) >= 9
+    assert [row[COLUMNS.index("bytes_in")] for row in found[0]] == list(range(94, 74, -1))
+
+
+def test_many_connections_are_counted_over_several_turns_and_no_total_falls(many) -> None:
+    connections, clock, opened = many
+    done: list[Any] = []
+    connections.refresh().addCallback(done.append)
+    clock.advance(0.01)
+    last = opened[94]
+    tally = connections.open.pop(last)  # which is closed before its turn
+    tally.ended("closed", "open", 1.0, last.bytes_in, last.bytes_out)
+    assert turns(clock, done) >= 9
+    found = connections.counters()
+    assert found["open"] == 94
+    assert found["phase\topen\ttest"] == 95
+    assert found["in\t\ttest"] == sum(range(1, 96))
+    del done[:]
+    clock.pump([0.01] * 20)  # counters() has begun another count
+    again = connections.counters()
+    assert again["phase\topen\ttest"] == 94
+    assert again["in\t\ttest"] == sum(range(1, 96))
+    assert connections.phases() == {"proxy": 0, "tls": 0, "open": 94, "closing": 0}
+
+
+def test_two_who_ask_for_a_count_share_it(many) -> None:
+    connections, clock, _ = many
+    first: list[Any] = []
+    second: list[Any] = []
+    connections.refresh().addCallback(first.append)
+    connections.refresh().addCallback(second.append)
+    steps = turns(clock, second)
+    assert first == second == [None]
+    assert steps <= 11
+
+
+def test_few_connections_are_counted_at_once(world) -> None:
+    one = world()
+    one.client(first=b"hello")
+    assert now(one.connections.refresh()) is None
+    assert one.connections.counters()["in\t\ttest"] == 5
