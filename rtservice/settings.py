@@ -210,12 +210,27 @@ def _parse_protocol_option(value: str) -> str:
     return _parse_text(value)
 
 
+_HOST_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1123, section 2.1, and the underscore of Docker
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_HOST_LABEL}(\.{_HOST_LABEL})*")
+
+
+def _parse_hosts(value: str) -> tuple[str, ...]:
+    hosts = []
+    for part in value.split(",") if value else ():
+        name = part.strip().removesuffix(".").lower()
+        if name != "*" and not _HOST.fullmatch(name):
+            raise SettingError(f"{part.strip()!r} is not a host name such as status.example.com, or *")
+        hosts.append(name)
+    return tuple(hosts)
+
+
 FLAG = Kind("true or false", _parse_flag, (bool,))
 TEXT = Kind("a string", _parse_text)
 NON_EMPTY = Kind("a string", _parse_non_empty)
 ESCAPED = Kind("a string", _parse_escaped)
 LEVELS = Kind("a string of levels, such as info,twisted=warn", _parse_levels)
 PROTOCOL_OPTION = Kind("a string such as max-message=5", _parse_protocol_option)
+HOSTS = Kind("a string of host names, such as status.example.com,web-1, or *", _parse_hosts)
 NETWORKS = Kind("a string of networks, such as 10.0.0.0/8,2001:db8::/32", _parse_networks)
 
 
@@ -401,6 +416,14 @@ class Settings:
         TEXT,
         "Where to serve the status page, `/status.json`, `/metrics`, `/healthz` and `/readyz` over HTTP, as `--listen` "
         "has it: `tcp:9090` is on loopback unless it has an `interface=`. Nowhere if empty.",
+    )
+    # A page of an attacker's, whose name resolves to our address by now, asks with that name (DNS rebinding).
+    status_host: tuple[str, ...] = _setting(
+        (),
+        HOSTS,
+        "Host names under which clients may ask `--status`, with commas between them, beside IP addresses, `localhost` "
+        "and the description's `interface=`; others get 421. `*`: any. On UNIX sockets nothing is checked.",
+        takes="reload",
     )
     greeting: bytes = _setting(
         b"Hello from the server!",

@@ -11,6 +11,7 @@ from rtservice import settings
 from rtservice.settings import (
     ESCAPED,
     FLAG,
+    HOSTS,
     LEVELS,
     NETWORKS,
     Loaded,
@@ -84,6 +85,30 @@ def test_a_word_may_stand_beside_numbers() -> None:
     assert kind.parse("9") == 9
     with pytest.raises(SettingError, match="'Auto' is not auto or a whole number from 1 to 9"):
         kind.parse("Auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("", ()),
+        ("status.example.com", ("status.example.com",)),
+        ("Web-1, rt_service.,xn--bcher-kva.example", ("web-1", "rt_service", "xn--bcher-kva.example")),
+        ("*", ("*",)),
+        ("127.0.0.1", ("127.0.0.1",)),
+    ],
+)
+def test_hosts_are_names_in_lower_case(text: str, hosts: tuple[str, ...]) -> None:
+    assert HOSTS.parse(text) == hosts
+    assert HOSTS.parse(as_text(hosts)) == hosts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [",", "a,", "a b", "a:80", "http://a", "[::1]", "*.example.com", "-a", "a..b", "b\xfccher.example", "a" * 64],
+)
+def test_what_is_no_host_name_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match="is not a host name such as"):
+        HOSTS.parse(text)
 
 
 @pytest.mark.parametrize(

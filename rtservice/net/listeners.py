@@ -275,6 +275,15 @@ def check_description(
     wanted.check()
 
 
+def interface_of(description: str) -> str:
+    """The interface in a description whose type is in `TYPES`, as it stands there; empty without one."""
+    kind, positional, keywords = split_description(description)
+    while positional and positional[0] in TYPES:  # `proxy:` and `ssl:` before another
+        kind, *positional = positional
+    names = _ARGUMENTS.get(kind, ())
+    return {**dict(zip(names, positional, strict=False)), **keywords}.get("interface", "")
+
+
 _PROXY = ("proxy", "haproxy")
 
 # By position or keyword, as Twisted has them.

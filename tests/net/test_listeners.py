@@ -19,6 +19,7 @@ from rtservice.net.listeners import (
     ListenError,
     check_description,
     check_port,
+    interface_of,
     open_description,
     open_port,
     split_description,
@@ -50,6 +51,24 @@ def opened():
     yield open_all
     for listener in listeners:
         listener.close()
+
+
+@pytest.mark.parametrize(
+    ("description", "interface"),
+    [
+        ("9090", ""),
+        ("tcp:9090", ""),
+        ("tcp:9090:interface=web-1", "web-1"),
+        ("tcp:9090:web-1", "web-1"),
+        (r"tcp6:9090:interface=\:\:1", "::1"),
+        ("ssl:9090:privateKey=k:certKey=c:interface=web-1", "web-1"),
+        ("ssl:tcp:9090:web-1:privateKey=k:certKey=c", "web-1"),
+        ("unix:/run/status", ""),
+        ("systemd:name=status", ""),
+    ],
+)
+def test_the_interface_of_a_description_is_what_it_says(description: str, interface: str) -> None:
+    assert interface_of(description) == interface
 
 
 @pytest.mark.parametrize(
