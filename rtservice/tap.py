@@ -22,7 +22,7 @@ from rtservice.host import systemd
 from rtservice.host.certificates import renewed
 from rtservice.host.connections import COLUMNS
 from rtservice.host.counters import DURATIONS, LAGS
-from rtservice.host.server import Server, raise_descriptor_limit
+from rtservice.host.server import Server, descriptors_for_side, raise_descriptor_limit
 from rtservice.host.side import Side
 from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
@@ -36,8 +36,8 @@ from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
 
 _Found = TypeVar("_Found")
 
-# A listener of --status has a hundred clients at the most.
-_STATUS_BACKLOG = 100
+# Of a listener of --status, whose clients wait for a fraction of a second when there are many.
+_STATUS_BACKLOG = 1024
 
 
 def _help(setting: settings.Setting) -> str:
@@ -186,13 +186,13 @@ def makeService(options: Options) -> Server | Supervisor:
             _check(options.loaded, resolve_path, slots)
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
-        raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
+        descriptors = raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
         outputs = _Outputs(options.loaded, twistd, resolve_path, log)
         opened, endpoints, status = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
     except SettingError as error:
         raise SystemExit(f"rtservice: {error}") from None
     start = _Start(twistd)
-    side = Side(log, status)
+    side = Side(log, status, descriptors_for_side(descriptors))
     service: Server | Supervisor
     if slots > 1:
         service = _serve_with_workers(options, opened, log, notifier, start, outputs, side)
@@ -214,14 +214,14 @@ def _serve_here(
     side: Side,
     leave: _Leave,
 ) -> Server:
-    reload = _Reload(options, log)
+    reload = _Reload(options, log, side)
     server = _Server(
         factory,
         side=side,
         dropped=outputs.dropped,
         listeners=opened,
         endpoints=endpoints,
-        live=worker.make_live(options.settings()),
+        live=worker.make_live(options.settings(), beside=side.descriptors),
         log=log,
         notifier=notifier,
         listen_setting=options.loaded.where("listen"),
@@ -279,20 +279,24 @@ def _interpreter_flags() -> list[str]:
 def _serve_status(side: Side, service: Server | Supervisor, in_force: _Settings) -> None:
     """Have the site of --status, if there is one, show this service."""
     if side:
+        from twisted.internet import reactor
+
         from rtservice.observe.figures import Source
         from rtservice.observe.site import make_site
 
         source = Source(
             version=__version__,
-            standing=lambda: (service.ready, service.status),
+            standing=lambda: (service.ready, service.standing),
             overview=service.overview,
             rows=service.rows,
             settings=in_force.shown,
+            refresh=service.refresh,
+            hosts=in_force.status_hosts,
             columns=COLUMNS,
             durations=DURATIONS,
             lags=LAGS,
         )
-        side.factory = make_site(source)
+        side.factory = make_site(source, reactor)
 
 
 def _slots(in_force: settings.Settings) -> int:
@@ -410,6 +414,11 @@ class _Settings:
         """Each setting in force, as a user would write it."""
         return {one.name: printable(settings.as_text(getattr(self._in_force, one.field))) for one in settings.schema()}
 
+    def status_hosts(self) -> frozenset[str]:
+        """The host names that clients of the status server may name, in lower case."""
+        interface = listeners.interface_of(self._in_force.status).lower()
+        return frozenset((*self._in_force.status_host, interface.removesuffix("."))) - {""}
+
     def _wanted(self) -> Loaded:
         """What the file says now; raises SettingError."""
         return self._options.reloaded()
@@ -430,6 +439,10 @@ class _Settings:
 class _Reload(_Settings):
     """What SIGHUP does: everything that changed and can change while the service runs, or nothing at all."""
 
+    def __init__(self, options: Options, log: Log, side: Side) -> None:
+        super().__init__(options, log)
+        self._side = side
+
     def __call__(self, server: Server) -> None:
         try:
             loaded = self._wanted()
@@ -441,7 +454,7 @@ class _Reload(_Settings):
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return
         adopt_certificates()
-        server.apply(worker.make_live(wanted))
+        server.apply(worker.make_live(wanted, beside=self._side.descriptors))
         self._reloaded(wanted)
 
 

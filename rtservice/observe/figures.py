@@ -19,7 +19,9 @@ class Source:
     `standing` gives whether the service is a place to send clients to, and one line on how it stands; `overview` gives
     all of that. `rows` takes one of `columns`, with `-` before it for the largest first, and a number of connections;
     it gives those, each after the number of its worker, and workers that did not answer. `settings` gives those in
-    force. `durations` and `lags` are the upper bounds of buckets, in seconds.
+    force. `durations` and `lags` are the upper bounds of buckets, in seconds. `refresh` has `overview` count anew what
+    takes more than one turn of the reactor to count, and fires when it has. `hosts` gives the host names, in lower
+    case, that requests may name beside localhost and IP addresses; `*` among them is any.
     """
 
     version: str
@@ -27,6 +29,8 @@ class Source:
     overview: Callable[[], dict[str, Any]]
     rows: Callable[[str, int], Deferred[tuple[list[list[Any]], list[int]]]]
     settings: Callable[[], dict[str, str]]
+    refresh: Callable[[], Deferred[None]]
+    hosts: Callable[[], frozenset[str]]
     columns: tuple[str, ...]
     durations: tuple[float, ...]
     lags: tuple[float, ...]

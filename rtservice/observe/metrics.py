@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from rtservice.observe.figures import Source
@@ -24,13 +26,62 @@ from rtservice.observe.figures import Source
 _VERSIONS = {"python": platform.python_version(), "twisted": version("twisted")}
 _STATES = ("starting", "serving", "draining", "stopped")
 
+# RFC 9110, section 12.4.2.
+_QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
-def exposition(source: Source, accept: str) -> tuple[bytes, str]:
-    """What a scrape that accepts these types is answered, and its type."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Figures(source))
-    encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
+
+@dataclass(frozen=True)
+class Format:
+    """A text format of metrics: its media type, how a registry is encoded, and what ends all of it."""
+
+    content_type: str
+    _encode: Callable[[Any], bytes]
+    end: bytes = b""
+
+    def encode(self, family: Metric) -> bytes:
+        """One family of metrics, without the end."""
+        return self._encode(_Family(family)).removesuffix(self.end)
+
+
+class _Family:
+    """A registry of one family, which is all that encoders ask."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterable[Metric]:
+        return (self._family,)
+
+
+TEXT = Format("text/plain; version=0.0.4; charset=utf-8", generate_latest)
+OPEN_METRICS = Format(
+    "application/openmetrics-text; version=1.0.0; charset=utf-8", openmetrics.generate_latest, b"# EOF\n"
+)
+
+
+def choose_format(accept: bytes) -> Format:
+    """The format for a client that accepts these types (RFC 9110, section 12.5.1).
+
+    What is malformed or unknown in them is passed over, and text is what everybody gets who does not prefer
+    OpenMetrics 1.0.0. prometheus_client has a `choose_encoder`, which raises for a version that is none.
+    """
+    text = open_metrics = 0.0
+    for accepted in accept.decode("latin-1").lower().split(","):
+        media_type, *parameters = (part.strip() for part in accepted.split(";"))
+        given = dict(part.partition("=")[::2] for part in parameters)
+        if not _QUALITY.fullmatch(given.get("q", "1")):
+            continue
+        quality = float(given.get("q", "1"))
+        if media_type == "application/openmetrics-text" and given.get("version", "1.0.0").strip('"') == "1.0.0":
+            open_metrics = max(open_metrics, quality)
+        elif media_type == "text/plain":
+            text = max(text, quality)
+    return OPEN_METRICS if open_metrics and open_metrics >= text else TEXT
+
+
+def families(source: Source) -> Iterator[Metric]:
+    """One look at the service, as families of metrics, each of which can be encoded by itself."""
+    return iter(_Figures(source).collect())
 
 
 class _Figures(Collector):
@@ -41,9 +92,6 @@ class _Figures(Collector):
 
     def __init__(self, source: Source) -> None:
         self._source = source
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
 
     def collect(self) -> Iterator[Metric]:
         figures = self._source.figures()

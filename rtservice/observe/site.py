@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.resources import files
-from typing import Any
+from traceback import extract_tb
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web import http
 
+from rtservice.observe.channel import Channel, Turns
 from rtservice.observe.figures import Source
+from rtservice.observe.renderings import Renderings, Slices
+from rtservice.observe.target import BadRequestError, is_served, read_target
 
 _log = Logger()
 
-# The most connections that are looked through for one answer. A worker's fit into one message of its.
+# Connections that can be shown in each order. A worker's fit into one of its messages.
 _MOST_ROWS = 500
 
+# Seconds between two log lines about answers that failed: what a client can cause must not fill the log.
+_REPORT_EVERY = 10.0
+
 _TEXT, _JSON = "text/plain; charset=utf-8", "application/json"
+
+_ALLOW = "GET, HEAD, OPTIONS"
 
 _PAGE = {
     b"/": ("index.html", "text/html; charset=utf-8"),
@@ -37,78 +49,155 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-_TOO_LARGE = b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-
 _NO_METRICS = "there are no metrics without prometheus_client: pip install 'rtservice[metrics]'"
 
 
-def make_site(source: Source) -> http.HTTPFactory:
-    """A factory that serves what `source` gives."""
+def make_site(source: Source, clock: Any) -> Site:
+    """A factory that serves what `source` gives; `clock` is an IReactorTime."""
     try:
         from rtservice.observe import metrics
     except ImportError:
         _log.warn("{problem}", problem=_NO_METRICS)
-        exposition = None
-    else:
-        exposition = metrics.exposition
-    return _Site(source, exposition)
+        return Site(source, clock, None)
+    return Site(source, clock, metrics)
 
 
-class _Site(http.HTTPFactory):
+class _Status(NamedTuple):
+    """What all answers of /status.json with one order have in common, as JSON; `figures` lacks its closing brace."""
+
+    figures: str
+    rows: list[str]
+    missing: list[int]
+
+
+class Site(Factory):
+    """Makes a Channel for each connection, and keeps what answers have in common."""
+
     noisy = False
 
-    def __init__(self, source: Source, exposition: Any) -> None:
-        # Its transports have deadlines; Twisted's would be a line in the log for each client that keeps its connection.
-        super().__init__(timeout=None)  # type: ignore[arg-type]  # documented as such
+    def __init__(self, source: Source, clock: Any, metrics: Any) -> None:
         self.source = source
-        self.exposition = exposition
+        self.clock = clock
+        self.metrics = metrics
+        self.turns = Turns(clock)
         page = files("rtservice.observe").joinpath("page")
         self.pages = {path: (page.joinpath(name).read_bytes(), kind) for path, (name, kind) in _PAGE.items()}
+        # Apart, since the latter may have to wait for a worker.
+        self._expositions = Renderings(clock, self.report)
+        self._statuses = Renderings(clock, self.report)
+        self._reported: float | None = None
+        self._unreported = 0
 
-    def buildProtocol(self, addr: Any) -> Any:
-        channel: Any = super().buildProtocol(addr)
-        channel.requestFactory = _Request
+    def buildProtocol(self, addr: Any) -> Channel:
+        channel = Channel(_Request)
+        channel.factory = self
         return channel
 
     def log(self, request: Any) -> None:
-        """Whoever asks each second is not to be a line each second."""
+        """Called by Twisted for each request; clients that ask each second must not fill the log."""
+
+    def report(self, problem: BaseException | None) -> None:
+        """Log that an answer failed: one line, without a traceback, and not more often than each `_REPORT_EVERY`."""
+        now = self.clock.seconds()
+        if self._reported is not None and 0 <= now - self._reported < _REPORT_EVERY:
+            self._unreported += 1
+            return
+        unreported, self._reported, self._unreported = self._unreported, now, 0
+        frames = extract_tb(getattr(problem, "__traceback__", None))
+        where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        _log.error(
+            "status: an answer failed: {problem}{where}{more}",
+            problem=f"{problem!a:.200}",
+            where=where,
+            more=f" ({unreported} more since the last such line)" if unreported else "",
+        )
+
+    def exposition(self, kind: Any) -> Deferred[bytes | None]:
+        """The metrics in this format of metrics.Format; None when they could not be made."""
+
+        async def make() -> bytes:
+            await self.source.refresh()
+            slices = Slices(self.clock)
+            families: list[bytes] = []
+            for family in self.metrics.families(self.source):
+                families.append(kind.encode(family))
+                await slices.pause()
+            return b"".join((*families, kind.end))
+
+        return self._expositions.get(kind, make)
+
+    def status(self, sort: str | None) -> Deferred[_Status | None]:
+        """How the service stands, with the first connections in this order, or with none."""
+
+        async def make() -> _Status:
+            rows, missing = ([], []) if sort is None else await self.source.rows(sort, _MOST_ROWS)
+            columns = ("worker", *self.source.columns)
+            slices = Slices(self.clock)
+            encoded = []
+            for row in rows:
+                encoded.append(json.dumps(dict(zip(columns, row, strict=True))))
+                await slices.pause()
+            await self.source.refresh()
+            figures = json.dumps({**self.source.figures(), "settings": self.source.settings()})
+            return _Status(figures.removesuffix("}"), encoded, missing)
+
+        return self._statuses.get(sort, make)
 
 
 class _Request(http.Request):
     """One request and its answer."""
 
     channel: Any
-    _refused = False
 
-    def gotLength(self, length: int | None) -> None:
-        super().gotLength(0)
-        if length != 0:  # None: as long as it likes
-            self._refused = True
-            # It cannot be answered as others are: that takes all of the request.
-            self.channel.transport.write(_TOO_LARGE)
-            self.channel.loseConnection()
+    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
+        """Called by the channel with the request line. Twisted would parse queries and forms that nobody reads."""
+        self.method, self.uri, self.clientproto = command, path, version
+        self.process()
 
     def process(self) -> None:
-        if self._refused:
+        site: Site = self.channel.factory
+        hosts = list(self.requestHeaders.getRawHeaders(b"Host", []))
+        try:
+            target = read_target(self.method, self.uri, self.clientproto, hosts)
+        except BadRequestError as problem:
+            self._close_after()
+            self._answer(400, str(problem))
             return
-        if self.method not in (b"GET", b"HEAD"):
-            self.setHeader("Allow", "GET, HEAD")
+        # Clients of a UNIX socket are no browsers that could be led there by a name.
+        if target.host is not None and self._is_network() and not is_served(target.host, site.source.hosts()):
+            self._answer(421, "this host is not served here: an IP address, localhost and what --status-host names are")
+            return
+        if self.method == b"OPTIONS":
+            self.setHeader("Allow", _ALLOW)
+            self._answer(204, b"")
+        elif self.method in (b"GET", b"HEAD"):
+            self._get(site, target.path, target.query)
+        else:
+            self.setHeader("Allow", _ALLOW)
             self._answer(405, "nothing can be changed here")
-            return
-        site: _Site = self.channel.factory
-        answers = {
+
+    def _get(self, site: Site, path: bytes, query: bytes) -> None:
+        answers: dict[bytes, Callable[[Site, bytes], None]] = {
             b"/healthz": self._health,
             b"/readyz": self._ready,
             b"/metrics": self._metrics,
             b"/status.json": self._status,
         }
-        if self.path in site.pages:
-            body, kind = site.pages[self.path]
+        if path in site.pages:
+            body, kind = site.pages[path]
             self._answer(200, body, kind)
-        elif self.path in answers:
-            answers[self.path](site)
+        elif path in answers:
+            answers[path](site, query)
         else:
             self._answer(404, f"there is /, {', '.join(path.decode() for path in answers)}")
+
+    def _is_network(self) -> bool:
+        return hasattr(self.getHost(), "host")
+
+    def _close_after(self) -> None:
+        """Close the connection after this answer: where the next request begins may be as wrong as this one."""
+        self.setHeader("Connection", "close")
+        self.channel.persistent = False
 
     def _answer(self, code: int, body: str | bytes, kind: str = _TEXT) -> None:
         if isinstance(body, str):
@@ -117,76 +206,81 @@ class _Request(http.Request):
         for name, value in _HEADERS.items():
             self.setHeader(name, value)
         self.setHeader("Date", http.datetimeToString())
-        self.setHeader("Content-Type", kind)
-        self.setHeader("Content-Length", str(len(body)))
+        if code != 204:
+            self.setHeader("Content-Type", kind)
+            self.setHeader("Content-Length", str(len(body)))
         self.write(body)
         self.finish()
 
-    def _health(self, site: _Site) -> None:
+    def _answer_later(self, result: Deferred[Any], answer: Callable[[Any], None]) -> None:
+        """Call `answer` with the result, once it is there; None is a failure that has been reported."""
+
+        def give(result: Any) -> None:
+            if self.channel is None:  # the client has left in the meantime
+                return
+            if result is None:
+                self._answer(500, "it failed, and the log says why")
+            else:
+                answer(result)
+
+        def failed(failure: Failure) -> None:
+            if self.channel is not None:
+                self.channel.failed(failure.value)
+
+        result.addCallback(give).addErrback(failed)
+
+    def _health(self, site: Site, query: bytes) -> None:
         self._answer(200, "alive")
 
-    def _ready(self, site: _Site) -> None:
+    def _ready(self, site: Site, query: bytes) -> None:
         ready, status = site.source.standing()
         self._answer(200 if ready else 503, status)
 
-    def _metrics(self, site: _Site) -> None:
-        if site.exposition is None:
+    def _metrics(self, site: Site, query: bytes) -> None:
+        if site.metrics is None:
             self._answer(501, _NO_METRICS)
-        else:
-            self._answer(200, *site.exposition(site.source, self.getHeader("Accept") or ""))
+            return
+        kind = site.metrics.choose_format(b",".join(self.requestHeaders.getRawHeaders(b"Accept", [])))
+        self._answer_later(site.exposition(kind), lambda body: self._answer(200, body, kind.content_type))
 
-    def _status(self, site: _Site) -> None:
+    def _status(self, site: Site, query: bytes) -> None:
         try:
-            sort, offset, limit = self._order(site.source.columns)
+            sort, offset, limit = _order(query, site.source.columns)
         except ValueError as problem:
             self._answer(400, str(problem))
             return
-        if not limit:
-            self._status_with(site, sort, offset, limit, ([], []))
-            return
-        asked = site.source.rows(sort, offset + limit)
-        asked.addCallback(lambda found: self._status_with(site, sort, offset, limit, found))
-        asked.addErrback(self._failed)
 
-    def _order(self, columns: tuple[str, ...]) -> tuple[str, int, int]:
-        """What the query asks for; raises ValueError."""
-        given = parse_qs(self.uri.partition(b"?")[2].decode("ascii", "replace"), max_num_fields=10)
-        if unknown := given.keys() - {"sort", "offset", "limit"}:
-            raise ValueError(f"{min(unknown)!a} is none of sort, offset, limit")
-        sort = given.get("sort", ["-age"])[0]
-        if sort.removeprefix("-") not in columns:
-            raise ValueError(f"sort {sort!a} is none of {', '.join(columns)}, or one with - before it")
-        numbers = []
-        for name, default in (("offset", "0"), ("limit", "100")):
-            text = given.get(name, [default])[0]
-            if not (text.isascii() and text.isdigit() and len(text) < 10):
-                raise ValueError(f"{name} {text!a} is not a whole number")
-            numbers.append(int(text))
-        offset, limit = numbers
-        if offset + limit > _MOST_ROWS:
-            raise ValueError(f"offset and limit are together {offset + limit}, more than {_MOST_ROWS}: sort otherwise")
-        return sort, offset, limit
+        def answer(status: _Status) -> None:
+            connections = {
+                "sort": sort,
+                "offset": offset,
+                "limit": limit,
+                "most": _MOST_ROWS,
+                "missing": status.missing,
+            }
+            # Each client may ask for other rows: to encode 500 of them each time would take 1.5 ms.
+            rows = ", ".join(status.rows[offset : offset + limit])
+            found = f'{json.dumps(connections).removesuffix("}")}, "rows": [{rows}]}}'
+            self._answer(200, f'{status.figures}, "connections": {found}}}'.encode(), _JSON)
 
-    def _status_with(
-        self, site: _Site, sort: str, offset: int, limit: int, found: tuple[list[list[Any]], list[int]]
-    ) -> None:
-        if self._disconnected:  # in the meantime
-            return
-        rows, missing = found
-        source = site.source
-        columns = ("worker", *source.columns)
-        connections = {
-            "sort": sort,
-            "offset": offset,
-            "limit": limit,
-            "most": _MOST_ROWS,
-            "missing": missing,
-            "rows": [dict(zip(columns, row, strict=True)) for row in rows[offset : offset + limit]],
-        }
-        status = {**source.figures(), "settings": source.settings(), "connections": connections}
-        self._answer(200, json.dumps(status).encode(), _JSON)
+        self._answer_later(site.status(sort if limit else None), answer)
 
-    def _failed(self, failure: Failure) -> None:
-        _log.failure("/status.json failed", failure)
-        if not self._disconnected:
-            self._answer(500, "it failed, and the log says why")
+
+def _order(query: bytes, columns: tuple[str, ...]) -> tuple[str, int, int]:
+    """The order, the offset and the limit that a query asks for; raises ValueError."""
+    given = parse_qs(query.decode("ascii", "replace"), max_num_fields=10)
+    if unknown := given.keys() - {"sort", "offset", "limit"}:
+        raise ValueError(f"{min(unknown)!a} is none of sort, offset, limit")
+    sort = given.get("sort", ["-age"])[0]
+    if sort.removeprefix("-") not in columns:
+        raise ValueError(f"sort {sort!a} is none of {', '.join(columns)}, or one with - before it")
+    numbers = []
+    for name, default in (("offset", "0"), ("limit", "100")):
+        text = given.get(name, [default])[0]
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise ValueError(f"{name} {text!a} is not a whole number")
+        numbers.append(int(text))
+    offset, limit = numbers
+    if offset + limit > _MOST_ROWS:
+        raise ValueError(f"offset and limit are together {offset + limit}, more than {_MOST_ROWS}: sort otherwise")
+    return sort, offset, limit

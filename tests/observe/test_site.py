@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
+from twisted.logger import Logger, formatEvent
 
 import rtservice.observe
 from rtservice.host.connections import COLUMNS
@@ -54,6 +57,7 @@ class Service:
 
     def __init__(self) -> None:
         self.ready = True
+        self.hosts: list[str] = []
         self.asked: list[tuple[str, int]] = []
         self.answer: Deferred = succeed(([ROW, [1, *ROW[1:]]], [2]))
 
@@ -84,6 +88,8 @@ class Service:
             overview=self.overview,
             rows=self.rows,
             settings=lambda: {"port": "8080"},
+            refresh=lambda: succeed(None),
+            hosts=lambda: frozenset(self.hosts),
             columns=COLUMNS,
             durations=DURATIONS,
             lags=LAGS,
@@ -95,12 +101,17 @@ def one() -> Service:
     return Service()
 
 
-def ask(service: Service, request: str, site: Any = None) -> tuple[int, dict[str, str], str]:
+def ask(
+    service: Service, request: str, site: Any = None, transport: StringTransport | None = None
+) -> tuple[int, dict[str, str], str]:
     """The status, the headers and the body of an answer."""
-    channel = (site or make_site(service.source())).buildProtocol(None)
-    transport = StringTransport()
+    site = site or make_site(service.source(), Clock())
+    channel = site.buildProtocol(None)
+    transport = transport or StringTransport()
     channel.makeConnection(transport)
-    channel.dataReceived(request.encode())
+    channel.dataReceived(request.encode("latin-1"))
+    for _ in range(100):  # on a busy machine it may take several turns of the reactor
+        site.clock.advance(0)
     head, _, body = transport.value().decode().partition("\r\n\r\n")
     status, *lines = head.split("\r\n")
     return (
@@ -111,7 +122,7 @@ def ask(service: Service, request: str, site: Any = None) -> tuple[int, dict[str
 
 
 def get(service: Service, path: str, site: Any = None) -> tuple[int, dict[str, str], str]:
-    return ask(service, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n", site)
+    return ask(service, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n", site)
 
 
 def test_health_is_for_the_process_and_readiness_for_the_service(one: Service) -> None:
@@ -145,20 +156,20 @@ def test_the_page_has_no_script_and_no_style_of_its_own(one: Service) -> None:
         assert way not in script
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "BREW"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "CONNECT", "PATCH", "BREW"])
 def test_nothing_can_be_changed(one: Service, method: str) -> None:
-    status, headers, _ = ask(one, f"{method} / HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert (status, headers["allow"]) == (405, "GET, HEAD")
+    status, headers, _ = ask(one, f"{method} / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert (status, headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 @pytest.mark.parametrize("header", ["Content-Length: 9", "Content-Length: 999999999999", "Transfer-Encoding: chunked"])
 def test_a_body_is_refused_before_it_comes(one: Service, header: str) -> None:
-    status, headers, _ = ask(one, f"GET / HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n9\r\nxxxx")
+    status, headers, _ = ask(one, f"GET / HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n9\r\nxxxx")
     assert (status, headers["connection"]) == (413, "close")
 
 
 def test_head_is_get_without_the_body(one: Service) -> None:
-    status, headers, body = ask(one, "HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    status, headers, body = ask(one, "HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (status, headers["content-length"], body) == (200, "6", "")
 
 
@@ -173,7 +184,7 @@ def test_the_status_is_the_snapshot_with_a_page_of_connections(one: Service) -> 
     status, headers, body = get(one, "/status.json?sort=bytes_in&offset=1&limit=10")
     assert (status, headers["content-type"]) == (200, "application/json")
     found = json.loads(body)
-    assert one.asked == [("bytes_in", 11)]
+    assert one.asked == [("bytes_in", 500)]
     assert found["connections"]["rows"] == [
         {
             "worker": 1,
@@ -225,9 +236,9 @@ def test_a_client_that_left_before_the_answer_harms_nobody(one: Service) -> None
     from twisted.python.failure import Failure
 
     one.answer = Deferred()
-    channel = make_site(one.source()).buildProtocol(None)
+    channel = make_site(one.source(), Clock()).buildProtocol(None)
     channel.makeConnection(StringTransport())
-    channel.dataReceived(b"GET /status.json HTTP/1.1\r\nHost: x\r\n\r\n")
+    channel.dataReceived(b"GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
     channel.connectionLost(Failure(ConnectionDone()))
     one.answer.callback(([ROW], []))
 
@@ -289,7 +300,7 @@ def test_a_counter_that_is_none_harms_no_other(one: Service, monkeypatch, name: 
 
 def test_open_metrics_is_spoken_to_who_accepts_it(one: Service) -> None:
     accept = "Accept: application/openmetrics-text; version=1.0.0"
-    _, headers, body = ask(one, f"GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}\r\n\r\n")
+    _, headers, body = ask(one, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{accept}\r\n\r\n")
     assert headers["content-type"].startswith("application/openmetrics-text")
     assert body.endswith("# EOF\n")
 
@@ -301,11 +312,148 @@ def test_promtool_has_nothing_to_say_of_the_metrics(one: Service) -> None:
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize(
+    ("accept", "open_metrics"),
+    [
+        ("application/openmetrics-text; version=1.0.0", True),
+        ("Application/OpenMetrics-Text", True),
+        ('application/openmetrics-text;version="1.0.0";charset=utf-8', True),
+        # Prometheus 2 and 3.
+        (
+            "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,"
+            "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+            True,
+        ),
+        ("application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=1.0.0;q=0.4", True),
+        ("text/plain;version=0.0.4;q=0.9,application/openmetrics-text;version=1.0.0;q=0.5", False),
+        ("application/openmetrics-text;q=0", False),
+        ("application/openmetrics-text; version=x", False),
+        ("application/openmetrics-text; version=", False),
+        ("application/openmetrics-text; version=999999999999999999.9", False),
+        ("application/openmetrics-text; version=0.0.1", False),
+        ("application/openmetrics-text; version=1.0.0; q=x", False),
+        ("application/openmetrics-text;q=inf", False),
+        ("\xff", False),
+        (";;;,,,===;q=,", False),
+        ("*/*", False),
+        ("", False),
+    ],
+)
+def test_any_accept_header_gets_one_of_two_formats(one: Service, accept: str, open_metrics: bool) -> None:
+    status, headers, body = ask(one, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n\r\n")
+    assert status == 200
+    assert headers["content-type"].startswith("application/openmetrics-text") is open_metrics
+    assert body.endswith("# EOF\n") is open_metrics
+
+
+def test_several_accept_headers_are_one(one: Service) -> None:
+    accept = "Accept: text/plain;q=0.1\r\nAccept: application/openmetrics-text"
+    _, headers, _ = ask(one, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{accept}\r\n\r\n")
+    assert headers["content-type"].startswith("application/openmetrics-text")
+
+
+# --- who may ask ---
+
+
+def test_a_host_that_is_not_ours_is_misdirected_and_told_what_to_configure(one: Service) -> None:
+    for path in ("/", "/healthz", "/status.json", "/nothing"):
+        status, _, body = ask(one, f"GET {path} HTTP/1.1\r\nHost: attacker.example:9090\r\n\r\n")
+        assert status == 421
+        assert "--status-host" in body
+    assert one.asked == []
+    one.hosts = ["attacker.example"]  # as a reload may have it
+    assert ask(one, "GET /healthz HTTP/1.1\r\nHost: Attacker.Example:9090\r\n\r\n")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("request_head", "code"),
+    [
+        ("GET /healthz HTTP/1.1\r\n", 400),
+        ("GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n", 400),
+        ("GET /healthz HTTP/1.0\r\n", 200),
+        ("GET http://localhost:9090/healthz HTTP/1.1\r\nHost: attacker.example\r\n", 200),
+        ("GET http://attacker.example/healthz HTTP/1.1\r\nHost: localhost\r\n", 421),
+        ("GET http://localhost:9090/healthz HTTP/1.1\r\n", 400),
+    ],
+)
+def test_a_request_has_one_host_and_that_of_an_absolute_target_counts(
+    one: Service, request_head: str, code: int
+) -> None:
+    assert ask(one, f"{request_head}\r\n")[0] == code
+
+
+def test_after_a_wrong_host_header_the_connection_is_closed(one: Service) -> None:
+    transport = StringTransport()
+    status, headers, _ = ask(one, "GET / HTTP/1.1\r\n\r\n", transport=transport)
+    assert (status, headers["connection"]) == (400, "close")
+    assert transport.disconnecting
+
+
+def test_on_a_unix_socket_any_host_is_served(one: Service) -> None:
+    transport = StringTransport(hostAddress=UNIXAddress("/run/status"))
+    assert ask(one, "GET /healthz HTTP/1.1\r\nHost: docker\r\n\r\n", transport=transport)[0] == 200
+
+
+@pytest.mark.parametrize("target", ["*", "/", "/metrics", "http://localhost", "http://localhost/status.json"])
+def test_options_says_what_is_allowed(one: Service, target: str) -> None:
+    status, headers, body = ask(one, f"OPTIONS {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert (status, headers["allow"], body) == (204, "GET, HEAD, OPTIONS", "")
+    assert "content-length" not in headers
+
+
+# --- what it costs ---
+
+
+def test_variants_of_an_answer_are_made_from_one_look(one: Service) -> None:
+    site = make_site(one.source(), Clock())
+    for offset in range(50):
+        for limit in (1, 5):
+            found = json.loads(get(one, f"/status.json?offset={offset}&limit={limit}", site)[2])
+            assert (found["connections"]["offset"], found["connections"]["limit"]) == (offset, limit)
+            assert len(found["connections"]["rows"]) == max(0, min(limit, 2 - offset))
+    assert one.asked == [("-age", 500)]
+    site.clock.advance(1)
+    get(one, "/status.json", site)
+    assert one.asked == [("-age", 500)] * 2
+
+
+def test_readiness_is_never_kept(one: Service) -> None:
+    site = make_site(one.source(), Clock())
+    assert get(one, "/readyz", site)[0] == 200
+    one.ready = False
+    assert get(one, "/readyz", site)[0] == 503
+
+
+def test_a_failure_is_a_500_and_one_line_in_a_while_without_a_traceback(one: Service, monkeypatch) -> None:
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr("rtservice.observe.site._log", Logger(observer=events.append))
+    failing = True
+
+    def overview() -> dict[str, Any]:
+        if failing:
+            raise ValueError("\x1b" * 1000)
+        return Service.overview(one)
+
+    one.overview = overview
+    site = make_site(one.source(), Clock())
+    for path in ("/metrics", "/status.json") * 20:
+        assert get(one, path, site)[0] == 500
+        site.clock.advance(1)
+    texts = [formatEvent(event) for event in events]
+    assert 1 < len(texts) <= 5
+    assert not any("log_failure" in event for event in events)
+    assert all("ValueError" in text and "test_site.py" in text and "\x1b" not in text for text in texts)
+    assert all(len(text) < 400 for text in texts)
+    assert " more since the last such line)" in texts[1]
+    failing = False
+    assert get(one, "/metrics", site)[0] == 200
+
+
 def test_without_prometheus_client_the_rest_works_and_metrics_say_what_to_do(one: Service, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "rtservice.observe.metrics", raising=False)
     monkeypatch.delattr(rtservice.observe, "metrics", raising=False)
-    site = make_site(one.source())
+    site = make_site(one.source(), Clock())
     status, _, body = get(one, "/metrics", site)
     assert status == 501
     assert "pip install 'rtservice[metrics]'" in body

@@ -349,7 +349,7 @@ def test_connections_are_those_of_all_workers_and_one_that_is_silent_is_named(
         assert [row["bytes_in"] for row in page] == [15, 14, 13]
         stopped = status(one)["workers"][1]["pid"]
         os.kill(stopped, signal.SIGSTOP)
-        found = status(one)["connections"]
+        found = wait_for(lambda: (now := status(one)["connections"])["missing"] and now)
         assert found["missing"] == [1]
         assert {row["worker"] for row in found["rows"]} == {0}
         os.kill(stopped, signal.SIGCONT)
@@ -368,6 +368,29 @@ def test_those_who_ask_for_the_status_cannot_use_up_the_service(service: Callabl
         with one.connect() as client:
             assert client.recv(100) == b"Hello from the server!"
     wait_for(lambda: ask(f"{address(one)}/healthz")[0] == 200)
+
+
+def code(service: Any, host: str) -> int:
+    """The status of an answer to a client that names this host."""
+    asked = urllib.request.Request(f"{address(service)}/healthz", headers={"Host": host})
+    with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(asked, timeout=DEADLINE) as answer:
+        return int(answer.status)
+    return 421
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_names_of_the_status_server_are_configured_and_reloaded(
+    service: Callable[..., Any], tmp_path: Any, workers: int
+) -> None:
+    config = tmp_path / "rt.toml"
+    config.write_text('status-host = "web-1"')
+    where = ("--status", "tcp:0:interface=localhost", "--config", str(config))
+    one = service(*TCP, *where, "--workers", str(workers))
+    served = [host for host in ("web-1:9090", "web-2", "localhost", "127.0.0.1", "[::1]:1") if code(one, host) == 200]
+    assert served == ["web-1:9090", "localhost", "127.0.0.1", "[::1]:1"]
+    config.write_text('status-host = "web-2,web-3."')
+    assert "status-host" in one.reload() or workers > 1
+    assert [code(one, host) for host in ("web-1", "web-2", "WEB-3")] == [421, 200, 200]
 
 
 def test_check_looks_at_it_too(run) -> None:

@@ -1,0 +1,309 @@
+"""One HTTP connection of the status server: one request at a time, within deadlines and bounded memory.
+
+Twisted's HTTPChannel parses requests and formats answers, but answers every request that one read has brought before
+anything else happens. Here it gets the head of one request at a time, once that is complete, and the next one when the
+answer is sent:
+
+    READING --a whole head--> ANSWERING --sent--> IDLE --a byte--> READING
+                                  `--sent, and there is more already--> READING
+
+Each state has a deadline; from each a connection may become CLOSING, and CLOSED.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from time import monotonic, perf_counter
+from typing import Any
+
+from twisted.internet.interfaces import IDelayedCall
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
+from twisted.web import http
+
+# Bytes and lines of the request line and the headers. A browser's are about 1 KiB and 20.
+MAX_HEAD, MAX_LINES = 8192, 100
+
+# Digits of a Content-Length that are read; more cannot be meant. int() raises for more than 4,300.
+_MAX_LENGTH_DIGITS = 18
+
+# Requests that are answered in one turn of the reactor, of all connections together, and seconds after which no other
+# is begun; each takes 0.2 to 0.7 ms. The others wait, so that the service itself has its turn.
+ANSWERS_PER_TURN, TURN = 16, 0.002
+
+# A connection without an answer in so many seconds is served before those that ask again and again.
+_FRESH = 1.0
+
+_END = b"\r\n\r\n"
+
+
+class State(Enum):
+    """What a connection is waiting for."""
+
+    READING = "reading"  # a request, from the connection's beginning, or the rest of one
+    ANSWERING = "answering"  # the answer, or the client to read it
+    IDLE = "idle"  # another request
+    CLOSING = "closing"  # the client to read the last answer
+    CLOSED = "closed"
+
+
+_MOVES = {
+    State.READING: {State.ANSWERING, State.CLOSING, State.CLOSED},
+    State.ANSWERING: {State.READING, State.IDLE, State.CLOSING, State.CLOSED},
+    State.IDLE: {State.READING, State.CLOSING, State.CLOSED},
+    State.CLOSING: {State.CLOSED},
+    State.CLOSED: set[State](),
+}
+
+# Seconds in a state until the connection is closed. A request has its own from its first byte on, or from the
+# connection's beginning; no byte that trickles in extends it.
+DEADLINES = {State.READING: 10.0, State.ANSWERING: 30.0, State.IDLE: 30.0, State.CLOSING: 10.0}
+
+
+class Turns:
+    """Gives channels their turn to answer: a bounded number in one turn of the reactor, and each channel once.
+
+    Of those that wait, the fresh ones are served first, but for one place in each turn: a probe does not wait for a
+    crowd that asks as fast as it can.
+    """
+
+    def __init__(self, clock: Any) -> None:
+        self._clock = clock
+        self._fresh: deque[Channel] = deque()
+        self._again: deque[Channel] = deque()
+        self._served: set[Channel] = set()
+        self._spent = 0.0  # seconds, in this turn
+        self._call: IDelayedCall | None = None
+
+    def take(self, channel: Channel) -> None:
+        """Call its `answer`: at once if it may, or else as `queue` does."""
+        if channel in self._served or self._is_over():
+            self.queue(channel)
+        else:
+            self._serve(channel)
+            self._schedule()
+
+    def queue(self, channel: Channel) -> None:
+        """Call its `answer` in a later turn."""
+        (self._fresh if channel.fresh else self._again).append(channel)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._call is None:
+            self._call = self._clock.callLater(0, self._turn)
+
+    def _is_over(self) -> bool:
+        return len(self._served) >= ANSWERS_PER_TURN or self._spent >= TURN
+
+    def _serve(self, channel: Channel) -> None:
+        self._served.add(channel)
+        began = perf_counter()
+        channel.answer()
+        self._spent += perf_counter() - began
+
+    def _turn(self) -> None:
+        self._call = None
+        self._served.clear()
+        self._spent = 0.0
+        # Those that come back while this is done have to wait for the next turn.
+        fresh, again = len(self._fresh), len(self._again)
+        # One of either kind at the least, and then the fresh ones first.
+        for waiting, count in ((self._fresh, min(fresh, 1)), (self._again, min(again, 1))):
+            for _ in range(count):
+                self._serve(waiting.popleft())
+        for waiting, count in ((self._fresh, fresh - 1), (self._again, again - 1)):
+            while count > 0 and not self._is_over():
+                self._serve(waiting.popleft())
+                count -= 1
+        if self._served:
+            self._schedule()
+
+
+def _refusal(status: str) -> bytes:
+    return f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n".encode()
+
+
+_TIMEOUT = _refusal("408 Request Timeout")
+_TOO_LARGE = _refusal("413 Content Too Large")
+_HEAD_TOO_LARGE = _refusal("431 Request Header Fields Too Large")
+_FAILED = _refusal("500 Internal Server Error")
+
+
+class Channel(http.HTTPChannel):
+    """The protocol of one connection.
+
+    Its factory has a `clock` (an IReactorTime), `turns` (Turns), `report`, which is called with each exception that is
+    raised while an answer is made, and `request`, which makes a twisted.web.http.Request for this channel.
+
+    `since` is when the connection was made or its last answer finished, as time.monotonic() has it.
+    """
+
+    factory: Any
+    transport: Any
+
+    def __init__(self, request: type[http.Request]) -> None:
+        super().__init__()
+        self.requestFactory = request
+        self.since = monotonic()
+        self._held = b""  # received, and not looked at by HTTPChannel
+        self._state = State.READING
+        self._deadline: Any = None
+        self._blocked = False  # the transport has too much that is unsent
+        self._answered = False  # while it is blocked
+        self._last_answer: float | None = None  # by the factory's clock
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it has had no answer lately."""
+        return self._last_answer is None or not 0 <= self.factory.clock.seconds() - self._last_answer < _FRESH
+
+    @property
+    def complete(self) -> bool:
+        """Whether it waits for us: its request is complete, and it reads what it is sent."""
+        return self._state is State.ANSWERING and not self._blocked
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has had an answer, and has not begun another request."""
+        return self._state is State.IDLE
+
+    def connectionMade(self) -> None:
+        super().connectionMade()
+        self._set_deadline()
+
+    def _move(self, state: State) -> None:
+        if state not in _MOVES[self._state]:
+            raise RuntimeError(f"a channel that is {self._state.value} cannot become {state.value}")
+        self._state = state
+        self._set_deadline()
+
+    def _set_deadline(self) -> None:
+        if self._deadline is not None and self._deadline.active():
+            self._deadline.cancel()
+        self._deadline = None
+        if self._state in DEADLINES:
+            self._deadline = self.factory.clock.callLater(DEADLINES[self._state], self._expired)
+
+    def _expired(self) -> None:
+        if self._state is State.READING and self._held:
+            self.refuse(_TIMEOUT)
+        elif self._state in (State.READING, State.IDLE):
+            self.loseConnection()
+        else:
+            self.transport.abortConnection()
+
+    # --- requests ---
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._state in (State.CLOSING, State.CLOSED):
+            return
+        self._held += data
+        if self._state is State.IDLE:
+            self._move(State.READING)
+        if self._state is State.READING:
+            self._take_request(self.factory.turns.take)
+        self._read_or_not()
+
+    def _take_request(self, turn: Callable[[Channel], None]) -> None:
+        """Have the request answered, if all of its head is there; `turn` is a method of Turns."""
+        end = self._held.find(_END, 0, MAX_HEAD)
+        if end >= 0 and self._held.count(b"\r\n", 0, end) < MAX_LINES:
+            self._move(State.ANSWERING)
+            turn(self)
+        elif end >= 0 or len(self._held) >= MAX_HEAD:
+            self.refuse(_HEAD_TOO_LARGE)
+
+    def _read_or_not(self) -> None:
+        """Read only what can be dealt with, so that no more than one read is ever held."""
+        if self._state in (State.READING, State.IDLE):
+            self.transport.resumeProducing()
+        elif self._state is State.ANSWERING:
+            self.transport.pauseProducing()
+
+    def answer(self) -> None:
+        """Answer the request that is complete. Called by Turns."""
+        if self._state is not State.ANSWERING:  # its end has come in the meantime
+            return
+        end = self._held.index(_END) + len(_END)
+        head, self._held = self._held[:end], self._held[end:]
+        try:
+            super().dataReceived(head)
+        except Exception as problem:  # no input of a client may cause a traceback
+            self.failed(problem)
+        self._read_or_not()
+
+    def headerReceived(self, line: bytes) -> bool:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length" and len(value.strip()) > _MAX_LENGTH_DIGITS:
+            self.refuse(_TOO_LARGE)
+            return False
+        return bool(super().headerReceived(line))
+
+    def allHeadersReceived(self) -> None:
+        if self.length != 0:  # None: chunked, as long as the client likes
+            self.refuse(_TOO_LARGE)
+            return
+        # Without a body there is nothing to continue with.
+        self.requests[-1].requestHeaders.removeHeader(b"Expect")
+        super().allHeadersReceived()
+
+    # --- answers ---
+
+    def requestDone(self, request: http.Request) -> None:
+        super().requestDone(request)
+        if self._state is State.ANSWERING:
+            self._answered = True
+            if not self._blocked:
+                self._go_on()
+            self._read_or_not()
+
+    def _go_on(self) -> None:
+        """The answer is on its way: look for the next request."""
+        self._answered = False
+        self.since = monotonic()
+        self._last_answer = self.factory.clock.seconds()
+        self._move(State.READING if self._held else State.IDLE)
+        if self._held:
+            self._take_request(self.factory.turns.queue)
+
+    def pauseProducing(self) -> None:
+        """Called by the transport, which has too much that is unsent."""
+        super().pauseProducing()
+        self._blocked = True
+
+    def resumeProducing(self) -> None:
+        """Called by the transport, which has sent all of it."""
+        super().resumeProducing()
+        self._blocked = False
+        if self._answered and self._state is State.ANSWERING:
+            self._go_on()
+        self._read_or_not()
+
+    def failed(self, problem: BaseException | None) -> None:
+        """Answering the request has raised this."""
+        self.factory.report(problem)
+        if self._state is State.ANSWERING and not (self.requests and self.requests[0].startedWriting):
+            self.refuse(_FAILED)
+        elif self._state is not State.CLOSED:
+            self.transport.abortConnection()
+
+    # --- the end ---
+
+    def refuse(self, answer: bytes) -> None:
+        """Give this answer, which is not a request's, and close."""
+        self.transport.write(answer)
+        self.loseConnection()
+
+    def loseConnection(self) -> None:
+        """Close when what is written is sent, or when the client does not read it within the deadline."""
+        if self._state not in (State.CLOSING, State.CLOSED):
+            self._move(State.CLOSING)
+            self._held = b""
+            super().loseConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._move(State.CLOSED)
+        self._held = b""
+        super().connectionLost(reason)

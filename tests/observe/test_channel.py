@@ -1,0 +1,399 @@
+"""One HTTP connection: how much it may send, how long it may take, and how much is done for it at a time."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+from twisted.web import http
+
+from rtservice.observe.channel import DEADLINES, MAX_HEAD, MAX_LINES, Channel, State, Turns
+
+ANSWERS = 4  # in a turn
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+class Turning(Clock):
+    """A clock of a reactor, in which what is called in a turn and is due at once has to wait for the next."""
+
+    def turn(self, count: int = 1) -> None:
+        for _ in range(count):
+            for call in [call for call in self.calls if call.getTime() <= self.seconds()]:
+                if call.active():
+                    self.calls.remove(call)
+                    call.called = True
+                    call.func(*call.args, **call.kw)
+
+
+class Transport(StringTransport):
+    """One that tells its producer what a full buffer does, and how it was closed."""
+
+    aborted = False
+
+    def abortConnection(self) -> None:
+        self.aborted = True
+
+
+class Request(http.Request):
+    """Answers with what its factory says, at once or when it says so."""
+
+    channel: Any
+
+    def process(self) -> None:
+        self.channel.factory.process(self)
+
+    def answer(self, body: bytes = b"x") -> None:
+        self.setHeader("Content-Length", str(len(body)))
+        self.write(body)
+        self.finish()
+
+
+class World:
+    """Channels on a clock."""
+
+    def __init__(self) -> None:
+        self.clock = Turning()
+        self.turns = Turns(self.clock)
+        self.reported: list[BaseException | None] = []
+        self.process: Any = Request.answer
+        self.report = self.reported.append
+
+    def log(self, request: Any) -> None:
+        pass
+
+    def connect(self) -> tuple[Channel, Transport]:
+        channel, transport = Channel(Request), Transport()
+        channel.factory = self
+        channel.makeConnection(transport)
+        return channel, transport
+
+
+@pytest.fixture
+def world(monkeypatch) -> World:
+    """One in which a turn is bounded by a number of answers, and not by how busy the machine is."""
+    monkeypatch.setattr("rtservice.observe.channel.ANSWERS_PER_TURN", ANSWERS)
+    monkeypatch.setattr("rtservice.observe.channel.TURN", 1000.0)
+    return World()
+
+
+def answers(transport: StringTransport) -> list[int]:
+    """The status of each answer."""
+    return [int(code) for code in re.findall(rb"HTTP/1\.[01] (\d+) ", transport.value())]
+
+
+# --- one at a time ---
+
+
+def test_of_pipelined_requests_one_is_answered_in_each_turn_in_order(world) -> None:
+    paths = []
+
+    def process(request: Request) -> None:
+        paths.append(request.uri)
+        request.answer()
+
+    world.process = process
+    channel, transport = world.connect()
+    channel.dataReceived(b"".join(b"GET /%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % n for n in range(50)))
+    assert len(paths) == 1
+    assert transport.producerState == "paused"
+    for count in range(2, 51):
+        world.clock.turn()
+        assert len(paths) == count
+    assert paths == [b"/%d" % n for n in range(50)]
+    assert transport.producerState == "producing"
+    assert channel.idle
+
+
+def test_all_connections_together_have_a_bounded_number_of_answers_in_a_turn_each_in_its_order(world) -> None:
+    served: list[Any] = []
+
+    def process(request: Request) -> None:
+        served.append(request.channel)
+        request.answer()
+
+    world.process = process
+    channels = [world.connect()[0] for _ in range(20)]
+    for channel in channels:
+        channel.dataReceived(GET * 3)
+    assert len(served) == ANSWERS
+    while len(served) < 60:
+        before = len(served)
+        world.clock.turn()
+        assert 0 < len(served) - before <= ANSWERS
+    # Those that wait for their first answer have all places but one.
+    assert set(served[: 20 + 20 // (ANSWERS - 1)]) == set(channels)
+
+
+def test_a_request_that_takes_its_time_has_nothing_read_after_it(world) -> None:
+    waiting: list[Request] = []
+    world.process = waiting.append
+    channel, transport = world.connect()
+    channel.dataReceived(GET * 2)
+    assert transport.producerState == "paused"
+    world.clock.turn(10)
+    assert len(waiting) == 1
+    waiting[0].answer()
+    assert transport.producerState == "paused"  # the next one is there already
+    world.clock.turn()
+    waiting[1].answer()
+    assert transport.producerState == "producing"
+    assert answers(transport) == [200, 200]
+
+
+def test_while_output_is_unsent_nothing_is_read_or_answered(world) -> None:
+    def process(request: Request) -> None:
+        request.channel.pauseProducing()  # as a transport does that has too much
+        request.answer()
+
+    world.process = process
+    channel, transport = world.connect()
+    channel.dataReceived(GET * 3)
+    world.clock.turn(10)
+    assert answers(transport) == [200]
+    assert transport.producerState == "paused"
+    channel.resumeProducing()
+    world.clock.turn(10)
+    assert answers(transport) == [200, 200]
+    channel.resumeProducing()
+    world.clock.turn(10)
+    assert answers(transport) == [200] * 3
+    assert not channel.idle
+    channel.resumeProducing()
+    assert channel.idle
+    assert transport.producerState == "producing"
+
+
+def test_no_other_answer_is_begun_when_those_of_a_turn_have_taken_long(world, monkeypatch) -> None:
+    monkeypatch.setattr("rtservice.observe.channel.TURN", 1e-9)  # each is too long
+    channels = [world.connect() for _ in range(10)]
+    for channel, _ in channels:
+        channel.dataReceived(GET)
+    for count in range(1, 11):
+        assert sum(len(answers(transport)) for _, transport in channels) == count
+        world.clock.turn()
+
+
+def test_a_probe_does_not_wait_for_a_crowd_that_asks_again_and_again(world) -> None:
+    crowd = [world.connect()[0] for _ in range(100)]
+    for channel in crowd:
+        channel.dataReceived(GET * 500)
+    world.clock.turn(100)
+    _, transport = probe = world.connect()
+    probe[0].dataReceived(GET)
+    world.clock.turn()
+    assert answers(transport) == [200]
+    world.clock.advance(1)  # it is as one that has not been here, after a while
+    probe[0].dataReceived(GET)
+    world.clock.turn()
+    assert answers(transport) == [200, 200]
+
+
+def test_a_client_that_has_left_has_no_turn(world) -> None:
+    channel, transport = world.connect()
+    channel.dataReceived(GET * 2)
+    channel.connectionLost(Failure(ConnectionDone()))
+    world.clock.turn(10)
+    assert answers(transport) == [200]
+    assert world.reported == []
+    assert world.clock.getDelayedCalls() == []
+
+
+# --- how much ---
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GET /" + b"x" * MAX_HEAD, 431),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * MAX_HEAD + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"a:b\r\n" * MAX_LINES + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b" \r\n" * MAX_LINES + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nContent-Length: 1\r\n\r\n", 413),
+        (b"GET / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", 413),
+        (b"GET / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\nHost: localhost\r\n\r\n", 413),
+        (b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 413),
+        (b"GET / HTTP/1.1\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n", 413),
+        (b"GET / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n", 400),
+        (b"GET / HTTP/2.0\r\n\r\n", 400),
+        (b"GET\r\n\r\n", 400),
+        (b"\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nno header\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nX: a\0b\r\n\r\n", 400),
+    ],
+)
+def test_a_request_that_is_too_large_or_malformed_is_refused_once_and_the_connection_closed(
+    world, data: bytes, status: int
+) -> None:
+    channel, transport = world.connect()
+    channel.dataReceived(data)
+    channel.dataReceived(GET)
+    world.clock.turn(5)
+    assert answers(transport) == [status]
+    assert transport.disconnecting
+    assert world.reported == []
+
+
+def test_a_request_without_a_body_may_expect_to_go_on(world) -> None:
+    channel, transport = world.connect()
+    channel.dataReceived(b"GET / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 0\r\n\r\n")
+    assert answers(transport) == [200]
+
+
+def test_the_largest_head_that_is_taken_may_come_in_any_pieces(world) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: "
+    head += b"x" * (MAX_HEAD - len(head) - 4) + b"\r\n\r\n"
+    for size in (1, 7, MAX_HEAD):
+        channel, transport = world.connect()
+        for start in range(0, len(head), size):
+            channel.dataReceived(head[start : start + size])
+        world.clock.turn()
+        assert answers(transport) == [200]
+
+
+# --- how long ---
+
+
+def test_a_request_that_trickles_in_has_no_more_time_than_another(world) -> None:
+    channel, transport = world.connect()
+    for byte in GET[:9]:
+        channel.dataReceived(bytes((byte,)))
+        world.clock.advance(1)
+    assert not transport.disconnecting
+    world.clock.advance(1)
+    assert answers(transport) == [408]
+    assert transport.disconnecting
+
+
+def test_a_connection_without_a_byte_is_closed_without_a_word(world) -> None:
+    _, transport = world.connect()
+    world.clock.advance(DEADLINES[State.READING])
+    assert transport.value() == b""
+    assert transport.disconnecting
+
+
+def test_an_idle_connection_has_its_time_again_after_each_answer_and_a_new_request_its_own(world) -> None:
+    channel, transport = world.connect()
+    for _ in range(3):
+        channel.dataReceived(GET)
+        world.clock.advance(DEADLINES[State.IDLE] - 1)
+    assert not transport.disconnecting
+    channel.dataReceived(GET[:5])
+    world.clock.advance(DEADLINES[State.READING] - 1)
+    assert not transport.disconnecting
+    world.clock.advance(1)
+    assert answers(transport) == [200, 200, 200, 408]
+    idle, its_transport = world.connect()
+    idle.dataReceived(GET)
+    world.clock.advance(DEADLINES[State.IDLE])
+    assert answers(its_transport) == [200]
+    assert its_transport.disconnecting
+
+
+@pytest.mark.parametrize("state", [State.ANSWERING, State.CLOSING])
+def test_a_client_that_does_not_read_is_aborted(world, state: State) -> None:
+    channel, transport = world.connect()
+    if state is State.ANSWERING:
+        world.process = lambda request: (request.channel.pauseProducing(), request.answer())
+        channel.dataReceived(GET)
+    else:
+        channel.dataReceived(b"x\r\n\r\n")
+    world.clock.advance(DEADLINES[state] - 1)
+    assert not transport.aborted
+    world.clock.advance(1)
+    assert transport.aborted
+
+
+# --- what goes wrong ---
+
+
+def test_an_exception_is_reported_and_answered_with_500(world) -> None:
+    world.process = lambda request: 1 / 0
+    channel, transport = world.connect()
+    channel.dataReceived(GET * 2)
+    world.clock.turn(5)
+    assert answers(transport) == [500]
+    assert [type(problem) for problem in world.reported] == [ZeroDivisionError]
+    assert transport.disconnecting
+
+
+def test_an_exception_within_an_answer_aborts_it(world) -> None:
+    def process(request: Request) -> None:
+        request.setHeader("Content-Length", "5")
+        request.write(b"x")
+        raise ZeroDivisionError
+
+    world.process = process
+    channel, transport = world.connect()
+    channel.dataReceived(GET)
+    assert answers(transport) == [200]
+    assert transport.aborted
+    assert len(world.reported) == 1
+
+
+PIECES = [
+    *(b"GET", b"HEAD", b"OPTIONS", b"POST", b" ", b"/", b"*", b"http://", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\n"),
+    *(b"Host: localhost", b"Host:", b"Accept: \xff", b"Content-Length: 0", b"Content-Length: 3", b"Connection: close"),
+    *(
+        b"Transfer-Encoding: chunked",
+        b"Expect: 100-continue",
+        b": ",
+        b"\0",
+        b"\xff\xfe",
+        b"%00",
+        b"?a=b&c",
+        b";",
+        b"\t",
+    ),
+    *(b"Cookie: a=b; c", b"Cookie: =", b"Connection: \xff", b"Content-Type: multipart/form-data; boundary=x", GET),
+]
+
+
+def scrambled(random: random.Random) -> bytes:
+    """A request with bytes in any part of it that do not belong there."""
+    data = bytearray(GET if random.random() < 0.7 else b"".join(random.choices(PIECES, k=12)) + b"\r\n\r\n")
+    for _ in range(random.randrange(4)):
+        place = random.randrange(len(data) + 1)
+        what = random.choice((bytes((random.randrange(256),)), random.choice(PIECES), random.randbytes(4)))
+        data[place : place + random.randrange(3)] = what
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_bytes_whatever_raise_an_exception(world, seed: int) -> None:
+    numbers = random.Random(seed)
+    for _ in range(1000):
+        channel, transport = world.connect()
+        data = b"".join(scrambled(numbers) for _ in range(numbers.randrange(1, 4)))
+        while data and not transport.disconnecting:
+            size = numbers.randrange(1, len(data) + 1)
+            channel.dataReceived(data[:size])
+            data = data[size:]
+            world.clock.turn(3)
+        world.clock.pump([DEADLINES[State.IDLE] + 1] * 3)
+        assert transport.disconnecting or transport.aborted
+        channel.connectionLost(Failure(ConnectionDone()))
+    assert world.reported == []
+    assert world.clock.getDelayedCalls() == []
+
+
+def test_deferred_answers_are_no_exception_to_all_this(world) -> None:
+    later: Deferred[None] = Deferred()
+    world.process = lambda request: later.addCallback(lambda _: request.answer())
+    channel, transport = world.connect()
+    channel.dataReceived(GET * 2)
+    later.callback(None)
+    assert answers(transport) == [200]
+    world.clock.turn()
+    assert answers(transport) == [200, 200]
