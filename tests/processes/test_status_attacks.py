@@ -1,0 +1,192 @@
+"""Hostile clients of the status server of real processes: what innocent ones see of them meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import select
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DEADLINE = 30
+TCP = ("--listen", "tcp:0:interface=127.0.0.1")
+HOSTILE = Path(__file__).with_name("hostile_http.py")
+
+# Seconds that an innocent client may wait for an echo, and for an answer to a new connection while the places for them
+# are all taken. The faults that this is about were stalls of 7 to 18 s, and no answer at all.
+WORST, WORST_ANSWER = 1.0, 5.0
+
+
+def where(service: Any) -> tuple[str, int]:
+    """The address of its status server."""
+    host, port = service.wait_line("status on (tcp|ssl):").rpartition(" on ")[2].split(":")[1:]
+    return host, int(port)
+
+
+def ask(address: tuple[str, int], path: str = "/healthz", patience: float = DEADLINE) -> bytes:
+    """The answer to a client with a connection of its own."""
+    with socket.create_connection(address, timeout=patience) as client:
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        received = bytearray()
+        while data := client.recv(1 << 16):
+            received += data
+    return bytes(received)
+
+
+@pytest.fixture
+def attack() -> Iterator[Callable[[str, Any], subprocess.Popen[str]]]:
+    """Starts a hostile client; see hostile_http.py for what there is."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(name: str, service: Any) -> subprocess.Popen[str]:
+        host, port = where(service)
+        command = [sys.executable, str(HOSTILE), name, host, str(port), "1"]
+        one = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(one)
+        return one
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+        assert one.stdout is not None
+        one.stdout.close()
+
+
+def counted(hostile: subprocess.Popen[str]) -> int:
+    """What it counts in its next report."""
+    assert hostile.stdout is not None
+    return int(hostile.stdout.readline())
+
+
+def worst_of(service: Any, client: socket.socket) -> tuple[float, float]:
+    """The longest that an echo, and an answer of /healthz to a new client, take of several."""
+    echo = health = 0.0
+    for _ in range(10):
+        began = time.monotonic()
+        client.sendall(b"hello")
+        assert client.recv(5, socket.MSG_WAITALL) == b"hello"
+        echo = max(echo, time.monotonic() - began)
+        began = time.monotonic()
+        assert ask(where(service)).startswith(b"HTTP/1.1 200 OK")
+        health = max(health, time.monotonic() - began)
+    return echo, health
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["pipeline", "healthz", "deaf", "crowd", "trickle", "silent"])
+def test_an_attack_on_the_status_server_delays_nobody_else(
+    service: Callable[..., Any], attack, name: str, workers: int
+) -> None:
+    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers))
+    with ExitStack() as clients:
+        # Of whom there is something to tell.
+        for _ in range(600):
+            clients.enter_context(one.connect())
+        client = clients.enter_context(one.connect())
+        assert client.recv(22, socket.MSG_WAITALL) == b"Hello from the server!"
+        before = one.peak_memory
+        hostile = attack(name, one)
+        for _ in range(3):
+            count = counted(hostile)
+            echo, health = worst_of(one, client)
+            assert (echo < WORST, health < WORST_ANSWER) == (True, True), (echo, health)
+        if name in ("pipeline", "healthz", "crowd"):
+            assert count > 0
+        assert one.peak_memory - before < 64 << 20
+    assert not any("Traceback" in line or "an answer failed" in line for line in one.lines)
+
+
+@pytest.mark.parametrize("library", ["ssl", "pyopenssl"])
+def test_tls_handshakes_that_are_never_finished_make_room_too(
+    service: Callable[..., Any], attack, certificates, library: str
+) -> None:
+    tls = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}:library={library}"
+    one = service(*TCP, "--status", f"ssl:0:interface=127.0.0.1:{tls}")
+    context = ssl.create_default_context(cafile=certificates["ca.pem"])
+    hostile = attack("silent", one)
+    for _ in range(3):
+        counted(hostile)
+        plain = socket.create_connection(where(one), timeout=DEADLINE)
+        with context.wrap_socket(plain, server_hostname="localhost") as client:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 200 OK")
+    assert not any("Traceback" in line for line in one.lines)
+
+
+FEW = ["bash", "-c", 'ulimit -n "$0" && exec "$@"']
+
+
+@pytest.mark.parametrize("descriptors", [128, 256])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_service_and_a_full_status_server_never_run_out_of_descriptors(
+    service: Callable[..., Any], wait_for, attack, workers: int, descriptors: int
+) -> None:
+    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers), launcher=[*FEW, str(descriptors)])
+    address = where(one)
+    with ExitStack() as clients:
+        crowd = [clients.enter_context(one.connect()) for _ in range(2 * descriptors)]
+        one.wait_line("--max-connections .* reached", count=workers)
+        hostile = attack("silent", one)
+        for _ in range(3):
+            counted(hostile)
+            assert ask(address).startswith(b"HTTP/1.1 200 OK")
+        served = select.select(crowd, [], [], 0)[0]
+        assert len(served) >= workers * (descriptors // 4)
+        served[0].recv(22, socket.MSG_WAITALL)
+        served[0].sendall(b"hello")
+        assert served[0].recv(5, socket.MSG_WAITALL) == b"hello"
+    assert not any("accepts nobody" in line or "Too many open files" in line for line in one.lines)
+
+
+def scrambled(numbers: random.Random) -> bytes:
+    """A request of which some bytes, anywhere in it, are others."""
+    target = numbers.choice(
+        (b"/", b"/metrics", b"/status.json?sort=age&limit=3", b"/readyz", b"*", b"http://localhost/")
+    )
+    headers = [b"Host: localhost", b"Accept: application/openmetrics-text; version=1.0.0", b"Cookie: a=b"]
+    headers += [b"Content-Length: 0", b"Connection: keep-alive", b"Expect: 100-continue", b"If-None-Match: x"]
+    lines = [
+        numbers.choice((b"GET ", b"HEAD ", b"OPTIONS ", b"POST ")) + target + b" HTTP/1.1",
+        headers[0],
+        *numbers.sample(headers[1:], numbers.randrange(4)),
+    ]
+    data = bytearray(b"\r\n".join(lines) + b"\r\n\r\n")
+    for _ in range(numbers.randrange(4)):
+        place = numbers.randrange(len(data) + 1)
+        size = numbers.choice((0, 1, 1, 2, 30))
+        data[place : place + size] = numbers.randbytes(numbers.choice((1, 1, 2, 8))) if size < 30 else b""
+    return bytes(data)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_scrambled_requests_leave_no_traceback_and_the_server_answers(
+    service: Callable[..., Any], workers: int
+) -> None:
+    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers))
+    address = where(one)
+    numbers = random.Random(workers)
+    answers = 0
+    for _ in range(800):
+        requests = b"".join(scrambled(numbers) for _ in range(numbers.randrange(1, 10)))
+        with socket.create_connection(address, timeout=DEADLINE) as client, contextlib.suppress(OSError):
+            while requests:
+                size = numbers.randrange(1, len(requests) + 1)
+                client.sendall(requests[:size])
+                requests = requests[size:]
+            client.shutdown(socket.SHUT_WR)
+            while data := client.recv(1 << 16):
+                answers += data.count(b"HTTP/1.")
+    assert answers > 500
+    assert ask(address).startswith(b"HTTP/1.1 200 OK")
+    assert one.stop() == 0
+    assert [line for line in one.lines if "Traceback" in line or "Error" in line or "failed" in line] == []
