@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pwd
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -115,8 +116,10 @@ class Options(usage.Options):
                 # A daemon changes its directory, and reads the file again on SIGHUP.
                 self["config"] = os.path.abspath(path)
                 break
-        # Where twistd is going to be.
         twistd: Any = self.parent or {}
+        # Before twistd opens it, which it does next, and before it is relative to another directory.
+        _check_pidfile(twistd.get("pidfile"), os.path.abspath)
+        # Where twistd is going to be.
         self.directory = os.path.abspath(twistd.get("rundir") or ".")
         self.loaded = self.reloaded()
         if self.settings().protocol == "help":
@@ -694,12 +697,21 @@ def _check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
             raise SettingError(f"--{option} {printable(twistd[option])}: no such directory")
     given = twistd.get("pidfile")
     if given:
+        _check_pidfile(given, resolve_path)
         path = resolve_path(given)
         directory = os.path.dirname(path)
         if not os.path.isdir(directory):
             raise SettingError(f"--pidfile {printable(given)}: no such directory: {printable(directory)}")
         if not os.access(path if os.path.exists(path) else directory, os.W_OK):
             raise SettingError(f"--pidfile {printable(given)}: permission denied")
+
+
+def _check_pidfile(given: str | None, resolve_path: Callable[[str], str]) -> None:
+    """Reject a pidfile that is a pipe or a device: twistd waits for ever when it opens one. Raises SettingError."""
+    if given:
+        with contextlib.suppress(OSError):  # there is none yet, or twistd finds out
+            if not stat.S_ISREG(os.stat(resolve_path(given)).st_mode):
+                raise SettingError(f"--pidfile {printable(given)}: not a regular file")
 
 
 class _Leave:
