@@ -180,6 +180,7 @@ def makeService(options: Options) -> Server | Supervisor:
     slots = _slots(in_force)
     resolve_path = _path_resolver(twistd)
     try:
+        _check_user(twistd, log)
         _check_directories(twistd, resolve_path)
         # Before a protocol is imported, which may import the reactor.
         _install_reactor(log)
@@ -594,13 +595,14 @@ class _Start:
 
     def __init__(self, twistd: Any) -> None:
         self._twistd = twistd
+        self._user = os.getuid()
         self._pipe: int | None = None
         self._terminal = os.dup(2)  # once twistd has daemonized, 2 itself is /dev/null
 
     def check(self) -> str | None:
         """Called when privileges are to have been dropped; says so if they were not."""
         self._take_pipe()
-        return _privileges_kept(self._twistd)
+        return _privileges_kept(self._twistd, self._user)
 
     def report(self, problem: str | None) -> None:
         """The start is over, and went well or not."""
@@ -627,16 +629,22 @@ class _Start:
             self._pipe, self._twistd["statusPipe"] = self._twistd["statusPipe"], None
 
 
-def _privileges_kept(twistd: Any) -> str | None:
-    """What is wrong unless the process runs as the user and group that twistd was told; twistd does not look."""
+def _privileges_kept(twistd: Any, started_as: int) -> str | None:
+    """What is wrong unless the process runs as the user and group that twistd was told, and with that user's groups.
+
+    `started_as` is the user id that the process began with. Twistd does not check, and workers inherit all of these.
+    """
     uid, gid = twistd.get("uid"), twistd.get("gid")
     if uid is not None and gid is None:
         gid = pwd.getpwuid(uid).pw_gid  # twistd's rule
     for what, wanted, ids in (("uid", uid, os.getresuid()), ("gid", gid, os.getresgid())):
-        real, effective, saved = ids
-        in_force = {effective} if twistd.get("euid") else {real, effective, saved}
-        if wanted is not None and in_force != {wanted}:
-            return f"--{what} {wanted}: the process still runs as {what} {max(in_force - {wanted})}"
+        # Real, effective and saved: from any of them the others can be set again (setresuid(2)).
+        if wanted is not None and set(ids) != {wanted}:
+            return f"--{what} {wanted}: the process still runs as {what} {max(set(ids) - {wanted})}"
+    if uid is not None and uid != started_as:
+        kept = set(os.getgroups()) - {gid, *os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)}
+        if kept:
+            return f"--uid {uid}: the process still has the supplementary group {min(kept)}, which is not this user's"
     return None
 
 
@@ -712,6 +720,28 @@ def _check_pidfile(given: str | None, resolve_path: Callable[[str], str]) -> Non
         with contextlib.suppress(OSError):  # there is none yet, or twistd finds out
             if not stat.S_ISREG(os.stat(resolve_path(given)).st_mode):
                 raise SettingError(f"--pidfile {printable(given)}: not a regular file")
+
+
+def _check_user(twistd: Any, log: Log) -> None:
+    """Reject a --uid with which twistd would fail, or keep root within reach of hosted code. Raises SettingError."""
+    uid, gid = twistd.get("uid"), twistd.get("gid")
+    if twistd.get("euid") and (uid is not None or gid is not None):
+        # The real user stays root, in workers too: seteuid(0), one call in hosted code, takes everything back.
+        raise SettingError(
+            "--euid: any code that is served could become root again, since only the effective user changes; "
+            "leave it out, and --uid gives root up for good"
+        )
+    if gid is not None and uid is None and os.geteuid() == 0:
+        log.warn(
+            "--gid {gid} without --uid: what is served runs as root, with the supplementary groups of root", gid=gid
+        )
+    # Twistd looks a user up, in the new root if there is one: for its group, and for its supplementary groups when the
+    # process is not that user yet.
+    if uid is not None and twistd.get("chroot") is None and (gid is None or uid != os.getuid()):
+        try:
+            pwd.getpwuid(uid)
+        except KeyError:
+            raise SettingError(f"--uid {uid}: no such user, whose groups would have to be known") from None
 
 
 class _Leave:
