@@ -19,6 +19,7 @@ from twisted.python import usage
 from twisted.python.components import Componentized
 
 from rtservice import __version__, hosting, settings, worker
+from rtservice.hidden import hide_in_description
 from rtservice.host import systemd
 from rtservice.host.certificates import renewed
 from rtservice.host.connections import COLUMNS
@@ -33,6 +34,7 @@ from rtservice.observe import logs
 from rtservice.observe.lines import Lines, Output, say_aside
 from rtservice.observe.logfile import LogFile, check_file
 from rtservice.observe.logs import AccessLog, Format, Levels, Log
+from rtservice.references import OptionValue
 from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
 
 _Found = TypeVar("_Found")
@@ -104,6 +106,8 @@ class Options(usage.Options):
             raise SystemExit(f"rtservice: {error}") from None
 
     def parseArgs(self, *args: str) -> None:
+        if args and self.get("protocol-option"):  # most often the second half of a value
+            raise usage.UsageError("unexpected argument, which is not shown; quote options of a protocol with blanks")
         if args:
             raise usage.UsageError(f"unexpected argument {args[0]!r}")
 
@@ -119,6 +123,8 @@ class Options(usage.Options):
         twistd: Any = self.parent or {}
         # Before twistd opens it, which it does next, and before it is relative to another directory.
         _check_pidfile(twistd.get("pidfile"), os.path.abspath)
+        # Where files are that options of a protocol name; a daemon reads them again for new workers.
+        self._started_in = os.path.abspath(".")
         # Where twistd is going to be.
         self.directory = os.path.abspath(twistd.get("rundir") or ".")
         self.loaded = self.reloaded()
@@ -138,7 +144,13 @@ class Options(usage.Options):
 
     def make_factory(self, loaded: Loaded, processes: int = 1) -> Any:
         """The factory of these settings, for one of so many processes; raises SettingError."""
-        return hosting.make_factory(loaded, directory=self.directory, processes=processes)
+        return hosting.make_factory(
+            loaded, options=self.protocol_options(loaded), directory=self.directory, processes=processes
+        )
+
+    def protocol_options(self, loaded: Loaded) -> tuple[OptionValue, ...]:
+        """The options of the protocol with what their files hold now; raises SettingError."""
+        return hosting.resolve_options(loaded, self._environment, self._started_in)
 
 
 def _flag(setting: settings.Setting) -> Callable[[Options], None]:
@@ -174,6 +186,8 @@ def makeService(options: Options) -> Server | Supervisor:
     twistd: Any = options.parent or {}
     leave = _Leave()
     atexit.register(leave)  # first, so that it is run last: a protocol may register something when it is imported
+    # It may hold secrets, and what hosted code starts inherits the environment. A reload has a copy.
+    os.environ.pop(settings.variable("protocol-option"), None)
     _open_standard_descriptors()
     ignore_bad_names()
     log = Log(Levels(worker.levels(in_force)), globalLogPublisher)
@@ -184,8 +198,11 @@ def makeService(options: Options) -> Server | Supervisor:
         _check_directories(twistd, resolve_path)
         # Before a protocol is imported, which may import the reactor.
         _install_reactor(log)
-        # With workers it is theirs to import, with their rights.
-        factory = options.make_factory(options.loaded, slots) if slots == 1 or options["check"] else None
+        if slots == 1 or options["check"]:
+            factory = options.make_factory(options.loaded, slots)
+        else:  # it is the workers' to import, with their rights, but what its options name can be missing here already
+            factory = None
+            options.protocol_options(options.loaded)
         if options["check"]:
             _check(options.loaded, resolve_path, slots)
             raise _Printed("rtservice: the configuration is valid\n")
@@ -251,8 +268,10 @@ def _serve_with_workers(
 ) -> Supervisor:
     reload = _ReloadWorkers(options, log, opened, side)
     try:
-        plan = _plan(options.loaded, opened, side, options.directory)
-    except TLSError as error:  # it was well a moment ago
+        plan = _plan(options.loaded, opened, side, options)
+    except (TLSError, SettingError) as error:  # it was well a moment ago
+        for listener in (*opened, *side.listeners):
+            listener.close()
         raise SystemExit(f"rtservice: {error}") from None
     supervisor = _Supervisor(
         side=side,
@@ -304,10 +323,11 @@ def _slots(in_force: settings.Settings) -> int:
     return len(os.sched_getaffinity(0)) if in_force.workers is None else in_force.workers
 
 
-def _plan(loaded: Loaded, opened: list[Listener], side: Side, directory: str) -> Plan:
-    """What workers are started with from now on. Raises TLSError."""
+def _plan(loaded: Loaded, opened: list[Listener], side: Side, options: Options) -> Plan:
+    """What workers are started with from now on. Raises TLSError and SettingError."""
     in_force = loaded.settings
-    described = worker.describe(loaded, opened, directory=directory)
+    given = options.protocol_options(loaded)
+    described = worker.describe(loaded, opened, options=given, directory=options.directory)
     shown = [*opened, *side.listeners] if in_force.watch_certificates else []
     files = {file for listener in shown for file in listener.tls_files()}
     return Plan(
@@ -343,13 +363,14 @@ def _open(
     endpoints: list[tuple[str, Any]] = []
     try:
         for description in in_force.listen:
-            with _naming(f"{loaded.where('listen')} {printable(description)}"):
+            shown = hide_in_description(description)
+            with _naming(f"{loaded.where('listen')} {printable(shown)}"):
                 if _is_ours(description):
                     opened += listeners.open_description(
                         description, backlog=in_force.backlog, resolve_path=resolve_path, slots=slots
                     )
                 else:
-                    endpoints.append((description, _other_endpoint(description, slots)))
+                    endpoints.append((shown, _other_endpoint(description, slots)))
         if not in_force.listen:
             with _naming(_port_and_interface(loaded)):
                 opened += listeners.open_port(
@@ -368,7 +389,7 @@ def _status(loaded: Loaded, use: Callable[..., _Found], **how: Any) -> _Found | 
     description = loaded.settings.status
     if not description:
         return None
-    with _naming(f"{loaded.where('status')} {printable(description)}"):
+    with _naming(f"{loaded.where('status')} {printable(hide_in_description(description))}"):
         if listeners.split_description(description)[0] not in listeners.TYPES - {"proxy", "haproxy"}:
             raise ListenError("it is served on one of ssl, systemd, tcp, tcp6, unix")
         return use(description, loopback=True, **how)
@@ -378,7 +399,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> No
     """Find what _open would, without a socket that listens. Raises SettingError."""
     in_force = loaded.settings
     for description in in_force.listen:
-        with _naming(f"{loaded.where('listen')} {printable(description)}"):
+        with _naming(f"{loaded.where('listen')} {printable(hide_in_description(description))}"):
             if _is_ours(description):
                 listeners.check_description(description, resolve_path=resolve_path)
             else:
@@ -411,8 +432,8 @@ class _Settings:
         self._log = log
 
     def shown(self) -> dict[str, str]:
-        """Each setting in force, as a user would write it."""
-        return {one.name: printable(settings.as_text(getattr(self._in_force, one.field))) for one in settings.schema()}
+        """Each setting in force, without what may be a secret."""
+        return {one.name: settings.shown(one, self._in_force) for one in settings.schema()}
 
     def _wanted(self) -> Loaded:
         """What the file says now; raises SettingError."""
@@ -465,7 +486,7 @@ class _ReloadWorkers(_Settings):
             live, _ = settings.changes(self._in_force, wanted)
             changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
             loaded = Loaded(dataclasses.replace(self._in_force, **changed), self._options.loaded.sources)
-            plan = _plan(loaded, self._opened, self._side, self._options.directory)
+            plan = _plan(loaded, self._opened, self._side, self._options)
         except (SettingError, ListenError, TLSError) as problem:
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return None

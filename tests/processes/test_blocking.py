@@ -94,6 +94,8 @@ def pipes_in(directory: Path, *names: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--protocol-option=greeting=@pipe"], ["option greeting: ", "/pipe' is not a regular file"]),
+        (["--protocol-option=greeting=@pipe", "--workers=2"], ["option greeting: ", "/pipe' is not a regular file"]),
         (["--config=pipe"], ["/pipe: is not a regular file"]),
         (["--listen=ssl:0:privateKey=pipe:certKey={0[server.pem]}"], ["private key", "/pipe'", "not a regular file"]),
         (["--listen=ssl:0:privateKey={0[server.key]}:certKey=pipe"], ["certificate", "/pipe'", "not a regular file"]),

@@ -1,0 +1,36 @@
+"""What stands in the place of a text that may be a secret, and which parts of a text are replaced by it."""
+
+from __future__ import annotations
+
+import re
+
+# Shown instead of a value. No option takes it, so that nobody serves with a file that --print-config has printed.
+HIDDEN = "<hidden>"
+
+# The types of listen descriptions of ours, none of whose arguments is a secret: keys and certificates are paths.
+OPEN_TYPES = frozenset(("tcp", "tcp6", "ssl", "unix", "systemd", "proxy", "haproxy"))
+
+# Arguments that say where to listen, whatever the type.
+_OPEN_KEYWORDS = frozenset(("port", "interface", "address", "backlog", "host", "mode"))
+
+# From `://` to the last @ before the path (RFC 3986, section 3.2.1). Descriptions may have backslashes in between.
+_USERINFO = re.compile(r"(:\\?/\\?/)[^/\s]*@")
+
+_KEYWORD = re.compile(r"((?:^|:)((?:\\.|[^:=\\])*)=)((?:\\.|[^:\\])*)", re.DOTALL)
+
+
+def hide_userinfo(text: str) -> str:
+    """A text with the user and the password hidden of each URL in it."""
+    return _USERINFO.sub(rf"\1{HIDDEN}@", text)
+
+
+def hide_in_description(description: str) -> str:
+    """A listen description as it may be shown: of a type that is not ours without the values of most keywords."""
+    kind = description.partition(":")[0]
+    if kind in OPEN_TYPES or kind == description:
+        return description
+
+    def hidden(match: re.Match[str]) -> str:
+        return match[0] if match[2] in _OPEN_KEYWORDS else f"{match[1]}{HIDDEN}"
+
+    return hide_userinfo(_KEYWORD.sub(hidden, description))
