@@ -22,7 +22,7 @@ from twisted.internet.interfaces import IProtocol, IProtocolFactory
 from twisted.internet.protocol import Factory
 
 from rtservice import references
-from rtservice.hidden import HIDDEN
+from rtservice.hidden import hide_values
 from rtservice.interfaces import IOneProcess, Secret
 from rtservice.references import OptionValue, UnresolvedError
 from rtservice.settings import (
@@ -354,22 +354,11 @@ def _make(maker: Any, given: Iterable[OptionValue], directory: str, *, open_valu
         told = printable(str(error)) if isinstance(error, ValueError) and str(error) else _told(error)
         # ValueError is how Python says that an argument is not acceptable.
         why = told if isinstance(error, ValueError) else f"it cannot be made: {told}"
-        raise SettingError(_without_values(why, [one for one in given if one.referred or not open_values])) from error
+        secrets = [one.text for one in given if one.referred or not open_values]
+        raise SettingError(hide_values(why, secrets)) from error
     if not IProtocolFactory.providedBy(factory) and not hasattr(factory, "buildProtocol"):
         raise SettingError(f"it gives no factory, but {type(factory).__name__}")
     return factory
-
-
-# A text that is shorter is no secret, and would be found where it is not meant.
-_SHORTEST_SECRET = 4
-
-
-def _without_values(text: str, given: Iterable[OptionValue]) -> str:
-    """A text of the maker, such as `invalid literal for int(): 'hunter2'`, without the values of these options."""
-    for one in sorted(given, key=lambda one: -len(one.text)):
-        if len(one.text) >= _SHORTEST_SECRET:
-            text = text.replace(one.text, HIDDEN)
-    return text
 
 
 class _HostedProtocol(Factory[Any]):

@@ -19,7 +19,7 @@ from twisted.python import usage
 from twisted.python.components import Componentized
 
 from rtservice import __version__, hosting, settings, worker
-from rtservice.hidden import hide_in_description
+from rtservice.hidden import hide_in_description, hide_values, values_in_description
 from rtservice.host import systemd
 from rtservice.host.certificates import renewed
 from rtservice.host.connections import COLUMNS
@@ -690,7 +690,8 @@ def _other_endpoint(description: str, slots: int) -> Any:
     except ImportError as error:
         raise ListenError(f"{error}; is an extra of Twisted missing (pip install 'twisted[tls]')?") from error
     except Exception as error:  # each parser, also those of plugins, raises its own
-        raise ListenError(f"not a usable endpoint description: {error or type(error).__name__}") from error
+        why = hide_values(str(error) or type(error).__name__, values_in_description(description))
+        raise ListenError(f"not a usable endpoint description: {why}") from error
 
 
 def _install_reactor(log: Log) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtservice.hidden import OPEN_TYPES, hide_in_description, hide_userinfo
+from rtservice.hidden import OPEN_TYPES, hide_in_description, hide_userinfo, hide_values, values_in_description
 from rtservice.net.listeners import TYPES
 
 
@@ -41,6 +41,15 @@ def test_user_and_password_of_a_url_are_hidden(text, shown) -> None:
 )
 def test_a_description_of_another_type_is_shown_without_what_its_keywords_hold(description, shown) -> None:
     assert hide_in_description(description) == shown
+
+
+def test_values_that_a_description_hides_are_hidden_in_what_others_say_of_it() -> None:
+    description = r"x:80:a=hunter\:2:b=:c=80:interface=::1:d=hunter\:234"
+    values = values_in_description(description)
+    assert values == ["hunter:2", "", "80", "hunter:234"]
+    assert values_in_description("ssl:1:privateKey=/key") == []
+    said = "80 is no port: 'hunter:234', 'hunter:2'"
+    assert hide_values(said, values) == "80 is no port: '<hidden>', '<hidden>'"
 
 
 def test_the_types_that_are_shown_whole_are_those_of_ours() -> None:

@@ -241,6 +241,8 @@ from zope.interface import implementer
 class Parser:
     prefix = "keyed"
     def parseStreamServer(self, reactor, port="0", key=""):
+        if port == "none":
+            raise ValueError(f"no port, but {key}")
         return TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
 
 parser = Parser()
@@ -264,5 +266,5 @@ def test_a_key_in_the_description_of_another_listener_is_shown_nowhere(service, 
     assert_nothing_shown(one)
     result = run(*RTSERVICE, f"--listen=keyed:none:key={LITERAL}")
     assert result.returncode == 1
-    assert "--listen keyed:none:key=<hidden>: " in result.stderr
+    assert "--listen keyed:none:key=<hidden>: not a usable endpoint description: no port, but <hidden>" in result.stderr
     assert "hunter2" not in result.stdout + result.stderr
