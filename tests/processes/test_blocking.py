@@ -100,6 +100,10 @@ def pipes_in(directory: Path, *names: str) -> None:
         (["--listen=ssl:0:privateKey=pipe:certKey={0[server.pem]}"], ["private key", "/pipe'", "not a regular file"]),
         (["--listen=ssl:0:privateKey={0[server.key]}:certKey=pipe"], ["certificate", "/pipe'", "not a regular file"]),
         (["--listen=ssl:0:privateKey={0[server.key]}:certKey={0[server.pem]}:clientCA=pipe"], ["client CA", "/pipe'"]),
+        (
+            ["--listen=ssl:0:privateKey={0[server.key]}:certKey={0[server.pem]}:clientCA={0[ca.pem]}:clientCRL=pipe"],
+            ["/pipe'"],
+        ),
         (["--listen=ssl:0:certificates=pipes"], ["/pipes/pipe.pem'", "not a regular file"]),
         (["--status=ssl:0:privateKey=pipe:certKey=pipe"], ["--status", "/pipe'", "not a regular file"]),
         (["--listen=unix:pipe"], ["--listen", "/pipe' exists and is not a socket"]),
