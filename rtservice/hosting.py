@@ -11,7 +11,7 @@ import re
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -21,11 +21,16 @@ from typing import Any, Literal
 from twisted.internet.interfaces import IProtocol, IProtocolFactory
 from twisted.internet.protocol import Factory
 
-from rtservice.interfaces import IOneProcess
+from rtservice import references
+from rtservice.hidden import hide_values
+from rtservice.interfaces import IOneProcess, Secret
+from rtservice.references import OptionValue, UnresolvedError
 from rtservice.settings import (
     ESCAPED,
     FLAG,
+    SHIPPED,
     TEXT,
+    BadValueError,
     Kind,
     Loaded,
     SettingError,
@@ -36,30 +41,39 @@ from rtservice.settings import (
 # Entry points of this group have names under which installed packages offer their protocols.
 GROUP = "rtservice.protocols"
 
-# Not entry points of ours: to read what all installed packages offer would be a tenth of a worker's start.
-SHIPPED = {"echo": "rtservice.protocols.echo:EchoFactory", "chat": "rtservice.protocols.chat:ChatFactory"}
-
 # Options of the echo exchange that are settings of their own, too.
 ECHO_SETTINGS = ("greeting", "greet", "framing", "max-message")
 
 
-def make_factory(loaded: Loaded, *, directory: str, processes: int = 1) -> Any:
+def resolve_options(loaded: Loaded, environment: Mapping[str, str], directory: str) -> tuple[OptionValue, ...]:
+    """The options of the protocol with what their files and variables hold now; see `references.resolve`.
+
+    Raises SettingError.
+    """
+    try:
+        return tuple(references.resolve(one, environment, directory) for one in loaded.settings.protocol_option)
+    except UnresolvedError as problem:
+        raise SettingError(f"{_where(loaded)}: {problem}") from None
+
+
+def make_factory(loaded: Loaded, *, options: Iterable[OptionValue], directory: str, processes: int = 1) -> Any:
     """The factory of these settings, for one of so many processes that serve.
 
-    Relative paths among its options begin in `directory`. Raises SettingError.
+    `options` are those of `resolve_options`. Relative paths among their values begin in `directory`. Raises
+    SettingError, with no value of an option that may be a secret.
     """
     wanted = loaded.settings
-    where = f"{loaded.where('protocol')} {printable(wanted.protocol)}"
-    given = list(wanted.protocol_option)
+    where = _where(loaded)
+    given = list(options)
     for name in ECHO_SETTINGS:
         if loaded.sources[name] == "default":
             continue
         if wanted.protocol != "echo":
             raise SettingError(f"{loaded.where(name)}: an option of the protocol echo, and not of {where}")
-        given.append(f"{name}={as_text(getattr(wanted, name.replace('-', '_')))}")
+        given.append(OptionValue(name, as_text(getattr(wanted, name.replace("-", "_")))))
         where = loaded.where("greeting")  # what else is wrong with them, together, is wrong with the greeting
     try:
-        factory = _make(_find(wanted.protocol), given, directory)
+        factory = _make(_find(wanted.protocol), given, directory, open_values=wanted.protocol in SHIPPED)
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from None
     if processes > 1 and IOneProcess.providedBy(factory):
@@ -67,6 +81,10 @@ def make_factory(loaded: Loaded, *, directory: str, processes: int = 1) -> Any:
             f"{where}: its connections have to be in one process: --workers has to be 1, not {processes}"
         )
     return factory
+
+
+def _where(loaded: Loaded) -> str:
+    return f"{loaded.where('protocol')} {printable(loaded.settings.protocol)}"
 
 
 def listing() -> str:
@@ -279,7 +297,7 @@ def _words(values: dict[str, Any]) -> Kind:
 
     def parse(text: str) -> Any:
         if text not in values:
-            raise SettingError(f"{text!r} is not {accepts}")
+            raise BadValueError(text, f"is not {accepts}")
         return values[text]
 
     return Kind(accepts, parse)
@@ -287,14 +305,18 @@ def _words(values: dict[str, Any]) -> Kind:
 
 def _parse_whole(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        raise SettingError(f"{text!r} is not a whole number")
+        raise BadValueError(text, "is not a whole number")
     return int(text)
 
 
 def _parse_number(text: str) -> float:
     if not re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,2})?", text):
-        raise SettingError(f"{text!r} is not a number")
+        raise BadValueError(text, "is not a number")
     return float(text)
+
+
+def _parse_secret(text: str) -> Secret:
+    return Secret(TEXT.parse(text))
 
 
 def _parse_path(text: str) -> Path:
@@ -313,23 +335,27 @@ _KINDS: dict[Any, Kind] = {
     float: Kind("a number", _parse_number),
     bool: FLAG,
     Path: Kind("a path", _parse_path),
+    Secret: Kind("a secret, best given as @/path/to/file or $VARIABLE", _parse_secret),
 }
 
 
 # --- factories ---
 
 
-def _make(maker: Any, given: Sequence[str], directory: str) -> Any:
-    """A factory by what a name stands for, with options such as `max-message=5`. Raises SettingError."""
-    arguments = _arguments(maker, given, directory)
+def _make(maker: Any, given: Iterable[OptionValue], directory: str, *, open_values: bool) -> Any:
+    """A factory by what a name stands for; errors show values if they are open. Raises SettingError."""
+    given = list(given)
+    arguments = _arguments(maker, given, directory, open_values)
     if _is_protocol(maker):
         return _HostedProtocol(maker, arguments)
     try:
         factory = maker(**arguments)
-    except ValueError as error:  # how Python says that an argument is not acceptable
-        raise SettingError(printable(str(error)) if str(error) else _told(error)) from error
     except (Exception, SystemExit) as error:
-        raise SettingError(f"it cannot be made: {_told(error)}") from error
+        told = printable(str(error)) if isinstance(error, ValueError) and str(error) else _told(error)
+        # ValueError is how Python says that an argument is not acceptable.
+        why = told if isinstance(error, ValueError) else f"it cannot be made: {told}"
+        secrets = [one.text for one in given if one.referred or not open_values]
+        raise SettingError(hide_values(why, secrets)) from error
     if not IProtocolFactory.providedBy(factory) and not hasattr(factory, "buildProtocol"):
         raise SettingError(f"it gives no factory, but {type(factory).__name__}")
     return factory
@@ -348,11 +374,12 @@ class _HostedProtocol(Factory[Any]):
         return str(self._name)
 
 
-def _arguments(maker: Any, given: Iterable[str], directory: str) -> dict[str, Any]:
+def _arguments(maker: Any, given: Iterable[OptionValue], directory: str, open_values: bool) -> dict[str, Any]:
     options = _options(maker)
     takes_any = _takes_any(maker)
     arguments: dict[str, Any] = {}
-    for name, text in (one.split("=", 1) for one in given):
+    for one in given:
+        name = one.name
         keyword = name.replace("-", "_")
         option = options.get(keyword)
         if option is None:
@@ -364,7 +391,10 @@ def _arguments(maker: Any, given: Iterable[str], directory: str) -> dict[str, An
         if keyword in arguments and option.many is None:
             raise SettingError(f"option {name} is given twice")
         try:
-            value = option.kind.parse(text)
+            value = _value(option.kind, one)
+        except BadValueError as error:
+            problem = str(error) if open_values and not one.referred else f"the value {error.problem}"
+            raise SettingError(f"option {name}: {problem}") from None
         except SettingError as error:
             raise SettingError(f"option {name}: {error}") from None
         if isinstance(value, Path):
@@ -380,6 +410,19 @@ def _arguments(maker: Any, given: Iterable[str], directory: str) -> dict[str, An
                 else f"it needs {option.name}, which no text can be: {option.annotation}; {_ADVICE}"
             )
     return {keyword: _as_many(options.get(keyword), value) for keyword, value in arguments.items()}
+
+
+def _value(kind: Kind, given: OptionValue) -> Any:
+    """Raises SettingError."""
+    if not given.referred:
+        return kind.parse(given.text)
+    if kind is ESCAPED:  # a file of bytes has them as they are
+        return given.text.encode("utf-8", "surrogateescape")
+    try:
+        given.text.encode()
+    except UnicodeEncodeError:
+        raise BadValueError(given.text, "is not UTF-8") from None
+    return kind.parse(given.text)
 
 
 _ADVICE = "name a function that returns the factory"

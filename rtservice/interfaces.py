@@ -12,11 +12,53 @@ All of it is stable.
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from twisted.logger import Logger
 from zope.interface import Interface
+
+
+class Secret:
+    """A text that is not to be shown: a password, a key, a token. For parameters of a factory or a protocol.
+
+    `def __init__(self, password: Secret)` has `--protocol-option password=@/run/secrets/pw` converted to one. `str()`,
+    `repr()`, f-strings and `%s` give `<hidden>`, so that it is in no log, no error message and no traceback that shows
+    variables by accident; `reveal()` gives the text. It is no `str`, since a library that was given it by mistake would
+    use the text in some places and `<hidden>` in others: it raises TypeError instead.
+    """
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """Return the text."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return "Secret(<hidden>)"
+
+    def __str__(self) -> str:
+        return "<hidden>"
+
+    def __format__(self, spec: str) -> str:
+        return format("<hidden>", spec)
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __eq__(self, other: object) -> bool:
+        # In a time that says nothing about where they differ.
+        ours, theirs = (
+            one._text.encode("utf-8", "surrogatepass") if isinstance(one, Secret) else None for one in (self, other)
+        )
+        return NotImplemented if ours is None or theirs is None else hmac.compare_digest(ours, theirs)
+
+    def __hash__(self) -> int:
+        return hash(self._text)
 
 
 class IStartable(Interface):

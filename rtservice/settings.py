@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import json
 import os
 import re
 import stat
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
+from rtservice.hidden import HIDDEN, hide_in_description
 from rtservice.protocols.echo import Framing, Greet
+from rtservice.references import is_reference
 
 LogLevelName = Literal["debug", "info", "warn", "error", "critical"]
 AtLimit = Literal["pause", "reject"]
@@ -25,19 +28,32 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class SettingError(ValueError):
-    """A setting's value is not acceptable; the text names the value and what is accepted."""
+    """A setting's value is not acceptable; the text names the value and what is accepted.
+
+    A value that may be a secret is not in it.
+    """
+
+
+class BadValueError(SettingError):
+    """A text is not a value of its kind. `problem` is the reason without the text, for one that may be a secret."""
+
+    def __init__(self, text: str, problem: str) -> None:
+        super().__init__(f"{text!r} {problem}")
+        self.problem = problem
 
 
 @dataclass(frozen=True)
 class Kind:
     """What a setting's value can be, in words, and how its text becomes a value; `parse` raises SettingError.
 
-    `toml` has the types that a TOML file may give it beside a string.
+    `toml` has the types that a TOML file may give it beside a string. `show` gives a text as it may be shown, for one
+    that can hold a secret.
     """
 
     accepts: str
     parse: Callable[[str], Any]
     toml: tuple[type, ...] = ()
+    show: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,7 @@ def whole_number(low: int, high: int) -> Kind:
     def parse(text: str) -> int:
         # int() would also take "1_000", " 8 " and digits of other scripts.
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
-            raise SettingError(f"{text!r} is not {accepts}")
+            raise BadValueError(text, f"is not {accepts}")
         return int(text)
 
     return Kind(accepts, parse, (int,))
@@ -85,7 +101,7 @@ def seconds(low: float, high: float) -> Kind:
     def parse(text: str) -> float:
         # As many decimals as a float of TOML has.
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,30})?", text) or not low <= float(text) <= high:
-            raise SettingError(f"{text!r} is not {accepts}")
+            raise BadValueError(text, f"is not {accepts}")
         return float(text)
 
     return Kind(accepts, parse, (int, float))
@@ -101,7 +117,7 @@ def either(word: str, value: Any, kind: Kind) -> Kind:
         try:
             return kind.parse(text)
         except SettingError:
-            raise SettingError(f"{text!r} is not {accepts}") from None
+            raise BadValueError(text, f"is not {accepts}") from None
 
     return Kind(accepts, parse, kind.toml)
 
@@ -113,7 +129,7 @@ def one_of(literal: Any) -> Kind:
 
     def parse(text: str) -> str:
         if text not in words:
-            raise SettingError(f"{text!r} is not {accepts}")
+            raise BadValueError(text, f"is not {accepts}")
         return text
 
     return Kind(accepts, parse)
@@ -121,7 +137,7 @@ def one_of(literal: Any) -> Kind:
 
 def _parse_flag(text: str) -> bool:
     if text not in ("true", "false"):
-        raise SettingError(f"{text!r} is not true or false")
+        raise BadValueError(text, "is not true or false")
     return text == "true"
 
 
@@ -175,7 +191,7 @@ def _parse_levels(value: str) -> tuple[Least, ...]:
 
 def _parse_text(value: str) -> str:
     if "\0" in value:
-        raise SettingError(f"{value!r} holds a NUL byte")
+        raise BadValueError(value, "holds a NUL byte")
     return value
 
 
@@ -197,17 +213,42 @@ def _parse_escaped(value: str) -> bytes:
         if code[:1] == b"x" and len(code) == 3:
             return bytes.fromhex(code[1:].decode())
         if code not in _ESCAPED:
-            raise SettingError(rf"{value!r} has an unknown escape; known are \r \n \t \0 \e \\ \xHH")
+            raise BadValueError(value, r"has an unknown escape; known are \r \n \t \0 \e \\ \xHH")
         return _ESCAPED[code]
 
     # What was typed and is not UTF-8 came as surrogates, and goes back to the very bytes.
     return _ESCAPE.sub(unescape, value.encode("utf-8", "surrogateescape"))
 
 
+_OPTION_NAME = re.compile(r"[A-Za-z_][\w-]*")
+
+
 def _parse_protocol_option(value: str) -> str:
-    if not re.match(r"[A-Za-z_][\w-]*=", value):
-        raise SettingError(f"{value!r} is not an option's name, = and its value")
-    return _parse_text(value)
+    # Nothing of it is in these errors: it may be the second half of a value with a blank.
+    if not _OPTION_NAME.fullmatch(value.partition("=")[0]) or "=" not in value:
+        raise SettingError("not an option's name, = and its value; the text is not shown")
+    name, _, text = value.partition("=")
+    if text == HIDDEN:
+        raise SettingError(
+            f"{name}={HIDDEN}: {_WAS_HIDDEN}, as {name}=@/path/to/file or {name}=$VARIABLE if it is secret"
+        )
+    if "\0" in text:
+        raise SettingError(f"the value of {name} holds a NUL byte")
+    return value
+
+
+def _show_protocol_option(option: str) -> str:
+    name, _, text = option.partition("=")
+    return option if is_reference(text) else f"{name}={HIDDEN}"
+
+
+def _parse_description(value: str) -> str:
+    if f"={HIDDEN}" in value:
+        raise SettingError(f"{value!r}: {_WAS_HIDDEN}")
+    return _parse_non_empty(value)
+
+
+_WAS_HIDDEN = f"{HIDDEN} is what --print-config shows in the place of a value; give the value"
 
 
 _HOST_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1123, section 2.1, and the underscore of Docker
@@ -231,6 +272,8 @@ ESCAPED = Kind("a string", _parse_escaped)
 LEVELS = Kind("a string of levels, such as info,twisted=warn", _parse_levels)
 PROTOCOL_OPTION = Kind("a string such as max-message=5", _parse_protocol_option)
 HOSTS = Kind("a string of host names, such as status.example.com,web-1, or *", _parse_hosts)
+PROTOCOL_OPTION = Kind("a string such as max-message=5", _parse_protocol_option, show=_show_protocol_option)
+DESCRIPTION = Kind("a string", _parse_description, show=hide_in_description)
 NETWORKS = Kind("a string of networks, such as 10.0.0.0/8,2001:db8::/32", _parse_networks)
 
 
@@ -264,6 +307,10 @@ _SHORT = {code[0]: f"\\{letter.decode()}" for letter, code in _ESCAPED.items()}
 
 # --- the schema ---
 
+# The protocols that this package has; none of their options is a secret. Not entry points: to read what all installed
+# packages offer would be a tenth of a worker's start.
+SHIPPED = {"echo": "rtservice.protocols.echo:EchoFactory", "chat": "rtservice.protocols.chat:ChatFactory"}
+
 
 def _setting(
     default: Any,
@@ -275,7 +322,7 @@ def _setting(
     takes: Takes = "restart",
 ) -> Any:
     metadata = {"kind": kind, "help": help, "short": short, "repeatable": repeatable, "takes": takes}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=kind.show is None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +344,7 @@ class Settings:
     )
     listen: tuple[str, ...] = _setting(
         (),
-        NON_EMPTY,
+        DESCRIPTION,
         "A description in Twisted's endpoint syntax, instead of `--port`; repeatable: `tcp:8080`, "
         "`tcp6:8080:interface=::1`, `ssl:8443:privateKey=key.pem:certKey=cert.pem`, `ssl:8443:certificates=/dir`, "
         "`unix:/run/rt.sock:mode=660`, `systemd:name=web`, any other that Twisted knows; `proxy:` before one of them "
@@ -408,7 +455,9 @@ class Settings:
     protocol_option: tuple[str, ...] = _setting(
         (),
         PROTOCOL_OPTION,
-        "An option of the protocol, `key=value`; repeatable. They become keyword arguments.",
+        "An option of the protocol, `key=value`; repeatable. They become keyword arguments. `key=@/path/to/file` and "
+        "`key=$VARIABLE` take the value from a file or from the environment, where `ps` does not show it; `@@` and "
+        "`$$` begin a value that begins with `@` or `$`.",
         repeatable=True,
     )
     status: str = _setting(
@@ -471,6 +520,19 @@ def schema() -> Iterator[Setting]:
         yield Setting(name=field.name.replace("_", "-"), default=field.default, **field.metadata)
 
 
+def shown(setting: Setting, in_force: Settings) -> str:
+    """The value of a setting as everybody may see it who can see the service: of options that may be secret, the names.
+
+    It is for people, and not to be read back.
+    """
+    value = getattr(in_force, setting.field)
+    if setting.kind is PROTOCOL_OPTION and in_force.protocol not in SHIPPED:
+        return printable(", ".join(dict.fromkeys(option.partition("=")[0] for option in value)))
+    if setting.kind.show is not None and setting.kind is not PROTOCOL_OPTION:
+        value = tuple(map(setting.kind.show, value))
+    return printable(as_text(value))
+
+
 # --- from the command line, the environment and a file ---
 
 
@@ -519,7 +581,7 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
 
     The command line maps settings' names to texts, and of repeatable settings to sequences of them. Of the environment
     the `RTSERVICE_` variables count, but for what Kubernetes makes of a Service of that name; a repeatable setting's
-    holds texts with white space between them. The file's keys are the settings' names.
+    holds texts with white space between them, or a JSON array of strings. The file's keys are the settings' names.
 
     `listen` and `port` with `interface` both say where to listen: one layer gives one of them, and the highest layer
     that gives any is followed. The options of a protocol are those of all layers, each the highest one's. A table
@@ -529,7 +591,7 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
     """
     repeatable = {variable(setting.name) for setting in schema() if setting.repeatable}
     variables = {
-        name: value.split() if name in repeatable else value
+        name: _texts(name, value) if name in repeatable else value
         for name, value in environment.items()
         if name.startswith(_PREFIX)
         and name != CONFIG_VARIABLE
@@ -562,6 +624,23 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
     return Loaded(Settings(**{name.replace("-", "_"): value for name, value in values.items()}), sources)
 
 
+def _texts(name: str, value: str) -> list[str]:
+    """The texts of a variable that holds several: a JSON array of strings, or texts with white space between them.
+
+    JSON, and not the quotes of a shell: these are in use, and so are backslashes, and nothing that begins with [ was
+    right before.
+    """
+    if not value.lstrip().startswith("["):
+        return value.split()
+    try:
+        texts = json.loads(value)
+    except (ValueError, RecursionError):  # whose text may have some of the value
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise SettingError(f"{name}: begins with [ and is not a JSON array of strings; the text is not shown")
+    return texts
+
+
 def _joined(lower: tuple[str, ...], higher: tuple[str, ...]) -> tuple[str, ...]:
     """Options of a protocol from two layers."""
     names = {_option_name(option) for option in higher}
@@ -584,9 +663,11 @@ def _without_table(given: dict[str, Any], file: str) -> dict[str, Any]:
         settings["protocol"] = table["name"]
     options = []
     for key, value in table.items():
+        if not _OPTION_NAME.fullmatch(key):
+            raise SettingError(f"{file}: protocol: {key!r} is not an option's name")
         for one in value if isinstance(value, list) else [value]:
             if type(one) not in (str, bool, int, float):
-                raise SettingError(f"{file}: protocol: {printable(key)}: {_shown(one)} is not a string or a number")
+                raise SettingError(f"{file}: protocol: {printable(key)}: {_type(one)} is not a string or a number")
             options += [f"{key}={as_text(one)}"] if key != "name" else []
         if value == []:  # which the command line could not say either
             raise SettingError(f"{file}: protocol: {printable(key)}: an array without anything in it")
@@ -645,21 +726,45 @@ def _value(setting: Setting, given: Any) -> Any:
     if isinstance(given, str):
         given = [given]
     if not isinstance(given, list | tuple):
-        raise SettingError(f"{_shown(given)} is not {setting.kind.accepts} or an array of such")
-    return tuple(_one_value(setting.kind, one) for one in given)
+        raise SettingError(f"{_shown(setting.kind, given)} is not {setting.kind.accepts} or an array of such")
+    values = []
+    for number, one in enumerate(given, 1):
+        try:
+            values.append(_one_value(setting.kind, one))
+        except SettingError as error:
+            if setting.kind.show is None or len(given) == 1:
+                raise
+            raise SettingError(f"number {number} of {len(given)}: {error}") from None
+    return tuple(values)
 
 
 def _one_value(kind: Kind, given: Any) -> Any:
     if isinstance(given, str):
         return kind.parse(given)
     if type(given) not in kind.toml:
-        raise SettingError(f"{_shown(given)} is not {kind.accepts}")
+        raise SettingError(f"{_shown(kind, given)} is not {kind.accepts}")
     return kind.parse(as_text(given))
 
 
-def _shown(given: Any) -> str:
-    """A value of another type as TOML has it, near enough."""
+def _shown(kind: Kind, given: Any) -> str:
+    """A value of another type as TOML has it, near enough; only its type where that may be a secret."""
+    if kind.show is not None or isinstance(given, list | dict):
+        return _type(given)
     return str(given).lower() if isinstance(given, bool) else str(given)
+
+
+def _type(given: Any) -> str:
+    match given:
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case list():
+            return "an array"
+        case dict():
+            return "a table"
+        case _:
+            return "a date or time"
 
 
 def printable(text: str) -> str:
@@ -673,21 +778,29 @@ def printable(text: str) -> str:
 def as_toml(loaded: Loaded) -> str:
     """A TOML file of these settings, each with where it came from; `load` reads the same settings from it.
 
-    Raises SettingError when a text is not UTF-8, which TOML is.
+    Values that may be secret are marked, and `load` does not take the mark: what is printed on a terminal ends in logs,
+    tickets and mail. Raises SettingError when a text is not UTF-8, which TOML is.
     """
     lines = []
+    open_options = loaded.settings.protocol in SHIPPED
     for setting in schema():
         # One file cannot have both.
         if setting.name in ("port", "interface") and loaded.settings.listen:
             continue
         value = getattr(loaded.settings, setting.field)
+        comment = loaded.sources[setting.name]
+        show = setting.kind.show
+        if show is not None and not (setting.kind is PROTOCOL_OPTION and open_options):
+            given, value = value, tuple(map(show, value))
+            if value != given:
+                comment += f"; {HIDDEN}: may be a secret"
         if setting.repeatable:
-            shown = f"[{', '.join(map(_toml_string, value))}]"
+            written = f"[{', '.join(map(_toml_string, value))}]"
         elif type(value) in setting.kind.toml:
-            shown = as_text(value)
+            written = as_text(value)
         else:
-            shown = _toml_string(as_text(value))
-        lines.append(f"{setting.name} = {shown}  # {loaded.sources[setting.name]}\n")
+            written = _toml_string(as_text(value))
+        lines.append(f"{setting.name} = {written}  # {comment}\n")
     return "".join(lines)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pwd
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from twisted.python import usage
 from twisted.python.components import Componentized
 
 from rtservice import __version__, hosting, settings, worker
+from rtservice.hidden import hide_in_description, hide_values, values_in_description
 from rtservice.host import systemd
 from rtservice.host.certificates import renewed
 from rtservice.host.connections import COLUMNS
@@ -32,6 +34,7 @@ from rtservice.observe import logs
 from rtservice.observe.lines import Lines, Output, say_aside
 from rtservice.observe.logfile import LogFile, check_file
 from rtservice.observe.logs import AccessLog, Format, Levels, Log
+from rtservice.references import OptionValue
 from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
 
 _Found = TypeVar("_Found")
@@ -103,6 +106,8 @@ class Options(usage.Options):
             raise SystemExit(f"rtservice: {error}") from None
 
     def parseArgs(self, *args: str) -> None:
+        if args and self.get("protocol-option"):  # most often the second half of a value
+            raise usage.UsageError("unexpected argument, which is not shown; quote options of a protocol with blanks")
         if args:
             raise usage.UsageError(f"unexpected argument {args[0]!r}")
 
@@ -115,8 +120,12 @@ class Options(usage.Options):
                 # A daemon changes its directory, and reads the file again on SIGHUP.
                 self["config"] = os.path.abspath(path)
                 break
-        # Where twistd is going to be.
         twistd: Any = self.parent or {}
+        # Before twistd opens it, which it does next, and before it is relative to another directory.
+        _check_pidfile(twistd.get("pidfile"), os.path.abspath)
+        # Where files are that options of a protocol name; a daemon reads them again for new workers.
+        self._started_in = os.path.abspath(".")
+        # Where twistd is going to be.
         self.directory = os.path.abspath(twistd.get("rundir") or ".")
         self.loaded = self.reloaded()
         if self.settings().protocol == "help":
@@ -135,7 +144,13 @@ class Options(usage.Options):
 
     def make_factory(self, loaded: Loaded, processes: int = 1) -> Any:
         """The factory of these settings, for one of so many processes; raises SettingError."""
-        return hosting.make_factory(loaded, directory=self.directory, processes=processes)
+        return hosting.make_factory(
+            loaded, options=self.protocol_options(loaded), directory=self.directory, processes=processes
+        )
+
+    def protocol_options(self, loaded: Loaded) -> tuple[OptionValue, ...]:
+        """The options of the protocol with what their files hold now; raises SettingError."""
+        return hosting.resolve_options(loaded, self._environment, self._started_in)
 
 
 def _flag(setting: settings.Setting) -> Callable[[Options], None]:
@@ -171,17 +186,23 @@ def makeService(options: Options) -> Server | Supervisor:
     twistd: Any = options.parent or {}
     leave = _Leave()
     atexit.register(leave)  # first, so that it is run last: a protocol may register something when it is imported
+    # It may hold secrets, and what hosted code starts inherits the environment. A reload has a copy.
+    os.environ.pop(settings.variable("protocol-option"), None)
     _open_standard_descriptors()
     ignore_bad_names()
     log = Log(Levels(worker.levels(in_force)), globalLogPublisher)
     slots = _slots(in_force)
     resolve_path = _path_resolver(twistd)
     try:
+        _check_user(twistd, log)
         _check_directories(twistd, resolve_path)
         # Before a protocol is imported, which may import the reactor.
         _install_reactor(log)
-        # With workers it is theirs to import, with their rights.
-        factory = options.make_factory(options.loaded, slots) if slots == 1 or options["check"] else None
+        if slots == 1 or options["check"]:
+            factory = options.make_factory(options.loaded, slots)
+        else:  # it is the workers' to import, with their rights, but what its options name can be missing here already
+            factory = None
+            options.protocol_options(options.loaded)
         if options["check"]:
             _check(options.loaded, resolve_path, slots)
             raise _Printed("rtservice: the configuration is valid\n")
@@ -247,8 +268,10 @@ def _serve_with_workers(
 ) -> Supervisor:
     reload = _ReloadWorkers(options, log, opened, side)
     try:
-        plan = _plan(options.loaded, opened, side, options.directory)
-    except TLSError as error:  # it was well a moment ago
+        plan = _plan(options.loaded, opened, side, options)
+    except (TLSError, SettingError) as error:  # it was well a moment ago
+        for listener in (*opened, *side.listeners):
+            listener.close()
         raise SystemExit(f"rtservice: {error}") from None
     supervisor = _Supervisor(
         side=side,
@@ -304,10 +327,11 @@ def _slots(in_force: settings.Settings) -> int:
     return len(os.sched_getaffinity(0)) if in_force.workers is None else in_force.workers
 
 
-def _plan(loaded: Loaded, opened: list[Listener], side: Side, directory: str) -> Plan:
-    """What workers are started with from now on. Raises TLSError."""
+def _plan(loaded: Loaded, opened: list[Listener], side: Side, options: Options) -> Plan:
+    """What workers are started with from now on. Raises TLSError and SettingError."""
     in_force = loaded.settings
-    described = worker.describe(loaded, opened, directory=directory)
+    given = options.protocol_options(loaded)
+    described = worker.describe(loaded, opened, options=given, directory=options.directory)
     shown = [*opened, *side.listeners] if in_force.watch_certificates else []
     files = {file for listener in shown for file in listener.tls_files()}
     return Plan(
@@ -343,13 +367,14 @@ def _open(
     endpoints: list[tuple[str, Any]] = []
     try:
         for description in in_force.listen:
-            with _naming(f"{loaded.where('listen')} {printable(description)}"):
+            shown = hide_in_description(description)
+            with _naming(f"{loaded.where('listen')} {printable(shown)}"):
                 if _is_ours(description):
                     opened += listeners.open_description(
                         description, backlog=in_force.backlog, resolve_path=resolve_path, slots=slots
                     )
                 else:
-                    endpoints.append((description, _other_endpoint(description, slots)))
+                    endpoints.append((shown, _other_endpoint(description, slots)))
         if not in_force.listen:
             with _naming(_port_and_interface(loaded)):
                 opened += listeners.open_port(
@@ -368,7 +393,7 @@ def _status(loaded: Loaded, use: Callable[..., _Found], **how: Any) -> _Found | 
     description = loaded.settings.status
     if not description:
         return None
-    with _naming(f"{loaded.where('status')} {printable(description)}"):
+    with _naming(f"{loaded.where('status')} {printable(hide_in_description(description))}"):
         if listeners.split_description(description)[0] not in listeners.TYPES - {"proxy", "haproxy"}:
             raise ListenError("it is served on one of ssl, systemd, tcp, tcp6, unix")
         return use(description, loopback=True, **how)
@@ -378,7 +403,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> No
     """Find what _open would, without a socket that listens. Raises SettingError."""
     in_force = loaded.settings
     for description in in_force.listen:
-        with _naming(f"{loaded.where('listen')} {printable(description)}"):
+        with _naming(f"{loaded.where('listen')} {printable(hide_in_description(description))}"):
             if _is_ours(description):
                 listeners.check_description(description, resolve_path=resolve_path)
             else:
@@ -411,8 +436,8 @@ class _Settings:
         self._log = log
 
     def shown(self) -> dict[str, str]:
-        """Each setting in force, as a user would write it."""
-        return {one.name: printable(settings.as_text(getattr(self._in_force, one.field))) for one in settings.schema()}
+        """Each setting in force, without what may be a secret."""
+        return {one.name: settings.shown(one, self._in_force) for one in settings.schema()}
 
     def status_hosts(self) -> frozenset[str]:
         """The host names that clients of the status server may name, in lower case."""
@@ -474,7 +499,7 @@ class _ReloadWorkers(_Settings):
             live, _ = settings.changes(self._in_force, wanted)
             changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
             loaded = Loaded(dataclasses.replace(self._in_force, **changed), self._options.loaded.sources)
-            plan = _plan(loaded, self._opened, self._side, self._options.directory)
+            plan = _plan(loaded, self._opened, self._side, self._options)
         except (SettingError, ListenError, TLSError) as problem:
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return None
@@ -604,13 +629,14 @@ class _Start:
 
     def __init__(self, twistd: Any) -> None:
         self._twistd = twistd
+        self._user = os.getuid()
         self._pipe: int | None = None
         self._terminal = os.dup(2)  # once twistd has daemonized, 2 itself is /dev/null
 
     def check(self) -> str | None:
         """Called when privileges are to have been dropped; says so if they were not."""
         self._take_pipe()
-        return _privileges_kept(self._twistd)
+        return _privileges_kept(self._twistd, self._user)
 
     def report(self, problem: str | None) -> None:
         """The start is over, and went well or not."""
@@ -637,16 +663,22 @@ class _Start:
             self._pipe, self._twistd["statusPipe"] = self._twistd["statusPipe"], None
 
 
-def _privileges_kept(twistd: Any) -> str | None:
-    """What is wrong unless the process runs as the user and group that twistd was told; twistd does not look."""
+def _privileges_kept(twistd: Any, started_as: int) -> str | None:
+    """What is wrong unless the process runs as the user and group that twistd was told, and with that user's groups.
+
+    `started_as` is the user id that the process began with. Twistd does not check, and workers inherit all of these.
+    """
     uid, gid = twistd.get("uid"), twistd.get("gid")
     if uid is not None and gid is None:
         gid = pwd.getpwuid(uid).pw_gid  # twistd's rule
     for what, wanted, ids in (("uid", uid, os.getresuid()), ("gid", gid, os.getresgid())):
-        real, effective, saved = ids
-        in_force = {effective} if twistd.get("euid") else {real, effective, saved}
-        if wanted is not None and in_force != {wanted}:
-            return f"--{what} {wanted}: the process still runs as {what} {max(in_force - {wanted})}"
+        # Real, effective and saved: from any of them the others can be set again (setresuid(2)).
+        if wanted is not None and set(ids) != {wanted}:
+            return f"--{what} {wanted}: the process still runs as {what} {max(set(ids) - {wanted})}"
+    if uid is not None and uid != started_as:
+        kept = set(os.getgroups()) - {gid, *os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)}
+        if kept:
+            return f"--uid {uid}: the process still has the supplementary group {min(kept)}, which is not this user's"
     return None
 
 
@@ -671,7 +703,8 @@ def _other_endpoint(description: str, slots: int) -> Any:
     except ImportError as error:
         raise ListenError(f"{error}; is an extra of Twisted missing (pip install 'twisted[tls]')?") from error
     except Exception as error:  # each parser, also those of plugins, raises its own
-        raise ListenError(f"not a usable endpoint description: {error or type(error).__name__}") from error
+        why = hide_values(str(error) or type(error).__name__, values_in_description(description))
+        raise ListenError(f"not a usable endpoint description: {why}") from error
 
 
 def _install_reactor(log: Log) -> None:
@@ -707,12 +740,43 @@ def _check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
             raise SettingError(f"--{option} {printable(twistd[option])}: no such directory")
     given = twistd.get("pidfile")
     if given:
+        _check_pidfile(given, resolve_path)
         path = resolve_path(given)
         directory = os.path.dirname(path)
         if not os.path.isdir(directory):
             raise SettingError(f"--pidfile {printable(given)}: no such directory: {printable(directory)}")
         if not os.access(path if os.path.exists(path) else directory, os.W_OK):
             raise SettingError(f"--pidfile {printable(given)}: permission denied")
+
+
+def _check_pidfile(given: str | None, resolve_path: Callable[[str], str]) -> None:
+    """Reject a pidfile that is a pipe or a device: twistd waits for ever when it opens one. Raises SettingError."""
+    if given:
+        with contextlib.suppress(OSError):  # there is none yet, or twistd finds out
+            if not stat.S_ISREG(os.stat(resolve_path(given)).st_mode):
+                raise SettingError(f"--pidfile {printable(given)}: not a regular file")
+
+
+def _check_user(twistd: Any, log: Log) -> None:
+    """Reject a --uid with which twistd would fail, or keep root within reach of hosted code. Raises SettingError."""
+    uid, gid = twistd.get("uid"), twistd.get("gid")
+    if twistd.get("euid") and (uid is not None or gid is not None):
+        # The real user stays root, in workers too: seteuid(0), one call in hosted code, takes everything back.
+        raise SettingError(
+            "--euid: any code that is served could become root again, since only the effective user changes; "
+            "leave it out, and --uid gives root up for good"
+        )
+    if gid is not None and uid is None and os.geteuid() == 0:
+        log.warn(
+            "--gid {gid} without --uid: what is served runs as root, with the supplementary groups of root", gid=gid
+        )
+    # Twistd looks a user up, in the new root if there is one: for its group, and for its supplementary groups when the
+    # process is not that user yet.
+    if uid is not None and twistd.get("chroot") is None and (gid is None or uid != os.getuid()):
+        try:
+            pwd.getpwuid(uid)
+        except KeyError:
+            raise SettingError(f"--uid {uid}: no such user, whose groups would have to be known") from None
 
 
 class _Leave:

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from string import Formatter
 from typing import Any
 
@@ -37,6 +38,7 @@ from rtservice.host.server import Live, Server, default_max_connections, raise_d
 from rtservice.net.listeners import Listener
 from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLSError, ignore_bad_names
 from rtservice.observe.logs import AccessLog, LevelName, Levels, Log
+from rtservice.references import OptionValue
 from rtservice.settings import SettingError
 
 _log = Logger()
@@ -95,22 +97,27 @@ def share(total: int, slot: int, slots: int) -> int:
 # --- the supervisor's side: what a worker is started with ---
 
 
-def describe(loaded: settings.Loaded, listeners: list[Listener], *, directory: str) -> dict[str, Any]:
+def describe(
+    loaded: settings.Loaded, listeners: list[Listener], *, options: Iterable[OptionValue], directory: str
+) -> dict[str, Any]:
     """The value of a `start` message, but for `slot` and `slots`. Raises TLSError.
 
-    Certificates and keys are read here: a worker may not have the rights to. A protocol is not: whoever wrote it, it
-    is the workers' to import, with their rights, and anew for each of them.
+    Certificates and keys are read here, and `options` with what their files held: a worker may not have the rights to.
+    The values go to it in this message alone: other users can see a process's arguments, and what it starts inherits
+    its environment. A protocol is not imported here: whoever wrote it, it is the workers' to import, with their rights,
+    and anew for each of them.
     """
     texts: dict[str, str | tuple[str, ...]] = {}
     for setting in settings.schema():
         value = getattr(loaded.settings, setting.field)
         # It gets sockets; and an option of the echo exchange that nobody has given is none of other protocols.
-        if setting.name not in ("listen", "port", "interface") and value != setting.default:
+        if setting.name not in ("listen", "port", "interface", "protocol-option") and value != setting.default:
             texts[setting.name] = value if setting.repeatable else settings.as_text(value)
     described = [_described(listener) for listener in listeners]
     return {
         "settings": texts,
         "sources": dict(loaded.sources),  # for what errors say
+        "options": [dataclasses.astuple(option) for option in options],
         "listeners": described,
         "directory": directory,
     }
@@ -235,7 +242,12 @@ class Worker(Protocol):
             self._slot = given["slot"]
             self._levels.change(levels(self._settings))
             self._log = Log(self._levels, globalLogPublisher)
-            factory = hosting.make_factory(loaded, directory=given["directory"], processes=given["slots"])
+            factory = hosting.make_factory(
+                loaded,
+                options=[OptionValue(*option) for option in given["options"]],
+                directory=given["directory"],
+                processes=given["slots"],
+            )
             for place, listener in enumerate(given["listeners"]):
                 self._kinds.append(listener["kind"])
                 if listener["file"] is not None:

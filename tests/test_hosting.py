@@ -12,8 +12,8 @@ from twisted.internet.interfaces import IProtocolFactory
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
-from rtservice.hosting import ECHO_SETTINGS, listing, make_factory
-from rtservice.interfaces import IOneProcess
+from rtservice.hosting import ECHO_SETTINGS, listing, make_factory, resolve_options
+from rtservice.interfaces import IOneProcess, Secret
 from rtservice.protocols.echo import EchoFactory
 from rtservice.settings import SettingError, load
 
@@ -62,6 +62,18 @@ class Inherits(Late):
 class Answer(Protocol):
     def __init__(self, text: bytes = b"yes", times: int = 1) -> None:
         self.answer = text * times
+
+
+class Door(Factory):
+    def __init__(self, password: Secret, *, others: list[Secret] | None = None, again: "Secret | None" = None) -> None:
+        self.given = (password, others, again)
+
+
+class Careless(Factory):
+    def __init__(self, password: str, raises: str = "ValueError") -> None:
+        if raises == "Conversion":
+            int(password)
+        raise {"ValueError": ValueError, "KeyError": KeyError, "SystemExit": SystemExit}[raises](f"bad: {password}")
 
 
 class Needs(Factory):
@@ -126,9 +138,18 @@ def _module(monkeypatch) -> Iterator[None]:
     return
 
 
-def made(protocol: str, *options: str, directory: str = "/srv", processes: int = 1, **settings: str) -> Any:
+def made(
+    protocol: str,
+    *options: str,
+    directory: str = "/srv",
+    processes: int = 1,
+    environment: dict[str, str] | None = None,
+    **settings: str,
+) -> Any:
     given = {"protocol": protocol, "protocol-option": options, **settings}
-    return make_factory(load(given, {}, None), directory=directory, processes=processes)
+    loaded = load(given, {}, None)
+    options = resolve_options(loaded, environment or {}, directory)
+    return make_factory(loaded, options=options, directory=directory, processes=processes)
 
 
 def problem(protocol: str, *options: str, **more: Any) -> str:
@@ -163,13 +184,13 @@ def test_options_become_keyword_arguments_of_the_types_that_the_callable_says() 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["text=x", "whole=1.5"], "option whole: '1.5' is not a whole number"),
-        (["text=x", "number=inf"], "option number: 'inf' is not a number"),
-        (["text=x", "flag=yes"], "option flag: 'yes' is not true or false"),
+        (["text=x", "whole=1.5"], "option whole: the value is not a whole number"),
+        (["text=x", "number=inf"], "option number: the value is not a number"),
+        (["text=x", "flag=yes"], "option flag: the value is not true or false"),
         (["text=x", "path="], "option path: the path is empty"),
-        (["text=x", "color=green"], "option color: 'green' is not one of red, blue"),
-        (["text=x", "word=three"], "option word: 'three' is not one of one, two"),
-        (["text=x", "some=1", "some=x"], "option some: 'x' is not a whole number"),
+        (["text=x", "color=green"], "option color: the value is not one of red, blue"),
+        (["text=x", "word=three"], "option word: the value is not one of one, two"),
+        (["text=x", "some=1", "some=x"], "option some: the value is not a whole number"),
         (["text=x", "text=y"], "option text is given twice"),
         (["text=x", r"raw=\q"], "option raw: "),
         (["text=x", "other=1"], "option other: it is object, which no text can be"),
@@ -190,7 +211,7 @@ def test_annotations_that_are_texts_are_understood_and_one_that_cannot_be_harms_
 @pytest.mark.parametrize("name", ["caller", "New"])
 def test_whatever_is_called_says_what_its_options_are(name) -> None:
     assert made(f"mine:{name}", "count=7").count == 7
-    assert "option count: 'x' is not a whole number" in problem(f"mine:{name}", "count=x")
+    assert "option count: the value is not a whole number" in problem(f"mine:{name}", "count=x")
 
 
 def test_sequences_and_annotated_types_are_understood_and_tuples_of_so_many_are_not() -> None:
@@ -226,6 +247,64 @@ def test_a_function_gives_the_factory_and_says_what_is_wrong() -> None:
     assert problem("mine:make", "limit=11") == "--protocol mine:make: 11 is too many"
     assert "it cannot be made: OSError: no way (" in problem("mine:make", "limit=-1")
     assert problem("mine:make_nothing").endswith("it gives no factory, but NoneType")
+
+
+def test_a_secret_is_converted_and_given_like_any_other_type(tmp_path) -> None:
+    (tmp_path / "pw").write_text("hunter2\n")
+    password, others, again = made(
+        "mine:Door",
+        *("password=@pw", "others=$ONE", "others=$$two", "again=three"),
+        directory=str(tmp_path),
+        environment={"ONE": "one"},
+    ).given
+    assert isinstance(password, Secret)
+    assert [one.reveal() for one in (password, *others, again)] == ["hunter2", "one", "$two", "three"]
+    assert "option password is missing, a secret, best given as @/path/to/file or $VARIABLE" in problem("mine:Door")
+
+
+@pytest.mark.parametrize("raises", ["ValueError", "Conversion", "KeyError", "SystemExit"])
+@pytest.mark.parametrize("password", ["password=hunter2", "password=@pw", "password=$PW"])
+def test_what_a_factory_says_as_it_is_made_has_no_value_in_it(tmp_path, raises, password) -> None:
+    (tmp_path / "pw").write_text("hunter2")
+    said = problem(
+        "mine:Careless", password, f"raises={raises}", directory=str(tmp_path), environment={"PW": "hunter2"}
+    )
+    assert "hunter2" not in said
+    assert "<hidden>" in said
+
+
+def test_bytes_of_a_file_are_taken_as_they_are_and_texts_are_utf_8(tmp_path) -> None:
+    (tmp_path / "raw").write_bytes(b"\\q\xff\0\r\n")
+    (tmp_path / "text").write_bytes("grüß\n\n".encode())
+    given = made("mine:Everything", "text=@text", "raw=@raw", directory=str(tmp_path)).given
+    assert given["raw"] == b"\\q\xff\0"
+    assert given["text"] == "grüß\n"
+    for option, words in (("text=@raw", "option text: the value is not UTF-8"), ("path=@nul", "the value holds a NUL")):
+        (tmp_path / "nul").write_bytes(b"a\0")
+        assert words in problem("mine:Everything", option, directory=str(tmp_path))
+
+
+def test_a_value_from_a_file_is_not_shown_for_what_ships_either(tmp_path) -> None:
+    (tmp_path / "size").write_text("hunter2")
+    assert problem("echo", "max-message=@size", directory=str(tmp_path)).endswith(
+        "option max-message: the value is not a whole number"
+    )
+    assert problem("echo", "max-message=x").endswith("option max-message: 'x' is not a whole number")
+    (tmp_path / "size").write_text("77")
+    assert made("echo", "max-message=@size", directory=str(tmp_path)).max_message == 77
+
+
+def test_a_file_or_a_variable_that_is_not_there_is_named_with_the_option(tmp_path) -> None:
+    assert problem("mine:Door", "password=@pw", directory=str(tmp_path)) == (
+        f"--protocol mine:Door: option password: cannot read the file '{tmp_path}/pw': no such file or directory"
+    )
+    assert problem("mine:Door", "password=$PW") == (
+        "--protocol mine:Door: option password: the environment has no variable PW"
+    )
+
+
+def test_a_greeting_of_its_own_setting_is_never_the_name_of_a_file() -> None:
+    assert made("echo", greeting="@home").greeting == b"@home"
 
 
 def test_a_callable_that_takes_any_keyword_gets_texts() -> None:

@@ -14,6 +14,7 @@ from rtservice.settings import (
     HOSTS,
     LEVELS,
     NETWORKS,
+    SHIPPED,
     Loaded,
     SettingError,
     Settings,
@@ -24,6 +25,7 @@ from rtservice.settings import (
     load,
     schema,
     seconds,
+    shown,
     whole_number,
 )
 from rtservice.tap import Options
@@ -207,9 +209,9 @@ def test_a_variable_holds_several_descriptions_with_white_space_between_them() -
         ("port = true", "port: true is not a whole number from 0 to 65535"),
         ("port = 80.0", "port: 80.0 is not a whole number from 0 to 65535"),
         ("port = 70000", "port: '70000' is not a whole number from 0 to 65535"),
-        ("port = [1]", "port: [1] is not a whole number from 0 to 65535"),
+        ("port = [1]", "port: an array is not a whole number from 0 to 65535"),
         ("max-connections = 0", "max-connections: '0' is not auto or a whole number from 1 to 10000000"),
-        ("max-connections = {}", "max-connections: {} is not auto or a whole number"),
+        ("max-connections = {}", "max-connections: a table is not auto or a whole number"),
         ("idle-timeout = 0.01", "idle-timeout: '0.01' is not 0 or a number of seconds from 0.1 to 10000000"),
         ("drain-timeout = nan", "drain-timeout: 'NaN' is not a number of seconds from 0 to 86400"),
         ("drain-timeout = 1979-05-27", "drain-timeout: 1979-05-27 is not a number of seconds"),
@@ -217,10 +219,15 @@ def test_a_variable_holds_several_descriptions_with_white_space_between_them() -
         ("greet = false", "greet: false is not one of connect, first-data"),
         ("interface = 1", "interface: 1 is not a string"),
         ("watch-certificates = 1", "watch-certificates: 1 is not true or false"),
-        ("listen = 8080", "listen: 8080 is not a string or an array of such"),
-        ('listen = ["tcp:1", 2]', "listen: 2 is not a string"),
+        ("protocol-option = [1234]", "protocol-option: a number is not a string such as"),
+        ("protocol-option = [{password = 'hunter2'}]", "protocol-option: a table is not a string such as"),
+        ("protocol-option = ['a=b', 'hunter2']", "protocol-option: number 2 of 2: not an option's name"),
+        ("[protocol]\npassword = {hunter2 = 'hunter2'}", "protocol: password: a table is not a string or a number"),
+        ("[protocol]\nname = ['hunter2']", "protocol: an array is not a string"),
+        ("listen = 8080", "listen: a number is not a string or an array of such"),
+        ('listen = ["tcp:1", 2]', "listen: number 2 of 2: a number is not a string"),
         ('listen = [""]', "listen: the value is empty"),
-        ('proxy-from = ["::1"]', "proxy-from: ['::1'] is not a string of networks"),
+        ('proxy-from = ["::1"]', "proxy-from: an array is not a string of networks"),
         (f"port = 0x{'f' * 5000}", "port: "),
         ("max_connections = 5", "max_connections: no such setting; did you mean max-connections?"),
         ("prot = 5", "prot: no such setting; did you mean port?"),
@@ -233,6 +240,7 @@ def test_a_mistake_in_a_file_names_file_setting_value_and_what_is_accepted(confi
     with pytest.raises(SettingError, match=re.escape(f"{file}: {problem}")) as caught:
         load({}, {}, file)
     assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -373,11 +381,11 @@ def test_options_of_all_layers_hold_each_from_the_highest(config) -> None:
     ("content", "problem"),
     [
         ("[protocol]\nname = 5", "protocol: 5 is not a string"),
-        ("[protocol]\nsize = {}", "protocol: size: {} is not a string or a number"),
+        ("[protocol]\nsize = {}", "protocol: size: a table is not a string or a number"),
         ("[protocol]\nsize = []", "protocol: size: an array without anything in it"),
-        ("[protocol]\nday = 2026-01-01", "protocol: day: 2026-01-01 is not a string or a number"),
-        ("[protocol]\n'a b' = 1", "protocol-option: 'a b=1' is not an option's name, = and its value"),
-        ("protocol-option = ['size']", "protocol-option: 'size' is not an option's name, = and its value"),
+        ("[protocol]\nday = 2026-01-01", "protocol: day: a date or time is not a string or a number"),
+        ("[protocol]\n'a b' = 1", "protocol: 'a b' is not an option's name"),
+        ("protocol-option = ['size']", "protocol-option: not an option's name, = and its value; the text is not shown"),
         ("protocol-option = ['a=1']\n[protocol]\na = 1", "protocol-option: [protocol] has the options already"),
     ],
 )
@@ -385,6 +393,94 @@ def test_a_mistake_in_the_table_is_named(config, content, problem) -> None:
     file = config(content)
     with pytest.raises(SettingError, match=re.escape(f"{file}: {problem}")):
         load({}, {}, file)
+
+
+# --- variables that hold several texts ---
+
+
+@pytest.mark.parametrize(
+    ("value", "options"),
+    [
+        ('["motd=hello all", "password=a b\\\\c\\"d"]', ("motd=hello all", 'password=a b\\c"d')),
+        ('  ["a="]\n', ("a=",)),
+        ("[]", ()),
+        # Without the bracket as it always was: quotes and backslashes are characters of a value.
+        (r"""a=b\x00 c='d'  e="f" """, (r"a=b\x00", "c='d'", 'e="f"')),
+        ("a=[1] b=[", ("a=[1]", "b=[")),
+    ],
+)
+def test_a_variable_has_options_with_blanks_as_a_json_array(value, options) -> None:
+    assert load({}, {"RTSERVICE_PROTOCOL_OPTION": value}, None).settings.protocol_option == options
+
+
+def test_a_variable_has_descriptions_with_blanks_as_a_json_array() -> None:
+    loaded = load({}, {"RTSERVICE_LISTEN": '["unix:/run/a b", "tcp:1"]'}, None)
+    assert loaded.settings.listen == ("unix:/run/a b", "tcp:1")
+
+
+@pytest.mark.parametrize(
+    "value", ["[", '["a=hunter2", ]', '["a=hunter2"] b=1', "[1]", '[["a=hunter2"]]', "[" * 100_000]
+)
+def test_a_variable_that_is_no_json_array_of_strings_is_refused_and_not_shown(value) -> None:
+    with pytest.raises(SettingError) as caught:
+        load({}, {"RTSERVICE_PROTOCOL_OPTION": value}, None)
+    assert str(caught.value) == (
+        "RTSERVICE_PROTOCOL_OPTION: begins with [ and is not a JSON array of strings; the text is not shown"
+    )
+
+
+def test_half_a_value_is_not_shown_and_its_place_is() -> None:
+    with pytest.raises(SettingError) as caught:
+        load({}, {"RTSERVICE_PROTOCOL_OPTION": "password=hunter2 and=1 more-of-hunter2"}, None)
+    assert str(caught.value) == (
+        "RTSERVICE_PROTOCOL_OPTION: number 3 of 3: not an option's name, = and its value; the text is not shown"
+    )
+
+
+# --- what is shown ---
+
+
+HOSTED = ("limit=5", "password=hunter2", "key=@/run/secrets/key", "token=$TOKEN", "at=@@hunter2", "limit=6")
+
+
+def test_options_of_a_hosted_protocol_are_shown_by_their_names() -> None:
+    in_force = Settings(protocol="mine:Factory", protocol_option=HOSTED)
+    values = {setting.name: shown(setting, in_force) for setting in schema()}
+    assert values["protocol-option"] == "limit, password, key, token, at"
+    assert "hunter2" not in repr(in_force) + repr(Loaded(in_force, {}))
+    for protocol in SHIPPED:
+        in_force = Settings(protocol=protocol, protocol_option=("greeting=hi",))
+        assert {shown(setting, in_force) for setting in schema()} > {"greeting=hi"}
+
+
+def test_what_may_be_secret_is_marked_in_printed_settings_and_the_mark_is_refused(config) -> None:
+    printed = as_toml(load({"protocol": "mine:Factory", "protocol-option": HOSTED}, {}, None))
+    assert "hunter2" not in printed
+    assert (
+        'protocol-option = ["limit=<hidden>", "password=<hidden>", "key=@/run/secrets/key", "token=$TOKEN", '
+        '"at=<hidden>", "limit=<hidden>"]  # command line; <hidden>: may be a secret\n'
+    ) in printed
+    with pytest.raises(
+        SettingError, match=r"protocol-option: number 1 of 6: limit=<hidden>: <hidden> is what --print-"
+    ):
+        load({}, {}, config(printed))
+
+
+def test_options_of_what_ships_are_printed_as_they_are() -> None:
+    printed = as_toml(load({"protocol-option": ["greeting=hi"]}, {}, None))
+    assert 'protocol-option = ["greeting=hi"]  # command line\n' in printed
+
+
+def test_arguments_of_other_listeners_are_hidden_wherever_they_are_shown(config) -> None:
+    description = "onion:80:privateKey=hunter2:interface=::1".replace("::1", r"\:\:1")
+    loaded = load({"listen": [description, "ssl:1:privateKey=/k"]}, {}, None)
+    as_shown = {setting.name: shown(setting, loaded.settings) for setting in schema()}["listen"]
+    assert as_shown == r"onion:80:privateKey=<hidden>:interface=\:\:1,ssl:1:privateKey=/k"
+    printed = as_toml(loaded)
+    assert "hunter2" not in printed + repr(loaded)
+    assert "privateKey=/k" in printed
+    with pytest.raises(SettingError, match="<hidden> is what --print-config shows"):
+        load({}, {}, config(printed))
 
 
 # --- a file, a reload, the README ---
@@ -405,7 +501,8 @@ def test_a_mistake_in_the_table_is_named(config, content, problem) -> None:
             proxy_from=NETWORKS.parse("192.0.2.1,2001:db8::/32"),
             log_level=LEVELS.parse("critical,twisted.web=warn,x=debug"),
         ),
-        Settings(protocol="mine:Factory", protocol_option=("a=b 'c'", 'd="\\x00"')),
+        Settings(protocol="chat", protocol_option=("a=b 'c'", 'd="\\x00"')),
+        Settings(protocol="mine:Factory", protocol_option=("a=@/run/secrets/a", "b=$B")),
         Settings(listen=("tcp:1", 'unix:/a "b" \\c\'\t\x7f\u202e\U0001f600', "x:#y")),
         *(
             Settings(greeting=greeting)
@@ -521,6 +618,9 @@ def test_a_reload_reads_the_file_again_from_wherever_the_process_is(config, tmp_
         (["--listen="], "--listen: the value is empty"),
         (["--watch-certificates=no"], "watch-certificates"),
         (["surplus"], "'surplus'"),
+        (["--protocol-option=password=my", "hunter2"], "unexpected argument, which is not shown; quote options"),
+        (["--protocol-option=hunter2"], "--protocol-option: not an option's name, = and its value; the text is not"),
+        (["--password=hunter2"], "option --password not recognized"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_setting_and_value(arguments: list[str], names: str) -> None:
@@ -528,3 +628,4 @@ def test_a_mistake_is_one_line_that_names_setting_and_value(arguments: list[str]
         Options().parseOptions(arguments)
     assert names in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)

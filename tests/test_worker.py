@@ -68,7 +68,7 @@ def adopted() -> Iterator[Callable[..., list[Listener]]]:
     def adopt(*descriptions: str, before: Callable[[], None] = lambda: None) -> list[Listener]:
         opened = [one for text in descriptions for one in open_description(text, backlog=10, slots=2)]
         made.extend(opened)
-        described = json.loads(json.dumps(describe(DEFAULTS, opened, directory="/")))
+        described = json.loads(json.dumps(describe(DEFAULTS, opened, options=(), directory="/")))
         before()
         found = []
         for given, listener in zip(described["listeners"], opened, strict=True):
@@ -129,7 +129,7 @@ def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeyp
         Listener(socket.socket(), "tcp:passed", shared=True),
     ]
     try:
-        described = describe(DEFAULTS, opened, directory="/")["listeners"]
+        described = describe(DEFAULTS, opened, options=(), directory="/")["listeners"]
         assert [one["kind"] for one in described] == ["slot", "own", "passed"]
         assert [one["file"] for one in described] == [None, opened[1].file, None]
     finally:
@@ -142,7 +142,7 @@ def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
     in_force = settings.load(
         {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None
     )
-    described = json.loads(json.dumps(describe(in_force, [], directory="/")))
+    described = json.loads(json.dumps(describe(in_force, [], options=(), directory="/")))
     assert settings.load(described["settings"], {}, None).settings == in_force.settings
     assert described["sources"] == in_force.sources
 
@@ -155,7 +155,7 @@ def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tm
     try:
         (tmp_path / "server.key").unlink()
         with pytest.raises(TLSError, match=r"server\.key"):
-            describe(DEFAULTS, [listener], directory="/")
+            describe(DEFAULTS, [listener], options=(), directory="/")
     finally:
         listener.close()
 
@@ -203,7 +203,7 @@ def connected() -> tuple[Worker, Channel, Reactor]:
 
 
 def start(**given: Any) -> bytes:
-    described = describe(DEFAULTS, [], directory="/")
+    described = describe(DEFAULTS, [], options=(), directory="/")
     return encode("start", {**described, "slot": 0, "slots": 2, **given})
 
 

@@ -12,6 +12,7 @@ import re
 import socket
 import stat
 import struct
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -592,7 +593,7 @@ def _open_unix(path: str, mode: int, backlog: int) -> list[Listener]:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         # Two services that start at once may both find a stale file: one after the other.
-        with _locked(folder):
+        with _locked(folder, path):
             _remove_stale(path)
             # The file has its mode from its first moment; a chmod would come after a client could have connected.
             umask = os.umask(0o7777 & ~mode)
@@ -655,9 +656,26 @@ def _remove_stale(path: str) -> None:
     raise ListenError(f"{path!r} is in use: another process answers on it")
 
 
+# A start holds the lock for less than a millisecond. Any user who may open the directory can hold it for ever
+# (flock(2) asks for no write permission), so the wait is bounded: seconds in all, and between two attempts.
+_LOCK_WAIT, _LOCK_RETRY = 5.0, 0.02
+
+
 @contextmanager
-def _locked(folder: int) -> Iterator[None]:
-    fcntl.flock(folder, fcntl.LOCK_EX)
+def _locked(folder: int, path: str) -> Iterator[None]:
+    """Hold the lock of the directory of the socket `path`; raises ListenError when another process keeps it."""
+    deadline = time.monotonic() + _LOCK_WAIT
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise ListenError(
+                    f"cannot listen on {path!r}: another process has locked its directory for {_LOCK_WAIT:g} s; "
+                    "lslocks(8) shows which, and a directory that only this user can open prevents it"
+                ) from None
+            time.sleep(_LOCK_RETRY)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import socket
 import ssl
 import stat
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -507,6 +508,45 @@ def test_paths_are_resolved_once(open_secure, certificates, tmp_path, monkeypatc
     listener = open_secure("ssl:0:privateKey=x.key:certKey=x.pem:interface=127.0.0.1")
     monkeypatch.chdir("/")
     assert listener.renew() is not None
+
+
+# --- the lock of a socket's directory ---
+
+
+@pytest.fixture
+def locked_directory(tmp_path) -> Iterator[tuple[pathlib.Path, int]]:
+    """A directory that somebody else has locked, and the descriptor whose closing unlocks it."""
+    descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield tmp_path, descriptor
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+def test_a_lock_that_is_released_in_time_is_waited_for(locked_directory, monkeypatch) -> None:
+    directory, descriptor = locked_directory
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            os.close(descriptor)
+
+    monkeypatch.setattr(listeners_module.time, "sleep", sleep)
+    [listener] = open_description(f"unix:{directory}/s", backlog=1)
+    listener.close()
+    assert len(waits) == 3
+
+
+def test_a_lock_that_is_kept_is_an_error_in_bounded_time_and_leaves_no_socket(locked_directory, monkeypatch) -> None:
+    directory, _ = locked_directory
+    monkeypatch.setattr(listeners_module, "_LOCK_WAIT", 0.1)
+    for _ in range(2):  # and no descriptor
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(ListenError, match=f"'{directory}/s': another process has locked its directory"):
+            open_description(f"unix:{directory}/s", backlog=1)
+        assert os.listdir("/proc/self/fd") == before
+    assert not list(directory.iterdir())
 
 
 # --- systemd: ---

@@ -780,7 +780,11 @@ def run_for_all(environment) -> Iterator[Callable[..., subprocess.CompletedProce
         def run(*arguments: str) -> subprocess.CompletedProcess:
             twistd = [interpreter, "-c", "from twisted.scripts.twistd import run; run()"]
             env = {**environment, "PYTHONPATH": name}
-            return subprocess.run([*twistd, *arguments], env=env, capture_output=True, text=True, timeout=DEADLINE)
+            # Groups of root's, which nobody else is to have.
+            groups = [4, 27] if os.getuid() == 0 else None
+            return subprocess.run(
+                [*twistd, *arguments], env=env, capture_output=True, text=True, timeout=DEADLINE, extra_groups=groups
+            )
 
         yield run
 
@@ -834,6 +838,7 @@ def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_o
             status = Path(f"/proc/{process}/status").read_text()
             assert set(re.search(r"Uid:(.*)", status)[1].split()) == {"65534"}
             assert set(re.search(r"Gid:(.*)", status)[1].split()) == {"65534"}
+            assert set(re.search(r"Groups:(.*)", status)[1].split()) == {"65534"}
         with (
             Load(port=port, short=4, long=4, ca=certificates["ca.pem"]) as load,
             Load(path=f"{here}/s", short=4, long=4) as local,
@@ -879,6 +884,10 @@ def test_more_slots_than_were_bound_before_privileges_were_dropped_are_refused(
     pid = int((here / "d.pid").read_text())
     pids = children(pid)
     try:
+        for process in (pid, *pids):
+            status = Path(f"/proc/{process}/status").read_text()
+            for field in ("Uid", "Gid", "Groups"):  # without --gid
+                assert set(re.search(rf"{field}:(.*)", status)[1].split()) == {"65534"}
         for slot in range(2, 10):
             os.kill(pid, signal.SIGTTIN)
             wait_for(lambda slot=slot: f"worker {slot} " in log.read_text())

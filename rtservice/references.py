@@ -1,0 +1,80 @@
+"""Values of a protocol's options, which may stand for the content of a file or of a variable of the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# The most that a file may hold, in bytes: a key or a password takes a few thousand at most.
+_LONGEST = 1024 * 1024
+
+_VARIABLE = re.compile(r"\$[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+
+
+class UnresolvedError(Exception):
+    """A value cannot be had; the text names the option and the file or variable, and never a value."""
+
+
+@dataclass(frozen=True)
+class OptionValue:
+    """One option of a protocol. `referred` values come from a file or a variable, and are shown nowhere."""
+
+    name: str
+    text: str = field(repr=False)
+    referred: bool = False
+
+
+def is_reference(text: str) -> bool:
+    """Whether a value is the name of a file or of a variable, `@/path` or `$NAME`, and so no secret itself."""
+    return _VARIABLE.fullmatch(text) is not None or (text[:1] == "@" and text[1:2] not in ("", "@"))
+
+
+def resolve(option: str, environment: Mapping[str, str], directory: str) -> OptionValue:
+    """The value of an option such as `password=@/run/secrets/pw`.
+
+    `@` goes before the path of a file, which begins in `directory` if it is relative; one line feed at the file's end,
+    and a carriage return before it, is left out. `$` goes before a name of `environment`. `@@` and `$$` stand for a
+    text that begins with one of these. Any other text is the value. Bytes of a file that are not UTF-8 are surrogates,
+    as in `os.fsdecode`.
+
+    Raises UnresolvedError.
+    """
+    name, _, text = option.partition("=")
+    if text.startswith(("@@", "$$")):
+        return OptionValue(name, text[1:])
+    if text.startswith("@"):
+        return OptionValue(name, _read(name, text[1:], directory), referred=True)
+    if text.startswith("$"):
+        if not _VARIABLE.fullmatch(text):
+            raise UnresolvedError(
+                f"option {name}: what follows $ is not the name of a variable; $$ begins a value that begins with $"
+            )
+        if text[1:] not in environment:
+            raise UnresolvedError(f"option {name}: the environment has no variable {text[1:]}")
+        return OptionValue(name, environment[text[1:]], referred=True)
+    return OptionValue(name, text)
+
+
+def _read(name: str, path: str, directory: str) -> str:
+    if not path:
+        raise UnresolvedError(f"option {name}: no path follows @; @@ begins a value that begins with @")
+    path = os.path.normpath(os.path.join(directory, path))
+    try:
+        # A pipe would keep a start or a reload waiting, and give nothing to the next reload.
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnresolvedError(f"option {name}: {path!r} is not a regular file")
+            content = file.read(_LONGEST + 1)
+    except OSError as error:
+        problem = (error.strerror or str(error)).lower()
+        raise UnresolvedError(f"option {name}: cannot read the file {path!r}: {problem}") from None
+    except ValueError:  # a NUL in the path
+        raise UnresolvedError(f"option {name}: {path!r} cannot be the path of a file") from None
+    if len(content) > _LONGEST:
+        raise UnresolvedError(f"option {name}: the file {path!r} is longer than {_LONGEST} bytes")
+    if content.endswith(b"\n"):
+        content = content[:-1].removesuffix(b"\r")
+    return content.decode("utf-8", "surrogateescape")

@@ -1,0 +1,173 @@
+"""What another user can lock, replace by a pipe or fill delays a start and a reload for a bounded time.
+
+Each case ends with one line that names the file. Without a bound these processes would wait for ever, and the deadline
+of the test would end them.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FOREGROUND = ("--nodaemon", "--pidfile=", "--logfile=-")
+DAEMON = ("--pidfile=d.pid", "--logfile=d.log")
+
+
+def assert_refused(result, *words: str) -> None:
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    (line,) = result.stderr.splitlines()
+    for word in words:
+        assert word in line
+
+
+@contextlib.contextmanager
+def locked(directory: Path, kind: int) -> Iterator[None]:
+    """Hold a lock on a directory as any user can who may read it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# --- locks ---
+
+
+@pytest.mark.parametrize(
+    ("twistd", "kind", "more"),
+    [(FOREGROUND, fcntl.LOCK_EX, []), (DAEMON, fcntl.LOCK_SH, ["--workers=2"])],
+    ids=["exclusive-fore", "shared-daemon-workers"],
+)
+def test_a_directory_that_stays_locked_is_one_line_and_nothing_is_left(run, tmp_path, twistd, kind, more) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run", kind):
+        result = run(*twistd, "rtservice", "--listen=tcp:0:interface=127.0.0.1", "--listen=unix:run/s", *more)
+    assert_refused(result, "rtservice: --listen unix:run/s: ", f"'{tmp_path}/run/s'", "locked", "lslocks")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_status_socket_in_a_locked_directory_is_one_line(run, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run", fcntl.LOCK_EX):
+        result = run(*FOREGROUND, "rtservice", "--port=0", "--status=unix:run/s")
+    assert_refused(result, "rtservice: --status unix:run/s: ", "locked")
+
+
+def test_a_check_waits_for_no_lock(run, tmp_path) -> None:
+    with locked(tmp_path, fcntl.LOCK_EX):
+        result = run(*FOREGROUND, "rtservice", "--check", "--listen=unix:s")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# --- sockets ---
+
+
+def test_a_socket_whose_queue_is_full_is_in_use_and_nobody_waits_for_it(run, tmp_path) -> None:
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listening.bind(str(tmp_path / "s"))
+        listening.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(str(tmp_path / "s"))
+        assert_refused(run(*FOREGROUND, "rtservice", "--listen=unix:s"), f"'{tmp_path}/s' is in use")
+
+
+# --- pipes in the place of files ---
+
+
+def pipes_in(directory: Path, *names: str) -> None:
+    for name in names:
+        os.mkfifo(directory / name)
+
+
+@pytest.mark.parametrize(("twistd", "check"), [(FOREGROUND, []), (DAEMON, ["--check"])], ids=["serve", "daemon-check"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--protocol-option=greeting=@pipe"], ["option greeting: ", "/pipe' is not a regular file"]),
+        (["--protocol-option=greeting=@pipe", "--workers=2"], ["option greeting: ", "/pipe' is not a regular file"]),
+        (["--config=pipe"], ["/pipe: is not a regular file"]),
+        (["--listen=ssl:0:privateKey=pipe:certKey={0[server.pem]}"], ["private key", "/pipe'", "not a regular file"]),
+        (["--listen=ssl:0:privateKey={0[server.key]}:certKey=pipe"], ["certificate", "/pipe'", "not a regular file"]),
+        (["--listen=ssl:0:privateKey={0[server.key]}:certKey={0[server.pem]}:clientCA=pipe"], ["client CA", "/pipe'"]),
+        (
+            ["--listen=ssl:0:privateKey={0[server.key]}:certKey={0[server.pem]}:clientCA={0[ca.pem]}:clientCRL=pipe"],
+            ["/pipe'"],
+        ),
+        (["--listen=ssl:0:certificates=pipes"], ["/pipes/pipe.pem'", "not a regular file"]),
+        (["--status=ssl:0:privateKey=pipe:certKey=pipe"], ["--status", "/pipe'", "not a regular file"]),
+        (["--listen=unix:pipe"], ["--listen", "/pipe' exists and is not a socket"]),
+    ],
+    ids=lambda value: value[0].partition(":privateKey={0[server.key]}")[2] or value[0] if value[0][0] == "-" else None,
+)
+def test_a_pipe_in_the_place_of_a_file_is_one_line(
+    run, tmp_path, certificates, twistd, check, arguments, words
+) -> None:
+    (tmp_path / "pipes").mkdir()
+    pipes_in(tmp_path, "pipe", "pipes/pipe.pem")
+    given = [argument.format(certificates) for argument in arguments]
+    assert_refused(run(*twistd, "rtservice", *given, *check), *words)
+
+
+@pytest.mark.parametrize("where", ["--rundir=.", "--chroot=."])
+@pytest.mark.parametrize("more", [[], ["--workers=2"], ["--check"]], ids=["one", "workers", "check"])
+def test_a_pidfile_that_is_a_pipe_is_one_line(run, tmp_path, where, more) -> None:
+    if where.startswith("--chroot") and os.getuid() != 0:
+        pytest.skip("only root can change the root")
+    pipes_in(tmp_path, "d.pid")
+    result = run("--nodaemon", "--pidfile=d.pid", where, "rtservice", "--listen=unix:s", *more)
+    assert_refused(result, "rtservice: --pidfile d.pid: not a regular file")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_a_pidfile_that_twistd_would_read_for_ever_is_one_line(run, tmp_path, kind) -> None:
+    pipes_in(tmp_path, "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    path = "/dev/zero" if kind == "device" else kind
+    assert_refused(run(f"--pidfile={path}", "--logfile=d.log", "rtservice", "--port=0"), f"--pidfile {path}: not a reg")
+
+
+@pytest.mark.parametrize(
+    "options", [["--logfile=pipe"], ["--logfile=-", "rtservice", "--access-log=pipe"]], ids=" ".join
+)
+def test_a_log_that_is_a_pipe_nobody_reads_is_one_line(run, tmp_path, options) -> None:
+    pipes_in(tmp_path, "pipe")
+    arguments = options if "rtservice" in options else [*options, "rtservice"]
+    assert_refused(run("--nodaemon", "--pidfile=", *arguments, "--port=0"), "pipe: cannot be written")
+
+
+# --- a reload ---
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["rt.toml", "served.key", "served.pem"])
+def test_a_file_that_became_a_pipe_is_a_line_at_the_reload_and_the_service_goes_on(
+    service, tmp_path, certificates, workers, name
+) -> None:
+    (tmp_path / "rt.toml").write_text("")
+    for ending in ("key", "pem"):
+        shutil.copy(certificates[f"server.{ending}"], tmp_path / f"served.{ending}")
+    one = service(
+        *("--config=rt.toml", f"--workers={workers}", "--listen=tcp:0:interface=127.0.0.1"),
+        "--listen=ssl:0:interface=127.0.0.1:privateKey=served.key:certKey=served.pem",
+    )
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    line = one.reload()
+    assert "nothing is reloaded" in line
+    assert name in line
+    assert "not a regular file" in line
+    with one.connect() as client:
+        assert client.recv(100)[:1]
+    assert one.stop() == 0

@@ -1,0 +1,270 @@
+"""Options that may be secret, in real processes: where they come from, and that they are shown nowhere."""
+
+import json
+import os
+import re
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+RTSERVICE = ("--nodaemon", "--pidfile=", "rtservice")
+HERE = "--listen=tcp:0:interface=127.0.0.1"
+STATUS = "--status=tcp:0"
+with_and_without_workers = pytest.mark.parametrize("workers", [1, 2])
+
+# Tells each client what it was given, and anybody who reads the log nothing.
+KEEPER = """
+import json
+import os
+from twisted.internet.protocol import Factory, Protocol
+from rtservice.interfaces import Secret
+
+
+class Tell(Protocol):
+    def connectionMade(self):
+        given = self.factory.given
+        self.transport.write(json.dumps({**given, "pid": os.getpid()}).encode() + b"\\n")
+        self.transport.loseConnection()
+
+
+class Keeper(Factory):
+    protocol = Tell
+
+    def __init__(self, password: Secret, text: str = "", raw: bytes = b"", number: int = 0):
+        print("made with", password, flush=True)
+        self.given = {"password": password.reveal(), "text": text, "raw": raw.decode("latin-1")}
+        self.given["environment"] = sorted(name for name in os.environ if name.startswith("RTSERVICE"))
+
+
+def fails(password: str = "", path: str = ""):
+    raise ValueError(f"cannot log in with {password}")
+"""
+
+# Whatever is printed must have none of these.
+LITERAL, FILED, CARRIED, NEWER = (f"hunter2-{word}" for word in ("literal", "filed", "carried", "newer"))
+
+
+@pytest.fixture(autouse=True)
+def keeper(tmp_path: Path, environment: dict[str, str]) -> None:
+    (tmp_path / "keeper.py").write_text(KEEPER)
+    environment["PYTHONPATH"] = str(tmp_path)
+
+
+def told(one) -> dict[str, object]:
+    with one.connect() as client, client.makefile("rb") as lines:
+        return json.loads(lines.readline())
+
+
+def assert_nothing_shown(one) -> None:
+    shown = [line for line in one.lines if "hunter2" in line]
+    assert not shown, shown
+
+
+def asked(one, path: str) -> str:
+    port = one.wait_line(r"status on tcp:").rpartition(":")[2]
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+            return answer.read().decode()
+    except urllib.error.HTTPError as error:  # /metrics without its extra
+        return error.read().decode()
+
+
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@with_and_without_workers
+def test_a_value_reaches_the_protocol_and_is_shown_nowhere(service, tmp_path, workers) -> None:
+    (tmp_path / "pw").write_text(f"{FILED}\n")
+    (tmp_path / "rt.toml").write_text(f"[protocol]\nname = 'keeper:Keeper'\npassword = '@pw'\ntext = '{LITERAL}'\n")
+    one = service(
+        *("--config=rt.toml", HERE, STATUS, f"--workers={workers}", "--log-level=debug,twisted=debug"),
+        RTSERVICE_PROTOCOL_OPTION=json.dumps(["raw=$CARRIED", "number=7"]),
+        CARRIED=CARRIED,
+    )
+    given = told(one)
+    assert (given["password"], given["text"], given["raw"]) == (FILED, LITERAL, CARRIED)
+    # What the protocol starts would inherit it.
+    assert given["environment"] == []
+    one.wait_line("made with <hidden>")
+    settings = json.loads(asked(one, "/status.json"))["settings"]
+    assert settings["protocol-option"] == "password, text, raw, number"
+    assert not any("hunter2" in asked(one, path) for path in ("/", "/status.json", "/metrics", "/nowhere"))
+    for pid in children(one.process.pid):
+        assert b"hunter2" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert b"RTSERVICE_PROTOCOL_OPTION" not in Path(f"/proc/{pid}/environ").read_bytes()
+    # What a reload says.
+    (tmp_path / "rt.toml").write_text(f"[protocol]\nname = 'keeper:Keeper'\npassword = '{NEWER}'\ntext = 'x'\n")
+    one.reload()
+    one.wait_line("a restart is needed for what changed of protocol-option")
+    (tmp_path / "rt.toml").write_text(
+        f"[protocol]\nname = 'keeper:Keeper'\npassword = 'x'\nnumber = '{NEWER}'\n'{NEWER}"
+    )
+    assert "nothing is reloaded" in one.reload()
+    assert one.stop() == 0
+    assert_nothing_shown(one)
+
+
+def test_new_workers_get_what_the_file_holds_now(service, tmp_path) -> None:
+    (tmp_path / "pw").write_text(FILED)
+    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", HERE, "--workers=2")
+    assert told(one)["password"] == FILED
+    (tmp_path / "pw").write_text(NEWER)
+    assert "reloaded" in one.reload()
+    assert told(one)["password"] == NEWER
+    (tmp_path / "pw").unlink()
+    line = one.reload()
+    assert "nothing is reloaded: --protocol keeper:Keeper: option password: cannot read the file" in line
+    assert f"'{tmp_path}/pw': no such file or directory" in line
+    assert told(one)["password"] == NEWER
+    assert one.stop() == 0
+    assert_nothing_shown(one)
+
+
+def test_one_process_keeps_what_the_file_held_at_its_start(service, tmp_path) -> None:
+    (tmp_path / "pw").write_text(FILED)
+    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", HERE)
+    (tmp_path / "pw").unlink()
+    assert "reloaded" in one.reload()
+    assert told(one)["password"] == FILED
+
+
+@with_and_without_workers
+def test_a_path_begins_where_the_command_was_typed(service, tmp_path, workers) -> None:
+    (tmp_path / "pw").write_text(FILED)
+    (tmp_path / "elsewhere").mkdir()
+    one = service(
+        *("--protocol=keeper:Keeper", "--protocol-option=password=@pw", HERE, f"--workers={workers}"),
+        twistd=("--rundir=elsewhere",),
+    )
+    assert told(one)["password"] == FILED
+    one.reload()
+    assert told(one)["password"] == FILED
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user")
+def test_a_file_that_only_root_may_read_is_read_before_root_is_given_up(service, tmp_path) -> None:
+    (tmp_path / "pw").write_text(FILED)
+    (tmp_path / "pw").chmod(0o600)
+    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", HERE, twistd=("--uid=nobody",))
+    assert told(one)["password"] == FILED
+
+
+@pytest.mark.parametrize(("workers", "text"), [(1, "@@pw"), (2, "$$PW"), (2, "@@@pw"), (1, "a b"), (2, "'\"")])
+def test_any_text_can_be_given(service, workers, text) -> None:
+    one = service(
+        *("--protocol=keeper:Keeper", HERE, f"--workers={workers}"),
+        RTSERVICE_PROTOCOL_OPTION=json.dumps([f"password={text}", f"text={text}"]),
+    )
+    expected = text[1:] if text[:2] in ("@@", "$$") else text
+    given = told(one)
+    assert (given["password"], given["text"]) == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("workers", "daemon", "check"),
+    [(1, False, []), (2, True, []), (2, False, ["--check"])],
+    ids=["one", "daemon-workers", "check-workers"],
+)
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("password=@pw", "option password: cannot read the file '{0}/pw': no such file or directory"),
+        ("password=$PW", "option password: the environment has no variable PW"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_nothing_is_started(
+    run, tmp_path, workers, daemon, check, option, problem
+) -> None:
+    twistd = ["--pidfile=d.pid", "--logfile=d.log"] if daemon else ["-n", "--pidfile="]
+    result = run(
+        *(*twistd, "rtservice", "--protocol=keeper:Keeper", f"--protocol-option={option}", "--listen=unix:s"),
+        *(f"--workers={workers}", *check),
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"rtservice: --protocol keeper:Keeper: {problem.format(tmp_path)}\n"
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(("workers", "check"), [(1, []), (2, []), (2, ["--check"])], ids=["one", "two", "check"])
+@pytest.mark.parametrize(
+    ("protocol", "options", "problem"),
+    [
+        ("keeper:Keeper", ["password=x", f"number={LITERAL}"], "option number: the value is not a whole number"),
+        ("keeper:Keeper", ["password=x", "number=@pw"], "option number: the value is not a whole number"),
+        ("keeper:Keeper", ["password=x", f"raw={LITERAL}\\q"], "option raw: the value has an unknown escape"),
+        ("keeper:fails", [f"password={LITERAL}"], "cannot log in with <hidden>"),
+        ("keeper:fails", ["password=$CARRIED"], "cannot log in with <hidden>"),
+        ("keeper:Keeper", [f"password={LITERAL}", f"nothing={LITERAL}"], "no option 'nothing'"),
+        ("echo", ["max-message=@pw"], "option max-message: the value is not a whole number"),
+    ],
+)
+def test_a_value_that_is_wrong_is_not_in_the_line_that_says_so(
+    run, tmp_path, environment, workers, check, protocol, options, problem
+) -> None:
+    (tmp_path / "pw").write_text(FILED)
+    environment["CARRIED"] = CARRIED
+    given = [f"--protocol-option={option}" for option in options]
+    result = run(*RTSERVICE, f"--protocol={protocol}", *given, "--port=0", f"--workers={workers}", *check)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert problem in line
+    assert "hunter2" not in result.stdout + result.stderr
+
+
+def test_printed_settings_mark_what_may_be_secret_and_are_refused_until_it_is_given(run, tmp_path) -> None:
+    # Of the files nothing is read.
+    options = [f"--protocol-option={option}" for option in (f"text={LITERAL}", "password=@no/such", "raw=$NO_SUCH")]
+    printed = run(*RTSERVICE, "--protocol=keeper:Keeper", *options, "--print-config")
+    assert (printed.returncode, printed.stderr) == (0, "")
+    assert "hunter2" not in printed.stdout
+    assert 'protocol-option = ["text=<hidden>", "password=@no/such", "raw=$NO_SUCH"]  # command line; <hidden>: ' in (
+        printed.stdout
+    )
+    (tmp_path / "again.toml").write_text(printed.stdout)
+    again = run(*RTSERVICE, "--config=again.toml", "--check")
+    assert again.returncode == 1
+    (line,) = again.stderr.splitlines()
+    assert "again.toml: protocol-option: number 1 of 3: text=<hidden>: <hidden> is what --print-config shows" in line
+
+
+ENDPOINT = """
+from twisted.internet.endpoints import TCP4ServerEndpoint
+from twisted.internet.interfaces import IStreamServerEndpointStringParser
+from twisted.plugin import IPlugin
+from zope.interface import implementer
+
+@implementer(IPlugin, IStreamServerEndpointStringParser)
+class Parser:
+    prefix = "keyed"
+    def parseStreamServer(self, reactor, port="0", key=""):
+        if port == "none":
+            raise ValueError(f"no port, but {key}")
+        return TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
+
+parser = Parser()
+"""
+
+
+def test_a_key_in_the_description_of_another_listener_is_shown_nowhere(service, run, tmp_path) -> None:
+    plugins = tmp_path / "twisted" / "plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "keyed_endpoint.py").write_text(ENDPOINT)
+    one = service(f"--listen=keyed:0:key={LITERAL}", STATUS)
+    line = one.wait_line(r"listening on keyed:0:key=<hidden> \(")
+    port = re.search(r"127\.0\.0\.1.*?(\d+)\)", line)
+    assert port is not None
+    with socket.create_connection(("127.0.0.1", int(port[1])), timeout=30) as client:
+        assert client.recv(100) == b"Hello from the server!"
+        assert "keyed:0:key=<hidden>" in asked(one, "/status.json")
+        assert "hunter2" not in asked(one, "/status.json") + asked(one, "/metrics")
+    one.wait_line("on keyed:0:key=<hidden>: .*bytes out")
+    one.stop()
+    assert_nothing_shown(one)
+    result = run(*RTSERVICE, f"--listen=keyed:none:key={LITERAL}")
+    assert result.returncode == 1
+    assert "--listen keyed:none:key=<hidden>: not a usable endpoint description: no port, but <hidden>" in result.stderr
+    assert "hunter2" not in result.stdout + result.stderr
