@@ -123,3 +123,4 @@ def _keys(name: str) -> Iterator[str]:
     yield folded
     yield skeleton(name).casefold()
     yield skeleton(folded).casefold()
+    yield skeleton(name.upper()).casefold()  # small letters that look like capitals of another script
