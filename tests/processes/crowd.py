@@ -85,7 +85,7 @@ class Crowd:
 
     def attack(self, what: dict[str, Any]) -> dict[str, int]:
         if "send" in what:
-            data = memoryview(what["send"].encode() * what["times"])
+            data = memoryview(what["send"].encode() * what["times"])  # shared by all
             for member in self._members[: what["senders"]]:
                 self._unsent[member] = data
                 self._selector.modify(member, selectors.EVENT_READ | selectors.EVENT_WRITE)
