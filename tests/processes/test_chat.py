@@ -16,9 +16,11 @@ import pytest
 DEADLINE = 60
 HERE = "--listen=tcp:0:interface=127.0.0.1"
 
-# The worst round trip of an innocent member, in seconds. It was 2 to 30 in most of these attacks when their work was
-# not bounded. It is some 20 ms on a machine that has nothing else to do.
-BOUND = 1.0
+# The worst round trip of an innocent member, in seconds. In a room of 950 members it was 3 to 30 in most of these
+# attacks when their work was not bounded. It is some 20 ms on a machine that has nothing else to do; since test machines
+# have, the best of ATTEMPTS counts.
+BOUND = 0.5
+ATTEMPTS = 3
 
 MEMBERS = 400
 
@@ -128,13 +130,18 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=list(ATTACKS))
 def test_an_attack_in_one_room_delays_nobody_in_another(service, crowd, attack) -> None:
-    one = chat(service)
-    innocent = Innocent(one.port)
-    den = crowd(one.port)
-    den.begin(attack)
-    # Attacks of lines go on for all of this time, since the server holds back who sends them. The best third counts:
-    # there are other processes on the machine.
-    assert min(innocent.worst_round_trip(0.8) for _ in range(3 if "send" in attack else 1)) < BOUND
+    def worst_round_trip() -> float:
+        one = chat(service)
+        innocent = Innocent(one.port)
+        den = crowd(one.port)
+        den.begin(attack)
+        worst = innocent.worst_round_trip(2.5)
+        innocent.socket.close()
+        den.end()
+        one.kill()
+        return worst
+
+    assert any(worst_round_trip() < BOUND for _ in range(ATTEMPTS))
 
 
 def test_nobody_who_reads_is_cut_off_by_a_flood_of_others(service, crowd, wait_for) -> None:
