@@ -69,7 +69,7 @@ class Lines(Framing):
 
     def _end(self, data: bytes, start: int) -> int:
         """Return where the complete lines after `start` end that are not too long."""
-        while True:
+        while start < len(data):
             # The last line feed within the longest line from here on: every line before it is short enough. Two steps
             # pass more than `longest` bytes.
             found = data.rfind(b"\n", start, start + self.longest + 1)
@@ -78,6 +78,7 @@ class Lines(Framing):
                 if not self._check(data, start, len(data) if found < 0 else found) or found < 0:
                     return start
             start = found + 1
+        return start
 
     def _check(self, data: bytes | bytearray, start: int, end: int) -> bool:
         """Whether what is between these places may be a line, or the begin of one where `data` ends."""
@@ -130,6 +131,9 @@ class _Prefixed(Framing):
             short = skip_short(data, start)
             if short is not None:
                 start = short.end()
+            if start == length:
+                self._needed = 0
+                return start
             self._needed = needed = size(data, start)
             if not needed or start + needed > length:
                 return start
