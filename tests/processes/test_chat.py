@@ -17,8 +17,8 @@ DEADLINE = 60
 HERE = "--listen=tcp:0:interface=127.0.0.1"
 
 # The worst round trip of an innocent member, in seconds. In a room of 950 members it was 3 to 30 in most of these
-# attacks when their work was not bounded. It is some 20 ms on a machine that has nothing else to do; since test machines
-# have, the best of ATTEMPTS counts.
+# attacks when their work was not bounded. It is some 20 ms on a machine that has nothing else to do. Test machines
+# have: the best of ATTEMPTS counts.
 BOUND = 0.5
 ATTEMPTS = 3
 
