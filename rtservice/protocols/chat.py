@@ -1,38 +1,171 @@
-"""Rooms in which people talk by lines: an example of a protocol whose connections know each other."""
+"""Chat rooms: an example of a protocol whose connections know each other, with a bound on everything.
+
+How the work is divided, so that no member can stall the others:
+
+- An event of a connection only stores what was received. Lines are handled, and sent to the members of a room, in
+  *turns*: calls that the factory schedules for the next iteration of the reactor while there is work. The work of one
+  turn is bounded by LINES_PER_TURN and DELIVERIES_PER_TURN, and rooms take it in rotation.
+- What is said in a room goes to the end of its log. A *round* sends the begin of the log, one piece of at most CHUNK
+  bytes, to all members, in as many turns as that takes. So lines have the same order for all members of a room, and
+  many short lines cost each member one write.
+- A room whose log is full takes no line until a round has made room. Meanwhile the lines of its members wait, one of
+  each member in rotation, and who has more input waiting than INPUT_LIMIT is not read from.
+"""
 
 from __future__ import annotations
 
-import re
-from collections import deque
+from collections import OrderedDict, deque
+from itertools import islice
 from typing import Any
 
-from twisted.internet.protocol import Factory
-from twisted.protocols.basic import LineOnlyReceiver
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
 from rtservice.interfaces import IDrainable, IMetrics, IOneProcess
+from rtservice.protocols.names import Names
 
-# What names people and rooms can have: nothing that a terminal acts on, and no blanks, which separate words.
-_NAME = re.compile(r"[\w.-]+")
+# Bounds on one turn. A line counts for one, and for one more for every 256 bytes; commands that cost more add that to
+# `Member.work`. Each takes 5 to 15 µs, so a turn takes 1 to 3 ms.
+LINES_PER_TURN = 128
+
+# A write to one member counts for one, and for one more for every 4 KiB. Each takes 10 to 20 µs with the system call.
+DELIVERIES_PER_TURN = 192
+
+# Deliveries to one room until it is the turn of the next one.
+DELIVERIES_PER_ROOM = 32
+
+# What a delivery counts that cuts the member off, and how many members are closed in one turn of a graceful shutdown:
+# closing a connection takes 50 to 100 µs.
+CUT_OFF_COST = 8
+GOODBYES_PER_TURN = 32
+
+# Bytes sent to each member in a round. A smaller `max_unsent` makes it a quarter of that.
+CHUNK = 16 * 1024
+
+# A member is not read from while it has a line waiting and more than this many bytes behind it.
+INPUT_LIMIT = 16 * 1024
+
+# Names in the answer to /who or /rooms.
+NAMES_LISTED = 1000
 
 _HELP = "/join ROOM, /leave, /rooms, /who, /nick NAME, /quit; anything else is said in your room"
 
 
-@implementer(IDrainable)
-class Member(LineOnlyReceiver):
+class Room:
+    """Members, what was said and not sent to all of them yet, and whose lines wait.
+
+    The lobby is one too: members wait there for their turn when the next line says nothing in a room.
+    """
+
+    def __init__(self, name: str, chunk: int) -> None:
+        self.name = name
+        self._chunk = chunk
+        self.members: dict[Member, None] = {}
+        self.speakers: OrderedDict[Member, None] = (
+            OrderedDict()
+        )  # whose next line is to be handled as soon as the room is not full
+        self.listening = False  # in the factory's rotation of rooms with speakers
+        self.sending = False  # in the factory's rotation of rooms with a round
+        self.rest: Any = None  # the delayed call that begins the next round
+        self.next_round = 0.0  # when it would begin if there were no bursts
+        self._log = bytearray()
+        self._start = 0  # the position of its first byte among all that was ever said
+        self._piece = b""  # the begin of the log, which this round sends
+        self._round: deque[Member] = deque()  # members that it has not been sent to
+
+    @property
+    def full(self) -> bool:
+        """Whether members have to wait until they can say something."""
+        return len(self._log) - len(self._piece) >= self._chunk
+
+    @property
+    def silent(self) -> bool:
+        """Whether everything that was said is sent."""
+        return not self._log
+
+    def add(self, member: Member) -> None:
+        """Let a member hear what is said from now on."""
+        self.members[member] = None
+        member.room = self
+        member.heard = self._start + len(self._log)
+
+    def remove(self, member: Member) -> None:
+        """Remove a member; what was said before is sent to it."""
+        if not member.closing:
+            self.catch_up(member)
+        del self.members[member]
+        member.room = None
+        if not self.members:
+            self._log.clear()
+            self._round.clear()
+            self._piece = b""
+
+    def say(self, text: str) -> None:
+        """Add a line to what is sent to all members."""
+        self._log += text.encode() + b"\r\n"
+
+    def catch_up(self, member: Member) -> None:
+        """Send a member all that was said, before something that is for this member alone."""
+        said = bytes(memoryview(self._log)[max(0, member.heard - self._start) :])
+        member.heard = self._start + len(self._log)
+        member.work += len(said) // 4096
+        if said:
+            member.hear(said)
+
+    def send(self, work: int) -> int:
+        """Go on with the round, or begin one. Return the work done, which may be a little more than `work`."""
+        if not self._piece and self._log:
+            # Whole lines, and at least one.
+            end = self._log.rfind(b"\n", 0, self._chunk) + 1 or self._log.find(b"\n") + 1
+            self._piece = bytes(memoryview(self._log)[:end])
+            self._round = deque(self.members)
+        done = 0
+        end, cost = self._start + len(self._piece), 1 + len(self._piece) // 4096
+        while self._round and done < work:
+            member = self._round.popleft()
+            if member.room is not self or member.heard >= end:  # it left, joined later, or caught up
+                done += 1
+                continue
+            piece = self._piece[member.heard - self._start :]  # the same object for all that miss nothing of it
+            member.heard = end
+            done += cost if member.hear(piece) else CUT_OFF_COST
+        return done
+
+    def end_round(self) -> int:
+        """End the round if the piece is sent to all members; return how many bytes of the log are done with."""
+        if self._round:
+            return 0
+        size = len(self._piece)
+        self._start += size
+        del self._log[:size]
+        self._piece = b""
+        return size
+
+
+@implementer(IDrainable, IPushProducer)
+class Member(Protocol):
     """One client: first it gives its nickname, then it joins a room and talks."""
 
     factory: ChatFactory
     transport: Any  # Twisted's interfaces split in five what every stream transport has
-    delimiter = b"\n"
 
     def connectionMade(self) -> None:
-        self.MAX_LENGTH = self.factory.max_line
         self.nick = ""
-        self.room = ""
-        self._lines: deque[bytes] = deque()  # that wait for another turn
-        # A member that does not read is not read from either: see echo. What others say to it is bounded by `tell`.
-        self.transport.registerProducer(self.transport, True)
+        self.room: Room | None = None
+        self.heard = 0  # how much of what was ever said in its room is sent to it
+        self.line: str | None = None  # the next one to be handled
+        self.waits_in: Room | None = None  # where it is among the speakers
+        self.work = 0  # how many lines the one that is handled counts for
+        self.parting = False  # the service is about to end
+        self._input = bytearray()  # what follows that line
+        self._searched = 0  # how much of it has no line feed
+        self._size = 0  # of the next line, as it was received
+        self._reading = True
+        self._full = False  # the transport wants no more for now
+        self._overflow = 0  # bytes that it got nevertheless
+        self._gone = False
+        self.transport.registerProducer(self, True)
         if len(self.factory.members) >= self.factory.max_members:
             self.close("the chat is full")
             return
@@ -40,128 +173,225 @@ class Member(LineOnlyReceiver):
         self.tell("your nickname?")
 
     def connectionLost(self, reason: Any = None) -> None:
-        self._lines.clear()
+        self._gone = True
+        self.line = None
+        self._input.clear()
         self._leave()
         self.factory.forget(self)
 
-    def lineReceived(self, line: bytes) -> None:
-        self._lines.append(line)
-        if len(self._lines) == 1:  # or it waits for its turn
-            self.go_on()
+    @property
+    def closing(self) -> bool:
+        """Whether nothing is sent to it and nothing heard from it any more."""
+        return self._gone or bool(self.transport.disconnecting)
 
-    def go_on(self) -> None:
-        """Take what this member has said, for as long as there is room for it in this turn."""
-        while self._lines and not self.transport.disconnecting:
-            if self.factory.enough_said:
-                self.transport.pauseProducing()
-                self.factory.wait_for_turn(self)
-                return
-            self._hear(self._lines.popleft())
+    # --- input ---
 
-    def turn(self) -> None:
-        """There is room again."""
-        self.go_on()
-        # Unless its transport has paused it, since it does not read.
-        if not self._lines and not getattr(self.transport, "producer_paused", False):
-            self.transport.resumeProducing()
+    def dataReceived(self, data: bytes) -> None:
+        if self.closing:
+            return
+        self._input += data
+        if self.line is None:
+            self._find_line()
+        self._go_on()
 
-    def _hear(self, line: bytes) -> None:
+    def _find_line(self) -> None:
+        """Make the next line of the input `line`, if it is complete; close if it breaks the rules."""
+        end = self._input.find(b"\n", self._searched)
+        if (len(self._input) if end < 0 else end) > self.factory.max_line:
+            self.close(f"a line may have {self.factory.max_line} bytes")
+            return
+        if end < 0:
+            self._searched = len(self._input)
+            return
+        line = bytes(memoryview(self._input)[:end]).removesuffix(b"\r")
+        del self._input[: end + 1]
+        self._searched, self._size = 0, end
         try:
-            text = line.removesuffix(b"\r").decode()
+            text = line.decode()
         except UnicodeDecodeError:
             self.close("only UTF-8 is spoken here")
             return
-        # Others' terminals are to show it, and not to obey it.
-        text = "".join(char for char in text if char.isprintable()).strip()
+        # Terminals of other members must show the text, and not obey it.
+        if not text.isprintable():
+            text = "".join(char for char in text if char.isprintable())
+        self.line = text.strip()
+
+    def _go_on(self) -> None:
+        """Queue the next line if there is one, and read if there is room for more."""
+        if self.closing:
+            return
+        if self.line is not None and self.waits_in is None and not self._full:
+            self.factory.queue(self)
+        reading = not self._full and (self.line is None or len(self._input) < INPUT_LIMIT)
+        if reading != self._reading:
+            self._reading = reading
+            if reading:
+                self.transport.resumeProducing()
+            else:
+                self.transport.pauseProducing()
+
+    def place(self) -> Room:
+        """The room that has to have space for what the next line says; the lobby if it needs no space."""
+        lobby = self.factory.lobby
+        if not self.nick or self.line is None:
+            return lobby
+        word, _, rest = self.line.partition(" ")
+        if word == "/join":
+            return self.factory.rooms.get(self.factory.room_names.normalise(rest.strip()), lobby)
+        # Leaving is always possible: a room has space for as many such lines as it has members.
+        return lobby if self.room is None or (word.startswith("/") and word != "/nick") else self.room
+
+    def speak(self) -> int:
+        """Handle the next line, in a turn of the factory; return how many lines it counts for."""
+        self.work = 1
+        # One that does not read keeps its line until it has read.
+        if not self.closing and not self._full and self.line is not None:
+            line, self.line = self.line, None
+            self.work += self._size // 256
+            self._handle(line)
+            if not self.closing:
+                self._find_line()
+                self._go_on()
+        return self.work
+
+    def _handle(self, text: str) -> None:
         if not self.nick:
-            self._call_me(text)
+            self._rename(text)
         elif text.startswith("/"):
-            self._command(*text[1:].partition(" ")[::2])
-        elif not self.room:
+            word, _, rest = text[1:].partition(" ")
+            self._command(word, rest.strip())
+        elif self.room is None:
             self.tell("you are in no room: /join ROOM")
         elif text:
             self.factory.messages += 1
-            self._say(f"{self.nick}: {text}")
-
-    def lineLengthExceeded(self, line: bytes) -> None:
-        self.close(f"a line may have {self.factory.max_line} bytes")
+            self._say(self.room, f"{self.nick}: {text}")
 
     def _command(self, word: str, rest: str) -> None:
-        name = rest.strip()
         match word:
             case "join":
-                self._join(name)
+                self._join(rest)
             case "leave":
                 self._leave()
             case "nick":
-                self._call_me(name)
+                self._rename(rest)
             case "rooms":
-                self.tell(" ".join(sorted(self.factory.rooms)) or "there is no room yet")
+                rooms = self.factory.rooms
+                self._list(list(islice(rooms, NAMES_LISTED)), len(rooms), "there is no room yet")
             case "who":
-                members = self.factory.rooms.get(self.room, set())
-                self.tell(" ".join(sorted(member.nick for member in members)) or "you are in no room")
+                members = self.room.members if self.room else {}
+                names = [member.nick for member in islice(members, NAMES_LISTED)]
+                self._list(names, len(members), "you are in no room")
             case "quit":
                 self.close("goodbye")
             case _:
                 self.tell(_HELP)
 
-    def _call_me(self, nick: str) -> None:
-        problem = self.factory.problem_of(nick, self.factory.nicks)
+    def _list(self, names: list[str], total: int, nothing: str) -> None:
+        self.work += len(names) // 16
+        more = f" and {total - len(names)} more" if total > len(names) else ""
+        self.tell(" ".join(sorted(names)) + more or nothing)
+
+    # --- names and rooms ---
+
+    def _rename(self, wanted: str) -> None:
+        self.work += 4
+        names = self.factory.nicks
+        nick, problem = self._new_name(wanted, names, self.nick)
         if problem:
             self.tell(problem)
             return
         before, self.nick = self.nick, nick
-        self.factory.nicks.discard(before)
-        self.factory.nicks.add(nick)
-        if self.room:
-            self._say(f"* {before} is now {nick}")
+        names.discard(before)
+        names.add(nick)
+        if self.room is not None:
+            self._say(self.room, f"* {before} is now {nick}")
         elif not before:
             self.tell(f"hello {nick}; {_HELP}")
 
-    def _join(self, room: str) -> None:
-        rooms = self.factory.rooms
-        problem = self.factory.problem_of(room, ())
-        if not problem and room not in rooms and len(rooms) >= self.factory.max_rooms:
-            problem = f"there are {len(rooms)} rooms already"
-        if problem:
-            self.tell(problem)
+    def _join(self, wanted: str) -> None:
+        self.work += 4
+        rooms, names = self.factory.rooms, self.factory.room_names
+        room = rooms.get(names.normalise(wanted))
+        if room is None:
+            name, problem = self._new_name(wanted, names)
+            if not problem and len(rooms) >= self.factory.max_rooms:
+                problem = f"there are {len(rooms)} rooms already"
+            if problem:
+                self.tell(problem)
+                return
+            room = self.factory.add_room(name)
+        elif room is self.room:
+            self.tell(f"you are in {room.name} already")
             return
         self._leave()
-        rooms.setdefault(room, set()).add(self)
-        self.room = room
-        self._say(f"* {self.nick} has joined {room}")
+        room.add(self)
+        self._say(room, f"* {self.nick} has joined {room.name}")
+
+    def _new_name(self, wanted: str, names: Names, instead_of: str = "") -> tuple[str, str]:
+        """Return the name in the form in which it is shown, and what is wrong with it, if something is."""
+        name = names.normalise(wanted)
+        if not name:
+            return "", f"a name has up to {self.factory.max_name} letters of one script, digits and . _ -"
+        taken = name if name == instead_of else names.like(name, instead_of)
+        if taken:
+            return "", f"{name} is taken" if taken == name else f"{name} looks like {taken}, which is taken"
+        return name, ""
 
     def _leave(self) -> None:
-        if self.room:
-            self._say(f"* {self.nick} has left {self.room}")
-            members = self.factory.rooms[self.room]
-            members.discard(self)
-            if not members:
-                del self.factory.rooms[self.room]
-            self.room = ""
+        room = self.room
+        if room is not None:
+            if not self.parting:
+                self._say(room, f"* {self.nick} has left {room.name}")
+            room.remove(self)
+            if not room.members:
+                self.factory.remove_room(room)
 
-    def _say(self, text: str) -> None:
-        """To everybody in the room, also to whoever says it: so it is known to have arrived."""
-        line = text.encode() + b"\r\n"
-        self.factory.said(len(line))
-        for member in list(self.factory.rooms[self.room]):
-            member.send(line)
+    # --- output ---
 
-    def tell(self, text: str) -> None:
-        """To this member alone."""
-        self.send(f"* {text}\r\n".encode())
+    def _say(self, room: Room, text: str) -> None:
+        """Send a line to everybody in the room, also to this member: so it knows that the line has arrived."""
+        room.say(text)
+        self.factory.said(room)
 
-    def send(self, line: bytes) -> None:
-        """Send a line, unless too much is unsent already: whoever is that slow has to go, or memory would."""
-        if self.transport.disconnecting:
-            return
-        # So much is not said in one turn: it was tried to be sent before. A transport of Twisted's own does not say how
-        # much is unsent; there the idle timeout has to do.
-        if getattr(self.transport, "unsent", 0) + len(line) > self.factory.max_unsent:
+    def hear(self, piece: bytes) -> bool:
+        """Send what was said in the room. A member that is too far behind is cut off, which returns False."""
+        if self.closing:
+            return True
+        # A transport of Twisted's own does not say how much is unsent, but says when that is more than its buffer size.
+        if max(getattr(self.transport, "unsent", 0), self._overflow) + len(piece) > self.factory.max_unsent:
             self.factory.too_slow += 1
             self.transport.abortConnection()
-        else:
-            self.transport.write(line)
+            return False
+        self._send(piece)
+        return True
+
+    def tell(self, text: str) -> None:
+        """Send a line to this member alone, after all that was said in its room."""
+        if self.room is not None:
+            self.room.catch_up(self)
+        if not self.closing:
+            self._send(f"* {text}\r\n".encode())
+
+    def _send(self, data: bytes) -> None:
+        if self._full:
+            self._overflow += len(data)
+        self.transport.write(data)
+
+    def pauseProducing(self) -> None:
+        """The member does not read: its lines wait, since their answers would. Called by the transport."""
+        self._full = True
+        self._go_on()
+
+    def resumeProducing(self) -> None:
+        """Everything is sent. Called by the transport."""
+        self._full = False
+        self._overflow = 0
+        self._go_on()
+
+    def stopProducing(self) -> None:
+        """The connection has ended, which connectionLost tells. Called by the transport."""
+
+    # --- the end ---
 
     def close(self, why: str) -> None:
         """Say why, and close when that is sent."""
@@ -170,16 +400,17 @@ class Member(LineOnlyReceiver):
         self.transport.loseConnection()
 
     def drain(self) -> None:
-        self.close("this chat is about to end; come again")
+        self.parting = True
+        self.factory.part(self)
 
 
 @implementer(IOneProcess, IMetrics)
 class ChatFactory(Factory[Member]):
     """Rooms in which people talk, line by line, under nicknames.
 
-    Everything has a bound: lines of `max_line` bytes, `max_members` in all, `max_rooms` of them, names of `max_name`
-    characters. A member to which more than `max_unsent` bytes are unsent is cut off, so that who reads slowly costs
-    the others nothing; who says very much at once has to wait in between.
+    Everything has a bound: lines of `max_line` bytes, `max_members` in all, `max_rooms` rooms, names of `max_name`
+    characters, `max_rate` bytes per second said in one room. What is said faster waits. A member with more than
+    `max_unsent` bytes unsent is cut off: one that reads as fast as `max_rate` never is.
 
     Raises ValueError for a bound below 1.
     """
@@ -194,6 +425,7 @@ class ChatFactory(Factory[Member]):
         max_rooms: int = 100,
         max_name: int = 20,
         max_unsent: int = 256 * 1024,
+        max_rate: int = 128 * 1024,
     ) -> None:
         for name, value in list(locals().items()):
             if name.startswith("max_") and value < 1:
@@ -203,14 +435,19 @@ class ChatFactory(Factory[Member]):
         self.max_rooms = max_rooms
         self.max_name = max_name
         self.max_unsent = max_unsent
+        self.max_rate = max_rate
+        self.chunk = min(CHUNK, max(1, max_unsent // 4))
         self.members: set[Member] = set()
-        self.nicks: set[str] = set()
-        self.rooms: dict[str, set[Member]] = {}
+        self.nicks = Names(max_name)
+        self.rooms: dict[str, Room] = {}
+        self.room_names = Names(max_name)
+        self.lobby = Room("", self.chunk)
         self.messages = self.too_slow = 0
         self.clock: Any = None  # an IReactorTime, from startFactory on
-        self._said = 0  # bytes, in this turn of the reactor
-        self._waiting: dict[Member, None] = {}
-        self._turn: Any = None  # the delayed call that is the next
+        self._listening: deque[Room] = deque()  # rooms with speakers that are not full
+        self._sending: deque[Room] = deque()  # rooms with something to send
+        self._parting: deque[Member] = deque()  # members to be closed, since the service is about to end
+        self._turn: Any = None  # the delayed call that is the next turn
 
     def startFactory(self) -> None:
         from twisted.internet import reactor
@@ -221,44 +458,114 @@ class ChatFactory(Factory[Member]):
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
+        for room in self.rooms.values():
+            self._stop_rest(room)
 
-    def problem_of(self, name: str, taken: Any) -> str:
-        """What is wrong with a name; empty if nothing is."""
-        if len(name) > self.max_name or not _NAME.fullmatch(name):
-            return f"a name has up to {self.max_name} letters, digits and . _ -"
-        return f"{name} is taken" if name in taken else ""
+    # --- members and rooms ---
 
-    @property
-    def enough_said(self) -> bool:
-        """Whether members have to wait for the next turn of the reactor, in which what is said in this one is sent."""
-        return self._said >= self.max_unsent // 4
+    def add_room(self, name: str) -> Room:
+        """Make a room of this name, which has to be free."""
+        self.room_names.add(name)
+        room = self.rooms[name] = Room(name, self.chunk)
+        return room
 
-    def said(self, size: int) -> None:
-        """So many bytes were said to everybody in a room."""
-        self._said += size
-        if self._turn is None:
-            self._turn = self.clock.callLater(0, self._next_turn)
-
-    def wait_for_turn(self, member: Member) -> None:
-        """Give this member its turn when it comes."""
-        self._waiting[member] = None
-
-    def _next_turn(self) -> None:
-        self._turn = None
-        self._said = 0
-        for member in list(self._waiting):
-            if self.enough_said:
-                break
-            del self._waiting[member]  # it goes to the end of the line if that is not enough for it
-            member.turn()
-        if self._waiting and self._turn is None:
-            self._turn = self.clock.callLater(0, self._next_turn)
+    def remove_room(self, room: Room) -> None:
+        """Forget a room that the last member has left."""
+        del self.rooms[room.name]
+        self.room_names.discard(room.name)
+        self._stop_rest(room)
+        self._listen(room)  # who waited to join it makes a new one
 
     def forget(self, member: Member) -> None:
-        """It has gone."""
-        self._waiting.pop(member, None)
+        """A member has gone."""
         self.members.discard(member)
         self.nicks.discard(member.nick)
+        if member.waits_in is not None:
+            del member.waits_in.speakers[member]
+            member.waits_in = None
+
+    # --- turns ---
+
+    def queue(self, member: Member) -> None:
+        """Have the next line of a member handled when it is its turn."""
+        member.waits_in = room = member.place()
+        room.speakers[member] = None
+        self._listen(room)
+
+    def said(self, room: Room) -> None:
+        """Something was said in a room: have it sent."""
+        if room.sending or room.rest is not None or room.silent:
+            return
+        # Bursts of one piece are free.
+        wait = room.next_round - self.chunk / self.max_rate - self.clock.seconds()
+        if wait > 0:
+            room.rest = self.clock.callLater(wait, self._rested, room)
+        else:
+            room.sending = True
+            self._sending.append(room)
+            self._schedule()
+
+    def part(self, member: Member) -> None:
+        """Close a member, since the service is about to end."""
+        self._parting.append(member)
+        self._schedule()
+
+    def _listen(self, room: Room) -> None:
+        if room.speakers and not room.listening and not room.full:
+            room.listening = True
+            self._listening.append(room)
+            self._schedule()
+
+    def _rested(self, room: Room) -> None:
+        room.rest = None
+        self.said(room)
+
+    def _stop_rest(self, room: Room) -> None:
+        if room.rest is not None:
+            room.rest.cancel()
+            room.rest = None
+
+    def _schedule(self) -> None:
+        if self._turn is None:
+            self._turn = self.clock.callLater(0, self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._turn = None
+        for _ in range(min(GOODBYES_PER_TURN, len(self._parting))):
+            member = self._parting.popleft()
+            if not member.closing:
+                member.close("this chat is about to end; come again")
+        self._hear_lines()
+        self._send_rounds()
+        if self._listening or self._sending or self._parting:
+            self._schedule()
+
+    def _hear_lines(self) -> None:
+        """Handle lines: one of each room in rotation, and in each room one of each member."""
+        left = LINES_PER_TURN
+        while left > 0 and self._listening:
+            room = self._listening.popleft()
+            room.listening = False
+            if room.speakers and not room.full:
+                member, _ = room.speakers.popitem(last=False)
+                member.waits_in = None
+                left -= member.speak()
+                self._listen(room)
+
+    def _send_rounds(self) -> None:
+        """Send what was said: some deliveries of each room in rotation."""
+        left = DELIVERIES_PER_TURN
+        while left > 0 and self._sending:
+            room = self._sending.popleft()
+            left -= room.send(min(left, DELIVERIES_PER_ROOM))
+            sent = room.end_round()
+            if not sent and not room.silent:
+                self._sending.append(room)
+                continue
+            room.sending = False
+            room.next_round = max(room.next_round, self.clock.seconds()) + sent / self.max_rate
+            self._listen(room)
+            self.said(room)
 
     def metrics(self) -> dict[str, int | float]:
         return {

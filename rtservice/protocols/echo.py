@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import Logger
-from twisted.protocols.basic import Int32StringReceiver, LineOnlyReceiver, NetstringReceiver
 from zope.interface import implementer
+
+from rtservice.protocols import framings
 
 Greet = Literal["connect", "first-data"]
 Framing = Literal["raw", "line", "netstring", "int32"]
@@ -67,70 +68,48 @@ class Echo(Protocol):
         self.close()
 
 
-class EchoLines(LineOnlyReceiver, Echo):
-    r"""Each line comes back as a line.
+class FramedEcho(Echo):
+    """Each message of a framing comes back with its framing, as it was received.
 
-    A line ends with `\n`; a `\r` before it belongs to the terminator and comes back too, so that clients of either
-    habit get their own bytes back. The greeting ends with `\r\n`, which both understand.
+    A message that breaks the rules of the framing closes the connection; what precedes it is echoed.
     """
 
-    # Not LineReceiver: it copies the rest of its buffer for every line, which makes 64 KiB of empty lines a stall of
-    # a third of a second. Nothing here needs its raw mode.
-    delimiter = b"\n"
+    framing: ClassVar[type[framings.Framing]]
 
     def connectionMade(self) -> None:
-        self.MAX_LENGTH = self.factory.max_message + 1  # room for the `\r`
+        self._framing = self.framing(self.factory.max_message)
         super().connectionMade()
 
     def send_greeting(self, greeting: bytes) -> None:
-        self.sendLine(greeting + b"\r")
-
-    def lineReceived(self, line: bytes) -> None:
-        if len(line) == self.MAX_LENGTH and not line.endswith(b"\r"):
-            self.lineLengthExceeded(line)
-        else:
-            self.sendLine(line)
-
-    def lineLengthExceeded(self, line: bytes) -> None:
-        self.refuse(f"a line longer than the {self.factory.max_message} bytes of --max-message")
-
-
-class EchoNetstrings(NetstringReceiver, Echo):
-    """Each netstring comes back as a netstring (http://cr.yp.to/proto/netstrings.txt)."""
-
-    def connectionMade(self) -> None:
-        self.MAX_LENGTH = self.factory.max_message
-        super().connectionMade()
-
-    def send_greeting(self, greeting: bytes) -> None:
-        self.sendString(greeting)
+        self.transport.write(self.framing.frame(greeting))
 
     def dataReceived(self, data: bytes) -> None:
-        if self.brokenPeer:  # Twisted's receiver would parse on after an error
-            return
-        super().dataReceived(data)
-        if self.brokenPeer:
-            self.refuse(f"not a netstring of at most the {self.factory.max_message} bytes of --max-message")
-
-    def stringReceived(self, string: bytes) -> None:
-        self.sendString(string)
+        complete = self._framing.take(data)
+        if complete:
+            self.transport.write(complete)
+        if self._framing.problem and not self.transport.disconnecting:
+            self.refuse(self._framing.problem)
 
 
-class EchoInt32(Int32StringReceiver, Echo):
-    """Each message, behind its length as 32 bits in network byte order, comes back in the same form."""
+class EchoLines(FramedEcho):
+    r"""Lines end with `\n`; a `\r` before it comes back too, so that clients of either habit get their own bytes back.
 
-    def connectionMade(self) -> None:
-        self.MAX_LENGTH = self.factory.max_message
-        super().connectionMade()
+    The greeting ends with `\r\n`, which both understand.
+    """
 
-    def send_greeting(self, greeting: bytes) -> None:
-        self.sendString(greeting)
+    framing = framings.Lines
 
-    def stringReceived(self, string: bytes) -> None:
-        self.sendString(string)
 
-    def lengthLimitExceeded(self, length: int) -> None:
-        self.refuse(f"a message of {length} bytes, above the {self.factory.max_message} of --max-message")
+class EchoNetstrings(FramedEcho):
+    """Messages are netstrings."""
+
+    framing = framings.Netstrings
+
+
+class EchoInt32(FramedEcho):
+    """Messages come behind their length as 32 bits in network byte order."""
+
+    framing = framings.Int32
 
 
 PROTOCOLS: dict[Framing, type[Echo]] = {
