@@ -168,6 +168,8 @@ class Slots:
 
     name = "tcp:127.0.0.1:1"
     certificates = ()
+    revocation = None
+    warnings = ()
 
     def __init__(self, slots: int) -> None:
         self.copies = slots
