@@ -2,8 +2,8 @@
 
 An ordinary Twisted `Protocol` and `Factory` are served as they are. Their transport has Twisted's contract: `getPeer`
 is the client, also behind a proxy; with TLS it provides `ISSLTransport` and `INegotiated`, and has `tls_version` and
-`tls_cipher`. Its `getHandle` and `getPeerCertificate` give what Python's `ssl` has, or, on a listener with
-`library=pyopenssl`, what pyOpenSSL has; the transport is then Twisted's `TLSMemoryBIOProtocol`.
+`tls_cipher`. Its `getHandle` (an `ssl.SSLObject`) and `getPeerCertificate` give what Python's `ssl` has, or, on a
+listener with `library=pyopenssl`, what pyOpenSSL has; the transport is then Twisted's `TLSMemoryBIOProtocol`.
 
 `startFactory` is called once in each process, before the first connection, and `stopFactory` once, after the last. What
 a factory or protocol wants beyond that it says by providing one of these interfaces, with `zope.interface.implementer`.
