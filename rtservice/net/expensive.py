@@ -14,7 +14,6 @@ from typing import Any
 from twisted.internet.defer import DeferredLock
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from rtservice.net.tls_bounds import MAX_INLINE_CERTIFICATES
 
@@ -40,18 +39,18 @@ def shake_in_thread(
     Nothing else may use the connection meanwhile. If it is not wanted any more when its turn comes, nothing is called.
     """
 
-    def begin() -> Any:
-        if is_wanted():
-            return deferToThreadPool(reactor, reactor.getThreadPool(), connection.do_handshake).addCallbacks(
-                lambda _: done(None), failed
-            )
+    def shake() -> ssl.SSLError | None:
+        # Returned, not raised: the Failure that a thread of the pool makes is in a cycle with its frame, which would
+        # keep the connection until a garbage collection.
+        try:
+            connection.do_handshake()
+        except ssl.SSLError as problem:
+            return problem.with_traceback(None)
         return None
 
-    def failed(reason: Failure) -> None:
-        problem = reason.value
-        if not isinstance(problem, ssl.SSLError):
-            reason.raiseException()
-            return
-        done(problem.with_traceback(None))
+    def begin() -> Any:
+        if is_wanted():
+            return deferToThreadPool(reactor, reactor.getThreadPool(), shake).addCallback(done)
+        return None
 
     _turn.run(begin).addErrback(lambda reason: _log.failure("a handshake in a thread failed", reason))

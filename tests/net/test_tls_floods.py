@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -425,6 +426,41 @@ def test_a_handshake_may_end_while_its_chain_is_decoded(serve, certificates, in_
     # The next one has its turn, whatever became of the one before.
     with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)):
         yield eventually(lambda: len(served.factory.made) > made)
+
+
+@pytest_twisted.inlineCallbacks
+def test_nothing_else_uses_a_connection_while_its_chain_is_decoded(serve, certificates, in_thread, shows_chain):
+    served = serve(client_ca=certificates["ca.pem"])
+    with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)):
+        yield eventually(in_thread.begun.is_set)
+        connection = served.opened[0]
+        reactor.addWriter(connection)
+        connection._waiting = True  # as after a write of the protocol's, where TLS was started on a plain connection
+        yield eventually(lambda: connection not in reactor.getWriters())
+        assert in_thread.count == 1
+        in_thread.go.set()
+        yield eventually(lambda: served.factory.made)
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_handshake_that_failed_in_a_thread_leaves_nothing_to_a_garbage_collection():
+    class Failing:
+        def do_handshake(self) -> None:
+            raise ssl.SSLError(1, "no certificate that is trusted")
+
+    failing = Failing()
+    left = weakref.ref(failing)
+    done: Deferred = Deferred()
+    gc.collect()
+    gc.disable()
+    try:
+        shake_in_thread(reactor, failing, lambda: True, done.callback)
+        del failing
+        problem = yield done
+        assert problem.__traceback__ is None
+        yield eventually(lambda: left() is None)
+    finally:
+        gc.enable()
 
 
 # --- what TLS itself has to send ---
