@@ -455,8 +455,8 @@ class Connection:
         self._once_sent = False
         if self.disconnecting:
             self._close()
-        elif self._write_closing and self._writable and self._shut_down_writing():
-            self._writable = False
+        elif self._write_closing and self._shut_down_writing():
+            self._writable = self._write_closing = False
             protocol = IHalfCloseableProtocol(self.protocol, None)
             if protocol is not None:
                 try:
@@ -559,6 +559,8 @@ class Connection:
 
         Unlike with loseConnection, a producer has no say in when that is.
         """
+        if self.disconnected:
+            return
         self.error = Ended(why)
         self._stop_producer()
         if self.disconnecting:  # which may have waited for that
@@ -568,6 +570,8 @@ class Connection:
 
     def cut(self, why: str) -> None:
         """Close at once with a reset, as abortConnection does, with this reason of ours for the record."""
+        if self.disconnected:
+            return
         self.error = Ended(why)
         self.abortConnection()
 
@@ -589,6 +593,12 @@ class Connection:
         reason = Failure()
         _log.failure("{protocol} failed in {method}", reason, protocol=_log_prefix(self.protocol), method=method)
         self._give_up(reason)
+
+    def _failed(self) -> None:
+        """End it for what was raised where the reactor would not, as it does for doRead: a producer's, most likely."""
+        reason = Failure()
+        _log.failure("{connection} failed", reason, connection=self)
+        self.connectionLost(reason)
 
     def _give_up(self, reason: Failure) -> None:
         """End it at once, for what a factory or protocol has done."""
@@ -794,6 +804,8 @@ class SecureConnection(Connection):
     def secured(self, tls: TLSStream) -> None:
         """Go on after the handshake: with the protocol, what it has written meanwhile, and what the peer has sent."""
         self._tls = tls
+        # What came with the client's last message. It is taken first: making a close_notify, OpenSSL would drop it.
+        tls.rest = tls.incoming.read()
         if self.protocol is None:
             self._connect_protocol()
         listener = interfaces.IHandshakeListener(self.protocol, None)
@@ -805,13 +817,14 @@ class SecureConnection(Connection):
                 return
         if self.disconnected:
             return
+        if self.disconnecting:  # since before the handshake was done, for which it was read
+            self.reactor.removeReader(self)
         if self.producer_paused and not self._out:  # since before the handshake
             self._corked = False
             self._all_sent()
             if self.disconnected:
                 return
         self._flush()
-        tls.rest = tls.incoming.read()  # what came with the client's last message
         if tls.rest and not self.disconnected:
             self._read_rest()
 
@@ -887,22 +900,34 @@ class SecureConnection(Connection):
             self.error = Ended(TOO_MUCH_WITHOUT_DATA)
             return main.CONNECTION_LOST
         if tls.finished:
-            if not tls.reading:  # as with FIN, a protocol that has paused hears of it when it resumes
+            # As with FIN, a protocol that has paused hears of it when it resumes; and it hears of it once.
+            if not tls.reading or self.peer_finished:
                 return None
             self.peer_finished = True
             return None if self.disconnecting else main.CONNECTION_DONE
         if tls.rest:
             self.reactor.removeReader(self)
-            self.reactor.callLater(0, self._read_rest)
+            self._read_rest_later(tls)
         return None
+
+    def _read_rest_later(self, tls: TLSStream) -> None:
+        """Have `_read_rest` called in the next turn, once."""
+        if not tls.scheduled:
+            tls.scheduled = True
+            self.reactor.callLater(0, self._read_rest)
 
     def _read_rest(self) -> None:
         """Take what was read in an earlier turn."""
         tls = self._tls
+        tls.scheduled = False
         if not tls.reading or tls.held or self.disconnecting or self.disconnected:
             return
         rest, tls.rest = tls.rest, b""
-        why = self._received(tls, tls.receive(rest) if rest else b"")
+        try:
+            why = self._received(tls, tls.receive(rest) if rest else b"")
+        except BaseException:
+            self._failed()
+            return
         if why is None:
             if not tls.rest and tls.reading and not tls.held:
                 super().resumeProducing()
@@ -924,7 +949,7 @@ class SecureConnection(Connection):
             if tls.held:
                 return
             if tls.rest or (tls.finished and not self.peer_finished):
-                self.reactor.callLater(0, self._read_rest)
+                self._read_rest_later(tls)
                 return
         super().resumeProducing()
 
@@ -932,6 +957,22 @@ class SecureConnection(Connection):
     startReading = resumeProducing
 
     # --- writing ---
+
+    def abortConnection(self) -> None:
+        # Not super(): the caller may have bound this while a plain connection was Lingering.
+        Connection.abortConnection(self)
+        tls = self._tls
+        if tls is not None:  # what is sealed is a part of what is unsent
+            tls.sealed, tls.sealed_plain = b"", 0
+
+    def _lost(self, problem: OSError) -> None:
+        tls = self._tls
+        if tls.problem is not None:  # after which OpenSSL encrypts nothing; its alert is left
+            problem = tls.problem
+            if not tls.sealed:
+                with contextlib.suppress(OSError):
+                    self._send(tls.take())
+        super()._lost(problem)
 
     def _flush(self) -> None:
         tls = self._tls
@@ -961,8 +1002,9 @@ class SecureConnection(Connection):
 
     def _flush_more(self, tls: TLSStream) -> None:
         """Send what is unsent, TLS's own messages included, until the kernel is full or it is the turn of others."""
+        idle = not tls.sealed and not self._out and not self.producer_paused
         most = JOIN_LIMIT
-        while most > 0:
+        while most > 0 or not self._out:
             try:
                 if not tls.sealed:
                     self._seal(tls)
@@ -971,7 +1013,10 @@ class SecureConnection(Connection):
                         if tls.held:
                             self._release(tls)
                         if self._once_sent:
-                            self._all_sent()
+                            if idle:  # or a pull producer would be asked again before it has written
+                                self._finish()
+                            else:
+                                self._all_sent()
                         return
                 sent = self._send(tls.sealed)
             except OSError as problem:
@@ -997,7 +1042,9 @@ class SecureConnection(Connection):
         """Encrypt the first SEAL_SIZE bytes of what is written, or less; `sealed` is empty before."""
         out = self._out
         if not out:
-            tls.sealed = tls.take()
+            answers = tls.take()
+            if not tls.notified:  # nothing is sent after close_notify (RFC 8446, section 6.1)
+                tls.sealed = answers
             return
         first = memoryview(out[0])[self._offset :]
         count, size = 1, len(first)
@@ -1059,8 +1106,9 @@ class SecureConnection(Connection):
     def _close_notify(self) -> bool:
         """Send close_notify; False while the kernel has no room for it, and what comes next has to be tried again."""
         tls = self._tls
-        tls.notify()
-        if tls.outgoing.pending:
+        if not tls.notified:
+            tls.notify()
+            self._writable = False  # OpenSSL encrypts nothing after it
             tls.sealed = tls.take()
             try:
                 sent = self._send(tls.sealed)
@@ -1117,6 +1165,8 @@ class Handshake(SecureConnection):
             except OSError as problem:
                 if not self._would_block(problem):
                     self.error = problem.with_traceback(None)
+                    self.reactor.removeReader(self)
+                    self._stop_waiting()
                     self.reactor.callLater(0, self.connectionLost, _LOST)
                     return
                 sent = 0
@@ -1128,7 +1178,8 @@ class Handshake(SecureConnection):
                 return
         self._stop_waiting()
         self._phase_state = tls
-        self.reactor.addReader(self)
+        if tls.reading:
+            self.reactor.addReader(self)
         if not tls.object.server_side:  # the client has the first word
             self._corked = False
             self._flush_soon()
@@ -1189,7 +1240,12 @@ class Handshake(SecureConnection):
             return
         if tls.reading:
             self.reactor.addReader(self)
-        if self._shaken(tls, problem) is not None:
+        try:
+            why = self._shaken(tls, problem)
+        except BaseException:
+            self._failed()
+            return
+        if why is not None:
             self.connectionLost(_LOST)
 
     def _shaken(self, tls: TLSStream, problem: ssl.SSLError | None) -> Any:
@@ -1236,22 +1292,31 @@ class Handshake(SecureConnection):
             self._send_plain()
             return None
         tls = self._phase_state
-        return self._send_flight(tls) if tls.sealed else self._shake(tls)
+        if tls.sealed:
+            return self._send_flight(tls)
+        if tls.held:  # a thread works on it, and nothing else may
+            self._stop_waiting()
+            return None
+        return self._shake(tls)
 
     def _flush(self) -> None:
         self._corked = True  # until the handshake is done, which flushes
 
     def pauseProducing(self) -> None:
-        if type(self._phase_state) is TLSStream:
-            self._phase_state.reading = False
+        self._set_reading(False)
         super().pauseProducing()
 
     def resumeProducing(self) -> None:
+        self._set_reading(True)
         tls = self._phase_state
-        if type(tls) is TLSStream:  # or what is written before has to be sent first
-            tls.reading = True
-            if not tls.sealed and not tls.held:
-                super().resumeProducing()
+        # Otherwise what is written before has to be sent first.
+        if type(tls) is TLSStream and not tls.sealed and not tls.held:
+            super().resumeProducing()
+
+    def _set_reading(self, reading: bool) -> None:
+        state = self._phase_state
+        if state is not None:  # a context may be refused
+            (state[1] if type(state) is tuple else state).reading = reading
 
     stopReading = pauseProducing
     startReading = resumeProducing
@@ -1355,6 +1420,11 @@ class Lingering(SecureConnection):
 
     def _flush(self) -> None:
         self._corked = False  # nothing is sent any more
+
+    def pauseProducing(self) -> None:
+        """Read on: with input unread at the end, the kernel would drop the last output."""
+
+    stopReading = pauseProducing
 
     def doRead(self) -> Any:
         try:

@@ -105,6 +105,7 @@ class TLSStream:
         "reading",
         "records",
         "rest",
+        "scheduled",
         "sealed",
         "sealed_plain",
         "since_flight",
@@ -130,6 +131,7 @@ class TLSStream:
         # Bytes that have come since our last part of the handshake; below 0 until the first is sent.
         self.since_flight = -MAX_HANDSHAKE_BYTES
         self.rest = b""  # received, but for a later turn
+        self.scheduled = False  # a call that takes it
         self.finished = False  # the peer has sent close_notify
         self.problem: ssl.SSLError | None = None  # what ended it, after the data that came before
         self.sealed: bytes | memoryview = b""  # encrypted, not yet taken by the kernel

@@ -63,7 +63,7 @@ class Forger:
         before: bytes = b"",
         timeout: float = 20,
     ) -> None:
-        self.sock = socket.socket()
+        self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         self.sock.settimeout(timeout)
         if small_buffers:  # so that the kernel holds little of what the other side does not read
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -1,0 +1,328 @@
+"""TLS in the transport, turn by turn: what one side does at a moment that loopback and threads would seldom hit."""
+
+from __future__ import annotations
+
+import random
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet.protocol import Factory, Protocol
+from zope.interface import implementer
+
+from rtservice.net.stream import Port
+from rtservice.net.tls import ServerTLS
+
+pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
+pytest.importorskip("rtservice.net.reactor", reason="epoll is Linux only")
+
+from tests.support.forge import APPLICATION_DATA  # after the checks
+from tests.support.turns import STREAM, Peer, Turned
+
+
+@implementer(IHalfCloseableProtocol)
+class Recorder(Protocol):
+    """Notes what it is told."""
+
+    def connectionMade(self) -> None:
+        self.heard: list[Any] = []
+        self.factory.made = self
+        self.factory.on_connect(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.heard.append(data)
+        self.factory.on_data(self)
+
+    def readConnectionLost(self) -> None:
+        self.heard.append("end of input")
+
+    def writeConnectionLost(self) -> None:
+        self.heard.append("end of output")
+
+    def connectionLost(self, reason: Any) -> None:
+        self.heard.append("end")
+
+    @property
+    def received(self) -> bytes:
+        return b"".join(event for event in self.heard if isinstance(event, bytes))
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+class Service:
+    """A port on a reactor that the test turns."""
+
+    def __init__(self, certificates: Any, version: str) -> None:
+        self.reactor = Turned()
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind("")  # abstract, of the kernel's choice
+        self.socket.listen()
+        self.socket.setblocking(False)
+        self.version = version
+        self.factory = Factory.forProtocol(Recorder)
+        self.factory.noisy = False
+        self.factory.on_connect = self.factory.on_data = nothing
+        context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
+        context.maximum_version = ssl.TLSVersion[version]
+        self.port = Port(self.reactor, self.socket, self.factory, name="ssl:test", tls=context)
+        self.port.startListening()
+
+    def connect(self, kind: type[Peer] = Peer) -> Peer:
+        """A client whose handshake is done; its last flight stays in its queue."""
+        address = "\0" + self.socket.getsockname()[1:].decode()
+        self.peer = kind(address, self.version, random.Random(0), self.reactor.turn, small_buffers=False)
+        self.peer.pieces = (1 << 20,)
+        return self.peer
+
+    def begin(self) -> tuple[Peer, Any]:
+        peer = self.connect()
+        self.settle()
+        return peer, self.factory.made
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.reactor.turn()
+
+    def settle(self) -> None:
+        for _ in range(50):
+            self.peer.push(1 << 20)
+            self.peer.pull()
+            self.reactor.turn()
+
+    def stop(self) -> None:
+        self.port.stopListening()
+        self.socket.close()
+        self.peer.sock.close()
+        self.turn(3)
+        self.reactor.stop_turning()
+
+
+@pytest.fixture(params=["TLSv1_2", "TLSv1_3"])
+def service(certificates: Any, request: Any) -> Iterator[Service]:
+    made = Service(certificates, request.param)
+    yield made
+    made.stop()
+
+
+def full(_: bytes) -> int:
+    raise BlockingIOError
+
+
+def test_a_protocol_that_resumes_twice_hears_once_that_its_peer_has_finished(service: Service) -> None:
+    peer, protocol = service.begin()
+    protocol.transport.pauseProducing()
+    peer.data(b"hello")
+    peer.notify()
+    protocol.transport.resumeProducing()
+    protocol.factory.on_data = lambda protocol: protocol.transport.pauseProducing()
+    service.settle()
+    assert protocol.heard == [b"hello"]
+    for _ in range(3):
+        protocol.transport.resumeProducing()
+    service.settle()
+    assert protocol.heard == [b"hello", "end of input"]
+
+
+def test_a_key_update_after_our_close_notify_is_not_answered_and_data_goes_on(service: Service) -> None:
+    peer, protocol = service.begin()
+    protocol.transport.loseWriteConnection()
+    service.settle()
+    assert peer.notified
+    for _ in range(3):
+        if service.version == "TLSv1_3":
+            peer.queue += peer.key_update(ask=True)
+        peer.data(b"more")
+        service.settle()
+    peer.notify()
+    service.settle()
+    assert protocol.heard[0] == "end of output"
+    assert protocol.received == 3 * b"more"
+    assert protocol.heard[-1] == "end of input"
+    assert not protocol.transport.disconnected
+
+
+@pytest.mark.parametrize("close", ["loseConnection", "loseWriteConnection"])
+def test_a_write_while_close_notify_waits_for_room_is_dropped_and_the_end_is_clean(
+    service: Service, close: str
+) -> None:
+    peer, protocol = service.begin()
+    transport = protocol.transport
+    transport.write(STREAM[:100])
+    service.settle()
+    send, transport._send = transport._send, full
+    getattr(transport, close)()
+    service.turn()
+    transport.write(b"too late")
+    assert not transport.unsent
+    transport._send = send
+    service.settle()
+    transport.loseConnection()
+    for _ in range(3):  # it waits for the client to read
+        service.settle()
+        service.reactor.now += 1
+    assert peer.notified
+    assert peer.ended
+    assert not peer.reset
+    assert transport.error is None
+    assert protocol.heard.count("end") == 1
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_data_with_the_clients_finished_is_not_lost_when_output_ends_at_once(service: Service, whole: bool) -> None:
+    service.factory.on_connect = lambda protocol: protocol.transport.loseWriteConnection()
+    peer = service.connect()
+    peer.data(b"early")
+    record = peer.seal(APPLICATION_DATA, b"second")
+    peer.queue += record if whole else record[:10]
+    peer.push(1 << 20)
+    service.turn(5)
+    if not whole:
+        peer.queue += record[10:]
+    service.settle()
+    assert service.factory.made.received == b"earlysecond"
+
+
+def test_what_is_unsent_is_never_negative_after_an_abort(service: Service) -> None:
+    peer, protocol = service.begin()
+    transport = protocol.transport
+    transport.write(bytes(1 << 20))
+    service.turn(3)
+    assert transport.unsent
+    transport.abortConnection()
+    peer.sock.recv(1 << 20)
+    transport.end("enough")
+    sent = transport.bytes_out
+    transport.doWrite()
+    assert (transport.unsent, transport.bytes_out) == (0, sent)
+
+
+def test_a_record_that_is_broken_is_the_reason_of_the_end_and_gets_its_alert_whatever_is_written(
+    service: Service,
+) -> None:
+    peer, protocol = service.begin()
+    protocol.factory.on_data = lambda protocol: protocol.transport.write(b"answer")
+    peer.data(b"good")
+    broken = bytearray(peer.seal(APPLICATION_DATA, b"bad"))
+    broken[-1] ^= 1
+    peer.queue += broken
+    with pytest.raises(ssl.SSLError, match="ALERT_BAD_RECORD_MAC"):
+        service.settle()
+    service.turn(5)
+    assert protocol.heard == [b"good", "end"]
+    assert "BAD_RECORD_MAC" in str(protocol.transport.error)
+
+
+class Slow:
+    """A pull producer that writes in later events."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def resumeProducing(self) -> None:
+        self.asked += 1
+
+    def stopProducing(self) -> None:
+        pass
+
+
+def test_a_pull_producer_is_asked_again_only_when_it_has_written(service: Service) -> None:
+    peer, protocol = service.begin()
+    producer = Slow()
+    protocol.transport.registerProducer(producer, False)
+    for _ in range(3):
+        peer.data(b"hello")
+        service.settle()
+    assert producer.asked == 1
+    protocol.transport.write(STREAM[:10])
+    service.settle()
+    assert producer.asked == 2
+    protocol.transport.unregisterProducer()
+
+
+def test_a_protocol_that_pauses_while_its_connection_closes_loses_no_output(service: Service) -> None:
+    peer, protocol = service.begin()
+    protocol.transport.write(STREAM[:50_000])
+    protocol.transport.loseConnection()
+    service.turn()
+    protocol.transport.pauseProducing()
+    peer.data(b"still sending")
+    peer.push()
+    for _ in range(5):
+        service.turn(3)
+        service.reactor.now += 1.5
+    assert protocol.transport.disconnected
+    service.settle()
+    assert peer.received == 50_000
+    assert not peer.reset
+    assert protocol.heard == ["end"]
+
+
+class Failing:
+    """A push producer that cannot be resumed."""
+
+    def pauseProducing(self) -> None:
+        pass
+
+    def resumeProducing(self) -> None:
+        raise ZeroDivisionError
+
+    def stopProducing(self) -> None:
+        pass
+
+
+def test_a_producer_that_raises_in_a_later_turn_of_a_read_ends_its_connection(service: Service) -> None:
+    peer, protocol = service.begin()
+    protocol.transport.pauseProducing()
+    service.turn()
+    for _ in range(300):
+        peer.data(b"x")
+    peer.push(1 << 20)
+
+    def write_much(protocol: Any) -> None:
+        if protocol.received == 300 * b"x":
+            protocol.transport.registerProducer(Failing(), True)
+            protocol.transport._pause_producer()
+
+    protocol.factory.on_data = write_much
+    protocol.transport.resumeProducing()
+    service.settle()
+    assert protocol.heard[-1] == "end"
+    assert not [reader for reader in service.reactor.getReaders() if reader is protocol.transport]
+
+
+def test_an_end_of_ours_after_the_end_is_nothing(service: Service) -> None:
+    _, protocol = service.begin()
+    service.port.write_soon = None  # as on other reactors
+    protocol.transport.abortConnection()
+    service.turn(3)
+    protocol.transport.end("enough")
+    protocol.transport.cut("enough")
+    assert protocol.transport.error is None
+
+
+def test_nothing_is_read_for_a_protocol_that_closed_before_its_handshake_was_done(service: Service) -> None:
+    opened: list[Any] = []
+    service.port.connection_opened = opened.append
+    service.factory.on_connect = lambda protocol: protocol.transport.write(STREAM)  # more than the kernel takes
+
+    class Closed(Peer):
+        def _shake(self, context: ssl.SSLContext) -> None:
+            service.turn()
+            opened[0].loseConnection()
+            super()._shake(context)
+
+    peer = service.connect(Closed)
+    peer.data(b"too late")
+    peer.push()
+    service.turn(5)
+    for _ in range(5):
+        service.settle()
+        service.reactor.now += 1
+    assert service.factory.made.heard == ["end"]
+    assert peer.received == len(STREAM)
+    assert peer.notified
