@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import faulthandler
 import os
@@ -13,12 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from string import Formatter
 from typing import Any
 
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
-from twisted.logger import LogEvent, Logger, LogLevel, eventAsJSON, formatEvent, globalLogBeginner, globalLogPublisher
+from twisted.logger import LogEvent, Logger, LogLevel, globalLogBeginner, globalLogPublisher
 from twisted.python.failure import Failure
 
 from rtservice import hosting, settings
@@ -29,25 +27,30 @@ from rtservice.host.control import (
     CONTROL_OUT,
     FIRST_SOCKET,
     LONGEST_FROM_WORKER,
-    LONGEST_TO_WORKER,
-    TO_WORKER,
-    Messages,
+    ProtocolViolation,
+    SupervisorMessages,
     encode,
 )
 from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
+from rtservice.host.worker_messages import (
+    LONGEST_PROBLEM,
+    MOST_COUNTERS,
+    MOST_LINES,
+    encode_record,
+    shortened,
+)
 from rtservice.net.listeners import Listener
 from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLSError, ignore_bad_names
-from rtservice.observe.logs import AccessLog, LevelName, Levels, Log
+from rtservice.observe.logs import AccessLog, LevelName, Levels, Log, message_and_traceback
 from rtservice.references import OptionValue
 from rtservice.settings import SettingError
 
 _log = Logger()
-# Seconds that what is for the log waits for more of it, but for errors, and how many lines of the access log go
-# together at the most: the longest names that UNIX clients can have make them 200 KiB; a message may have 256.
-_TOGETHER, _MOST_TOGETHER = 0.1, 100
+# Seconds that what is for the log waits for more of it, but for errors, how many records or lines of the access log are
+# sent together, and the characters of such lines, which JSON may double: UNIX clients can have very long names.
+_TOGETHER, _MOST_TOGETHER, _LINES_SIZE = 0.1, MOST_LINES, 48 * 1024
 
-# Values of an event that are the same on the other side, and levels that may wait.
-_PLAIN = frozenset((str, int, float, bool, type(None)))
+# Levels that may wait.
 _CALM = frozenset((LogLevel.debug, LogLevel.info))
 
 _EVERY_EVENT_HAS = frozenset(("log_namespace", "log_level", "log_time"))
@@ -161,7 +164,7 @@ class Worker(Protocol):
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        self._messages = Messages(TO_WORKER, LONGEST_TO_WORKER)
+        self._messages = SupervisorMessages()
         self._server: Server | None = None
         self._kinds: list[str] = []
         self._files: list[tuple[str, int]] = []  # of UNIX sockets, to be removed by the supervisor
@@ -170,10 +173,13 @@ class Worker(Protocol):
         self._slot = 0
         self._beating = LoopingCall(self._beat)
         self._ending = False
+        self._begun = False  # it was told what to serve
+        self._deaf = False  # the supervisor sends what cannot be
         self._full = False  # the supervisor does not read as fast as is written
         self._dropped = 0  # records, since then
         self._levels = Levels({})
         self._lines: list[str] = []  # for the access log
+        self._lines_size = 0
         self._records: list[bytes] = []  # messages
         self._dropped_before = 0
         self._told: dict[str, float] = {}  # the counters that the supervisor has
@@ -185,22 +191,38 @@ class Worker(Protocol):
         self.transport.registerProducer(self, True)
 
     def dataReceived(self, data: bytes) -> None:
-        for word, value in self._messages.feed(data):
-            if word == "start":
-                self._start(value)
-            elif word == "share" and self._server is not None:
-                self._server.apply(make_live(self._settings, slot=self._slot, slots=value))
-            elif word == "drain":
-                self._drain(value)
-            elif word == "hurry" and self._server is not None:
-                self._server.hurry()
-            elif word == "rows" and self._server is not None:
-                rows = self._server.connections.rows(value["sort"], value["count"])
-                rows.addCallback(self._tell_rows, value["id"])
-                rows.addErrback(lambda failure: self._log.failure("listing the connections failed", failure))
+        if self._deaf:
+            return
+        try:
+            for word, value in self._messages.feed(data):
+                self._received(word, value)
+        except Exception as problem:
+            # It cannot be told what to do any more. Clients may finish what they do, and the next worker hears better.
+            self._deaf = True
+            _log.error("the supervisor sent what cannot be: draining: {problem}", problem=ascii(problem)[:200])
+            self._drain([])
+
+    def _received(self, word: str, value: Any) -> None:
+        if word == "start":
+            if self._begun:
+                raise ProtocolViolation("a second start")
+            self._begun = True
+            self._start(value)
+        elif word == "share" and self._server is not None:
+            self._server.apply(make_live(self._settings, slot=self._slot, slots=value))
+        elif word == "drain":
+            self._drain(value)
+        elif word == "hurry" and self._server is not None:
+            self._server.hurry()
+        elif word == "rows" and self._server is not None:
+            rows = self._server.connections.rows(value["sort"], value["count"])
+            rows.addCallback(self._tell_rows, value["id"])
+            rows.addErrback(lambda failure: self._log.failure("listing the connections failed", failure))
 
     def _tell_rows(self, rows: list[list[Any]], number: int) -> None:
-        self._tell("rows", {"id": number, "rows": rows})
+        while len(message := encode("rows", {"id": number, "rows": rows})) > LONGEST_FROM_WORKER["rows"]:
+            rows = rows[: len(rows) // 2]
+        self.transport.write(message)
 
     def _tell(self, word: str, value: object = None) -> None:
         self.transport.write(encode(word, value))
@@ -284,7 +306,7 @@ class Worker(Protocol):
 
     def _failed(self, problem: str) -> None:
         self.status = 1
-        self._tell("failed", problem)
+        self._tell("failed", shortened(problem, LONGEST_PROBLEM))
         self._end()
 
     def leave(self) -> None:
@@ -296,7 +318,10 @@ class Worker(Protocol):
         counters, told = self._server.counters(), self._told
         changed = {name: count for name, count in counters.items() if told.get(name) != count}
         # What is not there any more is a phase that no connection is in.
-        self._tell("beat", changed | dict.fromkeys(told.keys() - counters.keys(), 0))
+        changed |= dict.fromkeys(told.keys() - counters.keys(), 0)
+        names = list(changed)
+        for place in range(0, len(names) or 1, MOST_COUNTERS):
+            self._tell("beat", {name: changed[name] for name in names[place : place + MOST_COUNTERS]})
         self._told = counters
 
     def _drain(self, finish: list[str]) -> None:
@@ -314,14 +339,15 @@ class Worker(Protocol):
         if not self._lines and not self._records:
             self._reactor.callLater(_TOGETHER, self._send)
         self._lines.append(line)
-        if len(self._lines) >= _MOST_TOGETHER:
+        self._lines_size += len(line)
+        if len(self._lines) >= _MOST_TOGETHER or self._lines_size >= _LINES_SIZE:
             self._send()
 
     def _send(self) -> None:
         """Send what waits for more."""
         records, self._records = self._records, []
         if self._lines:
-            lines, self._lines = self._lines, []
+            lines, self._lines, self._lines_size = self._lines, [], 0
             records.append(encode("access", lines))
         if records:
             self.transport.write(b"".join(records))
@@ -363,49 +389,12 @@ class Worker(Protocol):
         if self._full or self._ending:
             self._dropped += 1
             return
-        if event.get("log_level") in _CALM and "log_trace" not in event:
-            plain = {key: value for key, value in event.items() if key not in ("log_logger", "log_source")}
-            level = plain.pop("log_level").name
-            if _PLAIN.issuperset(map(type, plain.values())):
-                message = encode("record", {**plain, "log_level": level})
-                if len(message) <= LONGEST_FROM_WORKER:
-                    if not self._records and not self._lines:
-                        self._reactor.callLater(_TOGETHER, self._send)
-                    self._records.append(message)
-                    if len(self._records) >= _MOST_TOGETHER:
-                        self._send()
-                    return
-        self._send()  # each in its turn
-        try:
-            text = eventAsJSON(_with_text_of_failure(_with_own_text(event)))
-        except Exception:  # something in it that JSON cannot hold
-            text = ""
-        if not text or len(text) > LONGEST_FROM_WORKER - 10:
-            kept = {key: event[key] for key in _EVERY_EVENT_HAS}
-            kept |= {"log_format": "{text}", "text": (formatEvent(event) or "")[:10_000]}
-            text = eventAsJSON(kept)
-        self.transport.write(b"log " + text.encode() + b"\n")
-
-
-def _with_own_text(event: LogEvent) -> LogEvent:
-    """The event with its text, where the template says more of a field than its name: Twisted's JSON forgets that."""
-    template = event.get("log_format")
-    try:
-        if isinstance(template, str) and any(spec for _, _, spec, _ in Formatter().parse(template)):
-            return {**event, "log_format": "{log_text}", "log_text": formatEvent(event)}
-    except ValueError:  # no template
-        pass
-    return event
-
-
-def _with_text_of_failure(event: LogEvent) -> LogEvent:
-    """The event with its exception's text in the place of the exception, of which JSON would hold nothing."""
-    failure = event.get("log_failure")
-    if failure is None:
-        return event
-    failure = copy.copy(failure)
-    failure.value = failure.getErrorMessage()
-    return {**event, "log_failure": failure}
+        text, traceback = message_and_traceback(event)
+        self._records.append(encode_record(event, text, traceback))
+        if traceback or event["log_level"] not in _CALM or len(self._records) >= _MOST_TOGETHER:
+            self._send()
+        elif len(self._records) == 1 and not self._lines:
+            self._reactor.callLater(_TOGETHER, self._send)
 
 
 def main() -> int:

@@ -12,16 +12,24 @@ from typing import Any
 import pytest
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransportWithDisconnection
-from twisted.logger import Logger, LogLevel, eventFromJSON, formatEvent
+from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from rtservice import settings, worker
-from rtservice.host.control import FROM_WORKER, LONGEST_FROM_WORKER, Messages, encode
+from rtservice.host.control import decode_value, encode, split_word
+from rtservice.host.counters import PHASES
+from rtservice.host.worker_messages import Record, WorkerMessages
 from rtservice.net.listeners import Listener, open_description
 from rtservice.net.tls import TLSError
 from rtservice.worker import Worker, describe, make_live, share
 
 DEFAULTS = settings.load({}, {}, None)
+
+
+def start(**given: Any) -> bytes:
+    described = describe(DEFAULTS, [], options=(), directory="/")
+    return encode("start", {**described, "slot": 0, "slots": 2, **given})
+
 
 # --- the division of limits ---
 
@@ -185,9 +193,24 @@ class Channel(StringTransportWithDisconnection):
     def disconnected(self) -> bool:
         return not self.connected
 
+    def __init__(self, protocol: Any) -> None:
+        super().__init__(protocol)
+        self.checked = WorkerMessages(slot=0, listeners=(), access=True)
+
     def said(self) -> list[tuple[str, Any]]:
-        found = list(Messages(FROM_WORKER, LONGEST_FROM_WORKER).feed(self.value()))
+        """The messages of now, each of which the supervisor accepts."""
+        lines = self.value().splitlines()
+        self.records: list[Record] = []
+        self.checked.feed(self.value())
         self.clear()
+        found = []
+        for line in lines:
+            word, text = split_word(line)
+            found.append((word, decode_value(word, text)))
+            message = self.checked.next()
+            assert message is not None
+            if isinstance(message, Record):
+                self.records.append(message)
         return found
 
 
@@ -200,11 +223,6 @@ def connected() -> tuple[Worker, Channel, Reactor]:
     channel.protocol = made
     made.makeConnection(channel)
     return made, channel, reactor
-
-
-def start(**given: Any) -> bytes:
-    described = describe(DEFAULTS, [], options=(), directory="/")
-    return encode("start", {**described, "slot": 0, "slots": 2, **given})
 
 
 def test_a_worker_says_that_it_serves_and_then_that_it_lives(connected, monkeypatch) -> None:
@@ -264,6 +282,86 @@ def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
     assert not reactor.stopped
 
 
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(b"\xff\n", b"no\n", b"share {\n", b"share 0\n", b"rows {}\n", b"rows null\n"),
+        *(b"x" * (64 << 20) + b"y", b"share " + b"[" * 100_000 + b"\n", start()),
+    ],
+    ids=lambda garbage: repr(garbage[:20]),
+)
+def test_a_worker_drains_and_ends_when_its_supervisor_sends_garbage(connected, monkeypatch, garbage) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    made.dataReceived(start())
+    channel.said()
+    made.dataReceived(garbage)
+    made.dataReceived(garbage)
+    made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 5}))
+    reactor.pump([1] * 5)
+    assert reactor.stopped
+    said = channel.said()
+    assert {word for word, _ in said} <= {"record", "beat"}
+    assert said[-1][0] == "beat"
+
+
+def test_a_worker_that_was_told_nothing_but_garbage_ends(connected) -> None:
+    made, channel, reactor = connected
+    made.dataReceived(b"garbage\n")
+    assert channel.said() == []
+    assert reactor.stopped == 1
+
+
+def test_a_heartbeat_with_very_many_counters_is_several(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    channel.checked = WorkerMessages(slot=0, listeners=[f"tcp:{number}" for number in range(300)], access=True)
+    made.dataReceived(start())
+    channel.said()
+    more = {f"{word}\t\ttcp:{number}": 1 for number in range(300) for word in ("in", "out")}
+    counters = made._server.counters
+    monkeypatch.setattr(made._server, "counters", lambda: counters() | more)
+    reactor.advance(1)
+    beats = [value for word, value in channel.said() if word == "beat"]
+    assert len(beats) == 4
+    assert more.items() <= {name: count for beat in beats for name, count in beat.items()}.items()
+
+
+def test_rows_that_are_too_long_for_a_message_are_fewer(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    name = "unix:/" + "\U0001f600" * 100
+    channel.checked = WorkerMessages(slot=0, listeners=[name], access=True)
+    channel.checked.ask(1, 500)
+    made.dataReceived(start())
+    channel.said()
+    row = ["x" * 64, name, PHASES[2], 1.0, None, 1, 2]
+    monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: [row] * count)
+    made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 500}))
+    [(_, answer)] = channel.said()
+    assert 100 < len(answer["rows"]) < 500
+
+
+def test_the_reason_why_a_worker_cannot_start_is_short(connected) -> None:
+    made, channel, _ = connected
+    made.dataReceived(start(settings={"x" * 1_000_000: "1"}))
+    [problem] = [value for word, value in channel.said() if word == "failed"]
+    assert len(problem) <= 4096
+
+
+def test_lines_for_the_access_log_are_sent_in_messages_that_are_accepted(connected) -> None:
+    made, channel, reactor = connected
+    for _ in range(250):
+        made._access(f"start=1 peer={'x' * 2000} worker=0\n")
+        made._access('start=1 peer="' + r"\x00" * 300 + '" worker=0\n')
+    reactor.advance(0.1)
+    assert sum(len(lines) for word, lines in channel.said() if word == "access") == 500
+    for _ in range(1000):
+        made._access("start=1 worker=0\n")
+    reactor.advance(0.1)
+    assert [len(lines) for _, lines in channel.said()] == [100] * 10
+
+
 # --- its log ---
 
 
@@ -271,23 +369,21 @@ def record(made: Worker, text: str, **fields: Any) -> None:
     Logger(namespace="its.own", observer=made.observe).info(text, **fields)  # type: ignore[arg-type]  # a function is one
 
 
-def only_event(channel: Channel, reactor: Reactor) -> dict[str, Any]:
-    """The one record that was sent, as the supervisor takes it: a plain one, which waits for others, or a whole one."""
+def only_record(channel: Channel, reactor: Reactor) -> Record:
+    """The one record that was sent, as the supervisor takes it."""
     reactor.advance(0.1)
-    [(word, value)] = channel.said()
-    if word == "log":
-        assert len(value) < LONGEST_FROM_WORKER
-        return eventFromJSON(value)
+    [(word, _)] = channel.said()
     assert word == "record"
-    return value | {"log_level": LogLevel.lookupByName(value["log_level"])}
+    [only] = channel.records
+    return only
 
 
-def test_a_record_is_sent_with_its_structure(connected) -> None:
+def test_a_record_is_sent_as_finished_text_with_its_fields(connected) -> None:
     made, channel, reactor = connected
     record(made, "{peer} went", peer="1.2.3.4", seconds=1.5)
-    event = only_event(channel, reactor)
-    assert formatEvent(event) == "1.2.3.4 went"
-    assert (event["log_level"], event["log_namespace"], event["seconds"]) == (LogLevel.info, "its.own", 1.5)
+    only = only_record(channel, reactor)
+    assert (only.text, only.level, only.namespace) == ("1.2.3.4 went", LogLevel.info, "its.own")
+    assert only.fields == {"peer": "1.2.3.4", "seconds": 1.5}
 
 
 def test_a_traceback_is_sent_with_its_record(connected) -> None:
@@ -296,8 +392,10 @@ def test_a_traceback_is_sent_with_its_record(connected) -> None:
         raise ValueError("no")
     except ValueError:
         record(made, "it raised", log_failure=Failure())
-    [(_, text)] = channel.said()
-    assert "ValueError: no" in eventFromJSON(text)["log_failure"].getTraceback()
+    channel.said()
+    [only] = channel.records
+    assert only.text == "it raised"
+    assert "ValueError: no" in only.traceback
 
 
 class Stubborn:
@@ -308,19 +406,27 @@ class Stubborn:
 
 
 @pytest.mark.parametrize("value", ["x" * 1_000_000, b"\xff\x00", object(), {1, 2}, float("nan"), Stubborn(), "\ud800"])
-def test_whatever_is_in_a_record_it_is_one_message_of_a_length_that_is_taken(connected, value) -> None:
+def test_whatever_is_in_a_record_it_is_one_message_that_is_accepted(connected, value) -> None:
     made, channel, reactor = connected
     record(made, "about {value}", value=value)
-    assert formatEvent(only_event(channel, reactor))
+    assert only_record(channel, reactor).text.startswith(("about ", "MESSAGE LOST"))
 
 
 def test_a_record_that_refers_to_itself_is_sent_as_text(connected) -> None:
-    made, channel, _ = connected
+    made, channel, reactor = connected
     loop: list[Any] = []
     loop.append(loop)
     record(made, "about {value}", value=loop)
-    [(_, text)] = channel.said()
-    assert formatEvent(eventFromJSON(text)) == "about [[...]]"
+    assert only_record(channel, reactor).text == "about [[...]]"
+
+
+def test_a_record_is_sent_in_the_order_of_the_others_and_an_error_at_once(connected) -> None:
+    made, channel, _ = connected
+    record(made, "first")
+    assert channel.said() == []
+    Logger(namespace="its.own", observer=made.observe).error("second")  # type: ignore[arg-type]  # a function is one
+    channel.said()
+    assert [one.text for one in channel.records] == ["first", "second"]
 
 
 def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(connected, monkeypatch) -> None:
@@ -334,4 +440,4 @@ def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(conne
         record(made, "hello")
     assert channel.said() == []
     made.resumeProducing()
-    assert formatEvent(only_event(channel, reactor)) == "3 records were dropped: too many at once"
+    assert only_record(channel, reactor).text == "3 records were dropped: too many at once"

@@ -30,7 +30,7 @@ import os
 import re
 import resource
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 Name = TypeVar("Name")
@@ -56,6 +56,111 @@ _TOTAL = "_total"
 _LARGEST = 1e300  # so that a sum of them is a number too
 
 
+# --- what a worker may report ---
+
+PHASES = ("proxy", "tls", "open", "closing")
+
+_PLAIN = (
+    *("open", "ended", "aborted", "drain_ended", "drain_aborted"),
+    *("cpu_us", "memory", "descriptors", "descriptor_limit", "dropped"),
+)
+_FREE = frozenset(("closed", "handshake_failed", "refused"))  # whose labels are words that are not known before
+_OTHER = "other"
+_LONGEST_LABEL = 64
+
+# A slot's labels, over all the workers that it ever had. Each worker has up to _WORDS, and of the factory's names
+# _MOST_OF_FACTORY; a reload may bring other ones.
+_SLOT_WORDS, _SLOT_NAMES = 2 * _WORDS, 3 * _MOST_OF_FACTORY
+
+_LARGEST_COUNT = 2**63 - 1
+
+
+class CounterNames:
+    """The names of counters that one worker may report, of these listeners. It has few labels of its own choice."""
+
+    def __init__(self, listeners: Collection[str]) -> None:
+        self._listeners = frozenset(listeners)
+        self._known = {*_PLAIN, "lag_us\t\t", *(f"lag\t{bucket}\t" for bucket in range(len(LAGS) + 1))}
+        for listener in self._listeners:
+            self._known.update(f"{word}\t\t{listener}" for word in ("opened", "in", "out", "duration_us"))
+            self._known.update(f"duration\t{bucket}\t{listener}" for bucket in range(len(DURATIONS) + 1))
+            self._known.update(f"phase\t{phase}\t{listener}" for phase in PHASES)
+        self._labels: dict[tuple[str, str], int] = {}  # how many there are, by word and listener
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, with a short text, for a name that is none of these."""
+        if name in self._known:
+            return
+        word, label, listener = (*name.split("\t", 2), "", "")[:3]
+        if word == "protocol" and not listener:
+            most, valid = _MOST_OF_FACTORY, len(label) <= _LONGEST_NAME and _NAME.fullmatch(label) is not None
+        else:
+            most, valid = _WORDS + 1, word in _FREE and listener in self._listeners
+            valid = valid and 0 < len(label) <= _LONGEST_LABEL and label.isprintable()
+        if not valid:
+            raise ValueError(f"an unknown counter {name[:40]!a}")
+        place = word, listener
+        count = self._labels[place] = self._labels.get(place, 0) + 1
+        if count > most:
+            raise ValueError(f"more than {most} labels of {word!r}")
+        self._known.add(name)
+
+
+def check_count(name: str, count: Any) -> None:
+    """Raise ValueError for the value of a counter that cannot be."""
+    if name.startswith("protocol\t"):
+        valid = type(count) in (int, float) and abs(count) <= _LARGEST  # NaN is not
+    else:  # an unlimited number of descriptors is -1
+        valid = type(count) is int and (-1 if name in GAUGES else 0) <= count <= _LARGEST_COUNT
+    if not valid:
+        raise ValueError(f"an impossible count of {name[:40]!a}")
+
+
+class SlotNames:
+    """The names under which the counters of a slot are shown, of all workers that it ever had.
+
+    The first labels are shown as they are. Later ones are counted as `other`, and a factory's later names not at all:
+    otherwise each worker that is replaced could add more.
+    """
+
+    def __init__(self) -> None:
+        self._shown: dict[str, str] = {}
+        self._labels: dict[tuple[str, str], int] = {}
+
+    def shown(self, name: str) -> str:
+        """Return the name under which a valid counter is shown; empty for one that is not. It never changes."""
+        found = self._shown.get(name)
+        if found is not None:
+            return found
+        word, label, listener = (*name.split("\t", 2), "", "")[:3]
+        if word == "protocol":
+            most, instead = _SLOT_NAMES, ""
+        elif word in _FREE and label != _OTHER:
+            most, instead = _SLOT_WORDS, f"{word}\t{_OTHER}\t{listener}"
+        else:
+            return name
+        place = word, listener
+        if self._labels.get(place, 0) >= most:
+            return instead
+        self._labels[place] = self._labels.get(place, 0) + 1
+        self._shown[name] = name
+        return name
+
+    def admit(self, names: Iterable[str]) -> None:
+        """Have these names be shown as soon as they are reported, if there are not too many."""
+        for name in names:
+            self.shown(name)
+
+    def add(self, to: dict[str, float], counters: Mapping[str, float]) -> None:
+        """Add a worker's counters to others, under the names that are shown."""
+        for name, count in counters.items():
+            if name := self.shown(name):
+                to[name] = to.get(name, 0) + count
+
+
+# --- what is counted ---
+
+
 def is_total(name: str) -> bool:
     """Whether a counter is one that never falls."""
     word, _, label = name.partition("\t")
@@ -70,7 +175,7 @@ def add(to: dict[Name, Number], more: Mapping[Name, Number]) -> None:
 
 def _count(counts: dict[str, int], word: str) -> None:
     if word not in counts and len(counts) >= _WORDS:
-        word = "other"
+        word = _OTHER
     counts[word] = counts.get(word, 0) + 1
 
 

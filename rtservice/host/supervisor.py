@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from math import isfinite
 from typing import Any
 
 from twisted.application.service import Service
@@ -19,7 +18,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ProcessDone, ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import LoopingCall
-from twisted.logger import Logger, LogLevel, eventFromJSON, globalLogPublisher
+from twisted.logger import LogEvent, Logger, LogLevel, globalLogPublisher
 from twisted.python.failure import Failure
 
 from rtservice.host.certificates import certificates_of, log_certificates
@@ -29,18 +28,28 @@ from rtservice.host.control import (
     CONTROL_IN,
     CONTROL_OUT,
     FIRST_SOCKET,
-    FROM_WORKER,
-    LONGEST_FROM_WORKER,
-    ControlError,
-    Messages,
+    ProtocolViolation,
     encode,
 )
-from rtservice.host.counters import Lag, add, is_total, process_counters
+from rtservice.host.counters import Lag, SlotNames, add, is_total, process_counters
+from rtservice.host.intake import Intake
+from rtservice.host.printed import Line, PrintedLines
+from rtservice.host.published import as_event
 from rtservice.host.server import StartError
 from rtservice.host.side import Side
 from rtservice.host.systemd import Notifier
+from rtservice.host.worker_messages import (
+    Access,
+    Beat,
+    Failed,
+    Leave,
+    Message,
+    Ready,
+    Record,
+    Rows,
+    WorkerMessages,
+)
 from rtservice.net.listeners import Listener, ListenError
-from rtservice.net.stream import escaped
 from rtservice.net.tls import fingerprint
 
 # Seconds that a worker may take until it is ready: an interpreter that starts on a machine that is very busy.
@@ -54,8 +63,9 @@ _KILL_AFTER = 40.0
 
 _SIGNALS = frozenset(signal.Signals)
 
-# How many messages and printed lines of a worker are taken in one beat; it drops records that are too many.
-_MESSAGES_A_BEAT = 5000
+# How many questions of a worker may be without an answer. One more is not sent: a worker that does not read its channel
+# must not cost memory.
+_MOST_ASKED = 16
 
 # Seconds that a worker has to end when nobody waits any longer, or it has nothing to say any more.
 _HURRY = 5.0
@@ -115,19 +125,12 @@ def backoff(deaths: int, jitter: float) -> float:
     return min(_BACKOFF_MOST, _BACKOFF_LEAST * 2.0 ** min(deaths - 1, 20)) * (0.75 + jitter / 2)
 
 
-def _checked_rows(rows: Any) -> list[list[Any]]:
-    """Rows of connections, as Connections gives them; raises what a value raises that is none."""
-    return [
-        [str(peer), str(listener), str(phase), float(age), idle and float(idle), int(bytes_in), int(bytes_out)]
-        for peer, listener, phase, age, idle, bytes_in, bytes_out in rows
-    ]
-
-
 class _Question:
     """What workers were asked, and have answered so far."""
 
-    def __init__(self, asked: list[Worker]) -> None:
-        self.waiting = asked
+    def __init__(self) -> None:
+        self.waiting: list[Worker] = []
+        self.missing: list[Worker] = []  # which are not waited for
         self.rows: list[list[Any]] = []
         self.answer: Deferred[tuple[list[list[Any]], list[int]]] = Deferred()
         self.deadline: Any = None
@@ -148,17 +151,44 @@ class Worker(ProcessProtocol):
         self.counted: float | None = None  # when, as time.time()
         self.problem = ""  # why it could not start, in its own words
         self.age = plan.max_age * random.uniform(0.9, 1.1)  # at which it is replaced: not all at once
-        self._messages = Messages(FROM_WORKER, LONGEST_FROM_WORKER)
-        self._taken = 0  # messages and lines, within this beat
+        self.wants_to_leave = False
+        self._messages = WorkerMessages(
+            slot=slot.number, listeners=supervisor.listener_names, access=supervisor.logs_access
+        )
+        self._asked_at: dict[int, float] = {}  # when it was asked what it has not answered, by question
+        self._intakes: dict[int, Intake] = {}  # by descriptor
+        self._printed = {1: PrintedLines(), 2: PrintedLines()}
         self._dumped = False
+        self._hurried = False
         self._listens = True
         self._exited = False
         self._end_call: Any = None
-        self._printed: dict[int, bytes] = {}  # by descriptor, of a line that has no end yet
+        self._reason: Failure | None = None  # why its process has ended
         self._pid = 0
 
     def connectionMade(self) -> None:
         self._pid = self.transport.pid
+        self._intakes = {
+            CONTROL_OUT: self._intake(CONTROL_OUT, self._messages, self._received),
+            # As twistd has it.
+            1: self._intake(1, self._printed[1], lambda line: self._prints(LogLevel.info, line)),
+            2: self._intake(2, self._printed[2], lambda line: self._prints(LogLevel.error, line)),
+        }
+
+    def _intake(self, descriptor: int, decoder: Any, take: Callable[[Any], None]) -> Intake:
+        def switch(method: str) -> None:
+            pipe = self.transport.pipes.get(descriptor)
+            if pipe is not None:
+                getattr(pipe, method)()
+
+        return Intake(
+            self.supervisor.reactor,
+            decoder,
+            take=take,
+            fail=self._violates,
+            pause=lambda: switch("stopReading"),
+            resume=lambda: switch("startReading"),
+        )
 
     def move(self, phase: Phase) -> None:
         """Go on to a phase; raises RuntimeError for one that does not come after this."""
@@ -181,6 +211,22 @@ class Worker(ProcessProtocol):
         """Send a message."""
         if self._listens:
             self.transport.writeToChild(CONTROL_IN, encode(word, value))
+
+    def ask(self, number: int, sort: str, count: int) -> bool:
+        """Ask which connections it has; gives whether it will be waited for."""
+        if not self._listens or len(self._asked_at) >= _MOST_ASKED:
+            return False
+        self._asked_at[number] = self.supervisor.reactor.seconds()
+        self._messages.ask(number, count)
+        self.tell("rows", {"id": number, "sort": sort, "count": count})
+        return True
+
+    def hurry(self) -> None:
+        """Have it end its drain now, or be killed."""
+        if not self._hurried:
+            self._hurried = True
+            self.tell("hurry")
+        self.end_in(_HURRY)
 
     def drain(self, finish: tuple[str, ...] = ()) -> None:
         """Have it end, when the queues of these kinds of its sockets are served."""
@@ -213,12 +259,12 @@ class Worker(ProcessProtocol):
         """Do not hold it against it that it was not heard for so long."""
         self.heard += seconds
         self.began += seconds
+        self._asked_at = {number: when + seconds for number, when in self._asked_at.items()}
 
     def look(self, now: float) -> None:
         """See whether it is alive. Called once in a beat."""
-        if self._taken >= _MESSAGES_A_BEAT:
-            self.transport.resumeProducing()
-        self._taken = 0
+        for intake in self._intakes.values():
+            intake.beat()
         hang_timeout = self.plan.hang_timeout
         if self.phase is Phase.STARTING:
             if now - self.began >= _START_DEADLINE:
@@ -233,6 +279,10 @@ class Worker(ProcessProtocol):
             )
             self._dumped = True  # it has until the next look
             self.signal(signal.SIGUSR2)
+        elif hang_timeout and self._asked_at and now - min(self._asked_at.values()) >= hang_timeout:
+            # It sends heartbeats, and does not read.
+            self._log_error("has not answered for {seconds:.1f} s, and is killed", seconds=hang_timeout)
+            self.signal(signal.SIGKILL)
 
     def is_deaf(self, now: float) -> bool:
         """Whether it is there although it should have been killed."""
@@ -242,58 +292,49 @@ class Worker(ProcessProtocol):
     # --- from it ---
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        if childFD == CONTROL_OUT:
-            self.heard = self.supervisor.reactor.seconds()
-            try:
-                for word, value in self._messages.feed(data):
-                    self._taken += 1
-                    self._received(word, value)
-            except Exception as error:  # whatever it may be that it sends: it harms nobody else
-                self._log_error("said what it must not say, and is killed: {problem}", problem=repr(error))
-                self.transport.closeChildFD(CONTROL_OUT)
-                self.signal(signal.SIGKILL)
+        self._intakes[childFD].feed(data)
+
+    def _violates(self, problem: Exception) -> None:
+        """It sent what it must not send, or what this process cannot handle: either harms nobody else."""
+        if isinstance(problem, ProtocolViolation):
+            self._log_error("violated the control protocol, and is killed: {problem}", problem=str(problem))
         else:
-            self._prints(childFD, data)
-        if self._taken >= _MESSAGES_A_BEAT:
-            self.transport.pauseProducing()
+            self._log_error("sent what cannot be handled, and is killed: {problem}", problem=ascii(problem)[:200])
+        self._intakes[CONTROL_OUT].close()
+        self.transport.closeChildFD(CONTROL_OUT)
+        self.signal(signal.SIGKILL)
 
-    def _received(self, word: str, value: Any) -> None:
-        if word == "log":
-            self.supervisor.publish(self, eventFromJSON(value))
-        elif word == "record":
-            self.supervisor.publish(self, value | {"log_level": LogLevel.lookupByName(value["log_level"])})
-        elif word == "access":
-            self._taken += len(value) // 20  # they are that much cheaper
-            self.supervisor.access(value)
-        elif word == "beat":
-            for name, count in value.items():
-                # A total that falls would be the whole service's.
-                if not isinstance(count, int | float) or not isfinite(count):
-                    raise ControlError(f"a count of {name!r} that is no number")
-                self.counters[name] = max(count, self.counters.get(name, 0)) if is_total(name) else count
-            self.counted = time.time()
-        elif word == "rows":
-            self.supervisor.answered(self, int(value["id"]), _checked_rows(value["rows"]))
-        elif word == "failed":
-            self.problem = str(value)
-        elif word == "leave":
-            self.supervisor.worker_leaves(self)
-        elif self.phase is Phase.STARTING:
-            self.move(Phase.READY)
-            self.supervisor.worker_ready(self)
+    def _received(self, message: Message) -> None:
+        supervisor = self.supervisor
+        match message:
+            case Access():
+                supervisor.access(message.lines)
+            case Record():
+                supervisor.publish(as_event(message, self.slot.number))
+            case Beat():
+                # Of all that it sends, only this says that its reactor is alive.
+                self.heard = supervisor.reactor.seconds()
+                self.counted = time.time()
+                supervisor.names_of(self.slot).admit(message.counters)
+                for name, count in message.counters.items():
+                    # A total that falls would be the whole service's.
+                    self.counters[name] = max(count, self.counters.get(name, 0)) if is_total(name) else count
+            case Rows():
+                self._asked_at.pop(message.number, None)
+                supervisor.answered(self, message.number, message.rows)
+            case Failed():
+                self.problem = message.problem
+            case Leave():
+                supervisor.worker_leaves(self)
+            case Ready():
+                if self.phase is Phase.STARTING:  # or it was told to drain before
+                    self.heard = supervisor.reactor.seconds()
+                    self.move(Phase.READY)
+                    supervisor.worker_ready(self)
 
-    def _prints(self, descriptor: int, data: bytes) -> None:
+    def _prints(self, level: Any, line: Line) -> None:
         """What it, or the interpreter that it is, prints: its last words, most often."""
-        *lines, rest = (self._printed.pop(descriptor, b"") + data).split(b"\n")
-        if len(rest) > LONGEST_FROM_WORKER:
-            lines, rest = [*lines, rest], b""
-        if rest:
-            self._printed[descriptor] = rest
-        for line in lines:
-            self._taken += 1
-            # As twistd has it.
-            level = LogLevel.info if descriptor == 1 else LogLevel.error
-            self._log(level, "printed: {line}", line=escaped(line.decode("utf-8", "backslashreplace")))
+        self._log(level, "printed: {line}", line=line.text)
 
     def childConnectionLost(self, childFD: int) -> None:
         if childFD in (CONTROL_IN, CONTROL_OUT):  # it is about to end, or out of its mind
@@ -305,12 +346,21 @@ class Worker(ProcessProtocol):
         self.end_in(_PIPES)
 
     def processEnded(self, reason: Failure) -> None:
-        for descriptor in list(self._printed):
-            self._prints(descriptor, b"\n")
-        if self._end_call is not None and self._end_call.active():
-            self._end_call.cancel()
-        self.move(Phase.GONE)
-        self.supervisor.worker_gone(self, reason)
+        self._reason = reason
+        for lines in self._printed.values():
+            lines.end()
+        self._finish(list(self._intakes.values()))
+
+    def _finish(self, intakes: list[Intake]) -> None:
+        """Take what was received and not taken, and be gone then."""
+        if intakes:
+            intakes[0].finish(lambda: self._finish(intakes[1:]))
+        else:
+            if self._end_call is not None and self._end_call.active():
+                self._end_call.cancel()
+            self.move(Phase.GONE)
+            assert self._reason is not None
+            self.supervisor.worker_gone(self, self._reason)
 
 
 class Slot:
@@ -324,6 +374,9 @@ class Slot:
         self.deaths = 0  # in a row
         self.respawn: Any = None  # the delayed call that spawns the next worker
         self.leaving = False
+        # Replacements in a row that its workers themselves caused, and the time before which there is no other.
+        self.replacements = 0
+        self.replace_after = 0.0
 
     def workers(self) -> list[Worker]:
         """Every process of the slot."""
@@ -373,7 +426,8 @@ class Supervisor(Service):
         self.reactor: Any = None
         self.slots = [Slot(number) for number in range(slots)]
         self.exit_status = 0
-        self._ended: dict[int, dict[str, float]] = {}  # what ended workers counted, by slot
+        self._ended: dict[int, dict[str, float]] = {}  # what ended workers counted, by slot, under the names shown
+        self._names: dict[int, SlotNames] = {}  # by slot
         self._starts: dict[int, int] = {}  # by slot
         self._exits: dict[int, dict[str, int]] = {}  # by slot and reason
         self._questions: dict[int, _Question] = {}
@@ -383,6 +437,8 @@ class Supervisor(Service):
         self._dropped = dropped
         self._started = time.time()
         self._listeners = listeners
+        self.listener_names = frozenset(listener.name for listener in listeners)
+        self.logs_access = access is not None
         self._wanted = slots
         self._plan = plan
         self._command = command
@@ -496,8 +552,26 @@ class Supervisor(Service):
 
     def worker_leaves(self, worker: Worker) -> None:
         """It was asked to end, and can be replaced first."""
-        if worker is worker.slot.worker and worker.slot.successor is None:
-            self.replace([worker.slot])
+        slot = worker.slot
+        if worker is slot.worker and slot.ready and slot.successor is None and slot not in self._rolling:
+            worker.wants_to_leave = True
+            self._replace_for_its_worker(slot, self.reactor.seconds())
+
+    def _replace_for_its_worker(self, slot: Slot, now: float) -> bool:
+        """Replace a worker for what it says itself, unless it is too soon: gives whether it is replaced.
+
+        A worker that says so as soon as it is ready would otherwise have processes spawned without a pause.
+        """
+        worker = slot.worker
+        if worker is None or now < slot.replace_after or not (worker.wants_to_leave or self._has_grown(worker)):
+            return False
+        worker.wants_to_leave = False
+        if now - worker.began >= _HEALTHY:
+            slot.replacements = 0
+        slot.replacements += 1
+        slot.replace_after = now + backoff(slot.replacements, random.random())
+        self.replace([slot])
+        return True
 
     def worker_gone(self, worker: Worker, reason: Failure) -> None:
         """Its process has ended."""
@@ -532,7 +606,7 @@ class Supervisor(Service):
             if word == "phase" and place and count:  # who was there still
                 add(ended, {f"closed\tworker ended\t{place[-1]}": count})
             elif is_total(name):
-                add(ended, {name: count})
+                self.names_of(worker.slot).add(ended, {name: count})
         how = "failed" if worker.problem or not reason.check(ProcessDone) else "ended"
         if (killed := getattr(reason.value, "signal", None)) is not None:
             # Real-time signals have no names in Python, but for the first and the last.
@@ -540,6 +614,10 @@ class Supervisor(Service):
         add(self._exits.setdefault(number, {}), {how: 1})
         for question in list(self._questions):
             self.answered(worker, question, [])
+
+    def names_of(self, slot: Slot) -> SlotNames:
+        """The names of counters of a slot."""
+        return self._names.setdefault(slot.number, SlotNames())
 
     def _respawn_later(self, slot: Slot, worker: Worker | None) -> None:
         if worker is not None and self.reactor.seconds() - worker.began >= _HEALTHY:
@@ -560,17 +638,13 @@ class Supervisor(Service):
         if slot.worker is None:
             self._respawn_later(slot, None)
 
-    def publish(self, worker: Worker, event: dict[str, Any]) -> None:
-        """A record of a worker's, in this process's log, with its slot."""
-        number = worker.slot.number
-        event["slot"] = number
-        event["log_system"] = f"{event['log_namespace']}#{event['log_level'].name} worker {number}"
+    def publish(self, event: LogEvent) -> None:
+        """Log a record of a worker's."""
         globalLogPublisher(event)
 
     def access(self, lines: list[str]) -> None:
-        """What a worker has for the access log. Raises ControlError for what cannot be."""
-        if self._access is None or not all(line[-1:] == "\n" and line[:-1].isprintable() for line in lines):
-            raise ControlError("lines for an access log that are none")
+        """Write a worker's lines to the access log."""
+        assert self._access is not None
         for line in lines:
             self._access(line)
 
@@ -601,21 +675,24 @@ class Supervisor(Service):
                 self.reload()
                 return
             for slot in self.slots:
-                if slot.ready and self._is_worn(slot.worker, now):
-                    self.replace([slot])
+                if slot.ready and (self._replace_if_old(slot, now) or self._replace_for_its_worker(slot, now)):
                     break
 
-    def _is_worn(self, worker: Worker | None, now: float) -> bool:
+    def _replace_if_old(self, slot: Slot, now: float) -> bool:
+        worker = slot.worker
         assert worker is not None
-        plan = worker.plan
-        if plan.max_age and now - worker.began >= worker.age:
-            self.log.info("{worker} has reached its age", worker=str(worker))
-            return True
+        if not worker.plan.max_age or now - worker.began < worker.age:
+            return False
+        self.log.info("{worker} has reached its age", worker=str(worker))
+        self.replace([slot])
+        return True
+
+    def _has_grown(self, worker: Worker) -> bool:
         memory = worker.counters.get("memory", 0)
-        if plan.max_memory and memory > plan.max_memory:
-            self.log.info("{worker} has {memory} MiB of memory", worker=str(worker), memory=int(memory) >> 20)
-            return True
-        return False
+        if not worker.plan.max_memory or memory <= worker.plan.max_memory:
+            return False
+        self.log.info("{worker} has {memory} MiB of memory", worker=str(worker), memory=int(memory) >> 20)
+        return True
 
     def _watch(self) -> None:
         """Tell the service manager that all is well, if it is."""
@@ -674,7 +751,7 @@ class Supervisor(Service):
         """One slot: its totals of all times, and who is there."""
         counters = dict(self._ended.get(number, {}))
         for worker in slot.workers() if slot is not None else ():
-            add(counters, worker.counters)
+            self.names_of(worker.slot).add(counters, worker.counters)
         current = slot.worker if slot is not None else None
         return {
             "worker": number,
@@ -687,19 +764,18 @@ class Supervisor(Service):
 
     def rows(self, sort: str, count: int) -> Deferred[tuple[list[list[Any]], list[int]]]:
         """Which connections are open, asked of every worker: see Server."""
-        there = [worker for slot in self.slots for worker in slot.workers() if worker.phase is not Phase.STARTING]
-        # A worker that is silent already is not waited for.
-        silent = [worker for worker in there if self.reactor.seconds() - worker.heard >= _SILENT]
-        asked = [worker for worker in there if worker not in silent]
         self._asked += 1
-        question = self._questions[self._asked] = _Question(asked)
-        missing = [worker.slot.number for worker in silent]
-        question.answer.addCallback(lambda found: (first_rows(found[0], sort, count), found[1] + missing))
+        question = self._questions[self._asked] = _Question()
+        question.answer.addCallback(lambda found: (first_rows(found[0], sort, count), found[1]))
         question.deadline = self.reactor.callLater(_ANSWER, self._give, self._asked)
-        for worker in asked:
-            worker.tell("rows", {"id": self._asked, "sort": sort, "count": count})
+        for worker in self._workers():
+            if worker.phase is not Phase.STARTING:
+                # A worker that is silent already is not waited for.
+                silent = self.reactor.seconds() - worker.heard >= _SILENT
+                asked = not silent and worker.ask(self._asked, sort, count)
+                (question.waiting if asked else question.missing).append(worker)
         answer = question.answer
-        if not asked:
+        if not question.waiting:
             self._give(self._asked)
         return answer
 
@@ -716,7 +792,8 @@ class Supervisor(Service):
         question = self._questions.pop(number)
         if question.deadline.active():
             question.deadline.cancel()
-        question.answer.callback((question.rows, [worker.slot.number for worker in question.waiting]))
+        missing = [worker.slot.number for worker in (*question.waiting, *question.missing)]
+        question.answer.callback((question.rows, missing))
 
     # --- replacing ---
 
@@ -887,8 +964,7 @@ class Supervisor(Service):
     def hurry(self) -> None:
         """End a drain now."""
         for worker in self._workers():
-            worker.tell("hurry")
-            worker.end_in(_HURRY)
+            worker.hurry()
 
     def stopService(self) -> Deferred[None]:
         """Drain all workers, within one deadline. Fires when the last one has ended."""

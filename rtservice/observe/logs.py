@@ -139,7 +139,7 @@ def _classic(event: LogEvent) -> str:
 _LEGACY = frozenset(("time", "message", "system", "isError", "format", "failure", "why", "printed", "logLevel"))
 
 
-def _message_and_traceback(event: LogEvent) -> tuple[str, str]:
+def message_and_traceback(event: LogEvent) -> tuple[str, str]:
     """The text of a record without a traceback, and that."""
     failure = event.get("log_failure")
     if failure is None and event.get("isError") and "failure" in event:
@@ -179,7 +179,7 @@ def _encoded(value: object) -> str:
 
 def _json_line(event: LogEvent) -> str:
     """One JSON object: `time`, `level`, `namespace`, `message`, the event's own fields, and `traceback`."""
-    message, traceback = _message_and_traceback(event)
+    message, traceback = message_and_traceback(event)
     level = event.get("log_level")
     shown: dict[str, Any] = {
         "time": utc_time(event.get("log_time") or time.time()),
@@ -217,7 +217,7 @@ def _escaped(text: str) -> str:
 
 def _text_line(event: LogEvent, coloured: bool = False) -> str:
     """Time, level, where it comes from, and the message; what that has of more lines, and a traceback, is indented."""
-    message, traceback = _message_and_traceback(event)
+    message, traceback = message_and_traceback(event)
     first, *more = [_escaped(line) for line in f"{message}\n{traceback}".rstrip("\n").split("\n")]
     level = event.get("log_level")
     name = "info" if level is None else level.name

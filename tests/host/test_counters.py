@@ -4,14 +4,20 @@ import math
 
 import pytest
 from twisted.internet.task import Clock
+from twisted.logger import Logger
 
+from rtservice.host.connections import Connections, Limits
 from rtservice.host.counters import (
     DURATIONS,
     LAGS,
+    PHASES,
+    CounterNames,
     Histogram,
     Lag,
+    SlotNames,
     Tally,
     add,
+    check_count,
     factory_counters,
     is_total,
     process_counters,
@@ -138,3 +144,68 @@ def test_a_factory_has_a_hundred_counters_at_the_most() -> None:
     found, problem = factory_counters({f"a{number}": number for number in range(101)})
     assert len(found) == 100
     assert problem == "there are more than 100"
+
+
+# --- what a worker may report ---
+
+
+def test_all_that_is_counted_may_be_reported() -> None:
+    tally, lag = Tally(), Lag()
+    for seconds in (0, *DURATIONS):
+        tally.ended("TLS failed (HTTP_REQUEST)", "tls", seconds + 0.001, 1, 2)
+    tally.refuse("proxy-from")
+    for seconds in (0, *LAGS):
+        lag.histogram.add(seconds + 0.0001)
+    connections = Connections(Logger(), Limits(max_connections=1))
+    counters = {
+        **tally.counters("tcp:1"),
+        **lag.counters(),
+        **process_counters(),
+        **connections.counters(),
+        **{f"phase\t{phase}\ttcp:1": 1 for phase in connections.phases()},
+        **factory_counters({"said_total": 3, "rooms": 1.5, "full": True})[0],
+        "drain_ended": 0,
+        "drain_aborted": 0,
+        "dropped": 0,
+    }
+    names = CounterNames(["tcp:1"])
+    for name, count in counters.items():
+        names.check(name)
+        check_count(name, count)
+    assert set(connections.phases()) == set(PHASES)
+
+
+def test_a_listener_may_have_any_name() -> None:
+    names = CounterNames(["unix:/a\tb"])
+    names.check("opened\t\tunix:/a\tb")
+    names.check("closed\tidle\tunix:/a\tb")
+    with pytest.raises(ValueError, match="an unknown counter"):
+        names.check("opened\t\tunix:/a")
+
+
+def test_a_known_name_stays_known_when_there_are_no_more_new_ones() -> None:
+    names = CounterNames(["tcp:1"])
+    for number in range(51):
+        names.check(f"closed\t{number}\ttcp:1")
+    for _ in range(3):
+        with pytest.raises(ValueError, match="more than 51 labels of 'closed'"):
+            names.check("closed\tone more\ttcp:1")
+    names.check("closed\t50\ttcp:1")
+    names.check("refused\t50\ttcp:1")
+
+
+def test_a_slot_shows_few_labels_over_all_its_workers_and_none_changes_its_name() -> None:
+    names = SlotNames()
+    totals: dict[str, float] = {}
+    for generation in range(100):
+        names.add(totals, {f"closed\t{generation}-{number}\ttcp:1": 1 for number in range(50)})
+        names.add(totals, {f"protocol\tn{generation}_{number}_total\t": 1 for number in range(100)})
+        names.add(totals, {"ended": 50, "opened\t\ttcp:1": 50})
+    closed = {name: count for name, count in totals.items() if name.startswith("closed")}
+    assert len(closed) == 101
+    assert closed["closed\tother\ttcp:1"] == 4900
+    assert sum(closed.values()) == totals["ended"] == totals["opened\t\ttcp:1"] == 5000
+    assert len([name for name in totals if name.startswith("protocol")]) == 300
+    assert names.shown("closed\t0-0\ttcp:1") == "closed\t0-0\ttcp:1"
+    assert names.shown("closed\t99-0\ttcp:1") == "closed\tother\ttcp:1"
+    assert names.shown("closed\t0\tunix:/s") == "closed\t0\tunix:/s"  # another listener has its own
