@@ -591,7 +591,7 @@ def test_a_worker_that_rambles_harms_only_itself(workers, site) -> None:
     one = workers(TCP, **site)
     victim = one.of_slot(0)
     os.kill(victim, RAMBLE)
-    one.wait_line(rf"worker 0 \(pid {victim}\) said what it must not say, and is killed: .*'no'")
+    one.wait_line(rf"worker 0 \(pid {victim}\) violated the control protocol, and is killed: .*'no'")
     one.settled(2)
     assert one.stop() == 0
 
