@@ -36,7 +36,9 @@ from rtservice.host.worker_messages import (
     LONGEST_PROBLEM,
     MOST_COUNTERS,
     MOST_LINES,
-    encode_record,
+    MOST_RECORDS,
+    encode_records,
+    finished_record,
     shortened,
 )
 from rtservice.net.listeners import Listener
@@ -46,9 +48,9 @@ from rtservice.references import OptionValue
 from rtservice.settings import SettingError
 
 _log = Logger()
-# Seconds that what is for the log waits for more of it, but for errors, how many records or lines of the access log are
-# sent together, and the characters of such lines, which JSON may double: UNIX clients can have very long names.
-_TOGETHER, _MOST_TOGETHER, _LINES_SIZE = 0.1, MOST_LINES, 48 * 1024
+# Seconds that what is for the log waits for more of it, but for errors, and how many characters of the access log are
+# sent together, which JSON may double: UNIX clients can have very long names.
+_TOGETHER, _LINES_SIZE = 0.1, 48 * 1024
 
 # Levels that may wait.
 _CALM = frozenset((LogLevel.debug, LogLevel.info))
@@ -180,7 +182,7 @@ class Worker(Protocol):
         self._levels = Levels({})
         self._lines: list[str] = []  # for the access log
         self._lines_size = 0
-        self._records: list[bytes] = []  # messages
+        self._records: list[list[Any]] = []  # finished
         self._dropped_before = 0
         self._told: dict[str, float] = {}  # the counters that the supervisor has
         self.status = 0
@@ -340,17 +342,17 @@ class Worker(Protocol):
             self._reactor.callLater(_TOGETHER, self._send)
         self._lines.append(line)
         self._lines_size += len(line)
-        if len(self._lines) >= _MOST_TOGETHER or self._lines_size >= _LINES_SIZE:
+        if len(self._lines) >= MOST_LINES or self._lines_size >= _LINES_SIZE:
             self._send()
 
     def _send(self) -> None:
         """Send what waits for more."""
-        records, self._records = self._records, []
+        if self._records:
+            records, self._records = self._records, []
+            self.transport.write(encode_records(records))
         if self._lines:
             lines, self._lines, self._lines_size = self._lines, [], 0
-            records.append(encode("access", lines))
-        if records:
-            self.transport.write(b"".join(records))
+            self.transport.write(encode("access", lines))
 
     def _drained(self, result: object) -> None:
         if isinstance(result, Failure):
@@ -390,8 +392,8 @@ class Worker(Protocol):
             self._dropped += 1
             return
         text, traceback = message_and_traceback(event)
-        self._records.append(encode_record(event, text, traceback))
-        if traceback or event["log_level"] not in _CALM or len(self._records) >= _MOST_TOGETHER:
+        self._records.append(finished_record(event, text, traceback))
+        if traceback or event["log_level"] not in _CALM or len(self._records) >= MOST_RECORDS:
             self._send()
         elif len(self._records) == 1 and not self._lines:
             self._reactor.callLater(_TOGETHER, self._send)

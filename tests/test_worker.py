@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from rtservice import settings, worker
 from rtservice.host.control import decode_value, encode, split_word
 from rtservice.host.counters import PHASES
-from rtservice.host.worker_messages import Record, WorkerMessages
+from rtservice.host.worker_messages import Record, Records, WorkerMessages
 from rtservice.net.listeners import Listener, open_description
 from rtservice.net.tls import TLSError
 from rtservice.worker import Worker, describe, make_live, share
@@ -209,8 +209,8 @@ class Channel(StringTransportWithDisconnection):
             found.append((word, decode_value(word, text)))
             message = self.checked.next()
             assert message is not None
-            if isinstance(message, Record):
-                self.records.append(message)
+            if isinstance(message, Records):
+                self.records += message.records
         return found
 
 
@@ -301,7 +301,7 @@ def test_a_worker_drains_and_ends_when_its_supervisor_sends_garbage(connected, m
     reactor.pump([1] * 5)
     assert reactor.stopped
     said = channel.said()
-    assert {word for word, _ in said} <= {"record", "beat"}
+    assert {word for word, _ in said} <= {"records", "beat"}
     assert said[-1][0] == "beat"
 
 
@@ -373,7 +373,7 @@ def only_record(channel: Channel, reactor: Reactor) -> Record:
     """The one record that was sent, as the supervisor takes it."""
     reactor.advance(0.1)
     [(word, _)] = channel.said()
-    assert word == "record"
+    assert word == "records"
     [only] = channel.records
     return only
 

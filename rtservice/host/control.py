@@ -12,7 +12,7 @@ Twisted's AMP limits a value to 64 KiB, and here only one kind of question has a
                     beat {…}    heartbeat; the counters that have changed
                     rows {…}    the answer to a question: `id`, `rows`
                     leave       it was asked to end, and wants to be replaced first
-                    record […]  a log record as finished text: see `worker_messages.py`
+                    records […] log records as finished text: see `worker_messages.py`
                     access […]  lines for the access log
 
 A worker runs hosted code, so nothing that it sends is trusted: `worker_messages.py` decodes and checks it.
@@ -44,7 +44,7 @@ LONGEST_FROM_WORKER: Mapping[str, int] = {
     "beat": 64 * 1024,
     "rows": 256 * 1024,
     "leave": 64,
-    "record": 128 * 1024,
+    "records": 128 * 1024,
     "access": 128 * 1024,
 }
 

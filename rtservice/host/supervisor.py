@@ -45,7 +45,7 @@ from rtservice.host.worker_messages import (
     Leave,
     Message,
     Ready,
-    Record,
+    Records,
     Rows,
     WorkerMessages,
 )
@@ -309,8 +309,9 @@ class Worker(ProcessProtocol):
         match message:
             case Access():
                 supervisor.access(message.lines)
-            case Record():
-                supervisor.publish(as_event(message, self.slot.number))
+            case Records():
+                for record in message.records:
+                    supervisor.publish(as_event(record, self.slot.number))
             case Beat():
                 # Of all that it sends, only this says that its reactor is alive.
                 self.heard = supervisor.reactor.seconds()

@@ -5,8 +5,8 @@ A worker runs hosted code, and may be compromised by its clients. The supervisor
 counters have known names, numbers have ranges, answers belong to questions. The first message that breaks a rule is a
 violation, after which the channel is not read any more.
 
-Both ends of a log record are here: `encode_record` is called by the worker, and keeps the bounds that the decoder
-checks.
+Both ends of a log record are here: `finished_record` and `encode_records` are called by the worker, and keep the bounds
+that the decoder checks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from twisted.logger import LogEvent, LogLevel
 from twisted.python.reflect import safe_str
@@ -51,17 +51,22 @@ _LARGEST = 2**63
 LEGACY_NAMES = frozenset(("time", "message", "system", "isError", "format", "failure", "why", "printed", "logLevel"))
 RESERVED = LEGACY_NAMES | {"slot"}
 
-# Counters in a heartbeat, lines for the access log in a message, and characters of such a line.
-MOST_COUNTERS, MOST_LINES, LONGEST_LINE = 200, 100, 4096
+# Counters in a heartbeat; records, and lines for the access log, in a message; characters of such a line.
+MOST_COUNTERS, MOST_RECORDS, MOST_LINES, LONGEST_LINE = 200, 100, 100, 4096
 
 LONGEST_PROBLEM = 4096
+
+# Names of fields that are remembered, so that they need not be checked again.
+_MOST_KNOWN = 1000
 
 # Characters of a peer's name in a row, and the number of values there.
 _PEER, _ROW = 64, 7
 
+_NUMBERS = frozenset((int, float))
 _CONTAINERS = (list, tuple, dict, set, frozenset)
 
 _LEVELS = {level.name: level for level in LogLevel.iterconstants()}
+_LEVEL_NAMES = {id(level): name for name, level in _LEVELS.items()}
 
 
 # --- messages ---
@@ -115,8 +120,7 @@ class Rows:
         return 1 + len(self.rows) // 10
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A log record. `text` and `traceback` are escaped; `fields` are plain values."""
 
     level: Any
@@ -125,6 +129,13 @@ class Record:
     text: str
     traceback: str
     fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Log records, in the order in which they were made."""
+
+    records: list[Record]
     cost: int
 
 
@@ -139,7 +150,7 @@ class Access:
         return 1 + len(self.lines) // 20
 
 
-Message = Ready | Leave | Failed | Beat | Rows | Record | Access
+Message = Ready | Leave | Failed | Beat | Rows | Records | Access
 
 
 # --- the decoder ---
@@ -158,6 +169,7 @@ class WorkerMessages:
         self._access = access
         self._line_end = f" worker={slot}\n"
         self._started = ""  # `ready` or `failed`, once that was said
+        self._field_names: set[str] = set()  # some that are valid
         self._asked: dict[int, int] = {}  # how many rows a question is about, by its number
         self._decoders: dict[str, Callable[[Any], Message]] = {
             "ready": self._ready,
@@ -165,8 +177,8 @@ class WorkerMessages:
             "failed": self._failed,
             "beat": self._beat,
             "rows": self._rows,
-            "record": self._record,
-            "access": self._lines,
+            "records": self._records,
+            "access": self._access_lines,
         }
 
     def ask(self, number: int, count: int) -> None:
@@ -262,35 +274,66 @@ class WorkerMessages:
 
     # --- its logs ---
 
-    def _record(self, value: Any) -> Record:
+    def _records(self, value: Any) -> Records:
+        if type(value) is not list or len(value) > MOST_RECORDS:
+            raise ProtocolViolation(f"log records that are not an array of {MOST_RECORDS} at most")
+        cost = 1
+        records = []
+        for one in value:
+            record, more = self._record(one)
+            records.append(record)
+            cost += more
+        return Records(records, cost)
+
+    def _record(self, value: Any) -> tuple[Record, int]:
+        """Return a record, and what it costs."""
         if type(value) is not list or len(value) != 6:
             raise ProtocolViolation("a log record that is not an array of six")
         name, namespace, when, text, traceback, fields = value
         level = _LEVELS.get(name) if type(name) is str else None
         if level is None:
             raise ProtocolViolation(f"a log record of an unknown level {shown(name)}")
-        if not _is_text(namespace, LONGEST_NAMESPACE):
+        if type(namespace) is not str or len(namespace) > LONGEST_NAMESPACE:
             raise ProtocolViolation("a log record with a wrong namespace")
-        if not _is_number(when) or not 0 <= when <= LATEST:
+        if type(when) not in _NUMBERS or not 0 <= when <= LATEST:
             raise ProtocolViolation("a log record with a wrong time")
-        if not _is_text(text, LONGEST_TEXT) or not _is_text(traceback, LONGEST_TRACEBACK):
-            raise ProtocolViolation("a log record whose text is too long, or none")
-        _check_fields(fields)
+        if type(text) is not str or type(traceback) is not str:
+            raise ProtocolViolation("a log record whose text is none")
+        if len(text) > LONGEST_TEXT or len(traceback) > LONGEST_TRACEBACK:
+            raise ProtocolViolation("a log record whose text is too long")
+        self._check_fields(fields)
+        if not namespace.isprintable():
+            namespace = escape_controls(namespace).replace("\n", "\\n")
         size = len(text) + len(traceback)
-        text, traceback = escape_controls(text), escape_controls(traceback)
-        grown = len(text) + len(traceback) - size
-        ends = text.count("\n") + traceback.count("\n")  # each is one more line of a text log
-        return Record(
-            level,
-            escape_controls(namespace).replace("\n", "\\n"),
-            when,
-            text,
-            traceback,
-            fields,
-            1 + size // 1024 + grown // 64 + ends // 32 + len(fields) // 16,
-        )
+        cost = 1 + size // 1024
+        if traceback or not text.isprintable():
+            text, traceback = escape_controls(text), escape_controls(traceback)
+            cost += (len(text) + len(traceback) - size) // 64
+            cost += (text.count("\n") + traceback.count("\n")) // 32  # each is one more line of a text log
+        return Record(level, namespace, when, text, traceback, fields), cost
 
-    def _lines(self, value: Any) -> Access:
+    def _check_fields(self, fields: Any) -> None:
+        """Raise ProtocolViolation for anything but a bounded number of plain values under harmless names."""
+        if type(fields) is not dict or len(fields) > MOST_FIELDS:
+            raise ProtocolViolation(f"a log record whose fields are not an object of {MOST_FIELDS} at most")
+        left = MOST_VALUES
+        known = self._field_names
+        for name, value in fields.items():
+            if name not in known:
+                if not _is_field_name(name) or name in RESERVED:
+                    raise ProtocolViolation(f"a log record with a field {shown(name)}")
+                if len(known) >= _MOST_KNOWN:
+                    known.clear()
+                known.add(name)
+            if type(value) is str:  # most are
+                if len(value) > LONGEST_VALUE or not _is_unicode(value):
+                    raise ProtocolViolation(f"a log record whose field {shown(name)} is too long, or no text")
+            else:
+                left = _count_values(value, left, DEEPEST)
+                if left < 0:
+                    raise ProtocolViolation(f"a log record whose field {shown(name)} is too large, or no plain value")
+
+    def _access_lines(self, value: Any) -> Access:
         if not self._access:
             raise ProtocolViolation("lines for an access log that does not exist")
         if type(value) is not list or len(value) > MOST_LINES:
@@ -312,28 +355,11 @@ def _is_text(value: Any, longest: int = LONGEST_VALUE) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -_LARGEST < value < _LARGEST
+    return type(value) in _NUMBERS and -_LARGEST < value < _LARGEST
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < _LARGEST
-
-
-def _check_fields(fields: Any) -> None:
-    """Raise ProtocolViolation for anything but a bounded number of plain values under harmless names."""
-    if type(fields) is not dict or len(fields) > MOST_FIELDS:
-        raise ProtocolViolation(f"a log record whose fields are not an object of {MOST_FIELDS} at most")
-    left = MOST_VALUES
-    for name, value in fields.items():
-        if not _is_field_name(name) or name in RESERVED:
-            raise ProtocolViolation(f"a log record with a field {shown(name)}")
-        if type(value) is str:  # most are
-            if len(value) > LONGEST_VALUE or not _is_unicode(value):
-                raise ProtocolViolation(f"a log record whose field {shown(name)} is too long, or no text")
-        else:
-            left = _count_values(value, left, DEEPEST)
-            if left < 0:
-                raise ProtocolViolation(f"a log record whose field {shown(name)} is too large, or no plain value")
 
 
 def _count_values(value: Any, left: int, depth: int) -> int:
@@ -344,7 +370,7 @@ def _count_values(value: Any, left: int, depth: int) -> int:
         return left
     if kind is str:
         return left if len(value) <= LONGEST_VALUE and _is_unicode(value) else -1
-    if kind in (int, float):
+    if kind in _NUMBERS:
         return left if -_LARGEST < value < _LARGEST else -1
     if kind is dict:
         if not all(_is_field_name(name) for name in islice(value, max(left, 0))):
@@ -388,29 +414,51 @@ def shortened(text: str, longest: int) -> str:
 _encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
-def encode_record(event: LogEvent, text: str, traceback: str = "") -> bytes:
-    """Return the message of a log record, given its finished text: whatever is in it, a message that is accepted."""
-    level = getattr(event.get("log_level"), "name", None)
+def finished_record(event: LogEvent, text: str, traceback: str = "") -> list[Any]:
+    """Return a log record as it is sent, given its text: whatever is in the event, it is one that is accepted."""
+    name = _LEVEL_NAMES.get(id(event.get("log_level")), "info")
+    namespace = event.get("log_namespace", "-")
+    if type(namespace) is not str or len(namespace) > LONGEST_NAMESPACE:
+        namespace = _described(namespace)[:LONGEST_NAMESPACE]
     when = event.get("log_time")
-    head: list[Any] = [
-        level if type(level) is str and level in _LEVELS else "info",
-        _namespace(event.get("log_namespace", "-")),
-        when if type(when) is float and 0 <= when <= LATEST else time.time(),
-        shortened(text, LONGEST_TEXT),
-        shortened(traceback, LONGEST_TRACEBACK),
-    ]
+    if type(when) is not float or not 0 <= when <= LATEST:
+        when = time.time()
+    if len(text) > LONGEST_TEXT:
+        text = shortened(text, LONGEST_TEXT)
+    if len(traceback) > LONGEST_TRACEBACK:
+        traceback = shortened(traceback, LONGEST_TRACEBACK)
     try:
-        message = b"record %b\n" % _encode_json([*head, _fields(event)]).encode()
-    except Exception:  # the fields are hosted code's, and may have a will of their own
-        message = b""
-    if not message or len(message) > LONGEST_FROM_WORKER["record"]:
-        # Each character may be 12 bytes of JSON.
-        message = encode("record", [*head[:3], shortened(head[3], 4000), shortened(head[4], 4000), {}])
-    return message
+        fields = _fields(event)
+    except Exception:  # they are hosted code's
+        fields = {}
+    return [name, namespace, when, text, traceback, fields]
 
 
-def _namespace(namespace: Any) -> str:
-    return (namespace if type(namespace) is str else _described(namespace))[:LONGEST_NAMESPACE]
+def encode_records(records: list[list[Any]]) -> bytes:
+    """Return the messages of at most MOST_RECORDS finished records."""
+    message = b"records %b\n" % _encode_json(records).encode()
+    if len(message) <= LONGEST_FROM_WORKER["records"]:
+        return message
+    if len(records) > 1:
+        half = len(records) // 2
+        return encode_records(records[:half]) + encode_records(records[half:])
+    # Each character may be 12 bytes of JSON.
+    [[name, namespace, when, text, traceback, _]] = records
+    return encode("records", [[name, namespace, when, shortened(text, 4000), shortened(traceback, 4000), {}]])
+
+
+# Names of fields, with those that they are sent under; empty for those that are not sent.
+_names: dict[Any, str] = {}
+
+
+def _sent_name(name: Any) -> str:
+    sent = ""
+    if type(name) is str and name != "slot" and _is_field_name(name):
+        sent = f"{name}_" if name in LEGACY_NAMES else name
+    if len(_names) >= _MOST_KNOWN:
+        _names.clear()
+    _names[name] = sent
+    return sent
 
 
 def _fields(event: LogEvent) -> dict[str, Any]:
@@ -421,22 +469,24 @@ def _fields(event: LogEvent) -> dict[str, Any]:
     found: dict[str, Any] = {}
     left = _Left(MOST_VALUES)
     for name, value in event.items():
-        if name == whole or name == "slot" or type(name) is not str or not _is_field_name(name):
+        sent = _names.get(name)
+        if sent is None:
+            sent = _sent_name(name)
+        if not sent or name == whole or (legacy and name in LEGACY_NAMES):
             continue
-        if name in LEGACY_NAMES:
-            if legacy:
-                continue
-            name = f"{name}_"
         kind = type(value)
-        if kind is str and len(value) <= LONGEST_VALUE and value.isascii():  # most are
-            found[name] = value
+        if kind is str and len(value) <= LONGEST_VALUE and value.isascii():
+            found[sent] = value
+        elif (kind is int or kind is float) and -_LARGEST < value < _LARGEST:  # most are, or text
+            found[sent] = value
+            left.values -= 1
         else:
             before = left.values
             try:
-                found[name] = _plain(value, DEEPEST, left)
+                found[sent] = _plain(value, DEEPEST, left)
             except _TooManyError:
                 left.values = before - 1
-                found[name] = _described(value)
+                found[sent] = _described(value)
         if len(found) >= MOST_FIELDS or left.values <= 1:
             break
     return found

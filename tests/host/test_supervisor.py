@@ -18,7 +18,7 @@ from rtservice.host.control import BEAT, CONTROL_IN, CONTROL_OUT, FIRST_SOCKET, 
 from rtservice.host.counters import add
 from rtservice.host.server import StartError
 from rtservice.host.supervisor import Phase, Plan, Supervisor, Worker, backoff
-from rtservice.host.worker_messages import encode_record
+from rtservice.host.worker_messages import encode_records, finished_record
 from rtservice.net.listeners import ListenError
 
 
@@ -111,7 +111,7 @@ class Process:
 
     def logs(self, text: str, **fields: Any) -> None:
         event = {"log_format": text, "log_level": LogLevel.info, "log_namespace": "its.own", "log_time": 1.0, **fields}
-        self.writes(encode_record(event, formatEvent(event)))
+        self.writes(encode_records([finished_record(event, formatEvent(event) or "")]))
 
     def writes(self, data: bytes, descriptor: int = CONTROL_OUT) -> None:
         self.protocol.childDataReceived(descriptor, data)
@@ -1070,7 +1070,7 @@ RUBBISH = [
     b"beat [1]\n",
     b'beat {"open": "x"}\n',
     b"beat {\n",
-    b"record []\n",
+    b"records [[]]\n",
     b"ready null\n",
     b'failed "after all"\n',
     b'access ["start=1 worker=1\\n"]\n',
@@ -1113,7 +1113,7 @@ def test_no_format_string_of_a_worker_is_run(world) -> None:
     one = world(1)
     [only] = one.serve()
     text = "{a:>2000000000} {a.__class__} %(a)2000000000d %s"
-    only.writes(encode("record", ["warn", "{x}", 5.0, text, "{y}", {"a": 1, "log": "{z}"}]))
+    only.writes(encode("records", [["warn", "{x}", 5.0, text, "{y}", {"a": 1, "log": "{z}"}]]))
     event = one.events[-1]
     assert formatEvent(event) == text
     assert event["log_format"] == "{log_text}"
@@ -1132,7 +1132,7 @@ def test_a_worker_s_failure_is_the_text_of_its_traceback(world) -> None:
     one = world(1)
     [only] = one.serve()
     traceback = "Traceback:\n  at x\x1b\nbuiltins.ValueError: no"
-    only.writes(encode("record", ["critical", "a", 5.0, "it failed", traceback, {}]))
+    only.writes(encode("records", [["critical", "a", 5.0, "it failed", traceback, {}]]))
     failure = one.events[-1].pop("log_failure")
     assert failure.getErrorMessage() == "builtins.ValueError: no"
     assert failure.getTraceback() == failure.getBriefTraceback() == "Traceback:\n  at x\\x1b\nbuiltins.ValueError: no"

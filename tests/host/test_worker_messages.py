@@ -24,6 +24,7 @@ from rtservice.host.worker_messages import (
     MOST_COUNTERS,
     MOST_FIELDS,
     MOST_LINES,
+    MOST_RECORDS,
     MOST_VALUES,
     Access,
     Beat,
@@ -32,9 +33,11 @@ from rtservice.host.worker_messages import (
     Message,
     Ready,
     Record,
+    Records,
     Rows,
     WorkerMessages,
-    encode_record,
+    encode_records,
+    finished_record,
 )
 
 TCP = "tcp:127.0.0.1:1"
@@ -72,7 +75,15 @@ def record(
     traceback: Any = "",
     fields: Any = None,
 ) -> bytes:
-    return encode("record", [level, namespace, when, text, traceback, {} if fields is None else fields])
+    return encode("records", [[level, namespace, when, text, traceback, {} if fields is None else fields]])
+
+
+def sent(event: dict[str, Any], text: str, traceback: str = "") -> Record:
+    """A record that a worker sends, as the supervisor has it."""
+    [message] = decoded(encode_records([finished_record(event, text, traceback)]))
+    assert isinstance(message, Records)
+    [only] = message.records
+    return only
 
 
 ROW = ["192.0.2.1:4711", TCP, "open", 1.5, None, 5, 27]
@@ -92,17 +103,22 @@ LINE = "start=1 peer=x worker=1\n"
         (encode("beat", {"open": 1, "descriptor_limit": -1}), Beat({"open": 1, "descriptor_limit": -1})),
         (encode("rows", {"id": 3, "rows": [ROW, ROW]}), Rows(3, [ROW, ROW])),
         (encode("access", [LINE]), Access([LINE])),
-        (record(), Record(LogLevel.info, "its.own", 1.5, "it went", "", {}, 1)),
+        (record(), Records([Record(LogLevel.info, "its.own", 1.5, "it went", "", {})], 2)),
+        (encode("records", []), Records([], 1)),
         (
             record("critical", "a\x1b\n", 2, "\x1b[2Jtwo\nlines", "at\x00\n", {"a": [1, {"b": None}], "ü": "\x1b"}),
-            Record(
-                LogLevel.critical,
-                r"a\x1b\n",
+            Records(
+                [
+                    Record(
+                        LogLevel.critical,
+                        r"a\x1b\n",
+                        2,
+                        "\\x1b[2Jtwo\nlines",
+                        "at\\x00\n",
+                        {"a": [1, {"b": None}], "ü": "\x1b"},
+                    )
+                ],
                 2,
-                "\\x1b[2Jtwo\nlines",
-                "at\\x00\n",
-                {"a": [1, {"b": None}], "ü": "\x1b"},
-                1,
             ),
         ),
     ],
@@ -224,8 +240,11 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
         ]
     },
     # log records
-    "a record as it was": (encode("record", {"log_format": "x"}), "a log record that is not an array of six"),
-    "a short record": (encode("record", ["info"]), "a log record that is not an array of six"),
+    "a record as it was": (encode("records", [{"log_format": "x"}]), "a log record that is not an array of six"),
+    "a short record": (encode("records", [["info"]]), "a log record that is not an array of six"),
+    "a record alone": (encode("records", ["info", "a", 1, "", "", {}]), "a log record that is not an array of six"),
+    "records of nothing": (encode("records", None), "log records that are not an array of 100"),
+    "very many records": (encode("records", [["info", "a", 1, "", "", {}]] * 101), "log records that are not an array"),
     "an unknown level": (record("loud"), "a log record of an unknown level 'loud'"),
     "a level of lists": (record(nested(500)), "a log record of an unknown level of type list"),
     "a level of nothing": (record(None), "a log record of an unknown level of type NoneType"),
@@ -234,11 +253,11 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
     "before 1970": (record(when=-1), "a log record with a wrong time"),
     "after 9999": (record(when=LATEST + 1), "a log record with a wrong time"),
     "a time that is huge": (record(when=10**300), "a log record with a wrong time"),
-    "a time that is infinite": (b'record ["info", "a", 1e999, "", "", {}]\n', "a log record with a wrong time"),
+    "a time that is infinite": (b'records [["info", "a", 1e999, "", "", {}]]\n', "a log record with a wrong time"),
     "a time as text": (record(when="1"), "a log record with a wrong time"),
     "a time as bool": (record(when=True), "a log record with a wrong time"),
     "a long text": (record(text="x" * (LONGEST_TEXT + 1)), "whose text is too long"),
-    "no text": (record(text=None), "whose text is too long, or none"),
+    "no text": (record(text=None), "whose text is none"),
     "a long traceback": (record(traceback="x" * (LONGEST_TRACEBACK + 1)), "whose text is too long"),
     "fields in a list": (record(fields=[]), "whose fields are not an object"),
     "very many fields": (
@@ -253,7 +272,7 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
     "half a pair": (record(fields={"a": "\ud800"}), "field 'a' is too long, or no text"),
     "half a pair inside": (record(fields={"a": ["\ud800"]}), "field 'a' is too large"),
     "a huge number": (record(fields={"a": 2**63}), "field 'a' is too large"),
-    "a huge float": (b'record ["info", "a", 1, "", "", {"a": -1e999}]\n', "field 'a' is too large"),
+    "a huge float": (b'records [["info", "a", 1, "", "", {"a": -1e999}]]\n', "field 'a' is too large"),
     "an empty field": (record(fields={"": 1}), "a log record with a field ''"),
     "a long field": (record(fields={"x" * 65: 1}), "a log record with a field 'x{20}'$"),
     "a field of controls": (record(fields={"\x1b": 1}), r"a log record with a field '\\x1b'"),
@@ -354,12 +373,12 @@ def checked(message: Message) -> None:
     assert message.cost >= 1
     text = json.dumps(message.__dict__ if hasattr(message, "__dict__") else repr(message))
     assert len(text) < 2_000_000
-    if isinstance(message, Record):
-        assert message.text.replace("\n", "").replace("\t", "").isprintable()
-        assert message.namespace.replace("\t", "").isprintable()
-        assert not message.fields.keys() & worker_messages.RESERVED
-        assert not any(name.startswith("log_") for name in message.fields)
-        json.dumps(message.fields, allow_nan=False).encode()
+    for one in message.records if isinstance(message, Records) else ():
+        assert one.text.replace("\n", "").replace("\t", "").isprintable()
+        assert one.namespace.replace("\t", "").isprintable()
+        assert not one.fields.keys() & worker_messages.RESERVED
+        assert not any(name.startswith("log_") for name in one.fields)
+        json.dumps(one.fields, allow_nan=False).encode()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -392,12 +411,12 @@ def test_whatever_is_fed_it_is_messages_or_a_violation_and_nothing_else(seed) ->
 
 
 HEAVY = {
-    "lists": b"record [" + b"[]," * 43_000 + b"1]\n",
-    "objects": b"record [" + b"{}," * 43_000 + b"1]\n",
-    "numbers": b"record [" + b"1," * 65_000 + b"1]\n",
-    "long numbers": b"record [" + (b"9" * 300 + b",") * 420 + b"1]\n",
-    "floats": b"record [0." + b"7" * 130_000 + b"]\n",
-    "exponents": b"record [" + b"1.5e300," * 16_000 + b"1]\n",
+    "lists": b"records [" + b"[]," * 43_000 + b"1]\n",
+    "objects": b"records [" + b"{}," * 43_000 + b"1]\n",
+    "numbers": b"records [" + b"1," * 65_000 + b"1]\n",
+    "long numbers": b"records [" + (b"9" * 300 + b",") * 420 + b"1]\n",
+    "floats": b"records [0." + b"7" * 130_000 + b"]\n",
+    "exponents": b"records [" + b"1.5e300," * 16_000 + b"1]\n",
     "names": b"beat {" + b",".join(b'"%x":1' % number for number in range(7000)) + b"}\n",
     "controls": record(text="\x01" * LONGEST_TEXT, traceback=""),
     "controls and others": record(text="\x01é\u202e" * 5000),
@@ -427,10 +446,12 @@ def test_what_costs_the_supervisor_more_is_counted_as_more() -> None:
         [message] = decoded(data, (3, 500))
         return message.cost
 
-    assert cost(record()) == cost(encode("beat", {})) == cost(encode("ready")) == 1
+    assert cost(encode("beat", {})) == cost(encode("ready")) == 1
+    assert cost(record()) == 2
+    assert cost(encode("records", [["info", "a", 1, "", "", {}]] * 100)) == 101
     assert cost(encode("access", [LINE] * 100)) == 6
     assert cost(encode("rows", {"id": 3, "rows": [ROW] * 500})) == 51
-    assert cost(record(text="x" * 10_000)) == 10
+    assert cost(record(text="x" * 10_000)) == 11
     assert cost(record(text="\x01" * 10_000)) > 400
     assert cost(record(traceback="\n" * 10_000)) > 300
 
@@ -485,7 +506,7 @@ VALUES: dict[str, Any] = {
 @pytest.mark.parametrize("name", ["value", "format", "isError", "log_system", "x" * 100, "a b", "slot", "\x1b"])
 def test_a_record_is_accepted_whatever_hosted_code_puts_into_it(name, value) -> None:
     event = {"log_level": LogLevel.warn, "log_namespace": "a", "log_time": 5.0, name: value, "more": 1}
-    [message] = decoded(encode_record(event, "text", ""))
+    message = sent(event, "text", "")
     assert (message.level, message.namespace, message.time, message.text) == (LogLevel.warn, "a", 5.0, "text")
     assert message.fields["more"] == 1
 
@@ -494,7 +515,7 @@ def test_a_record_is_accepted_whatever_hosted_code_puts_into_it(name, value) -> 
 @pytest.mark.parametrize("name", ["log_level", "log_namespace", "log_time", "log_format"])
 def test_a_record_is_accepted_whatever_twisted_s_own_fields_are(name, value) -> None:
     event = {"log_level": LogLevel.warn, "log_namespace": "a", "log_time": 5.0, name: value}
-    [message] = decoded(encode_record(event, "text", "trace"))
+    message = sent(event, "text", "trace")
     assert (message.text, message.traceback) == ("text", "trace")
 
 
@@ -506,9 +527,18 @@ def test_a_record_is_accepted_however_many_fields_it_has_and_however_long_it_is(
         base,
     ):
         for char in ("x", "\U0001f600", "\x00", "\ud800"):
-            [message] = decoded(encode_record(event, char * 200_000, char * 200_000))
+            message = sent(event, char * 200_000, char * 200_000)
             assert "characters left out" in message.text
             assert "characters left out" in message.traceback
+
+
+def test_records_that_are_too_long_together_are_several_messages() -> None:
+    event = {"log_level": LogLevel.info, "log_namespace": "a", "log_time": 5.0, "value": "x" * 3000}
+    for text in ("short", "x" * LONGEST_TEXT, "\U0001f600" * LONGEST_TEXT):
+        records = [finished_record(event, text) for _ in range(MOST_RECORDS)]
+        messages = decoded(encode_records(records))
+        assert len(messages) > 1
+        assert sum(len(message.records) for message in messages if isinstance(message, Records)) == MOST_RECORDS
 
 
 def test_plain_fields_arrive_as_they_are_but_for_the_one_that_is_the_text() -> None:
@@ -525,7 +555,7 @@ def test_plain_fields_arrive_as_they_are_but_for_the_one_that_is_the_text() -> N
             "raw": b"\xff",
         },
     }
-    [message] = decoded(encode_record(event, "the text"))
+    message = sent(event, "the text")
     assert message.fields == {
         **{"peer": "ü", "n": 1, "f": 1.5, "b": True, "none": None, "list": [1, ["a"]], "raw": r"\xff"},
     }
@@ -533,9 +563,9 @@ def test_plain_fields_arrive_as_they_are_but_for_the_one_that_is_the_text() -> N
 
 def test_fields_that_legacy_observers_obey_have_other_names() -> None:
     event = {"log_level": LogLevel.info, "log_namespace": "a", "log_time": 5.0, "message": "hi", "format": "%s"}
-    [message] = decoded(encode_record(event, "hi"))
+    message = sent(event, "hi")
     assert message.fields == {"message_": "hi", "format_": "%s"}
-    [message] = decoded(encode_record(event | {"isError": 0, "system": "-", "own": 1}, "hi"))
+    message = sent(event | {"isError": 0, "system": "-", "own": 1}, "hi")
     assert message.fields == {"own": 1}
 
 

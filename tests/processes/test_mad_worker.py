@@ -53,7 +53,7 @@ def say(word, value=None):
 
 
 def record(text="text", fields={}, when=5.0, level="info", namespace="mad", traceback=""):
-    say("record", [level, namespace, when, text, traceback, fields])
+    say("records", [[level, namespace, when, text, traceback, fields]])
 
 
 def for_ever(function, *arguments):
@@ -77,12 +77,16 @@ def labels():
 
 
 def flood_of_records():
-    line = b'record ["info", "mad", 5.0, "a flood", "", {}]\n'
+    line = b'records [["info", "mad", 5.0, "a flood", "", {}]]\n'
     for_ever(push, line * 100)
 
 
 def flood_of_text():
-    for_ever(push, f"record {json.dumps(['info', 'mad', 5.0, chr(1) * 16_000, '', {}])}\n".encode())
+    for_ever(push, f"records {json.dumps([['info', 'mad', 5.0, chr(1) * 16_000, '', {}]])}\n".encode())
+
+
+def flood_of_batches():
+    for_ever(say, "records", [["info", "mad", 5.0, "", "", {}]] * 100)
 
 
 def deaf():
@@ -113,6 +117,7 @@ ATTACKS = {
     # no violations
     "records": flood_of_records,
     "text": flood_of_text,
+    "batches": flood_of_batches,
     "heartbeats": lambda: for_ever(push, b"beat {}\n" * 1000),
     "leave": lambda: for_ever(push, b"leave null\n" * 1000),
     "print": lambda: for_ever(push, b"\x00" * 65536, 1),
@@ -295,7 +300,7 @@ def test_a_violation_costs_the_worker_its_life_and_is_one_line_and_nobody_else_n
     one.check()
 
 
-@pytest.mark.parametrize("name", ["records", "text", "heartbeats", "leave", "print", "lines"])
+@pytest.mark.parametrize("name", ["records", "batches", "text", "heartbeats", "leave", "print", "lines"])
 def test_a_flood_is_taken_slowly_and_the_supervisor_does_all_else(world, wait_for, name) -> None:
     one = world("--hang-timeout=0")
     one.attack(name)
