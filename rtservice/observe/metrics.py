@@ -203,8 +203,13 @@ class _Figures(Collector):
 def _protocol(workers: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
     """What the hosted factory counts, by its own names: see IMetrics."""
     families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+    taken: dict[str, str] = {}
     for worker, counters in workers:
         for name, count in counters["protocol"].items():
+            # `x` and `x_total` are one name to Prometheus, which would refuse the whole scrape: a worker that has gone
+            # mad may report the other one.
+            if taken.setdefault(name.removesuffix("_total"), name) != name:
+                continue
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             with suppress(ValueError):  # a worker that has gone mad: see figures
                 family = families.setdefault(

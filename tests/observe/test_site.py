@@ -298,6 +298,15 @@ def test_a_counter_that_is_none_harms_no_other(one: Service, monkeypatch, name: 
     assert get(one, "/status.json")[0] == 200
 
 
+@pytest.mark.parametrize("name", ["said", "seconds_per_word_total"])
+def test_a_counter_with_the_name_of_another_one_does_not_spoil_a_scrape(one: Service, monkeypatch, name: str) -> None:
+    monkeypatch.setitem(COUNTERS, f"protocol\t{name}\t", 7)
+    _, _, body = get(one, "/metrics")
+    assert f"rtservice_protocol_{name}{{" not in body
+    assert 'rtservice_protocol_said_total{worker="0"} 5.0' in body
+    assert 'rtservice_protocol_seconds_per_word{worker="0"} 0.25' in body
+
+
 def test_open_metrics_is_spoken_to_who_accepts_it(one: Service) -> None:
     accept = "Accept: application/openmetrics-text; version=1.0.0"
     _, headers, body = ask(one, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{accept}\r\n\r\n")
