@@ -218,8 +218,12 @@ class Worker(Protocol):
             self._server.hurry()
         elif word == "rows" and self._server is not None:
             rows = self._server.connections.rows(value["sort"], value["count"])
+            rows.addErrback(self._no_rows)
             rows.addCallback(self._tell_rows, value["id"])
-            rows.addErrback(lambda failure: self._log.failure("listing the connections failed", failure))
+
+    def _no_rows(self, failure: Failure) -> list[list[Any]]:
+        self._log.failure("listing the connections failed", failure)
+        return []  # without an answer the supervisor would think that this process does not read
 
     def _tell_rows(self, rows: list[list[Any]], number: int) -> None:
         while len(message := encode("rows", {"id": number, "rows": rows})) > LONGEST_FROM_WORKER["rows"]:

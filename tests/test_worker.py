@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from twisted.internet.defer import fail, succeed
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.logger import Logger, LogLevel
@@ -336,10 +337,21 @@ def test_rows_that_are_too_long_for_a_message_are_fewer(connected, monkeypatch) 
     made.dataReceived(start())
     channel.said()
     row = ["x" * 64, name, PHASES[2], 1.0, None, 1, 2]
-    monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: [row] * count)
+    monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: succeed([row] * count))
     made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 500}))
     [(_, answer)] = channel.said()
     assert 100 < len(answer["rows"]) < 500
+
+
+def test_a_question_is_answered_even_if_the_connections_cannot_be_listed(connected, monkeypatch) -> None:
+    made, channel, _ = connected
+    monkeypatch.setattr("twisted.internet.reactor", made._reactor)
+    made.dataReceived(start())
+    channel.said()
+    channel.checked.ask(1, 500)
+    monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: fail(LookupError("no")))
+    made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 500}))
+    assert ("rows", {"id": 1, "rows": []}) in channel.said()
 
 
 def test_the_reason_why_a_worker_cannot_start_is_short(connected) -> None:
