@@ -49,6 +49,11 @@ def add_layer(connection: Connection, context_factory: Any, *, client: bool) -> 
         connection.registerProducer(producer, streaming)
 
 
+def _without_traceback(problem: Any) -> Failure:
+    """Return a Failure that refers to no frames: theirs refer to the connection, which could not be freed at once."""
+    return Failure(problem.with_traceback(None))
+
+
 class Marks:
     """Which parts of a stream of output are of one kind, to know how much of that kind is unsent."""
 
@@ -80,7 +85,7 @@ class _Layer(TLSMemoryBIOProtocol):
     """
 
     transport: Any
-    _tlsConnection: Any = None  # as after the end, when the context factory raises
+    _tlsConnection: Any = None  # until the context factory has made it; it may raise
 
     def __init__(self, connection: Connection, context_factory: Any, client: bool) -> None:
         # As in Twisted's own startTLS: without a factory to wrap, since it is given the protocol.
@@ -142,8 +147,7 @@ class _Layer(TLSMemoryBIOProtocol):
                 ended = True
             except SSL.Error as problem:
                 ended = True
-                # The traceback refers to this frame, which refers to the failure.
-                failure = Failure(problem.with_traceback(None))
+                failure = _without_traceback(problem)
         self._flushSendBIO()  # before the protocol writes: these are answers
         if pieces:
             self.without_data = 0
@@ -159,14 +163,20 @@ class _Layer(TLSMemoryBIOProtocol):
             super()._shutdownTLS()
         self.transport.loseConnection()  # RFC 8446, section 6.1: there is no need to wait for the peer's close_notify
 
+    def _tlsShutdownFinished(self, reason: Failure | None) -> None:
+        super()._tlsShutdownFinished(None if reason is None else _without_traceback(reason.value))
+
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self._reason is not None and isinstance(self._reason.value, SSL.Error):
             self._connection.failed(self._reason.value)  # type: ignore[attr-defined]  # a LayeredConnection's
         if self.wrappedProtocol is None:  # none was built
             self.wrappedProtocol = Protocol()
-        if self._tlsConnection is None:
-            self._lostTLSConnection = True
-        super().connectionLost(reason)
+        if self._tlsConnection is not None:
+            super().connectionLost(reason)
+        else:  # TLS has not begun
+            protocol: Any = self.wrappedProtocol
+            self.wrappedProtocol = None  # type: ignore[assignment]  # as Twisted does: they refer to each other
+            protocol.connectionLost(reason)
 
 
 class _Below(Connection):
@@ -268,9 +278,11 @@ class LayeredConnection(Connection):
         if layer is None:
             return
         layer.reading = True
+        if layer.held:
+            return
         if layer.rest:
             self._schedule_rest(layer)
-        elif not layer.held:
+        else:
             super().resumeProducing()
 
     stopReading = pauseProducing
@@ -419,7 +431,8 @@ class LayeredHandshake(LayeredConnection):
         """Begin the handshake."""
         self._deadline = self.reactor.callLater(self.port.handshake_timeout, self._timed_out)
         self.protocol = layer
-        layer.makeConnection(_BypassTLS(_Below, self))
+        layer.transport = _BypassTLS(_Below, self)  # also when the following raises
+        layer.makeConnection(layer.transport)
 
     def doRead(self) -> Any:
         try:
