@@ -474,15 +474,18 @@ def test_a_peer_that_does_not_read_its_answers_is_aborted_after_a_time_without_p
             yield deferToThread(client.sock.recv, 1024)
             yield deferLater(reactor, 0.002)
         timed.clock.advance(2)
-        timed.clock.advance(ANSWER_TIMEOUT - 1)
         assert served.closed == []
-        if connection.protocol.held:  # what was read may have been all that was held
-            timed.clock.advance(ANSWER_TIMEOUT)
-            timed.clock.advance(0)
-            assert served.closed == [connection]
-            assert isinstance(connection.error, Ended)
-            assert str(connection.error) == ANSWERS_NOT_READ
-            assert timed.clock.getDelayedCalls() == []
+        yield eventually(lambda: ended(timed, served))
+        assert isinstance(connection.error, Ended)
+        assert str(connection.error) == ANSWERS_NOT_READ
+        assert timed.clock.getDelayedCalls() == []
+
+
+def ended(timed: Timed, served: Served) -> list[Any]:
+    """Let ANSWER_TIMEOUT pass; the connections that have ended. What the kernel still takes may be progress."""
+    timed.clock.advance(ANSWER_TIMEOUT)
+    timed.clock.advance(0)
+    return served.closed
 
 
 @pytest_twisted.inlineCallbacks
@@ -525,9 +528,8 @@ def test_tls_that_fails_while_much_is_unsent_is_bounded_in_time(serve, begin):
         yield eventually(lambda: connection.unsent > 500_000)
         yield deferToThread(client.sock.sendall, record(APPLICATION_DATA, bytes(100)))
         yield eventually(lambda: connection.disconnecting)
-        yield deferLater(reactor, 0.01)
-        timed.clock.advance(ANSWER_TIMEOUT)
-        timed.clock.advance(0)
+        assert served.closed == []
+        yield eventually(lambda: ended(timed, served))
         assert served.closed == [connection]
         assert timed.clock.getDelayedCalls() == []
 
