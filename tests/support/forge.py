@@ -91,6 +91,7 @@ class Forger:
 
     def _shake(self, context: ssl.SSLContext) -> None:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.incoming = incoming
         self.tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
         sent = received = b""
         while True:
