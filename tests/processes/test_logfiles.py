@@ -264,7 +264,7 @@ def test_a_directory_that_is_replaced_is_used_once_it_is_there(start, tmp_path, 
     assert greets(tmp_path)
     process.terminate()
     assert process.wait(DEADLINE) == 0
-    assert (logs / "access").read_text().count("\n") == 1
+    assert "\n" in (logs / "access").read_text()
     assert (logs / "log").read_text().endswith("Server Shut Down.\n")
 
 
@@ -277,7 +277,7 @@ def test_an_output_that_cannot_be_reopened_is_no_concern_of_the_others(start, tm
     process.send_signal(signal.SIGUSR1)
     wait_for((tmp_path / "two" / "access").exists)
     assert greets(tmp_path)
-    wait_for(lambda: (tmp_path / "two" / "access").read_text().count("\n") == 1)
+    wait_for(lambda: "\n" in (tmp_path / "two" / "access").read_text())
     assert "access" not in (tmp_path / "away" / "log").read_text().partition("cannot be")[2]
 
 
