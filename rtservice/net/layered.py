@@ -97,6 +97,7 @@ class _Layer(TLSMemoryBIOProtocol):
         self.answers = Marks()  # what OpenSSL has sent otherwise since the handshake
         self.records = Records()
         self.without_data = 0  # bytes received since the last application data; in the handshake, all
+        self.max_handshake_bytes: int = getattr(context_factory, "max_handshake_bytes", MAX_HANDSHAKE_BYTES)
         self.rest = b""  # received, but for a later turn
         self.rest_scheduled = False
         self.reading = True  # the protocol has not paused it
@@ -444,7 +445,7 @@ class LayeredHandshake(LayeredConnection):
             return CONNECTION_DONE
         self.bytes_in += len(data)
         layer = self.protocol
-        if layer.without_data + len(data) > MAX_HANDSHAKE_BYTES:
+        if layer.without_data + len(data) > layer.max_handshake_bytes:
             self.error = self.error or Ended(HANDSHAKE_TOO_LARGE)
             return CONNECTION_LOST
         return self._received(layer, data)

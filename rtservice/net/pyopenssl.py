@@ -15,6 +15,7 @@ from twisted.protocols.tls import TLSMemoryBIOProtocol
 from zope.interface import implementer
 
 from rtservice.net.groups import GROUP_LISTS, GroupPolicy
+from rtservice.net.tls_bounds import MAX_CLIENT_CERTIFICATES, MAX_HANDSHAKE_BYTES
 
 
 @implementer(IOpenSSLServerConnectionCreator)
@@ -22,7 +23,7 @@ class PyOpenSSLContext:
     """What connections are made of that show one certificate.
 
     `certificates`, `private_key`, `client_ca` and `client_crl` are names of PEM files, `options` are OpenSSL's SSL_OP_
-    bits.
+    bits. `max_handshake_bytes` is what a client may send until its handshake is done.
     """
 
     def __init__(
@@ -38,6 +39,10 @@ class PyOpenSSLContext:
         alpn: tuple[str, ...],
     ) -> None:
         context = self._context = SSL.Context(SSL.TLS_SERVER_METHOD)
+        # A chain of certificates is decoded in the reactor's thread, for which pyOpenSSL has no limit of its own.
+        self.max_handshake_bytes = (
+            MAX_HANDSHAKE_BYTES if client_ca is None else MAX_CLIENT_CERTIFICATES + MAX_HANDSHAKE_BYTES // 8
+        )
         context.set_min_proto_version(minimum)
         context.set_cipher_list(ciphers.encode())
         # No sessions are resumed, as on Twisted's own listeners: protocols that bind to the channel (RFC 5929) rely on

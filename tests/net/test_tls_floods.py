@@ -463,6 +463,25 @@ def test_a_handshake_that_failed_in_a_thread_leaves_nothing_to_a_garbage_collect
         gc.enable()
 
 
+@pytest_twisted.inlineCallbacks
+def test_a_long_chain_of_a_client_is_refused_by_twisteds_tls_too(serve, certificates, shows_chain):
+    """It is decoded in the reactor's thread there, so it is refused by its size alone."""
+    pytest.importorskip("OpenSSL", reason="pyOpenSSL (twisted[tls]) is not installed")
+    served = serve(client_ca=certificates["ca.pem"], library="pyopenssl")
+
+    def client(others: int) -> bytes:
+        try:
+            with shows_chain(served.address, "TLSv1_3", others) as tls:
+                tls.sendall(b"hello")
+                return tls.recv(100)
+        except OSError:
+            return b""
+
+    assert (yield deferToThread(client, 3)) == b"hello"
+    assert (yield deferToThread(client, 50)) == b""
+    yield eventually(lambda: HANDSHAKE_TOO_LARGE in served.ended)
+
+
 # --- what TLS itself has to send ---
 
 
