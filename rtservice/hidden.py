@@ -40,7 +40,7 @@ def hide_in_description(description: str) -> str:
 
 
 def values_in_description(description: str) -> list[str]:
-    """The values that `hide_in_description` hides, as whoever listens is given them."""
+    """The values that `hide_in_description` hides, as the endpoint's parser gets them."""
     if not _may_hold_secrets(description):
         return []
     found = [match[3] for match in _KEYWORD.finditer(description) if match[2] not in _OPEN_KEYWORDS]

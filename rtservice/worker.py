@@ -109,7 +109,7 @@ def describe(
 
     Certificates and keys are read here, and `options` with what their files held: a worker may not have the rights to.
     The values go to it in this message alone: other users can see a process's arguments, and what it starts inherits
-    its environment. A protocol is not imported here: whoever wrote it, it is the workers' to import, with their rights,
+    its environment. A protocol is not imported here: its workers import it, with their rights,
     and anew for each of them.
     """
     texts: dict[str, str | tuple[str, ...]] = {}

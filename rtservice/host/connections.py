@@ -162,7 +162,7 @@ class Connections:
         self._seconds = clock.seconds
         self._sweeping.clock = clock
         self._slices = Cooperator(
-            terminationPredicateFactory=lambda: lambda: True,  # one slice, whoever's it is
+            terminationPredicateFactory=lambda: lambda: True,  # one slice for all
             scheduler=lambda step: clock.callLater(_SLICE_PAUSE, step),
         )
         self.apply(self.limits)

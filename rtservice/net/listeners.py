@@ -77,8 +77,8 @@ class Listener:
 
     With `tls`, its connections are to be secured with this, and shown one of `certificates`; `revocation` and
     `warnings` are those of a `tls.Loaded`, and `read` is the `tls.fingerprint` of the files that these were first read
-    from. With `proxied`, each of them begins with a PROXY header. One that is `shared` is held by whoever passed it,
-    too, who keeps its queue.
+    from. With `proxied`, each of them begins with a PROXY header. One that is `shared` is held
+    by the process that passed it, too, which keeps its queue.
 
     For several processes a TCP listener has a socket for each slot, `copies`, among which the kernel spreads new
     connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `spares` are bound, and listen when a slot

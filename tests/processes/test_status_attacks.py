@@ -44,7 +44,7 @@ def ask(address: tuple[str, int], path: str = "/healthz", patience: float = DEAD
 
 @pytest.fixture
 def attack() -> Iterator[Callable[[str, Any], subprocess.Popen[str]]]:
-    """Starts a hostile client; see hostile_http.py for what there is."""
+    """Starts a hostile client; its attacks are in hostile_http.py."""
     started: list[subprocess.Popen[str]] = []
 
     def start(name: str, service: Any) -> subprocess.Popen[str]:
