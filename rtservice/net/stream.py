@@ -891,7 +891,7 @@ class SecureConnection(Connection):
         return None
 
     def _not_only_received(self, tls: TLSStream) -> Any:
-        if self.disconnected or self._aborting:
+        if self.disconnected or self._aborting or self.phase == "closing":  # it is a Lingering, which reads below TLS
             return None
         if tls.problem is not None:
             self.error = tls.problem

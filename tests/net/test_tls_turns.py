@@ -262,6 +262,31 @@ def test_a_protocol_that_pauses_while_its_connection_closes_loses_no_output(serv
     assert protocol.heard == ["end"]
 
 
+def test_a_close_in_the_middle_of_what_was_read_reads_on_until_its_peer_has_finished(service: Service) -> None:
+    """Input that stays in the kernel would make it reset the connection, and the output be lost."""
+    peer, protocol = service.begin()
+
+    def answer_and_close(protocol: Any) -> None:
+        protocol.transport.write(STREAM[:50_000])
+        protocol.transport.loseConnection()
+
+    protocol.factory.on_data = answer_and_close
+    for _ in range(1000):
+        peer.data(b"x")
+    peer.push()
+    service.turn()
+    assert protocol.transport._tls.rest, "there is something for a later turn"
+    service.turn()
+    assert protocol.transport.phase == "closing"
+    assert protocol.transport in service.reactor.getReaders()
+    service.settle()
+    peer.sock.shutdown(socket.SHUT_WR)
+    service.settle()
+    assert peer.received == 50_000
+    assert not peer.reset
+    assert protocol.heard[-1] == "end"
+
+
 class Failing:
     """A push producer that cannot be resumed."""
 
