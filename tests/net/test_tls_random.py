@@ -355,7 +355,7 @@ class Exchange:
         if not self.peer.finished:
             self.peer.notify()
             self.settle()
-        self.server_closes()  # a protocol that knows of half-close has to
+        self.server_closes()  # a protocol with half-close does not close by itself
 
     def server_closes(self) -> None:
         for protocol in self.factory.protocols:
