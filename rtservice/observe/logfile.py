@@ -15,6 +15,9 @@ is at the path now, compared by device and inode:
 
 `decide` is this table. A step that fails leaves the open file in use, and is tried again by `retry`.
 
+A line that a full disk took in part is written again, whole, once the file has changed. So if two processes append to
+one file, and all of a line but its end was taken, that line may be in it twice.
+
 Each event costs a bounded number of system calls: at most two for each rotated file that is kept.
 """
 

@@ -170,7 +170,7 @@ class World:
 
     def remove_moved(self) -> None:
         """A compressor removes what it has read; a process may still have it open."""
-        moved = self.chance.choice([*self.root.glob("moved*"), self.root / "none"])
+        moved = self.chance.choice([*sorted(self.root.glob("moved*")), self.root / "none"])
         self.removed.append(moved.read_bytes())
         moved.unlink()
 
@@ -254,11 +254,12 @@ class World:
 @pytest.mark.parametrize("part", range(10))
 def test_every_record_is_in_some_file_or_counted_as_dropped(tmp_path, monkeypatch, new_reactor, part) -> None:
     monkeypatch.setattr(lines, "_MOST_KEPT", 1000)
+    monkeypatch.chdir(tmp_path)  # paths are in records: the same lengths everywhere
     dropped = 0
     for seed in range(part * SEQUENCES // 10, (part + 1) * SEQUENCES // 10):
         disk = Disk()
         monkeypatch.setattr(logfile, "os", disk)
-        world = World(tmp_path / str(seed), random.Random(seed), disk, new_reactor())
+        world = World(Path(str(seed)), random.Random(seed), disk, new_reactor())
         first = world.processes[0]  # one process hears of both
         globalLogPublisher.addObserver(first.report)
         try:
@@ -275,6 +276,8 @@ def test_every_record_is_in_some_file_or_counted_as_dropped(tmp_path, monkeypatc
             for missing, counted in process.missing(found):
                 assert missing == counted, (seed, steps)
                 dropped += counted
-        assert set(found.values()) <= {1}, (seed, steps)
+        # The disk was full before the end of a line, and another process ended it: it is written again.
+        repeatable = len(world.processes) == 2 and "disk_is_full" in steps
+        assert set(found.values()) <= ({1, 2} if repeatable else {1}), (seed, steps)
         shutil.rmtree(world.root)
     assert dropped > 0  # some of it is so hard
