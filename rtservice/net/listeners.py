@@ -5,6 +5,7 @@ Sockets are made in one place and adopted in another: whoever holds the socket k
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -12,6 +13,7 @@ import re
 import socket
 import stat
 import struct
+import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -750,14 +752,41 @@ def _initial_environment() -> Mapping[str, str]:
     """The environment that this process was started with.
 
     `os.environ` is not it: when Twisted's endpoints are imported, which happens before us or not depending on a
-    cache, they delete the LISTEN_ variables.
+    cache, they delete LISTEN_PID and LISTEN_FDS.
     """
+    entries: list[bytes] | None
     try:
         with open("/proc/self/environ", "rb") as file:
             entries = file.read().split(b"\0")
-    except OSError:  # not Linux, or no /proc
+    except OSError:  # no /proc
+        entries = _initial_environment_in_memory()
+    if entries is None:
         return os.environ
     return {os.fsdecode(key): os.fsdecode(value) for key, _, value in (entry.partition(b"=") for entry in entries)}
+
+
+_AT_EXECFN = 31  # linux/auxvec.h
+
+# ARG_MAX is a quarter of the stack's limit, and 6 MiB at the most (execve(2)).
+_LONGEST_ARGUMENTS = 6 * 1024 * 1024
+
+
+def _initial_environment_in_memory() -> list[bytes] | None:
+    """What /proc/self/environ shows, from where the kernel has put it; None where it is not to be found.
+
+    execve(2) lays out the strings of the arguments, those of the environment, and the program's name, one after the
+    other. What is deleted from an environment later stays there; only the list of pointers changes.
+    """
+    try:
+        process = ctypes.CDLL(None)
+        begin = ctypes.c_void_p.in_dll(process, "program_invocation_name").value or 0  # the first argument
+        process.getauxval.restype, process.getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        end = process.getauxval(_AT_EXECFN)
+    except (OSError, ValueError, AttributeError):  # a C library without these
+        return None
+    if not 0 < end - begin <= _LONGEST_ARGUMENTS:
+        return None
+    return ctypes.string_at(begin, end - begin).split(b"\0")[len(sys.orig_argv) :]
 
 
 def _duplicate(fd: int, domain: str | None) -> socket.socket:
