@@ -214,6 +214,8 @@ class Worker(Protocol):
             self._server.apply(make_live(self._settings, slot=self._slot, slots=value))
         elif word == "drain":
             self._drain(value)
+            if "own" in value:  # the supervisor has removed the files; what has their names is a successor's
+                self._files.clear()
         elif word == "hurry" and self._server is not None:
             self._server.hurry()
         elif word == "rows" and self._server is not None:

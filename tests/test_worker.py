@@ -7,10 +7,11 @@ import shutil
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from twisted.internet.defer import fail, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.logger import Logger, LogLevel
@@ -274,6 +275,17 @@ def test_a_worker_whose_supervisor_has_died_removes_the_socket_files_of_its_own_
     made._files = [(f"{tmp_path}/ours", inode), (f"{tmp_path}/successors", inode), (f"{tmp_path}/gone", inode)]
     channel.loseConnection()
     assert os.listdir(tmp_path) == ["successors"]
+
+
+@pytest.mark.parametrize("finish", [["slot", "own"], ["slot"], []])
+def test_a_worker_that_drains_removes_no_file_that_its_supervisor_has_removed(connected, tmp_path, finish) -> None:
+    made, channel, _ = connected
+    (tmp_path / "s").touch()  # a successor's; an inode number is used again
+    made._files = [(f"{tmp_path}/s", (tmp_path / "s").stat().st_ino)]
+    made._server = SimpleNamespace(stopService=Deferred)
+    made.dataReceived(encode("drain", finish))
+    channel.loseConnection()
+    assert os.listdir(tmp_path) == (["s"] if "own" in finish else [])
 
 
 def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:

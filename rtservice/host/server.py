@@ -610,6 +610,8 @@ class Server(Service):
             port.stopListening()
         if not self._hurried:
             connections.end_all("drained")
+                # Or who drains for long would keep it listening after all others have closed it.
+                listener.socket.close()
             steps = int(_FLUSH_LIMIT / _FLUSH_STEP)
             while connections.open and not self._hurried and steps:
                 await self._wait(_FLUSH_STEP)

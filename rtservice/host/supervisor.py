@@ -996,6 +996,11 @@ class Supervisor(Service):
             self.totals.get(name, 0) - self._drained_before.get(name, 0) for name in ("drain_ended", "drain_aborted")
         )
         self.log.info(
+            # No worker is spawned from here on. Each has its sockets and serves their queues; once it closes them, who
+            # comes is refused, and a successor can listen.
+            for listener in self._listeners:
+                if not listener.shared:
+                    listener.close()
             "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
             ended=ended,
             aborted=aborted,

@@ -357,11 +357,15 @@ def test_a_listener_that_somebody_else_holds_keeps_its_queue(timed, tmp_path) ->
     other = listener.socket.dup()
     with socket.socket(socket.AF_UNIX) as client, other:
         client.connect(f"{tmp_path}/s")
-        assert service.stopService().called
+        held = Held(service)
+        service.stopService()
         assert not port.listening
         near, _ = other.accept()
         near.close()
 
+        assert listener.socket.fileno() == -1  # also while connections go on
+        held.closes()
+        assert service.state is State.STOPPED
 
 def test_each_drainable_protocol_is_told_once_also_one_that_opens_later(timed) -> None:
     service, clock, _ = timed(drain_timeout=30)

@@ -180,6 +180,7 @@ class Slots:
     """A listener that records what is done to its sockets."""
 
     name = "tcp:127.0.0.1:1"
+    shared = False
     certificates = ()
     revocation = None
     warnings = ()
@@ -191,6 +192,7 @@ class Slots:
 
     def of_slot(self, slot: int) -> "Slots":
         assert slot < self.copies
+        assert "close" not in self.done
         self.asked = slot
         return self
 
@@ -1385,7 +1387,7 @@ def test_a_stop_drains_all_and_ends_with_the_last_one(world) -> None:
     first.says("beat", {"drain_ended": 0})
     one.send(signal.SIGTERM)
     one.reactor.advance(0)
-    assert one.listener.done == ["remove file"]
+    assert one.listener.done == ["remove file", "close"]  # the workers have its sockets
     assert first.told[1:] == second.told[1:] == [("drain", ["slot", "own"])]
     first.says("beat", {"drain_ended": 40, "drain_aborted": 1})
     first.dies()
@@ -1396,10 +1398,20 @@ def test_a_stop_drains_all_and_ends_with_the_last_one(world) -> None:
     second.dies()
     assert one.done == [None]
     assert one.texts()[-1] == "drained: 41 ended, 2 aborted, 3.0 s"
-    assert one.listener.done == ["remove file", "close"]
     assert one.notifier.said[:3] == ["READY", "STOPPING", "EXTEND"]
     assert one.service.exit_status == 0
     assert len(one.processes) == 2
+
+
+def test_sockets_of_a_service_manager_are_kept_until_a_drain_is_over(world) -> None:
+    one = world(1)
+    one.listener.shared = True
+    [only] = one.serve()
+    one.send(signal.SIGTERM)
+    one.reactor.advance(0)
+    assert one.listener.done == ["remove file"]
+    only.dies()
+    assert one.listener.done == ["remove file", "close"]
 
 
 def test_what_was_drained_before_the_stop_is_not_counted_at_its_end(world) -> None:
@@ -1513,6 +1525,7 @@ def test_signals_after_the_stop_change_nothing(world) -> None:
     one.send(signal.SIGTERM)
     one.reactor.advance(0)
     for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
+    assert one.listener.done[-1] == "close"
         one.send(number)
     one.processes[0].says("leave")
     assert one.reloads == 0

@@ -161,7 +161,7 @@ def workers(service, wait_for) -> Iterator[Callable[..., Workers]]:
         if one.service.process.poll() is None:
             one.pids()
             one.send(signal.SIGTERM)
-            one.send(signal.SIGTERM)
+            one.send(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 one.service.process.wait(DEADLINE)
     left = [pid for one in started for pid in one.left()]
@@ -327,11 +327,12 @@ def assert_nobody_lost(count: dict[str, Any]) -> None:
 
 
 def connect(address: Any) -> socket.socket:
-    """A blocking client of a TCP port of 127.0.0.1, or of the path of a UNIX socket."""
-    client = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    """A blocking client of a TCP port of 127.0.0.1, of an IPv6 address, or of the path of a UNIX socket."""
+    families = {str: socket.AF_UNIX, int: socket.AF_INET, tuple: socket.AF_INET6}
+    client = socket.socket(families[type(address)])
     client.settimeout(DEADLINE)
     try:
-        client.connect(address if isinstance(address, str) else ("127.0.0.1", address))
+        client.connect(("127.0.0.1", address) if isinstance(address, int) else address)
     except OSError:
         client.close()
         raise
@@ -709,13 +710,98 @@ def test_a_stop_resets_nobody(workers, whom) -> None:
     assert one.lines(r"\[rtservice#info\] drained: \d+ ended, 0 aborted")
 
 
-def test_a_second_signal_ends_the_drain(workers) -> None:
+LISTEN = (TCP, "--listen=tcp6:0", "--listen=unix:s")
+
+
+def addresses_of(one: Workers, directory: Path) -> list[Any]:
+    """Where it can be reached: IPv4, IPv6, and a path."""
+    lines = [one.wait_line(rf"listening on tcp:{host}:\d+$") for host in (r"127\.0\.0\.1", r"\[::\]")]
+    port, port6 = (int(line.rpartition(":")[2]) for line in lines)
+    return [port, ("::1", port6, 0, 0), f"{directory}/s"]
+
+
+def assert_a_successor_takes_over(workers: Callable[..., Workers], addresses: list[Any], wait_for: Any) -> Workers:
+    """New clients of a service that drains are refused, and another serves on the same addresses."""
+
+    def refused(address: Any) -> bool:
+        try:
+            connect(address).close()  # when it is not told yet, or its signal has not come
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        return False
+
+    for address in addresses:
+        wait_for(lambda address=address: refused(address))
+    port, (_, port6, *_), path = addresses
+    listen = f"--listen=tcp:{port}:interface=127.0.0.1", f"--listen=tcp6:{port6}", f"--listen=unix:{path}"
+    successor = workers(*listen)
+    for address in addresses:
+        greeted(address).close()
+    return successor
+
+
+def test_who_comes_during_a_drain_is_refused_and_a_successor_can_listen(workers, tmp_path, wait_for) -> None:
+    one = workers(*LISTEN)
+    addresses = addresses_of(one, tmp_path)
+    # Sockets that were taken from the spares, and given back.
+    one.send(signal.SIGTTIN)
+    one.wait_line(r"worker 2 \(pid \d+\) is ready")
+    one.send(signal.SIGTTOU)
+    one.wait_line("slot 2 is gone")
+    pids = one.settled(2)
+    old = [greeted(address) for address in addresses]
+    idle = next(pid for pid in pids if not accepted_by(pid, old[:1]))
+    one.send(signal.SIGINT)
+    one.wait_line(r"worker \d\] draining: ", count=3)
+    os.kill(idle, signal.SIGKILL)  # it is not replaced, and nobody has its sockets
+    successor = assert_a_successor_takes_over(workers, addresses, wait_for)
+    assert echoes(old[0])
+    assert one.service.process.poll() is None
+    for client in old:
+        client.close()
+    assert one.service.process.wait(DEADLINE) == 0
+    for address in addresses:  # the file of the path is the successor's
+        greeted(address).close()
+    assert successor.stop() == 0
+
+
+@pytest.mark.parametrize("change", ["reloaded", "replaced", "reduced"])
+def test_workers_that_were_being_replaced_when_all_stopped_keep_no_address(workers, tmp_path, wait_for, change) -> None:
+    one = workers(*LISTEN)
+    addresses = addresses_of(one, tmp_path)
+    pids = one.settled(2)
+    clients = [greeted(address) for address in addresses * 10]  # some of each worker's
+    match change:
+        case "reloaded":  # the old workers drain
+            one.send(signal.SIGHUP)
+            one.wait_line(r"worker \d\] draining: ", count=2)
+        case "replaced":  # successors start
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+            wait_for(lambda: len(one.pids()) > 2)
+        case "reduced":  # the last slot drains
+            one.send(signal.SIGTTOU)
+            one.wait_line(r"worker 1\] draining: ")
+    one.send(signal.SIGTERM)
+    successor = assert_a_successor_takes_over(workers, addresses, wait_for)
+    assert all(echoes(client) for client in clients)
+    for client in clients:
+        client.close()
+    assert one.service.process.wait(DEADLINE) == 0
+    assert one.left() == []
+    for address in addresses:
+        greeted(address).close()
+    assert successor.stop() == 0
+
+
+def test_a_second_signal_ends_the_drain(workers, wait_for) -> None:
     one = workers(TCP)
     with greeted(one.service.port) as client:
         one.send(signal.SIGTERM)
         one.wait_line("draining: 1 connections")
         assert echoes(client)
-        one.send(signal.SIGTERM)
+        # Those of the first half second are the first one once more.
+        wait_for(lambda: one.send(signal.SIGTERM) or one.lines("SIGTERM: not waiting any longer"))
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""
         assert one.service.process.wait(DEADLINE) == 128 + signal.SIGTERM
