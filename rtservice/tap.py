@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import rtservice.first  # noqa: F401  # see there
+
+# isort: split
+
 import atexit
 import contextlib
 import dataclasses
@@ -20,7 +24,7 @@ from twisted.python.components import Componentized
 
 from rtservice import __version__, hosting, settings, worker
 from rtservice.hidden import hide_in_description, hide_values, values_in_description
-from rtservice.host import systemd
+from rtservice.host import signals, systemd
 from rtservice.host.certificates import renewed
 from rtservice.host.connections import COLUMNS
 from rtservice.host.counters import DURATIONS, LAGS
@@ -184,6 +188,7 @@ def makeService(options: Options) -> Server | Supervisor:
     """
     in_force = options.settings()
     twistd: Any = options.parent or {}
+    signals.inherit_nothing()
     leave = _Leave()
     atexit.register(leave)  # first, so that it is run last: a protocol may register something when it is imported
     # It may hold secrets, and what hosted code starts inherits the environment. A reload has a copy.
@@ -207,6 +212,8 @@ def makeService(options: Options) -> Server | Supervisor:
             _check(options.loaded, resolve_path, slots)
             raise _Printed("rtservice: the configuration is valid\n")
         notifier = systemd.from_environment(os.environ)
+        if twistd.get("nodaemon", True):  # or the command that waits for a daemon could not be interrupted
+            signals.hold()
         descriptors = raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
         outputs = _Outputs(options.loaded, twistd, resolve_path, log)
         opened, endpoints, status = _open(options.loaded, resolve_path, slots if slots > 1 else 0)

@@ -32,6 +32,7 @@ from rtservice.host.control import (
     encode,
 )
 from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
+from rtservice.host.signals import inherit_nothing
 from rtservice.host.worker_messages import (
     LONGEST_PROBLEM,
     MOST_COUNTERS,
@@ -213,9 +214,9 @@ class Worker(Protocol):
         elif word == "share" and self._server is not None:
             self._server.apply(make_live(self._settings, slot=self._slot, slots=value))
         elif word == "drain":
-            self._drain(value)
             if "own" in value:  # the supervisor has removed the files; what has their names is a successor's
                 self._files.clear()
+            self._drain(value)
         elif word == "hurry" and self._server is not None:
             self._server.hurry()
         elif word == "rows" and self._server is not None:
@@ -410,6 +411,7 @@ def main() -> int:
     # Before anything can hang or crash. What it writes goes to the supervisor's log.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
+    inherit_nothing()
     ignore_bad_names()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they are for the supervisor, whose group or terminal is ours too

@@ -21,7 +21,9 @@ from rtservice.host.blocked import Watch
 from rtservice.host.certificates import certificates_of, log_certificates, renewed
 from rtservice.host.connections import Connections, Limits, Record
 from rtservice.host.counters import Lag, factory_counters, process_counters
+from rtservice.host.orphans import Reaper
 from rtservice.host.side import Side
+from rtservice.host.signals import Repeats, release
 from rtservice.host.systemd import Notifier
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
 from rtservice.net.listeners import Listener, ListenError
@@ -174,6 +176,8 @@ class Server(Service):
         self._miscounted = ""  # what was wrong with that
         self._leave = leave
         self._signals = 0
+        self._repeats = Repeats(lambda: self.reactor.seconds())
+        self._reaper = Reaper()
         self._lag = Lag()
         self._started = time.time()
         self._ticking = LoopingCall(self._tick)
@@ -264,11 +268,14 @@ class Server(Service):
         reactor.callWhenRunning(self._serve)
 
     def _serve(self) -> None:
-        if self.state is not State.STARTING or not self.running:  # stopped before the reactor ran
-            return
         if self._reload is not None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._signalled)
+            release()
+        if self.state is not State.STARTING or not self.running:  # stopped before the reactor ran
+            return
+        if self._reload is not None:
+            self._reaper.start(self.reactor)
         self._side.start(self.reactor)
         self._lag.start(self.reactor)
         self._warn_of_descriptors()
@@ -506,6 +513,8 @@ class Server(Service):
     # --- stop ---
 
     def _signalled(self, number: int, frame: object) -> None:
+        if self._repeats.is_repeat(number):
+            return
         self._signals += 1
         if self.state is State.STOPPED or self._signals > _PATIENCE:
             # Threads are waited for, or the reactor is blocked: it would not hear of this.
@@ -573,6 +582,7 @@ class Server(Service):
         connections.stop()
         self._blocked.stop()
         self._lag.stop()
+        self._reaper.stop()
         self._close_listeners()
         self._stop_factory()
 
@@ -600,6 +610,8 @@ class Server(Service):
         for listener, port in zip(self._listeners, connections.ports, strict=False):
             if listener.shared:  # its queue is the successor's
                 port.stopListening()
+                # Or who drains for long would keep it listening after all others have closed it.
+                listener.socket.close()
             else:
                 self._remove_file(listener)
                 port.finish().addCallback(self._finished, listener)
@@ -610,8 +622,6 @@ class Server(Service):
             port.stopListening()
         if not self._hurried:
             connections.end_all("drained")
-                # Or who drains for long would keep it listening after all others have closed it.
-                listener.socket.close()
             steps = int(_FLUSH_LIMIT / _FLUSH_STEP)
             while connections.open and not self._hurried and steps:
                 await self._wait(_FLUSH_STEP)

@@ -33,10 +33,12 @@ from rtservice.host.control import (
 )
 from rtservice.host.counters import Lag, SlotNames, add, is_total, process_counters
 from rtservice.host.intake import Intake
+from rtservice.host.orphans import Reaper
 from rtservice.host.printed import Line, PrintedLines
 from rtservice.host.published import as_event
 from rtservice.host.server import StartError
 from rtservice.host.side import Side
+from rtservice.host.signals import Repeats, release
 from rtservice.host.systemd import Notifier
 from rtservice.host.worker_messages import (
     Access,
@@ -455,6 +457,8 @@ class Supervisor(Service):
         self._reloading = False
         self._looking = LoopingCall(self._beat)
         self._watchdog = LoopingCall(self._watch)
+        self._repeats = Repeats(lambda: self.reactor.seconds())
+        self._reaper = Reaper()
         self._looked = 0.0
         self._patient_until = 0.0  # after a replacement that failed
         self._serving = False
@@ -490,10 +494,12 @@ class Supervisor(Service):
         signal.signal(number, lambda number, frame: self.reactor.callFromThread(action))
 
     def _begin(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        release()
         if not self.running:
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: self.reactor.callFromThread(self._stop, number))
+        self._reaper.start(self.reactor)
         self._looking.clock = self._watchdog.clock = self.reactor
         self._looking.start(BEAT, now=False)
         self._looked = self.reactor.seconds()
@@ -952,6 +958,10 @@ class Supervisor(Service):
         if report is not None:
             report(problem)
 
+    def _signalled(self, number: int, frame: object) -> None:
+        if not self._repeats.is_repeat(number):
+            self.reactor.callFromThread(self._stop, number)
+
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self._ending:
@@ -986,6 +996,11 @@ class Supervisor(Service):
                     slot.respawn, slot.worker = None, self._spawn(slot)  # there may be somebody in its queue
                 for worker in slot.workers():
                     worker.drain(("slot", "own"))
+            # No worker is spawned from here on. Each has its sockets and serves their queues; once it closes them, who
+            # comes is refused, and a successor can listen.
+            for listener in self._listeners:
+                if not listener.shared:
+                    listener.close()
             self._go_on()
         done: Deferred[None] = Deferred()
         self._stopped.chainDeferred(done)
@@ -996,11 +1011,6 @@ class Supervisor(Service):
             self.totals.get(name, 0) - self._drained_before.get(name, 0) for name in ("drain_ended", "drain_aborted")
         )
         self.log.info(
-            # No worker is spawned from here on. Each has its sockets and serves their queues; once it closes them, who
-            # comes is refused, and a successor can listen.
-            for listener in self._listeners:
-                if not listener.shared:
-                    listener.close()
             "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
             ended=ended,
             aborted=aborted,
@@ -1010,6 +1020,7 @@ class Supervisor(Service):
             if repeated.running:
                 repeated.stop()
         self._lag.stop()
+        self._reaper.stop()
         for number in list(self._questions):
             self._give(number)
         self._side.stop()

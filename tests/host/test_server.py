@@ -1,5 +1,6 @@
 """The serving process: what starts, what does not, and what is left when it stops."""
 
+import signal
 import socket
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -41,12 +42,14 @@ class Endpoint:
         self.stopped += 1
 
 
-def server(listeners=(), endpoints=(), drain_timeout=0.0, factory=None) -> tuple[Server, list[dict[str, Any]]]:
+def server(
+    listeners=(), endpoints=(), drain_timeout=0.0, factory=None, **more: Any
+) -> tuple[Server, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     log = Logger(observer=events.append)
     live = Live(limits=Limits(max_connections=100), drain_timeout=drain_timeout)
     factory = factory or EchoFactory()
-    made = Server(factory, listeners=list(listeners), endpoints=list(endpoints), live=live, log=log)
+    made = Server(factory, listeners=list(listeners), endpoints=list(endpoints), live=live, log=log, **more)
     return made, events
 
 
@@ -360,12 +363,12 @@ def test_a_listener_that_somebody_else_holds_keeps_its_queue(timed, tmp_path) ->
         held = Held(service)
         service.stopService()
         assert not port.listening
-        near, _ = other.accept()
-        near.close()
-
         assert listener.socket.fileno() == -1  # also while connections go on
         held.closes()
         assert service.state is State.STOPPED
+        near, _ = other.accept()
+        near.close()
+
 
 def test_each_drainable_protocol_is_told_once_also_one_that_opens_later(timed) -> None:
     service, clock, _ = timed(drain_timeout=30)
@@ -459,6 +462,30 @@ def test_hurry_ends_a_drain(timed, after) -> None:
     assert done.called
     assert last(events) == f"drained: 0 ended, 3 aborted, {after:.1f} s"
     assert clock.getDelayedCalls() == []
+
+
+def test_a_signal_that_is_sent_again_at_once_neither_hurries_nor_leaves(timed, monkeypatch) -> None:
+    handlers: dict[int, Callable] = {}
+    left: list[bool] = []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    service, clock, _ = timed(
+        drain_timeout=30, reload=lambda: None, stop=lambda: service.stopService(), leave=lambda: left.append(True)
+    )
+    clock.callFromThread = lambda call, *arguments: call(*arguments)
+    held = Held(service)
+    for _ in range(4):
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+        clock.advance(0.125)
+    assert service.state is State.DRAINING
+    assert held.asked == []
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert held.asked == ["cut: cut off"]
+    clock.advance(0.25)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        assert not left
+        handlers[number](number, None)
+    assert left == [True]
+    assert service.exit_status == 128 + signal.SIGTERM
 
 
 def test_a_service_that_is_stopped_before_it_serves_never_does(monkeypatch, tmp_path) -> None:

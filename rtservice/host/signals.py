@@ -1,0 +1,70 @@
+"""Signals that wait while a process starts, signals that the parent had blocked, and repeats that do not count."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+# Seconds within which the same signal is a repeat: one stop is often sent twice, by a service manager to a control
+# group, or by a terminal to a process group and by a wrapper to this process.
+REPEAT = 0.5
+
+# What has a handler once the service runs.
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU)
+
+
+def hold() -> None:
+    """Have the signals that the service handles wait, until `release`; threads that are made meanwhile never get them.
+
+    From the first socket on: what would otherwise end the process leaves files behind.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+
+
+def release() -> None:
+    """Take every signal, also those that the parent had blocked: a mask outlives execve(2) (signal(7))."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def inherit_nothing() -> None:
+    """Undo what the parent did to signals: those blocked, and SIGCHLD ignored, which loses the status of each child.
+
+    What process 1 holds goes on waiting.
+    """
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if not is_first_process():
+        release()
+
+
+def is_first_process() -> bool:
+    """Whether this is process 1 of its PID namespace, as in most containers (pid_namespaces(7)).
+
+    It gets no signal that it has no handler for, and the orphans of all other processes.
+    """
+    return os.getpid() == 1
+
+
+def hold_in_first_process() -> None:
+    """In process 1, `hold` from now on: its signals are not dropped then. Elsewhere a stop ends the process at once."""
+    if is_first_process() and "rtservice" in sys.argv:  # of twistd or twist, and no other program that imports it
+        hold()
+
+
+class Repeats:
+    """Tells a signal that counts from one that is sent again within `REPEAT` seconds of it. `clock` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._counted: dict[int, float] = {}  # when, by signal
+
+    def is_repeat(self, number: int) -> bool:
+        """Return whether this signal, which has just come, is a repeat; if not, it counts from now."""
+        now = self._clock()
+        last = self._counted.get(number)
+        if last is not None and 0 <= now - last < REPEAT:  # a clock may be set back
+            return True
+        self._counted[number] = now
+        return False
