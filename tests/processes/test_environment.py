@@ -1,0 +1,216 @@
+"""A service where signals, process numbers and mounts are not the usual ones when it is started."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DEADLINE = 30
+TCP = "--listen=tcp:0:interface=127.0.0.1"
+
+# Sends all of these before it becomes another program: what a thread of a careless parent has done.
+BLOCKS = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+# Process 1 of a namespace, whose processes all end with it.
+FIRST = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+def can(*command: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    return False
+
+
+needs_namespaces = pytest.mark.skipif(not can(*FIRST), reason="unshare (Debian: util-linux) needs to be run by root")
+
+
+def children(pid: int) -> dict[int, str]:
+    """The children of a process that nobody has waited for, each with its state: Z has ended."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found[int(child)] = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+    return found
+
+
+def blocked(pid: int) -> int:
+    """The signals that a process does not take now, as a set of bits."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)["SigBlk"], 16)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_signals_that_the_parent_had_blocked_or_ignored_are_taken(service, wait_for, workers) -> None:
+    one = service(TCP, f"--workers={workers}", launcher=[sys.executable, "-c", BLOCKS])
+    pid = one.process.pid
+    assert [blocked(process) for process in (pid, *children(pid))] == [0] * (workers if workers == 1 else 3)
+    one.reload()
+    if workers > 1:
+        # It is reaped, and replaced.
+        victim = next(iter(children(pid)))
+        os.kill(victim, signal.SIGKILL)
+        one.wait_line(rf"\(pid {victim}\) has ended: .* signal 9")
+        os.kill(pid, signal.SIGTTIN)
+        one.wait_line(r"worker 2 \(pid \d+\) is ready")
+    assert one.stop(signal.SIGINT) == 0
+    one.wait_line("SIGINT: stopping")
+
+
+# --- a stop while it starts ---
+
+# A logger is made when every socket is bound, and nothing of the service runs yet.
+SLOW = """
+import os, pathlib, time
+def wait(where):
+    pathlib.Path("here").write_text(where)
+    end = time.monotonic() + 30
+    while not os.path.exists("go") and time.monotonic() < end:
+        time.sleep(0.01)
+def logger():
+    if os.environ["SLOW"] == "logger":
+        wait("logger")
+    return lambda event: None
+if os.environ["SLOW"] == "import":
+    wait("import")
+from rtservice.protocols.echo import EchoFactory as Slow
+"""
+
+
+@pytest.fixture
+def slow(tmp_path, environment, wait_for) -> Callable[..., subprocess.Popen]:
+    """Starts a service on a UNIX socket as a child of a launcher, and gives its process when it is at a moment."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    started = []
+
+    def start(moment: str, *arguments: str, launcher: tuple[str, ...] = ()) -> tuple[subprocess.Popen, int]:
+        twistd = [str(Path(sys.executable).with_name("twistd")), "-n", "--pidfile=d.pid", "--logger=slow.logger"]
+        process = subprocess.Popen(
+            [*launcher, *twistd, "rtservice", "--listen=unix:s", *arguments],
+            cwd=tmp_path,
+            env={**environment, "PYTHONPATH": str(tmp_path), "SLOW": moment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        wait_for(lambda: (tmp_path / "here").exists() and (tmp_path / "here").read_text() == moment)
+        return process, next(iter(children(process.pid))) if launcher else process.pid
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_stop_that_comes_when_sockets_are_bound_leaves_nothing_behind(slow, tmp_path, workers, number) -> None:
+    process, _ = slow("logger", f"--workers={workers}")
+    assert (tmp_path / "s").exists()
+    process.send_signal(signal.SIGHUP)  # which would end it if it were not held
+    process.send_signal(number)
+    (tmp_path / "go").touch()
+    output, _ = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, "Traceback" in output) == (0, False), output
+    assert not (tmp_path / "s").exists()
+    assert not (tmp_path / "d.pid").exists()
+
+
+@needs_namespaces
+@pytest.mark.parametrize("moment", ["import", "logger"])
+def test_process_1_loses_no_stop_while_it_starts(slow, tmp_path, moment) -> None:
+    process, pid = slow(moment, "--protocol=slow:Slow", launcher=FIRST)
+    os.kill(pid, signal.SIGTERM)
+    (tmp_path / "go").touch()
+    output, _ = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, "Traceback" in output) == (0, False), output
+    assert not (tmp_path / "s").exists()
+
+
+# --- process 1 ---
+
+
+@needs_namespaces
+def test_process_1_reaps_orphans_and_hosted_code_and_the_supervisor_have_their_statuses(
+    service, tmp_path, wait_for
+) -> None:
+    (tmp_path / "forks.py").write_text(
+        textwrap.dedent("""
+            import subprocess
+            from twisted.internet.protocol import Protocol
+            class Forks(Protocol):
+                def dataReceived(self, data):
+                    ended = subprocess.run(["sh", "-c", "true & true & exit 7"])
+                    self.transport.write(b"%d" % ended.returncode)
+        """)
+    )
+    both = [
+        service(TCP, "--protocol=forks:Forks", f"--workers={count}", launcher=FIRST, PYTHONPATH=str(tmp_path))
+        for count in (1, 2)
+    ]
+    firsts = [next(iter(children(one.process.pid))) for one in both]
+    for one in both:
+        with one.connect() as client:
+            client.sendall(b"x")
+            assert client.recv(10) == b"7"
+    victim = next(iter(children(firsts[1])))
+    os.kill(victim, signal.SIGKILL)
+    both[1].wait_line(r"worker \d \(pid \d+\) has ended: .* signal 9")
+    for pid in firsts:
+        wait_for(lambda pid=pid: "Z" not in children(pid).values())
+    for one, pid in zip(both, firsts, strict=True):
+        os.kill(pid, signal.SIGTERM)
+        assert one.process.wait(DEADLINE) == 0
+
+
+# --- no /proc ---
+
+# Passes a socket as a service manager does: from 3 on, with the number of the process that it becomes.
+PASSES = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3, inheritable=True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+if sys.argv[2]:
+    os.environ["LISTEN_FDNAMES"] = sys.argv[2]
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
+@needs_namespaces
+@pytest.mark.parametrize(
+    ("workers", "name", "listen"), [(1, "web", "systemd:name=web"), (1, "", "systemd:index=0"), (2, "", "systemd:")]
+)
+def test_sockets_that_were_passed_are_found_without_proc(service, tmp_path, workers, name, listen) -> None:
+    # As without a cache of plugins: what is imported then deletes the variables.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'twistd' in sys.orig_argv[1]:\n    import twisted.internet.endpoints\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        number = listening.fileno()
+        one = service(
+            *(f"--listen={listen}", f"--workers={workers}"),
+            launcher=[
+                *(sys.executable, "-c", PASSES, str(number), name),
+                *("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"),
+            ],
+            pass_fds=(number,),
+            PYTHONPATH=str(tmp_path),
+        )
+        assert one.port == listening.getsockname()[1]
+        with one.connect() as client:
+            assert client.recv(22, socket.MSG_WAITALL) == b"Hello from the server!"
+        assert one.stop() == 0
