@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "observe": set(),
     "testing": {"net"},
     "worker": {"hosting", "settings", "references", "host", "net", "protocols", "interfaces", "observe"},
+    "first": {"host"},
     "tap": {
+        "first",
         "hosting",
         "settings",
         "references",

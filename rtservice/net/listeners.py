@@ -84,7 +84,7 @@ class Listener:
 
     For several processes a TCP listener has a socket for each slot, `copies`, among which the kernel spreads new
     connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `spares` are bound, and listen when a slot
-    is added: to bind may take privileges that are gone by then.
+    is added: to bind takes the user that bound the others, and may take privileges; both can be gone by then.
     """
 
     socket: socket.socket
@@ -136,6 +136,12 @@ class Listener:
             try:
                 sock = _bind_tcp(self.socket.family, host, scope, port, reuse_port=True)
             except OSError as error:
+                # Sockets of one port are one user's (SO_REUSEPORT of socket(7)), and a low port takes privileges.
+                if os.fstat(self.socket.fileno()).st_uid != os.geteuid():
+                    raise ListenError(
+                        f"{self.name} has no reserve socket left: {_SPARES} more than at the start were bound before "
+                        "privileges were dropped; start with more --workers"
+                    ) from error
                 raise _cannot_listen(self.socket.family, host, port, error) from error
         try:
             _listen(sock, self._backlog)
@@ -548,7 +554,7 @@ _SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h
 # linux/filter.h: ld random (SKF_AD_OFF + SKF_AD_RANDOM); mod; jeq #number, go on, else skip one; ret #number.
 _LOAD_RANDOM, _MODULO, _SKIP_UNLESS, _RETURN = (0x20, 0, 0, 0xFFFFF000 + 56), 0x94, 0x15, 0x06
 
-# Slots that can be added although the port is privileged and privileges are dropped.
+# Slots that can be added after privileges were dropped, on any port. Each is a descriptor for each listener.
 _SPARES = 8
 
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 import ssl
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -684,6 +685,29 @@ def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certific
             client.wrap_socket(sock, server_hostname="localhost") as secure,
         ):
             assert secure.recv(100) == b"Hello from the server!"
+
+
+@pytest.mark.parametrize("arguments", [(), ("",), ("a=b", "", "LISTEN_PID=7")])
+@pytest.mark.parametrize("variables", [{"LISTEN_PID": "1", "X": "=", "E": "", "Ä": "\udcff" * 5}, {"LISTEN_PID": "1"}])
+def test_the_initial_environment_is_found_without_proc(arguments, variables) -> None:
+    program = """if True:
+        import os
+        from rtservice.net.listeners import _initial_environment_in_memory
+        del os.environ["LISTEN_PID"]
+        os.environ["NEW"] = "x" * 10_000
+        with open("/proc/self/environ", "rb") as file:
+            assert _initial_environment_in_memory() == file.read().split(bytes(1))
+    """
+    subprocess.run([sys.executable, "-c", program, *arguments], env=variables, check=True)
+
+
+def test_a_c_library_that_tells_nothing_leaves_the_environment_of_now(monkeypatch) -> None:
+    def missing(name, *how):
+        raise OSError(name)
+
+    monkeypatch.setattr(listeners_module, "open", missing, raising=False)
+    monkeypatch.setattr(listeners_module.ctypes, "CDLL", missing)
+    assert listeners_module._initial_environment() is os.environ
 
 
 # --- checks ---

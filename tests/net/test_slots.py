@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import select
 import socket
 from collections.abc import Callable, Iterator
@@ -203,6 +204,29 @@ def test_a_slot_that_cannot_be_bound_is_an_error_with_the_address(opened, monkey
     with pytest.raises(ListenError, match=r"cannot listen on 127\.0\.0\.1:\d+: permission denied"):
         listener.add_copy()
     assert len(listener.copies) == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user")
+@interfaces
+def test_another_user_can_add_as_many_slots_as_there_are_spares(opened, connect, interface) -> None:
+    listener = opened(1, interface)
+    os.seteuid(65534)
+    try:
+        for _ in range(listeners_module._SPARES):
+            listener.add_copy()
+        with pytest.raises(ListenError) as refused:
+            listener.add_copy()
+        listener.drop_last()
+        listener.add_copy()  # the one that was given back
+    finally:
+        os.seteuid(0)
+    assert str(refused.value) == (
+        f"{listener.name} has no reserve socket left: 8 more than at the start were bound before privileges were "
+        "dropped; start with more --workers"
+    )
+    count = 40 * len(listener.copies)
+    connect(listener, count)
+    assert sum(queued(listener)) == count
 
 
 def test_a_slot_that_cannot_listen_leaves_no_socket_open(opened, monkeypatch) -> None:
