@@ -24,13 +24,13 @@ _TASKS = Path("/proc/self/task")
 
 
 class Overdue:
-    """Finds children that ended `PATIENCE` seconds ago and that nobody has waited for."""
+    """Finds children that have ended and that nobody has waited for in `PATIENCE` seconds."""
 
     def __init__(self) -> None:
         self._since: dict[int, float] = {}
 
-    def look(self, now: float, ended: Iterable[int]) -> list[int]:
-        """Return those of the children that have ended, of which this has been said for long enough."""
+    def update(self, now: float, ended: Iterable[int]) -> list[int]:
+        """Take the children that nobody has waited for at a time in seconds; return those that are overdue."""
         self._since = {pid: self._since.get(pid, now) for pid in ended}
         return [pid for pid, since in self._since.items() if now - since >= PATIENCE]
 
@@ -78,6 +78,6 @@ class Reaper:
 
     def _beat(self) -> None:
         left = [pid for pid in self._ended() if pid not in process.reapProcessHandlers]
-        for pid in self._overdue.look(self._beating.clock.seconds(), left):
+        for pid in self._overdue.update(self._beating.clock.seconds(), left):
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)

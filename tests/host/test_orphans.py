@@ -16,18 +16,18 @@ from rtservice.host.orphans import PATIENCE, Overdue, Reaper, ended_children
 
 def test_a_child_is_overdue_when_it_has_been_seen_to_have_ended_for_long_enough() -> None:
     overdue = Overdue()
-    assert overdue.look(0, [5]) == []
-    assert overdue.look(PATIENCE - 1, [5, 6]) == []
-    assert overdue.look(PATIENCE, [5, 6]) == [5]
-    assert overdue.look(2 * PATIENCE - 1, [6]) == [6]
+    assert overdue.update(0, [5]) == []
+    assert overdue.update(PATIENCE - 1, [5, 6]) == []
+    assert overdue.update(PATIENCE, [5, 6]) == [5]
+    assert overdue.update(2 * PATIENCE - 1, [6]) == [6]
 
 
 def test_a_child_that_somebody_has_waited_for_begins_anew_when_its_number_is_used_again() -> None:
     overdue = Overdue()
-    overdue.look(0, [5])
-    overdue.look(1, [])
-    assert overdue.look(PATIENCE, [5]) == []
-    assert overdue.look(2 * PATIENCE, [5]) == [5]
+    overdue.update(0, [5])
+    overdue.update(1, [])
+    assert overdue.update(PATIENCE, [5]) == []
+    assert overdue.update(2 * PATIENCE, [5]) == [5]
 
 
 @pytest.fixture
