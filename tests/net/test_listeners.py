@@ -14,16 +14,14 @@ from collections.abc import Iterator
 import pytest
 
 from rtservice.net import listeners as listeners_module
+from rtservice.net.description import parse
 from rtservice.net.listeners import (
-    TYPES,
     Listener,
     ListenError,
     check_description,
     check_port,
-    interface_of,
     open_description,
     open_port,
-    split_description,
 )
 
 
@@ -55,45 +53,6 @@ def opened():
 
 
 @pytest.mark.parametrize(
-    ("description", "interface"),
-    [
-        ("9090", ""),
-        ("tcp:9090", ""),
-        ("tcp:9090:interface=web-1", "web-1"),
-        ("tcp:9090:web-1", "web-1"),
-        (r"tcp6:9090:interface=\:\:1", "::1"),
-        ("ssl:9090:privateKey=k:certKey=c:interface=web-1", "web-1"),
-        ("ssl:tcp:9090:web-1:privateKey=k:certKey=c", "web-1"),
-        ("unix:/run/status", ""),
-        ("systemd:name=status", ""),
-    ],
-)
-def test_the_interface_of_a_description_is_what_it_says(description: str, interface: str) -> None:
-    assert interface_of(description) == interface
-
-
-@pytest.mark.parametrize(
-    ("description", "parts"),
-    [
-        ("8080", ("tcp", ["8080"], {})),
-        ("tcp:8080", ("tcp", ["8080"], {})),
-        ("tcp:8080:interface=127.0.0.1", ("tcp", ["8080"], {"interface": "127.0.0.1"})),
-        (r"tcp6:1:interface=\:\:1", ("tcp6", ["1"], {"interface": "::1"})),
-        (r"unix:/a\:b\\c\=d", ("unix", [r"/a:b\c=d"], {})),
-        ("x:a=b=c:d=", ("x", [], {"a": "b=c", "d": ""})),
-        ("unix:", ("unix", [""], {})),
-    ],
-)
-def test_descriptions_are_read_as_twisted_reads_them(description, parts) -> None:
-    assert split_description(description) == parts
-    if ":" in description:
-        from twisted.internet.endpoints import _parse
-
-        positional, keywords = _parse(description)
-        assert (positional[0], positional[1:], keywords) == parts
-
-
-@pytest.mark.parametrize(
     ("description", "problem"),
     [
         ("tcp:", "the port is missing"),
@@ -119,7 +78,7 @@ def test_descriptions_are_read_as_twisted_reads_them(description, parts) -> None
         ("proxy:unix:", "path of the socket is missing"),
         ("ssl:proxy:tcp:1", "ssl: goes before tcp:, tcp6:, unix: and systemd:, not before 'proxy'; proxy:ssl: is"),
         ("ssl:ssl:1", "ssl: goes before tcp:, tcp6:, unix: and systemd:, not before 'ssl'"),
-        ("ssl:exotic:1", "port 'exotic' is not a whole number"),
+        ("ssl:exotic:x", "port 'exotic' is not a whole number"),
         ("ssl:unix:/tmp/x:bogus=1", "unknown keyword 'bogus'; known are address, mode, backlog, lockfile, privateKey"),
         ("unix:/tmp/x:privateKey=a", "unknown keyword 'privateKey'"),
         (f"unix:/tmp/{'x' * 103}", "the path is longer than 107 bytes"),
@@ -410,13 +369,13 @@ def test_ssl_goes_before_descriptions_of_other_types(open_secure, certificates, 
         pytest.param(r"tcp6:0:interface=\:\:1", "tcp:[::1]:", marks=needs_ipv6),
         (f"ssl:0:{FILES}:interface=127.0.0.1", "ssl:127.0.0.1:"),
         ("unix:{directory}/s:mode=600", "unix:{directory}/s"),
-        (r"unix:address={directory}/a\:b\=c", "unix:{directory}/a:b=c"),
+        (r"unix:address={directory}/a\:b\=c", r"unix:{directory}/a\:b\=c"),
         (f"ssl:unix:{{directory}}/s:{FILES}", "ssl:unix:{directory}/s"),
     ],
 )
 def test_proxy_goes_before_any_description(opened, certificates, tmp_path, prefix, description, name) -> None:
     text = described(certificates, description).replace("{directory}", str(tmp_path))
-    assert split_description(f"{prefix}:{text}")[0] in TYPES
+    assert parse(f"{prefix}:{text}").ours
     (listener,) = opened(f"{prefix}:{text}")
     assert listener.name.startswith(f"proxy:{name.replace('{directory}', str(tmp_path))}")
     assert listener.proxied
