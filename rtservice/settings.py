@@ -355,14 +355,16 @@ class Settings:
     interface: str = _setting(
         "",
         TEXT,
-        "Address or host name that `--port` listens on, instead of all; an IPv6 address needs no brackets.",
+        "Address or host name that `--port` listens on, instead of all: `127.0.0.1`, `::1`, `fe80::1%eth0`, "
+        "`localhost`.",
         short="i",
     )
     listen: tuple[str, ...] = _setting(
         (),
         DESCRIPTION,
         "A description in Twisted's endpoint syntax, instead of `--port`; repeatable: `tcp:8080`, "
-        "`tcp6:8080:interface=::1`, `ssl:8443:privateKey=key.pem:certKey=cert.pem`, `ssl:8443:certificates=/dir`, "
+        "`127.0.0.1:8080`, `[::1]:8080`, `tcp6:8080:interface=::1`, "
+        "`ssl:8443:privateKey=key.pem:certKey=cert.pem`, `ssl:8443:certificates=/dir`, "
         "`unix:/run/rt.sock:mode=660`, `systemd:name=web`, any other that Twisted knows; `proxy:` before one of them "
         "takes PROXY headers.",
         short="l",
@@ -480,7 +482,7 @@ class Settings:
         "",
         TEXT,
         "Where to serve the status page, `/status.json`, `/metrics`, `/healthz` and `/readyz` over HTTP, as `--listen` "
-        "has it: `tcp:9090` is on loopback unless it has an `interface=`. Nowhere if empty.",
+        "has it: `tcp:9090` is on loopback unless it has an address, such as `*:9090`. Nowhere if empty.",
     )
     # A page of an attacker's, whose name resolves to our address by now, asks with that name (DNS rebinding).
     status_host: tuple[str, ...] = _setting(

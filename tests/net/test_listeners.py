@@ -136,6 +136,17 @@ def test_tcp_and_tcp6_share_a_port(opened) -> None:
     assert (four.name, six.name) == (f"tcp:0.0.0.0:{port}", f"tcp:[::]:{port}")
 
 
+def test_a_link_local_address_is_named_with_its_zone() -> None:
+    """Without it, the name could not be listened on: the address may be on any network interface."""
+    number, zone = socket.if_nameindex()[0]
+
+    class Bound:
+        def getsockname(self):
+            return ("fe80::1", 8080, 0, number)
+
+    assert listeners_module._tcp_name(Bound()) == f"tcp:[fe80::1%{zone}]:8080"
+
+
 def test_sockets_listen_without_blocking(opened) -> None:
     (listener,) = opened("tcp:0:interface=127.0.0.1")
     assert listener.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -660,7 +671,10 @@ def test_a_check_takes_no_port_and_makes_no_file(tmp_path, certificates) -> None
     assert sorted(os.listdir(tmp_path)) == ["live"]
 
 
-@pytest.mark.parametrize("interface", ["", "127.0.0.1", pytest.param("::1", marks=needs_ipv6), "localhost"])
+@pytest.mark.parametrize(
+    "interface",
+    ["", "127.0.0.1", pytest.param("::1", marks=needs_ipv6), pytest.param("[::1]", marks=needs_ipv6), "*", "localhost"],
+)
 def test_a_port_of_this_host_passes_its_check(interface) -> None:
     check_port(0, interface=interface)
     for listener in open_port(0, interface=interface, backlog=1):
