@@ -426,7 +426,7 @@ def _read_listeners(loaded: Loaded, resolve_path: Callable[[str], str], slots: i
         with _naming(setting := _described(loaded, "status", in_force.status)):
             read = parse(in_force.status)
             if not read.ours:
-                raise ListenError(unknown_type(read))
+                raise ListenError(unknown_type(read, proxy=False))
             if read.proxied:
                 raise ListenError("the status server takes no PROXY headers; leave proxy: out")
             one = listeners.read_description(

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from twisted.scripts.twistd import ServerOptions
 
 from rtservice import settings
 from rtservice.settings import (
@@ -673,3 +674,28 @@ def test_a_mistake_is_one_line_that_names_setting_and_value(arguments: list[str]
     assert names in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--draintimeout=3", "; did you mean --drain-timeout?"),
+        ("--drain_timeout=3", "; did you mean --drain-timeout?"),
+        ("--ports=3", "; did you mean --port?"),
+        ("--protocol-options=a=b", "; did you mean --protocol-option?"),
+        ("--logfile=x", "; put --logfile before the word rtservice"),
+        ("--nodaemon", "; put --nodaemon before the word rtservice"),
+        ("-n", "; put -n before the word rtservice"),
+        ("--pidflie=x", "; did you mean --pidfile? It stands before the word rtservice"),
+        ("--no_save", "; did you mean --no-save? It stands before the word rtservice"),
+        ("--zzzzzz", ""),
+        ("-Z", ""),
+    ],
+)
+def test_an_option_that_does_not_exist_is_answered_with_the_one_that_was_meant(option: str, hint: str) -> None:
+    name = option.partition("=")[0]
+    with pytest.raises(SystemExit) as caught:
+        ServerOptions().parseOptions(["rtservice", option])
+    assert str(caught.value) == f"rtservice: option {name} not recognized{hint} (see twistd rtservice --help)"
+    with pytest.raises(SystemExit, match=f"option {name} not recognized"):
+        Options().parseOptions([option])

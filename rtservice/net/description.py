@@ -37,7 +37,7 @@ ARGUMENTS = {
 TYPES = frozenset((*ARGUMENTS, *PROXY))
 
 # What is accepted, for error messages.
-FORMS = "8080, HOST:PORT such as 127.0.0.1:8080 or [::1]:8080, tcp:, tcp6:, ssl:, unix:, systemd:, proxy: before these"
+FORMS = "8080, HOST:PORT such as 127.0.0.1:8080 or [::1]:8080, tcp:, tcp6:, ssl:, unix:, systemd:"
 
 # Words of other programs for types of ours.
 _OTHER_WORDS = {"tls": "ssl", "https": "ssl", "http": "tcp", "tcp4": "tcp", "ipv4": "tcp", "ipv6": "tcp6"}
@@ -96,14 +96,17 @@ def parse(text: str) -> Description:
     return Description(kind, *_with_addresses(kind, parts), tuple(prefixes))
 
 
-def unknown_type(description: Description, others: Iterable[str] = ()) -> str:
-    """What is wrong with a description of a type that is not known; `others` are known types that are not ours."""
+def unknown_type(description: Description, others: Iterable[str] = (), *, proxy: bool = True) -> str:
+    """What is wrong with a description of a type that is not known.
+
+    `others` are known types that are not ours. Where there are no PROXY headers, `proxy` is false.
+    """
     kind = description.kind
     others = sorted(set(others) - TYPES)
     meant = _OTHER_WORDS.get(kind.lower()) or nearest(kind, (*TYPES, *others))
-    accepted = f"; accepted are {FORMS}" + (
-        f", and of Twisted {', '.join(f'{one}:' for one in others)}" if others else ""
-    )
+    accepted = f"; accepted are {FORMS}{', proxy: before these' if proxy else ''}"
+    if others:
+        accepted += f", and of Twisted {', '.join(f'{other}:' for other in others)}"
     if re.fullmatch(r"[\w-]+", kind, re.ASCII) and _DIGITS.fullmatch("".join(description.positional[:1])):
         accepted += f"; a host of that name is tcp:{kind}:{description.positional[0]}"
     return f"unknown type {kind!r}{accepted}{did_you_mean(meant and f'{meant}:…')}"

@@ -162,7 +162,8 @@ def test_what_can_be_read_in_two_ways_or_in_none_is_refused_with_what_to_write(t
 def test_an_unknown_type_is_named_with_what_is_accepted_and_what_was_meant(text: str, meant: str | None) -> None:
     said = unknown_type(parse(text), ["slow", "tcp6"])
     assert said.startswith(f"unknown type {text.partition(':')[0]!r}; accepted are 8080, HOST:PORT such as ")
-    assert ", and of Twisted slow:" in said
+    assert "systemd:, proxy: before these, and of Twisted slow:" in said
+    assert "proxy:" not in unknown_type(parse(text), proxy=False).partition("; a host")[0]
     assert re.findall("did you mean (.*)[?]$", said) == ([] if meant is None else [meant])
     # A name that may be a host's is not taken for one.
     assert ("a host of that name is tcp:" in said) == bool(re.fullmatch("[^:]*:[0-9]+", text))
@@ -185,7 +186,7 @@ def some_address(chance: random.Random) -> str:
 
 def test_an_address_is_the_same_in_whatever_form_and_among_whatever_fields() -> None:
     chance = random.Random(20261124)
-    for _ in range(3000):
+    for _ in range(1500):
         port = str(chance.randrange(65536))
         host = chance.choice([some_address(chance), "127.0.0.1", "localhost", "a.b-1.example", "*"])
         values = {"backlog": "5", "alpn": "h2", "x": chance.choice(["a=b", "", "a:b", "\\", "[::1]", "=", "::1"])}
@@ -238,7 +239,7 @@ def test_whatever_twisted_understands_is_read_as_it_reads_it() -> None:
         "]",
     ]
     same = 0
-    for _ in range(30_000):
+    for _ in range(12_000):
         kind = chance.choice(["tcp", "tcp6", "ssl", "unix", "systemd", "slow"])
         text = f"{kind}:{''.join(chance.choices(words, k=chance.randrange(1, 7)))}"
         try:
@@ -262,7 +263,7 @@ def test_whatever_twisted_understands_is_read_as_it_reads_it() -> None:
         assert [found.kind, *found.positional] == positional, text
         assert found.keywords == keywords, text
         same += 1
-    assert same > 5000
+    assert same > 2000
 
 
 @pytest.mark.parametrize("prefix", ["", "ssl:", "proxy:", "proxy:ssl:"])
