@@ -503,8 +503,9 @@ class _Settings:
 
     def status_hosts(self) -> frozenset[str]:
         """The host names that clients of the status server may name, in lower case."""
-        interface = parse(self._in_force.status).interface.lower()
-        return frozenset((*self._in_force.status_host, interface.removesuffix("."))) - {""}
+        interface = parse(self._in_force.status).interface.lower().removesuffix(".")
+        # Every address of this host is no host name, and not the `*` of --status-host, which is any name.
+        return frozenset((*self._in_force.status_host, *([] if interface in ("", "*") else [interface])))
 
     def _wanted(self) -> Loaded:
         """What the file says now; raises SettingError."""

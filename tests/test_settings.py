@@ -29,7 +29,7 @@ from rtservice.settings import (
     shown,
     whole_number,
 )
-from rtservice.tap import Options
+from rtservice.tap import Options, _Settings
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -699,3 +699,22 @@ def test_an_option_that_does_not_exist_is_answered_with_the_one_that_was_meant(o
     assert str(caught.value) == f"rtservice: option {name} not recognized{hint} (see twistd rtservice --help)"
     with pytest.raises(SystemExit, match=f"option {name} not recognized"):
         Options().parseOptions([option])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hosts"),
+    [
+        ([], set()),
+        (["--status=9090"], set()),
+        (["--status=*:9090"], set()),
+        (["--status=tcp:9090:interface=*"], set()),
+        (["--status=Status.Example.com.:9090"], {"status.example.com"}),
+        (["--status=tcp:web:9090", "--status-host=a,b"], {"web", "a", "b"}),
+        (["--status=*:9090", "--status-host=*"], {"*"}),
+    ],
+)
+def test_the_status_server_is_asked_for_by_the_name_in_its_description(arguments, hosts) -> None:
+    """`*` there is every address, and lets no name in: an attacker's could be pointed at one of them."""
+    options = Options()
+    options.parseOptions(arguments)
+    assert _Settings(options, log=None).status_hosts() == hosts
