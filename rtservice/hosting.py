@@ -7,7 +7,9 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
+import sys
 import traceback
 import types
 import typing
@@ -37,6 +39,8 @@ from rtservice.settings import (
     as_text,
     printable,
 )
+from rtservice.suggestions import did_you_mean, nearest
+from rtservice.utf8 import NotUTF8Error, decode_utf8
 
 # Entry points of this group have names under which installed packages offer their protocols.
 GROUP = "rtservice.protocols"
@@ -117,22 +121,57 @@ def _find(name: str) -> Any:
             path = entry.value.partition("[")[0].strip()
     module, colon, attributes = path.partition(":")
     if not colon:
-        raise SettingError(f"not one of {', '.join(_installed())}, nor package.module:name")
+        known = f"not one of {', '.join(_installed())}, nor package.module:name"
+        raise SettingError(f"{known}{did_you_mean(_named_or_path(path) or nearest(path, _installed()))}")
     if not all(part.isidentifier() for part in (*module.split("."), *attributes.split("."))):
-        raise SettingError(f"{printable(path)} is not package.module:name")
-    found: Any = _imported(module)
+        raise SettingError(f"{printable(path)} is not package.module:name{did_you_mean(_without_file(path))}")
+    found: Any = _imported(module, attributes)
     where = module
     for part in attributes.split("."):
         try:
             found = getattr(found, part)
         except AttributeError:
-            raise SettingError(f"there is no {part!r} in {where}") from None
+            near = nearest(part, _public_names(found))
+            meant = near and f"{module}:{f'{where}.{near}'.removeprefix(f'{module}.')}"
+            raise SettingError(f"there is no {part!r} in {where}{did_you_mean(meant)}") from None
         except Exception as error:  # a property of theirs
             raise SettingError(f"{where}.{part} cannot be had: {_told(error)}") from error
         where += f".{part}"
     if not callable(found) or _is_no_stream(found):
         raise SettingError(f"{path} is not a {_ACCEPTED}")
     return found
+
+
+def _named_or_path(name: str) -> str | None:
+    """What a name without a colon may have been meant as: `shout:Shout` for `shout.Shout` or for a file's path."""
+    if (meant := _without_file(name)) is not None:
+        return meant
+    module, _, attribute = name.rpartition(".")
+    return f"{module}:{attribute}" if module and name.replace(".", "").isidentifier() else None
+
+
+def _without_file(path: str) -> str | None:
+    """The module and the name that were meant by a file's path: `shout:Shout` for `./shout.py:Shout`."""
+    file, _, attributes = path.partition(":")
+    module = os.path.basename(file).removesuffix(".py")
+    if not (file.endswith(".py") or "/" in file) or not module.isidentifier():
+        return None
+    return f"{module}:{attributes or 'NAME'}"
+
+
+def _public_names(found: Any) -> list[str]:
+    try:
+        return [name for name in dir(found) if not name.startswith("_")]
+    except Exception:  # a __dir__ of theirs
+        return []
+
+
+def _near_module(missing: str) -> str | None:
+    """A module beside the place of one that does not exist, with a similar name."""
+    package, dot, name = missing.rpartition(".")
+    path = getattr(sys.modules.get(package), "__path__", None) if package else None
+    near = nearest(name, sorted(found.name for found in pkgutil.iter_modules(path)))
+    return near and f"{package}{dot}{near}"
 
 
 def _is_no_stream(found: Any) -> bool:
@@ -148,16 +187,19 @@ def _is_factory(found: Any) -> bool:
     return IProtocolFactory.implementedBy(found) or hasattr(found, "buildProtocol")
 
 
-def _imported(module: str) -> types.ModuleType:
+def _imported(module: str, attributes: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise SettingError(f"{module} cannot be imported: {_told(error)}") from error
         top = module.partition(".")[0]
-        here = any(Path(path).exists() for path in (top, f"{top}.py"))
+        here = error.name == top and any(Path(path).exists() for path in (top, f"{top}.py"))
         hint = "; it is in the current directory, where PYTHONPATH=. has it found" if here else ""
-        raise SettingError(f"there is no module {error.name}{hint}") from None
+        meant = _without_file(f"{module}:{attributes}")
+        if meant is None and not here and (near := _near_module(error.name)):
+            meant = f"{near}{module.removeprefix(error.name)}:{attributes}"
+        raise SettingError(f"there is no module {error.name}{hint}{did_you_mean(meant)}") from None
     except (Exception, SystemExit) as error:  # whatever a module does when it is imported
         raise SettingError(f"{module} cannot be imported: {_told(error)}") from error
 
@@ -384,7 +426,8 @@ def _arguments(maker: Any, given: Iterable[OptionValue], directory: str, open_va
         option = options.get(keyword)
         if option is None:
             if not (takes_any and keyword.isidentifier()):
-                raise SettingError(f"no option {name!r}; {_what_there_is(options)}")
+                known = [one.name for one in options.values()]
+                raise SettingError(f"no option {name!r}; {_what_there_is(options)}{did_you_mean(nearest(name, known))}")
             option = Option(name, TEXT, "")
         if option.kind is None:
             raise SettingError(f"option {name}: it is {option.annotation}, which no text can be; {_ADVICE}")
@@ -419,10 +462,10 @@ def _value(kind: Kind, given: OptionValue) -> Any:
     if kind is ESCAPED:  # a file of bytes has them as they are
         return given.text.encode("utf-8", "surrogateescape")
     try:
-        given.text.encode()
-    except UnicodeEncodeError:
-        raise BadValueError(given.text, "is not UTF-8") from None
-    return kind.parse(given.text)
+        text = decode_utf8(given.text.encode("utf-8", "surrogateescape"))
+    except NotUTF8Error as error:
+        raise BadValueError(given.text, f"of {given.file!r} {error}" if given.file else str(error)) from None
+    return kind.parse(text)
 
 
 _ADVICE = "name a function that returns the factory"

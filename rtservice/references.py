@@ -25,6 +25,8 @@ class OptionValue:
     name: str
     text: str = field(repr=False)
     referred: bool = False
+    # The path of the file that it comes from, for what errors say; empty for another source.
+    file: str = field(default="", compare=False)
 
 
 def is_reference(text: str) -> bool:
@@ -46,7 +48,8 @@ def resolve(option: str, environment: Mapping[str, str], directory: str) -> Opti
     if text.startswith(("@@", "$$")):
         return OptionValue(name, text[1:])
     if text.startswith("@"):
-        return OptionValue(name, _read(name, text[1:], directory), referred=True)
+        path, content = _read(name, text[1:], directory)
+        return OptionValue(name, content, referred=True, file=path)
     if text.startswith("$"):
         if not _VARIABLE.fullmatch(text):
             raise UnresolvedError(
@@ -58,7 +61,7 @@ def resolve(option: str, environment: Mapping[str, str], directory: str) -> Opti
     return OptionValue(name, text)
 
 
-def _read(name: str, path: str, directory: str) -> str:
+def _read(name: str, path: str, directory: str) -> tuple[str, str]:
     if not path:
         raise UnresolvedError(f"option {name}: no path follows @; @@ begins a value that begins with @")
     path = os.path.normpath(os.path.join(directory, path))
@@ -77,4 +80,4 @@ def _read(name: str, path: str, directory: str) -> str:
         raise UnresolvedError(f"option {name}: the file {path!r} is longer than {_LONGEST} bytes")
     if content.endswith(b"\n"):
         content = content[:-1].removesuffix(b"\r")
-    return content.decode("utf-8", "surrogateescape")
+    return path, content.decode("utf-8", "surrogateescape")

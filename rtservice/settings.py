@@ -20,6 +20,8 @@ from typing import Any, Literal, get_args
 from rtservice.hidden import HIDDEN, hide_in_description
 from rtservice.protocols.echo import Framing, Greet
 from rtservice.references import is_reference
+from rtservice.suggestions import did_you_mean, nearest
+from rtservice.utf8 import NotUTF8Error, decode_utf8
 
 LogLevelName = Literal["debug", "info", "warn", "error", "critical"]
 AtLimit = Literal["pause", "reject"]
@@ -145,6 +147,9 @@ def _parse_networks(value: str) -> tuple[Network, ...]:
     networks = []
     for part in value.split(","):
         part = part.strip()
+        bracketed = re.fullmatch(r"\[([0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)\](/[0-9]+)?", part)
+        if bracketed:
+            part = bracketed[1] + (bracketed[2] or "")
         try:
             network = ipaddress.ip_network(part, strict=False)
             # An address may carry a scope, a network of peers may not: `fe80::1%eth0`.
@@ -259,10 +264,21 @@ def _parse_hosts(value: str) -> tuple[str, ...]:
     hosts = []
     for part in value.split(",") if value else ():
         name = part.strip().removesuffix(".").lower()
-        if name != "*" and not _HOST.fullmatch(name):
+        bare = name[1:-1] if name.startswith("[") and name.endswith("]") else name
+        if _is_ipv6(bare):
+            name = bare
+        elif name != "*" and not _HOST.fullmatch(name):
             raise SettingError(f"{part.strip()!r} is not a host name such as status.example.com, or *")
         hosts.append(name)
     return tuple(hosts)
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 FLAG = Kind("true or false", _parse_flag, (bool,))
@@ -339,14 +355,16 @@ class Settings:
     interface: str = _setting(
         "",
         TEXT,
-        "Address or host name that `--port` listens on, instead of all; an IPv6 address needs no brackets.",
+        "Address or host name that `--port` listens on, instead of all: `127.0.0.1`, `::1`, `fe80::1%eth0`, "
+        "`localhost`.",
         short="i",
     )
     listen: tuple[str, ...] = _setting(
         (),
         DESCRIPTION,
         "A description in Twisted's endpoint syntax, instead of `--port`; repeatable: `tcp:8080`, "
-        "`tcp6:8080:interface=::1`, `ssl:8443:privateKey=key.pem:certKey=cert.pem`, `ssl:8443:certificates=/dir`, "
+        "`127.0.0.1:8080`, `[::1]:8080`, `tcp6:8080:interface=::1`, "
+        "`ssl:8443:privateKey=key.pem:certKey=cert.pem`, `ssl:8443:certificates=/dir`, "
         "`unix:/run/rt.sock:mode=660`, `systemd:name=web`, any other that Twisted knows; `proxy:` before one of them "
         "takes PROXY headers.",
         short="l",
@@ -464,7 +482,7 @@ class Settings:
         "",
         TEXT,
         "Where to serve the status page, `/status.json`, `/metrics`, `/healthz` and `/readyz` over HTTP, as `--listen` "
-        "has it: `tcp:9090` is on loopback unless it has an `interface=`. Nowhere if empty.",
+        "has it: `tcp:9090` is on loopback unless it has an address, such as `*:9090`. Nowhere if empty.",
     )
     # A page of an attacker's, whose name resolves to our address by now, asks with that name (DNS rebinding).
     status_host: tuple[str, ...] = _setting(
@@ -624,13 +642,17 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
     return Loaded(Settings(**{name.replace("-", "_"): value for name, value in values.items()}), sources)
 
 
+# What a JSON array of strings cannot begin with.
+_BRACKETED_ADDRESS = re.compile(r"\s*\[[0-9A-Fa-f]*\\?:")
+
+
 def _texts(name: str, value: str) -> list[str]:
     """The texts of a variable that holds several: a JSON array of strings, or texts with white space between them.
 
     JSON, and not the quotes of a shell: these are in use, and so are backslashes, and nothing that begins with [ was
-    right before.
+    right before, but for an IPv6 address in brackets.
     """
-    if not value.lstrip().startswith("["):
+    if not value.lstrip().startswith("[") or _BRACKETED_ADDRESS.match(value):
         return value.split()
     try:
         texts = json.loads(value)
@@ -681,12 +703,12 @@ def _read(config: str) -> dict[str, Any]:
         # A pipe would give nothing to a reload, and so the defaults to everything, or keep the whole service waiting.
         with open(config, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return tomllib.load(file)
+                return tomllib.loads(decode_utf8(file.read()))
             problem = "is not a regular file, which a reload could read again"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+    except NotUTF8Error as error:
+        problem = str(error)
     # tomllib's own error is a ValueError; int() has another for thousands of digits, and arrays may nest too deeply.
     except (ValueError, RecursionError) as error:
         problem = f"is not TOML: {error}"
@@ -700,13 +722,9 @@ def _parsed(given: Mapping[str, Any], key_of: Callable[[str], str], *, prefix: s
     for key, value in given.items():
         where = prefix + printable(key)
         if key not in settings:
-            import difflib  # a rare need
-
             # Without what all keys of a layer share, which would make them all alike.
-            bare = key.removeprefix(_PREFIX).lower().replace("_", "-")
-            close = difflib.get_close_matches(bare, [setting.name for setting in schema()], 1)
-            hint = f"; did you mean {key_of(close[0])}?" if close else ""
-            raise SettingError(f"{where}: no such setting{hint}")
+            meant = nearest(key.removeprefix(_PREFIX), [setting.name for setting in schema()])
+            raise SettingError(f"{where}: no such setting{did_you_mean(meant and key_of(meant))}")
         try:
             values[settings[key].name] = _value(settings[key], value)
         except ValueError as error:  # also Python's own, of an integer that is too long to be shown

@@ -11,12 +11,13 @@ import contextlib
 import dataclasses
 import os
 import pwd
+import re
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python import usage
@@ -32,7 +33,9 @@ from rtservice.host.server import Server, descriptors_for_side, raise_descriptor
 from rtservice.host.side import Side
 from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
+from rtservice.net.description import Description, parse, unknown_type
 from rtservice.net.listeners import Listener, ListenError
+from rtservice.net.places import first_conflict
 from rtservice.net.tls import TLSError, ignore_bad_names
 from rtservice.observe import logs
 from rtservice.observe.lines import Lines, Output, say_aside
@@ -40,8 +43,7 @@ from rtservice.observe.logfile import LogFile, check_file
 from rtservice.observe.logs import AccessLog, Format, Levels, Log
 from rtservice.references import OptionValue
 from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
-
-_Found = TypeVar("_Found")
+from rtservice.suggestions import did_you_mean, nearest
 
 # Of a listener of --status, whose clients wait for a fraction of a second when there are many.
 _STATUS_BACKLOG = 1024
@@ -105,9 +107,27 @@ class Options(usage.Options):
         try:
             super().parseOptions(options)
         except usage.UsageError as error:
-            raise SystemExit(f"rtservice: {error} (see twistd rtservice --help)") from None
+            hint = self._hint(str(error))
+            raise SystemExit(f"rtservice: {error}{hint} (see twistd rtservice --help)") from None
         except SettingError as error:
             raise SystemExit(f"rtservice: {error}") from None
+
+    def _hint(self, problem: str) -> str:
+        """What may have been meant by an option that does not exist."""
+        match = re.fullmatch(r"option -{1,2}([\w-]+) not recognized", problem)
+        if match is None:
+            return ""
+        name = match[1]
+        # `twistd`, or `twist`.
+        command: Any = self.parent
+        others = [] if command is None else [_option_name(option) for option in command.longOpt]
+        letters = "" if command is None else command.shortOpt.replace(":", "")
+        if name in others or (len(name) == 1 and name in letters):
+            return f"; put -{'' if len(name) == 1 else '-'}{name} before the word rtservice"
+        ours = [_option_name(option) for option in self.longOpt]
+        meant = nearest(name, (*others, *ours))
+        hint = did_you_mean(meant and f"--{meant}")
+        return f"{hint} It stands before the word rtservice" if meant in others else hint
 
     def parseArgs(self, *args: str) -> None:
         if args and self.get("protocol-option"):  # most often the second half of a value
@@ -155,6 +175,11 @@ class Options(usage.Options):
     def protocol_options(self, loaded: Loaded) -> tuple[OptionValue, ...]:
         """The options of the protocol with what their files hold now; raises SettingError."""
         return hosting.resolve_options(loaded, self._environment, self._started_in)
+
+
+def _option_name(option: str) -> str:
+    """An option as it is typed, of what usage.Options has for getopt."""
+    return option.removesuffix("=").replace("_", "-")
 
 
 def _flag(setting: settings.Setting) -> Callable[[Options], None]:
@@ -358,10 +383,6 @@ def _open_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def _is_ours(description: str) -> bool:
-    return listeners.split_description(description)[0] in listeners.TYPES
-
-
 def _open(
     loaded: Loaded, resolve_path: Callable[[str], str], slots: int
 ) -> tuple[list[Listener], list[tuple[str, Any]], list[Listener]]:
@@ -369,59 +390,97 @@ def _open(
 
     Raises SettingError.
     """
-    in_force = loaded.settings
+    wanted, status = _read_listeners(loaded, resolve_path, slots)
+    endpoints = [
+        (hide_in_description(description), endpoint) for description, endpoint in _other_endpoints(loaded, slots)
+    ]
+    _check_places(wanted, status)
     opened: list[Listener] = []
-    endpoints: list[tuple[str, Any]] = []
     try:
-        for description in in_force.listen:
-            shown = hide_in_description(description)
-            with _naming(f"{loaded.where('listen')} {printable(shown)}"):
-                if _is_ours(description):
-                    opened += listeners.open_description(
-                        description, backlog=in_force.backlog, resolve_path=resolve_path, slots=slots
-                    )
-                else:
-                    endpoints.append((shown, _other_endpoint(description, slots)))
-        if not in_force.listen:
-            with _naming(_port_and_interface(loaded)):
-                opened += listeners.open_port(
-                    in_force.port, interface=in_force.interface, backlog=in_force.backlog, slots=slots
-                )
-        status = _status(loaded, listeners.open_description, resolve_path=resolve_path, backlog=_STATUS_BACKLOG)
+        for setting, one in wanted:
+            with _naming(setting):
+                opened += one.open()
+        for setting, one in status:
+            with _naming(setting):
+                return opened, endpoints, one.open()
     except BaseException:
         for listener in opened:
             listener.close()
         raise
-    return opened, endpoints, status or []
+    return opened, endpoints, []
 
 
-def _status(loaded: Loaded, use: Callable[..., _Found], **how: Any) -> _Found | None:
-    """What `use` makes of the description of --status, if there is one. Raises SettingError."""
-    description = loaded.settings.status
-    if not description:
-        return None
-    with _naming(f"{loaded.where('status')} {printable(hide_in_description(description))}"):
-        if listeners.split_description(description)[0] not in listeners.TYPES - {"proxy", "haproxy"}:
-            raise ListenError("it is served on one of ssl, systemd, tcp, tcp6, unix")
-        return use(description, loopback=True, **how)
+# Settings, as errors begin, with what they want to listen on.
+_Listeners = list[tuple[str, listeners.Wanted]]
+
+
+def _read_listeners(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> tuple[_Listeners, _Listeners]:
+    """What is to be listened on by this package, and for --status, with nothing opened. Raises SettingError."""
+    in_force = loaded.settings
+    wanted: _Listeners = []
+    for description in in_force.listen:
+        with _naming(setting := _described(loaded, "listen", description)):
+            if parse(description).ours:
+                one = listeners.read_description(
+                    description, backlog=in_force.backlog, resolve_path=resolve_path, slots=slots
+                )
+                wanted.append((setting, one))
+    if not in_force.listen:
+        one = listeners.read_port(in_force.port, interface=in_force.interface, backlog=in_force.backlog, slots=slots)
+        wanted.append((_port_and_interface(loaded), one))
+    status: _Listeners = []
+    if in_force.status:
+        with _naming(setting := _described(loaded, "status", in_force.status)):
+            read = parse(in_force.status)
+            if not read.ours:
+                raise ListenError(unknown_type(read, proxy=False))
+            if read.proxied:
+                raise ListenError("the status server takes no PROXY headers; leave proxy: out")
+            one = listeners.read_description(
+                in_force.status, backlog=_STATUS_BACKLOG, resolve_path=resolve_path, loopback=True
+            )
+            status.append((setting, one))
+    return wanted, status
+
+
+def _described(loaded: Loaded, name: str, description: str) -> str:
+    return f"{loaded.where(name)} {printable(hide_in_description(description))}"
+
+
+def _other_endpoints(loaded: Loaded, slots: int) -> Iterator[tuple[str, Any]]:
+    """The descriptions that are Twisted's or a plugin's to understand, with their endpoints. Raises SettingError."""
+    for description in loaded.settings.listen:
+        with _naming(_described(loaded, "listen", description)):
+            if not parse(description).ours:
+                yield description, _other_endpoint(description, slots)
+
+
+def _check_places(wanted: _Listeners, status: _Listeners, *, look_up: bool = True) -> None:
+    """Find two listeners that exclude each other, before any is bound. Raises SettingError."""
+    places = []
+    for setting, one in (*wanted, *status):
+        with _naming(setting):
+            places.append((setting, one.places(look_up=look_up)))
+    if conflict := first_conflict(places):
+        raise SettingError(": ".join(conflict))
 
 
 def _check(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> None:
     """Find what _open would, without a socket that listens. Raises SettingError."""
     in_force = loaded.settings
-    for description in in_force.listen:
-        with _naming(f"{loaded.where('listen')} {printable(hide_in_description(description))}"):
-            if _is_ours(description):
-                listeners.check_description(description, resolve_path=resolve_path)
-            else:
-                _other_endpoint(description, slots)
+    wanted, status = _read_listeners(loaded, resolve_path, slots)
+    for setting, one in wanted:
+        with _naming(setting):
+            one.check()
+    for _ in _other_endpoints(loaded, slots):
+        pass
     if in_force.access_log not in ("", "-"):
         with _opening(loaded.where("access-log"), in_force.access_log):
             check_file(resolve_path(in_force.access_log))
-    if not in_force.listen:
-        with _naming(_port_and_interface(loaded)):
-            listeners.check_port(in_force.port, interface=in_force.interface)
-    _status(loaded, listeners.check_description, resolve_path=resolve_path)
+    for setting, one in status:
+        with _naming(setting):
+            one.check()
+    _check_places(wanted, status)
 
 
 def _port_and_interface(loaded: Loaded) -> str:
@@ -429,6 +488,9 @@ def _port_and_interface(loaded: Loaded) -> str:
     interface = f" {loaded.where('interface')} {printable(given.interface)}" if given.interface else ""
     return f"{loaded.where('port')} {given.port}{interface}"
 
+
+# What says where to listen.
+_OF_LISTENERS = ("listen", "port", "interface", "status")
 
 # What a factory is made of.
 _OF_FACTORIES = ("protocol", "protocol-option", *hosting.ECHO_SETTINGS)
@@ -448,12 +510,20 @@ class _Settings:
 
     def status_hosts(self) -> frozenset[str]:
         """The host names that clients of the status server may name, in lower case."""
-        interface = listeners.interface_of(self._in_force.status).lower()
-        return frozenset((*self._in_force.status_host, interface.removesuffix("."))) - {""}
+        interface = parse(self._in_force.status).interface.lower().removesuffix(".")
+        # Every address of this host is no host name, and not the `*` of --status-host, which is any name.
+        return frozenset((*self._in_force.status_host, *([] if interface in ("", "*") else [interface])))
 
     def _wanted(self) -> Loaded:
         """What the file says now; raises SettingError."""
-        return self._options.reloaded()
+        wanted = self._options.reloaded()
+        if any(name in _OF_LISTENERS for name in settings.changes(self._in_force, wanted.settings)[1]):
+            # It takes a restart, which must not be what finds the mistake. No name server is asked: the service waits.
+            slots = _slots(wanted.settings)
+            resolve_path = _path_resolver(self._options.parent or {})
+            _check_places(*_read_listeners(wanted, resolve_path, slots), look_up=False)
+            _check_other_types(wanted, slots)
+        return wanted
 
     def _reloaded(self, wanted: settings.Settings, what: str = "reloaded") -> None:
         """All that can change is what was wanted now."""
@@ -698,10 +768,33 @@ def _naming(setting: str) -> Iterator[None]:
         raise SettingError(f"{setting}: {error}") from None
 
 
-def _other_endpoint(description: str, slots: int) -> Any:
-    """An endpoint of a kind that Twisted or one of its plugins knows; raises ListenError, also for several slots."""
+def _check_other_types(loaded: Loaded, slots: int) -> None:
+    """Find the descriptions of a type that nobody knows, and those that exclude workers. Raises SettingError."""
+    for description in loaded.settings.listen:
+        with _naming(_described(loaded, "listen", description)):
+            if not (read := parse(description)).ours:
+                _check_other_type(read, slots)
+
+
+def _check_other_type(description: Description, slots: int) -> None:
+    """Find whether the type of a description is one of Twisted's or of a plugin's; raises ListenError otherwise."""
+    from twisted.internet.interfaces import IStreamServerEndpointStringParser
+    from twisted.plugin import getPlugins
+
+    others = {plugin.prefix for plugin in getPlugins(IStreamServerEndpointStringParser)}
+    if description.kind not in others:
+        raise ListenError(unknown_type(description, () if slots > 1 else others))
     if slots > 1:
         raise ListenError(f"with --workers a listener is one of {', '.join(sorted(listeners.TYPES))}")
+
+
+def _other_endpoint(description: str, slots: int) -> Any:
+    """An endpoint of a kind that Twisted or one of its plugins knows; raises ListenError, also for several slots."""
+    read = parse(description)
+    _check_other_type(read, slots)
+    if read.kind == "tls" and "".join(read.positional[:1]).isdecimal():
+        # A directory that does not exist would be found when clients are there.
+        raise ListenError(f"Twisted's type tls begins with a directory, not with a port{did_you_mean('ssl:…')}")
     from twisted.internet import reactor
     from twisted.internet.endpoints import serverFromString
 
@@ -711,7 +804,9 @@ def _other_endpoint(description: str, slots: int) -> Any:
         raise ListenError(f"{error}; is an extra of Twisted missing (pip install 'twisted[tls]')?") from error
     except Exception as error:  # each parser, also those of plugins, raises its own
         why = hide_values(str(error) or type(error).__name__, values_in_description(description))
-        raise ListenError(f"not a usable endpoint description: {why}") from error
+        # Twisted's `tls` takes a directory, and its name is what most programs have for `ssl`.
+        hint = did_you_mean("ssl:…" if read.kind == "tls" else None)
+        raise ListenError(f"not a usable endpoint description: {why}{hint}") from error
 
 
 def _install_reactor(log: Log) -> None:

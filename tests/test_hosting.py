@@ -1,8 +1,10 @@
 """From names and texts to factories, without a reactor."""
 
+import importlib.metadata
+import re
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -196,6 +198,7 @@ def test_options_become_keyword_arguments_of_the_types_that_the_callable_says() 
         (["text=x", "other=1"], "option other: it is object, which no text can be"),
         ([], "option text is missing, a string"),
         (["text=x", "wohle=1"], "no option 'wohle'; it has text, raw, whole, number, flag, path, color, word, some"),
+        (["text=x", "Whole_=1"], "no option 'Whole_'; it has text, raw, whole, number, flag, path, color, word, some"),
     ],
 )
 def test_a_mistake_in_an_option_names_it_and_what_there_is(options, words) -> None:
@@ -279,7 +282,10 @@ def test_bytes_of_a_file_are_taken_as_they_are_and_texts_are_utf_8(tmp_path) -> 
     given = made("mine:Everything", "text=@text", "raw=@raw", directory=str(tmp_path)).given
     assert given["raw"] == b"\\q\xff\0"
     assert given["text"] == "grüß\n"
-    for option, words in (("text=@raw", "option text: the value is not UTF-8"), ("path=@nul", "the value holds a NUL")):
+    for option, words in (
+        ("text=@raw", f"option text: the value of '{tmp_path}/raw' is not UTF-8: line 1, the byte at offset 2"),
+        ("path=@nul", "the value holds a NUL"),
+    ):
         (tmp_path / "nul").write_bytes(b"a\0")
         assert words in problem("mine:Everything", option, directory=str(tmp_path))
 
@@ -380,23 +386,119 @@ def test_the_list_has_a_line_for_each_and_for_each_option() -> None:
     assert "    --protocol-option max-message=…: a whole number [default: 65536]" in lines
 
 
-def test_installed_packages_offer_protocols_by_name(tmp_path, monkeypatch) -> None:
-    package = tmp_path / "mine-1.0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (package / "entry_points.txt").write_text(
-        "[rtservice.protocols]\neverything = mine:Everything\nanswer = mine:Answer [extra]\n"
-        "gone = mine:Gone\necho = mine:Answer\n"
-    )
+@pytest.fixture
+def offer(tmp_path, monkeypatch) -> Callable[[str, str], None]:
+    """Installs a distribution of a name with entry points, whatever else is installed."""
     monkeypatch.syspath_prepend(tmp_path)
-    assert made("answer").logPrefix() == "Answer"
+
+    def offer(name: str, entry_points: str) -> None:
+        package = tmp_path / f"{name}-1.0.dist-info"
+        package.mkdir()
+        (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (package / "entry_points.txt").write_text(f"[rtservice.protocols]\n{entry_points}")
+
+    return offer
+
+
+def known(said: str) -> list[str]:
+    """The names of protocols in an error that lists them."""
+    match = re.search(r"not one of (.*), nor package\.module:name", said)
+    assert match is not None, said
+    return match[1].split(", ")
+
+
+@pytest.mark.parametrize("others", ["", "aaa = nowhere:X\nmine-other = mine:Late\nzzz = mine:Gone\nchat = nowhere:X\n"])
+def test_installed_packages_offer_protocols_by_name(offer, others) -> None:
+    """And what other packages have to offer changes nothing of it."""
+    before = set(known(problem("no-such-name")))
+    if others:
+        offer("others", others)
+    offer(
+        "mine",
+        "mine-everything = mine:Everything\nmine-answer = mine:Answer [extra]\n"
+        "mine-gone = mine:Gone\necho = mine:Answer\n",
+    )
+    assert made("mine-answer").logPrefix() == "Answer"
     assert isinstance(made("echo"), EchoFactory)  # nobody else takes the name of what ships
-    assert "not one of echo, " in problem("answers")
-    assert ", answer, everything, gone, nor package" in problem("answers")
+    names = known(problem("no-such-name"))
+    assert names[:2] == ["echo", "chat"]
+    assert names[2:] == sorted(set(names[2:]))
+    new = {"aaa", "mine-other", "zzz"} if others else set()
+    assert set(names) == before | new | {"mine-answer", "mine-everything", "mine-gone"}
+    assert problem("mine-answers").endswith("; did you mean mine-answer?")
     listed = listing()
-    assert "everything: Takes one of each.\n    --protocol-option text=…: a string [required]\n" in listed
+    assert "mine-everything: Takes one of each.\n    --protocol-option text=…: a string [required]\n" in listed
     assert "    --protocol-option color=…: one of red, blue [default: red]\n" in listed
     assert "    --protocol-option some=…: a whole number, repeatable [default: none]\n" in listed
     assert "    --protocol-option other=…: object, which no text can be [default: none]\n" in listed
-    assert "answer: (it says nothing about itself)\n" in listed
-    assert "gone: there is no 'Gone' in mine\n" in listed
+    assert "mine-answer: (it says nothing about itself)\n" in listed
+    assert "mine-gone: there is no 'Gone' in mine" in listed
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("mine.Answer", "mine:Answer"),
+        ("twisted.protocols.wire.Discard", "twisted.protocols.wire:Discard"),
+        ("chatt", "chat"),
+        ("Echo", "echo"),
+        ("mine.py", "mine:NAME"),
+        ("./sub/mine.py", "mine:NAME"),
+        ("mine.py:Answer", "mine:Answer"),
+        ("/srv/mine.py:Answer", "mine:Answer"),
+        ("mine:answer", "mine:Answer"),
+        ("mine:Anwser", "mine:Answer"),
+        ("mine:Color.RAD", "mine:Color.RED"),
+        ("twisted.protocols.wir:Discard", "twisted.protocols.wire:Discard"),
+        ("twistd.protocols.wire:Discard", "twisted.protocols.wire:Discard"),
+        ("twisted.protocols.wire:Discrad", "twisted.protocols.wire:Discard"),
+        ("zzzz", None),
+        ("mine:Zzzzzz", None),
+        ("mine:_Zzzzzz", None),
+    ],
+)
+def test_a_name_that_does_not_exist_is_answered_with_the_one_that_was_meant(monkeypatch, name, meant) -> None:
+    # What is installed here may be nearer.
+    nothing = importlib.metadata.EntryPoints()
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **given: nothing)
+    said = problem(name)
+    assert re.findall("did you mean (.*?)[?]", said) == ([] if meant is None else [meant]), said
+
+
+def test_a_module_whose_names_cannot_be_listed_is_no_traceback(monkeypatch) -> None:
+    def refuse() -> list[str]:
+        raise RuntimeError
+
+    monkeypatch.setattr(sys.modules["mine"], "__dir__", refuse, raising=False)
+    assert problem("mine:Nothing").endswith("there is no 'Nothing' in mine")
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [("max_mesage=5", "max-message"), ("maxmessage=5", "max-message"), ("Greeting=x", "greeting"), ("zzz=x", None)],
+)
+def test_an_option_that_does_not_exist_is_answered_with_the_one_that_was_meant(option, meant) -> None:
+    said = problem("echo", option)
+    assert re.findall("; did you mean (.*?)[?]$", said) == ([] if meant is None else [meant]), said
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("grün\n".encode("utf-8-sig"), None),
+        ("grün\r\n".encode("utf-8-sig"), None),
+        ("grün".encode("utf-16"), "is UTF-16 by its byte order mark; save it as UTF-8"),
+        ("grün".encode("utf-32"), "is UTF-32 by its byte order mark; save it as UTF-8"),
+        ("a\nb\ngrün".encode("latin-1"), "is not UTF-8: line 3, the byte at offset 6"),
+    ],
+)
+def test_a_text_of_a_file_is_utf_8_with_or_without_a_mark(tmp_path, content, words) -> None:
+    (tmp_path / "text").write_bytes(content)
+    if words is None:
+        assert made("mine:Everything", "text=@text", directory=str(tmp_path)).given["text"] == "grün"
+    else:
+        said = problem("mine:Everything", "text=@text", directory=str(tmp_path))
+        assert said == f"--protocol mine:Everything: option text: the value of '{tmp_path}/text' {words}"
+    # Bytes are what they are.
+    raw = made("mine:Everything", "text=x", "raw=@text", directory=str(tmp_path)).given["raw"]
+    assert raw == content.removesuffix(b"\n").removesuffix(b"\r")

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from twisted.scripts.twistd import ServerOptions
 
 from rtservice import settings
 from rtservice.settings import (
@@ -28,7 +29,7 @@ from rtservice.settings import (
     shown,
     whole_number,
 )
-from rtservice.tap import Options
+from rtservice.tap import Options, _Settings
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -97,6 +98,7 @@ def test_a_word_may_stand_beside_numbers() -> None:
         ("Web-1, rt_service.,xn--bcher-kva.example", ("web-1", "rt_service", "xn--bcher-kva.example")),
         ("*", ("*",)),
         ("127.0.0.1", ("127.0.0.1",)),
+        ("::1, [2001:DB8::1],a", ("::1", "2001:db8::1", "a")),
     ],
 )
 def test_hosts_are_names_in_lower_case(text: str, hosts: tuple[str, ...]) -> None:
@@ -106,7 +108,21 @@ def test_hosts_are_names_in_lower_case(text: str, hosts: tuple[str, ...]) -> Non
 
 @pytest.mark.parametrize(
     "text",
-    [",", "a,", "a b", "a:80", "http://a", "[::1]", "*.example.com", "-a", "a..b", "b\xfccher.example", "a" * 64],
+    [
+        ",",
+        "a,",
+        "a b",
+        "a:80",
+        "http://a",
+        "[::1",
+        "[a]",
+        "[::1]:80",
+        "*.example.com",
+        "-a",
+        "a..b",
+        "b\xfccher.example",
+        "a" * 64,
+    ],
 )
 def test_what_is_no_host_name_is_refused(text: str) -> None:
     with pytest.raises(SettingError, match="is not a host name such as"):
@@ -119,6 +135,8 @@ def test_what_is_no_host_name_is_refused(text: str) -> None:
         ("10.0.0.0/8", ["10.0.0.0/8"]),
         ("192.0.2.1", ["192.0.2.1/32"]),
         ("2001:db8::1", ["2001:db8::1/128"]),
+        ("[2001:db8::1]", ["2001:db8::1/128"]),
+        ("::1,[2001:db8::]/32", ["::1/128", "2001:db8::/32"]),
         ("127.0.0.0/8, ::1/128,0.0.0.0/0", ["127.0.0.0/8", "::1/128", "0.0.0.0/0"]),
     ],
 )
@@ -133,6 +151,8 @@ def test_networks_are_addresses_with_and_without_a_prefix(text: str, networks: l
         ("10.0.0.0/8,", "'' is not a network"),
         ("5", "'5' is not a network"),
         ("localhost", "'localhost' is not a network"),
+        ("[10.0.0.1]", "'[10.0.0.1]' is not a network"),
+        ("[::1", "'[::1' is not a network"),
         ("10.0.0.0/33", "'10.0.0.0/33' is not a network"),
         ("10.0.0.0/8/8", "'10.0.0.0/8/8' is not a network"),
         ("fe80::1%eth0", "'fe80::1%eth0' is not a network"),
@@ -204,6 +224,20 @@ def test_a_variable_holds_several_descriptions_with_white_space_between_them() -
 
 
 @pytest.mark.parametrize(
+    ("text", "listen"),
+    [
+        ("[::1]:8080", ("[::1]:8080",)),
+        (" [2001:db8::1]:8080 tcp6:1:interface=::1", ("[2001:db8::1]:8080", "tcp6:1:interface=::1")),
+        (r"[\:\:1]:8080", (r"[\:\:1]:8080",)),
+        ('["[::1]:8080", "unix:/a b"]', ("[::1]:8080", "unix:/a b")),
+        ("[]", ()),
+    ],
+)
+def test_a_variable_may_begin_with_an_address_in_brackets(text, listen) -> None:
+    assert load({}, {"RTSERVICE_LISTEN": text}, None).settings.listen == listen
+
+
+@pytest.mark.parametrize(
     ("line", "problem"),
     [
         ("port = true", "port: true is not a whole number from 0 to 65535"),
@@ -248,7 +282,11 @@ def test_a_mistake_in_a_file_names_file_setting_value_and_what_is_accepted(confi
     [
         ("port = 1\nport = x", r"is not TOML: .*line 2, column 8"),
         ("port = 1\nport = 2", "is not TOML: "),
-        (b"greeting = 'gr\xfc\xdf'", "is not UTF-8: byte 0xfc at offset 14"),
+        (b"greeting = 'gr\xfc\xdf'", "is not UTF-8: line 1, the byte at offset 14$"),
+        (b"port = 1\r\n# \xfc", "is not UTF-8: line 2, the byte at offset 12$"),
+        ("port = 1".encode("utf-16"), "is UTF-16 by its byte order mark; save it as UTF-8$"),
+        ("port = 1".encode("utf-32"), "is UTF-32 by its byte order mark; save it as UTF-8$"),
+        ("port = 1".encode("utf-16-le"), r"is not TOML: .*line 1, column 2"),
         ("port = " + "9" * 5000, "is not TOML: "),
         ("port = " + "[" * 5000, "is not TOML: "),
     ],
@@ -258,6 +296,13 @@ def test_a_file_that_is_not_toml_is_named(config, content, problem) -> None:
     with pytest.raises(SettingError, match=re.escape(file) + ": " + problem) as caught:
         load({}, {}, file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_is_read_as_any_editor_writes_it(config, encoding, end) -> None:
+    in_force = load({}, {}, config(f"port = 1{end}# ü{end}greeting = 'ü'{end}".encode(encoding))).settings
+    assert (in_force.port, in_force.greeting) == (1, "ü".encode())
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path) -> None:
@@ -629,3 +674,47 @@ def test_a_mistake_is_one_line_that_names_setting_and_value(arguments: list[str]
     assert names in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--draintimeout=3", "; did you mean --drain-timeout?"),
+        ("--drain_timeout=3", "; did you mean --drain-timeout?"),
+        ("--ports=3", "; did you mean --port?"),
+        ("--protocol-options=a=b", "; did you mean --protocol-option?"),
+        ("--logfile=x", "; put --logfile before the word rtservice"),
+        ("--nodaemon", "; put --nodaemon before the word rtservice"),
+        ("-n", "; put -n before the word rtservice"),
+        ("--pidflie=x", "; did you mean --pidfile? It stands before the word rtservice"),
+        ("--no_save", "; did you mean --no-save? It stands before the word rtservice"),
+        ("--zzzzzz", ""),
+        ("-Z", ""),
+    ],
+)
+def test_an_option_that_does_not_exist_is_answered_with_the_one_that_was_meant(option: str, hint: str) -> None:
+    name = option.partition("=")[0]
+    with pytest.raises(SystemExit) as caught:
+        ServerOptions().parseOptions(["rtservice", option])
+    assert str(caught.value) == f"rtservice: option {name} not recognized{hint} (see twistd rtservice --help)"
+    with pytest.raises(SystemExit, match=f"option {name} not recognized"):
+        Options().parseOptions([option])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hosts"),
+    [
+        ([], set()),
+        (["--status=9090"], set()),
+        (["--status=*:9090"], set()),
+        (["--status=tcp:9090:interface=*"], set()),
+        (["--status=Status.Example.com.:9090"], {"status.example.com"}),
+        (["--status=tcp:web:9090", "--status-host=a,b"], {"web", "a", "b"}),
+        (["--status=*:9090", "--status-host=*"], {"*"}),
+    ],
+)
+def test_the_status_server_is_asked_for_by_the_name_in_its_description(arguments, hosts) -> None:
+    """`*` there is every address, and lets no name in: an attacker's could be pointed at one of them."""
+    options = Options()
+    options.parseOptions(arguments)
+    assert _Settings(options, log=None).status_hosts() == hosts

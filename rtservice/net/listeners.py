@@ -23,6 +23,19 @@ from functools import partial
 from typing import Any, get_args
 
 from rtservice.net.crl import RevocationLists
+from rtservice.net.description import (
+    ARGUMENTS,
+    PROXY,
+    Description,
+    address_name,
+    bare_host,
+    parse,
+    tcp_name,
+    unix_name,
+)
+from rtservice.net.description import TYPES as TYPES
+from rtservice.net.description import ListenError as ListenError  # what the rest of the package imports from here
+from rtservice.net.places import FilePlace, PassedPlace, Place, TCPPlace
 from rtservice.net.tls import (
     Certificate,
     Context,
@@ -34,6 +47,7 @@ from rtservice.net.tls import (
     TLSError,
     fingerprint,
 )
+from rtservice.suggestions import did_you_mean, nearest
 
 # sd_listen_fds(3): the first descriptor that the service manager passes.
 _LISTEN_FDS_START = 3
@@ -46,10 +60,6 @@ _SAME_PORT_TRIES = 32
 
 
 Socket = socket.socket  # where a field of this name hides the module
-
-
-class ListenError(Exception):
-    """A description cannot become listening sockets; the text says what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -183,37 +193,11 @@ class Listener:
         self.remove_file()
 
 
-# --- descriptions: Twisted's endpoint syntax ---
-
-
-def split_description(description: str) -> tuple[str, list[str], dict[str, str]]:
-    r"""The type, the positional arguments and the keywords of a description in Twisted's endpoint syntax.
-
-    Colons separate, the first `=` of a part makes a keyword, and a backslash takes the next character as it is. A bare
-    number is a TCP port. Raises ListenError.
-    """
-    if re.fullmatch(r"[0-9]+", description):
-        return "tcp", [description], {}
-    positional: list[str] = []
-    keywords: dict[str, str] = {}
-    for part in re.findall(r"(?:^|:)((?:\\.|[^:\\])*)", description, re.DOTALL):
-        match = re.fullmatch(r"((?:\\.|[^=\\])*)(=?)(.*)", part, re.DOTALL)
-        assert match is not None  # every part of the shape above has this one
-        key, equals, value = match.groups()
-        key, value = (re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL) for text in (key, value))
-        if equals:
-            if key in keywords:
-                raise ListenError(f"{key}= is given twice")
-            keywords[key] = value
-        else:
-            positional.append(key)
-    if not positional:
-        raise ListenError("it does not begin with a type such as tcp: or unix:")
-    return positional[0], positional[1:], keywords
+# --- descriptions ---
 
 
 def _arguments(
-    positional: list[str], keywords: Mapping[str, str], names: tuple[str, ...], also: tuple[str, ...] = ()
+    positional: Sequence[str], keywords: Mapping[str, str], names: tuple[str, ...], also: tuple[str, ...] = ()
 ) -> dict[str, str]:
     """Bind arguments as Twisted's parsers do: `names` by position or keyword, `also` by keyword alone."""
     if len(positional) > len(names):
@@ -221,7 +205,8 @@ def _arguments(
     bound = dict(zip(names, positional, strict=False))
     for key, value in keywords.items():
         if key not in names + also:
-            raise ListenError(f"unknown keyword {key!r}; known are {', '.join(names + also)}")
+            meant = did_you_mean(nearest(key, names + also))
+            raise ListenError(f"unknown keyword {key!r}; known are {', '.join(names + also)}{meant}")
         if key in bound:
             raise ListenError(f"{key} is given twice")
         bound[key] = value
@@ -234,15 +219,67 @@ def _number(what: str, text: str, low: int, high: int) -> int:
     return int(text)
 
 
-def open_description(
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be listened on, understood and not yet looked up, read or opened. Its methods raise ListenError.
+
+    A check finds what `open` would, and listens on nothing. Whether a port is free and permitted, or a socket file in
+    use, it does not find out: only binding it would tell. Of `systemd:` only the words are looked at when there are no
+    sockets that were passed.
+    """
+
+    _open: Callable[[], list[Listener]]
+    _check: Callable[[], None]
+    _places: Callable[[bool], list[Place]]
+    _tls: ServerTLS | DirectoryTLS | None = None
+    _proxied: bool = False
+
+    def open(self) -> list[Listener]:
+        """The listening sockets."""
+        # Before anything is bound: a file that is wrong is found without a client that waits in a queue.
+        read = fingerprint(self._tls.files()) if self._tls is not None else ()
+        loaded = _load(self._tls)
+        opened = self._open()
+        for listener in opened:
+            if loaded is not None:
+                listener.adopt(loaded)
+                listener.read = read
+                listener.source = self._tls
+                listener.name = f"ssl:{listener.name.removeprefix('tcp:')}"
+            if self._proxied:
+                listener.proxied = True
+                listener.name = f"proxy:{listener.name}"
+        return opened
+
+    def check(self) -> None:
+        """Find what `open` would."""
+        _load(self._tls)
+        self._check()
+
+    def places(self, *, look_up: bool = True) -> list[Place]:
+        """Where it listens. Without `look_up` no name server is asked: a host name stands for itself."""
+        return self._places(look_up)
+
+
+def open_description(description: str, **how: Any) -> list[Listener]:
+    """The listening sockets of one description; the arguments are those of `read_description`. Raises ListenError."""
+    return read_description(description, **how).open()
+
+
+def check_description(description: str, **how: Any) -> None:
+    """Find what `open_description` would, and listen on nothing; raises ListenError."""
+    read_description(description, **{"backlog": 1, **how}).check()
+
+
+def read_description(
     description: str,
     *,
     backlog: int,
     resolve_path: Callable[[str], str] = os.path.abspath,
     slots: int = 0,
     loopback: bool = False,
-) -> list[Listener]:
-    r"""The listening sockets of one description whose type is in `TYPES`.
+) -> Wanted:
+    r"""Understand one description whose type is in `TYPES`; no name is looked up, no file or socket touched.
 
     TLS is `ssl:8443:privateKey=…:certKey=…`, or `ssl:` before a description of another type, which then takes the same
     keywords: `ssl:systemd:name=web:privateKey=…`. `certificates=` is a directory in the place of both (DirectoryTLS),
@@ -254,98 +291,25 @@ def open_description(
     certificates absolute. With `slots`, a TCP listener has a socket for each of them. With `loopback`, TCP is on the
     loopback address where the description has no interface. Raises ListenError.
     """
-    wanted = _read(description, backlog, resolve_path, slots, loopback)
-    # Before anything is bound: a file that is wrong is found without a client that waits in a queue.
-    read = fingerprint(wanted.tls.files()) if wanted.tls is not None else ()
-    loaded = _load(wanted.tls)
-    opened = wanted.open()
-    for listener in opened:
-        if loaded is not None:
-            listener.adopt(loaded)
-            listener.read = read
-            listener.source = wanted.tls
-            listener.name = f"ssl:{listener.name.removeprefix('tcp:')}"
-        if wanted.proxied:
-            listener.proxied = True
-            listener.name = f"proxy:{listener.name}"
-    return opened
-
-
-def check_description(
-    description: str, *, resolve_path: Callable[[str], str] = os.path.abspath, loopback: bool = False
-) -> None:
-    """Find what `open_description` would, and listen on nothing; raises ListenError.
-
-    Whether a port is free and permitted, or a socket file in use, is not found out: only binding it would tell.
-    Of `systemd:` only the words are looked at when there are no sockets that were passed.
-    """
-    wanted = _read(description, 1, resolve_path, 0, loopback)
-    _load(wanted.tls)
-    wanted.check()
-
-
-def interface_of(description: str) -> str:
-    """The interface in a description whose type is in `TYPES`, as it stands there; empty without one."""
-    kind, positional, keywords = split_description(description)
-    while positional and positional[0] in TYPES:  # `proxy:` and `ssl:` before another
-        kind, *positional = positional
-    names = _ARGUMENTS.get(kind, ())
-    return {**dict(zip(names, positional, strict=False)), **keywords}.get("interface", "")
-
-
-_PROXY = ("proxy", "haproxy")
-
-# By position or keyword, as Twisted has them.
-_ARGUMENTS = {
-    "tcp": ("port", "interface", "backlog"),
-    "tcp6": ("port", "interface", "backlog"),
-    "ssl": ("port", "privateKey", "certKey", "sslmethod", "interface", "backlog", "extraCertChain", "dhParameters"),
-    "unix": ("address", "mode", "backlog", "lockfile"),
-    "systemd": ("domain", "index", "name"),
-}
-# By keyword, wherever there is TLS; the last six are ours.
-_TLS_KEYWORDS = (
-    *("privateKey", "certKey", "sslmethod", "extraCertChain", "dhParameters"),
-    *("certificates", "clientCA", "clientCRL", "minimum", "alpn", "library"),
-)
-
-TYPES = frozenset((*_ARGUMENTS, *_PROXY))
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A description that was understood: how to open its sockets, and how to check that this would go well."""
-
-    open: Callable[[], list[Listener]]
-    check: Callable[[], None]
-    tls: ServerTLS | DirectoryTLS | None
-    proxied: bool
-
-
-def _read(description: str, backlog: int, resolve_path: Callable[[str], str], slots: int, loopback: bool) -> _Wanted:
-    """Understand a description; names are looked up, and no file or socket is touched. Raises ListenError."""
-    kind, positional, keywords = split_description(description)
-    proxied = kind in _PROXY
-    if proxied:
-        prefix = kind
-        kind, positional, keywords = split_description(description.partition(":")[2])
-        if kind not in _ARGUMENTS:
-            raise ListenError(f"{prefix}: goes before {_these(_ARGUMENTS)}, not before {kind!r}")
-    secure = kind == "ssl"
-    if secure and positional and positional[0] in TYPES:
-        kind, *positional = positional
-        if kind in ("ssl", *_PROXY):
-            others = _these(other for other in _ARGUMENTS if other != "ssl")
-            raise ListenError(f"ssl: goes before {others}, not before {kind!r}; proxy:ssl: is the order of the two")
-    names = _ARGUMENTS[kind]
+    read = parse(description)
+    kind = read.kind
+    proxied, secure = _prefixes(read)
+    names = ARGUMENTS[kind]
     also = tuple(name for name in _TLS_KEYWORDS if name not in names) if secure else ()
-    given = _arguments(positional, keywords, names, also)
+    given = _arguments(read.positional, read.keywords, names, also)
     if "backlog" in names:
         backlog = _number("backlog", given.get("backlog", str(backlog)), 1, 65535)
+    tls = _tls(given, resolve_path) if secure else None
     if kind == "systemd":
         _check_choice(given)
-        opened, checked = partial(_adopt_systemd, given), partial(_check_systemd, given)
-    elif kind == "unix":
+        return Wanted(
+            partial(_adopt_systemd, given),
+            partial(_check_systemd, given),
+            partial(_systemd_places, given),
+            tls,
+            proxied,
+        )
+    if kind == "unix":
         if not given.get("address"):
             raise ListenError("the path of the socket is missing: unix:/run/rt.sock")
         # Twisted's default; a narrower one is the administrator's to choose.
@@ -354,17 +318,41 @@ def _read(description: str, backlog: int, resolve_path: Callable[[str], str], sl
             raise ListenError(f"mode {mode!r} is not an octal file mode such as 660")
         # Twisted's `lockfile=` is taken and means nothing: the directory is locked while a stale file is replaced.
         path = resolve_path(given["address"])
-        opened, checked = partial(_open_unix, path, int(mode, 8), backlog), partial(_check_unix, path)
-    else:
-        if not given.get("port"):
-            raise ListenError(f"the port is missing: {kind}:8080")
-        port = _number("port", given["port"], 0, 65535)
-        interface = given.get("interface", ("::1" if kind == "tcp6" else "127.0.0.1") if loopback else "")
-        six = kind == "tcp6" or ":" in interface
-        family = socket.AF_INET6 if six else socket.AF_INET
-        addresses = _resolve(interface, port, family) if interface else [(family, "::" if six else "0.0.0.0", 0)]
-        opened, checked = partial(_open_tcp, addresses, port, backlog, slots), partial(_check_tcp, addresses, port)
-    return _Wanted(opened, checked, _tls(given, resolve_path) if secure else None, proxied)
+        return Wanted(
+            partial(_open_unix, path, int(mode, 8), backlog),
+            partial(_check_unix, path),
+            partial(_unix_places, path),
+            tls,
+            proxied,
+        )
+    if not given.get("port"):
+        raise ListenError(f"the port is missing: {kind}:8080")
+    port = _number("port", given["port"], 0, 65535)
+    interface = given.get("interface", ("::1" if kind == "tcp6" else "127.0.0.1") if loopback else "")
+    family = socket.AF_INET6 if kind == "tcp6" or ":" in interface else socket.AF_INET
+    return _wanted_tcp(interface, port, (family,), backlog, slots, tls, proxied)
+
+
+def _prefixes(read: Description) -> tuple[bool, bool]:
+    """Whether there are PROXY headers, and TLS. Raises ListenError."""
+    prefixes = list(read.prefixes)
+    if read.proxied:
+        prefix = prefixes.pop(0)
+        if (prefixes or [read.kind])[0] not in ARGUMENTS:
+            kind = (prefixes or [read.kind])[0]
+            meant = did_you_mean(nearest(kind, ARGUMENTS))
+            raise ListenError(f"{prefix}: goes before {_these(ARGUMENTS)}, not before {kind!r}{meant}")
+    if prefixes and (others := [*prefixes, read.kind][1]) in ("ssl", *PROXY):
+        these = _these(other for other in ARGUMENTS if other != "ssl")
+        raise ListenError(f"ssl: goes before {these}, not before {others!r}; proxy:ssl: is the order of the two")
+    return read.proxied, bool(prefixes) or read.kind == "ssl"
+
+
+# By keyword, wherever there is TLS; the last six are ours.
+_TLS_KEYWORDS = (
+    *("privateKey", "certKey", "sslmethod", "extraCertChain", "dhParameters"),
+    *("certificates", "clientCA", "clientCRL", "minimum", "alpn", "library"),
+)
 
 
 def _these(kinds: Iterable[str]) -> str:
@@ -424,24 +412,77 @@ def _load(files: ServerTLS | DirectoryTLS | None) -> Loaded | None:
 _Address = tuple[socket.AddressFamily, str, int]  # family, host, IPv6 scope
 
 
-def open_port(port: int, *, interface: str, backlog: int, slots: int = 0) -> list[Listener]:
-    """Listen on `port` of IPv4 and, where the host has it, IPv6; two sockets with one number, also when that is 0.
-
-    Two, since peers of one dual-stack socket would show as `::ffff:192.0.2.1`. `interface` limits this to one
-    address, or to those of one host name. `slots` are as in open_description. Raises ListenError.
-    """
-    return _open_tcp(_addresses(interface, port), port, backlog, slots)
+def open_port(port: int, **how: Any) -> list[Listener]:
+    """Listen on `port`; the arguments are those of `read_port`. Raises ListenError."""
+    return read_port(port, **how).open()
 
 
 def check_port(port: int, *, interface: str) -> None:
     """Find what `open_port` would, short of whether the port is free; raises ListenError."""
-    _check_tcp(_addresses(interface, port), port)
+    read_port(port, interface=interface, backlog=1).check()
 
 
-def _addresses(interface: str, port: int) -> list[_Address]:
-    if interface:
-        return _resolve(interface, port, socket.AF_UNSPEC)
-    return [(socket.AF_INET, "0.0.0.0", 0), (socket.AF_INET6, "::", 0)]
+def read_port(port: int, *, interface: str, backlog: int, slots: int = 0) -> Wanted:
+    """`port` of IPv4 and, where the host has it, IPv6; two sockets with one number, also when that is 0.
+
+    Two, since peers of one dual-stack socket would show as `::ffff:192.0.2.1`. `interface` limits this to one
+    address, with or without brackets, or to those of one host name. `slots` are as in read_description.
+    """
+    return _wanted_tcp(bare_host(interface), port, (socket.AF_INET, socket.AF_INET6), backlog, slots)
+
+
+def _wanted_tcp(
+    interface: str,
+    port: int,
+    families: tuple[socket.AddressFamily, ...],
+    backlog: int,
+    slots: int,
+    tls: ServerTLS | DirectoryTLS | None = None,
+    proxied: bool = False,
+) -> Wanted:
+    def addresses() -> list[_Address]:
+        if interface:
+            return _resolve(interface, port, families[0] if len(families) == 1 else socket.AF_UNSPEC)
+        return [(family, "::" if family == socket.AF_INET6 else "0.0.0.0", 0) for family in families]
+
+    def places(look_up: bool) -> list[Place]:
+        if interface and not look_up and not _is_local(interface):
+            six = (family == socket.AF_INET6 for family in families)
+            shown = address_name(interface, port)
+            return [TCPPlace(each, interface.lower(), port, shown=shown) for each in six]
+        return [_tcp_place(family, host, port, scope) for family, host, scope in addresses()]
+
+    return Wanted(
+        lambda: _open_tcp(addresses(), port, backlog, slots),
+        lambda: _check_tcp(addresses(), port),
+        places,
+        tls,
+        proxied,
+    )
+
+
+def _is_local(interface: str) -> bool:
+    """Whether no name server is asked for this host: an address, or `localhost` (RFC 6761, section 6.3)."""
+    if interface.lower().removesuffix(".") in ("localhost", "*"):
+        return True
+    try:
+        socket.getaddrinfo(interface, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
+def _tcp_place(family: int, host: str, port: int, scope: int) -> TCPPlace:
+    six = family == socket.AF_INET6
+    return TCPPlace(six, host, port, scope, address_name(host, port, _zone(scope)))
+
+
+def _zone(scope: int) -> str:
+    """The name of a network interface, or its number if it has none any more; empty for 0."""
+    try:
+        return socket.if_indextoname(scope) if scope else ""
+    except OSError:
+        return str(scope)
 
 
 def _resolve(interface: str, port: int, family: int) -> list[_Address]:
@@ -508,8 +549,7 @@ def _may_be_missing(error: OSError, family: socket.AddressFamily) -> bool:
 
 
 def _cannot_listen(family: socket.AddressFamily, host: str, port: int, error: OSError) -> ListenError:
-    where = f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
-    return ListenError(f"cannot listen on {where}: {_reason(error)}")
+    return ListenError(f"cannot listen on {address_name(host, port)}: {_reason(error)}")
 
 
 def _with_copies(found: socket.socket, backlog: int, slots: int) -> Listener:
@@ -586,8 +626,8 @@ def _listen(sock: socket.socket, backlog: int) -> None:
 
 
 def _tcp_name(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"tcp:[{host}]:{port}" if sock.family == socket.AF_INET6 else f"tcp:{host}:{port}"
+    host, port, *rest = sock.getsockname()
+    return tcp_name(host, port, _zone(rest[1] if rest else 0))
 
 
 # --- UNIX ---
@@ -617,7 +657,16 @@ def _open_unix(path: str, mode: int, backlog: int) -> list[Listener]:
         if isinstance(error, OSError):
             raise ListenError(f"cannot listen on {path!r}: {_reason(error)}") from error
         raise
-    return [Listener(sock, f"unix:{path}", _file=file)]
+    return [Listener(sock, unix_name(path), _file=file)]
+
+
+def _unix_places(path: str, look_up: bool = True) -> list[Place]:
+    directory, name = os.path.split(path)
+    try:
+        found = os.stat(directory)
+    except OSError:  # opening it says why
+        return [FilePlace(os.path.normpath(directory), name, unix_name(path))]
+    return [FilePlace((found.st_dev, found.st_ino), name, unix_name(path))]
 
 
 def _check_unix(path: str) -> None:
@@ -707,6 +756,23 @@ def _adopt_systemd(given: Mapping[str, str]) -> list[Listener]:
 def _check_systemd(given: Mapping[str, str]) -> None:
     if passed := _systemd_sockets():
         _close_all(_chosen(given, passed))
+
+
+def _systemd_places(given: Mapping[str, str], look_up: bool = True) -> list[Place]:
+    """Those of the sockets that were passed; none where there are none."""
+    places: list[Place] = []
+    passed = _systemd_sockets()
+    for sock in _chosen(given, passed) if passed else ():
+        with sock:
+            name = _adopted_name(sock)
+            where: TCPPlace | FilePlace | None = None
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                host, port, *rest = sock.getsockname()
+                where = _tcp_place(sock.family, host, port, rest[1] if rest else 0)
+            elif name.startswith("unix:/"):
+                (where,) = _unix_places(os.fsdecode(sock.getsockname()))  # type: ignore[assignment]  # a file's
+            places.append(PassedPlace(os.fstat(sock.fileno()).st_ino, where, name.removeprefix("tcp:")))
+    return places
 
 
 def _check_choice(given: Mapping[str, str]) -> None:
@@ -817,13 +883,15 @@ def _duplicate(fd: int, domain: str | None) -> socket.socket:
 def _adopt(sock: socket.socket) -> Listener:
     # A manager's socket may be blocking: accept() on it would hang the reactor.
     sock.setblocking(False)
+    return Listener(sock, _adopted_name(sock), shared=True)
+
+
+def _adopted_name(sock: socket.socket) -> str:
     if sock.family == socket.AF_UNIX:
         # An abstract address begins with a NUL, and may hold any byte; NULs are shown as ss(8) does.
         address = os.fsencode(sock.getsockname()).decode(errors="backslashreplace")
-        name = f"unix:{address}".replace("\0", "@")
-    else:
-        name = _tcp_name(sock)
-    return Listener(sock, name, shared=True)
+        return f"unix:{address}".replace("\0", "@")
+    return _tcp_name(sock)
 
 
 # --- small things ---

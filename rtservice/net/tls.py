@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import ssl
@@ -20,6 +21,7 @@ from rtservice.net.client_hello import ALPNGate
 from rtservice.net.crl import RevocationLists
 from rtservice.net.groups import SSL_GROUPS
 from rtservice.net.tls_bounds import MAX_CLIENT_CERTIFICATES
+from rtservice.utf8 import NotUTF8Error, check_mark
 
 if TYPE_CHECKING:
     from rtservice.net.pyopenssl import PyOpenSSLContext
@@ -65,10 +67,12 @@ class Files:
         """The text of a file; `what` it is, is for the TLSError."""
         try:
             # A pipe would keep a reload, and with it the whole service, waiting.
-            with open(path, encoding="ascii", errors="replace", opener=_open_nonblocking) as file:
+            with open(path, "rb", opener=_open_nonblocking) as file:
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    text = self.texts[path] = file.read()
+                    text = self.texts[path] = _text(file.read())
                     return text
+        except NotUTF8Error as error:
+            raise TLSError(f"the {what} {path!r} {error}") from None
         except OSError as error:
             raise TLSError(f"cannot read the {what} {path!r}: {_reason(error)}") from error
         raise TLSError(f"cannot read the {what} {path!r}: not a regular file")
@@ -533,6 +537,13 @@ def _revocation_lists(files: Files, path: str) -> tuple[str, RevocationLists]:
     except OSError as error:
         raise TLSError(f"no temporary file for the revocation list {path!r}: {_reason(error)}") from error
     return text, described
+
+
+def _text(content: bytes) -> str:
+    """The text of a PEM file, in which all but ASCII is a comment. Raises NotUTF8Error."""
+    check_mark(content)
+    content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return content.decode("ascii", "replace")
 
 
 def _open_nonblocking(path: str, flags: int) -> int:

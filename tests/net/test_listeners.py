@@ -15,16 +15,14 @@ from collections.abc import Iterator
 import pytest
 
 from rtservice.net import listeners as listeners_module
+from rtservice.net.description import parse
 from rtservice.net.listeners import (
-    TYPES,
     Listener,
     ListenError,
     check_description,
     check_port,
-    interface_of,
     open_description,
     open_port,
-    split_description,
 )
 
 
@@ -56,45 +54,6 @@ def opened():
 
 
 @pytest.mark.parametrize(
-    ("description", "interface"),
-    [
-        ("9090", ""),
-        ("tcp:9090", ""),
-        ("tcp:9090:interface=web-1", "web-1"),
-        ("tcp:9090:web-1", "web-1"),
-        (r"tcp6:9090:interface=\:\:1", "::1"),
-        ("ssl:9090:privateKey=k:certKey=c:interface=web-1", "web-1"),
-        ("ssl:tcp:9090:web-1:privateKey=k:certKey=c", "web-1"),
-        ("unix:/run/status", ""),
-        ("systemd:name=status", ""),
-    ],
-)
-def test_the_interface_of_a_description_is_what_it_says(description: str, interface: str) -> None:
-    assert interface_of(description) == interface
-
-
-@pytest.mark.parametrize(
-    ("description", "parts"),
-    [
-        ("8080", ("tcp", ["8080"], {})),
-        ("tcp:8080", ("tcp", ["8080"], {})),
-        ("tcp:8080:interface=127.0.0.1", ("tcp", ["8080"], {"interface": "127.0.0.1"})),
-        (r"tcp6:1:interface=\:\:1", ("tcp6", ["1"], {"interface": "::1"})),
-        (r"unix:/a\:b\\c\=d", ("unix", [r"/a:b\c=d"], {})),
-        ("x:a=b=c:d=", ("x", [], {"a": "b=c", "d": ""})),
-        ("unix:", ("unix", [""], {})),
-    ],
-)
-def test_descriptions_are_read_as_twisted_reads_them(description, parts) -> None:
-    assert split_description(description) == parts
-    if ":" in description:
-        from twisted.internet.endpoints import _parse
-
-        positional, keywords = _parse(description)
-        assert (positional[0], positional[1:], keywords) == parts
-
-
-@pytest.mark.parametrize(
     ("description", "problem"),
     [
         ("tcp:", "the port is missing"),
@@ -120,7 +79,7 @@ def test_descriptions_are_read_as_twisted_reads_them(description, parts) -> None
         ("proxy:unix:", "path of the socket is missing"),
         ("ssl:proxy:tcp:1", "ssl: goes before tcp:, tcp6:, unix: and systemd:, not before 'proxy'; proxy:ssl: is"),
         ("ssl:ssl:1", "ssl: goes before tcp:, tcp6:, unix: and systemd:, not before 'ssl'"),
-        ("ssl:exotic:1", "port 'exotic' is not a whole number"),
+        ("ssl:exotic:x", "port 'exotic' is not a whole number"),
         ("ssl:unix:/tmp/x:bogus=1", "unknown keyword 'bogus'; known are address, mode, backlog, lockfile, privateKey"),
         ("unix:/tmp/x:privateKey=a", "unknown keyword 'privateKey'"),
         (f"unix:/tmp/{'x' * 103}", "the path is longer than 107 bytes"),
@@ -176,6 +135,17 @@ def test_tcp_and_tcp6_share_a_port(opened) -> None:
     port = four.socket.getsockname()[1]
     (six,) = opened(f"tcp6:{port}")
     assert (four.name, six.name) == (f"tcp:0.0.0.0:{port}", f"tcp:[::]:{port}")
+
+
+def test_a_link_local_address_is_named_with_its_zone() -> None:
+    """Without it, the name could not be listened on: the address may be on any network interface."""
+    number, zone = socket.if_nameindex()[0]
+
+    class Bound:
+        def getsockname(self):
+            return ("fe80::1", 8080, 0, number)
+
+    assert listeners_module._tcp_name(Bound()) == f"tcp:[fe80::1%{zone}]:8080"
 
 
 def test_sockets_listen_without_blocking(opened) -> None:
@@ -411,13 +381,13 @@ def test_ssl_goes_before_descriptions_of_other_types(open_secure, certificates, 
         pytest.param(r"tcp6:0:interface=\:\:1", "tcp:[::1]:", marks=needs_ipv6),
         (f"ssl:0:{FILES}:interface=127.0.0.1", "ssl:127.0.0.1:"),
         ("unix:{directory}/s:mode=600", "unix:{directory}/s"),
-        (r"unix:address={directory}/a\:b\=c", "unix:{directory}/a:b=c"),
+        (r"unix:address={directory}/a\:b\=c", r"unix:{directory}/a\:b\=c"),
         (f"ssl:unix:{{directory}}/s:{FILES}", "ssl:unix:{directory}/s"),
     ],
 )
 def test_proxy_goes_before_any_description(opened, certificates, tmp_path, prefix, description, name) -> None:
     text = described(certificates, description).replace("{directory}", str(tmp_path))
-    assert split_description(f"{prefix}:{text}")[0] in TYPES
+    assert parse(f"{prefix}:{text}").ours
     (listener,) = opened(f"{prefix}:{text}")
     assert listener.name.startswith(f"proxy:{name.replace('{directory}', str(tmp_path))}")
     assert listener.proxied
@@ -725,7 +695,10 @@ def test_a_check_takes_no_port_and_makes_no_file(tmp_path, certificates) -> None
     assert sorted(os.listdir(tmp_path)) == ["live"]
 
 
-@pytest.mark.parametrize("interface", ["", "127.0.0.1", pytest.param("::1", marks=needs_ipv6), "localhost"])
+@pytest.mark.parametrize(
+    "interface",
+    ["", "127.0.0.1", pytest.param("::1", marks=needs_ipv6), pytest.param("[::1]", marks=needs_ipv6), "*", "localhost"],
+)
 def test_a_port_of_this_host_passes_its_check(interface) -> None:
     check_port(0, interface=interface)
     for listener in open_port(0, interface=interface, backlog=1):

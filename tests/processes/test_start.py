@@ -39,7 +39,7 @@ def assert_refused(result, *names: str) -> None:
         (["surplus"], ["'surplus'"]),
         (["--port=0", "--interface", "203.0.113.1"], ["--port 0", "--interface 203.0.113.1", "cannot assign"]),
         (["--interface", "no.such.host.invalid"], ["--interface", "no.such.host.invalid"]),
-        (["--listen", "nosuch:1"], ["--listen nosuch:1", "Unknown endpoint type"]),
+        (["--listen", "nosuch:1"], ["--listen nosuch:1", "unknown type 'nosuch'; accepted are 8080, "]),
         (["--listen", "ssl:1:privateKey=/no/key"], ["--listen ssl:1:privateKey=/no/key"]),
         (["--listen", "tcp:"], ["--listen tcp:", "port is missing"]),
         (["--listen", "tcp:1:bogus=2"], ["--listen tcp:1:bogus=2", "'bogus'"]),
@@ -279,7 +279,7 @@ def test_a_check_binds_nothing_and_minds_no_port_that_is_taken(run, tmp_path, ce
         port = taken.getsockname()[1]
         result = run(
             *(*FOREGROUND, "rtservice", "--check", f"--listen=tcp:{port}:interface=127.0.0.1"),
-            *(f"--listen=ssl:{port}:interface=127.0.0.1:{pair}", "--listen=unix:s", "--listen=proxy:systemd:name=web"),
+            *(f"--listen=ssl:{port}:interface=127.0.0.2:{pair}", "--listen=unix:s", "--listen=proxy:systemd:name=web"),
         )
     assert (result.returncode, result.stdout) == (0, "rtservice: the configuration is valid\n"), result.stderr
     assert list(tmp_path.iterdir()) == []

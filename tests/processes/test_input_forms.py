@@ -1,0 +1,147 @@
+"""What users type: addresses in every form, names that were meant, and two listeners on one address."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rtservice.testing import DEADLINE
+
+BIN = Path(sys.executable).parent
+GREETING = b"Hello from the server!"
+FOREGROUND = ("-n", "--pidfile=")
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def greets(host: str, port: int) -> bool:
+    with socket.create_connection((host, port), timeout=DEADLINE) as client:
+        return client.recv(100) == GREETING
+
+
+def line(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 1, result
+    assert result.stdout == ""
+    (said,) = result.stderr.splitlines()
+    return said
+
+
+@needs_ipv6
+def test_addresses_are_served_as_they_are_typed_and_as_the_log_prints_them(service, certificates) -> None:
+    pair = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
+    typed = {
+        "[::1]:0": "tcp:[::1]:",
+        "tcp6:0:interface=::1:backlog=5": "tcp:[::1]:",
+        r"tcp6:0:interface=\:\:1": "tcp:[::1]:",
+        "localhost:0": "tcp:127.0.0.1:",
+        "*:0": "tcp:0.0.0.0:",
+        f"ssl:0:interface=::1:{pair}": "ssl:[::1]:",
+    }
+    first = service("--workers=2", "--status=[::1]:0", RTSERVICE_LISTEN=" ".join(typed))
+    first.wait_line(r"status on tcp:\[::1\]:\d+$")
+    printed = []
+    for name in typed.values():
+        found = first.wait_line(rf"listening on {re.escape(name)}\d+$", printed_count(printed, name) + 1)
+        printed.append(found.rpartition(" on ")[2])
+    assert serve_all(printed)
+    assert first.stop() == 0
+    second = service(*(f"--listen={name}:{pair}" if name.startswith("ssl") else f"--listen={name}" for name in printed))
+    for name in printed:
+        second.wait_line(rf"listening on {re.escape(name)}$")
+    assert serve_all(printed)
+
+
+def printed_count(printed: list[str], name: str) -> int:
+    return sum(one.startswith(name) for one in printed)
+
+
+def serve_all(names: list[str]) -> bool:
+    """Whether each listener greets, as far as it speaks without TLS."""
+    addresses = [re.fullmatch(r"tcp:\[?(.*?)\]?:(\d+)", name) for name in names]
+    return all(greets(found[1].replace("0.0.0.0", "127.0.0.1"), int(found[2])) for found in addresses if found)
+
+
+def test_two_listeners_on_one_address_are_one_line_before_anything_is_bound(run, tmp_path, free_port) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to("sub")
+    port = free_port
+    for arguments, said in (
+        (
+            [f"--listen=tcp:{port}", f"--listen=tcp:{port}"],
+            f"--listen tcp:{port}: 0.0.0.0:{port} is taken by --listen tcp:{port}",
+        ),
+        (
+            ["--listen=unix:first", f"--listen={port}", f"--listen=localhost:{port}", "--workers=2"],
+            f"--listen localhost:{port}: 127.0.0.1:{port} is taken by --listen {port} (0.0.0.0:{port})",
+        ),
+        (
+            [f"--port={port}", f"--status={port}"],
+            f"--status {port}: 127.0.0.1:{port} is taken by --port {port} (0.0.0.0:{port})",
+        ),
+        (
+            ["--listen=unix:sub/s", "--listen=unix:./link/s"],
+            f"--listen unix:./link/s: unix:{tmp_path}/link/s is taken by --listen unix:sub/s (unix:{tmp_path}/sub/s)",
+        ),
+    ):
+        expected = f"rtservice: {said}; change or remove one of the two"
+        assert line(run(*FOREGROUND, "rtservice", *arguments)) == expected
+    assert line(run(*FOREGROUND, "rtservice", "--check", *arguments)) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "sub"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reload_finds_two_listeners_on_one_address_and_what_is_no_description(
+    service, tmp_path, free_port, workers
+) -> None:
+    config = tmp_path / "rt.toml"
+    config.write_text(f"workers = {workers}\nlisten = ['unix:s']\n", encoding="utf-8-sig")
+    one = service("--config=rt.toml")
+    ours = f"nothing is reloaded: {config}: listen"
+    for listen, said in (
+        (
+            f"['unix:s', 'tcp:{free_port}', '127.0.0.1:{free_port}']",
+            f"{ours} 127.0.0.1:{free_port}: 127.0.0.1:{free_port} is taken by {config}: listen tcp:{free_port} ",
+        ),
+        ("['unix:s', 'unix:./s']", f"{ours} unix:./s: unix:{tmp_path}/s is taken by {config}: listen unix:s; change"),
+        ("['ttcp:1']", f"{ours} ttcp:1: unknown type 'ttcp'; accepted are 8080, "),
+        ("['::1:80']", f"{ours} ::1:80: '::1:80' may be an IPv6 address or one with a port"),
+    ):
+        config.write_text(f"workers = {workers}\nlisten = {listen}\n")
+        one.process.send_signal(signal.SIGHUP)
+        one.wait_line(re.escape(said))
+    config.write_text(f"workers = {workers}\nlisten = ['unix:s', 'tcp:{free_port}', 'tcp6:{free_port}']\n")
+    one.process.send_signal(signal.SIGHUP)
+    one.wait_line("a restart is needed for what changed of listen")
+
+
+def test_what_was_meant_is_said_in_one_line(run, tmp_path) -> None:
+    (tmp_path / "wide.toml").write_bytes("port = 1".encode("utf-16"))
+    (tmp_path / "key.pem").write_bytes("key".encode("utf-16"))
+    for arguments, said in (
+        (["--draintimeout=3"], "option --draintimeout not recognized; did you mean --drain-timeout?"),
+        (["--logfile=x"], "option --logfile not recognized; put --logfile before the word rtservice"),
+        (["--config=wide.toml"], f"{tmp_path}/wide.toml: is UTF-16 by its byte order mark; save it as UTF-8"),
+        (["--listen=ssl:0:privateKey=key.pem"], f"the certificate '{tmp_path}/key.pem' is UTF-16 by its byte order"),
+        (["--listen=tls:8443"], "Twisted's type tls begins with a directory, not with a port; did you mean ssl:…?"),
+    ):
+        assert said in line(run(*FOREGROUND, "rtservice", *arguments)), arguments

@@ -1,0 +1,60 @@
+"""Every description that the documentation, the help and the shipped files show is accepted as it stands there."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from rtservice.net.description import FORMS, ListenError, parse
+from rtservice.net.listeners import read_description
+from rtservice.settings import schema
+
+ROOT = Path(__file__).parent.parent
+
+# What stands in README as one that is refused.
+REFUSED = {"::1:8080"}
+
+_TYPED = re.compile(r"(?<![\w/.-])(?:(?:proxy|haproxy|ssl|tcp6?|unix|systemd):)+[^\s`\"',;|)]*")
+_BARE = re.compile(r"`([\w.*:-]*(?:\[[^`\s]*\])?:(?:8080|9090|8443)[^`\s]*)`")
+
+
+def shown(text: str) -> list[str]:
+    """The descriptions in a text, with what `…` and systemd's `%d` stand for; `ssl:` alone is the name of a type."""
+    found = [*_TYPED.findall(text), *_BARE.findall(text)]
+    found = [one.replace(":…", ":certificates=/dir").replace("%d", "/d").rstrip(".") for one in found]
+    return [one for one in found if not re.fullmatch("((proxy|haproxy|ssl|tcp6?|unix):)+", one)]
+
+
+SOURCES = {
+    "README.md": (ROOT / "README.md").read_text(),
+    "help": "\n".join(setting.help for setting in schema()),
+    "errors": FORMS,
+    **{
+        str(path.relative_to(ROOT)): path.read_text(errors="replace")
+        for path in sorted((ROOT / "etc").rglob("*"))
+        if path.is_file() and path.suffix in (".toml", ".service", ".conf", ".socket", ".cfg", ".yml")
+    },
+}
+SHOWN = sorted({(source, one) for source, text in SOURCES.items() for one in shown(text)})
+
+
+@pytest.mark.parametrize(("source", "description"), SHOWN)
+def test_a_description_that_is_shown_is_accepted(source: str, description: str) -> None:
+    if description in REFUSED:
+        with pytest.raises(ListenError):
+            parse(description)
+        return
+    for loopback in (False, True):
+        assert read_description(description, backlog=5, resolve_path=os.path.abspath, loopback=loopback)
+
+
+def test_the_documentation_shows_each_type_and_each_way_to_write_an_address() -> None:
+    for source in ("README.md", "help"):
+        found = {one for where, one in SHOWN if where == source}
+        assert {"tcp:8080", "tcp6:8080:interface=::1", "127.0.0.1:8080", "[::1]:8080"} <= found
+        kinds = {(*parse(one).prefixes, parse(one).kind) for one in found - REFUSED}
+        assert {("tcp",), ("tcp6",), ("ssl",), ("unix",), ("systemd",)} <= kinds
+    assert {"*:8080", ":8080", "localhost:8080", "::1:8080", r"proxy:ssl:8443:certificates=/dir"} <= {
+        one for where, one in SHOWN if where == "README.md"
+    }
