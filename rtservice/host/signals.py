@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
 # Seconds within which the same signal is a repeat: one stop is often sent twice, by a service manager to a control
 # group, or by a terminal to a process group and by a wrapper to this process.
@@ -15,28 +17,57 @@ REPEAT = 0.5
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU)
 
 
-def hold() -> None:
-    """Have the signals that the service handles wait, until `release`; threads that are made meanwhile never get them.
+_STOPS = frozenset((signal.SIGTERM, signal.SIGINT))
 
-    From the first socket on: what would otherwise end the process leaves files behind.
+_before: dict[int, Any] = {}  # the handlers that `hold` has replaced
+_waiting: list[int] = []
+_stops = 0
+
+
+def hold() -> None:
+    """Have the signals that the service handles wait, until `release`.
+
+    From the first socket on: what would otherwise end the process leaves files behind. They wait in a handler and are
+    not blocked, since processes that hosted code starts meanwhile would inherit that, and a start that hangs could be
+    ended by SIGKILL alone: a second stop ends it here, and a third one at once.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+    for number in _HANDLED:
+        if number not in _before:
+            _before[number] = signal.signal(number, _wait)
+
+
+def _wait(number: int, frame: object) -> None:
+    global _stops
+    if number in _STOPS and not _repeats.is_repeat(number):
+        _stops += 1
+    if _stops > 2:
+        os._exit(128 + number)
+    if _stops == 2:
+        raise SystemExit(128 + number)
+    if number not in _waiting:
+        _waiting.append(number)
 
 
 def release() -> None:
-    """Take every signal, also those that the parent had blocked: a mask outlives execve(2) (signal(7))."""
+    """Take every signal: those that waited, and those that the parent had blocked, since a mask outlives execve(2)."""
+    global _stops
+    for number, handler in _before.items():
+        if signal.getsignal(number) is _wait:
+            signal.signal(number, handler)
+    waiting = [number for number in _waiting if signal.getsignal(number) is not signal.SIG_DFL]
+    _before.clear()
+    _waiting.clear()
+    _stops = 0
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in waiting:
+        signal.raise_signal(number)
 
 
 def inherit_nothing() -> None:
-    """Undo what the parent did to signals: those blocked, and SIGCHLD ignored, which loses the status of each child.
-
-    What process 1 holds goes on waiting.
-    """
+    """Undo what the parent did to signals: those blocked, and SIGCHLD ignored, which loses the status of each child."""
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if not is_first_process():
-        release()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def is_first_process() -> bool:
@@ -68,3 +99,6 @@ class Repeats:
             return True
         self._counted[number] = now
         return False
+
+
+_repeats = Repeats(time.monotonic)
