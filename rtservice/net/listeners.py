@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
+from twisted.logger import Logger
+
 from rtservice.net.crl import RevocationLists
 from rtservice.net.description import (
     ARGUMENTS,
@@ -48,6 +50,8 @@ from rtservice.net.tls import (
     fingerprint,
 )
 from rtservice.suggestions import did_you_mean, nearest
+
+_log = Logger()
 
 # sd_listen_fds(3): the first descriptor that the service manager passes.
 _LISTEN_FDS_START = 3
@@ -453,8 +457,8 @@ def _wanted_tcp(
         return [_tcp_place(family, host, port, scope) for family, host, scope in addresses()]
 
     return Wanted(
-        lambda: _open_tcp(addresses(), port, backlog, slots),
-        lambda: _check_tcp(addresses(), port),
+        lambda: _open_tcp(addresses(), port, backlog, slots, interface),
+        lambda: _check_tcp(addresses(), port, interface),
         places,
         tls,
         proxied,
@@ -500,8 +504,8 @@ def _resolve(interface: str, port: int, family: int) -> list[_Address]:
     return sorted(addresses, key=lambda entry: entry[0] == socket.AF_INET6)
 
 
-def _open_tcp(addresses: list[_Address], port: int, backlog: int, slots: int) -> list[Listener]:
-    """One socket for each address, all on one port; IPv6 may be missing where there is IPv4."""
+def _open_tcp(addresses: list[_Address], port: int, backlog: int, slots: int, interface: str) -> list[Listener]:
+    """One socket for each address, all on one port; IPv6 may be missing as `_may_be_missing` says."""
     for attempt in range(_SAME_PORT_TRIES):
         sockets: list[socket.socket] = []
         number = port
@@ -510,12 +514,12 @@ def _open_tcp(addresses: list[_Address], port: int, backlog: int, slots: int) ->
                 try:
                     sockets.append(_bind_tcp(family, host, scope, number))
                 except OSError as error:
-                    if _may_be_missing(error, family) and sockets:
+                    if sockets and _may_be_missing(error, family, host, interface):
                         continue
                     taken_by_other_family = error.errno == errno.EADDRINUSE and port == 0 and sockets
                     if taken_by_other_family and attempt < _SAME_PORT_TRIES - 1:
                         break
-                    raise _cannot_listen(family, host, number, error) from error
+                    raise _cannot_listen(family, host, number, error, interface) from error
                 number = sockets[0].getsockname()[1]
             else:
                 if slots:
@@ -530,7 +534,7 @@ def _open_tcp(addresses: list[_Address], port: int, backlog: int, slots: int) ->
     raise AssertionError("the last attempt returns or raises")
 
 
-def _check_tcp(addresses: list[_Address], port: int) -> None:
+def _check_tcp(addresses: list[_Address], port: int, interface: str) -> None:
     """Ask whether the addresses are this host's, of UDP, so that no TCP port is taken or found to be."""
     found = False
     for family, host, scope in addresses:
@@ -538,18 +542,46 @@ def _check_tcp(addresses: list[_Address], port: int) -> None:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.bind((host, 0, 0, scope) if family == socket.AF_INET6 else (host, 0))
         except OSError as error:
-            if _may_be_missing(error, family) and found:
+            if found and _may_be_missing(error, family, host, interface):
                 continue
-            raise _cannot_listen(family, host, port, error) from error
+            raise _cannot_listen(family, host, port, error, interface) from error
         found = True
 
 
-def _may_be_missing(error: OSError, family: socket.AddressFamily) -> bool:
-    return family == socket.AF_INET6 and error.errno in _NO_IPV6
+def _may_be_missing(error: OSError, family: socket.AddressFamily, host: str, interface: str) -> bool:
+    """Whether the address of IPv6 is left out, where another address of the same listener was bound.
+
+    Without an interface it is, on a host without IPv6. An address of a host name is what clients are told to connect
+    to: one that this host does not have, or not yet, is an error, after which a service manager tries again. Where the
+    host has no IPv6 at all, nobody can: `localhost` is `::1` too in the hosts file of most containers. That is logged.
+    """
+    if family != socket.AF_INET6 or error.errno not in _NO_IPV6:
+        return False
+    if not interface:
+        return True
+    if _has_ipv6():
+        return False
+    _log.warn("{interface}: its address {host} is not served: this host has no IPv6", interface=interface, host=host)
+    return True
 
 
-def _cannot_listen(family: socket.AddressFamily, host: str, port: int, error: OSError) -> ListenError:
-    return ListenError(f"cannot listen on {address_name(host, port)}: {_reason(error)}")
+def _has_ipv6() -> bool:
+    """Whether this host has IPv6: its loopback address, without which there is no other (RFC 4291, section 2.8)."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def _cannot_listen(
+    family: socket.AddressFamily, host: str, port: int, error: OSError, interface: str = ""
+) -> ListenError:
+    of = ""
+    if error.errno == errno.EADDRNOTAVAIL and interface not in ("", host):
+        of = f"; {interface!r} stands for it, and every address of a host name is served, or none"
+    return ListenError(f"cannot listen on {address_name(host, port)}: {_reason(error)}{of}")
 
 
 def _with_copies(found: socket.socket, backlog: int, slots: int) -> Listener:
@@ -799,7 +831,8 @@ def _chosen(given: Mapping[str, str], passed: list[tuple[int, str]]) -> list[soc
     sockets: list[socket.socket] = []
     try:
         for fd in numbers:
-            sockets.append(_duplicate(fd, given.get("domain")))
+            # Above all that were passed: one of those may be closed, and would be this then.
+            sockets.append(_duplicate(fd, passed[-1][0] + 1, given.get("domain")))
     except ListenError:
         _close_all(sockets)
         raise
@@ -807,7 +840,7 @@ def _chosen(given: Mapping[str, str], passed: list[tuple[int, str]]) -> list[soc
 
 
 def _systemd_sockets() -> list[tuple[int, str]]:
-    """Descriptors and names, as sd_listen_fds_with_names(3) gives them."""
+    """Descriptors and names, as sd_listen_fds_with_names(3) gives them; raises ListenError."""
     environment = _initial_environment()
     if environment.get("LISTEN_PID") != str(os.getpid()):
         return []
@@ -815,6 +848,8 @@ def _systemd_sockets() -> list[tuple[int, str]]:
         count = int(environment.get("LISTEN_FDS", ""))
     except ValueError:
         return []
+    if count > os.sysconf("SC_OPEN_MAX") >= 0:
+        raise ListenError(f"LISTEN_FDS is {count}, which is more than a process can have")
     names = environment.get("LISTEN_FDNAMES", "").split(":")
     names += ["unknown"] * (count - len(names))
     return [(_LISTEN_FDS_START + i, names[i] or "unknown") for i in range(count)]
@@ -861,23 +896,41 @@ def _initial_environment_in_memory() -> list[bytes] | None:
     return ctypes.string_at(begin, end - begin).split(b"\0")[len(sys.orig_argv) :]
 
 
-def _duplicate(fd: int, domain: str | None) -> socket.socket:
+def _duplicate(fd: int, least: int, domain: str | None) -> socket.socket:
+    """A duplicate with a number of `least` or more; raises ListenError."""
     try:
-        listening = stat.S_ISSOCK(os.fstat(fd).st_mode)
-        sock = socket.socket(fileno=fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LISTEN_FDS_START)) if listening else None
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+        sock = socket.socket(fileno=fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)) if is_socket else None
     except OSError as error:
         raise ListenError(f"descriptor {fd} cannot be used: {_reason(error)}") from error
     if sock is None:
         raise ListenError(f"descriptor {fd} is not a socket")
-    try:
-        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ListenError(f"descriptor {fd} is not a listening stream socket")
-        if domain and sock.family != getattr(socket, f"AF_{domain}", None):
-            raise ListenError(f"descriptor {fd} is of domain {sock.family.name[3:]}, not {domain!r}")
-    except ListenError:
+    problem = _unfit(sock, domain)
+    if problem:
         sock.close()
-        raise
+        raise ListenError(f"descriptor {fd} {problem}")
     return sock
+
+
+# What is served; else, a peer would have no address that limits, PROXY rules, records and Twisted's protocols take.
+_FAMILIES = {socket.AF_INET: "INET", socket.AF_INET6: "INET6", socket.AF_UNIX: "UNIX"}
+
+# Of IPv4 and IPv6. SCTP, for one, has no half-close (RFC 6458, section 4.1.7). Python 3.11 does not name MPTCP.
+_PROTOCOLS = (socket.IPPROTO_TCP, 262)
+
+
+def _unfit(sock: socket.socket, domain: str | None) -> str:
+    """Why a socket that was passed cannot be served; empty if it can."""
+    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return "is not a listening stream socket"
+    if sock.family not in _FAMILIES:
+        family = sock.family.name if isinstance(sock.family, socket.AddressFamily) else f"address family {sock.family}"
+        return f"is a socket of {family}; what can be served is of AF_INET, AF_INET6 or AF_UNIX"
+    if sock.family != socket.AF_UNIX and sock.proto not in _PROTOCOLS:
+        return f"is a socket of protocol {sock.proto}, and neither TCP nor MPTCP"
+    if domain and domain != _FAMILIES[sock.family]:
+        return f"is of domain {_FAMILIES[sock.family]}, not {domain!r}"
+    return ""
 
 
 def _adopt(sock: socket.socket) -> Listener:

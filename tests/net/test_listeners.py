@@ -1,18 +1,24 @@
 """From a description to sockets."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
+import re
 import shutil
 import socket
 import ssl
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from twisted.logger import Logger, formatEvent
 
 from rtservice.net import listeners as listeners_module
 from rtservice.net.description import parse
@@ -127,6 +133,98 @@ def test_port_zero_is_one_number_on_both_families(interface) -> None:
     finally:
         for listener in listeners:
             listener.close()
+
+
+@pytest.fixture
+def both_example(monkeypatch) -> str:
+    """A host name of 127.0.0.1, ::1, and an address of IPv6 that no host has (RFC 3849)."""
+    addresses = {
+        socket.AF_INET: [("127.0.0.1", 0)],
+        socket.AF_INET6: [("::1", 0, 0, 0), ("2001:db8::10", 0, 0, 0)],
+    }
+
+    def resolve(host: str, port: int, family: int, *how: object, **more: object) -> list:
+        kinds = [family] if family else list(addresses)
+        return [(kind, socket.SOCK_STREAM, 6, "", address) for kind in kinds for address in addresses[kind]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return "both.example"
+
+
+@needs_ipv6
+@pytest.mark.parametrize(
+    ("start", "check"),
+    [
+        (partial(open_port, 0, interface="both.example", backlog=10), partial(check_port, 0, interface="both.example")),
+        (
+            partial(open_description, "tcp6:0:interface=both.example", backlog=10),
+            partial(check_description, "tcp6:0:both.example"),
+        ),
+    ],
+    ids=["port", "tcp6"],
+)
+@pytest.mark.parametrize("slots", [0, 3])
+@pytest.mark.usefixtures("both_example")
+def test_a_host_name_of_which_one_address_is_missing_is_refused(start, check, slots) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ListenError) as caught:
+        start(slots=slots)
+    assert re.fullmatch(
+        r"cannot listen on \[2001:db8::10\]:\d+: cannot assign requested address; "
+        "'both.example' stands for it, and every address of a host name is served, or none",
+        str(caught.value),
+    )
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(
+        ListenError, match=r"cannot listen on \[2001:db8::10\]:0: cannot assign requested address; 'both"
+    ):
+        check()
+
+
+@needs_ipv6
+def test_tcp_takes_of_a_host_name_what_is_ipv4(both_example, opened) -> None:
+    (listener,) = opened(f"tcp:0:interface={both_example}")
+    assert listener.name.startswith("tcp:127.0.0.1:")
+    check_description(f"tcp:0:interface={both_example}")
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_host_name_on_a_host_without_ipv6_is_served_on_ipv4_with_a_warning(both_example, monkeypatch, slots) -> None:
+    events: list = []
+    monkeypatch.setattr(listeners_module, "_log", Logger(observer=events.append))
+    refuse_ipv6(monkeypatch, errno.EADDRNOTAVAIL)
+    (listener,) = open_port(0, interface=both_example, backlog=10, slots=slots)
+    listener.close()
+    assert listener.name.startswith("tcp:127.0.0.1:")
+    assert [(event["log_level"].name, formatEvent(event)) for event in events] == [
+        ("warn", f"both.example: its address {address} is not served: this host has no IPv6")
+        for address in ("::1", "2001:db8::10")
+    ]
+    check_port(0, interface=both_example)
+    with pytest.raises(ListenError, match=r"cannot listen on \[::1\]:0"):  # there is nothing else to serve on
+        open_description(f"tcp6:0:interface={both_example}", backlog=10, slots=slots)
+
+
+@pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+def test_all_addresses_are_those_of_ipv4_on_a_host_without_ipv6_and_nothing_is_said(monkeypatch, number) -> None:
+    events: list = []
+    monkeypatch.setattr(listeners_module, "_log", Logger(observer=events.append))
+    refuse_ipv6(monkeypatch, number)
+    (listener,) = open_port(0, interface="", backlog=10)
+    listener.close()
+    assert events == []
+
+
+def refuse_ipv6(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Have each socket of IPv6 fail as it is made, with this errno."""
+
+    class Socket(socket.socket):
+        def __init__(self, family: int = -1, *how: Any, **more: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(number, os.strerror(number))
+            super().__init__(family, *how, **more)
+
+    monkeypatch.setattr(socket, "socket", Socket)
 
 
 @needs_ipv6
@@ -612,6 +710,108 @@ def test_a_passed_socket_that_does_not_listen_is_refused_and_the_others_are_let_
     passed = len(os.listdir("/proc/self/fd"))
     assert refusal("systemd:") == "descriptor 301 is not a listening stream socket"
     assert len(os.listdir("/proc/self/fd")) == passed == before + 4
+
+
+def passed_descriptors() -> dict[str, Callable[[pathlib.Path], Any]]:
+    """What is no socket that can be served, by how it is refused; each made in a directory."""
+
+    def sequenced(directory: pathlib.Path) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.bind(f"{directory}/q")
+        sock.listen()
+        return sock
+
+    def bound(directory: pathlib.Path) -> socket.socket:
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
+        return sock
+
+    def netlink(directory: pathlib.Path) -> socket.socket:
+        return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+
+    def pipe(directory: pathlib.Path) -> Any:
+        os.mkfifo(directory / "p")
+        return open(directory / "p", "r+b", buffering=0)
+
+    return {
+        "SOCK_SEQPACKET": sequenced,
+        "does not listen": bound,
+        "connected": lambda directory: socket.socketpair()[0],
+        "netlink": netlink,
+        "datagrams": lambda directory: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
+        "pipe": pipe,
+        "file": lambda directory: open(directory / "f", "w"),
+        "directory": lambda directory: Directory(directory),
+    }
+
+
+class Directory:
+    """A directory that is open."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._descriptor)
+
+
+@pytest.mark.parametrize("kind", passed_descriptors())
+def test_what_a_service_manager_passes_and_nobody_can_serve_is_refused_with_its_number(
+    pass_sockets, tmp_path, kind
+) -> None:
+    pass_sockets(tcp_socket(), passed_descriptors()[kind](tmp_path))
+    expected = "is not a socket" if kind in ("pipe", "file", "directory") else "is not a listening stream socket"
+    assert refusal("systemd:") == f"descriptor 301 {expected}"
+
+
+def test_a_descriptor_that_is_closed_is_refused(pass_sockets) -> None:
+    pass_sockets(tcp_socket())
+    listeners_module._initial_environment()["LISTEN_FDS"] = "2"  # type: ignore[index]  # it is the test's own
+    assert refusal("systemd:") == "descriptor 301 cannot be used: bad file descriptor"
+
+
+def test_more_descriptors_than_there_can_be_are_refused_and_cost_nothing(pass_sockets) -> None:
+    pass_sockets(tcp_socket())
+    listeners_module._initial_environment()["LISTEN_FDS"] = "9" * 18  # type: ignore[index]  # it is the test's own
+    assert refusal("systemd:") == f"LISTEN_FDS is {'9' * 18}, which is more than a process can have"
+
+
+@pytest.mark.parametrize(
+    ("family", "proto", "problem"),
+    [
+        (
+            socket.AddressFamily.AF_VSOCK,
+            0,
+            "a socket of AF_VSOCK; what can be served is of AF_INET, AF_INET6 or AF_UNIX",
+        ),
+        (socket.AddressFamily.AF_TIPC, 0, "a socket of AF_TIPC; what can be served is of AF_INET, AF_INET6 or AF_UNIX"),
+        # AF_SMC, of which Python knows no name.
+        (43, 0, "a socket of address family 43; what can be served is of AF_INET, AF_INET6 or AF_UNIX"),
+        (socket.AF_INET, 132, "a socket of protocol 132, and neither TCP nor MPTCP"),  # IPPROTO_SCTP
+        (socket.AF_INET6, 256, "a socket of protocol 256, and neither TCP nor MPTCP"),  # IPPROTO_SMC
+    ],
+)
+def test_a_listening_socket_of_a_foreign_family_or_protocol_is_refused(family, proto, problem) -> None:
+    sock: Any = SimpleNamespace(family=family, type=socket.SOCK_STREAM, proto=proto, getsockopt=lambda level, option: 1)
+    for domain in (None, "VSOCK"):
+        assert listeners_module._unfit(sock, domain) == f"is {problem}"
+
+
+def test_a_socket_of_multipath_tcp_is_served(opened, pass_sockets) -> None:
+    try:
+        multipath = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)  # IPPROTO_MPTCP, which Python 3.11 lacks
+    except OSError:
+        pytest.skip("this kernel has no MPTCP")
+    multipath.bind(("127.0.0.1", 0))
+    multipath.listen()
+    pass_sockets(multipath)
+    assert [one.name for one in opened("systemd:domain=INET")] == [f"tcp:127.0.0.1:{multipath.getsockname()[1]}"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract UNIX addresses are Linux's")
