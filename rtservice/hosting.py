@@ -134,8 +134,8 @@ def _find(name: str) -> Any:
             near = nearest(part, _public_names(found))
             meant = near and f"{module}:{f'{where}.{near}'.removeprefix(f'{module}.')}"
             raise SettingError(f"there is no {part!r} in {where}{did_you_mean(meant)}") from None
-        except Exception as error:  # a property of theirs
-            raise SettingError(f"{where}.{part} cannot be had: {_told(error)}") from error
+        except BaseException as error:  # a property of theirs
+            raise SettingError(f"{where}.{part} cannot be had: {told(error)}") from error
         where += f".{part}"
     if not callable(found) or _is_no_stream(found):
         raise SettingError(f"{path} is not a {_ACCEPTED}")
@@ -192,7 +192,7 @@ def _imported(module: str, attributes: str) -> types.ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise SettingError(f"{module} cannot be imported: {_told(error)}") from error
+            raise SettingError(f"{module} cannot be imported: {told(error)}") from error
         top = module.partition(".")[0]
         here = error.name == top and any(Path(path).exists() for path in (top, f"{top}.py"))
         hint = "; it is in the current directory, where PYTHONPATH=. has it found" if here else ""
@@ -200,12 +200,12 @@ def _imported(module: str, attributes: str) -> types.ModuleType:
         if meant is None and not here and (near := _near_module(error.name)):
             meant = f"{near}{module.removeprefix(error.name)}:{attributes}"
         raise SettingError(f"there is no module {error.name}{hint}{did_you_mean(meant)}") from None
-    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
-        raise SettingError(f"{module} cannot be imported: {_told(error)}") from error
+    except BaseException as error:  # whatever a module does when it is imported, sys.exit() included
+        raise SettingError(f"{module} cannot be imported: {told(error)}") from error
 
 
-def _told(error: BaseException) -> str:
-    """An exception of theirs in one line, with where it was raised."""
+def told(error: BaseException) -> str:
+    """An exception in one line, with where it was raised."""
     text = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, SyntaxError):
         return printable(f"{text} ({error.filename}, line {error.lineno})")
@@ -392,10 +392,10 @@ def _make(maker: Any, given: Iterable[OptionValue], directory: str, *, open_valu
         return _HostedProtocol(maker, arguments)
     try:
         factory = maker(**arguments)
-    except (Exception, SystemExit) as error:
-        told = printable(str(error)) if isinstance(error, ValueError) and str(error) else _told(error)
+    except BaseException as error:
+        said = printable(str(error)) if isinstance(error, ValueError) and str(error) else told(error)
         # ValueError is how Python says that an argument is not acceptable.
-        why = told if isinstance(error, ValueError) else f"it cannot be made: {told}"
+        why = said if isinstance(error, ValueError) else f"it cannot be made: {said}"
         secrets = [one.text for one in given if one.referred or not open_values]
         raise SettingError(hide_values(why, secrets)) from error
     if not IProtocolFactory.providedBy(factory) and not hasattr(factory, "buildProtocol"):

@@ -268,29 +268,30 @@ class Worker(Protocol):
 
     def _start(self, given: dict[str, Any]) -> None:
         try:
-            self._settings = settings.load(given["settings"], {}, None).settings
-            loaded = settings.Loaded(self._settings, given["sources"])
-            self._slot = given["slot"]
-            self._levels.change(levels(self._settings))
-            self._log = Log(self._levels, globalLogPublisher)
-            factory = hosting.make_factory(
-                loaded,
-                options=[OptionValue(*option) for option in given["options"]],
-                directory=given["directory"],
-                processes=given["slots"],
-            )
-            for place, listener in enumerate(given["listeners"]):
-                self._kinds.append(listener["kind"])
-                if listener["file"] is not None:
-                    self._files.append(tuple(listener["file"]))
-                self._listeners.append(_adopted(listener, FIRST_SOCKET + place))
+            self._serve(given)
         except (SettingError, TLSError, OSError) as error:
             self._failed(str(error))
-            return
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: without a word of why, the supervisor has no reason to show
             _log.failure("a worker cannot start")
             self._failed(repr(error))
-            return
+
+    def _serve(self, given: dict[str, Any]) -> None:
+        self._settings = settings.load(given["settings"], {}, None).settings
+        loaded = settings.Loaded(self._settings, given["sources"])
+        self._slot = given["slot"]
+        self._levels.change(levels(self._settings))
+        self._log = Log(self._levels, globalLogPublisher)
+        factory = hosting.make_factory(
+            loaded,
+            options=[OptionValue(*option) for option in given["options"]],
+            directory=given["directory"],
+            processes=given["slots"],
+        )
+        for place, listener in enumerate(given["listeners"]):
+            self._kinds.append(listener["kind"])
+            if listener["file"] is not None:
+                self._files.append(tuple(listener["file"]))
+            self._listeners.append(_adopted(listener, FIRST_SOCKET + place))
         self._server = Server(
             factory,
             listeners=self._listeners,

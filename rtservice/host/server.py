@@ -58,6 +58,20 @@ class StartError(SystemExit, Exception):
         self.code = 1  # or the interpreter would print the text once more
 
 
+def one_line(failure: Failure) -> str:
+    """What was raised, in one line."""
+    try:
+        text = " ".join(str(failure.value).split())
+    except BaseException:  # it is hosted code's
+        text = ""
+    return f"{type(failure.value).__name__}{text and f': {text}'}"
+
+
+def traceback_level(error: BaseException | None) -> Any:
+    """The level at which the traceback of a failed start is logged: it helps nobody where the system refuses a call."""
+    return LogLevel.debug if isinstance(error, OSError | MemoryError | KeyboardInterrupt) else LogLevel.error
+
+
 class State(Enum):
     """Where a serving process stands."""
 
@@ -241,8 +255,12 @@ class Server(Service):
     def _cannot_start(self, problem: str) -> StartError:
         """What to raise before the reactor runs."""
         self._tell(problem)
-        self._close_listeners()
+        self.abandon()
         return StartError(problem)
+
+    def abandon(self) -> None:
+        """Close the sockets and remove their files: the process ends, and has never served."""
+        self._close_listeners()
 
     def _tell(self, problem: str) -> None:
         self._log.critical("cannot start: {problem}", problem=problem)
@@ -274,13 +292,19 @@ class Server(Service):
             release()
         if self.state is not State.STARTING or not self.running:  # stopped before the reactor ran
             return
-        if self._reload is not None:
-            self._reaper.start(self.reactor)
-        self._side.start(self.reactor)
-        self._lag.start(self.reactor)
-        self._warn_of_descriptors()
+        try:
+            if self._reload is not None:
+                self._reaper.start(self.reactor)
+            self._side.start(self.reactor)
+            self._lag.start(self.reactor)
+            self._warn_of_descriptors()
+        except BaseException:  # the reactor would log it, and go on
+            self._start_failed(Failure())
+            return
         self._starting = Deferred.fromCoroutine(self._start_factory())
         self._starting.addCallbacks(self._accept, self._factory_failed)
+        # What either of them raises would be lost in the Deferred.
+        self._starting.addErrback(self._start_failed)
 
     async def _start_factory(self) -> None:
         """Have the factory do what it wants to have done before anybody connects."""
@@ -296,8 +320,14 @@ class Server(Service):
         if self.state is not State.STARTING or self._ending:  # it is stopped, and so was this
             return
         self._log.failure("{factory} failed", failure, LogLevel.debug, factory=self._factory_name)
-        text = " ".join(failure.getErrorMessage().split())
-        self.fail(f"{self._factory_name} did not start: {type(failure.value).__name__}{text and f': {text}'}")
+        self.fail(f"{self._factory_name} did not start: {one_line(failure)}")
+
+    def _start_failed(self, failure: Failure) -> None:
+        """End the process: something else of its start has failed."""
+        self._log.failure("the start failed", failure, traceback_level(failure.value))
+        if self._report is not None and not self._ending:
+            accepting = self.connections.ports[-1].name if self.connections.ports else "the service"
+            self.fail(f"{accepting} did not start: {one_line(failure)}")
 
     @property
     def _factory_name(self) -> str:

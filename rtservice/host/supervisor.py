@@ -36,7 +36,7 @@ from rtservice.host.intake import Intake
 from rtservice.host.orphans import Reaper
 from rtservice.host.printed import Line, PrintedLines
 from rtservice.host.published import as_event
-from rtservice.host.server import StartError
+from rtservice.host.server import StartError, one_line, traceback_level
 from rtservice.host.side import Side
 from rtservice.host.signals import Repeats, release
 from rtservice.host.systemd import Notifier
@@ -478,10 +478,7 @@ class Supervisor(Service):
         if problem is not None:
             self.log.critical("cannot start: {problem}", problem=problem)
             self._reported(problem)
-            for listener in self._listeners:
-                self._remove_file(listener)
-                listener.close()
-            self._side.stop()
+            self.abandon()
             raise StartError(problem)
         super().startService()
         self.reactor = reactor
@@ -489,6 +486,13 @@ class Supervisor(Service):
         for number, action in signals.items():
             self._on_signal(number, action)
         reactor.callWhenRunning(self._begin)
+
+    def abandon(self) -> None:
+        """As in Server."""
+        for listener in self._listeners:
+            self._remove_file(listener)
+            listener.close()
+        self._side.stop()
 
     def _on_signal(self, number: int, action: Callable[[], None]) -> None:
         signal.signal(number, lambda number, frame: self.reactor.callFromThread(action))
@@ -499,6 +503,14 @@ class Supervisor(Service):
         release()
         if not self.running:
             return
+        try:
+            self._start()
+        except BaseException:  # the reactor would log it, and go on
+            failure = Failure()
+            self.log.failure("the start failed", failure, traceback_level(failure.value))
+            self.fail(f"the workers cannot be started: {one_line(failure)}")
+
+    def _start(self) -> None:
         self._reaper.start(self.reactor)
         self._looking.clock = self._watchdog.clock = self.reactor
         self._looking.start(BEAT, now=False)

@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.host.connections import Limits
-from rtservice.host.server import Live, Server, StartError, State
+from rtservice.host.server import Live, Server, StartError, State, one_line
 from rtservice.interfaces import IDrainable, IMetrics
 from rtservice.net.listeners import open_description
 from rtservice.protocols.echo import EchoFactory
@@ -77,6 +77,93 @@ def test_an_endpoint_that_fails_later_stops_the_process_with_a_status(monkeypatc
     result.errback(OSError("too late"))
     assert (service.exit_status, stops) == (1, [1])
     assert "--listen x:1: too late" in str(formatEvent(events[-1]))
+
+
+class Unfit:
+    """A listener whose socket nothing can be done with, and what it is to be rid of."""
+
+    name = "tcp:192.0.2.1:7"
+    proxied = False
+    tls = None
+    shared = False
+    read = ()
+    certificates = ()
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.socket = socket.socket()
+        self.socket.close()
+
+    def remove_file(self) -> None:
+        self.done.append("remove file")
+
+    def close(self) -> None:
+        self.done.append("close")
+
+
+def failing_factory(count: int, error: BaseException) -> Factory:
+    """One whose doStart raises, the second or a later time."""
+    factory = Factory()
+    factory.noisy = False
+    times = iter(range(count))
+
+    def start() -> None:
+        if next(times, None) is None:
+            raise error
+
+    factory.doStart = start  # type: ignore[method-assign]  # it is the test's own
+    return factory
+
+
+@pytest.mark.parametrize(
+    ("factory", "problem"),
+    [
+        (None, "tcp:192.0.2.1:7 did not start: OSError: "),
+        (failing_factory(0, KeyboardInterrupt()), "Factory did not start: KeyboardInterrupt"),
+        (failing_factory(0, SystemExit(0)), "Factory did not start: SystemExit: 0"),
+    ],
+    ids=["socket", "interrupt", "exit"],
+)
+def test_nothing_that_fails_in_a_start_is_lost(monkeypatch, factory, problem) -> None:
+    clock = Reactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    unfit: Any = Unfit()
+    reports: list[str | None] = []
+    service, events = server([unfit], factory=factory, report=reports.append)
+    service.startService()
+    assert [str(report)[: len(problem)] for report in reports] == [problem]
+    assert service.exit_status == 1
+    clock.advance(0)
+    service.stopService()
+    clock.advance(1)
+    assert unfit.done[-2:] == ["remove file", "close"]
+    assert all(event["log_level"].name == "debug" for event in events if "log_failure" in event)
+
+
+def test_a_status_server_that_cannot_start_ends_the_start(monkeypatch) -> None:
+    def fail_to_start(reactor: object) -> None:
+        raise LookupError("no page")
+
+    clock = Reactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    reports: list[str | None] = []
+    service, events = server(report=reports.append)
+    monkeypatch.setattr(service._side, "start", fail_to_start)
+    service.startService()
+    assert reports == ["the service did not start: LookupError: no page"]
+    assert service.exit_status == 1
+    # Nothing of the system's refuses this: who is to correct it needs the traceback.
+    assert [event["log_level"].name for event in events if "log_failure" in event] == ["error"]
+
+
+def test_an_exception_is_one_line_whatever_it_says_of_itself() -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise SystemExit(3)
+
+    assert one_line(Failure(ValueError("two\n  lines"))) == "ValueError: two lines"
+    assert one_line(Failure(ValueError())) == "ValueError"
+    assert one_line(Failure(MuteError())) == "MuteError"
 
 
 def test_an_endpoint_serves_with_records_and_is_stopped() -> None:

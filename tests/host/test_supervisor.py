@@ -453,6 +453,29 @@ def test_a_start_for_which_the_system_has_no_process_fails_with_one_line(world) 
     assert one.service.exit_status == 1
 
 
+@pytest.mark.parametrize("error", [LookupError("no page"), SystemExit(0), ValueError("embedded\nnull byte")], ids=repr)
+def test_whatever_fails_as_workers_are_started_ends_the_start_with_one_line(world, monkeypatch, error) -> None:
+    def refuse(*given: object, **more: object) -> None:
+        raise error
+
+    one = world()
+    monkeypatch.setattr(one.reactor, "spawnProcess", refuse)
+    one.service.startService()
+    text = str(error).replace("\n", " ")
+    assert one.reports == [f"the workers cannot be started: {type(error).__name__}: {text}"]
+    assert one.service.exit_status == 1
+    assert [event["log_level"].name for event in one.events if "log_failure" in event] == ["error"]
+    one.events.clear()  # they were to be there
+    one.reactor.advance(0)
+    assert one.done == [None]
+
+
+def test_a_start_that_is_abandoned_leaves_no_socket_and_no_file(world) -> None:
+    one = world()
+    one.service.abandon()
+    assert one.listener.done == ["remove file", "close"]
+
+
 def test_what_the_check_finds_is_reported_before_anything_is_spawned(world) -> None:
     one = world(problem="the process still runs as root")
     with pytest.raises(StartError, match="still runs as root"):
