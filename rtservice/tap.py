@@ -9,19 +9,22 @@ import rtservice.first  # noqa: F401  # see there
 import atexit
 import contextlib
 import dataclasses
+import errno
 import os
-import pwd
 import re
+import resource
 import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
 from typing import Any, ClassVar
 
 from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python import usage
 from twisted.python.components import Componentized
+from twisted.python.failure import Failure
 
 from rtservice import __version__, hosting, settings, worker
 from rtservice.hidden import hide_in_description, hide_values, values_in_description
@@ -29,7 +32,9 @@ from rtservice.host import signals, systemd
 from rtservice.host.certificates import renewed
 from rtservice.host.connections import COLUMNS
 from rtservice.host.counters import DURATIONS, LAGS
-from rtservice.host.server import Server, descriptors_for_side, raise_descriptor_limit
+from rtservice.host.credentials import Credentials, CredentialsError, resolve
+from rtservice.host.dry_run import problem_of
+from rtservice.host.server import Server, descriptors_for_side, raise_descriptor_limit, traceback_level
 from rtservice.host.side import Side
 from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
@@ -95,6 +100,7 @@ class Options(usage.Options):
     ]
 
     loaded: Loaded
+    start: Start
     directory: str  # in which relative paths of a protocol's options begin
 
     def opt_version(self) -> None:
@@ -136,6 +142,11 @@ class Options(usage.Options):
             raise usage.UsageError(f"unexpected argument {args[0]!r}")
 
     def postOptions(self) -> None:
+        twistd: Any = self.parent or {}
+        self.start = Start(twistd)
+        if self.parent is not None:  # the command is this process's, and not that of a program that makes a service
+            self.start.watch()
+        _check_working_directory()
         self._environment = dict(os.environ)
         for name, path in (("--config", self["config"]), (CONFIG_VARIABLE, self._environment.get(CONFIG_VARIABLE))):
             if path is not None:
@@ -144,7 +155,6 @@ class Options(usage.Options):
                 # A daemon changes its directory, and reads the file again on SIGHUP.
                 self["config"] = os.path.abspath(path)
                 break
-        twistd: Any = self.parent or {}
         # Before twistd opens it, which it does next, and before it is relative to another directory.
         _check_pidfile(twistd.get("pidfile"), os.path.abspath)
         # Where files are that options of a protocol name; a daemon reads them again for new workers.
@@ -209,12 +219,30 @@ def makeService(options: Options) -> Server | Supervisor:
     """Validate everything and bind every socket, then give the service that serves on them.
 
     Binding happens here, before twistd daemonizes, drops privileges or opens its log: so whatever is wrong is one line
-    on the terminal of whoever typed the command, and its status. Raises SystemExit with that line.
+    on the terminal of whoever typed the command, and its status. Raises SystemExit with that line, and leaves no socket
+    and no file of one then.
     """
+    with contextlib.ExitStack() as bound:
+        try:
+            service = _make_service(options, bound)
+        except SettingError as error:
+            raise SystemExit(f"rtservice: {error}") from None
+        except SystemExit:
+            raise
+        except BaseException as error:
+            raise SystemExit(f"rtservice: {_unexpected(error)}") from error
+        bound.pop_all()  # they are the service's
+    options.start.service = service
+    return service
+
+
+def _make_service(options: Options, bound: contextlib.ExitStack) -> Server | Supervisor:
+    """Raises SettingError; what is to be closed then is in `bound`."""
     in_force = options.settings()
     twistd: Any = options.parent or {}
     signals.inherit_nothing()
-    leave = _Leave()
+    start = options.start
+    leave = _Leave(start)
     atexit.register(leave)  # first, so that it is run last: a protocol may register something when it is imported
     # It may hold secrets, and what hosted code starts inherits the environment. A reload has a copy.
     os.environ.pop(settings.variable("protocol-option"), None)
@@ -223,34 +251,35 @@ def makeService(options: Options) -> Server | Supervisor:
     log = Log(Levels(worker.levels(in_force)), globalLogPublisher)
     slots = _slots(in_force)
     resolve_path = _path_resolver(twistd)
-    try:
-        _check_user(twistd, log)
-        _check_directories(twistd, resolve_path)
-        # Before a protocol is imported, which may import the reactor.
-        _install_reactor(log)
-        if slots == 1 or options["check"]:
-            factory = options.make_factory(options.loaded, slots)
-        else:  # it is the workers' to import, with their rights, but what its options name can be missing here already
-            factory = None
-            options.protocol_options(options.loaded)
-        if options["check"]:
-            _check(options.loaded, resolve_path, slots)
-            raise _Printed("rtservice: the configuration is valid\n")
-        notifier = systemd.from_environment(os.environ)
-        if twistd.get("nodaemon", True):  # or the command that waits for a daemon could not be interrupted
-            signals.hold()
-        descriptors = raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
-        outputs = _Outputs(options.loaded, twistd, resolve_path, log)
-        opened, endpoints, status = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
-    except SettingError as error:
-        raise SystemExit(f"rtservice: {error}") from None
-    start = _Start(twistd)
+    credentials = _credentials(twistd, log)
+    _check_directories(twistd, resolve_path)
+    _check_changes(twistd, credentials, slots)
+    # Before a protocol is imported, which may import the reactor.
+    _install_reactor(log)
+    if slots == 1 or options["check"]:
+        factory = options.make_factory(options.loaded, slots)
+    else:  # it is the workers' to import, with their rights, but what its options name can be missing here already
+        factory = None
+        options.protocol_options(options.loaded)
+    if options["check"]:
+        _check(options.loaded, resolve_path, slots)
+        raise _Printed("rtservice: the configuration is valid\n")
+    notifier = systemd.from_environment(os.environ)
+    if twistd.get("nodaemon", True):  # or the command that waits for a daemon could not be interrupted
+        signals.hold()
+    descriptors = raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
+    outputs = _Outputs(options.loaded, twistd, resolve_path, log)
+    opened, endpoints, status = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
+    for listener in (*opened, *status):
+        bound.callback(listener.close)
+    start.prepare(credentials, log)
     side = Side(log, status, descriptors_for_side(descriptors))
     service: Server | Supervisor
     if slots > 1:
         service = _serve_with_workers(options, opened, log, notifier, start, outputs, side)
     else:
         service = _serve_here(options, factory, opened, endpoints, log, notifier, start, outputs, side, leave)
+    _check_descriptors(slots, descriptors)
     leave.service, leave.outputs = service, outputs
     return service
 
@@ -262,7 +291,7 @@ def _serve_here(
     endpoints: list[tuple[str, Any]],
     log: Log,
     notifier: systemd.Notifier,
-    start: _Start,
+    start: Start,
     outputs: _Outputs,
     side: Side,
     leave: _Leave,
@@ -294,17 +323,15 @@ def _serve_with_workers(
     opened: list[Listener],
     log: Log,
     notifier: systemd.Notifier,
-    start: _Start,
+    start: Start,
     outputs: _Outputs,
     side: Side,
 ) -> Supervisor:
     reload = _ReloadWorkers(options, log, opened, side)
     try:
         plan = _plan(options.loaded, opened, side, options)
-    except (TLSError, SettingError) as error:  # it was well a moment ago
-        for listener in (*opened, *side.listeners):
-            listener.close()
-        raise SystemExit(f"rtservice: {error}") from None
+    except TLSError as error:  # it was well a moment ago
+        raise SettingError(str(error)) from None
     supervisor = _Supervisor(
         side=side,
         dropped=outputs.dropped,
@@ -701,31 +728,78 @@ class _Supervisor(_Logged, Supervisor):
     """A Supervisor for twistd."""
 
 
-class _Start:
-    """The last steps of a start, between twistd, the service, and the command that was typed."""
+class Start:
+    """A start, from the options to the service that serves. What fails meanwhile ends the process with one line.
+
+    What Twisted does between `makeService` and the reactor may raise, too, and would be a traceback: `watch` has it
+    reported like all else, and the sockets of `service` closed.
+    """
+
+    service: Server | Supervisor | None = None
 
     def __init__(self, twistd: Any) -> None:
         self._twistd = twistd
-        self._user = os.getuid()
+        self._credentials = Credentials()
+        self._log: Log | None = None
         self._pipe: int | None = None
-        self._terminal = os.dup(2)  # once twistd has daemonized, 2 itself is /dev/null
+        self._terminal: int | None = None
+        self._hook: Callable[..., object] | None = None
+        self.over = False  # it went well, or has been reported
+
+    def watch(self) -> None:
+        """Report what nobody catches, until the start is over."""
+        self._hook, sys.excepthook = sys.excepthook, self._uncaught
+
+    def prepare(self, credentials: Credentials, log: Log) -> None:
+        """Keep the terminal, which is not 2 any more once twistd has daemonized, and have `check` change the user."""
+        self._log = log
+        self._terminal = os.dup(2)
+        self._credentials = credentials
+        for option in ("uid", "gid"):
+            # Twistd fails for a user without a passwd entry, and believes what a system call says.
+            if option in self._twistd:
+                self._twistd[option] = None
 
     def check(self) -> str | None:
-        """Called when privileges are to have been dropped; says so if they were not."""
+        """Drop privileges; called when all is bound and nothing is served. Returns what is wrong, if anything is."""
         self._take_pipe()
-        return _privileges_kept(self._twistd, self._user)
+        try:
+            self._credentials.assume()
+        except CredentialsError as error:
+            return str(error)
+        if self._credentials and self._log is not None:
+            self._log.info("set uid/gid {uid}/{gid}", uid=self._credentials.uid, gid=self._credentials.gid)
+        return None
 
     def report(self, problem: str | None) -> None:
         """The start is over, and went well or not."""
+        self.over = True
+        if self._hook is not None:
+            sys.excepthook, self._hook = self._hook, None
         self._take_pipe()
         if problem is None:
             self._answer(b"0")
         else:
             with contextlib.suppress(OSError):  # nobody reads it any more
-                os.write(self._terminal, f"rtservice: {printable(problem)}\n".encode())
+                os.write(self._terminal or 2, f"rtservice: {printable(problem)}\n".encode())
             # The command returns when all is cleaned up: who tries again at once finds no pidfile and no port in use.
             atexit.register(self._answer, b"1 rtservice did not start")
-        os.close(self._terminal)
+        if self._terminal is not None:
+            os.close(self._terminal)
+            self._terminal = None
+
+    def abandon(self, problem: str) -> None:
+        """Report the problem, and leave nothing behind."""
+        if self.service is not None:
+            self.service.exit_status = self.service.exit_status or 1
+            self.service.abandon()
+        self.report(problem)
+
+    def _uncaught(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        problem = _unexpected(error)
+        if self._log is not None:
+            self._log.failure("the start failed", Failure(error, kind, traceback), traceback_level(error))
+        self.abandon(problem)
 
     def _answer(self, word: bytes) -> None:
         if self._pipe is not None:
@@ -740,23 +814,23 @@ class _Start:
             self._pipe, self._twistd["statusPipe"] = self._twistd["statusPipe"], None
 
 
-def _privileges_kept(twistd: Any, started_as: int) -> str | None:
-    """What is wrong unless the process runs as the user and group that twistd was told, and with that user's groups.
+def _unexpected(error: BaseException) -> str:
+    """What nobody expected to be raised in a start, in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if not isinstance(error, OSError) or error.errno is None:
+        return f"cannot start: {hosting.told(error)}"
+    where = "" if error.filename is None else f"{printable(str(error.filename))}: "
+    more = ""
+    if error.errno == errno.EMFILE:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        more = f"; the limit of descriptors (ulimit -n, LimitNOFILE=) is {limit}"
+    return f"cannot start: {where}{_reason(error)}{more}"
 
-    `started_as` is the user id that the process began with. Twistd does not check, and workers inherit all of these.
-    """
-    uid, gid = twistd.get("uid"), twistd.get("gid")
-    if uid is not None and gid is None:
-        gid = pwd.getpwuid(uid).pw_gid  # twistd's rule
-    for what, wanted, ids in (("uid", uid, os.getresuid()), ("gid", gid, os.getresgid())):
-        # Real, effective and saved: from any of them the others can be set again (setresuid(2)).
-        if wanted is not None and set(ids) != {wanted}:
-            return f"--{what} {wanted}: the process still runs as {what} {max(set(ids) - {wanted})}"
-    if uid is not None and uid != started_as:
-        kept = set(os.getgroups()) - {gid, *os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)}
-        if kept:
-            return f"--uid {uid}: the process still has the supplementary group {min(kept)}, which is not this user's"
-    return None
+
+def _reason(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
 
 
 @contextlib.contextmanager
@@ -835,11 +909,25 @@ def _path_resolver(twistd: Any) -> Callable[[str], str]:
     )
 
 
+def _check_working_directory() -> None:
+    """Reject one that is gone: relative paths, the pidfile's for one, begin nowhere then. Raises SettingError."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise SettingError(
+            f"the working directory cannot be used: {_reason(error)}; change to another directory first"
+        ) from None
+
+
 def _check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
     """Find where twistd itself would fail, with a traceback, when everything is bound already. Raises SettingError."""
-    for option, path in (("chroot", twistd.get("chroot") or "/"), ("rundir", resolve_path("."))):
-        if not os.path.isdir(path):
-            raise SettingError(f"--{option} {printable(twistd[option])}: no such directory")
+    rundir = twistd.get("rundir")
+    if twistd.get("chroot") is not None:
+        _check_directory(f"--chroot {printable(twistd['chroot'])}", twistd["chroot"])
+    elif rundir == ".":  # twistd's default, into which it changes, too
+        _check_directory("the working directory", rundir, "; change to another, or name one with --rundir")
+    elif rundir is not None:
+        _check_directory(f"--rundir {printable(rundir)}", rundir)
     given = twistd.get("pidfile")
     if given:
         _check_pidfile(given, resolve_path)
@@ -851,16 +939,105 @@ def _check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
             raise SettingError(f"--pidfile {printable(given)}: permission denied")
 
 
+def _check_directory(name: str, path: str, hint: str = "") -> None:
+    """Find why a directory could not be the working directory of this process. Raises SettingError."""
+    try:
+        problem = "" if stat.S_ISDIR(os.stat(path).st_mode) else "not a directory"
+    except FileNotFoundError:
+        problem = "no such directory"
+    except OSError as error:
+        problem = _reason(error)
+    if not problem and not os.access(path, os.X_OK, effective_ids=True):
+        problem = "permission denied"
+    if problem:
+        raise SettingError(f"{name}: {problem}{hint}")
+
+
 def _check_pidfile(given: str | None, resolve_path: Callable[[str], str]) -> None:
-    """Reject a pidfile that is a pipe or a device: twistd waits for ever when it opens one. Raises SettingError."""
-    if given:
-        with contextlib.suppress(OSError):  # there is none yet, or twistd finds out
-            if not stat.S_ISREG(os.stat(resolve_path(given)).st_mode):
-                raise SettingError(f"--pidfile {printable(given)}: not a regular file")
+    """Reject what is at the path of the pidfile, if twistd would wait for ever there, or fail. Raises SettingError."""
+    if not given:
+        return
+    name = f"--pidfile {printable(given)}"
+    path = resolve_path(given)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device: to open one may take for ever
+            raise SettingError(f"{name}: not a regular file")
+        with open(path, "rb") as file:
+            content = file.read(64)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise SettingError(f"{name}: {_reason(error)}") from None
+    if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", content):
+        raise SettingError(f"{name}: it holds no process id; remove it unless a service uses it")
 
 
-def _check_user(twistd: Any, log: Log) -> None:
-    """Reject a --uid with which twistd would fail, or keep root within reach of hosted code. Raises SettingError."""
+def _check_changes(twistd: Any, credentials: Credentials, slots: int) -> None:
+    """Find whether root and user can be changed as twistd is told to. Raises SettingError.
+
+    Nothing is bound yet, and nothing of this can be taken back: a child process tries.
+    """
+    root, rundir = twistd.get("chroot"), twistd.get("rundir")
+    if root is None and not credentials:
+        return
+
+    def change() -> str | None:
+        if root is not None:
+            name, what = f"--chroot {printable(root)}", "it takes root, or its capability sys_chroot"
+            try:
+                os.chroot(root)
+                name, what = f"--rundir {printable(rundir)}", "in the new root"
+                os.chdir("/" if rundir == "." else rundir)  # as twistd does
+                if not twistd.get("nodaemon") or slots > 1:
+                    name, what = f"--chroot {printable(root)}", "/dev/null, which daemons and workers need, is missing"
+                    os.close(os.open(os.devnull, os.O_RDWR))
+            except FileNotFoundError:
+                return f"{name}: no such {'file or ' if 'dev' in what else ''}directory; {what}"
+            except OSError as error:
+                return f"{name}: {_reason(error)}; {what}"
+        try:
+            credentials.assume()
+        except CredentialsError as error:
+            return str(error)
+        return None
+
+    problem = problem_of(change)
+    if problem is not None:
+        raise SettingError(problem)
+
+
+# Descriptors that a start takes after everything is bound, at the most at once: those by which the reactor hears of
+# signals, the pidfile, the pipe of a daemon; and some for clients. Each worker has four pipes, and eight for a moment.
+_DESCRIPTORS_LEFT, _WORKER_DESCRIPTORS, _SPAWN_DESCRIPTORS = 8, 4, 5
+
+
+def _check_descriptors(slots: int, limit: int) -> None:
+    """Find whether there are enough descriptors for what remains. Raises SettingError.
+
+    Twisted's reactor would go on without hearing of signals, and a worker could not be spawned.
+    """
+    wanted = _DESCRIPTORS_LEFT + (_SPAWN_DESCRIPTORS + slots * _WORKER_DESCRIPTORS if slots > 1 else 0)
+    held: list[int] = []
+    try:
+        while len(held) < wanted:
+            held.append(os.dup(2))
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise SettingError(
+            f"the limit of descriptors (ulimit -n, LimitNOFILE=) is {limit}; "
+            f"this service takes {limit + wanted - len(held)} at the least"
+        ) from None
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def _credentials(twistd: Any, log: Log) -> Credentials:
+    """What --uid and --gid have the process run as.
+
+    Rejects what cannot be, or would keep root within reach of hosted code. Raises SettingError.
+    """
     uid, gid = twistd.get("uid"), twistd.get("gid")
     if twistd.get("euid") and (uid is not None or gid is not None):
         # The real user stays root, in workers too: seteuid(0), one call in hosted code, takes everything back.
@@ -872,13 +1049,10 @@ def _check_user(twistd: Any, log: Log) -> None:
         log.warn(
             "--gid {gid} without --uid: what is served runs as root, with the supplementary groups of root", gid=gid
         )
-    # Twistd looks a user up, in the new root if there is one: for its group, and for its supplementary groups when the
-    # process is not that user yet.
-    if uid is not None and twistd.get("chroot") is None and (gid is None or uid != os.getuid()):
-        try:
-            pwd.getpwuid(uid)
-        except KeyError:
-            raise SettingError(f"--uid {uid}: no such user, whose groups would have to be known") from None
+    try:
+        return resolve(uid, gid)
+    except CredentialsError as error:
+        raise SettingError(str(error)) from None
 
 
 class _Leave:
@@ -887,7 +1061,13 @@ class _Leave:
     service: Server | Supervisor | None = None
     outputs: _Outputs | None = None
 
+    def __init__(self, start: Start) -> None:
+        self._start = start
+
     def __call__(self) -> None:
+        if self.service is not None and not self._start.over:
+            # Somebody has ended the process, or its reactor, in a way that nobody was told of.
+            self._start.abandon("the process ended before it served")
         if self.service is not None and self.outputs is not None and self.service.exit_status:
             self.outputs.finish()
             sys.stdout.flush()

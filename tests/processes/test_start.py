@@ -53,6 +53,9 @@ def test_a_mistake_is_refused_with_one_line(run, arguments, names) -> None:
     assert_refused(run("-n", "--pidfile=", "rtservice", *arguments), *names)
 
 
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change the root directory")
+
+
 @pytest.mark.parametrize("daemon", [False, True], ids=["fore", "daemon"])
 @pytest.mark.parametrize(
     ("options", "names"),
@@ -62,12 +65,152 @@ def test_a_mistake_is_refused_with_one_line(run, arguments, names) -> None:
         (["--pidfile=/proc/sys/d.pid"], ["--pidfile /proc/sys/d.pid", "permission denied"]),
         (["--pidfile=", "--rundir=/no/such/place"], ["--rundir /no/such/place", "no such directory"]),
         (["--pidfile=", "--chroot=/no/such/place"], ["--chroot /no/such/place", "no such directory"]),
-        (["--pidfile=", "--chroot=/", "--rundir=/no/such"], ["--rundir /no/such", "no such directory"]),
+        pytest.param(
+            ["--pidfile=", "--chroot=/", "--rundir=/no/such"],
+            ["--rundir /no/such", "no such directory; in the new root"],
+            marks=needs_root,
+        ),
+        (["--pidfile=", "--rundir=/dev/null"], ["--rundir /dev/null", "not a directory"]),
+        (["--pidfile=", "--chroot=/dev/null"], ["--chroot /dev/null", "not a directory"]),
+        (["--pidfile=/"], ["--pidfile /", "not a regular file"]),
+        (["--pidfile=/dev/null/d.pid"], ["--pidfile /dev/null/d.pid", "not a directory"]),
     ],
 )
 def test_a_mistake_in_twistds_own_options_is_one_line_too(run, tmp_path, daemon, options, names) -> None:
     where = [f"--logfile={tmp_path}/d.log"] if daemon else ["-n"]
     assert_refused(run(*where, *options, "rtservice", "--port=0"), *names)
+
+
+def run_in_shell(script: str, directory: Path, environment: dict[str, str], *arguments: str):
+    """Run a script of sh(1) in which `"$@"` is a `twistd` command line."""
+    return subprocess.run(
+        ["sh", "-c", script, "sh", str(BIN / "twistd"), *arguments],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-n", "--pidfile=", "rtservice", "--listen=unix:s"],
+        ["-n", "--pidfile=", "--rundir=/", "rtservice", "--check"],
+        ["--logfile=d.log", "rtservice", "--config=rt.toml"],
+    ],
+    ids=" ".join,
+)
+def test_a_working_directory_that_is_gone_is_one_line(environment, tmp_path, arguments) -> None:
+    (tmp_path / "gone").mkdir()
+    result = run_in_shell('rmdir ../gone; exec "$@"', tmp_path / "gone", environment, *arguments)
+    assert_refused(result, "rtservice: the working directory cannot be used: no such file or directory; change to")
+
+
+@pytest.mark.parametrize("content", ["", "12 34", "-1", "9" * 20, "\udcff"], ids=ascii)
+def test_a_pidfile_without_a_process_id_is_one_line_and_stays(run, tmp_path, content) -> None:
+    data = os.fsencode(content)
+    (tmp_path / "d.pid").write_bytes(data)
+    assert_refused(
+        run("--pidfile=d.pid", "rtservice", "--check"), "--pidfile", "d.pid: it holds no process id; remove it"
+    )
+    assert (tmp_path / "d.pid").read_bytes() == data
+
+
+def test_what_twistd_itself_finds_after_everything_is_bound_is_one_line_too(environment, tmp_path) -> None:
+    # It cannot write its pidfile; nothing of ours looks for a limit of the size of files (RLIMIT_FSIZE).
+    script = 'ulimit -f 0; exec "$@"'
+    result = run_in_shell(script, tmp_path, environment, "-n", "--pidfile=d.pid", "rtservice", "--listen=unix:s")
+    assert_refused(result, "rtservice: cannot start: file too large")
+    assert result.returncode == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "workers"), [(6, 1), (8, 1), (9, 1), (12, 1), (6, 2), (8, 2), (12, 2), (20, 2), (25, 2)]
+)
+def test_too_few_descriptors_are_one_line(environment, tmp_path, limit, workers) -> None:
+    arguments = ("-n", "--pidfile=", "rtservice", "--listen=unix:s", f"--workers={workers}")
+    result = run_in_shell(f'ulimit -n {limit}; exec "$@"', tmp_path, environment, *arguments)
+    assert_refused(result)
+    assert re.search("too many open files|limit of descriptors", result.stderr)
+    assert result.returncode == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_many_descriptors_as_the_line_says_are_enough(environment, tmp_path, service) -> None:
+    result = run_in_shell('ulimit -n 12; exec "$@"', tmp_path, environment, "-n", "--pidfile=", "rtservice", "--port=0")
+    enough = re.search(r"is 12; this service takes (\d+) at the least", result.stderr)
+    assert enough, result
+    one = service("--port=0", launcher=["sh", "-c", f'ulimit -n {enough[1]}; exec "$@"', "sh"])
+    with one.connect() as client:
+        assert client.recv(100) == b"Hello from the server!"
+    assert "Traceback" not in "".join(one.lines)
+
+
+PROTOCOLS = """
+from twisted.internet.protocol import Factory, Protocol
+from zope.interface import implementer
+from rtservice.interfaces import IStartable
+
+class Base(Factory):
+    noisy = False
+    protocol = Protocol
+
+class Interrupts(Base):
+    def __init__(self):
+        raise KeyboardInterrupt
+
+class Exits(Base):
+    def startFactory(self):
+        raise SystemExit(0)
+
+@implementer(IStartable)
+class Gives(Base):
+    def start(self):
+        return None
+
+class Second(Base):
+    def doStart(self):
+        super().doStart()
+        if self.numPorts > 1:
+            raise LookupError("the second start")
+
+class Runs(Base):
+    def __init__(self):
+        from twisted.internet import reactor
+        reactor.callWhenRunning(reactor.stop)
+        reactor.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("protocol", "workers", "problem"),
+    [
+        ("interrupted:X", 1, "--protocol interrupted:X: interrupted cannot be imported: KeyboardInterrupt ("),
+        ("interrupted:X", 2, "--protocol interrupted:X: interrupted cannot be imported: KeyboardInterrupt ("),
+        ("unfit:Interrupts", 2, "--protocol unfit:Interrupts: it cannot be made: KeyboardInterrupt ("),
+        ("unfit:Exits", 1, "Exits did not start: SystemExit: 0\n"),
+        ("unfit:Exits", 2, "Exits did not start: SystemExit: 0\n"),
+        ("unfit:Gives", 1, "Gives did not start: TypeError: "),
+        ("unfit:Second", 1, "unix:{}/s did not start: LookupError: the second start\n"),
+        ("unfit:Second", 2, "unix:{}/s did not start: LookupError: the second start\n"),
+        ("unfit:Runs", 1, "the process ended before it served\n"),
+    ],
+)
+def test_a_protocol_that_fails_at_the_start_ends_it_with_one_line(
+    run, tmp_path, environment, protocol, workers, problem
+) -> None:
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "unfit.py").write_text(PROTOCOLS)
+    environment["PYTHONPATH"] = str(tmp_path)
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    result = run(*FOREGROUND, "rtservice", "--listen=unix:s", f"--protocol={protocol}", f"--workers={workers}")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith(f"rtservice: {problem.format(tmp_path)}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["interrupted.py", "unfit.py"]
 
 
 @pytest.mark.parametrize(
