@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -24,7 +25,8 @@ def problem_of(change: Callable[[], str | None]) -> str | None:
         os.close(sender)
         with open(receiver, "rb") as file:
             said = file.read()
-    os.waitpid(child, 0)
+    with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored, and it is gone already
+        os.waitpid(child, 0)
     if not said:  # killed, most likely by a filter of system calls
         return "a child process that tried it was killed"
     return said[1:].decode(errors="replace") or None

@@ -35,6 +35,14 @@ def test_a_child_that_is_killed_is_a_problem() -> None:
     assert problem_of(lambda: os.kill(os.getpid(), signal.SIGKILL)) == "a child process that tried it was killed"
 
 
+def test_children_that_nobody_waits_for_answer_too() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as some parents leave it to what they start
+    try:
+        assert problem_of(lambda: "no") == "no"
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_no_exit_handler_runs_and_no_descriptor_stays(tmp_path) -> None:
     atexit.register(handler := lambda: (tmp_path / "ran").touch())
     before = sorted(os.listdir("/proc/self/fd"))
