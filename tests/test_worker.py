@@ -22,7 +22,7 @@ from rtservice.host.control import decode_value, encode, split_word
 from rtservice.host.counters import PHASES
 from rtservice.host.worker_messages import Record, Records, WorkerMessages
 from rtservice.net.listeners import Listener, open_description
-from rtservice.net.tls import TLSError
+from rtservice.net.tls import TLSError, finish
 from rtservice.worker import Worker, describe, make_live, share
 
 DEFAULTS = settings.load({}, {}, None)
@@ -85,7 +85,7 @@ def adopted() -> Iterator[Callable[..., list[Listener]]]:
             descriptor = os.dup(listener.of_slot(1).fileno())
             os.set_inheritable(descriptor, True)
             os.set_blocking(descriptor, True)
-            found.append(worker._adopted(given, descriptor))
+            found.append(finish(worker._adopting(given, descriptor)))
         made.extend(found)
         return found
 

@@ -20,6 +20,7 @@ from rtservice.host.server import StartError
 from rtservice.host.supervisor import Phase, Plan, Supervisor, Worker, backoff
 from rtservice.host.worker_messages import encode_records, finished_record
 from rtservice.net.listeners import ListenError
+from rtservice.net.tls import Steps
 
 
 class Reactor(Clock):
@@ -237,6 +238,7 @@ class World:
         self.plan = self.planned(**plan)
         self.next_plan: Plan | None = self.plan
         self.reloads = 0
+        self.reload_steps = 0  # each of which takes a slice, if there are any
         self.handlers: dict[int, Callable[[int, Any], Any]] = {}
         self.service = Supervisor(
             listeners=[self.listener],
@@ -258,8 +260,10 @@ class World:
 
         return Plan(start=start, **{**PLAN, **plan})
 
-    def _reload(self) -> Plan | None:
+    def _reload(self) -> Steps[Plan | None]:
         self.reloads += 1
+        for _ in range(self.reload_steps):
+            yield
         return self.next_plan
 
     @property
