@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def counted(count: float, noun: str) -> str:
-    """Return a count and the noun, in the plural unless the count is 1: whatever the noun, by an `s` at its end."""
-    return f"{count:g} {noun}" if count == 1 else f"{count} {noun}s"
+    """Return a whole count and the noun, with an `s` unless the count is 1."""
+    return f"{count:.0f} {noun}" if count == 1 else f"{count:.0f} {noun}s"

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
 
+from rtservice.counted import counted
 from rtservice.net.crl import RevocationLists
 from rtservice.net.description import (
     ARGUMENTS,
@@ -803,7 +804,8 @@ def _chosen(given: Mapping[str, str], passed: list[tuple[int, str]]) -> list[soc
     if "index" in given:
         index = int(given["index"])
         if index >= len(passed):
-            raise ListenError(f"index {index} is not there: {len(passed)} socket(s) were passed")
+            count = f"{counted(len(passed), 'socket')} {'was' if len(passed) == 1 else 'were'}"
+            raise ListenError(f"index {index} is not there: {count} passed")
         numbers = [passed[index][0]]
     elif "name" in given:
         numbers = [fd for fd, name in passed if name == given["name"]]
