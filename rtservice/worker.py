@@ -21,6 +21,7 @@ from twisted.logger import LogEvent, Logger, LogLevel, globalLogBeginner, global
 from twisted.python.failure import Failure
 
 from rtservice import hosting, settings
+from rtservice.counted import counted
 from rtservice.host.connections import Limits
 from rtservice.host.control import (
     BEAT,
@@ -267,7 +268,8 @@ class Worker(Protocol):
         dropped, self._dropped = self._dropped, 0
         self._dropped_before += dropped
         if dropped and self._server is not None:
-            self._log.warn("{count} records were dropped: too many at once", count=dropped)
+            records = f"{counted(dropped, 'record')} {'was' if dropped == 1 else 'were'}"
+            self._log.warn("{records} dropped: too many at once", records=records, count=dropped)
 
     def stopProducing(self) -> None:
         self._full = True

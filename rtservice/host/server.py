@@ -17,6 +17,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
+from rtservice.counted import counted
 from rtservice.host.blocked import Watch
 from rtservice.host.certificates import certificates_of, logging_certificates, renewing
 from rtservice.host.connections import Connections, Limits, Record
@@ -367,7 +368,7 @@ class Server(Service):
         phases = self.connections.phases()
         unfinished = sum(phases.values()) - phases["open"]
         more = f", {unfinished} in a handshake or closing" if unfinished else ""
-        return f"{self.state.value}: {phases['open']} connections open{more}"
+        return f"{self.state.value}: {counted(phases['open'], 'connection')} open{more}"
 
     @property
     def ready(self) -> bool:
@@ -444,7 +445,7 @@ class Server(Service):
     @property
     def standing(self) -> str:
         """One line on how it stands, which takes no look at each connection."""
-        return f"{self.state.value}: {len(self.connections.open)} connections"
+        return f"{self.state.value}: {counted(len(self.connections.open), 'connection')}"
 
     def _tick(self) -> None:
         if self._notifier.connected:
@@ -598,7 +599,9 @@ class Server(Service):
             self._notifier.stopping(self.status)
             self._notifier.extend_timeout(self.live.drain_timeout + _FLUSH_LIMIT)
             self._log.info(
-                "draining: {count} connections have {seconds:g} s to end",
+                "draining: {connections} {have} {seconds:g} s to end",
+                connections=counted(len(connections.open), "connection"),
+                have="has" if len(connections.open) == 1 else "have",
                 count=len(connections.open),
                 seconds=self.live.drain_timeout,
             )

@@ -21,6 +21,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import LogEvent, Logger, LogLevel, globalLogPublisher
 from twisted.python.failure import Failure
 
+from rtservice.counted import counted
 from rtservice.host.certificates import certificates_of, logging_certificates
 from rtservice.host.connections import first_rows
 from rtservice.host.control import (
@@ -719,7 +720,7 @@ class Supervisor(Service):
         ready = sum(slot.ready for slot in self.slots)
         count = sum(worker.counters.get("open", 0) for worker in self._workers())
         state = "draining" if self._stopped is not None else "serving" if self._serving else "starting"
-        return f"{state}: {ready} of {len(self.slots)} workers ready, {count} connections open"
+        return f"{state}: {ready} of {counted(len(self.slots), 'worker')} ready, {counted(count, 'connection')} open"
 
     @property
     def standing(self) -> str:
