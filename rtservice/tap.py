@@ -17,7 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -29,7 +29,7 @@ from twisted.python.failure import Failure
 from rtservice import __version__, hosting, settings, worker
 from rtservice.hidden import hide_in_description, hide_values, values_in_description
 from rtservice.host import signals, systemd
-from rtservice.host.certificates import renewed
+from rtservice.host.certificates import renewing
 from rtservice.host.connections import COLUMNS
 from rtservice.host.counters import DURATIONS, LAGS
 from rtservice.host.credentials import Credentials, CredentialsError, resolve
@@ -41,7 +41,7 @@ from rtservice.net import listeners
 from rtservice.net.description import Description, parse, unknown_type
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.net.places import first_conflict
-from rtservice.net.tls import TLSError, ignore_bad_names
+from rtservice.net.tls import Files, Steps, TLSError, ignore_bad_names
 from rtservice.observe import logs
 from rtservice.observe.lines import Lines, Output, say_aside
 from rtservice.observe.logfile import LogFile, check_file
@@ -386,11 +386,16 @@ def _slots(in_force: settings.Settings) -> int:
     return len(os.sched_getaffinity(0)) if in_force.workers is None else in_force.workers
 
 
-def _plan(loaded: Loaded, opened: list[Listener], side: Side, options: Options) -> Plan:
-    """What workers are started with from now on. Raises TLSError and SettingError."""
+def _plan(
+    loaded: Loaded, opened: list[Listener], side: Side, options: Options, read: Mapping[object, Files] | None = None
+) -> Plan:
+    """What workers are started with from now on. Raises TLSError and SettingError.
+
+    `read` is what was read for the listeners, by their sources; without it, the files are read.
+    """
     in_force = loaded.settings
     given = options.protocol_options(loaded)
-    described = worker.describe(loaded, opened, options=given, directory=options.directory)
+    described = worker.describe(loaded, opened, options=given, directory=options.directory, read=read or {})
     shown = [*opened, *side.listeners] if in_force.watch_certificates else []
     files = {file for listener in shown for file in listener.tls_files()}
     return Plan(
@@ -572,18 +577,20 @@ class _Reload(_Settings):
         super().__init__(options, log)
         self._side = side
 
-    def __call__(self, server: Server) -> None:
+    def __call__(self, server: Server) -> Steps[None]:
+        """The steps of a reload; what they read is in force at once, when all of it was found to be right."""
         try:
             loaded = self._wanted()
             wanted = loaded.settings
             if any(name in _OF_FACTORIES for name in settings.changes(self._in_force, wanted)[1]):
                 self._options.make_factory(loaded)  # it takes a restart, which must not be what finds the mistake
-            adopt_certificates = server.renewed_certificates()
+            adopt_certificates = yield from server.renewing_certificates()
         except (SettingError, ListenError) as problem:
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return
-        adopt_certificates()
+        adopted = adopt_certificates()
         server.apply(worker.make_live(wanted, beside=self._side.descriptors))
+        yield from adopted
         self._reloaded(wanted)
 
 
@@ -595,19 +602,22 @@ class _ReloadWorkers(_Settings):
         self._opened = opened
         self._side = side
 
-    def __call__(self) -> Plan | None:
+    def __call__(self) -> Steps[Plan | None]:
+        """The steps of a reload, which give the plan."""
         try:
             wanted = self._wanted().settings
             # Workers read what their listeners show from the plan; what is said of it is said here.
-            adopt = renewed([*((listener, None) for listener in self._opened), *self._side.served()])
+            read: dict[object, Files] = {}
+            served = [*((listener, None) for listener in self._opened), *self._side.served()]
+            adopt = yield from renewing(served, read)
             live, _ = settings.changes(self._in_force, wanted)
             changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
             loaded = Loaded(dataclasses.replace(self._in_force, **changed), self._options.loaded.sources)
-            plan = _plan(loaded, self._opened, self._side, self._options)
+            plan = _plan(loaded, self._opened, self._side, self._options, read)
         except (SettingError, ListenError, TLSError) as problem:
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return None
-        adopt()
+        yield from adopt()
         self._reloaded(wanted, "workers are replaced")
         return plan
 

@@ -11,15 +11,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
 from twisted.logger import LogEvent, Logger, LogLevel, globalLogBeginner, globalLogPublisher
 from twisted.python.failure import Failure
 
 from rtservice import hosting, settings
+from rtservice.counted import counted
 from rtservice.host.connections import Limits
 from rtservice.host.control import (
     BEAT,
@@ -33,6 +35,7 @@ from rtservice.host.control import (
 )
 from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
 from rtservice.host.signals import inherit_nothing
+from rtservice.host.slices import in_slices
 from rtservice.host.worker_messages import (
     LONGEST_PROBLEM,
     MOST_COUNTERS,
@@ -43,7 +46,7 @@ from rtservice.host.worker_messages import (
     shortened,
 )
 from rtservice.net.listeners import Listener
-from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, TLSError, ignore_bad_names
+from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, Steps, TLSError, finish, ignore_bad_names
 from rtservice.observe.logs import AccessLog, LevelName, Levels, Log, message_and_traceback
 from rtservice.references import OptionValue
 from rtservice.settings import SettingError
@@ -55,6 +58,9 @@ _TOGETHER, _LINES_SIZE = 0.1, 48 * 1024
 
 # Levels that may wait.
 _CALM = frozenset((LogLevel.debug, LogLevel.info))
+
+# Seconds of a slice of the start, between which messages are read: nobody else is served yet.
+_START_SLICE = 0.05
 
 _EVERY_EVENT_HAS = frozenset(("log_namespace", "log_level", "log_time"))
 
@@ -104,14 +110,19 @@ def share(total: int, slot: int, slots: int) -> int:
 
 
 def describe(
-    loaded: settings.Loaded, listeners: list[Listener], *, options: Iterable[OptionValue], directory: str
+    loaded: settings.Loaded,
+    listeners: list[Listener],
+    *,
+    options: Iterable[OptionValue],
+    directory: str,
+    read: Mapping[object, Files] | None = None,
 ) -> dict[str, Any]:
     """The value of a `start` message, but for `slot` and `slots`. Raises TLSError.
 
-    Certificates and keys are read here, and `options` with what their files held: a worker may not have the rights to.
-    The values go to it in this message alone: other users can see a process's arguments, and what it starts inherits
-    its environment. A protocol is not imported here: its workers import it, with their rights,
-    and anew for each of them.
+    Certificates and keys are read here unless they are in `read`, by the sources of the listeners, and `options` with
+    what their files held: a worker may not have the rights to. The values go to it in this message alone: other users
+    can see a process's arguments, and what it starts inherits its environment. A protocol is not imported here: its
+    workers import it, with their rights, and anew for each of them.
     """
     texts: dict[str, str | tuple[str, ...]] = {}
     for setting in settings.schema():
@@ -119,7 +130,7 @@ def describe(
         # It gets sockets; and an option of the echo exchange that nobody has given is none of other protocols.
         if setting.name not in ("listen", "port", "interface", "protocol-option") and value != setting.default:
             texts[setting.name] = value if setting.repeatable else settings.as_text(value)
-    described = [_described(listener) for listener in listeners]
+    described = [_described(listener, (read or {}).get(listener.source)) for listener in listeners]
     return {
         "settings": texts,
         "sources": dict(loaded.sources),  # for what errors say
@@ -129,12 +140,13 @@ def describe(
     }
 
 
-def _described(listener: Listener) -> dict[str, Any]:
+def _described(listener: Listener, files: Files | None) -> dict[str, Any]:
     kind = "passed" if listener.shared else "slot" if listener.copies else "own"
     tls = None
     if listener.source is not None:
-        files = Files()
-        listener.source.load(files)
+        if files is None:
+            files = Files()
+            finish(listener.source.loading(files, listener.reusable))
         tls = {
             "directory": isinstance(listener.source, DirectoryTLS),
             "fields": dataclasses.asdict(listener.source),
@@ -147,7 +159,7 @@ def _described(listener: Listener) -> dict[str, Any]:
 # --- the worker's side ---
 
 
-def _adopted(given: dict[str, Any], descriptor: int) -> Listener:
+def _adopting(given: dict[str, Any], descriptor: int) -> Steps[Listener]:
     os.set_inheritable(descriptor, False)  # it was inherited, and is nothing for what this process starts
     sock = socket.socket(fileno=descriptor)
     sock.setblocking(False)
@@ -156,7 +168,7 @@ def _adopted(given: dict[str, Any], descriptor: int) -> Listener:
     if tls is not None:
         fields = {**tls["fields"], "alpn": tuple(tls["fields"]["alpn"])}
         source = DirectoryTLS(**fields) if tls["directory"] else ServerTLS(**fields)
-        listener.adopt(source.load(RecordedFiles(tls["texts"], tls["entries"])))
+        listener.adopt((yield from source.loading(RecordedFiles(tls["texts"], tls["entries"]))))
     return listener
 
 
@@ -173,7 +185,9 @@ class Worker(Protocol):
         self._files: list[tuple[str, int]] = []  # of UNIX sockets, to be removed by the supervisor
         self._listeners: list[Listener] = []
         self._settings = settings.Settings()
-        self._slot = 0
+        self._slot, self._slots = 0, 1
+        self._loading: Deferred[None] | None = None
+        self._finish: list[str] | None = None  # whose queues are to be served, in a drain that came while it loads
         self._beating = LoopingCall(self._beat)
         self._ending = False
         self._begun = False  # it was told what to serve
@@ -210,15 +224,19 @@ class Worker(Protocol):
             if self._begun:
                 raise ProtocolViolation("a second start")
             self._begun = True
-            self._start(value)
-        elif word == "share" and self._server is not None:
-            self._server.apply(make_live(self._settings, slot=self._slot, slots=value))
+            # Whoever wants it to end is heard meanwhile: thousands of certificates take seconds to load.
+            self._loading = in_slices(self._start(value), self._reactor, size=_START_SLICE, pause=0.0)
+            self._loading.addErrback(self._not_loaded).addCallback(self._loaded)
+        elif word == "share":
+            self._slots = value
+            if self._server is not None:
+                self._server.apply(make_live(self._settings, slot=self._slot, slots=value))
         elif word == "drain":
             if "own" in value:  # the supervisor has removed the files; what has their names is a successor's
                 self._files.clear()
             self._drain(value)
-        elif word == "hurry" and self._server is not None:
-            self._server.hurry()
+        elif word == "hurry":
+            self._hurry()
         elif word == "rows" and self._server is not None:
             rows = self._server.connections.rows(value["sort"], value["count"])
             rows.addErrback(self._no_rows)
@@ -250,7 +268,8 @@ class Worker(Protocol):
         dropped, self._dropped = self._dropped, 0
         self._dropped_before += dropped
         if dropped and self._server is not None:
-            self._log.warn("{count} records were dropped: too many at once", count=dropped)
+            records = f"{counted(dropped, 'record')} {'was' if dropped == 1 else 'were'}"
+            self._log.warn("{records} dropped: too many at once", records=records, count=dropped)
 
     def stopProducing(self) -> None:
         self._full = True
@@ -266,19 +285,31 @@ class Worker(Protocol):
 
     # --- its life ---
 
-    def _start(self, given: dict[str, Any]) -> None:
+    def _not_loaded(self, failure: Failure) -> None:
+        if not failure.check(CancelledError):  # it was told to end
+            _log.failure("a worker cannot start", failure)
+            self._failed(repr(failure.value))
+
+    def _loaded(self, result: object) -> None:
+        self._loading = None
+        if self._finish is not None:
+            self._drain(self._finish)
+
+    def _start(self, given: dict[str, Any]) -> Steps[None]:
         try:
-            self._serve(given)
+            yield from self._serve(given)
         except (SettingError, TLSError, OSError) as error:
             self._failed(str(error))
+        except GeneratorExit:  # it was told to end
+            raise
         except BaseException as error:  # SystemExit too: without a word of why, the supervisor has no reason to show
             _log.failure("a worker cannot start")
             self._failed(repr(error))
 
-    def _serve(self, given: dict[str, Any]) -> None:
+    def _serve(self, given: dict[str, Any]) -> Steps[None]:
         self._settings = settings.load(given["settings"], {}, None).settings
         loaded = settings.Loaded(self._settings, given["sources"])
-        self._slot = given["slot"]
+        self._slot, self._slots = given["slot"], given["slots"]
         self._levels.change(levels(self._settings))
         self._log = Log(self._levels, globalLogPublisher)
         factory = hosting.make_factory(
@@ -291,12 +322,12 @@ class Worker(Protocol):
             self._kinds.append(listener["kind"])
             if listener["file"] is not None:
                 self._files.append(tuple(listener["file"]))
-            self._listeners.append(_adopted(listener, FIRST_SOCKET + place))
+            self._listeners.append((yield from _adopting(listener, FIRST_SOCKET + place)))
         self._server = Server(
             factory,
             listeners=self._listeners,
             endpoints=[],
-            live=make_live(self._settings, slot=self._slot, slots=given["slots"]),
+            live=make_live(self._settings, slot=self._slot, slots=self._slots),
             log=self._log,
             report=self._started,
             stop=self._end,
@@ -335,12 +366,28 @@ class Worker(Protocol):
         self._told = counters
 
     def _drain(self, finish: list[str]) -> None:
+        if self._loading is not None and finish:  # somebody may be in a queue that only this process serves
+            self._finish = finish
+            return
         if self._server is None:
-            self._end()
+            self._give_up()
             return
         for kind, listener in zip(self._kinds, self._listeners, strict=True):
             listener.shared = kind not in finish
         self._server.stopService().addBoth(self._drained)
+
+    def _hurry(self) -> None:
+        if self._server is None:
+            self._give_up()
+        else:
+            self._server.hurry()
+
+    def _give_up(self) -> None:
+        """End before anything is served."""
+        self._finish = None
+        if self._loading is not None:
+            self._loading.cancel()
+        self._end()
 
     def _access(self, line: str) -> None:
         if self._full:

@@ -12,18 +12,19 @@ PACKAGE = Path(rtservice.__file__).parent
 # What each part may import of ours, beside itself.
 MAY_IMPORT = {
     "interfaces": set(),
-    "protocols": {"interfaces"},
+    "counted": set(),
+    "protocols": {"interfaces", "counted"},
     "suggestions": set(),
     "utf8": set(),
-    "net": {"interfaces", "suggestions", "utf8"},
-    "host": {"net", "interfaces"},
+    "net": {"interfaces", "suggestions", "utf8", "counted"},
+    "host": {"net", "interfaces", "counted"},
     "hidden": set(),
     "references": set(),
     "settings": {"protocols", "hidden", "references", "suggestions", "utf8"},
     "hosting": {"settings", "references", "hidden", "interfaces", "suggestions", "utf8"},
     "observe": set(),
     "testing": {"net"},
-    "worker": {"hosting", "settings", "references", "host", "net", "protocols", "interfaces", "observe"},
+    "worker": {"hosting", "settings", "references", "host", "net", "protocols", "interfaces", "observe", "counted"},
     "first": {"host"},
     "tap": {
         "first",

@@ -20,9 +20,11 @@ from twisted.python.failure import Failure
 from rtservice import settings, worker
 from rtservice.host.control import decode_value, encode, split_word
 from rtservice.host.counters import PHASES
+from rtservice.host.server import State
+from rtservice.host.slices import in_slices
 from rtservice.host.worker_messages import Record, Records, WorkerMessages
 from rtservice.net.listeners import Listener, open_description
-from rtservice.net.tls import TLSError
+from rtservice.net.tls import Steps, TLSError, finish
 from rtservice.worker import Worker, describe, make_live, share
 
 DEFAULTS = settings.load({}, {}, None)
@@ -85,7 +87,7 @@ def adopted() -> Iterator[Callable[..., list[Listener]]]:
             descriptor = os.dup(listener.of_slot(1).fileno())
             os.set_inheritable(descriptor, True)
             os.set_blocking(descriptor, True)
-            found.append(worker._adopted(given, descriptor))
+            found.append(finish(worker._adopting(given, descriptor)))
         made.extend(found)
         return found
 
@@ -259,6 +261,87 @@ def test_a_worker_that_cannot_start_says_why_and_ends(connected, given, reason) 
     assert reason in problem
     assert made.status == 1
     assert reactor.stopped == 1
+
+
+# --- messages while it loads certificates ---
+
+
+@pytest.fixture
+def loading(connected, monkeypatch, tmp_path) -> Iterator[tuple[Worker, Channel, Reactor]]:
+    """A worker whose certificates take ten slices to load."""
+    made, channel, reactor = connected
+    reactor.addReader = reactor.removeReader = lambda reader: None
+    [listener] = open_description(f"unix:{tmp_path}/s", backlog=10)
+
+    def adopting(given: dict[str, Any], descriptor: int) -> Steps[Listener]:
+        for _ in range(10):
+            yield
+        return listener
+
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    monkeypatch.setattr(worker, "_adopting", adopting)
+    slow = {"size": 0.0, "pause": 0.1}
+    monkeypatch.setattr(worker, "in_slices", lambda steps, clock, **how: in_slices(steps, clock, **{**how, **slow}))
+    channel.checked = WorkerMessages(slot=0, listeners=[listener.name], access=True)
+    made.dataReceived(start(listeners=[{"kind": "slot", "file": None}], slots=2))
+    assert channel.said() == []
+    yield made, channel, reactor
+    listener.close()
+
+
+def test_a_worker_loads_its_certificates_in_slices_and_serves_then(loading) -> None:
+    made, channel, reactor = loading
+    reactor.pump([0.1] * 9)
+    assert channel.said() == []
+    reactor.advance(0.1)
+    assert [word for word, _ in channel.said()] == ["beat", "ready"]
+    made.dataReceived(encode("drain", []))
+    reactor.pump([1] * 5)
+    assert reactor.stopped
+
+
+@pytest.mark.parametrize(
+    "message", [encode("hurry"), encode("drain", []), b"garbage\n"], ids=["hurry", "drain", "garbage"]
+)
+@pytest.mark.parametrize("slices", [0, 5])
+def test_a_worker_that_is_to_end_at_once_does_not_load_on(loading, message, slices) -> None:
+    made, channel, reactor = loading
+    reactor.pump([0.1] * slices)
+    made.dataReceived(message)
+    reactor.pump([1] * 6)
+    assert reactor.stopped
+    assert "ready" not in [word for word, _ in channel.said()]
+    assert reactor.getDelayedCalls() == []
+
+
+def test_a_worker_that_has_a_queue_to_serve_loads_on_and_then_drains(loading) -> None:
+    made, _, reactor = loading
+    made.dataReceived(encode("drain", ["slot"]))
+    assert not reactor.stopped
+    reactor.pump([0.1] * 10)
+    assert made._server is not None
+    assert made._server.state in (State.DRAINING, State.STOPPED)
+    reactor.pump([1] * 5)
+    assert reactor.stopped
+    made.dataReceived(encode("hurry"))  # it is too late, and harms nobody
+
+
+def test_a_worker_in_a_hurry_gives_up_what_it_would_have_loaded_for_a_queue(loading) -> None:
+    made, _, reactor = loading
+    made.dataReceived(encode("drain", ["slot"]))
+    made.dataReceived(encode("hurry"))
+    reactor.pump([1] * 6)
+    assert reactor.stopped
+    assert made._server is None
+
+
+def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading) -> None:
+    made, _, reactor = loading
+    made.dataReceived(encode("share", 5))
+    reactor.pump([0.1] * 10)
+    assert made._server.live == make_live(settings.Settings(), slot=0, slots=5)
+    made.dataReceived(encode("drain", []))
+    reactor.pump([1] * 5)
 
 
 def test_a_worker_whose_supervisor_is_gone_before_it_was_told_anything_ends(connected) -> None:

@@ -4,85 +4,158 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from heapq import nsmallest
 from typing import Any
 
 from twisted.logger import Logger
 
+from rtservice.counted import counted
 from rtservice.net.crl import RevocationLists
-from rtservice.net.listeners import Listener
+from rtservice.net.listeners import Listener, ListenError
 from rtservice.net.stream import Port, escaped
+from rtservice.net.tls import Certificate, Files, Loaded, Made, Steps, fingerprinting
 
-# Of one certificate, in its line of the log; and of a directory of them.
-_NAMES_SHOWN = 5
+# Of one certificate, in its line of the log, and characters of a name (255 bytes in RFC 1035, section 2.3.4); and of a
+# directory of them.
+_NAMES_SHOWN, _LONGEST_NAME = 5, 255
 _CERTIFICATES_SHOWN = 100
+
+# How often files are read that change while they are read, so that some do not fit together.
+_READINGS = 3
+
+_DAY = 86400
+
+
+def days_left(until: float, now: float) -> int:
+    """Return the whole days from one time to another, both in seconds; negative once it has passed.
+
+    The one number that the log, the status page and its JSON have: what is left of a day does not count.
+    """
+    return int((until - now) // _DAY)
+
+
+def _in_days(days: int) -> str:
+    return f"in {counted(days, 'day')}" if days else "in less than 1 day"
 
 
 def _some_of(names: tuple[str, ...]) -> str:
     """The first of a certificate's names, which can be thousands."""
     more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    shown = ", ".join(
+        name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…" for name in names[:_NAMES_SHOWN]
+    )
+    return escaped(shown) + (f" and {more} more" if more > 0 else "")
 
 
-def log_certificates(log: Logger, listeners: list[Listener]) -> None:
-    """Log when each certificate that is shown, and each revocation list, expires, and warnings of TLS."""
-    now = time.time()
+def logging_certificates(log: Logger, listeners: list[Listener]) -> Steps[None]:
+    """Log when each certificate that is shown, and each revocation list, expires, and warnings of TLS, in steps."""
     for warning in dict.fromkeys(warning for listener in listeners for warning in listener.warnings):
         log.warn("{warning}", warning=warning)
     for lists in dict.fromkeys(listener.revocation for listener in listeners if listener.revocation is not None):
-        _log_revocation(log, lists, now)
+        _log_revocation(log, lists, time.time())
     # Two listeners may show the same one.
     for certificate in dict.fromkeys(one for listener in listeners for one in listener.certificates):
-        seconds = certificate.not_after - now
-        state = f"expires in {seconds / 86400:.0f} days" if seconds >= 0 else "has expired"
-        if certificate.not_before > now:
-            state = "is not valid yet"
-        (log.info if seconds >= 0 and certificate.not_before <= now else log.warn)(
-            "certificate {path} for {names}: {state}",
-            path=certificate.path,
-            names=escaped(_some_of(certificate.names)) or "no name",
-            state=state,
-            not_after=certificate.not_after,
-        )
+        _log_certificate(log, certificate, time.time())
+        yield
+
+
+def _log_certificate(log: Logger, certificate: Certificate, now: float) -> None:
+    days = days_left(certificate.not_after, now)
+    if certificate.not_before > now:
+        state, write = "is not valid yet", log.warn
+    elif days < 0:
+        state, write = "has expired", log.warn
+    else:
+        state, write = f"expires {_in_days(days)}", log.info
+    write(
+        "certificate {path} for {names}: {state}",
+        path=escaped(certificate.path),
+        names=_some_of(certificate.names) or "no name",
+        state=state,
+        not_after=certificate.not_after,
+        days_left=days,
+    )
 
 
 def _log_revocation(log: Logger, lists: RevocationLists, now: float) -> None:
     if lists.next_update is None:
         state, write = "has no next update", log.info
     elif lists.next_update >= now:
-        state, write = f"next update in {(lists.next_update - now) / 86400:.0f} days", log.info
+        state, write = f"next update {_in_days(days_left(lists.next_update, now))}", log.info
     else:
         state, write = "next update has passed: clients of its authority are refused", log.warn
-    write("revocation list {path}: {state}", path=lists.path, state=state, next_update=lists.next_update)
+    write("revocation list {path}: {state}", path=escaped(lists.path), state=state, next_update=lists.next_update)
 
 
-def certificates_of(listeners: list[Listener]) -> list[dict[str, Any]]:
-    """The certificates that listeners show, as plain data: of many, those that end first."""
-    shown: list[dict[str, Any]] = [
+def certificates_of(listeners: list[Listener], now: float | None = None) -> list[dict[str, Any]]:
+    """The certificates that listeners show, as plain data: of many, those that end first, and the first of each."""
+    now = time.time() if now is None else now
+    all_of = [(one.not_after, number, one) for number, each in enumerate(listeners) for one in each.certificates]
+    # Chosen before anything is escaped: thousands of texts would take longer than other clients may wait.
+    chosen = nsmallest(_CERTIFICATES_SHOWN, all_of, key=lambda one: one[:2])
+    there = {number for _, number, _ in chosen}
+    for number, listener in enumerate(listeners):
+        if listener.certificates and number not in there:
+            first = min(listener.certificates, key=lambda one: one.not_after)
+            chosen.append((first.not_after, number, first))
+    return [
         {
-            "listener": listener.name,
+            "listener": listeners[number].name,
             "path": escaped(certificate.path),
-            "names": escaped(_some_of(certificate.names)),
-            "not_after": certificate.not_after,
+            "names": _some_of(certificate.names),
+            "not_before": certificate.not_before,
+            "not_after": not_after,
+            "days_left": days_left(not_after, now),
         }
-        for listener in listeners
-        for certificate in listener.certificates
+        for not_after, number, certificate in chosen
     ]
-    return sorted(shown, key=lambda one: one["not_after"])[:_CERTIFICATES_SHOWN]
 
 
-def renewed(served: Iterable[tuple[Listener, Port | None]]) -> Callable[[], None]:
-    """Read and check the certificates of listeners again; gives what puts them in force, for new connections.
+def renewing(
+    served: Iterable[tuple[Listener, Port | None]], read: dict[object, Files] | None = None
+) -> Steps[Callable[[], Steps[None]]]:
+    """Read and check the certificates of listeners again, in steps; gives what puts them in force, for new connections.
 
-    With each listener is the port that accepts on it, if that is in this process. Raises ListenError, and nothing has
-    changed.
+    That gives more steps, which free what was in force before: 0.1 ms for each certificate that was renewed.
+
+    With each listener is the port that accepts on it, if that is in this process. `read` takes what was read, by the
+    sources of the listeners, for a process that has not the rights to. All are put in force at once, or
+    none: raises ListenError, and nothing has changed. Files that do not fit together are read again when they have
+    changed meanwhile, since whoever renews them may be at it.
     """
-    read = [(listener, port, listener.renew()) for listener, port in served]
+    pairs = list(served)
+    for reading in range(_READINGS):
+        before = yield from _fingerprints(pairs)
+        try:
+            loaded: dict[object, Loaded | None] = {}  # by source, which the listeners of one description share
+            for listener, _ in pairs:
+                if listener.source not in loaded:
+                    files = Files()
+                    loaded[listener.source] = yield from listener.renewing(files)
+                    if read is not None:
+                        read[listener.source] = files
+            break
+        except ListenError:
+            if reading == _READINGS - 1 or before == (yield from _fingerprints(pairs)):
+                raise
 
-    def adopt() -> None:
-        for listener, port, loaded in read:
-            if loaded is not None:
-                listener.adopt(loaded)
+    def adopt() -> Steps[None]:
+        before = [made for listener, _ in pairs for made in listener.reusable.made.values()]
+        for listener, port in pairs:
+            renewed = loaded[listener.source]
+            if renewed is not None:
+                listener.adopt(renewed)
                 if port is not None:
                     port.tls = listener.tls
+        return free(before)
+
+    def free(before: list[Made]) -> Steps[None]:
+        while before:
+            before.pop()
+            yield
 
     return adopt
+
+
+def _fingerprints(served: list[tuple[Listener, Port | None]]) -> Steps[object]:
+    return (yield from fingerprinting([file for listener, _ in served for file in listener.tls_files()]))

@@ -23,7 +23,9 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides
 
+from rtservice.counted import counted
 from rtservice.host.counters import Tally, add
+from rtservice.host.sparse import Sparse
 from rtservice.interfaces import IDrainable
 from rtservice.net.proxy import ProxyError
 from rtservice.net.stream import Ended, peer_name
@@ -52,6 +54,9 @@ SLICE, _SLICE_PAUSE = 1000, 0.002
 
 # Seconds between two log lines about the same kind of refusal.
 _REPORT_EVERY = 10.0
+
+# Bad PROXY headers of one listener that are logged in that time.
+_BAD_HEADERS = 5
 
 
 def end_reason(reason: Failure, *, peer_finished: bool, problem: Exception | None) -> str:
@@ -150,6 +155,9 @@ class Connections:
         self._paused = False
         self._told: set[Any] = set()
         self._reported: dict[str, tuple[float, int]] = {}  # when a refusal was last logged, and how many there were
+        self._bad_headers: dict[str, Sparse] = {}  # by listener
+        self._summaries: dict[str, Any] = {}  # the delayed calls that say how many were not logged
+        self._clock: Any = None
         self._sweeping = LoopingCall(self.sweep)
         self._slices: Cooperator | None = None  # once there is a clock
         self._counted: dict[str, int] = {}  # what a whole count came to
@@ -160,6 +168,7 @@ class Connections:
     def start(self, clock: Any) -> None:
         """Look for idle connections from now on, by this clock (an IReactorTime)."""
         self._seconds = clock.seconds
+        self._clock = clock
         self._sweeping.clock = clock
         self._slices = Cooperator(
             terminationPredicateFactory=lambda: lambda: True,  # one slice for all
@@ -169,6 +178,13 @@ class Connections:
 
     def stop(self) -> None:
         """Look no more."""
+        self._stop_sweeping()
+        self._clock = None
+        for listener, call in list(self._summaries.items()):
+            call.cancel()
+            self._sum_up_headers(listener)
+
+    def _stop_sweeping(self) -> None:
         if self._sweeping.running:
             self._sweeping.stop()
 
@@ -181,7 +197,7 @@ class Connections:
                 if connection.phase != "proxy":
                     self._count_peer(connection.getPeer())
         self._pause_or_resume()
-        self.stop()
+        self._stop_sweeping()
         if limits.idle_timeout:
             self._sweeping.start(min(max(limits.idle_timeout / _SWEEPS, _SWEEP_LEAST), _SWEEP_MOST), now=False)
 
@@ -218,13 +234,8 @@ class Connections:
 
     def closed(self, connection: Any, reason: Failure) -> None:
         """Write the record of a connection of ours, and forget it."""
-        if isinstance(connection.error, ProxyError):  # what a misconfigured proxy sent, for whoever looks for it
-            self._log.debug(
-                "{peer} on {listener}: {problem}",
-                peer=peer_name(connection.getPeer()),
-                listener=connection.port.name,
-                problem=connection.error,
-            )
+        if isinstance(connection.error, ProxyError):
+            self._log_bad_header(connection, connection.error)
         self._record(
             connection.getPeer(),
             connection.port.name,
@@ -235,6 +246,29 @@ class Connections:
             connection.phase,
         )
         self._forget(connection, reason)
+
+    def _log_bad_header(self, connection: Any, problem: ProxyError) -> None:
+        """Log what a misconfigured proxy, or a client without one, has sent: some of them, and how many more."""
+        listener = connection.port.name
+        sparse = self._bad_headers.setdefault(listener, Sparse(_BAD_HEADERS, _REPORT_EVERY))
+        if sparse.admit(self._seconds()):
+            self._log.info(
+                "bad PROXY header from {peer} on {listener}: {problem}; it begins {beginning}",
+                peer=peer_name(connection.getPeer()),
+                listener=listener,
+                problem=str(problem),
+                beginning=repr(problem.beginning)[1:],
+            )
+        elif listener not in self._summaries and self._clock is not None:
+            self._summaries[listener] = self._clock.callLater(_REPORT_EVERY, self._sum_up_headers, listener)
+
+    def _sum_up_headers(self, listener: str) -> None:
+        self._summaries.pop(listener, None)
+        self._log.info(
+            "{headers} on {listener}",
+            headers=counted(self._bad_headers[listener].take_missed(), "more bad PROXY header"),
+            listener=listener,
+        )
 
     def _forget(self, connection: Any, reason: Failure) -> None:
         self.open.pop(connection, None)
@@ -396,8 +430,8 @@ class Connections:
     def _has_counted(self, result: object) -> None:
         self._counting = False
         waiting, self._await_count = self._await_count, []
-        for counted in waiting:
-            counted.callback(None)
+        for one in waiting:
+            one.callback(None)
 
     def _count(self) -> Iterator[None]:
         """Count, a slice at each step.
@@ -543,7 +577,9 @@ class Connections:
         # there for whoever reads events instead of lines.
         self._log.info(
             "{record}",
-            record=f"{name} on {listener}: {seconds:.3f} s, {bytes_in} bytes in, {bytes_out} bytes out, {reason}",
+            # Not by `counted`, of which two calls would be 1 % of a short connection.
+            record=f"{name} on {listener}: {seconds:.3f} s, {bytes_in} byte{'s' if bytes_in != 1 else ''} in, "
+            f"{bytes_out} byte{'s' if bytes_out != 1 else ''} out, {reason}",
             peer=name,
             listener=listener,
             seconds=seconds,

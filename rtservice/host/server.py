@@ -12,23 +12,25 @@ from enum import Enum
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
+from rtservice.counted import counted
 from rtservice.host.blocked import Watch
-from rtservice.host.certificates import certificates_of, log_certificates, renewed
+from rtservice.host.certificates import certificates_of, logging_certificates, renewing
 from rtservice.host.connections import Connections, Limits, Record
 from rtservice.host.counters import Lag, factory_counters, process_counters
 from rtservice.host.orphans import Reaper
 from rtservice.host.side import Side
 from rtservice.host.signals import Repeats, release
+from rtservice.host.slices import in_slices
 from rtservice.host.systemd import Notifier
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
 from rtservice.net.listeners import Listener, ListenError
 from rtservice.net.stream import HANDSHAKE_TIMEOUT, Port
-from rtservice.net.tls import fingerprint
+from rtservice.net.tls import Steps, fingerprinting
 
 # Descriptors that the default limit of connections leaves for all else: listeners, logs, certificates that are read.
 # Half, where there are few.
@@ -129,6 +131,11 @@ def descriptors_for_side(descriptors: int) -> int | None:
     return None if descriptors == resource.RLIM_INFINITY else _left_for_connections(descriptors) // 2
 
 
+def _one_after_the_other(*works: Steps[None]) -> Steps[None]:
+    for steps in works:
+        yield from steps
+
+
 class Server(Service):
     """Serves one factory on listeners, which are bound already, and on endpoints of other kinds.
 
@@ -136,11 +143,12 @@ class Server(Service):
     dropped; errors say that `listen_setting` gave them. `live` is what `apply` may change later.
 
     `report` is called once: with None when every listener accepts, or with the line that says why the start failed.
-    `check` is called before anything is served, and gives such a line if that must not be. With `reload`, which is to
-    raise nothing, the process's signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP
-    calls it. What ends the process is `stop`, or else the reactor's. With `announce`, it logs what it listens on and
-    which certificates it shows. `record` is as in Connections. `side` is served too, from the start to the very
-    end. `dropped` gives how many log records nobody took. `leave` ends the process as it is, with its `exit_status`.
+    `check` is called before anything is served, and gives such a line if that must not be. With `reload`, the process's
+    signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP takes the steps that it
+    gives, in slices, between which clients are served. What ends the process is `stop`, or else the reactor's. With
+    `announce`, it logs what it listens on and which certificates it shows. `record` is as in Connections. `side` is
+    served too, from the start to the very end. `dropped` gives how many log records nobody took. `leave` ends the
+    process as it is, with its `exit_status`.
     """
 
     name = "rtservice"
@@ -157,7 +165,7 @@ class Server(Service):
         notifier: Notifier | None = None,
         report: Callable[[str | None], None] = lambda problem: None,
         check: Callable[[], str | None] = lambda: None,
-        reload: Callable[[], None] | None = None,
+        reload: Callable[[], Steps[None]] | None = None,
         stop: Callable[[], None] | None = None,
         announce: bool = True,
         record: Record | None = None,
@@ -185,6 +193,8 @@ class Server(Service):
         self._stop_process = stop
         self._announce = announce
         self._side = Side(log) if side is None else side
+        self._certificates_seen: object = [listener.read for listener in (*listeners, *self._side.listeners)]
+        self._slices: Deferred[None] | None = None  # a reload, or a look at the certificates, that is under way
         self._dropped = dropped
         self._counted: dict[str, float] = {}  # by the factory
         self._miscounted = ""  # what was wrong with that
@@ -196,7 +206,6 @@ class Server(Service):
         self._started = time.time()
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notifier.watchdog)
-        self._certificates_seen: object = [listener.read for listener in listeners]
         self._ending = False  # the reactor is told to stop
         self._reload_asked = False
         self._hurried = False
@@ -357,7 +366,7 @@ class Server(Service):
             if self._announce:
                 self._log.info("listening on {listener}", listener=listener.name)
         if self._announce:
-            log_certificates(self._log, self._listeners)
+            self._take(logging_certificates(self._log, self._listeners), "logging the certificates")
         self._serving_if_all_listen()
 
     def _broken(self, port: Port, reason: Failure) -> None:
@@ -389,7 +398,7 @@ class Server(Service):
         phases = self.connections.phases()
         unfinished = sum(phases.values()) - phases["open"]
         more = f", {unfinished} in a handshake or closing" if unfinished else ""
-        return f"{self.state.value}: {phases['open']} connections open{more}"
+        return f"{self.state.value}: {counted(phases['open'], 'connection')} open{more}"
 
     @property
     def ready(self) -> bool:
@@ -448,7 +457,7 @@ class Server(Service):
             "time": now,
             "started": self._started,
             "listeners": [listener.name for listener in self._listeners],
-            "certificates": certificates_of(self._listeners),
+            "certificates": certificates_of(self._listeners, now),
             "workers": [worker],
             "supervisor": None,
             "starts": {},
@@ -466,7 +475,7 @@ class Server(Service):
     @property
     def standing(self) -> str:
         """One line on how it stands, which takes no look at each connection."""
-        return f"{self.state.value}: {len(self.connections.open)} connections"
+        return f"{self.state.value}: {counted(len(self.connections.open), 'connection')}"
 
     def _tick(self) -> None:
         if self._notifier.connected:
@@ -474,8 +483,8 @@ class Server(Service):
         if self.state is State.DRAINING:
             self.connections.tell_drain()
             self._notifier.extend_timeout(_FLUSH_LIMIT)
-        elif self.live.watch_certificates:
-            self._look_at_certificates()
+        elif self.live.watch_certificates and self._slices is None:
+            self._take(self._look_at_certificates(), "a look at the certificates")
 
     def apply(self, live: Live) -> None:
         """Serve by these from now on."""
@@ -500,45 +509,72 @@ class Server(Service):
             self.reactor.callFromThread(self._reload_if_asked)
 
     def _reload_if_asked(self) -> None:
-        # One reload for all signals before it: what it reads is newer than them.
-        if self._reload is None or not self._reload_asked or self.state is not State.SERVING:
+        # One reload for all signals before it: what it reads is newer than them. And one after the other.
+        if self._reload is None or not self._reload_asked or self._ending or self._slices is not None:
+            return
+        if self.state is not State.SERVING:
             return
         self._reload_asked = False
         self._log.info("SIGHUP: reloading")
         self._notifier.reloading()
-        try:
-            self._reload()
-        finally:  # or the service manager would wait for ever
+        self._take(self._reload(), "a reload", self._reloaded)
+
+    def _reloaded(self) -> None:
+        # However it went, or the service manager would wait for ever.
+        if not self._ending:
             self._notifier.ready(self.status)
+
+    def _take(self, steps: Steps[None], what: str, done: Callable[[], None] = lambda: None) -> None:
+        """Take these steps in slices, with `done` at their end. There is one such work at a time."""
+
+        def over(result: object) -> None:
+            self._slices = None
+            if isinstance(result, Failure):
+                if result.check(CancelledError):
+                    self._log.info("{what} is given up: the service stops", what=what)
+                else:
+                    self._log.failure("{what} failed", result, what=what)
+            done()
+            self._reload_if_asked()
+
+        slices = self._slices = in_slices(steps, self.reactor)
+        slices.addBoth(over)  # which may be at once
 
     # --- certificates ---
 
-    def renewed_certificates(self) -> Callable[[], None]:
+    def renewing_certificates(self) -> Steps[Callable[[], Steps[None]]]:
         """Read and check the certificates of every listener again; gives what puts them in force for new connections.
 
-        Raises ListenError, and nothing has changed.
+        That gives the steps that log them and free those of before. Raises ListenError, and nothing has changed.
         """
-        self._certificates_seen = self._fingerprint()
-        adopt = renewed([*zip(self._listeners, self.connections.ports, strict=True), *self._side.served()])
+        self._certificates_seen = yield from self._fingerprinting()
+        served = [*zip(self._listeners, self.connections.ports, strict=True), *self._side.served()]
+        adopt = yield from renewing(served)
 
-        def adopt_and_log() -> None:
-            adopt()
-            log_certificates(self._log, self._listeners)
+        # Not a generator, which would do nothing before its first step.
+        def adopt_and_log() -> Steps[None]:
+            freeing = adopt()
+            return _one_after_the_other(logging_certificates(self._log, self._listeners), freeing)
 
         return adopt_and_log
 
-    def _fingerprint(self) -> object:
-        return [fingerprint(listener.tls_files()) for listener in (*self._listeners, *self._side.listeners)]
+    def _fingerprinting(self) -> Steps[object]:
+        found = []
+        for listener in (*self._listeners, *self._side.listeners):
+            found.append((yield from fingerprinting(listener.tls_files())))
+        return found
 
-    def _look_at_certificates(self) -> None:
+    def _look_at_certificates(self) -> Steps[None]:
         """Renew them if their files have changed since the last time that this was tried."""
-        if self._fingerprint() == self._certificates_seen:
+        if (yield from self._fingerprinting()) == self._certificates_seen:
             return
         self._log.info("certificates have changed: loading them")
         try:
-            self.renewed_certificates()()
+            adopt = yield from self.renewing_certificates()
         except ListenError as problem:
             self._log.error("the certificates in force stay: {problem}", problem=problem)
+        else:
+            yield from adopt()
 
     # --- stop ---
 
@@ -582,6 +618,8 @@ class Server(Service):
 
     async def _drain(self) -> None:
         self._reported("told to stop before every listener was ready")
+        if self._slices is not None:
+            self._slices.cancel()
         if self._starting is not None:
             self._starting.cancel()
         connections = self.connections
@@ -591,7 +629,9 @@ class Server(Service):
             self._notifier.stopping(self.status)
             self._notifier.extend_timeout(self.live.drain_timeout + _FLUSH_LIMIT)
             self._log.info(
-                "draining: {count} connections have {seconds:g} s to end",
+                "draining: {connections} {have} {seconds:g} s to end",
+                connections=counted(len(connections.open), "connection"),
+                have="has" if len(connections.open) == 1 else "have",
                 count=len(connections.open),
                 seconds=self.live.drain_timeout,
             )

@@ -14,14 +14,15 @@ from enum import Enum
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.error import ProcessDone, ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import LoopingCall
 from twisted.logger import LogEvent, Logger, LogLevel, globalLogPublisher
 from twisted.python.failure import Failure
 
-from rtservice.host.certificates import certificates_of, log_certificates
+from rtservice.counted import counted
+from rtservice.host.certificates import certificates_of, logging_certificates
 from rtservice.host.connections import first_rows
 from rtservice.host.control import (
     BEAT,
@@ -39,6 +40,7 @@ from rtservice.host.published import as_event
 from rtservice.host.server import StartError, one_line, traceback_level
 from rtservice.host.side import Side
 from rtservice.host.signals import Repeats, release
+from rtservice.host.slices import in_slices
 from rtservice.host.systemd import Notifier
 from rtservice.host.worker_messages import (
     Access,
@@ -52,10 +54,11 @@ from rtservice.host.worker_messages import (
     WorkerMessages,
 )
 from rtservice.net.listeners import Listener, ListenError
-from rtservice.net.tls import fingerprint
+from rtservice.net.tls import Steps, fingerprint, fingerprinting
 
-# Seconds that a worker may take until it is ready: an interpreter that starts on a machine that is very busy.
-_START_DEADLINE = 60.0
+# Seconds that a worker may take until it is ready: an interpreter that starts on a machine that is very busy. And for
+# each certificate, which takes 1 to 3 ms, and workers load them all at the same time.
+_START_DEADLINE, _START_OF_CERTIFICATE = 60.0, 0.01
 
 # A slot whose worker dies waits before the next: seconds, doubled for each death, and forgotten after some of health.
 _BACKOFF_LEAST, _BACKOFF_MOST, _HEALTHY = 0.1, 30.0, 60.0
@@ -269,8 +272,10 @@ class Worker(ProcessProtocol):
             intake.beat()
         hang_timeout = self.plan.hang_timeout
         if self.phase is Phase.STARTING:
-            if now - self.began >= _START_DEADLINE:
-                self._log_error("is not ready after {seconds:g} s, and is killed", seconds=_START_DEADLINE)
+            if now - self.began >= self.supervisor.start_deadline:
+                self._log_error(
+                    "is not ready after {seconds:g} s, and is killed", seconds=self.supervisor.start_deadline
+                )
                 self.signal(signal.SIGKILL)
         elif self._dumped:
             self.signal(signal.SIGKILL)
@@ -399,8 +404,8 @@ class Supervisor(Service):
 
     `listeners` have a socket for each slot where they can (see Listener.copies). `command` starts a worker. `access`
     takes a line that a worker has for the access log; one that has none is not to be sent any. `report`, `check`,
-    `notifier`, `side` and `dropped` are as in Server. `reload` gives the Plan of the next generation, or None if
-    nothing can be reloaded, which it has logged then.
+    `notifier`, `side` and `dropped` are as in Server. `reload` gives the steps, which are taken in slices, to the Plan
+    of the next generation, or to None if nothing can be reloaded, which it has logged then.
 
     Signals: SIGTERM and SIGINT drain, and a second one ends that; SIGHUP reloads; SIGTTIN adds a slot and SIGTTOU
     removes one.
@@ -419,7 +424,7 @@ class Supervisor(Service):
         notifier: Notifier,
         report: Callable[[str | None], None],
         check: Callable[[], str | None],
-        reload: Callable[[], Plan | None],
+        reload: Callable[[], Steps[Plan | None]],
         access: Callable[[str], None] | None = None,
         side: Side | None = None,
         dropped: Callable[[], int] = lambda: 0,
@@ -453,7 +458,8 @@ class Supervisor(Service):
         self._seen = fingerprint(plan.watched)
         self._refusal = ""  # why the system had no process for a worker
         self._rolling: list[Slot] = []  # whose workers are still to be replaced
-        self._reload_asked = False  # too early
+        self._reload_asked = False  # too early, or while another one is read
+        self._slices: Deferred[None] | None = None  # a reload that is read, or a look at the certificates
         self._reloading = False
         self._looking = LoopingCall(self._beat)
         self._watchdog = LoopingCall(self._watch)
@@ -517,6 +523,8 @@ class Supervisor(Service):
         self._looked = self.reactor.seconds()
         self._side.start(self.reactor)
         self._lag.start(self.reactor)
+        if self.start_deadline > _START_DEADLINE:  # the manager's own deadline is meant for an interpreter, too
+            self._notifier.extend_timeout(self.start_deadline)
         for slot in self.slots:
             slot.worker = self._spawn(slot)
             if slot.worker is None:
@@ -560,13 +568,12 @@ class Supervisor(Service):
             self._serving = True
             for listener in self._listeners:
                 self.log.info("listening on {listener}", listener=listener.name)
-            log_certificates(self.log, self._listeners)
             if self._notifier.watchdog_interval is not None:
                 self._watchdog.start(self._notifier.watchdog_interval)
             self._notifier.ready(self.status)
             self._reported(None)
-            if self._reload_asked:
-                self.reload()
+            # With the reload that was asked for meanwhile after it.
+            self._take(logging_certificates(self.log, self._listeners), "logging the certificates")
         self._go_on()
 
     def worker_leaves(self, worker: Worker) -> None:
@@ -689,10 +696,10 @@ class Supervisor(Service):
         if self._stopped is not None:
             self._notifier.extend_timeout(_KILL_AFTER)
         elif self._serving and not self._is_rolling() and now >= self._patient_until:
-            if fingerprint(self._plan.watched) != self._seen:
-                self.log.info("certificates have changed")
-                self.reload()
-                return
+            if self._plan.watched and self._slices is None:
+                self._take(self._look_at_certificates(), "a look at the certificates")
+                if self._is_rolling():
+                    return
             for slot in self.slots:
                 if slot.ready and (self._replace_if_old(slot, now) or self._replace_for_its_worker(slot, now)):
                     break
@@ -725,7 +732,7 @@ class Supervisor(Service):
         ready = sum(slot.ready for slot in self.slots)
         count = sum(worker.counters.get("open", 0) for worker in self._workers())
         state = "draining" if self._stopped is not None else "serving" if self._serving else "starting"
-        return f"{state}: {ready} of {len(self.slots)} workers ready, {count} connections open"
+        return f"{state}: {ready} of {counted(len(self.slots), 'worker')} ready, {counted(count, 'connection')} open"
 
     @property
     def standing(self) -> str:
@@ -749,17 +756,24 @@ class Supervisor(Service):
             add(totals, counters)
         return totals
 
+    @property
+    def start_deadline(self) -> float:
+        """Seconds that a worker may take until it is ready."""
+        count = sum(len(listener.certificates) for listener in self._listeners)
+        return _START_DEADLINE + int(_START_OF_CERTIFICATE * count * len(self.slots))
+
     def overview(self) -> dict[str, Any]:
         """How the service stands, as plain data: see Server."""
+        now = time.time()
         slots = {slot.number: slot for slot in self.slots}
         return {
             "state": "draining" if self._stopped is not None else "serving" if self._serving else "starting",
             "ready": self.ready,
             "status": self.status,
-            "time": time.time(),
+            "time": now,
             "started": self._started,
             "listeners": [listener.name for listener in self._listeners],
-            "certificates": certificates_of(self._listeners),
+            "certificates": certificates_of(self._listeners, now),
             "workers": [self._seen_worker(number, slots.get(number)) for number in sorted(slots | self._ended)],
             "supervisor": {**self._lag.counters(), **process_counters(), "dropped": self._dropped()},
             "starts": self._starts,
@@ -818,22 +832,49 @@ class Supervisor(Service):
 
     def reload(self) -> None:
         """Replace every worker by one with the settings, certificates and code of now. Called for SIGHUP."""
-        self._reload_asked = not self._serving
-        if self._stopped is not None or not self._serving:
+        self._reload_asked = not self._serving or self._slices is not None
+        if self._stopped is not None or self._reload_asked:
             return
+        self._take(self._reload_steps(), "a reload")
+
+    def _reload_steps(self) -> Steps[None]:
         self.log.info("reloading")
         self._notifier.reloading()
         # Before they are read, so that no change is missed.
-        self._seen = fingerprint(self._plan.watched)
-        plan = self._reload()
+        self._seen = yield from fingerprinting(self._plan.watched)
+        plan = yield from self._reload()
         if plan is None:
             self._notifier.ready(self.status)
             return
+        if plan.watched != self._plan.watched:
+            self._seen = yield from fingerprinting(plan.watched)
         self._plan = plan
-        self._seen = fingerprint(plan.watched)
-        log_certificates(self.log, self._listeners)
+        yield from logging_certificates(self.log, self._listeners)
         self._reloading = True
         self.replace(self.slots)
+
+    def _look_at_certificates(self) -> Steps[None]:
+        """Reload if files have changed since they were last read."""
+        if (yield from fingerprinting(self._plan.watched)) != self._seen:
+            self.log.info("certificates have changed")
+            yield from self._reload_steps()
+
+    def _take(self, steps: Steps[None], what: str) -> None:
+        """Take these steps in slices. There is one such work at a time; a reload asked for meanwhile follows it."""
+
+        def over(result: object) -> None:
+            self._slices = None
+            if isinstance(result, Failure):
+                if result.check(CancelledError):
+                    self.log.info("{what} is given up: the service stops", what=what)
+                else:
+                    self.log.failure("{what} failed", result, what=what)
+                    self._notifier.ready(self.status)  # or the service manager would wait for ever
+            if self._reload_asked:
+                self.reload()
+
+        slices = self._slices = in_slices(steps, self.reactor)
+        slices.addBoth(over)  # which may be at once
 
     def replace(self, slots: list[Slot]) -> None:
         """Replace the workers of these slots, one after the other: each serves before the old one drains."""
@@ -997,6 +1038,8 @@ class Supervisor(Service):
             self._reported("told to stop before every worker was ready")
             self._stopped = Deferred()
             self._stopped.addCallback(self._all_gone)
+            if self._slices is not None:
+                self._slices.cancel()
             self._notifier.stopping(self.status)
             self._stop_began = self.reactor.seconds()
             self._drained_before = dict(self.totals)

@@ -24,6 +24,7 @@ from typing import Any, get_args
 
 from twisted.logger import Logger
 
+from rtservice.counted import counted
 from rtservice.net.crl import RevocationLists
 from rtservice.net.description import (
     ARGUMENTS,
@@ -42,12 +43,16 @@ from rtservice.net.tls import (
     Certificate,
     Context,
     DirectoryTLS,
+    Files,
     Library,
     Loaded,
     Minimum,
+    Reusable,
     ServerTLS,
+    Steps,
     TLSError,
     fingerprint,
+    finish,
 )
 from rtservice.suggestions import did_you_mean, nearest
 
@@ -111,6 +116,7 @@ class Listener:
     proxied: bool = False
     shared: bool = False
     source: ServerTLS | DirectoryTLS | None = field(default=None, repr=False)
+    reusable: Reusable = field(default_factory=Reusable, repr=False)
     copies: list[Socket] = field(default_factory=list, repr=False)
     spares: list[Socket] = field(default_factory=list, repr=False)
     _backlog: int = 0
@@ -121,10 +127,21 @@ class Listener:
 
         Raises ListenError. Nothing is changed, so that of several listeners all can be read before any adopts.
         """
-        return _load(self.source)
+        return finish(self.renewing())
+
+    def renewing(self, files: Files | None = None) -> Steps[Loaded | None]:
+        """The same in steps. What is in force for the same bytes is not made again."""
+        if self.source is None:
+            return None
+        try:
+            return (yield from self.source.loading(files, self.reusable))
+        except TLSError as error:
+            raise ListenError(str(error)) from error
 
     def adopt(self, loaded: Loaded) -> None:
         """Put a context and its certificates in force."""
+        loaded.take_effect()
+        self.reusable = loaded.reusable
         self.tls = loaded.context
         self.certificates = loaded.certificates
         self.revocation = loaded.revocation
@@ -819,7 +836,8 @@ def _chosen(given: Mapping[str, str], passed: list[tuple[int, str]]) -> list[soc
     if "index" in given:
         index = int(given["index"])
         if index >= len(passed):
-            raise ListenError(f"index {index} is not there: {len(passed)} socket(s) were passed")
+            count = f"{counted(len(passed), 'socket')} {'was' if len(passed) == 1 else 'were'}"
+            raise ListenError(f"index {index} is not there: {count} passed")
         numbers = [passed[index][0]]
     elif "name" in given:
         numbers = [fd for fd, name in passed if name == given["name"]]

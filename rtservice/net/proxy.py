@@ -13,6 +13,8 @@ from struct import Struct
 
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 
+from rtservice.counted import counted
+
 Address = IPv4Address | IPv6Address | UNIXAddress
 
 # §2.1: of UNKNOWN with two of the longest addresses, CRLF included; TCP4 and TCP6 cannot be longer.
@@ -48,11 +50,18 @@ _V2_UNIX = Struct("108s108s")
 _PP2_TYPE_CRC32C = 0x03  # §2.2.3
 
 
+# Bytes of what is no header that help to find out who sent it: a request line, or a ClientHello with its version.
+BEGINNING = 64
+
+
 class ProxyError(ValueError):
     """The bytes are no PROXY header, and more of them will not make it one; the text says what was found.
 
-    It has nothing of the peer's in it but numbers.
+    It has nothing of the peer's in it but numbers. `beginning` is the peer's: up to BEGINNING bytes, if they were put
+    there by what received them.
     """
+
+    beginning = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +123,7 @@ def _parse_v1(data: bytes) -> Header | None:
             raise ProxyError("v1 header of UNKNOWN with a control byte or a byte above 0x7f")
         return Header(end + 2, None, None)
     if kind not in ("TCP4", "TCP6"):
-        raise ProxyError(f"v1 header with a word of {len(kind)} bytes where TCP4, TCP6 or UNKNOWN belongs")
+        raise ProxyError(f"v1 header with a word of {counted(len(kind), 'byte')} where TCP4, TCP6 or UNKNOWN belongs")
     if len(fields) != 6:
         raise ProxyError(f"v1 header of {kind} with {len(fields)} fields, separated by single spaces, instead of 6")
     _, _, source, destination, source_port, destination_port = fields
@@ -166,7 +175,9 @@ def _parse_v2(data: bytes) -> Header | None:
         return None
     following = data[14] << 8 | data[15]
     if following < addresses:
-        raise ProxyError(f"v2 header of {following} bytes for 0x{family:02x}, whose addresses are {addresses} bytes")
+        raise ProxyError(
+            f"v2 header of {counted(following, 'byte')} for 0x{family:02x}, whose addresses are {addresses} bytes"
+        )
     length = _V2_FIXED + following
     if size < length:
         return None
@@ -210,12 +221,14 @@ def _each_tlv(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """The TLVs (§2.2) that fill `data` from `at` to `end`, where the header ends: type, and where its value is."""
     while at < end:
         if end - at < 3:
-            raise ProxyError(f"v2 header with {end - at} bytes after its last TLV, too few for another")
+            raise ProxyError(f"v2 header with {counted(end - at, 'byte')} after its last TLV, too few for another")
         kind = data[at]
         value_at = at + 3
         at = value_at + (data[at + 1] << 8 | data[at + 2])
         if at > end:
-            raise ProxyError(f"v2 header with a TLV of type 0x{kind:02x} that goes {at - end} bytes beyond it")
+            raise ProxyError(
+                f"v2 header with a TLV of type 0x{kind:02x} that goes {counted(at - end, 'byte')} beyond it"
+            )
         yield kind, value_at, at
 
 
@@ -228,7 +241,7 @@ def _check_tlvs(data: bytes, at: int, end: int) -> None:
     for kind, value_at, value_end in _each_tlv(data, at, end):
         if kind == _PP2_TYPE_CRC32C:
             if value_end - value_at != 4:
-                raise ProxyError(f"v2 header with a CRC32C of {value_end - value_at} bytes instead of 4")
+                raise ProxyError(f"v2 header with a CRC32C of {counted(value_end - value_at, 'byte')} instead of 4")
             if checksum_at:  # each would have to be computed over the other one
                 raise ProxyError("v2 header with more than one CRC32C")
             checksum_at = value_at

@@ -26,7 +26,7 @@ from zope.interface import implementer
 
 from rtservice.net.client_hello import Refusal
 from rtservice.net.expensive import may_be_expensive, shake_in_thread
-from rtservice.net.proxy import Header, ProxyError, parse
+from rtservice.net.proxy import BEGINNING, Header, ProxyError, parse
 from rtservice.net.tls import Context, alpn_gate, check_resumed
 from rtservice.net.tls_bounds import (
     ANSWER_TIMEOUT,
@@ -1365,7 +1365,10 @@ class ProxyHeader(Connection):
                 self._phase_state = begun + sock.recv(len(ahead))
                 return None
             sock.recv(header.length - len(begun))
-        except (OSError, ProxyError) as problem:
+        except ProxyError as problem:
+            problem.beginning = (begun + ahead)[:BEGINNING]
+            return self._not_read(problem)
+        except OSError as problem:
             return self._not_read(problem)
         self._identified(header)
         return None

@@ -10,13 +10,14 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from rtservice.net import crl, openssl
+from rtservice.net import crl, openssl, x509
 from rtservice.net.client_hello import ALPNGate
 from rtservice.net.crl import RevocationLists
 from rtservice.net.groups import SSL_GROUPS
@@ -30,12 +31,20 @@ Minimum = Literal["1.2", "1.3"]
 Library = Literal["ssl", "pyopenssl"]
 Context: TypeAlias = "ssl.SSLContext | PyOpenSSLContext"
 
+_Result = TypeVar("_Result")
+# Work that takes long with many files: its result comes after any number of steps, between which others are served. A
+# step takes a few milliseconds at most, one certificate or less.
+Steps: TypeAlias = Generator[None, None, _Result]
+
 # Forward secrecy and authenticated encryption only: the TLS 1.2 suites of Mozilla's "intermediate" configuration, less
 # those with finite-field Diffie-Hellman, which no client of today needs. TLS 1.3's suites are all of this kind.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 # A file may hold more than certificates: a key in the same one is common, and text before them.
 _PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+
+# In a name that a client can ask for (RFC 6066, section 3): visible characters of ASCII, of which one is not a dot.
+_SERVED = re.compile(r"(?=.*[^.])[!-~]+")
 
 # In a directory of certificates; those of hidden files are left out, as a shell's *.pem would.
 _DIRECTORY_SUFFIXES = (".pem", ".key")
@@ -109,7 +118,7 @@ class RecordedFiles(Files):
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate that is shown: its file, the DNS names in it, in lower case, and when it holds.
+    """A certificate that is shown: its file, its names as in x509.Description, and when it holds.
 
     The times are seconds since the epoch. Nothing here says that the certificate holds now.
     """
@@ -118,6 +127,11 @@ class Certificate:
     names: tuple[str, ...]
     not_before: int
     not_after: int
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The names by which clients can ask for it, without a dot at the end; no client can send any other."""
+        return tuple(dict.fromkeys(name.removesuffix(".") for name in self.names if _SERVED.fullmatch(name)))
 
 
 class ServerContext(ssl.SSLContext):
@@ -130,17 +144,62 @@ class ServerContext(ssl.SSLContext):
 
 
 @dataclass(frozen=True)
+class Made:
+    """What was made of one certificate; `certificate` says where it was read."""
+
+    context: Context
+    certificate: Certificate
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class Names:
+    """The contexts of a directory but for its default, by name: None is the default, whatever this is by then.
+
+    All defaults that one listener ever had look names up here. So a connection that still holds an old one keeps no
+    other contexts in memory.
+    """
+
+    contexts: dict[str, Context | None] = field(default_factory=dict)
+
+    def find(self, name: str) -> Any:
+        """Return the context for the name that a client asks for; None to stay with the default."""
+        name = name.lower().removesuffix(".")
+        wildcard = "*." + name.partition(".")[2]
+        return self.contexts[name] if name in self.contexts else self.contexts.get(wildcard)
+
+
+@dataclass(frozen=True)
+class Reusable:
+    """What the next load of the same source can use.
+
+    `made` is by a digest of all that it was made of: a context takes 1 to 3 ms to make, and a directory may hold
+    thousands of certificates of which one was renewed.
+    """
+
+    names: Names = field(default_factory=Names)
+    made: Mapping[bytes, Made] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Loaded:
     """What was made of the files: a context, and the certificates that its clients may be shown.
 
     `revocation` describes the lists that clients' certificates are looked up in. `warnings` are for the log: what this
-    process cannot do as it should.
+    process cannot do as it should. `reusable` is for the next load of the same source, whose names are `contexts` as
+    soon as this takes effect.
     """
 
     context: Context
     certificates: tuple[Certificate, ...]
     revocation: RevocationLists | None = None
     warnings: tuple[str, ...] = ()
+    reusable: Reusable = field(default_factory=Reusable, repr=False)
+    contexts: dict[str, Context | None] = field(default_factory=dict, repr=False)
+
+    def take_effect(self) -> None:
+        """Have clients be shown these certificates, also those that begin with a context of before."""
+        self.reusable.names.contexts = self.contexts
 
 
 def alpn_gate(context: ssl.SSLContext) -> ALPNGate | None:
@@ -157,11 +216,11 @@ def check_resumed(connection: ssl.SSLObject | ssl.SSLSocket, now: float | None =
     """
     if not connection.session_reused:
         return None
-    # None without one, and empty when it was not verified.
-    certificate = connection.getpeercert()
+    # As DER: a name in it that is not UTF-8 is no reason to fail.
+    certificate = connection.getpeercert(binary_form=True)
     if not certificate:
         return None
-    not_after = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+    not_after = x509.describe_der(certificate).not_after
     return "client certificate has expired" if not_after < (time.time() if now is None else now) else None
 
 
@@ -171,6 +230,11 @@ class _ClientTrust:
 
     authorities: str
     revoked: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Both, empty for what there is not."""
+        return self.authorities, self.revoked or ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,13 +266,8 @@ class _Policy:
         revoked, described = _revocation_lists(files, self.client_crl)
         return _ClientTrust(authorities, revoked), described
 
-    def _load(
-        self, files: Files, path: str, certificates: str, private_key: str, trust: _ClientTrust | None
-    ) -> tuple[Context, Certificate, tuple[str, ...]]:
-        """A context of this policy for the certificates, PEM text that was read from `path`, and warnings.
-
-        Raises TLSError.
-        """
+    def _make(self, path: str, certificates: str, private_key: _Key, trust: _ClientTrust | None) -> Made:
+        """A context of this policy for the certificates, PEM text that was read from `path`. Raises TLSError."""
         context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = _MINIMUM[self.minimum]
         context.set_ciphers(_CIPHERS)
@@ -218,18 +277,17 @@ class _Policy:
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | _OP_PRIORITIZE_CHACHA
         if sys.maxsize > 1 << 33:  # `ssl` takes a C long
             context.options |= _OP_NO_RX_CERTIFICATE_COMPRESSION
-        certificate = _load_pair(context, files, path, certificates, private_key)
+        certificate = _load_pair(context, path, certificates, private_key)
         if trust is not None:
             _verify_clients(context, trust)
         if self.alpn:
             context.set_alpn_protocols(list(self.alpn))
             context.alpn = tuple(name.encode("ascii") for name in self.alpn)
         if self.library == "pyopenssl":  # what was read is known to be good now
-            key = files.read(private_key, "private key")
-            made, warning = self._pyopenssl(context, certificates, key, trust)
-            return made, certificate, (warning,) if warning else ()
+            made, warning = self._pyopenssl(context, certificates, private_key.text, trust)
+            return Made(made, certificate, (warning,) if warning else ())
         warning = SSL_GROUPS.limit(context)
-        return context, certificate, (warning,) if warning else ()
+        return Made(context, certificate, (warning,) if warning else ())
 
     def _pyopenssl(
         self, like: ssl.SSLContext, certificates: str, private_key: str, trust: _ClientTrust | None
@@ -277,13 +335,18 @@ class ServerTLS(_Policy):
 
     def load(self, files: Files | None = None) -> Loaded:
         """Read the files. Raises TLSError."""
+        return finish(self.loading(files))
+
+    def loading(self, files: Files | None = None, reusable: Reusable | None = None) -> Steps[Loaded]:
+        """The same in steps, here in one; nothing is reused."""
+        yield from ()
         files = files or Files()
         certificates = _certificates(files, self.certificate, "certificate")
         if self.chain is not None:
             certificates += "\n" + _certificates(files, self.chain, "certificate chain")
         trust, revocation = self._trust(files)
-        context, certificate, warnings = self._load(files, self.certificate, certificates, self.private_key, trust)
-        return Loaded(context, (certificate,), revocation, warnings)
+        made = self._make(self.certificate, certificates, _Key.read(files, self.private_key), trust)
+        return Loaded(made.context, (made.certificate,), revocation, made.warnings)
 
     def files(self) -> tuple[str, ...]:
         """What `load` reads."""
@@ -306,37 +369,75 @@ class DirectoryTLS(_Policy):
 
     def load(self, files: Files | None = None) -> Loaded:
         """Read the directory and all of its files. Raises TLSError, also when two files are for one name."""
+        loaded = finish(self.loading(files))
+        loaded.take_effect()
+        return loaded
+
+    def loading(self, files: Files | None = None, reusable: Reusable | None = None) -> Steps[Loaded]:
+        """The same in steps, one for each file and certificate. Nothing that is in use changes until it takes effect.
+
+        What is in `reusable`, and was made of the same bytes, is not made again.
+        """
         files = files or Files()
-        contexts: dict[str, Context] = {}
+        before = reusable or Reusable()
+        kept: dict[bytes, Made] = {}
+        contexts: dict[str, Context | None] = {}
         owners: dict[str, str] = {}
         certificates = []
         warnings: dict[str, None] = {}
         trust, revocation = self._trust(files)
+        names = self._names(files)
+        if not names:
+            raise TLSError(f"no certificate, a file called *.pem, in the directory {self.directory!r}")
+        first = _DEFAULT if _DEFAULT in names else min(names)
         default: Context | None = None
         # The one that may repeat names goes last.
-        for name in sorted(self._names(files), key=lambda name: (name == _DEFAULT, name)):
+        for name in sorted(names, key=lambda name: (name == _DEFAULT, name)):
+            yield
             path = os.path.join(self.directory, name)
             text = files.read(path, "certificate")
-            private_key = path
-            if "PRIVATE KEY-----" not in text:
-                private_key = path.removesuffix(".pem") + ".key"
-                if not files.exists(private_key):
-                    raise TLSError(f"no private key for {path!r}: it holds none, and there is no {private_key!r}")
-            found = _certificates_in(text, path, "certificate")
-            context, certificate, warned = self._load(files, path, found, private_key, trust)
-            certificates.append(certificate)
-            warnings |= dict.fromkeys(warned)
-            if default is None or name == _DEFAULT:
-                default = context
-            for served in certificate.names:
+            found = _pem_certificates(text, path, "certificate")
+            key = self._key(files, path, text)
+            if name == first:
+                # Never reused: it finds the others, and has to find those of before until these are in force.
+                made = self._make_checked(path, found, key, trust)
+                default = made.context
+            else:
+                digest = _digest((found, key.text, *(trust.texts if trust is not None else ())))
+                if digest in before.made:
+                    made = before.made[digest]
+                    made = replace(made, certificate=replace(made.certificate, path=path))
+                else:
+                    made = self._make_checked(path, found, key, trust)
+                    _find_no_other(made.context)
+                kept[digest] = made
+            certificates.append(made.certificate)
+            warnings |= dict.fromkeys(made.warnings)
+            for served in made.certificate.served:
                 owner = owners.setdefault(served, path)
                 if owner != path and name != _DEFAULT:
                     raise TLSError(f"{owner!r} and {path!r} are both for {served!r}: one of them has to go")
-                contexts.setdefault(served, context)
-        if default is None:
-            raise TLSError(f"no certificate, a file called *.pem, in the directory {self.directory!r}")
-        _choose_by_name(default, contexts)
-        return Loaded(default, tuple(certificates), revocation, tuple(warnings))
+                # That a name is the default's is found before a wildcard is.
+                contexts.setdefault(served, None if name == first else made.context)
+        assert default is not None  # it is one of the names
+        _choose_by_name(default, before.names.find)
+        return Loaded(default, tuple(certificates), revocation, tuple(warnings), Reusable(before.names, kept), contexts)
+
+    def _key(self, files: Files, path: str, text: str) -> _Key:
+        """The private key of the certificate in this file, which holds this text; raises TLSError."""
+        if "PRIVATE KEY-----" in text:
+            return _Key(path, text)
+        private_key = path.removesuffix(".pem") + ".key"
+        if not files.exists(private_key):
+            raise TLSError(f"no private key for {path!r}: it holds none, and there is no {private_key!r}")
+        return _Key.read(files, private_key)
+
+    def _make_checked(self, path: str, certificates: str, key: _Key, trust: _ClientTrust | None) -> Made:
+        try:
+            return self._make(path, certificates, key, trust)
+        except TLSError:
+            _check_certificates(certificates, path, "certificate")  # then it is not the key that is wrong
+            raise
 
     def _names(self, files: Files) -> list[str]:
         return [name for name in files.names(self.directory) if name.endswith(".pem")]
@@ -349,32 +450,29 @@ class DirectoryTLS(_Policy):
 _DEFAULT = "default.pem"
 
 
-def _choose_by_name(default: Context, contexts: dict[str, Context]) -> None:
+def _choose_by_name(default: Context, find: Callable[[str], Any]) -> None:
     """Have connections that begin with the default context go on with the one for the name that their client gives.
 
     References go from the default to the others and never back, so that all are freed without the garbage collector
-    once nothing uses the default: replaced contexts would wait for it, thousands of certificates and their keys.
+    once nothing uses them: replaced contexts would wait for it, thousands of certificates and their keys.
     """
-    # The default's own names are in it as None: that they have no other is found before a wildcard is.
-    others = {name: None if context is default else context for name, context in contexts.items()}
-
-    def find(name: str) -> Any:
-        name = name.lower().removesuffix(".")
-        wildcard = "*." + name.partition(".")[2]
-        return others[name] if name in others else others.get(wildcard)
-
-    # A client of TLS 1.3 that is told to say hello again is asked for its name again, and then of the context that was
-    # chosen. Had that no callback, OpenSSL would call the default's, which nothing of Python's holds any more once a
-    # reload has replaced it: the process would crash. The second name has to be the first (RFC 8446, section 4.1.2).
-    for context in others.values():
-        if isinstance(context, ssl.SSLContext):
-            context.sni_callback = _keep
-        elif context is not None:
-            context.find_by_name(_find_nothing)
     if isinstance(default, ssl.SSLContext):
         default.sni_callback = _chooser(find)
     else:
         default.find_by_name(find)
+
+
+def _find_no_other(context: Context) -> None:
+    """Have a connection that has come to this context stay with it.
+
+    A client of TLS 1.3 that is told to say hello again is asked for its name again, and then of the context that was
+    chosen. Had that no callback, OpenSSL would call the default's, which nothing of Python's holds any more once a
+    reload has replaced it: the process would crash. The second name has to be the first (RFC 8446, section 4.1.2).
+    """
+    if isinstance(context, ssl.SSLContext):
+        context.sni_callback = _keep
+    else:
+        context.find_by_name(_find_nothing)
 
 
 def _chooser(find: Callable[[str], ssl.SSLContext | None]) -> Callable[[Any, str | None, Any], None]:
@@ -432,6 +530,11 @@ def fingerprint(paths: Iterable[str]) -> tuple[object, ...]:
     It asks os.stat alone. Missing files are no error. For `files()`, taken before `load`, so that what changes
     meanwhile is seen.
     """
+    return finish(fingerprinting(paths))
+
+
+def fingerprinting(paths: Iterable[str]) -> Steps[tuple[object, ...]]:
+    """The same in steps, one for each file."""
     found: list[object] = []
     for path in paths:
         try:
@@ -442,6 +545,7 @@ def fingerprint(paths: Iterable[str]) -> tuple[object, ...]:
             found.append((path, error.errno))
             continue
         for file in files:
+            yield
             try:
                 seen = os.stat(file)
             except OSError as error:
@@ -456,28 +560,46 @@ def _entries(directory: str) -> list[str]:
     return [name for name in os.listdir(directory) if name.endswith(_DIRECTORY_SUFFIXES) and not name.startswith(".")]
 
 
-def _load_pair(context: ssl.SSLContext, files: Files, path: str, certificates: str, private_key: str) -> Certificate:
-    key = files.read(private_key, "private key")
+@dataclass(frozen=True)
+class _Key:
+    """A private key: PEM text, which may hold more, and the file that it was read from."""
 
+    path: str
+    text: str = field(repr=False)
+
+    @classmethod
+    def read(cls, files: Files, path: str) -> _Key:
+        """Read it; raises TLSError."""
+        return cls(path, files.read(path, "private key"))
+
+
+def _load_pair(context: ssl.SSLContext, path: str, certificates: str, private_key: _Key) -> Certificate:
     def no_passphrase() -> str:  # without this, OpenSSL would ask on a terminal that a service may not have
-        raise TLSError(f"the private key {private_key!r} is encrypted: give it without a passphrase")
+        raise TLSError(f"the private key {private_key.path!r} is encrypted: give it without a passphrase")
 
     try:
         # `ssl` takes names of files alone, and the whole chain in one.
-        with _named(certificates) as certificate_file, _named(key) as key_file:
+        with _named(certificates) as certificate_file, _named(private_key.text) as key_file:
             context.load_cert_chain(certificate_file, key_file, no_passphrase)
-            return _decode(path, certificate_file)
     except ssl.SSLError as error:
         # The third: a key of a kind for which there is no certificate at all.
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-            raise TLSError(f"the private key {private_key!r} does not belong to the certificate {path!r}") from error
+            raise TLSError(
+                f"the private key {private_key.path!r} does not belong to the certificate {path!r}"
+            ) from error
         if error.reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
             raise TLSError(f"the certificate {path!r} is too weak: {error.reason}") from error
-        raise TLSError(f"no usable private key in PEM form in {private_key!r}") from error
+        if error.reason == "INVALID_CERTIFICATE":  # one of its extensions
+            raise TLSError(f"the certificate {path!r} is not one that OpenSSL takes: {error.reason}") from error
+        raise TLSError(f"no usable private key in PEM form in {private_key.path!r}") from error
     except OSError as error:
         raise TLSError(f"no temporary file for the certificate {path!r}: {_reason(error)}") from error
+    try:
+        # The first is the server's.
+        names, not_before, not_after = x509.describe(_PEM_CERTIFICATE.findall(certificates)[0])
     except ValueError as error:
         raise TLSError(f"the certificate {path!r} holds what cannot be read: {error}") from error
+    return Certificate(path, names, not_before, not_after)
 
 
 @contextmanager
@@ -495,33 +617,46 @@ def _named(text: str) -> Iterator[str]:
         yield name
 
 
-def _decode(path: str, file: str) -> Certificate:
-    """What the first certificate of `file` says; `path` is where it came from."""
-    # Private, and there since 2.6: the decoder behind getpeercert(), which shows a certificate in public only once a
-    # peer has verified it. Our own reader of DER would be another thing that can be wrong about a certificate.
-    facts: dict[str, Any] = ssl._ssl._test_decode_cert(file)  # type: ignore[attr-defined]  # typeshed leaves it out
-    if "subjectAltName" in facts:
-        names = [value for kind, value in facts["subjectAltName"] if kind == "DNS"]
-    else:
-        names = [value for part in facts["subject"] for kind, value in part if kind == "commonName"]
-    not_before, not_after = (ssl.cert_time_to_seconds(facts[key]) for key in ("notBefore", "notAfter"))
-    return Certificate(path, tuple(dict.fromkeys(name.lower() for name in names)), not_before, not_after)
-
-
 def _certificates(files: Files, path: str, what: str) -> str:
     """The text of a PEM file that has at least one certificate in it, and none that cannot be read."""
-    return _certificates_in(files.read(path, what), path, what)
+    found = _pem_certificates(files.read(path, what), path, what)
+    _check_certificates(found, path, what)
+    return found
 
 
-def _certificates_in(text: str, path: str, what: str) -> str:
+def _pem_certificates(text: str, path: str, what: str) -> str:
+    """The certificates in a text that may hold more, one at least; raises TLSError."""
     found = _PEM_CERTIFICATE.findall(text)
-    try:
-        if len(found) != text.count("-----BEGIN CERTIFICATE-----"):
-            raise ValueError("one of them does not end")
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata="\n".join(found))
-    except (ssl.SSLError, ValueError, TypeError) as error:  # also none at all; and a byte that is not ASCII
-        raise TLSError(f"no usable {what} in PEM form in {path!r}") from error
+    if not found or len(found) != text.count("-----BEGIN CERTIFICATE-----"):  # one of them does not end
+        raise TLSError(f"no usable {what} in PEM form in {path!r}")
     return "\n".join(found)
+
+
+def _check_certificates(found: str, path: str, what: str) -> None:
+    """Raise TLSError for one that cannot be read. It takes half a millisecond."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=found)
+    except (ssl.SSLError, ValueError, TypeError) as error:  # also a byte that is not ASCII
+        raise TLSError(f"no usable {what} in PEM form in {path!r}") from error
+
+
+def _digest(texts: Iterable[str]) -> bytes:
+    """A digest that differs as soon as one of the texts does."""
+    digest = sha256()
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(b"%d:" % len(encoded) + encoded)
+    return digest.digest()
+
+
+def finish(steps: Steps[_Result]) -> _Result:
+    """Take all steps, and give the result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
 
 
 def _revocation_lists(files: Files, path: str) -> tuple[str, RevocationLists]:

@@ -22,6 +22,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
+from rtservice.counted import counted
 from rtservice.interfaces import IDrainable, IMetrics, IOneProcess
 from rtservice.protocols.names import Names
 
@@ -198,7 +199,7 @@ class Member(Protocol):
         """Make the next line of the input `line`, if it is complete; close if it breaks the rules."""
         end = self._input.find(b"\n", self._searched)
         if (len(self._input) if end < 0 else end) > self.factory.max_line:
-            self.close(f"a line may have {self.factory.max_line} bytes")
+            self.close(f"a line may have {counted(self.factory.max_line, 'byte')}")
             return
         if end < 0:
             self._searched = len(self._input)
@@ -315,7 +316,7 @@ class Member(Protocol):
         if room is None:
             name, problem = self._new_name(wanted, names)
             if not problem and len(rooms) >= self.factory.max_rooms:
-                problem = f"there are {len(rooms)} rooms already"
+                problem = f"there {'is' if len(rooms) == 1 else 'are'} {counted(len(rooms), 'room')} already"
             if problem:
                 self.tell(problem)
                 return

@@ -9,6 +9,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from rtservice.counted import counted
 from rtservice.protocols import framings
 
 Greet = Literal["connect", "first-data"]
@@ -141,11 +142,11 @@ class EchoFactory(Factory[Echo]):
         max_message: int = 64 * 1024,
     ) -> None:
         if max_message < 1:
-            raise ValueError(f"the longest message is {max_message} bytes, and has to be 1 or more")
+            raise ValueError(f"the longest message is {counted(max_message, 'byte')}, and has to be 1 or more")
         if framing == "line" and b"\n" in greeting:
             raise ValueError("the greeting of the framing `line` is one line: it cannot hold a line feed")
         if framing != "raw" and len(greeting) > max_message:
-            raise ValueError(f"the greeting is {len(greeting)} bytes, above the {max_message} of a message")
+            raise ValueError(f"the greeting is {counted(len(greeting), 'byte')}, above the {max_message} of a message")
         self.greeting = greeting
         self.greet = greet
         self.max_message = max_message

@@ -11,6 +11,8 @@ import re
 from functools import cache
 from struct import Struct
 
+from rtservice.counted import counted
+
 # Payloads of up to this many bytes are recognised by a regular expression. Longer messages are so few in one read that
 # a loop in Python is fast enough for them.
 _SHORT = 63
@@ -84,7 +86,7 @@ class Lines(Framing):
         """Whether what is between these places may be a line, or the begin of one where `data` ends."""
         over = end - start - self.longest
         if over > 1 or (over == 1 and end < len(data) and data[end - 1 : end] != b"\r"):
-            self.problem = f"a line longer than the {self.longest} bytes of --max-message"
+            self.problem = f"a line longer than the {counted(self.longest, 'byte')} of --max-message"
         return not self.problem
 
 
@@ -186,7 +188,7 @@ class Netstrings(_Prefixed):
         return not self.problem
 
     def _refuse(self) -> None:
-        self.problem = f"not a netstring of at most the {self.longest} bytes of --max-message"
+        self.problem = f"not a netstring of at most the {counted(self.longest, 'byte')} of --max-message"
 
 
 class Int32(_Prefixed):
@@ -210,6 +212,6 @@ class Int32(_Prefixed):
         length: int
         (length,) = self._prefix.unpack_from(data, start)
         if length > self.longest:
-            self.problem = f"a message of {length} bytes, above the {self.longest} of --max-message"
+            self.problem = f"a message of {counted(length, 'byte')}, above the {self.longest} of --max-message"
             return 0
         return 4 + length

@@ -3,6 +3,7 @@
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest_twisted
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import CannotListenError, ConnectionAborted, ConnectionDone
 from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import deferLater
 from twisted.internet.testing import MemoryReactorClock, StringTransportWithDisconnection
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger, formatEvent
@@ -19,6 +21,7 @@ from zope.interface import implementer
 
 from rtservice.host.connections import Limits
 from rtservice.host.server import Live, Server, StartError, State, one_line
+from rtservice.host.slices import in_slices
 from rtservice.interfaces import IDrainable, IMetrics
 from rtservice.net.listeners import open_description
 from rtservice.protocols.echo import EchoFactory
@@ -716,3 +719,129 @@ def test_a_factory_that_counts_badly_is_logged_once_and_keeps_what_it_had(timed,
     assert [one[: len(said)] for one in told] == [said, said]  # once more after it was well
     assert of_factory(service).get("protocol\ta_total\t", 2) == 2
     assert service.counters()["open"] == 0
+
+
+# --- a reload in slices ---
+
+
+def reloading(monkeypatch, steps, *listeners, **how) -> tuple[Server, list[dict[str, Any]], Callable[[], None]]:
+    """A server on these listeners that reloads by these steps, each of which is a slice; and what a SIGHUP does."""
+    service, events = server(listeners, **how)
+    service._reload = steps
+    monkeypatch.setattr("rtservice.host.server.in_slices", partial(in_slices, size=0.0, pause=0.0))
+    # The tests' own process keeps its handlers.
+    monkeypatch.setattr("rtservice.host.server.signal.signal", lambda number, handler: None)
+    service.startService()
+    return service, events, lambda: service._hung_up(1, None)
+
+
+@pytest_twisted.inlineCallbacks
+def test_clients_are_served_while_a_reload_goes_on(monkeypatch):
+    from twisted.internet import reactor
+
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    address = listener.socket.getsockname()
+    answered, begun, ended = [], Deferred(), Deferred()
+
+    def steps():
+        reactor.callLater(0, begun.callback, None)
+        while len(answered) < 3:  # for ever, if nobody else had a turn
+            yield
+        reactor.callLater(0, ended.callback, None)
+
+    service, _, hang_up = reloading(monkeypatch, steps, listener)
+    with socket.create_connection(address, timeout=20) as client:
+        yield deferToThread(client.recv, 100)
+        hang_up()
+        yield begun
+        for number in range(3):
+            assert not ended.called
+            client.sendall(b"%d" % number)
+            answered.append((yield deferToThread(client.recv, 100)))
+        yield ended
+    assert answered == [b"0", b"1", b"2"]
+    yield service.stopService()
+
+
+@pytest_twisted.inlineCallbacks
+def test_signals_during_a_reload_are_one_more_reload_after_it(monkeypatch):
+    from twisted.internet import reactor
+
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    trace, both, open_gate = [], Deferred(), []
+
+    def steps():
+        trace.append("begins")
+        if len([one for one in trace if one == "begins"]) == 1:
+            while not open_gate:
+                yield
+        else:
+            yield
+        trace.append("ends")
+        if trace.count("ends") == 2:
+            reactor.callLater(0, both.callback, None)
+
+    service, _, hang_up = reloading(monkeypatch, steps, listener)
+    hang_up()
+    for delay in (0, 0, 0.01):
+        yield deferLater(reactor, delay, hang_up)
+    assert trace == ["begins"]
+    open_gate.append(True)
+    yield both
+    yield deferLater(reactor, 0.01, lambda: None)
+    assert trace == ["begins", "ends"] * 2
+    yield service.stopService()
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
+    from twisted.internet import reactor
+
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    closed = []
+
+    def steps():
+        try:
+            while True:
+                yield
+        finally:
+            closed.append(True)
+
+    service, events, hang_up = reloading(monkeypatch, steps, listener)
+    hang_up()
+    yield deferLater(reactor, 0, hang_up)
+    yield service.stopService()
+    assert closed == [True]
+    assert service.state is State.STOPPED
+    lines = [str(formatEvent(event)) for event in events]
+    assert lines.count("SIGHUP: reloading") == 1
+    assert "a reload is given up: the service stops" in lines
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_reload_that_fails_in_a_way_nobody_thought_of_is_logged_and_the_next_one_goes_on(monkeypatch):
+    from twisted.internet import reactor
+
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    told, tries = [], []
+
+    def steps():
+        tries.append(True)
+        yield
+        if len(tries) == 1:
+            raise LookupError("nobody thought of this")
+
+    service, events, hang_up = reloading(monkeypatch, steps, listener)
+    service._notifier = SimpleNamespace(
+        reloading=lambda: told.append("reloading"),
+        ready=lambda status: told.append("ready"),
+        stopping=lambda status: told.append("stopping"),
+        extend_timeout=lambda seconds: None,
+        connected=False,
+    )
+    for _ in range(2):
+        hang_up()
+        yield deferLater(reactor, 0.05, lambda: None)
+    assert told == ["reloading", "ready"] * 2
+    assert [event["log_failure"].type for event in events if "log_failure" in event] == [LookupError]
+    yield service.stopService()

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from rtservice.host import supervisor as supervisor_module
 from rtservice.host.control import BEAT, CONTROL_IN, CONTROL_OUT, FIRST_SOCKET, SupervisorMessages, encode
 from rtservice.host.counters import add
 from rtservice.host.server import StartError
+from rtservice.host.slices import in_slices
 from rtservice.host.supervisor import Phase, Plan, Supervisor, Worker, backoff
 from rtservice.host.worker_messages import encode_records, finished_record
 from rtservice.net.listeners import ListenError
+from rtservice.net.tls import Steps
 
 
 class Reactor(Clock):
@@ -237,6 +240,7 @@ class World:
         self.plan = self.planned(**plan)
         self.next_plan: Plan | None = self.plan
         self.reloads = 0
+        self.reload_steps = 0  # each of which takes a slice, if there are any
         self.handlers: dict[int, Callable[[int, Any], Any]] = {}
         self.service = Supervisor(
             listeners=[self.listener],
@@ -258,8 +262,10 @@ class World:
 
         return Plan(start=start, **{**PLAN, **plan})
 
-    def _reload(self) -> Plan | None:
+    def _reload(self) -> Steps[Plan | None]:
         self.reloads += 1
+        for _ in range(self.reload_steps):
+            yield
         return self.next_plan
 
     @property
@@ -844,6 +850,97 @@ def test_a_reload_that_is_asked_for_before_all_are_ready_comes_then(world) -> No
     assert [slot.worker.plan.start(0, 0)["generation"] for slot in one.service.slots] == [2, 2]
 
 
+@pytest.fixture
+def slow(monkeypatch):
+    """Makes each step of a reload a slice."""
+    monkeypatch.setattr(supervisor_module, "in_slices", partial(in_slices, size=0.0, pause=0.1))
+
+
+def test_a_reload_that_is_read_in_slices_leaves_the_workers_alone_until_all_is_read(world, slow) -> None:
+    one = world()
+    one.serve()
+    one.reload_steps, one.next_plan = 10, one.planned(2)
+    one.send(signal.SIGHUP)
+    for _ in range(9):
+        one.reactor.advance(0.1)
+        assert (one.reloads, len(one.processes)) == (1, 2)
+    one.reactor.advance(0.1)
+    roll(one)
+    assert [slot.worker.plan.start(0, 0)["generation"] for slot in one.service.slots] == [2, 2]
+    assert [word for word in one.notifier.said if word != "EXTEND"] == ["READY", "RELOADING", "READY"]
+
+
+def test_all_signals_while_a_reload_is_read_are_one_more_reload(world, slow) -> None:
+    one = world()
+    one.serve()
+    one.reload_steps, one.next_plan = 10, one.planned(2)
+    one.send(signal.SIGHUP)
+    one.reactor.advance(0.1)
+    for _ in range(3):
+        one.send(signal.SIGHUP)
+    assert one.reloads == 1
+    for _ in range(9):
+        one.reactor.advance(0.1)
+    assert one.reloads == 2
+    one.next_plan = one.planned(3)
+    for _ in range(10):
+        one.reactor.advance(0.1)
+    roll(one)
+    assert one.reloads == 2
+    assert [slot.worker.plan.start(0, 0)["generation"] for slot in one.service.slots] == [3, 3]
+
+
+@pytest.mark.parametrize("turns", [0, 1, 5])
+def test_a_stop_while_a_reload_is_read_gives_it_up(world, slow, turns) -> None:
+    one = world()
+    processes = one.serve()
+    one.reload_steps, one.next_plan = 10, one.planned(2)
+    one.send(signal.SIGHUP)
+    for _ in range(turns):
+        one.reactor.advance(0.1)
+    one.send(signal.SIGTERM)
+    one.reactor.advance(0)
+    assert one.logged("a reload is given up: the service stops")
+    assert one.notifier.said[-1] == "STOPPING"
+    for process in processes:
+        process.dies(0)
+    one.reactor.advance(5)
+    assert one.done == [None]
+    assert len(one.processes) == 2
+
+
+def test_certificates_that_change_again_while_a_reload_is_read_are_read_again(world, slow, tmp_path) -> None:
+    file = tmp_path / "server.pem"
+    file.write_text("one")
+    one = world(1, watched=(str(file),))
+    one.serve()
+    one.reload_steps = 10
+    file.write_text("another")
+    one.pass_time(BEAT)
+    for _ in range(3):
+        one.reactor.advance(0.1)
+    assert one.reloads == 1
+    file.write_text("and another one")
+    one.pass_time(10 * BEAT)
+    while one.reloads < 2:
+        roll(one)
+        one.pass_time(BEAT)
+    assert one.reloads == 2
+
+
+@pytest.mark.parametrize(("count", "seconds"), [(0, 60), (100, 62), (5000, 160)])
+def test_a_worker_has_the_more_time_to_start_the_more_certificates_it_loads(world, count, seconds) -> None:
+    one = world(2)
+    one.listener.certificates = (None,) * count
+    one.service.startService()
+    one.pass_time(seconds - 1.5)
+    assert not any(process.killed for process in one.processes)
+    one.pass_time(2)
+    assert all(process.killed for process in one.processes)
+    assert one.logged(f"is not ready after {seconds} s, and is killed")
+    assert ("EXTEND" in one.notifier.said) is (count > 0)
+
+
 def test_a_worker_that_dies_while_its_successor_starts_leaves_it_the_slot(world) -> None:
     one = world()
     first, second = one.serve()
@@ -1046,7 +1143,7 @@ def test_several_slots_leave_in_a_row_and_the_last_one_stays(world) -> None:
     roll(one)
     assert one.listener.done == ["leave out", "drop"] * 2
     assert one.logged("SIGTTOU: the last worker stays")
-    assert one.service.status == "serving: 1 of 1 workers ready, 0 connections open"
+    assert one.service.status == "serving: 1 of 1 worker ready, 0 connections open"
     assert one.alive() == [one.processes[0]]
 
 

@@ -694,7 +694,7 @@ def test_passed_sockets_are_chosen_by_name_and_by_index(opened, pass_sockets) ->
 @pytest.mark.parametrize(
     ("description", "problem"),
     [
-        ("systemd:index=1", "index 1 is not there: 1 socket(s) were passed"),
+        ("systemd:index=1", "index 1 is not there: 1 socket was passed"),
         ("systemd:name=web", "no socket named 'web' was passed; there are: rt"),
         ("systemd:domain=INET6", "descriptor 300 is of domain INET, not 'INET6'"),
     ],

@@ -546,10 +546,10 @@ def test_who_sends_no_header_is_closed_without_a_word(serve, connect, data):
     reason, why = yield one.end()
     assert isinstance(reason, ConnectionLost)
     assert why == "invalid PROXY header"
-    # What was found is told to whoever looks for it.
+    # What was found, and what was sent, is logged.
     detail, record = one.events
-    assert (detail["log_level"], record["log_level"]) == (LogLevel.debug, LogLevel.info)
-    assert " header" in formatEvent(detail)
+    assert (detail["log_level"], record["log_level"]) == (LogLevel.info, LogLevel.info)
+    assert formatEvent(detail).endswith(f"; it begins {repr(data[:64])[1:]}")
     assert record["reason"] == why
     assert not one.factory.built
     assert not one.register.open

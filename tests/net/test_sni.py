@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rtservice.net.tls import DirectoryTLS, TLSError
+from rtservice.net.tls import DirectoryTLS, TLSError, finish
 
 # File and the alternative names in it; `cn.example` has none.
 NAMES = {
@@ -385,6 +385,27 @@ def test_contexts_are_freed_without_the_garbage_collector(put, library) -> None:
         assert not [one for one in kept if one() is not None]
     finally:
         gc.enable()
+
+
+def test_a_connection_with_the_default_of_before_keeps_no_other_context_in_memory(named, put) -> None:
+    put("a")
+    put("www")
+    put("fallback", "default")
+    source = DirectoryTLS(str(put.directory))
+    first = source.load()
+    client = shake(first.context, careless(), None)
+    others = [weakref.ref(made.context) for made in first.reusable.made.values()]
+    put("again", "a")  # another certificate for the same name
+    second = finish(source.loading(None, first.reusable))
+    assert shown(named, first.context, "a.example") == "a"  # nothing has changed yet
+    second.take_effect()
+    before, first = first.context, None
+    assert [one() is None for one in others] == [True, False]
+    # Who connected before, and says only now which name it wants, is shown what is in force.
+    assert shown(named, before, "a.example") == shown(named, second.context, "a.example") == "again"
+    assert shown(named, before, "www.example.org") == "www"
+    assert shown(named, before, None) == "fallback"
+    assert client[1].version() == "TLSv1.3"
 
 
 def test_contexts_are_freed_after_connections_that_used_them(two) -> None:

@@ -186,7 +186,7 @@ def test_who_comes_during_a_drain_is_refused_and_a_successor_can_have_the_port(s
     one = service(TCP4)
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connections have 30 s to end")
+        one.wait_line("draining: 1 connection has 30 s to end")
 
         def refused() -> bool:
             # Or served, when the line was read faster than the next one of the program was run.
@@ -226,7 +226,7 @@ def test_the_drain_timeout_closes_what_is_open_and_that_is_a_complete_drain(serv
         assert one.stop() == 0
         assert read_all(client) == b""  # and no reset
     assert last_line(one).startswith("drained: 1 ended, 0 aborted, ")
-    one.wait_line(r"1 bytes in, 23 bytes out, drained$")
+    one.wait_line(r"1 byte in, 23 bytes out, drained$")
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -234,7 +234,7 @@ def test_a_second_signal_ends_the_drain_and_shows_in_the_status(service, wait_fo
     one = service(TCP4)
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connections")
+        one.wait_line("draining: 1 connection")
 
         def counted() -> bool:
             # Those of the first half second are the first one once more.
@@ -306,7 +306,7 @@ def test_a_slow_reader_gets_all_that_was_echoed_into_a_buffer(service) -> None:
     with client:
         expected = GREETING + sent[: len(sent) - not_read_by_the_server(client)]
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connections have 0 s")
+        one.wait_line("draining: 1 connection has 0 s")
         received = bytearray()
         pause = threading.Event()
         while piece := client.recv(len(expected) // 400):  # over more time than a peer that stands still is given
@@ -393,7 +393,7 @@ def test_a_reactor_that_others_stop_drains_too(service, endpoints) -> None:
     one.wait_line("listening on stopper:")
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGUSR2)
-        one.wait_line("draining: 1 connections")
+        one.wait_line("draining: 1 connection")
         echoed(client, b"still here")
     assert one.process.wait(DEADLINE) == 0
     assert last_line(one).startswith("drained: 1 ended, 0 aborted, ")
@@ -407,7 +407,7 @@ def test_a_service_of_twist_drains_too(environment, tmp_path) -> None:
         assert any("listening on" in line for line in process.stdout)
         with greeted(f"{tmp_path}/s") as client:
             process.send_signal(signal.SIGTERM)
-            assert any("draining: 1 connections" in line for line in process.stdout)
+            assert any("draining: 1 connection" in line for line in process.stdout)
             echoed(client, b"still here")
         output = process.communicate(timeout=DEADLINE)[0]
     assert process.returncode == 0
@@ -420,7 +420,7 @@ def test_a_daemon_drains_too(run, tmp_path, wait_for) -> None:
     try:
         with greeted(f"{tmp_path}/s") as client:
             os.kill(pid, signal.SIGTERM)
-            wait_for(lambda: "draining: 1 connections" in (tmp_path / "d.log").read_text())
+            wait_for(lambda: "draining: 1 connection" in (tmp_path / "d.log").read_text())
             echoed(client, b"still here")
             assert not (tmp_path / "s").exists()
     finally:
@@ -604,7 +604,7 @@ def test_ready_is_said_first_and_when_every_listener_accepts(service, endpoints,
         one.process.send_signal(signal.SIGUSR2)
         wait_for(lambda: manager.messages)
         one.wait_line("listening on late:")
-        assert manager.messages[0] == "READY=1\nSTATUS=serving: 1 connections open"
+        assert manager.messages[0] == "READY=1\nSTATUS=serving: 1 connection open"
         assert manager.times[0] >= asked
         greeted(f"{tmp_path}/s").close()
     assert one.stop() == 0
@@ -663,6 +663,6 @@ def test_signs_of_life_come_at_half_of_the_time_and_stop_with_the_process(servic
 
     with greeted(("127.0.0.1", one.port)):
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connections")
+        one.wait_line("draining: 1 connection")
         next_beats(3)
     assert one.process.wait(DEADLINE) == 0

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.odd_certificates import dns, odd_certificate
+
 GREETING = b"Hello from the server!"
 DEADLINE = 30
 
@@ -224,7 +226,7 @@ def test_a_client_that_is_revoked_is_refused_after_a_reload(
     more = ["--watch-certificates"] if how == "watched" else []
     policy = f"clientCA={renewed['ca.pem']}:clientCRL={path}:library={library}"
     one = service(f"{TLS}:{policy}", f"--workers={workers}", *more)
-    one.wait_line(r"#info\] revocation list .*/clients.crl: next update in 30 days$")
+    one.wait_line(r"#info\] revocation list .*/clients.crl: next update in 29 days$")
     assert [let_in(one.port, renewed, name) for name in ("client", "gone", "stranger")] == [True, True, False]
     revoked(renewed, path, "gone")
     if how == "SIGHUP":
@@ -298,14 +300,78 @@ def test_the_days_that_certificates_have_are_logged_at_the_start_and_after_a_rel
     renewed.make("short", "server", "ca", days=7)
     put("first")
     one = service(TLS)
-    assert one.wait_line(r"#info\] certificate .*/served.pem for localhost: expires in 90 days$")
+    assert one.wait_line(r"#info\] certificate .*/served.pem for localhost: expires in 89 days$")
     put("short")
     hang_up(one)
-    assert one.wait_line(r"#info\] certificate .*/served.pem for localhost: expires in 7 days$")
+    assert one.wait_line(r"#info\] certificate .*/served.pem for localhost: expires in 6 days$")
     renewed.make("many", "server", "ca", alternative=",".join(f"DNS:n{number}.example" for number in range(500)))
     put("many")
     hang_up(one, 2)
-    assert one.wait_line(r"served.pem for n0\.example,( n[1-4]\.example,?){4} and 495 more: expires in 90 days$")
+    assert one.wait_line(r"served.pem for n0\.example,( n[1-4]\.example,?){4} and 495 more: expires in 89 days$")
+
+
+@pytest.fixture
+def fill(renewed, tmp_path):
+    """Writes certificates into a directory, for NAMEn.example and one key; those of another `serial` are others."""
+    (tmp_path / "names").mkdir()
+    key = Path(renewed["first.key"]).read_text()
+
+    def write(name: str, numbers: range, serial: int = 1) -> None:
+        for number in numbers:
+            names = dns(b"%s%d.example" % (name.encode(), number), b"m\xfcller%d.example" % number)
+            pem = odd_certificate(renewed["first.pem"], alternative=names, serial=bytes((serial,)))
+            (tmp_path / "new").write_text(pem + key)
+            (tmp_path / "new").replace(tmp_path / f"names/{name}{number}.pem")
+
+    return write
+
+
+def der_of(path: Path) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(path.read_text().partition("-----BEGIN PRIVATE")[0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_certificates_with_odd_names_are_reloaded_while_clients_are_served(
+    service, fill, wait_for, tmp_path, workers
+) -> None:
+    fill("a", range(3))
+    listen = ("--listen=ssl:0:interface=127.0.0.1:certificates=names", "--listen=unix:s")
+    one = service(*listen, f"--workers={workers}")
+    port = int(one.wait_line("listening on ssl:").rpartition(":")[2])
+    assert one.wait_line(r"certificate .*/a2\.pem for a2\.example, müller2\.example: expires in 89 days$")
+    assert shown(port, "a1.example") == der_of(tmp_path / "names/a1.pem")
+    # Another one is asked for while this one is read, which finds what has changed meanwhile.
+    fill("b", range(120))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE)
+        client.connect(str(tmp_path / "s"))
+        assert client.recv(100) == GREETING
+        one.process.send_signal(signal.SIGHUP)
+        one.wait_line("reloading$")
+        for number in range(20):
+            assert echoes(client, b"%d" % number)
+        fill("a", range(1, 2), serial=2)
+        one.process.send_signal(signal.SIGHUP)
+        one.wait_line("reloading$", 2)
+        one.wait_line(r"\] reloaded[;:]", 2 if workers == 1 else 1)  # with more, both may end as one
+        for name in ("a1", "b119"):
+            wait_for(lambda name=name: shown(port, f"{name}.example") == der_of(tmp_path / f"names/{name}.pem"))
+        assert echoes(client)
+    # What cannot be read changes nothing, whatever comes before it.
+    fill("a", range(1, 2), serial=3)
+    (tmp_path / "names/z.pem").write_text("junk")
+    one.process.send_signal(signal.SIGHUP)
+    assert "/names/z.pem'" in one.wait_line("nothing is reloaded")
+    assert shown(port, "b1.example") == der_of(tmp_path / "names/b1.pem")
+    assert shown(port, "a1.example") != der_of(tmp_path / "names/a1.pem")
+    # A stop does not wait for what is read.
+    (tmp_path / "names/z.pem").unlink()
+    fill("b", range(120), serial=2)
+    one.process.send_signal(signal.SIGHUP)
+    one.wait_line("reloading$", 4)
+    assert one.stop() == 0
+    assert not [line for line in one.lines if "Traceback" in line or "nhandled" in line]
+    assert len(lines(one, "error]")) == 1
 
 
 # The program itself would stand between the test and the service.
@@ -458,7 +524,7 @@ def test_the_time_to_drain_changes_live(configured) -> None:
         one.process.send_signal(signal.SIGTERM)
         assert client.recv(100) == b""
     assert one.process.wait(DEADLINE) == 0
-    one.wait_line("1 connections have 0.2 s to end")
+    one.wait_line("1 connection has 0.2 s to end")
 
 
 def test_watching_certificates_can_be_turned_on(configured, put, der) -> None:
@@ -605,7 +671,7 @@ def test_a_signal_during_the_drain_does_no_harm(service) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1")
     with connected(one) as client:
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connections")
+        one.wait_line("draining: 1 connection")
         one.process.send_signal(signal.SIGHUP)
         assert echoes(client)
     assert one.process.wait(DEADLINE) == 0

@@ -545,7 +545,7 @@ def test_twist_reloads_drains_and_ends_with_a_status(twist, tmp_path, wait_for) 
         process.send_signal(signal.SIGHUP)
         logged("reloaded; changed: no setting")
         process.send_signal(signal.SIGTERM)
-        logged("draining: 1 connections")
+        logged("draining: 1 connection")
         client.sendall(b"still")
         assert client.recv(100) == b"still"
     assert process.wait(DEADLINE) == 0

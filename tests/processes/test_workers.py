@@ -798,7 +798,7 @@ def test_a_second_signal_ends_the_drain(workers, wait_for) -> None:
     one = workers(TCP)
     with greeted(one.service.port) as client:
         one.send(signal.SIGTERM)
-        one.wait_line("draining: 1 connections")
+        one.wait_line("draining: 1 connection")
         assert echoes(client)
         # Those of the first half second are the first one once more.
         wait_for(lambda: one.send(signal.SIGTERM) or one.lines("SIGTERM: not waiting any longer"))

@@ -183,7 +183,7 @@ def test_members_and_rooms_are_bounded() -> None:
     assert third.closing
     third.goes()
     bob.says("/join den", "/join tea")
-    assert bob.hears() == ["* there are 1 rooms already", "* bob has joined tea"]
+    assert bob.hears() == ["* there is 1 room already", "* bob has joined tea"]
     assert not ann.closing
     bob.goes()
     assert not Client(factory, "eve").closing

@@ -205,8 +205,9 @@ function showCertificates(status) {
     ["names", (one) => one.names || "–", "text"],
     ["listener", (one) => one.listener],
     ["days left", (one) => {
-      const days = Math.floor((one.not_after - status.time) / 86400);
-      return make("td", {class: `number ${days < 7 ? "bad" : days < 21 ? "wait" : "good"}`}, days < 0 ? "expired" : whole(days));
+      const days = one.days_left, early = one.not_before > status.time;
+      const shown = early ? "not valid yet" : days < 0 ? "expired" : days === 0 ? "less than 1" : whole(days);
+      return make("td", {class: `number ${early || days < 7 ? "bad" : days < 21 ? "wait" : "good"}`}, shown);
     }, "number"],
     ["until", (one) => new Date(one.not_after * 1000).toISOString().slice(0, 10)],
     ["file", (one) => one.path, "text"],

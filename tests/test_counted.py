@@ -1,0 +1,32 @@
+"""Texts that people read count as people do."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import rtservice
+from rtservice.counted import counted
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 days"), (1, "1 day"), (1.0, "1 day"), (2, "2 days"), (11, "11 days"), (-1, "-1 days")]
+)
+def test_one_is_singular_and_all_else_plural(count, text) -> None:
+    assert counted(count, "day") == text
+
+
+# What can be 1: a noun in the plural right after a number that is filled in.
+_PLURAL = re.compile(r"\{\} (connections|clients|workers|days|records|sockets|rooms|listeners|certificates|headers)\b")
+
+
+@pytest.mark.parametrize("path", sorted(Path(rtservice.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_no_text_has_a_plural_after_a_number_that_can_be_1(path: Path) -> None:
+    texts = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(re.sub(r"\{[^{} ]*\}", "{}", node.value))
+    assert not [text for text in texts if _PLURAL.search(text)]
