@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rtservice.net import crl, openssl
+from rtservice.net.groups import SSL_GROUPS
 from rtservice.net.tls import (
     DirectoryTLS,
     Files,
@@ -185,6 +186,7 @@ def test_a_session_is_not_resumed_after_a_reload(
     """Another authority, or another list of what it revoked, is for resumed sessions too: there are none."""
     if not access:
         monkeypatch.setattr(openssl, "_outcome", lambda: "no reason")
+        monkeypatch.setattr(SSL_GROUPS, "_proven", None)  # what is proven meanwhile is not so afterwards
     one = client(version=version)
     source = DirectoryTLS(two_names, client_ca=world["both-ca.pem"] if verified else None)
     changed = DirectoryTLS(two_names, client_ca=world["other.pem"] if verified else None)
@@ -207,6 +209,7 @@ def test_without_access_to_openssl_a_resumed_session_ends_with_the_certificate(
     world, load, client, monkeypatch
 ) -> None:
     monkeypatch.setattr(openssl, "_outcome", lambda: "no reason")
+    monkeypatch.setattr(SSL_GROUPS, "_proven", None)
     context = load().context
     for version in ("TLSv1_2", "TLSv1_3"):
         one = client(version=version)
