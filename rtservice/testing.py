@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 
-from rtservice.net.stream import Connection, Port
+from rtservice.net.connection import Connection
+from rtservice.net.port import Port
 
 DEADLINE = 30  # seconds for something that takes a fraction of one; generous, since test machines are busy
 

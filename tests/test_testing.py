@@ -11,7 +11,7 @@ from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
 
-from rtservice.net.stream import Connection, SecureConnection
+from rtservice.net.connection import Connection, SecureConnection
 from rtservice.protocols.echo import EchoFactory
 
 

@@ -10,9 +10,10 @@ from typing import Any
 from twisted.logger import Logger
 
 from rtservice.counted import counted
+from rtservice.net.address import escaped
 from rtservice.net.crl import RevocationLists
 from rtservice.net.listeners import Listener, ListenError
-from rtservice.net.stream import Port, escaped
+from rtservice.net.port import Port
 from rtservice.net.tls import Certificate, Files, Loaded, Made, Steps, fingerprinting
 
 # Of one certificate, in its line of the log, and characters of a name (255 bytes in RFC 1035, section 2.3.4); and of a

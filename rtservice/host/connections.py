@@ -27,8 +27,9 @@ from rtservice.counted import counted
 from rtservice.host.counters import Tally, add
 from rtservice.host.sparse import Sparse
 from rtservice.interfaces import IDrainable
+from rtservice.net.address import peer_name
+from rtservice.net.connection import Ended
 from rtservice.net.proxy import ProxyError
-from rtservice.net.stream import Ended, peer_name
 
 # Why a client may be refused, by the name of the setting, and what the log says of it.
 REFUSALS = {
@@ -144,7 +145,7 @@ class Connections:
         self._access = record
         self._seconds = monotonic
         self.limits = limits
-        # In the order of their arrival. Their phase says how far they are: see `net.stream.Connection`.
+        # In the order of their arrival. Their phase says how far they are: see `net.connection.Connection`.
         self.open: dict[Any, Tally] = {}
         self.ports: list[Any] = []  # what pauses at the limit
         self.ended = self.aborted = 0  # all that have ended; those of them that were aborted, by whomever
@@ -204,7 +205,7 @@ class Connections:
     # --- what a Port tells ---
 
     def opened(self, connection: Any) -> None:
-        """A connection of ours (a `net.stream.Connection`) was accepted; it may be refused."""
+        """A connection of ours (a `net.connection.Connection`) was accepted; it may be refused."""
         why = self._why_not(connection.getPeer(), connection.phase)
         if why:
             self._refuse(connection, why)

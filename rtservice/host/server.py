@@ -29,7 +29,7 @@ from rtservice.host.slices import in_slices
 from rtservice.host.systemd import Notifier
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
 from rtservice.net.listeners import Listener, ListenError
-from rtservice.net.stream import HANDSHAKE_TIMEOUT, Port
+from rtservice.net.port import HANDSHAKE_TIMEOUT, Port
 from rtservice.net.tls import Steps, fingerprinting
 
 # Descriptors that the default limit of connections leaves for all else: listeners, logs, certificates that are read.

@@ -11,8 +11,9 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 
 from rtservice.host.connections import Connections, Limits
+from rtservice.net.connection import Ended
 from rtservice.net.listeners import Listener
-from rtservice.net.stream import ACCEPTS_PER_EVENT, Ended, Port
+from rtservice.net.port import ACCEPTS_PER_EVENT, Port
 
 # Connections that a Side may have: a scraper, a load balancer's probes, a few people. The fewest are what it has where
 # descriptors are scarce.

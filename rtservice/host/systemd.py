@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 
 from twisted.logger import Logger
 
-from rtservice.net.stream import escaped
+from rtservice.net.address import escaped
 
 _log = Logger()
 

@@ -19,7 +19,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from rtservice.net.stream import Connection, Ended, joined
+from rtservice.net.connection import Connection, Ended, joined
 from rtservice.net.tls_bounds import (
     ANSWER_TIMEOUT,
     ANSWERS_NOT_READ,

@@ -7,8 +7,8 @@ from twisted.internet import tcp, unix
 from twisted.internet.error import UnsupportedAddressFamily
 from twisted.internet.main import installReactor
 
+from rtservice.net.port import Port
 from rtservice.net.reactor import Reactor
-from rtservice.net.stream import Port
 
 
 class _Adopted:

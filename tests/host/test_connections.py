@@ -37,7 +37,8 @@ from rtservice.host.connections import (
     peer_name,
 )
 from rtservice.interfaces import IDrainable
-from rtservice.net.stream import Port, escaped
+from rtservice.net.address import escaped
+from rtservice.net.port import Port
 from rtservice.protocols.echo import EchoFactory
 
 

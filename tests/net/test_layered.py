@@ -21,7 +21,7 @@ from twisted.logger import LogLevel, globalLogPublisher
 from zope.interface import implementer
 
 from rtservice.net.listeners import ListenError, open_description
-from rtservice.net.stream import Port
+from rtservice.net.port import Port
 
 SSL = pytest.importorskip("OpenSSL.SSL", reason="pyOpenSSL (twisted[tls]) is not installed")
 tls = pytest.importorskip("twisted.protocols.tls", reason="pyOpenSSL (twisted[tls]) is not installed")

@@ -20,8 +20,9 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 
+from rtservice.net.connection import Ended
 from rtservice.net.listeners import open_description
-from rtservice.net.stream import Ended, Port
+from rtservice.net.port import Port
 from rtservice.net.tls_bounds import (
     ANSWER_TIMEOUT,
     ANSWERS_NOT_READ,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from rtservice.host.certificates import certificates_of, logging_certificates
+from rtservice.net.address import escaped
 from rtservice.net.der import time as der_time
 from rtservice.net.listeners import Listener
-from rtservice.net.stream import escaped
 from rtservice.net.tls import DirectoryTLS, ServerTLS, TLSError, finish
 from tests.support.odd_certificates import common_name, dns, odd_certificate, tlv
 

@@ -22,8 +22,9 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import Logger, LogLevel, formatEvent
 
 from rtservice.host.connections import Connections, Limits, end_reason
+from rtservice.net.connection import Connection, ProxyHeader, SecureConnection
 from rtservice.net.listeners import open_description
-from rtservice.net.stream import Connection, Port, ProxyHeader, SecureConnection
+from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
 
 DEADLINE = 20

@@ -27,7 +27,8 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel, globalLogPublisher
 from zope.interface import implementer
 
-from rtservice.net.stream import Port, SecureConnection
+from rtservice.net.connection import SecureConnection
+from rtservice.net.port import Port
 from rtservice.net.tls import Context, ServerTLS
 
 DEADLINE = 20

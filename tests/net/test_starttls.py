@@ -18,7 +18,7 @@ from twisted.internet.threads import deferToThread
 from zope.interface import implementer
 
 from rtservice.net.listeners import open_description
-from rtservice.net.stream import Port
+from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
 
 DEADLINE = 20

@@ -23,8 +23,9 @@ from twisted.logger import LogLevel, globalLogPublisher
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from rtservice.net.connection import Connection, Lingering
 from rtservice.net.listeners import open_description
-from rtservice.net.stream import Connection, Lingering, Port
+from rtservice.net.port import Port
 
 DEADLINE = 20
 
@@ -566,7 +567,7 @@ def test_a_shortage_rests_the_listener_logs_once_and_resumes(code) -> None:
             assert port in clock.getReaders()
     finally:
         globalLogPublisher.removeObserver(logged.append)
-    assert len([event for event in logged if event["log_namespace"] == "rtservice.net.stream"]) == 1
+    assert len([event for event in logged if event["log_namespace"] == "rtservice.net.port"]) == 1
     port.stopListening()
     assert clock.getDelayedCalls() == []
 
@@ -675,7 +676,7 @@ def test_a_shortage_after_a_good_one_is_logged_again() -> None:
         globalLogPublisher.removeObserver(logged.append)
         port.stopListening()
     with near, far:
-        assert len([event for event in logged if event["log_namespace"] == "rtservice.net.stream"]) == 2
+        assert len([event for event in logged if event["log_namespace"] == "rtservice.net.port"]) == 2
 
 
 @pytest.mark.parametrize("proxied", [False, True])

@@ -19,8 +19,9 @@ from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 
 from rtservice.net.client_hello import NO_APPLICATION_PROTOCOL
+from rtservice.net.connection import Ended
 from rtservice.net.expensive import shake_in_thread
-from rtservice.net.stream import Ended, Port
+from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
 from rtservice.net.tls_bounds import (
     ANSWER_TIMEOUT,
@@ -348,7 +349,7 @@ class InThread:
 @pytest.fixture
 def in_thread(monkeypatch):
     spy = InThread()
-    monkeypatch.setattr("rtservice.net.stream.shake_in_thread", spy)
+    monkeypatch.setattr("rtservice.net.connection.shake_in_thread", spy)
     yield spy
     spy.go.set()
 

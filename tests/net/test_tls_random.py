@@ -16,7 +16,7 @@ from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
-from rtservice.net.stream import Port
+from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
 
 pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")

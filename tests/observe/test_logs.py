@@ -169,7 +169,7 @@ def test_the_longest_namespace_decides_and_others_are_not_held_to_any() -> None:
     def least(namespace: str) -> str:
         return next(level.name for level in LogLevel.iterconstants() if levels.allow(namespace, level))
 
-    names = ["rtservice", "rtservice.net.stream", "rtservice.network", "twisted.web", "twistedish", "user"]
+    names = ["rtservice", "rtservice.net.port", "rtservice.network", "twisted.web", "twistedish", "user"]
     assert [least(name) for name in names] == ["info", "debug", "info", "warn", "debug", "debug"]
     levels.change({"rtservice": "error"})
     assert [least(name) for name in names] == ["error", "error", "error", "debug", "debug", "debug"]

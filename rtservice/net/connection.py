@@ -1,4 +1,4 @@
-"""Stream connections: `Port` adopts a listening socket and accepts; `Connection` is the transport of one peer."""
+"""`Connection`: the transport of one accepted connection."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ import ssl
 import struct
 import sys
 import termios
-from array import array
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from twisted.internet import error, interfaces, main
-from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
-from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IHalfCloseableProtocol, ILoggingContext
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from rtservice.net.address import Address, address_of, peer_name
 from rtservice.net.client_hello import Refusal
 from rtservice.net.expensive import may_be_expensive, shake_in_thread
 from rtservice.net.proxy import BEGINNING, Header, ProxyError, parse
-from rtservice.net.tls import Context, alpn_gate, check_resumed
+from rtservice.net.tls import alpn_gate, check_resumed
 from rtservice.net.tls_bounds import (
     ANSWER_TIMEOUT,
     ANSWERS_NOT_READ,
@@ -41,8 +39,6 @@ from rtservice.net.tls_bounds import (
 )
 from rtservice.net.tls_stream import RECORD_SIZE, SEAL_SIZE, TLSStream
 
-Address = IPv4Address | IPv6Address | UNIXAddress
-
 # A protocol's producer is paused while more than this many bytes are unsent. Twisted's number, and the size of a read.
 BUFFER_SIZE = 64 * 1024
 
@@ -50,56 +46,12 @@ BUFFER_SIZE = 64 * 1024
 # More would copy bytes that the kernel then refuses.
 JOIN_LIMIT = 256 * 1024
 
-# Connections accepted per event, for which open ones have to wait: with 64, the slowest hundredth of exchanges took up
-# to 2 ms during a flood of connects that were refused.
-ACCEPTS_PER_EVENT = 16
-
-# Why accept() can fail for one connection while the listener is fine (accept(2): "treat them like EAGAIN by
-# retrying"; EPERM is a firewall's refusal).
-_ACCEPT_SKIPS = frozenset(
-    (
-        errno.ECONNABORTED,
-        errno.EPERM,
-        errno.EPROTO,
-        errno.ENETDOWN,
-        errno.ENOPROTOOPT,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.ENETUNREACH,
-        errno.EOPNOTSUPP,
-        errno.ETIMEDOUT,
-        getattr(errno, "ENONET", errno.EHOSTDOWN),
-    )
-)
-
-# Why accept() can fail for want of something that this process or the host has run out of.
-_ACCEPT_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
-
-# How long the listener rests after such a shortage, in seconds: its socket stays readable, and would spin.
-_SHORTAGE_PAUSE = 0.5
-
-# Seconds that a PROXY header and a TLS handshake may take, each, where nobody says otherwise.
-HANDSHAKE_TIMEOUT = 10.0
-
 # How much is looked at for a PROXY header at a time: a header without TLVs, and the first data of most protocols.
 _PROXY_PEEK = 1024
 
 # A closed connection whose output is still under way is kept for as long as something moves within each of these many
 # seconds, and for this many of them at the most.
 _LINGER_STEP, _LINGER_STEPS = 1.0, 30
-
-# How long a listener that finishes waits for clients whose handshake is under way, in seconds: far away and back.
-_QUIET = 0.2
-
-# A classic BPF program (linux/filter.h) that a listening socket runs on each segment, which begins with the TCP header:
-# drop those with SYN, take all others.
-_NO_SYN = (
-    (0x30, 0, 0, 13),  # ldb [13]: the flags (RFC 9293, section 3.1)
-    (0x45, 0, 1, 0x02),  # jset SYN, else skip one
-    (0x06, 0, 0, 0),  # ret 0: drop
-    (0x06, 0, 0, 0xFFFFFFFF),  # ret all of it
-)
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; `socket` has no names for them
 
 # Made once, as Twisted's reactors do: a Failure of one's own for each connection costs more than its greeting.
 _DONE = Failure(main.CONNECTION_DONE)
@@ -114,22 +66,24 @@ class Ended(Exception):  # noqa: N818  # a reason, and no error
     """Why we ended a connection ourselves. The text is one of a fixed few, and none of the peer's bytes."""
 
 
-def escaped(text: str) -> str:
-    r"""Text that may hold a peer's bytes, with whatever a terminal or a log reader could act on as `\xHH`."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+class Acceptor(Protocol):
+    """What a connection needs of the `rtservice.net.port.Port` that accepted it."""
+
+    name: str
+    factory: Any
+    tls: Any
+    handshake_timeout: float
+    first_phase: type[Connection]
+    write_soon: Callable[[Any], None] | None
+
+    @property
+    def connection_identified(self) -> Callable[[Connection], None]: ...
+
+    @property
+    def connection_closed(self) -> Callable[[Connection, Failure], None]: ...
 
 
-def peer_name(address: Any) -> str:
-    """A peer's address for logs: `192.0.2.1:4711`, `[2001:db8::1]:4711`, `unix`, or the path of a bound UNIX client."""
-    if hasattr(address, "host"):
-        return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
-    name = getattr(address, "name", None)
-    if not name:
-        return "unix"
-    return escaped(f"unix:{name.decode('utf-8', 'backslashreplace') if isinstance(name, bytes) else name}")
-
-
-def _log_prefix(thing: object) -> str:
+def log_prefix(thing: object) -> str:
     """What the log shows for a protocol or factory, by Twisted's rule."""
     if ILoggingContext.providedBy(thing):
         with contextlib.suppress(Exception):  # it may be asked for what failed to become itself
@@ -203,7 +157,7 @@ class Connection:
         "streaming_producer",
     )
 
-    def __init__(self, reactor: Any, sock: socket.socket, port: Port, peer: Address, number: int) -> None:
+    def __init__(self, reactor: Any, sock: socket.socket, port: Acceptor, peer: Address, number: int) -> None:
         self.reactor = reactor
         self.port = port
         self.number = number
@@ -267,7 +221,7 @@ class Connection:
             protocol = factory.buildProtocol(self._peer)
         except BaseException:
             reason = Failure()
-            _log.failure("{factory} failed in buildProtocol", reason, factory=_log_prefix(factory))
+            _log.failure("{factory} failed in buildProtocol", reason, factory=log_prefix(factory))
             self._give_up(reason)
             return None
         if protocol is None:
@@ -591,7 +545,7 @@ class Connection:
     def _protocol_failed(self, method: str) -> None:
         """A protocol that raises loses its own connection, and nobody else notices."""
         reason = Failure()
-        _log.failure("{protocol} failed in {method}", reason, protocol=_log_prefix(self.protocol), method=method)
+        _log.failure("{protocol} failed in {method}", reason, protocol=log_prefix(self.protocol), method=method)
         self._give_up(reason)
 
     def _failed(self) -> None:
@@ -628,7 +582,7 @@ class Connection:
             try:
                 protocol.connectionLost(reason)
             except BaseException:
-                _log.failure("{protocol} failed in connectionLost", protocol=_log_prefix(protocol))
+                _log.failure("{protocol} failed in connectionLost", protocol=log_prefix(protocol))
         self.port.connection_closed(self, reason)
 
     def _no_deadline(self) -> None:
@@ -710,7 +664,7 @@ class Connection:
     def getHost(self) -> Any:
         if self.proxied is not None and self.proxied.destination is not None:
             return self.proxied.destination
-        return self.port.address_of(self.socket.getsockname())
+        return address_of(self.socket.getsockname())
 
     def getHandle(self) -> socket.socket:
         return self.socket
@@ -737,7 +691,7 @@ class Connection:
 
     def logPrefix(self) -> str:
         host = getattr(self._peer, "host", "unix")
-        return f"{_log_prefix(self.protocol)},{self.number},{host}"
+        return f"{log_prefix(self.protocol)},{self.number},{host}"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} #{self.number} of {self._peer} on {self.port.name}>"
@@ -1457,233 +1411,3 @@ class Lingering(SecureConnection):
         # The protocol sees its transport as it was.
         self.__class__ = self._phase_state[0]
         self.connectionLost(reason)
-
-
-def _first_phase(tls: Context | None) -> type[Connection]:
-    """What a connection is at first, or after its PROXY header."""
-    if tls is None:
-        return Connection
-    if isinstance(tls, ssl.SSLContext):
-        return Handshake
-    from rtservice.net.layered import LayeredHandshake
-
-    return LayeredHandshake
-
-
-def _nothing(*arguments: object) -> None:
-    """What a Port does that nobody wants to hear of."""
-
-
-@implementer(interfaces.IListeningPort, interfaces.IReadDescriptor, interfaces.ILoggingContext)
-class Port:
-    """Accepts connections from a bound, listening, non-blocking socket that somebody else made and closes.
-
-    `name` is what logs call it. With `proxied`, each connection begins with a PROXY header; whom to believe one is for
-    `opened` to say. With `tls`, it is secured after that. A header and a handshake have `handshake_timeout` seconds,
-    each; protocols are built after both. `tls` (of the same library) and `handshake_timeout` may be changed at any
-    time, for connections to come.
-
-    `opened` is called with each Connection when it is accepted, `identified` once more when its PROXY header is
-    complete; either may call the connection's `refuse`. `closed` is called with each one that was not refused and the
-    Failure that ended it, after its protocol was. `broken` is called when the port can accept no more, though nobody
-    told it to stop.
-    """
-
-    def __init__(
-        self,
-        reactor: Any,
-        sock: socket.socket,
-        factory: Any,
-        *,
-        name: str,
-        proxied: bool = False,
-        tls: Context | None = None,
-        handshake_timeout: float = HANDSHAKE_TIMEOUT,
-        opened: Callable[[Connection], None] = _nothing,
-        identified: Callable[[Connection], None] = _nothing,
-        closed: Callable[[Connection, Failure], None] = _nothing,
-        broken: Callable[[Port, Failure], None] = _nothing,
-    ) -> None:
-        self.reactor = reactor
-        self.socket = sock
-        self.factory = factory
-        self.name = name
-        self.connection_opened = opened
-        self.connection_identified = identified
-        self.connection_closed = closed
-        self._broken = broken
-        self.tls = tls
-        self.handshake_timeout = handshake_timeout
-        self.proxied = proxied
-        self.first_phase = _first_phase(tls)
-        self._connection = ProxyHeader if proxied else self.first_phase
-        # Only our reactor has it; with others a write outside of an event waits until the kernel says that it may.
-        self.write_soon: Callable[[Any], None] | None = getattr(reactor, "write_soon", None)
-        self.fileno = sock.fileno
-        self.listening = False
-        self.paused = False
-        self._number = 0
-        self._resting: Any = None  # the delayed call that ends a pause
-        self._shortage = 0  # the errno of a shortage that is already logged
-        self._finished: Deferred[None] | None = None
-        self._quiet: Any = None  # the delayed call that ends a listener that finishes
-
-    def startListening(self) -> None:
-        """Start to accept; the factory is started."""
-        if self.socket.family != socket.AF_UNIX:
-            _tune_tcp(self.socket)
-            _answer_new_clients(self.socket)
-        self.factory.doStart()
-        self.listening = True
-        if not self.paused:
-            self.reactor.addReader(self)
-
-    def stopListening(self) -> Deferred[None]:
-        """Stop to accept; the factory is stopped. The socket stays open: it is its maker's to close."""
-        if self.listening:
-            self.listening = False
-            self.reactor.removeReader(self)
-            for call in (self._resting, self._quiet):
-                if call is not None:
-                    call.cancel()
-            self._resting = self._quiet = None
-            self.factory.doStop()
-            if self._finished is not None:
-                self._finished.callback(None)
-        return succeed(None)
-
-    def pause(self) -> None:
-        """Leave clients to the kernel's queue, until `resume`. Open connections go on."""
-        self.paused = True
-        self.reactor.removeReader(self)
-
-    def resume(self) -> None:
-        """Accept again."""
-        self.paused = False
-        if self.listening and self._resting is None:
-            self.reactor.addReader(self)
-
-    def finish(self) -> Deferred[None]:
-        """Accept who is in the queue already, then stop as stopListening does. The Deferred fires after that.
-
-        On Linux new clients of a TCP socket are not answered from now on, so that the queue has an end: they try again
-        a second later, and find a closed port or a successor. The file of a UNIX socket has to be gone already. A
-        paused port waits until it may go on.
-        """
-        if not self.listening:
-            return succeed(None)
-        if self.socket.family != socket.AF_UNIX:
-            _ignore_new_clients(self.socket)
-        self._finished = Deferred()
-        self._finish_when_quiet(-1)
-        return self._finished
-
-    def _finish_when_quiet(self, number: int) -> None:
-        self._quiet = None
-        if not self.paused and self._resting is None:
-            before = self._number
-            self.doRead()
-            if not self.listening:
-                return
-            if before == number == self._number and not self.paused and self._resting is None:
-                self.stopListening()
-                return
-        self._quiet = self.reactor.callLater(_QUIET, self._finish_when_quiet, self._number)
-
-    def connectionLost(self, reason: Failure) -> None:
-        """Called by the reactor, at its own end or when the socket is broken."""
-        if self.listening:
-            self.stopListening()
-            self._broken(self, reason)
-
-    def doRead(self) -> None:
-        accept = self.socket.accept
-        for _ in range(ACCEPTS_PER_EVENT):
-            try:
-                sock, address = accept()
-            except BlockingIOError:
-                return
-            except OSError as problem:
-                if problem.errno in _ACCEPT_SKIPS:
-                    continue
-                if problem.errno in _ACCEPT_SHORTAGES:
-                    self._rest(problem)
-                    return
-                raise
-            self._shortage = 0
-            self._accepted(sock, address)
-            if self.paused or not self.listening:  # the register, or a protocol, stopped us
-                return
-
-    def _accepted(self, sock: socket.socket, address: Any) -> None:
-        sock.setblocking(False)
-        self._number += 1
-        connection = self._connection(self.reactor, sock, self, self.address_of(address), self._number)
-        self.connection_opened(connection)
-        if not connection.disconnected:
-            try:
-                connection.start()
-            except BaseException:  # a producer of its protocol's, most likely: the listener has nothing to do with it
-                reason = Failure()
-                _log.failure("{connection} failed as it began", reason, connection=connection)
-                connection.connectionLost(reason)
-
-    def _rest(self, problem: OSError) -> None:
-        """Leave the queue to the kernel for a while; open connections go on."""
-        if problem.errno != self._shortage:
-            self._shortage = problem.errno or 0
-            _log.error("{listener} accepts nobody for now: {problem}", listener=self.name, problem=problem.strerror)
-        self.reactor.removeReader(self)
-        self._resting = self.reactor.callLater(_SHORTAGE_PAUSE, self._rested)
-
-    def _rested(self) -> None:
-        self._resting = None
-        if not self.paused:
-            self.reactor.addReader(self)
-
-    def address_of(self, address: Any) -> Address:
-        """What accept() or getsockname() gives, as Twisted's address."""
-        if isinstance(address, tuple):
-            if len(address) == 2:
-                return IPv4Address("TCP", *address)
-            if address[3]:  # link-local: only with its interface does the address say where it is
-                host = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
-                return IPv6Address("TCP", host, *address[1:])
-            return IPv6Address("TCP", *address)
-        return UNIXAddress(address or None)
-
-    def getHost(self) -> Address:
-        return self.address_of(self.socket.getsockname())
-
-    def logPrefix(self) -> str:
-        return _log_prefix(self.factory)
-
-    def __repr__(self) -> str:
-        return f"<Port {self.name} of {_log_prefix(self.factory)}>"
-
-
-def _tune_tcp(sock: socket.socket) -> None:
-    """Set what accepted connections inherit on Linux, so that none of it costs a system call for each."""
-    # Writes of one event are joined already; Nagle would only hold back the answer until the last one is acknowledged.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A peer that vanished without FIN is found after 2 + 4 x 0.5 minutes instead of never; a probe every two minutes is
-    # also below the idle limits of common NATs and load balancers.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if sys.platform == "linux":
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-
-
-def _answer_new_clients(sock: socket.socket) -> None:
-    """Undo what a process has done to the socket that died while it finished."""
-    with contextlib.suppress(OSError):  # most often there is nothing to undo
-        sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
-
-
-def _ignore_new_clients(sock: socket.socket) -> None:
-    """Have the kernel drop the first segment of each new connection to a listening TCP socket, where it can."""
-    with contextlib.suppress(OSError):  # not Linux
-        program = array("B", b"".join(struct.pack("HBBI", *instruction) for instruction in _NO_SYN))
-        address, _ = program.buffer_info()
-        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_NO_SYN), address))

@@ -1,0 +1,37 @@
+"""Addresses of connections: Twisted's address objects and their names in logs."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+
+Address = IPv4Address | IPv6Address | UNIXAddress
+
+
+def escaped(text: str) -> str:
+    r"""Return a text that may hold a peer's bytes with everything that is not printable as `\xHH`, `\uHHHH` or `\n`."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def peer_name(address: Any) -> str:
+    """Return the name of a peer in logs: `192.0.2.1:4711`, `[2001:db8::1]:4711`, `unix` or `unix:` and a path."""
+    if hasattr(address, "host"):
+        return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
+    name = getattr(address, "name", None)
+    if not name:
+        return "unix"
+    return escaped(f"unix:{name.decode('utf-8', 'backslashreplace') if isinstance(name, bytes) else name}")
+
+
+def address_of(address: Any) -> Address:
+    """Return what accept() or getsockname() gives as Twisted's address."""
+    if isinstance(address, tuple):
+        if len(address) == 2:
+            return IPv4Address("TCP", *address)
+        if address[3]:  # link-local: only with its interface does the address say where it is
+            host = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+            return IPv6Address("TCP", host, *address[1:])
+        return IPv6Address("TCP", *address)
+    return UNIXAddress(address or None)

@@ -1,0 +1,288 @@
+"""`Port`: accepts connections on a listening socket, and chooses what comes before the protocol of each."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import ssl
+import struct
+import sys
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet import interfaces
+from twisted.internet.defer import Deferred, succeed
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from rtservice.net.address import Address, address_of
+from rtservice.net.connection import Connection, Handshake, ProxyHeader, log_prefix
+from rtservice.net.tls import Context
+
+# Seconds that a PROXY header and a TLS handshake may take, each, where nobody says otherwise.
+HANDSHAKE_TIMEOUT = 10.0
+
+# Connections accepted per event, for which open ones have to wait: with 64, the slowest hundredth of exchanges took up
+# to 2 ms during a flood of connects that were refused.
+ACCEPTS_PER_EVENT = 16
+
+# Why accept() can fail for one connection while the listener is fine (accept(2): "treat them like EAGAIN by
+# retrying"; EPERM is a firewall's refusal).
+_ACCEPT_SKIPS = frozenset(
+    (
+        errno.ECONNABORTED,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENETDOWN,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ETIMEDOUT,
+        getattr(errno, "ENONET", errno.EHOSTDOWN),
+    )
+)
+
+# Why accept() can fail for want of something that this process or the host has run out of.
+_ACCEPT_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+# How long the listener rests after such a shortage, in seconds: its socket stays readable, and would spin.
+_SHORTAGE_PAUSE = 0.5
+
+# How long a listener that finishes waits for clients whose handshake is under way, in seconds: far away and back.
+_QUIET = 0.2
+
+# A classic BPF program (linux/filter.h) that a listening socket runs on each segment, which begins with the TCP header:
+# drop those with SYN, take all others.
+_NO_SYN = (
+    (0x30, 0, 0, 13),  # ldb [13]: the flags (RFC 9293, section 3.1)
+    (0x45, 0, 1, 0x02),  # jset SYN, else skip one
+    (0x06, 0, 0, 0),  # ret 0: drop
+    (0x06, 0, 0, 0xFFFFFFFF),  # ret all of it
+)
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; `socket` has no names for them
+
+_log = Logger()
+
+
+def _first_phase(tls: Context | None) -> type[Connection]:
+    """What a connection is at first, or after its PROXY header."""
+    if tls is None:
+        return Connection
+    if isinstance(tls, ssl.SSLContext):
+        return Handshake
+    from rtservice.net.layered import LayeredHandshake
+
+    return LayeredHandshake
+
+
+def _nothing(*arguments: object) -> None:
+    """What a Port does that nobody wants to hear of."""
+
+
+@implementer(interfaces.IListeningPort, interfaces.IReadDescriptor, interfaces.ILoggingContext)
+class Port:
+    """Accepts connections from a bound, listening, non-blocking socket that somebody else made and closes.
+
+    `name` is what logs call it. With `proxied`, each connection begins with a PROXY header; whom to believe one is for
+    `opened` to say. With `tls`, it is secured after that. A header and a handshake have `handshake_timeout` seconds,
+    each; protocols are built after both. `tls` (of the same library) and `handshake_timeout` may be changed at any
+    time, for connections to come.
+
+    `opened` is called with each Connection when it is accepted, `identified` once more when its PROXY header is
+    complete; either may call the connection's `refuse`. `closed` is called with each one that was not refused and the
+    Failure that ended it, after its protocol was. `broken` is called when the port can accept no more, though nobody
+    told it to stop.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        sock: socket.socket,
+        factory: Any,
+        *,
+        name: str,
+        proxied: bool = False,
+        tls: Context | None = None,
+        handshake_timeout: float = HANDSHAKE_TIMEOUT,
+        opened: Callable[[Connection], None] = _nothing,
+        identified: Callable[[Connection], None] = _nothing,
+        closed: Callable[[Connection, Failure], None] = _nothing,
+        broken: Callable[[Port, Failure], None] = _nothing,
+    ) -> None:
+        self.reactor = reactor
+        self.socket = sock
+        self.factory = factory
+        self.name = name
+        self.connection_opened = opened
+        self.connection_identified = identified
+        self.connection_closed = closed
+        self._broken = broken
+        self.tls = tls
+        self.handshake_timeout = handshake_timeout
+        self.proxied = proxied
+        self.first_phase = _first_phase(tls)
+        self._connection = ProxyHeader if proxied else self.first_phase
+        # Only our reactor has it; with others a write outside of an event waits until the kernel says that it may.
+        self.write_soon: Callable[[Any], None] | None = getattr(reactor, "write_soon", None)
+        self.fileno = sock.fileno
+        self.listening = False
+        self.paused = False
+        self._number = 0
+        self._resting: Any = None  # the delayed call that ends a pause
+        self._shortage = 0  # the errno of a shortage that is already logged
+        self._finished: Deferred[None] | None = None
+        self._quiet: Any = None  # the delayed call that ends a listener that finishes
+
+    def startListening(self) -> None:
+        """Start to accept; the factory is started."""
+        if self.socket.family != socket.AF_UNIX:
+            _tune_tcp(self.socket)
+            _answer_new_clients(self.socket)
+        self.factory.doStart()
+        self.listening = True
+        if not self.paused:
+            self.reactor.addReader(self)
+
+    def stopListening(self) -> Deferred[None]:
+        """Stop to accept; the factory is stopped. The socket stays open: it is its maker's to close."""
+        if self.listening:
+            self.listening = False
+            self.reactor.removeReader(self)
+            for call in (self._resting, self._quiet):
+                if call is not None:
+                    call.cancel()
+            self._resting = self._quiet = None
+            self.factory.doStop()
+            if self._finished is not None:
+                self._finished.callback(None)
+        return succeed(None)
+
+    def pause(self) -> None:
+        """Leave clients to the kernel's queue, until `resume`. Open connections go on."""
+        self.paused = True
+        self.reactor.removeReader(self)
+
+    def resume(self) -> None:
+        """Accept again."""
+        self.paused = False
+        if self.listening and self._resting is None:
+            self.reactor.addReader(self)
+
+    def finish(self) -> Deferred[None]:
+        """Accept who is in the queue already, then stop as stopListening does. The Deferred fires after that.
+
+        On Linux new clients of a TCP socket are not answered from now on, so that the queue has an end: they try again
+        a second later, and find a closed port or a successor. The file of a UNIX socket has to be gone already. A
+        paused port waits until it may go on.
+        """
+        if not self.listening:
+            return succeed(None)
+        if self.socket.family != socket.AF_UNIX:
+            _ignore_new_clients(self.socket)
+        self._finished = Deferred()
+        self._finish_when_quiet(-1)
+        return self._finished
+
+    def _finish_when_quiet(self, number: int) -> None:
+        self._quiet = None
+        if not self.paused and self._resting is None:
+            before = self._number
+            self.doRead()
+            if not self.listening:
+                return
+            if before == number == self._number and not self.paused and self._resting is None:
+                self.stopListening()
+                return
+        self._quiet = self.reactor.callLater(_QUIET, self._finish_when_quiet, self._number)
+
+    def connectionLost(self, reason: Failure) -> None:
+        """Called by the reactor, at its own end or when the socket is broken."""
+        if self.listening:
+            self.stopListening()
+            self._broken(self, reason)
+
+    def doRead(self) -> None:
+        accept = self.socket.accept
+        for _ in range(ACCEPTS_PER_EVENT):
+            try:
+                sock, address = accept()
+            except BlockingIOError:
+                return
+            except OSError as problem:
+                if problem.errno in _ACCEPT_SKIPS:
+                    continue
+                if problem.errno in _ACCEPT_SHORTAGES:
+                    self._rest(problem)
+                    return
+                raise
+            self._shortage = 0
+            self._accepted(sock, address)
+            if self.paused or not self.listening:  # the register, or a protocol, stopped us
+                return
+
+    def _accepted(self, sock: socket.socket, address: Any) -> None:
+        sock.setblocking(False)
+        self._number += 1
+        connection = self._connection(self.reactor, sock, self, address_of(address), self._number)
+        self.connection_opened(connection)
+        if not connection.disconnected:
+            try:
+                connection.start()
+            except BaseException:  # a producer of its protocol's, most likely: the listener has nothing to do with it
+                reason = Failure()
+                _log.failure("{connection} failed as it began", reason, connection=connection)
+                connection.connectionLost(reason)
+
+    def _rest(self, problem: OSError) -> None:
+        """Leave the queue to the kernel for a while; open connections go on."""
+        if problem.errno != self._shortage:
+            self._shortage = problem.errno or 0
+            _log.error("{listener} accepts nobody for now: {problem}", listener=self.name, problem=problem.strerror)
+        self.reactor.removeReader(self)
+        self._resting = self.reactor.callLater(_SHORTAGE_PAUSE, self._rested)
+
+    def _rested(self) -> None:
+        self._resting = None
+        if not self.paused:
+            self.reactor.addReader(self)
+
+    def getHost(self) -> Address:
+        return address_of(self.socket.getsockname())
+
+    def logPrefix(self) -> str:
+        return log_prefix(self.factory)
+
+    def __repr__(self) -> str:
+        return f"<Port {self.name} of {log_prefix(self.factory)}>"
+
+
+def _tune_tcp(sock: socket.socket) -> None:
+    """Set what accepted connections inherit on Linux, so that none of it costs a system call for each."""
+    # Writes of one event are joined already; Nagle would only hold back the answer until the last one is acknowledged.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A peer that vanished without FIN is found after 2 + 4 x 0.5 minutes instead of never; a probe every two minutes is
+    # also below the idle limits of common NATs and load balancers.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+def _answer_new_clients(sock: socket.socket) -> None:
+    """Undo what a process has done to the socket that died while it finished."""
+    with contextlib.suppress(OSError):  # most often there is nothing to undo
+        sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
+def _ignore_new_clients(sock: socket.socket) -> None:
+    """Have the kernel drop the first segment of each new connection to a listening TCP socket, where it can."""
+    with contextlib.suppress(OSError):  # not Linux
+        program = array("B", b"".join(struct.pack("HBBI", *instruction) for instruction in _NO_SYN))
+        address, _ = program.buffer_info()
+        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_NO_SYN), address))
