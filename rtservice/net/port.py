@@ -19,7 +19,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.net.address import Address, address_of
-from rtservice.net.connection import Connection, Handshake, ProxyHeader, log_prefix
+from rtservice.net.connection import Connection, log_prefix
+from rtservice.net.handshakes import ProxyHandshake, TLSHandshake
+from rtservice.net.phases import Phase
 from rtservice.net.tls import Context
 
 # Seconds that a PROXY header and a TLS handshake may take, each, where nobody says otherwise.
@@ -69,15 +71,17 @@ _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; `socket` 
 _log = Logger()
 
 
-def _first_phase(tls: Context | None) -> type[Connection]:
-    """What a connection is at first, or after its PROXY header."""
-    if tls is None:
-        return Connection
-    if isinstance(tls, ssl.SSLContext):
-        return Handshake
-    from rtservice.net.layered import LayeredHandshake
+def _begin_proxy(connection: Connection) -> None:
+    ProxyHandshake(connection).begin()
 
-    return LayeredHandshake
+
+def _begin_tls(connection: Connection) -> None:
+    connection.port.start_tls(connection, connection.port.tls, server_side=True)
+
+
+def _begin_protocol(connection: Connection) -> None:
+    connection.enter(Phase.OPEN, None)
+    connection.connect_protocol()
 
 
 def _nothing(*arguments: object) -> None:
@@ -125,10 +129,14 @@ class Port:
         self.tls = tls
         self.handshake_timeout = handshake_timeout
         self.proxied = proxied
-        self.first_phase = _first_phase(tls)
-        self._connection = ProxyHeader if proxied else self.first_phase
-        # Only our reactor has it; with others a write outside of an event waits until the kernel says that it may.
+        # What a connection begins with, and what follows its PROXY header.
+        self._phase = Phase.PROXY if proxied else Phase.OPEN if tls is None else Phase.TLS
+        self.after_proxy: Callable[[Connection], None] = _begin_protocol if tls is None else _begin_tls
+        self._begin = _begin_proxy if proxied else Connection.connect_protocol if tls is None else _begin_tls
+        # Only our reactor has them. With others a write outside of an event waits until the kernel says that it may,
+        # and a stage is unregistered before the next one is registered.
         self.write_soon: Callable[[Any], None] | None = getattr(reactor, "write_soon", None)
+        self.exchange: Callable[[Any, Any], None] | None = getattr(reactor, "exchange", None)
         self.fileno = sock.fileno
         self.listening = False
         self.paused = False
@@ -228,15 +236,27 @@ class Port:
     def _accepted(self, sock: socket.socket, address: Any) -> None:
         sock.setblocking(False)
         self._number += 1
-        connection = self._connection(self.reactor, sock, self, address_of(address), self._number)
+        connection = Connection(self.reactor, sock, self, address_of(address), self._number, self._phase)
         self.connection_opened(connection)
         if not connection.disconnected:
             try:
-                connection.start()
+                self._begin(connection)
             except BaseException:  # a producer of its protocol's, most likely: the listener has nothing to do with it
                 reason = Failure()
                 _log.failure("{connection} failed as it began", reason, connection=connection)
                 connection.connectionLost(reason)
+
+    def start_tls(self, connection: Connection, context: Any, *, server_side: bool) -> None:
+        """Begin a TLS handshake on a connection, with what `startTLS` takes. Raises what that does."""
+        if isinstance(context, ssl.SSLContext):
+            wrong = ssl.PROTOCOL_TLS_CLIENT if server_side else ssl.PROTOCOL_TLS_SERVER
+            if context.protocol == wrong or (context.check_hostname and not server_side):
+                raise ValueError(f"this context cannot be the {'server' if server_side else 'client'} of a handshake")
+            TLSHandshake(connection, context, server_side=server_side).begin()
+        else:
+            from rtservice.net.pyopenssl_stream import PyOpenSSLStream
+
+            PyOpenSSLStream(connection, context, server_side=server_side).begin()
 
     def _rest(self, problem: OSError) -> None:
         """Leave the queue to the kernel for a while; open connections go on."""

@@ -1,230 +1,290 @@
-"""TLS of one connection in memory, from the standard library's `ssl`: no socket, no reactor.
-
-OpenSSL reads records until it has application data to return, so one call of it processes everything that it can read.
-Over a socket that is as much as the kernel holds, and a peer that sends records without data blocks the process. Here
-OpenSSL reads from a `ssl.MemoryBIO`, which gets a bounded number of bytes and records for each event, and it writes to
-another one, so that a peer that does not read blocks neither reads nor writes.
-"""
+"""The stream below a connection in TLS, with the standard library's `ssl`."""
 
 from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Callable
+from typing import Any
 
-from rtservice.net.client_hello import ALPNGate
-from rtservice.net.tls_bounds import FIRST_READ, MAX_HANDSHAKE_BYTES, MAX_RECORD, MAX_RECORDS
+from twisted.internet import interfaces, main
 
-# The most plaintext in one record (RFC 8446, section 5.1).
-RECORD_SIZE = 1 << 14
+from rtservice.net.bounded_stream import BoundedStream
+from rtservice.net.connection import BUFFER_SIZE, JOIN_LIMIT, Connection, Ended, would_block
+from rtservice.net.phases import Phase
+from rtservice.net.tls_bounds import (
+    FIRST_READ,
+    FULL_READ,
+    MAX_BYTES_WITHOUT_DATA,
+    MAX_UNSENT_ANSWERS,
+    TOO_MUCH_WITHOUT_DATA,
+)
+from rtservice.net.tls_memory import RECORD_SIZE, SEAL_SIZE, MemoryTLS
 
-# Bytes of plaintext that are encrypted before they are given to the kernel. More would save system calls, but a
-# MemoryBIO keeps its largest size for as long as the connection lives.
-SEAL_SIZE = 2 * RECORD_SIZE
 
-_HEADER = 5
-_APPLICATION_DATA = 23
+class TLSStream(BoundedStream):
+    """Encrypts what its connection has written, and decrypts for the protocol what the peer has sent.
 
-
-class Records:
-    """Where the records of a stream of bytes begin, from their headers alone (RFC 8446, section 5.1).
-
-    Starts at the beginning of a record.
+    The peer's close_notify is to a protocol what FIN is on a plain connection (RFC 8446, section 6.1). FIN without it
+    is a connection lost, since what came before may be cut.
     """
 
-    __slots__ = ("_ahead", "_header")
+    __slots__ = ("_tls",)
 
-    def __init__(self) -> None:
-        self._ahead = 0  # bytes of the current record that have not come yet
-        self._header = b""  # the beginning of a header that has not come whole
+    def __init__(self, connection: Connection, tls: MemoryTLS, *, reading: bool) -> None:
+        super().__init__(connection)
+        self._tls = tls
+        self.reading = reading
 
-    @property
-    def at_boundary(self) -> bool:
-        """Whether all records that began have ended."""
-        return not self._ahead and not self._header
+    def begin(self) -> None:
+        """Go on after the handshake: with the protocol, what it has written meanwhile, and what the peer has sent."""
+        connection, tls = self.connection, self._tls
+        # What came with the client's last message. It is taken first: making a close_notify, OpenSSL would drop it.
+        tls.rest = tls.incoming.read()
+        connection.be_in_tls(tls)
+        connection.enter(Phase.OPEN, self)
+        if self.reading:
+            connection.reactor.addReader(self)
+        if connection.protocol is None:
+            connection.connect_protocol()
+        listener = interfaces.IHandshakeListener(connection.protocol, None)
+        if listener is not None:
+            try:
+                listener.handshakeCompleted()
+            except BaseException:
+                connection._protocol_failed("handshakeCompleted")
+                return
+        if connection.disconnected:
+            return
+        if connection.disconnecting:  # since before the handshake was done, for which it was read
+            connection.reactor.removeReader(self)
+        if connection.producer_paused and not connection._out:  # since before the handshake
+            connection._corked = False
+            connection._all_sent()
+            if connection.disconnected:
+                return
+        connection._flush()
+        if tls.rest and not connection.disconnected:
+            self._take_rest_now()
 
-    def take(self, data: bytes, cost: int) -> list[int]:
-        """Go on by `data`, and return where to cut it into pieces for OpenSSL: the end of each.
+    # --- reading ---
 
-        A piece has whole records and up to MAX_RECORD bytes; the first one may begin within a record, and the last one
-        end within one. There are no more pieces, and the last one ends short of the end of `data`, once its records
-        have cost this much (1 or more): 1 for each with application data, more for others.
-        """
-        size = len(data)
-        at = self._ahead
-        begin, ends = 0, []
-        while at < size:
-            if cost <= 0:
-                self._ahead = 0
-                ends.append(at)
-                return ends
-            missing = _HEADER - len(self._header)
-            header = self._header + data[at : at + missing]
-            if len(header) < _HEADER:
-                self._header = header
-                at = size
-                break
-            self._header = b""
-            length = header[3] << 8 | header[4]
-            # In TLS 1.3 all records look like data, and none has more than one message that OpenSSL goes on after.
-            cost -= 1 if header[0] == _APPLICATION_DATA else 1 + length // 128
-            end = at + missing + length
-            if end - begin > MAX_RECORD and at > begin:
-                ends.append(at)
-                begin = at
-            at = end
-        self._ahead = at - size
-        ends.append(size)
-        return ends
-
-
-class TLSStream:
-    """The TLS of one connection: bytes of the peer in, plaintext out, and the reverse.
-
-    Raises ssl.SSLError and ValueError as `ssl.SSLContext.wrap_bio` does.
-
-    `feed`, `decrypt`, `encrypt` and `take` are methods of the two BIOs and of OpenSSL's object, for the usual message:
-    one record, or up to FIRST_READ bytes, while `aligned`; up to RECORD_SIZE of plaintext while nothing is `sealed`.
-    `receive` and `seal` are for all cases.
-    """
-
-    __slots__ = (
-        "aligned",
-        "decrypt",
-        "encrypt",
-        "feed",
-        "finished",
-        "gate",
-        "held",
-        "incoming",
-        "notified",
-        "object",
-        "outgoing",
-        "problem",
-        "read_size",
-        "reading",
-        "records",
-        "rest",
-        "scheduled",
-        "sealed",
-        "sealed_plain",
-        "since_flight",
-        "take",
-        "without_data",
-    )
-
-    def __init__(self, context: ssl.SSLContext, *, server_side: bool) -> None:
-        self.incoming = ssl.MemoryBIO()
-        self.outgoing = ssl.MemoryBIO()
-        self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side)
-        # Bound once; not the object's own methods, which are these in another frame for each message.
-        inner = self.object._sslobj  # type: ignore[attr-defined]  # private, not typed
-        self.feed: Callable[[bytes | memoryview], int] = self.incoming.write
-        self.decrypt: Callable[[int], bytes] = inner.read
-        self.encrypt: Callable[[bytes | memoryview], int] = inner.write
-        self.take: Callable[[], bytes] = self.outgoing.read
-        self.gate: ALPNGate | None = None  # what the client's first bytes have to pass
-        self.read_size = FIRST_READ  # what to read in one event
-        self.records = Records()
-        self.aligned = True  # all records that were fed have ended
-        self.without_data = 0  # bytes since the last application data
-        # Bytes that have come since our last part of the handshake; below 0 until the first is sent.
-        self.since_flight = -MAX_HANDSHAKE_BYTES
-        self.rest = b""  # received, but for a later turn
-        self.scheduled = False  # a call that takes it
-        self.finished = False  # the peer has sent close_notify
-        self.problem: ssl.SSLError | None = None  # what ended it, after the data that came before
-        self.sealed: bytes | memoryview = b""  # encrypted, not yet taken by the kernel
-        self.sealed_plain = 0  # bytes of plaintext in there that are not counted as sent
-        self.notified = False  # we have sent close_notify
-        self.reading = True  # the protocol has not paused it
-        self.held = False  # nothing is read: what TLS has to send does not leave, or a thread works on it
-
-    def receive(self, data: bytes) -> bytes:
-        """Return the plaintext in what the peer has sent; what is for a later turn is in `rest` then.
-
-        After this, `finished` and `problem` say whether the stream ends with this plaintext.
-        """
-        pieces: list[bytes] = []
-        ends = self.records.take(data, MAX_RECORDS)
-        self.aligned = self.records.at_boundary
-        view = memoryview(data)
-        begin = 0
-        for end in ends:
-            self.feed(view[begin:end])
-            begin = end
-            if not self._decrypt_all(pieces):
-                break
-        self.rest = data[end:]
-        return self._result(end, pieces)
-
-    def receive_more(self, data: bytes, first: bytes) -> bytes:
-        """As `receive`, after `feed(data)` and a `decrypt` that returned `first`."""
-        self._note(data)
-        if not first:
-            self.finished = True
-            return first
-        pieces = [first]
-        self._decrypt_all(pieces)
-        return self._result(len(data), pieces)
-
-    def receive_none(self, data: bytes, problem: ssl.SSLError) -> bytes:
-        """As `receive`, after `feed(data)` and a `decrypt` that raised the problem."""
-        self._note(data)
-        self._stopped(problem)
-        return self._result(len(data), [])
-
-    def _note(self, data: bytes) -> None:
-        """Note where records begin in data that was fed whole."""
-        self.records.take(data, len(data))
-        self.aligned = self.records.at_boundary
-
-    def _result(self, size: int, pieces: list[bytes]) -> bytes:
-        if not pieces:
-            self.without_data += size
-            return b""
-        self.without_data = 0
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _decrypt_all(self, pieces: list[bytes]) -> bool:
-        """Decrypt all that was fed; False if that was the last."""
+    def doRead(self) -> Any:
+        """Read once for each event; OpenSSL gets no more than a bounded number of records of that."""
+        connection, tls = self.connection, self._tls
         try:
-            while self.incoming.pending:
-                piece = self.decrypt(RECORD_SIZE)
-                if not piece:
-                    self.finished = True
-                    return False
-                pieces.append(piece)
-        except ssl.SSLError as problem:
-            return self._stopped(problem)
-        return True
-
-    def _stopped(self, problem: ssl.SSLError) -> bool:
-        """Note why there is no more to decrypt; False if there never will be."""
-        if isinstance(problem, ssl.SSLWantReadError):
-            return True
-        if isinstance(problem, ssl.SSLZeroReturnError):  # how `ssl` reports close_notify once ours is sent
-            self.finished = True
+            data = connection._recv(tls.read_size)
+        except OSError as problem:
+            return connection._not_read(problem)
+        if not data:
+            connection.error = ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "FIN without close_notify")
+            return main.CONNECTION_LOST
+        if tls.aligned and (len(data) < FIRST_READ or (data[3] << 8 | data[4]) + 5 == len(data)):
+            tls.feed(data)
+            try:
+                plain = tls.decrypt(RECORD_SIZE)
+            except ssl.SSLError as problem:
+                plain = tls.receive_none(data, problem)
+            else:
+                if plain and not tls.incoming.pending:
+                    # The usual message: `_received` without a frame, and without what only other records bring.
+                    if tls.without_data:
+                        tls.without_data = 0
+                    connection.bytes_in += len(plain)
+                    connection._corked = True
+                    try:
+                        connection.protocol.dataReceived(plain)
+                    except BaseException:
+                        connection._protocol_failed("dataReceived")
+                        return None
+                    if connection._out or connection._once_sent or tls.outgoing.pending:
+                        self.flush()
+                    else:
+                        connection._corked = False
+                    return None
+                plain = tls.receive_more(data, plain)
         else:
-            # Its traceback refers to frames, which would keep the stream until a garbage collection.
-            self.problem = problem.with_traceback(None)
-        return False
+            if len(data) == tls.read_size:
+                tls.read_size = FULL_READ
+            plain = tls.receive(data)
+        return self._received(connection, tls, plain)
 
-    def seal(self, piece: bytes | memoryview) -> None:
-        """Encrypt a piece of up to SEAL_SIZE bytes; `sealed` is empty before and holds the records after this."""
-        at, size = 0, len(piece)
-        if size <= RECORD_SIZE:
-            at = self.encrypt(piece)
-        view = memoryview(piece)
-        while at < size:
-            at += self.encrypt(view[at : at + RECORD_SIZE])
-        self.sealed_plain += size
-        self.sealed = self.take()
+    def _received(self, connection: Connection, tls: MemoryTLS, plain: bytes) -> Any:
+        """Give plaintext to the protocol, then do what else has come with it. Returns what doRead does."""
+        if plain:
+            connection.bytes_in += len(plain)
+            connection._corked = True
+            try:
+                connection.protocol.dataReceived(plain)
+            except BaseException:
+                connection._protocol_failed("dataReceived")
+                return None
+            if connection._out or connection._once_sent or tls.outgoing.pending:
+                self.flush()
+            else:
+                connection._corked = False
+        elif tls.outgoing.pending:
+            self.flush()
+        if tls.rest or tls.finished or tls.problem is not None or tls.without_data > MAX_BYTES_WITHOUT_DATA:
+            return self._not_only_received(connection, tls)
+        return None
 
-    def notify(self) -> None:
-        """Make our close_notify, once, to be sent after all else (RFC 8446, section 6.1)."""
-        if not self.notified:
-            self.notified = True
-            # SSLWantReadError: the peer's has not come yet; others: TLS has failed before.
-            with contextlib.suppress(ssl.SSLError):
-                self.object.unwrap()
+    def _not_only_received(self, connection: Connection, tls: MemoryTLS) -> Any:
+        if connection._stage is not self or connection._aborting:  # it has ended, or lingers, which reads below TLS
+            return None
+        if tls.problem is not None:
+            connection.error = tls.problem
+            return main.CONNECTION_LOST
+        if tls.without_data > MAX_BYTES_WITHOUT_DATA:
+            connection.error = Ended(TOO_MUCH_WITHOUT_DATA)
+            return main.CONNECTION_LOST
+        if tls.finished:
+            # As with FIN, a protocol that has paused is told when it resumes; and it is told once.
+            if not self.reading or connection.peer_finished:
+                return None
+            connection.peer_finished = True
+            return None if connection.disconnecting else main.CONNECTION_DONE
+        if tls.rest:
+            self.leave_rest()
+        return None
+
+    def has_rest(self) -> bool:
+        tls = self._tls
+        return bool(tls.rest) or (tls.finished and not self.connection.peer_finished)
+
+    def take_rest(self) -> Any:
+        tls = self._tls
+        rest, tls.rest = tls.rest, b""
+        return self._received(self.connection, tls, tls.receive(rest) if rest else b"")
+
+    # --- writing ---
+
+    def drop_output(self) -> None:
+        self._tls.sealed, self._tls.sealed_plain = b"", 0  # what is sealed is a part of what is unsent
+
+    def _lost(self, problem: OSError) -> None:
+        connection, tls = self.connection, self._tls
+        if tls.problem is not None:  # after which OpenSSL encrypts nothing; its alert is left
+            problem = tls.problem
+            if not tls.sealed:
+                with contextlib.suppress(OSError):
+                    connection._send(tls.take())
+        connection._lost(problem)
+
+    def flush(self) -> None:
+        connection, tls = self.connection, self._tls
+        out = connection._out
+        if len(out) == 1 and not tls.sealed and len(out[0]) <= RECORD_SIZE:
+            try:
+                size = tls.encrypt(out[0])
+                data = tls.take()
+                sent = connection._send(data)
+            except OSError as problem:
+                if not would_block(problem):
+                    self._lost(problem)
+                    return
+                sent = 0
+            out.clear()
+            if sent == len(data):
+                connection.bytes_out += size
+                connection._unsent = 0
+                connection._corked = False
+                if connection._once_sent:
+                    connection._all_sent()
+                return
+            tls.sealed = data
+            tls.sealed_plain = size
+            self._count_sent(sent)
+        self._flush_more(connection, tls)
+
+    def _flush_more(self, connection: Connection, tls: MemoryTLS) -> None:
+        """Send what is unsent, TLS's own messages included, until the kernel is full or it is the turn of others."""
+        idle = not tls.sealed and not connection._out and not connection.producer_paused
+        most = JOIN_LIMIT
+        while most > 0 or not connection._out:
+            try:
+                if not tls.sealed:
+                    self._seal(connection, tls)
+                    if not tls.sealed:
+                        connection._corked = False
+                        if self.held:
+                            self.release()
+                        if connection._once_sent:
+                            if idle:  # or a pull producer would be asked again before it has written
+                                connection._finish()
+                            else:
+                                connection._all_sent()
+                        return
+                sent = connection._send(tls.sealed)
+            except OSError as problem:
+                if not would_block(problem):
+                    self._lost(problem)
+                    return
+                sent = 0
+            most -= sent
+            if not self._count_sent(sent):
+                break
+        connection._corked = True
+        if not connection._waiting:
+            connection._wait_until_writable()
+        if connection._unsent > BUFFER_SIZE:
+            connection._pause_producer()
+        answers = tls.outgoing.pending
+        if answers > MAX_UNSENT_ANSWERS:
+            self.hold()
+        elif self.held and not answers:
+            self.release()
+
+    def _seal(self, connection: Connection, tls: MemoryTLS) -> None:
+        """Encrypt the first SEAL_SIZE bytes of what is written, or less; `sealed` is empty before."""
+        out = connection._out
+        if not out:
+            answers = tls.take()
+            if not tls.notified:  # nothing is sent after close_notify (RFC 8446, section 6.1)
+                tls.sealed = answers
+            return
+        piece = out[0]
+        count, size = 1, len(piece)
+        while count < len(out) and size + len(out[count]) <= SEAL_SIZE:
+            size += len(out[count])
+            count += 1
+        if count > 1:
+            piece = b"".join(out[:count])
+            del out[:count]
+        elif size > SEAL_SIZE:
+            piece, out[0] = memoryview(piece)[:SEAL_SIZE], memoryview(piece)[SEAL_SIZE:]
+        else:
+            del out[0]
+        tls.seal(piece)
+
+    def _count_sent(self, sent: int) -> bool:
+        """Count what the kernel took of what is sealed, and return whether that was all."""
+        plain = self._tls.count_sent(sent)
+        self.connection.bytes_out += plain
+        self.connection._unsent -= plain
+        return not self._tls.sealed
+
+    def progress(self) -> tuple[int, int]:
+        return self.connection.bytes_out, len(self._tls.sealed)
+
+    def finish_output(self) -> bool:
+        """Send close_notify, and do not wait for the peer's: RFC 8446, section 6.1, does not ask for it.
+
+        Returns False if the kernel has no room; then it is called again.
+        """
+        connection, tls = self.connection, self._tls
+        if not tls.notified:
+            tls.notify()
+            connection._writable = connection._sending = False  # OpenSSL encrypts nothing after it
+            tls.sealed = tls.take()
+            try:
+                sent = connection._send(tls.sealed)
+            except OSError as problem:
+                if not would_block(problem):  # the peer is gone
+                    tls.sealed = b""
+                    return True
+                sent = 0
+            if not self._count_sent(sent):
+                connection._once_sent = True
+                connection._wait_until_writable()
+                return False
+        return True

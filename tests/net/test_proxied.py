@@ -16,13 +16,15 @@ from twisted.internet import reactor
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger, LogLevel, formatEvent
 
 from rtservice.host.connections import Connections, Limits, end_reason
-from rtservice.net.connection import Connection, ProxyHeader, SecureConnection
+from rtservice.net.connection import Connection
+from rtservice.net.handshakes import ProxyHandshake
 from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
@@ -212,7 +214,7 @@ class Reads:
 @pytest.fixture
 def reads(monkeypatch):
     one = Reads()
-    read = ProxyHeader.doRead
+    read = ProxyHandshake.doRead
 
     def counted(self):
         try:
@@ -220,7 +222,7 @@ def reads(monkeypatch):
         finally:
             one.happened()
 
-    monkeypatch.setattr(ProxyHeader, "doRead", counted)
+    monkeypatch.setattr(ProxyHandshake, "doRead", counted)
     return one
 
 
@@ -443,7 +445,7 @@ def test_a_header_comes_before_the_tls_handshake(serve, connect, reads, context,
     assert answer == GREETING + b"hello"
     ((peer, host, proxied),) = one.factory.seen
     assert (peer, host, proxied.length) == (CLIENT, SERVER, len(header))
-    assert type(one.opened[0]) is SecureConnection
+    assert ISSLTransport.providedBy(one.opened[0])
 
 
 @pytest_twisted.inlineCallbacks
@@ -482,6 +484,7 @@ def test_the_protocol_sees_the_client_and_where_it_connected_to(serve, connect):
         assert (peer, host) == (CLIENT, SERVER)
         assert (proxied.source, proxied.destination, proxied.length) == (CLIENT, SERVER, len(header))
         assert type(one.opened[-1]) is Connection
+        assert not ISSLTransport.providedBy(one.opened[-1])
         assert "192.0.2.1" in one.opened[-1].logPrefix()
     assert proxied.tlvs == ((2, b"www.example.com"),)
 
@@ -675,7 +678,10 @@ def test_a_connection_may_be_ended_by_us_before_its_header(serve, connect, reads
         "loseConnection": (ConnectionDone, "closed"),
     }[how]
     assert not one.factory.built
-    assert not one.opened[0]._deadline
+    assert one.opened[0]._stage is None
+    assert not [
+        call for call in reactor.getDelayedCalls() if isinstance(getattr(call.func, "__self__", None), ProxyHandshake)
+    ]
 
 
 # --- what the register does with them ---

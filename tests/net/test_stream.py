@@ -15,7 +15,7 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet.interfaces import IHalfCloseableProtocol, ISSLTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock
 from twisted.internet.threads import deferToThread
@@ -23,7 +23,7 @@ from twisted.logger import LogLevel, globalLogPublisher
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from rtservice.net.connection import Connection, Lingering
+from rtservice.net.connection import Connection
 from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 
@@ -706,9 +706,10 @@ def test_who_is_refused_by_his_header_is_closed_and_nobody_is_told() -> None:
         closed=lambda *_: closed.append(_),
     )
     port.doRead()
-    (connection,) = [reader for reader in clock.getReaders() if reader is not port]
+    (handshake,) = [reader for reader in clock.getReaders() if reader is not port]
+    connection = handshake.connection
     far.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
-    assert connection.doRead() is None
+    assert handshake.doRead() is None
     with far:
         assert far.recv(10) == b""
     assert near.fileno() == -1
@@ -815,7 +816,7 @@ class Ending:
         near.setblocking(False)
         port = Port(self.clock, near, self.factory, name="test")
         self.connection = Connection(self.clock, near, port, None, 1)
-        self.connection.start()
+        self.connection.connect_protocol()
         if unread:
             self.client.sendall(unread)
             select.select([near], [], [], DEADLINE)
@@ -825,11 +826,17 @@ class Ending:
         self.connection.loseConnection()
         self.connection.doWrite()
 
+    @property
+    def descriptor(self) -> Any:
+        """What the reactor reads from."""
+        (reader,) = self.clock.getReaders()
+        return reader
+
     def says_more(self) -> None:
         """The client sends something, which is read."""
         self.client.sendall(b"more")
         select.select([self.connection.socket], [], [], DEADLINE)
-        assert self.connection.doRead() is None
+        assert self.descriptor.doRead() is None
 
 
 @pytest.fixture
@@ -843,16 +850,17 @@ def ending():
 
 
 def test_a_connection_that_lingers_has_said_all_and_its_protocol_has_not_heard_of_the_end(ending) -> None:
-    assert type(ending.connection) is Lingering
     assert ending.connection.phase == "closing"
+    assert type(ending.connection) is Connection
+    assert not ISSLTransport.providedBy(ending.connection)
     assert ending.client.recv(100) == b"last words"
     assert ending.client.recv(100) == b""
     ending.connection.write(b"too late")
     ending.connection.loseConnection()
     assert ending.factory.lost == []
     ending.client.close()
-    assert ending.connection.doRead() is None  # what was unread
-    ending.connection.readConnectionLost(Failure(ConnectionDone()))
+    assert ending.descriptor.doRead() is None  # what was unread
+    ending.descriptor.readConnectionLost(Failure(ConnectionDone()))
     assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
     assert ending.factory.transports == [Connection]
 
@@ -896,11 +904,11 @@ def test_abort_in_the_very_moment_in_which_it_is_let_go_is_one_end(ending) -> No
 def test_a_peer_that_resets_a_connection_that_lingers_ends_it_with_the_error(ending) -> None:
     reset(ending.client)
     select.select([ending.connection.socket], [], [], DEADLINE)
-    assert ending.connection.doRead() is None  # what was unread
-    why = ending.connection.doRead()
+    assert ending.descriptor.doRead() is None  # what was unread
+    why = ending.descriptor.doRead()
     assert isinstance(why, ConnectionLost)
     assert ending.connection.error.errno == errno.ECONNRESET
-    ending.connection.connectionLost(Failure(why))
+    ending.descriptor.connectionLost(Failure(why))
     assert ending.factory.transports == [Connection]
 
 
@@ -919,7 +927,7 @@ def test_an_end_of_ours_does_not_wait_for_a_producer_and_lets_it_know() -> None:
         near.setblocking(False)
         clock, factory = Reactor(), Recording()
         connection = Connection(clock, near, Port(clock, near, factory, name="test"), None, 1)
-        connection.start()
+        connection.connect_protocol()
         connection.registerProducer(connection if itself else Producer(), streaming)
         connection.write(b"x" * (1 << 20))
         calls.clear()
@@ -932,7 +940,7 @@ def test_an_end_of_ours_does_not_wait_for_a_producer_and_lets_it_know() -> None:
                 left -= len(far.recv(left))
                 connection.doWrite()
             far.close()
-        connection.readConnectionLost(Failure(ConnectionDone()))  # if it lingered
+        (connection._stage or connection).readConnectionLost(Failure(ConnectionDone()))  # if it lingered
         assert [type(reason) for reason in factory.lost] == [ConnectionDone]
         assert calls == ([] if itself else ["stop"])
         assert str(connection.error) == "drained"

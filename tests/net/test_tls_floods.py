@@ -32,6 +32,7 @@ from rtservice.net.tls_bounds import (
     MAX_UNSENT_ANSWERS,
     TOO_MUCH_WITHOUT_DATA,
 )
+from tests.support.registered import reads
 
 pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
 
@@ -349,7 +350,7 @@ class InThread:
 @pytest.fixture
 def in_thread(monkeypatch):
     spy = InThread()
-    monkeypatch.setattr("rtservice.net.connection.shake_in_thread", spy)
+    monkeypatch.setattr("rtservice.net.handshakes.shake_in_thread", spy)
     yield spy
     spy.go.set()
 
@@ -514,7 +515,7 @@ def test_a_peer_that_asks_for_key_updates_and_never_reads_is_read_no_more(serve)
         yield deferToThread(asker.ask)
         assert asker.sent < 4 << 20, "the server has stopped reading"
         connection = served.opened[0]
-        assert connection not in reactor.getReaders(), "so it does not spin"
+        assert not reads(connection), "so it does not spin"
         tls = connection._tls
         assert MAX_UNSENT_ANSWERS < tls.outgoing.pending + len(tls.sealed) < MAX_UNSENT_ANSWERS + 64 * 1024
         assert not served.ended
@@ -542,11 +543,11 @@ def test_a_peer_that_reads_again_goes_on(serve):
         # Within the sendall that the deadline interrupts, a record is cut: so the last one is sent to its end.
         yield deferToThread(asker.ask)
         connection = served.opened[0]
-        assert connection._tls.held
+        assert connection._stage.held
         stop = threading.Event()
         reading = deferToThread(read, stop)
-        yield eventually(lambda: not connection._tls.held)
-        yield eventually(lambda: connection in reactor.getReaders())
+        yield eventually(lambda: not connection._stage.held)
+        yield eventually(lambda: reads(connection))
         stop.set()
         yield reading
         assert not served.ended
@@ -563,7 +564,7 @@ def test_a_protocol_that_pauses_is_not_resumed_by_a_peer_that_reads_again(serve)
         connection = served.opened[0]
         connection.pauseProducing()
         connection.resumeProducing()
-        assert connection not in reactor.getReaders(), "held all the same"
+        assert not reads(connection), "held all the same"
         connection.pauseProducing()
 
         def read() -> None:
@@ -572,11 +573,11 @@ def test_a_protocol_that_pauses_is_not_resumed_by_a_peer_that_reads_again(serve)
                     pass
 
         reading = deferToThread(read)
-        yield eventually(lambda: not connection._tls.held)
+        yield eventually(lambda: not connection._stage.held)
         yield reading
-        assert connection not in reactor.getReaders()
+        assert not reads(connection)
         connection.resumeProducing()
-        yield eventually(lambda: connection in reactor.getReaders())
+        yield eventually(lambda: reads(connection))
 
 
 @pytest_twisted.inlineCallbacks
@@ -598,7 +599,7 @@ def test_a_slow_reader_of_our_own_data_is_not_hurt_by_a_key_update(serve):
         yield deferLater(reactor, 0, lambda: None)
         timed.clock.advance(10 * ANSWER_TIMEOUT)
         yield eventually(lambda: served.opened[0]._tls.outgoing.pending)
-        assert served.opened[0] in reactor.getReaders()
+        assert reads(served.opened[0])
         timed.clock.advance(10 * ANSWER_TIMEOUT)
         assert not served.ended
 

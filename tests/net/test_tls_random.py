@@ -16,6 +16,7 @@ from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
+from rtservice.net.connection import Connection, Stage
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
 
@@ -384,9 +385,7 @@ class Exchange:
     def judge(self) -> None:
         peer = self.peer
         assert self.closed == self.opened, "it hangs"
-        assert not any(
-            type(reader).__name__ != "Port" for reader in self.reactor.getReaders() if hasattr(reader, "port")
-        )
+        assert not any(isinstance(reader, Connection | Stage) for reader in self.reactor.getReaders())
         assert not self.reactor.getWriters()
         assert [call for call in self.reactor.getDelayedCalls() if call.active()] == []
         for protocol in self.factory.protocols:

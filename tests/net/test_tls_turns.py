@@ -15,6 +15,7 @@ from zope.interface import implementer
 
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
+from tests.support.registered import reads
 
 pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
 pytest.importorskip("rtservice.net.reactor", reason="epoll is Linux only")
@@ -278,7 +279,7 @@ def test_a_close_in_the_middle_of_what_was_read_reads_on_until_its_peer_has_fini
     assert protocol.transport._tls.rest, "there is something for a later turn"
     service.turn()
     assert protocol.transport.phase == "closing"
-    assert protocol.transport in service.reactor.getReaders()
+    assert reads(protocol.transport, service.reactor)
     service.settle()
     peer.sock.shutdown(socket.SHUT_WR)
     service.settle()
@@ -317,7 +318,7 @@ def test_a_producer_that_raises_in_a_later_turn_of_a_read_ends_its_connection(se
     protocol.transport.resumeProducing()
     service.settle()
     assert protocol.heard[-1] == "end"
-    assert not [reader for reader in service.reactor.getReaders() if reader is protocol.transport]
+    assert not reads(protocol.transport, service.reactor)
 
 
 def test_an_end_of_ours_after_the_end_is_nothing(service: Service) -> None:

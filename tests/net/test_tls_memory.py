@@ -10,7 +10,7 @@ import pytest
 
 from rtservice.net.tls import ServerTLS
 from rtservice.net.tls_bounds import FIRST_READ, FULL_READ, MAX_RECORD, MAX_RECORDS
-from rtservice.net.tls_stream import RECORD_SIZE, SEAL_SIZE, Records, TLSStream
+from rtservice.net.tls_memory import RECORD_SIZE, SEAL_SIZE, MemoryTLS, Records
 
 
 def records_of(sizes: list[int]) -> bytes:
@@ -62,11 +62,11 @@ def test_records_that_are_no_data_cost_by_their_size() -> None:
 
 
 class Pair:
-    """A TLSStream of the server's, and a client whose records the test carries over."""
+    """A MemoryTLS of the server's, and a client whose records the test carries over."""
 
     def __init__(self, certificates, version: str = "TLSv1_3") -> None:
         context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
-        self.server = TLSStream(context, server_side=True)
+        self.server = MemoryTLS(context, server_side=True)
         client = ssl.create_default_context(cafile=certificates["ca.pem"])
         client.minimum_version = client.maximum_version = ssl.TLSVersion[version]
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

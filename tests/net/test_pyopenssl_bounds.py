@@ -20,7 +20,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 
-from rtservice.net.connection import Ended
+from rtservice.net.connection import LOST, Ended
 from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls_bounds import (
@@ -35,12 +35,13 @@ from rtservice.net.tls_bounds import (
     MAX_UNSENT_ANSWERS,
     TOO_MUCH_WITHOUT_DATA,
 )
+from tests.support.registered import reads
 
 pytest.importorskip("OpenSSL.SSL", reason="pyOpenSSL (twisted[tls]) is not installed")
 
 from twisted.internet.ssl import DefaultOpenSSLContextFactory
 
-from rtservice.net import layered
+from rtservice.net import pyopenssl_stream
 from tests.support.forge import (
     ALERT,
     APPLICATION_DATA,
@@ -212,7 +213,7 @@ class Served:
         self.listener.close()
         for connection in self.opened:
             if connection not in self.closed:
-                connection.connectionLost(layered._LOST)
+                connection.connectionLost(LOST)
 
 
 @pytest.fixture
@@ -244,7 +245,7 @@ def fed(monkeypatch: Any) -> list[tuple[int, int, bool]]:
     """What OpenSSL was given in each event: bytes, records that began, and whether its handshake was done."""
     events: list[tuple[int, int, bool]] = []
     ahead: dict[Any, bytes] = {}
-    original = layered._Layer.dataReceived
+    original = pyopenssl_stream.Layer.dataReceived
 
     def receive(layer: Any, data: bytes) -> None:
         rest = ahead.get(layer, b"") + data
@@ -256,7 +257,7 @@ def fed(monkeypatch: Any) -> list[tuple[int, int, bool]]:
         events.append((len(data), records, layer._handshakeDone))
         original(layer, data)
 
-    monkeypatch.setattr(layered._Layer, "dataReceived", receive)
+    monkeypatch.setattr(pyopenssl_stream.Layer, "dataReceived", receive)
     return events
 
 
@@ -410,7 +411,7 @@ def held_connection(served: Served, client: Hostile) -> Any:
     """Fires with a connection that reads nothing more, since its client floods it with requests for key updates."""
     yield deferToThread(client.send_what_is_taken, lambda: key_updates_that_ask(client, 500) + client.data(b"x"))
     (connection,) = served.opened
-    yield eventually(lambda: connection.protocol.held)
+    yield eventually(lambda: connection._stage.held)
     return connection
 
 
@@ -420,16 +421,16 @@ def test_answers_to_a_peer_that_does_not_read_are_bounded_and_cost_nothing_while
     with (yield deferToThread(connect, served, "TLSv1_3", small_buffers=True)) as client:
         connection = yield held_connection(served, client)
         assert connection.unsent <= MAX_UNSENT_ANSWERS + FULL_READ
-        assert connection not in reactor.getReaders()
+        assert not reads(connection)
         events: list[str] = []
-        for name in ("doRead", "doWrite", "_read_rest"):
-            monkeypatch.setattr(type(connection), name, lambda *_, name=name: events.append(name))
+        for name in ("doRead", "doWrite", "take_rest"):
+            monkeypatch.setattr(type(connection._stage), name, lambda *_, name=name: events.append(name))
         connection.resumeProducing()  # is no way around it
         for _ in range(100):
             yield deferLater(reactor, 0.001)
         assert events == []
         monkeypatch.undo()
-        assert connection not in reactor.getReaders()
+        assert not reads(connection)
 
 
 @pytest_twisted.inlineCallbacks
@@ -443,12 +444,12 @@ def test_a_peer_that_reads_its_answers_after_all_is_served_on(serve, begin):
         sender = threading.Thread(target=client.sock.sendall, args=(sealed,))
         sender.start()
         (connection,) = served.opened
-        yield eventually(lambda: connection.protocol.held)
+        yield eventually(lambda: connection._stage.held)
         assert (yield deferToThread(client.read, 4)) == b"here"
         sender.join()
-        assert not connection.protocol.held
+        assert not connection._stage.held
         assert served.factory.made[0].received == b"x" * 20 + b"!"
-        assert connection._deadline is None
+        assert connection._stage._deadline is None
     yield eventually(lambda: served.closed)
 
 
@@ -464,7 +465,7 @@ def test_a_peer_that_does_not_read_its_answers_is_aborted_after_a_time_without_p
 
         def held() -> bool:
             timed.clock.advance(0)
-            return bool(connection.protocol.held)
+            return bool(connection._stage.held)
 
         yield eventually(held)
         yield sending
@@ -536,7 +537,7 @@ def test_tls_that_fails_while_much_is_unsent_is_bounded_in_time(serve, begin):
 
 
 def test_marks_count_what_is_unsent_of_one_kind() -> None:
-    marks = layered.Marks()
+    marks = pyopenssl_stream.Marks()
     assert not marks
     assert marks.after(0) == 0
     marks.add(10, 110)

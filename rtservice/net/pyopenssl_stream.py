@@ -1,0 +1,424 @@
+"""The stream below a connection in Twisted's own TLS, with pyOpenSSL: for protocols that ask for its objects.
+
+Twisted's TLS is a protocol, the *layer*, between a transport and the protocol that it wraps. It gives OpenSSL all that
+it receives and keeps all that OpenSSL wants to send. Here both are bounded, as in `rtservice.net.tls_stream`.
+"""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+from OpenSSL import SSL
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IHandshakeListener
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
+from twisted.python.failure import Failure
+
+from rtservice.net.bounded_stream import BoundedStream
+from rtservice.net.connection import LOST, TLS_GONE, Connection, Ended, joined
+from rtservice.net.phases import Phase
+from rtservice.net.tls_bounds import (
+    FIRST_READ,
+    FULL_READ,
+    HANDSHAKE_TOO_LARGE,
+    MAX_BYTES_WITHOUT_DATA,
+    MAX_HANDSHAKE_BYTES,
+    MAX_RECORDS,
+    MAX_UNSENT_ANSWERS,
+    TOO_MUCH_WITHOUT_DATA,
+)
+from rtservice.net.tls_memory import RECORD_SIZE, Records
+
+
+def _without_traceback(problem: Any) -> Failure:
+    """Return a Failure that refers to no frames: theirs refer to the connection, which could not be freed at once."""
+    return Failure(problem.with_traceback(None))
+
+
+class Marks:
+    """Which parts of a stream of output are of one kind, to know how much of that kind is unsent."""
+
+    __slots__ = ("_marks",)
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[int, int]] = []  # where each part ends in the stream, and its size
+
+    def __bool__(self) -> bool:
+        return bool(self._marks)
+
+    def add(self, size: int, end: int) -> None:
+        """Mark the `size` bytes before position `end`."""
+        if self._marks and self._marks[-1][0] == end - size:
+            size += self._marks.pop()[1]
+        self._marks.append((end, size))
+
+    def after(self, position: int) -> int:
+        """Return how many marked bytes come after a position, and forget those before it."""
+        self._marks = [(end, min(size, end - position)) for end, size in self._marks if end > position]
+        return sum(size for _, size in self._marks)
+
+
+class Layer(TLSMemoryBIOProtocol):
+    """Twisted's layer without its dependence on the peer's close_notify, and with what is needed to bound it.
+
+    A factory of Twisted's makes a layer that delays writes and drops them when the peer's close_notify arrives before:
+    a client that sends a request together with close_notify gets no answer. This class is not that one.
+    """
+
+    transport: Any
+    _tlsConnection: Any = None  # until the context factory has made it; it may raise
+
+    def __init__(self, stream: PyOpenSSLStream, context_factory: Any, *, client: bool) -> None:
+        # As in Twisted's own startTLS: without a factory to wrap, since it is given the protocol.
+        factory = TLSMemoryBIOFactory(context_factory, client, None)  # type: ignore[arg-type]  # None is for this use
+        super().__init__(factory, stream.connection.protocol, _connectWrapped=False)
+        self._stream: Any = stream
+        self._appSendBuffer: list[bytes] = []
+        self._writing = False  # what OpenSSL sends now is the protocol's
+        self.answers = Marks()  # what OpenSSL has sent otherwise since the handshake
+        self.without_data = 0  # bytes received since the last application data; in the handshake, all
+
+    # --- what a transport tells about its TLS, beside what Twisted's layer does ---
+
+    @property
+    def handle(self) -> SSL.Connection | None:
+        """OpenSSL's object; None before TLS has begun."""
+        return self._tlsConnection  # type: ignore[no-any-return]  # Twisted's
+
+    @property
+    def peer_certificate(self) -> Any:
+        return self.getPeerCertificate()
+
+    @property
+    def negotiated_protocol(self) -> bytes | None:
+        return self.negotiatedProtocol
+
+    @property
+    def version(self) -> str | None:
+        return self._tlsConnection and self._tlsConnection.get_protocol_version_name()  # type: ignore[no-any-return]
+
+    @property
+    def cipher(self) -> str | None:
+        return self._tlsConnection and self._tlsConnection.get_cipher_name()  # type: ignore[no-any-return]
+
+    # --- what Twisted's layer does otherwise ---
+
+    @property
+    def broken(self) -> bool:
+        """Whether TLS has failed."""
+        return self._lostTLSConnection and self._reason is not None
+
+    def _checkHandshakeStatus(self) -> None:
+        super()._checkHandshakeStatus()
+        if self._handshakeDone:
+            self._stream.shaken()
+
+    def _write(self, bytes: bytes) -> None:
+        self._writing = True
+        try:
+            super()._write(bytes)
+        finally:
+            self._writing = False
+
+    def _flushSendBIO(self) -> None:
+        # All of it: a long chain of certificates is more than what Twisted takes at once.
+        size = most = 1 << 16
+        while size == most and self._tlsConnection is not None:
+            try:
+                data = self._tlsConnection.bio_read(most)
+            except SSL.WantReadError:
+                return
+            size = len(data)
+            self.transport.write(data)
+            if self._handshakeDone and not self._writing:
+                self.answers.add(size, self._stream.connection.bytes_out + self._stream.connection.unsent)
+
+    def _flushReceiveBIO(self) -> None:
+        # Twisted calls the protocol for each record. A protocol that pauses, closes or aborts is called once here, as
+        # it is on a plain connection.
+        pieces: list[bytes] = []
+        ended = False
+        failure = None
+        while not ended and not self._lostTLSConnection:
+            try:
+                pieces.append(self._tlsConnection.recv(RECORD_SIZE))
+            except SSL.WantReadError:
+                break
+            except SSL.ZeroReturnError:
+                ended = True
+            except SSL.Error as problem:
+                ended = True
+                failure = _without_traceback(problem)
+        self._flushSendBIO()  # before the protocol writes: these are answers
+        if pieces:
+            self.without_data = 0
+            if not self._aborted:
+                self.wrappedProtocol.dataReceived(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if ended and not self._lostTLSConnection:
+            if failure is None:
+                self._shutdownTLS()
+            self._tlsShutdownFinished(failure)
+
+    def _shutdownTLS(self) -> None:
+        if self._tlsConnection is not None:
+            super()._shutdownTLS()
+        self.transport.loseConnection()  # RFC 8446, section 6.1: there is no need to wait for the peer's close_notify
+
+    def _tlsShutdownFinished(self, reason: Failure | None) -> None:
+        super()._tlsShutdownFinished(None if reason is None else _without_traceback(reason.value))
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._reason is not None and isinstance(self._reason.value, SSL.Error):
+            self._stream.failed(self._reason.value)
+        if self.wrappedProtocol is None:  # none was built
+            self.wrappedProtocol = Protocol()
+        if self._tlsConnection is not None:
+            super().connectionLost(reason)
+        else:  # TLS has not begun
+            protocol: Any = self.wrappedProtocol
+            self.wrappedProtocol = None  # type: ignore[assignment]  # as Twisted does: they refer to each other
+            protocol.connectionLost(reason)
+        self._stream = None  # they refer to each other
+
+
+class _Below:
+    """The transport of the layer: what it writes goes to the socket, and what it closes is the connection itself.
+
+    A protocol that has called startTLS keeps the connection as its transport, whose methods lead to the layer. All else
+    that the layer asks of its transport is the connection's.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def write(self, data: bytes) -> None:
+        self._connection._write_to_socket(data)
+
+    def writeSequence(self, pieces: Any) -> None:
+        self.write(joined(pieces))
+
+    def loseConnection(self) -> None:
+        connection = self._connection
+        connection._stop_producer()  # nobody would take any more what it produces
+        if connection.connected and not connection.disconnecting:
+            connection._close_when_sent()
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        self._connection._register_producer(producer, streaming)
+
+    def unregisterProducer(self) -> None:
+        self._connection._unregister_producer()
+
+
+class PyOpenSSLStream(BoundedStream):
+    """Reads for a layer, which is the protocol of the connection. Its handshake is the first thing that it does.
+
+    What a protocol calls on the connection goes through the layer. Bytes are counted as they pass below TLS.
+
+    Where the connection begins with TLS, its protocol is built after the handshake, and its transport is the layer: a
+    `twisted.protocols.tls.TLSMemoryBIOProtocol`, as it is on Twisted's own TLS listeners.
+    """
+
+    __slots__ = ("_max_handshake_bytes", "_records", "_rest", "layer")
+
+    sends = False  # the layer has encrypted what the connection sends
+
+    def __init__(self, connection: Connection, context_factory: Any, *, server_side: bool) -> None:
+        super().__init__(connection)
+        self.layer = Layer(self, context_factory, client=not server_side)  # may raise: before anything is changed
+        self._max_handshake_bytes: int = getattr(context_factory, "max_handshake_bytes", MAX_HANDSHAKE_BYTES)
+        self._records = Records()
+        self._rest = b""  # received, but for a later turn
+
+    def begin(self) -> None:
+        """Begin the handshake."""
+        connection, layer = self.connection, self.layer
+        producer, streaming = connection.producer, connection.streaming_producer
+        if producer is not None:
+            connection.unregisterProducer()
+        begins = connection.protocol is None
+        # Where the reactor cannot exchange one for the other, what was read goes on to be read.
+        reads = begins or (connection.port.exchange is None and connection in connection.reactor.getReaders())
+        connection.be_in_tls(layer)
+        connection.enter(Phase.TLS, self)
+        connection._writable = False  # what is written goes to `write`
+        self._deadline = connection.reactor.callLater(connection.port.handshake_timeout, self._time_out)
+        connection.protocol = layer
+        layer.transport = _Below(connection)  # also when the following raises
+        if reads:
+            connection.reactor.addReader(self)
+        layer.makeConnection(layer.transport)
+        if begins:
+            connection._flush()
+        if producer is not None:
+            connection.registerProducer(producer, streaming)
+
+    def shaken(self) -> None:
+        """Go on after the handshake. The layer may have more to say in this event."""
+        self.stop()
+        connection, layer = self.connection, self.layer
+        connection.enter(Phase.OPEN, self)
+        layer.without_data = 0
+        if layer.wrappedProtocol is not None:
+            return
+        protocol = connection._build_protocol()
+        if protocol is None:
+            return
+        layer.wrappedProtocol = protocol
+        method = "connectionMade"
+        try:
+            protocol.makeConnection(layer)
+            listener = IHandshakeListener(protocol, None)
+            if listener is not None:
+                method = "handshakeCompleted"
+                listener.handshakeCompleted()
+        except BaseException:
+            connection._protocol_failed(method)
+
+    def _time_out(self) -> None:
+        self._deadline = None
+        self.connection.error = Ended("TLS handshake timed out")
+        self.connection.connectionLost(LOST)
+
+    # --- reading ---
+
+    def doRead(self) -> Any:
+        """Read once for each event; OpenSSL gets no more than a bounded number of records of that."""
+        connection = self.connection
+        shaking = connection.phase is Phase.TLS
+        try:
+            data = connection._recv(FIRST_READ if shaking else FULL_READ)
+        except OSError as problem:
+            return connection._not_read(problem)
+        if not data:
+            connection.peer_finished = True
+            return CONNECTION_DONE
+        connection.bytes_in += len(data)
+        if shaking and self.layer.without_data + len(data) > self._max_handshake_bytes:
+            connection.error = connection.error or Ended(HANDSHAKE_TOO_LARGE)
+            return CONNECTION_LOST
+        return self._received(data)
+
+    def _received(self, data: bytes) -> Any:
+        """Give the layer what the peer has sent, or as much of it as is for this turn. Returns what doRead does."""
+        connection, layer = self.connection, self.layer
+        # In fewer bytes are not many more records: the smallest encrypted one has 22.
+        end = self._records.take(data, MAX_RECORDS if len(data) > FIRST_READ else len(data))[-1]
+        if end < len(data):
+            data, self._rest = data[:end], data[end:]
+        layer.without_data += len(data)
+        connection._corked = True
+        try:
+            layer.dataReceived(data)
+        except BaseException:
+            connection._protocol_failed("dataReceived")
+            return None
+        if connection._out or connection._once_sent:
+            connection._flush()
+        else:
+            connection._corked = False
+        if layer.answers or self._rest or layer.broken or layer.without_data > MAX_BYTES_WITHOUT_DATA:
+            # Unless it is over, or lingers.
+            return self._bounded() if connection._stage is self and not connection._aborting else None
+        return None
+
+    def _bounded(self) -> Any:
+        """Keep what the peer may cost within its bounds. Returns what doRead does."""
+        connection, layer = self.connection, self.layer
+        if layer.without_data > MAX_BYTES_WITHOUT_DATA:
+            connection.error = connection.error or Ended(TOO_MUCH_WITHOUT_DATA)
+            return CONNECTION_LOST
+        if layer.answers.after(connection.bytes_out) > MAX_UNSENT_ANSWERS or (layer.broken and connection._unsent):
+            self.hold()
+        elif self._rest:
+            self.leave_rest()
+        return None
+
+    def has_rest(self) -> bool:
+        return bool(self._rest)
+
+    def take_rest(self) -> Any:
+        rest, self._rest = self._rest, b""
+        return self._received(rest)
+
+    def progress(self) -> int:
+        return self.connection.bytes_out
+
+    def doWrite(self) -> Any:
+        connection = self.connection
+        if connection._stage is not self:
+            return connection.doWrite()
+        connection._flush()
+        connection._stop_waiting_if_sent()
+        # What ends stays held: this has to be bounded, too.
+        if self.held and not connection.disconnecting and not self.layer.answers.after(connection.bytes_out):
+            self.release()
+        return None
+
+    # --- what a protocol calls ---
+
+    def write(self, data: bytes) -> None:
+        if self.connection.connected:
+            self.layer.write(data)
+
+    def may_close(self) -> bool:
+        self.layer.loseConnection()
+        return False
+
+    def closing(self) -> None:
+        # What the layer waits for: that its producer is no more, and then the peer's close_notify.
+        self.layer.unregisterProducer()
+        self.resume()
+
+    def may_register(self, producer: Any, streaming: bool) -> bool:
+        if self.connection.connected:
+            self.layer.registerProducer(producer, streaming)
+        else:
+            producer.stopProducing()
+        return False
+
+    def may_unregister(self) -> bool:
+        if self.connection.connected:
+            self.layer.unregisterProducer()
+        return False
+
+    # --- the end ---
+
+    def failed(self, problem: SSL.Error) -> None:
+        """Note why TLS has failed."""
+        # For the record, in the words of `ssl`: see end_reason of host/connections.
+        error = ssl.SSLError()
+        words = problem.args and problem.args[0]
+        error.reason = words[0][-1].upper().replace(" ", "_") if words else type(problem).__name__
+        self.connection.error = self.connection.error or error
+
+    def give_up(self, reason: Failure) -> None:
+        # In a later event: the layer, which may have called what has failed, goes on with what this would take from it.
+        self.connection.reactor.callLater(0, self.connection.connectionLost, reason)
+        self.layer.abortConnection()  # and this has it give nothing more to the protocol
+
+    def _was_told(self) -> bool:
+        """Return whether the peer has sent close_notify."""
+        handle = self.layer.handle
+        return handle is not None and bool(handle.get_shutdown() & SSL.RECEIVED_SHUTDOWN)
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        connection = self.connection
+        if connection.peer_finished and not self.layer.disconnecting and not self._was_told():
+            connection.error = connection.error or ssl.SSLEOFError()
+        connection.readConnectionLost(reason)
+
+    def ended(self, reason: Failure) -> Failure:
+        connection = self.connection
+        if not self.layer.disconnecting and self._was_told():  # or it was an answer
+            connection.peer_finished = True
+        connection._tls = TLS_GONE  # the layer refers to the connection
+        if connection.phase is Phase.TLS and reason.check(ConnectionDone):
+            return LOST  # the layer closes it as if all were well
+        return reason
