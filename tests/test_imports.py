@@ -68,6 +68,36 @@ def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
     assert parts_imported(path) - {part} <= MAY_IMPORT[part]
 
 
+def modules_imported(path: Path) -> set[str]:
+    """The modules of rtservice that a module imports anywhere in it, also in functions."""
+    known = {".".join(each.relative_to(PACKAGE.parent).with_suffix("").parts) for each in PACKAGE.rglob("*.py")}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & known
+
+
+def test_no_modules_of_net_import_each_other_in_a_circle() -> None:
+    imports = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): modules_imported(path)
+        for path in (PACKAGE / "net").glob("*.py")
+    }
+    while imports:
+        free = {module for module, needed in imports.items() if not needed & imports.keys()}
+        assert free, f"a circle is among {sorted(imports)}"
+        imports = {module: needed for module, needed in imports.items() if module not in free}
+
+
+def test_no_class_is_assigned_to_an_object() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == "__class__":
+                assert not isinstance(node.ctx, ast.Store), f"{path}:{node.lineno}"
+
+
 def test_the_plugin_names_its_modules_as_strings() -> None:
     plugin = PACKAGE.parent / "twisted" / "plugins" / "rtservice_plugin.py"
     assert parts_imported(plugin) == set()

@@ -103,6 +103,67 @@ def test_each_descriptor_that_is_ready_has_one_read_in_a_batch(reactor) -> None:
     assert [one.reads for one in made] == [2, 2, 2]
 
 
+def watched(reactor: Reactor) -> list[Any]:
+    return [*reactor.getReaders(), *reactor.getWriters()]
+
+
+class Below(Descriptor):
+    """Another descriptor of the same socket."""
+
+    def __init__(self, of: Descriptor, name: str) -> None:
+        vars(self).update(vars(of))
+        self.name = name
+        self.reads = self.writes = 0
+
+
+def test_a_descriptor_in_the_place_of_another_is_called_from_the_next_event_on(reactor) -> None:
+    (first,) = make(reactor, "first")
+    second = Below(first, "second")
+    prefixes: list[str] = []
+    second.on_read = lambda: prefixes.append(theContextTracker.getContext(log.ILogContext)["system"])
+
+    def exchange() -> None:
+        reactor.exchange(first, second)
+
+    first.on_read = exchange
+    reactor.addWriter(first)
+    reactor.doIteration(0)
+    assert (first.reads, first.writes, second.reads) == (1, 1, 0)  # of one event, the rest is the first one's
+    reactor.doIteration(0)
+    assert (first.reads, first.writes) == (1, 1)
+    assert (second.reads, second.writes) == (1, 1)
+    assert prefixes == ["second"]
+    assert [each for each in watched(reactor) if isinstance(each, Descriptor)] == [second, second]
+    reactor.removeWriter(second)
+    reactor.removeReader(second)
+    assert not any(isinstance(each, Descriptor) for each in watched(reactor))
+
+
+def test_a_descriptor_in_the_place_of_one_that_is_not_registered_is_not_either(reactor) -> None:
+    (first,) = make(reactor, "first")
+    reactor.removeReader(first)
+    reactor.exchange(first, Below(first, "second"))
+    reactor.doIteration(0)
+    assert not any(isinstance(each, Descriptor) for each in watched(reactor))
+    first.close()
+
+
+def test_a_descriptor_in_the_place_of_another_asks_nothing_of_the_kernel(reactor, monkeypatch) -> None:
+    (first,) = make(reactor, "first")
+    poller, calls = reactor._poller, []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            calls.append(name)
+            return getattr(poller, name)
+
+    monkeypatch.setattr(reactor, "_poller", Counting())
+    second = Below(first, "second")
+    reactor.exchange(first, second)
+    reactor.addReader(second)
+    assert calls == []
+
+
 @pytest.mark.parametrize("method", ["on_read", "on_write"])
 def test_a_handler_that_raises_is_logged_and_loses_only_its_descriptor(reactor, events, method) -> None:
     bad, good = make(reactor, "bad", "good")

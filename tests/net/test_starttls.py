@@ -12,11 +12,12 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IHandshakeListener, ISSLTransport
+from twisted.internet.interfaces import IHandshakeListener, INegotiated, ISSLTransport, ITCPTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
 from zope.interface import implementer
 
+from rtservice.net.connection import Connection
 from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
@@ -124,6 +125,118 @@ def test_what_is_written_before_is_plain_and_what_comes_after_is_in_tls(serve, c
     assert isinstance(reason, ConnectionDone)
     assert factory.shaken == 1
     assert factory.secure
+
+
+@pytest_twisted.inlineCallbacks
+def test_the_transport_stays_the_same_object_and_claims_tls_from_the_start_of_it(serve, context, certificates):
+    factory, address = serve(context)
+    seen: list[Any] = []
+
+    class Looking(Upgrading):
+        def look(self):
+            transport = self.transport
+            claims = [interface.providedBy(transport) for interface in (ISSLTransport, INegotiated, ITCPTransport)]
+            has = [hasattr(transport, name) for name in ("getPeerCertificate", "negotiatedProtocol", "tls_version")]
+            seen.append((transport, type(transport), str(transport.phase), claims, has))
+
+        def dataReceived(self, data):
+            self.look()
+            super().dataReceived(data)
+            self.look()
+
+        def connectionLost(self, reason):
+            self.look()
+            super().connectionLost(reason)
+
+    factory.protocol = Looking
+
+    def client():
+        with upgrade(address, certificates, b"go on\r\n") as sock:
+            assert read(sock, 12) == b"first in TLS"
+            assert exchange(sock, b"hello") == b"hello"
+            sock.unwrap().close()
+
+    yield deferToThread(client)
+    yield factory.lost.addTimeout(DEADLINE, reactor)
+    assert {transport for transport, *_ in seen} == {seen[0][0]}
+    assert {of for _, of, *_ in seen} == {Connection}
+    assert [phase for _, _, phase, _, _ in seen] == ["open", "tls", "open", "open", "open"]
+    assert [claims for *_, claims, _ in seen] == [[False, False, True]] + 4 * [[True] * 3]
+    assert [has for *_, has in seen] == [[False] * 3] + 4 * [[True] * 3]
+
+
+@pytest.mark.parametrize("when", ["connectionMade", "after a write that waits for the reactor"])
+@pytest_twisted.inlineCallbacks
+def test_nothing_that_is_written_after_the_start_of_tls_is_sent_in_the_clear(serve, context, certificates, when):
+    factory, address = serve(context)
+
+    class Early(Upgrading):
+        def connectionMade(self):
+            if when == "connectionMade":
+                self.begin()
+            else:
+                reactor.callLater(0, self.begin)
+
+        def begin(self):
+            self.transport.write(b"go on\r\n")
+            self.transport.startTLS(self.factory.context)
+            self.transport.write(b"first in TLS")
+
+        def dataReceived(self, data):
+            self.transport.write(data)
+
+    factory.protocol = Early
+
+    def client():
+        sock = socket.create_connection(address, timeout=DEADLINE)
+        assert read(sock, 7) == b"go on\r\n"
+        sock.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.settimeout(DEADLINE)
+        trusting = ssl.create_default_context(cafile=certificates["ca.pem"])
+        with trusting.wrap_socket(sock, server_hostname="localhost") as secure:
+            assert read(secure, 12) == b"first in TLS"
+            assert exchange(secure, b"hello") == b"hello"
+
+    yield deferToThread(client)
+    yield factory.lost.addTimeout(DEADLINE, reactor)
+
+
+@pytest_twisted.inlineCallbacks
+def test_tls_is_not_begun_on_a_connection_that_is_closing(serve, context):
+    factory, address = serve(context)
+    problems: list[BaseException] = []
+    opened: list[Any] = []
+
+    class Closing(Upgrading):
+        def connectionMade(self):
+            opened.append(self.transport)
+
+        def dataReceived(self, data):
+            self.transport.write(b"bye")
+            self.transport.loseConnection()
+            reactor.callLater(0, self.too_late)
+
+        def too_late(self):
+            try:
+                self.transport.startTLS(self.factory.context)
+            except RuntimeError as problem:
+                problems.append(problem)
+
+    factory.protocol = Closing
+
+    def client():
+        with socket.create_connection(address, timeout=DEADLINE) as sock:
+            sock.sendall(bytes(1 << 20))  # more than is read in one event
+            with contextlib.suppress(ConnectionError):
+                while sock.recv(1 << 16):
+                    pass
+
+    yield deferToThread(client)
+    yield factory.lost.addTimeout(DEADLINE, reactor)
+    assert [str(problem) for problem in problems] == ["this connection is closing"]
+    assert factory.secure is False
 
 
 @pytest_twisted.inlineCallbacks

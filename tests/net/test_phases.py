@@ -1,0 +1,32 @@
+"""The table of phases: what may follow what."""
+
+import itertools
+import json
+
+import pytest
+
+from rtservice.net.phases import Phase, next_phase
+
+ALLOWED = {
+    ("proxy", "tls"),
+    ("proxy", "open"),
+    ("tls", "open"),
+    ("tls", "closing"),
+    ("open", "tls"),
+    ("open", "closing"),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(Phase, repeat=2)))
+def test_a_phase_follows_only_where_the_table_says_so(before: Phase, after: Phase) -> None:
+    if (before, after) in ALLOWED:
+        assert next_phase(before, after) is after
+    else:
+        with pytest.raises(RuntimeError, match=f"a connection in phase {before} cannot enter phase {after}"):
+            next_phase(before, after)
+
+
+def test_logs_and_json_have_the_value_of_a_phase() -> None:
+    assert [f"{phase}" for phase in Phase] == ["proxy", "tls", "open", "closing"]
+    assert json.dumps({"phase": Phase.TLS}) == '{"phase": "tls"}'
+    assert {"open": 1}[Phase.OPEN] == 1
