@@ -157,6 +157,9 @@ class Reactor(Clock):
         self.addReader, self.removeReader = self.readers.add, self.readers.discard
         self.addWriter, self.removeWriter = self.writers.add, self.writers.discard
 
+    def getReaders(self) -> list[Any]:
+        return list(self.readers)
+
     def turn(self) -> None:
         busy = True
         while busy:
