@@ -28,7 +28,7 @@ from rtservice.host.counters import Tally, add
 from rtservice.host.sparse import Sparse
 from rtservice.interfaces import IDrainable
 from rtservice.net.address import peer_name
-from rtservice.net.connection import Ended
+from rtservice.net.connection import LocalClose
 from rtservice.net.proxy import ProxyError
 
 # Why a client may be refused, by the name of the setting, and what the log says of it.
@@ -66,7 +66,7 @@ def end_reason(reason: Failure, *, peer_finished: bool, problem: Exception | Non
     `peer_finished` says whether the peer had sent FIN, `problem` is what the kernel said last, or our own reason, if
     there is any.
     """
-    if isinstance(problem, Ended):
+    if isinstance(problem, LocalClose):
         return str(problem)
     if isinstance(problem, ProxyError):
         return "invalid PROXY header"
@@ -373,9 +373,9 @@ class Connections:
                 connection.still_since = now
             elif now - connection.still_since >= timeout:
                 if connection.unsent or connection.disconnecting or connection.error:  # or asked to end before
-                    connection.cut("stopped reading")
+                    connection.abort("stopped reading")
                 else:
-                    connection.end("idle")
+                    connection.close("idle")
 
     def phases(self) -> dict[str, int]:
         """How many connections are in each phase; of many, as `counters` counted last."""
@@ -548,20 +548,20 @@ class Connections:
                     self._log.failure("{protocol} failed in drain", protocol=type(protocol).__name__)
                     connection.abortConnection()
 
-    def end_all(self, why: str) -> None:
+    def close_all(self, why: str) -> None:
         """Flush and close what is open; what has no protocol yet has nothing to flush."""
         now = self._seconds()
         for connection in list(self.open):
             connection.still_since = now
             if connection.phase == "open":
-                connection.end(why)
+                connection.close(why)
             elif connection.phase != "closing":
-                connection.cut(why)
+                connection.abort(why)
 
-    def cut_all(self, why: str) -> None:
+    def abort_all(self, why: str) -> None:
         """Close whatever is there, at once."""
         for connection in list(self.open):
-            connection.cut(why)
+            connection.abort(why)
 
     # --- records ---
 
@@ -676,14 +676,14 @@ class _Counting(ProtocolWrapper):
     def writeConnectionLost(self) -> None:
         self.wrappedProtocol.writeConnectionLost()
 
-    def end(self, why: str) -> None:
-        """Close, with this reason of ours for the record."""
-        self.error = Ended(why)
+    def close(self, reason: str) -> None:
+        """Close, with this reason for the record."""
+        self.error = LocalClose(reason)
         self.loseConnection()
 
-    def cut(self, why: str) -> None:
-        """Close at once, with this reason of ours for the record."""
-        self.error = Ended(why)
+    def abort(self, reason: str) -> None:
+        """Close at once, with this reason for the record."""
+        self.error = LocalClose(reason)
         self.abortConnection()
 
     def abortConnection(self) -> None:

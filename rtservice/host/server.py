@@ -691,14 +691,14 @@ class Server(Service):
         for port in connections.ports:
             port.stopListening()
         if not self._hurried:
-            connections.end_all("drained")
+            connections.close_all("drained")
             steps = int(_FLUSH_LIMIT / _FLUSH_STEP)
             while connections.open and not self._hurried and steps:
                 await self._wait(_FLUSH_STEP)
                 connections.sweep(_FLUSH_STALL)
                 steps -= 1
         if connections.open:
-            connections.cut_all("cut off")
+            connections.abort_all("cut off")
             self._hurried = False  # it takes one more turn of the reactor, and no more of anybody's patience
             await self._wait(_FLUSH_STEP)
 

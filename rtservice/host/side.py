@@ -11,7 +11,7 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 
 from rtservice.host.connections import Connections, Limits
-from rtservice.net.connection import Ended
+from rtservice.net.connection import LocalClose
 from rtservice.net.listeners import Listener
 from rtservice.net.port import ACCEPTS_PER_EVENT, Port
 
@@ -115,7 +115,7 @@ class Side:
         leaves = min(candidates, key=lambda one: _importance(one, now))
         self._leaving.add(leaves)
         self._made_room = now
-        leaves.error = Ended("made room")
+        leaves.error = LocalClose("made room")
         # Not with a reset, which would take from a client the answer that it has not read. And not now: the descriptor
         # must not be another's while this batch of events is handled.
         self._reactor.callLater(0, leaves.connectionLost, Failure(ConnectionDone()))
@@ -149,7 +149,7 @@ class Side:
         """Serve no more, and close the sockets."""
         for port in self._ports:
             port.stopListening()
-        self._connections.cut_all("cut off")
+        self._connections.abort_all("cut off")
         self._connections.stop()
         listeners, self.listeners = self.listeners, []
         for listener in listeners:

@@ -102,7 +102,7 @@ class BoundedStream(Stage):
     def _check(self, before: Any) -> None:
         self._deadline = None
         if self.progress() == before:
-            self.connection.cut(ANSWERS_NOT_READ)
+            self.connection.abort(ANSWERS_NOT_READ)
         else:
             self._check_later()
 

@@ -45,8 +45,8 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, 0 s
 _log = Logger()
 
 
-class Ended(Exception):  # noqa: N818  # a reason, and no error
-    """Why this side closed a connection. The text is one of a fixed few, and holds no bytes of the peer."""
+class LocalClose(Exception):  # noqa: N818  # a reason, and no error
+    """The reason why this side closed a connection. The text is one of a fixed few, and holds no bytes of the peer."""
 
 
 class Acceptor(Protocol):
@@ -242,7 +242,7 @@ class Connection:
 
     `bytes_in` and `bytes_out` count what was read from and given to the kernel; `opened` is a `time.monotonic`.
     `proxied` is the PROXY header that came first, if the listener expects one. After the end, `error` is what ended
-    the connection, if something did: an OSError, a ProxyError or Ended.
+    the connection, if something did: an OSError, a ProxyError or LocalClose.
 
     `seen` and `still_since` are for the search for idle connections: bytes moved, and since when they have not.
     """
@@ -690,14 +690,14 @@ class Connection:
         self.reactor.removeWriter(stage or self)
         self.reactor.callLater(0, self.connectionLost, Failure(error.ConnectionAborted()))
 
-    def end(self, why: str) -> None:
+    def close(self, reason: str) -> None:
         """Close once what is written is sent, with this reason (one of a fixed few) for the record.
 
         Unlike with loseConnection, a producer does not decide when that is.
         """
         if self.disconnected:
             return
-        self.error = Ended(why)
+        self.error = LocalClose(reason)
         self._stop_producer()
         if self.disconnecting:  # which may have waited for that
             self._flush_soon()
@@ -706,11 +706,11 @@ class Connection:
         if self._stage is not None:
             self._stage.closing()
 
-    def cut(self, why: str) -> None:
+    def abort(self, reason: str) -> None:
         """Close at once with a reset, as abortConnection does, with this reason for the record."""
         if self.disconnected:
             return
-        self.error = Ended(why)
+        self.error = LocalClose(reason)
         self.abortConnection()
 
     def refuse(self) -> None:

@@ -16,7 +16,7 @@ from twisted.internet import main
 from twisted.python.failure import Failure
 
 from rtservice.net.client_hello import ALPNGate, Refusal
-from rtservice.net.connection import DONE, LOST, TLS_PENDING, Connection, Ended, Stage, would_block
+from rtservice.net.connection import DONE, LOST, TLS_PENDING, Connection, LocalClose, Stage, would_block
 from rtservice.net.expensive import may_be_expensive, shake_in_thread
 from rtservice.net.phases import Phase
 from rtservice.net.proxy import BEGINNING, Header, ProxyError, parse
@@ -43,7 +43,7 @@ class Handshake(Stage):
 
     def _time_out(self) -> None:
         self._deadline = None
-        self.connection.error = Ended(self.timed_out)
+        self.connection.error = LocalClose(self.timed_out)
         self.connection.connectionLost(LOST)
 
     def stop(self) -> None:
@@ -175,14 +175,14 @@ class TLSHandshake(Handshake):
             return main.CONNECTION_LOST
         tls.without_data += len(data)
         if tls.without_data > MAX_HANDSHAKE_BYTES:
-            connection.error = Ended(HANDSHAKE_TOO_LARGE)
+            connection.error = LocalClose(HANDSHAKE_TOO_LARGE)
             return main.CONNECTION_LOST
         if self._gate is not None:
             passed = self._gate.feed(data)
             if passed is None:
                 return None
             if isinstance(passed, Refusal):
-                return self._refuse(passed.alert, Ended(passed.reason))
+                return self._refuse(passed.alert, LocalClose(passed.reason))
             self._gate = None
             data = passed
         self._since_flight += len(data)
@@ -235,7 +235,7 @@ class TLSHandshake(Handshake):
             return self._refuse(tls.take(), problem)
         why = check_resumed(tls.object)
         if why is not None:
-            return self._refuse(b"", Ended(why))
+            return self._refuse(b"", LocalClose(why))
         tls.without_data = 0
         TLSStream(self.connection, tls, reading=self._reading).begin()
         return None

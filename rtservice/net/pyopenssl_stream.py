@@ -18,7 +18,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 
 from rtservice.net.bounded_stream import BoundedStream
-from rtservice.net.connection import LOST, TLS_GONE, Connection, Ended, joined
+from rtservice.net.connection import LOST, TLS_GONE, Connection, LocalClose, joined
 from rtservice.net.phases import Phase
 from rtservice.net.tls_bounds import (
     FIRST_READ,
@@ -283,7 +283,7 @@ class PyOpenSSLStream(BoundedStream):
 
     def _time_out(self) -> None:
         self._deadline = None
-        self.connection.error = Ended("TLS handshake timed out")
+        self.connection.error = LocalClose("TLS handshake timed out")
         self.connection.connectionLost(LOST)
 
     # --- reading ---
@@ -301,7 +301,7 @@ class PyOpenSSLStream(BoundedStream):
             return CONNECTION_DONE
         connection.bytes_in += len(data)
         if shaking and self.layer.without_data + len(data) > self._max_handshake_bytes:
-            connection.error = connection.error or Ended(HANDSHAKE_TOO_LARGE)
+            connection.error = connection.error or LocalClose(HANDSHAKE_TOO_LARGE)
             return CONNECTION_LOST
         return self._received(data)
 
@@ -332,7 +332,7 @@ class PyOpenSSLStream(BoundedStream):
         """Keep what the peer may cost within its bounds. Returns what doRead does."""
         connection, layer = self.connection, self.layer
         if layer.without_data > MAX_BYTES_WITHOUT_DATA:
-            connection.error = connection.error or Ended(TOO_MUCH_WITHOUT_DATA)
+            connection.error = connection.error or LocalClose(TOO_MUCH_WITHOUT_DATA)
             return CONNECTION_LOST
         if layer.answers.after(connection.bytes_out) > MAX_UNSENT_ANSWERS or (layer.broken and connection._unsent):
             self.hold()

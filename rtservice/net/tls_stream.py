@@ -9,7 +9,7 @@ from typing import Any
 from twisted.internet import interfaces, main
 
 from rtservice.net.bounded_stream import BoundedStream
-from rtservice.net.connection import BUFFER_SIZE, JOIN_LIMIT, Connection, Ended, would_block
+from rtservice.net.connection import BUFFER_SIZE, JOIN_LIMIT, Connection, LocalClose, would_block
 from rtservice.net.phases import Phase
 from rtservice.net.tls_bounds import (
     FIRST_READ,
@@ -135,7 +135,7 @@ class TLSStream(BoundedStream):
             connection.error = tls.problem
             return main.CONNECTION_LOST
         if tls.without_data > MAX_BYTES_WITHOUT_DATA:
-            connection.error = Ended(TOO_MUCH_WITHOUT_DATA)
+            connection.error = LocalClose(TOO_MUCH_WITHOUT_DATA)
             return main.CONNECTION_LOST
         if tls.finished:
             # As with FIN, a protocol that has paused is told when it resumes; and it is told once.

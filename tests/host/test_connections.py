@@ -807,7 +807,7 @@ def test_end_all_sends_what_is_buffered_and_cuts_who_has_nothing(world) -> None:
     one = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
     reading = one.client()
     one.client(port=one.add_port(proxied=True), first=b"PROXY ")
-    one.connections.end_all("drained")
+    one.connections.close_all("drained")
     one.clock.turn()
     received = 0
     while received < 10 << 20:
@@ -825,7 +825,7 @@ def test_end_all_ends_also_a_transport_that_is_its_own_producer_and_paused(world
     (connection,) = one.connections.open
     connection.write(bytes(1 << 20))
     assert connection.producer is connection
-    one.connections.end_all("drained")
+    one.connections.close_all("drained")
     received = 0
     while received < (1 << 20) + 22:
         one.clock.turn()
@@ -839,8 +839,8 @@ def test_cut_all_leaves_nobody_in_any_phase(world) -> None:
     one.client()
     one.client(port=one.add_port(proxied=True), first=b"PROXY ")
     one.client(port=one.add_port(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
-    one.connections.cut_all("cut off")
-    one.connections.cut_all("cut off")
+    one.connections.abort_all("cut off")
+    one.connections.abort_all("cut off")
     one.clock.turn()
     assert one.reasons == ["cut off"] * 3
     assert (one.connections.ended, one.connections.aborted) == (3, 3)
@@ -988,9 +988,9 @@ def test_a_silent_foreign_transport_is_closed_and_one_that_does_not_close_is_cut
 def test_a_foreign_transport_ends_with_the_others(world) -> None:
     one = world()
     wrapped(one.connections)
-    one.connections.end_all("drained")
+    one.connections.close_all("drained")
     wrapped(one.connections)
-    one.connections.cut_all("cut off")
+    one.connections.abort_all("cut off")
     assert one.reasons == ["drained", "cut off"]
     assert not one.connections.open
 

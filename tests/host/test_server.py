@@ -362,16 +362,16 @@ class Held:
     def getPeer(self) -> None:
         return None
 
-    def end(self, why: str) -> None:
-        self.asked.append(f"end: {why}")
+    def close(self, why: str) -> None:
+        self.asked.append(f"close: {why}")
         self.disconnecting = True
 
-    def cut(self, why: str) -> None:
-        self.asked.append(f"cut: {why}")
+    def abort(self, why: str) -> None:
+        self.asked.append(f"abort: {why}")
         self.service.reactor.callLater(0, self.closes, ConnectionAborted())
 
     def abortConnection(self) -> None:
-        self.cut("abort")
+        self.abort("abort")
 
     def closes(self, reason: Exception | None = None) -> None:
         self.service.connections.closed(self, Failure(reason or ConnectionDone()))
@@ -489,7 +489,7 @@ def test_a_protocol_that_fails_in_drain_loses_its_connection_alone(timed) -> Non
     failing, other = Held(service, protocol=bad), Held(service, protocol=good)
     done = service.stopService()
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
-    assert (failing.asked, other.asked, good.drains) == (["cut: abort"], [], 1)
+    assert (failing.asked, other.asked, good.drains) == (["abort: abort"], [], 1)
     clock.advance(0)
     other.closes()
     assert done.called
@@ -504,17 +504,17 @@ def test_after_the_drain_timeout_what_is_buffered_is_sent_for_as_long_as_it_move
     clock.pump([0.5] * 19)
     assert [one.asked for one in (reading, silent, shaking, closing)] == [[]] * 4
     clock.advance(0.5)
-    assert (reading.asked, silent.asked) == (["end: drained"], ["end: drained"])
-    assert (shaking.asked, closing.asked) == (["cut: drained"], [])  # it has nothing to flush; it ends by itself
+    assert (reading.asked, silent.asked) == (["close: drained"], ["close: drained"])
+    assert (shaking.asked, closing.asked) == (["abort: drained"], [])  # it has nothing to flush; it ends by itself
     for _ in range(4):
         clock.advance(1)
         reading.bytes_out += 1
-    assert silent.asked == ["end: drained"]
+    assert silent.asked == ["close: drained"]
     for _ in range(3):
         clock.advance(1)
         reading.bytes_out += 1
-    assert silent.asked == ["end: drained", "cut: stopped reading"]
-    assert reading.asked == ["end: drained"]
+    assert silent.asked == ["close: drained", "abort: stopped reading"]
+    assert reading.asked == ["close: drained"]
     reading.closes()
     assert not done.called
     closing.closes()
@@ -530,11 +530,11 @@ def test_what_still_moves_half_a_minute_after_the_drain_timeout_is_cut_off(timed
     done = service.stopService()
     clock.advance(0)
     for _ in range(30):
-        assert endless.asked == ["end: drained"]
+        assert endless.asked == ["close: drained"]
         endless.bytes_out += 1
         clock.advance(1)
     clock.advance(0)
-    assert endless.asked == ["end: drained", "cut: cut off"]
+    assert endless.asked == ["close: drained", "abort: cut off"]
     assert done.called
     assert last(events).startswith("drained: 0 ended, 1 aborted, 30")
 
@@ -547,7 +547,7 @@ def test_hurry_ends_a_drain(timed, after) -> None:
     done = service.stopService()
     clock.pump([1] * after)
     service.hurry()
-    assert held[0].asked[-1] == "cut: cut off"
+    assert held[0].asked[-1] == "abort: cut off"
     clock.advance(0)
     assert done.called
     assert last(events) == f"drained: 0 ended, 3 aborted, {after:.1f} s"
@@ -569,7 +569,7 @@ def test_a_signal_that_is_sent_again_at_once_neither_hurries_nor_leaves(timed, m
     assert service.state is State.DRAINING
     assert held.asked == []
     handlers[signal.SIGTERM](signal.SIGTERM, None)
-    assert held.asked == ["cut: cut off"]
+    assert held.asked == ["abort: cut off"]
     clock.advance(0.25)
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         assert not left
@@ -621,7 +621,7 @@ def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_
     assert (clock.stops, service.exit_status) == (1, 1)  # a reactor that stops twice says that it is a mistake
     assert reports == ["--listen x:0: too late"]
     done = service.stopService()
-    assert held.asked == ["cut: cut off"]
+    assert held.asked == ["abort: cut off"]
     clock.advance(0)
     assert done.called
     assert service.state is State.STOPPED
@@ -653,7 +653,7 @@ def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
     clock.pump([5] * 11)
     assert held[0].asked == []
     clock.pump([5] * 2)
-    assert [one.asked for one in held] == [["end: idle"]] * 3
+    assert [one.asked for one in held] == [["close: idle"]] * 3
     service.apply(Live(limits=Limits(max_connections=100), drain_timeout=5))
     assert port in clock.getReaders()
     service.stopService()

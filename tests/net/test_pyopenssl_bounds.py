@@ -20,7 +20,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 
-from rtservice.net.connection import LOST, Ended
+from rtservice.net.connection import LOST, LocalClose
 from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls_bounds import (
@@ -293,9 +293,9 @@ def test_a_flood_without_data_is_taken_in_small_parts_and_closed_with_a_reason(s
     yield deferToThread(flood)
     (connection,) = yield eventually(lambda: served.closed)
     if make is one_byte_records:  # OpenSSL does not read on
-        assert isinstance(connection.error, ssl.SSLError | Ended)
+        assert isinstance(connection.error, ssl.SSLError | LocalClose)
     else:
-        assert isinstance(connection.error, Ended)
+        assert isinstance(connection.error, LocalClose)
         assert str(connection.error) == TOO_MUCH_WITHOUT_DATA
         assert isinstance(served.factory.lost[0], ConnectionLost)
     assert connection.bytes_in <= MAX_BYTES_WITHOUT_DATA + 2 * FULL_READ
@@ -396,7 +396,7 @@ def test_one_byte_records_after_a_hello_retry_request_end_with_a_reason(serve, f
 
     yield deferToThread(flood)
     (connection,) = yield eventually(lambda: served.closed)
-    assert isinstance(connection.error, Ended)
+    assert isinstance(connection.error, LocalClose)
     assert str(connection.error) == HANDSHAKE_TOO_LARGE
     assert sum(size for size, _, _ in fed) <= MAX_HANDSHAKE_BYTES
     assert_bounded(fed)
@@ -478,7 +478,7 @@ def test_a_peer_that_does_not_read_its_answers_is_aborted_after_a_time_without_p
         timed.clock.advance(2)
         assert served.closed == []
         yield eventually(lambda: ended(timed, served))
-        assert isinstance(connection.error, Ended)
+        assert isinstance(connection.error, LocalClose)
         assert str(connection.error) == ANSWERS_NOT_READ
         assert timed.clock.getDelayedCalls() == []
 

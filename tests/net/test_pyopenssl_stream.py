@@ -277,7 +277,7 @@ def test_an_end_of_ours_sends_all_that_is_written(serve):
 
     def end(one: Recorder) -> None:
         unsent.append(one.transport.unsent)
-        one.transport.end("drained")
+        one.transport.close("drained")
 
     def write(one: Recorder, data: bytes) -> None:
         one.transport.write(content)

@@ -444,7 +444,7 @@ def test_an_end_of_ours_sends_what_is_written_also_while_a_producer_is_paused(se
         yield deferToThread(sock.sendall, b"go")
         transport = yield made.addTimeout(DEADLINE, reactor)
         assert transport.unsent
-        transport.end("drained")
+        transport.close("drained")
         received = yield deferToThread(rest, sock)
     assert received == b"first in TLS" + content
     yield factory.lost.addTimeout(DEADLINE, reactor)

@@ -292,7 +292,7 @@ def test_an_end_of_ours_does_not_wait_for_a_producer_that_was_waited_for(serve):
         protocol.transport.registerProducer(Silent(), False)
         protocol.transport.write(b"all")
         protocol.transport.loseConnection()
-        reactor.callLater(0.05, protocol.transport.end, "drained")
+        reactor.callLater(0.05, protocol.transport.close, "drained")
 
     address, _ = serve(Recording(on_connect=start))
     answer = yield deferToThread(talk, address)
@@ -933,7 +933,7 @@ def test_an_end_of_ours_does_not_wait_for_a_producer_and_lets_it_know() -> None:
         calls.clear()
         connection.doWrite()
         assert connection.unsent
-        connection.end("drained")
+        connection.close("drained")
         with far:
             left = 1 << 20
             while left:

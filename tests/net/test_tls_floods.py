@@ -19,7 +19,7 @@ from twisted.internet.task import Clock, deferLater
 from twisted.internet.threads import deferToThread
 
 from rtservice.net.client_hello import NO_APPLICATION_PROTOCOL
-from rtservice.net.connection import Ended
+from rtservice.net.connection import LocalClose
 from rtservice.net.expensive import shake_in_thread
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
@@ -102,7 +102,7 @@ class Served:
     def closed(self, connection: Any, reason: Any) -> None:
         self.opened.remove(connection)
         error = connection.error
-        self.ended.append(str(error) if isinstance(error, Ended) else type(error).__name__)
+        self.ended.append(str(error) if isinstance(error, LocalClose) else type(error).__name__)
 
     def stop(self) -> None:
         self.port.stopListening()

@@ -164,11 +164,11 @@ class Model(Protocol):
 
     def end(self) -> None:
         self.closing = True
-        self.transport.end("enough")
+        self.transport.close("enough")
 
     def abort(self) -> None:
         self.closing = self.dropped = True
-        self.rng.choice((self.transport.abortConnection, lambda: self.transport.cut("enough")))()
+        self.rng.choice((self.transport.abortConnection, lambda: self.transport.abort("enough")))()
 
 
 @implementer(IHalfCloseableProtocol)

@@ -196,7 +196,7 @@ def test_what_is_unsent_is_never_negative_after_an_abort(service: Service) -> No
     assert transport.unsent
     transport.abortConnection()
     peer.sock.recv(1 << 20)
-    transport.end("enough")
+    transport.close("enough")
     sent = transport.bytes_out
     transport.doWrite()
     assert (transport.unsent, transport.bytes_out) == (0, sent)
@@ -326,8 +326,8 @@ def test_an_end_of_ours_after_the_end_is_nothing(service: Service) -> None:
     service.port.write_soon = None  # as on other reactors
     protocol.transport.abortConnection()
     service.turn(3)
-    protocol.transport.end("enough")
-    protocol.transport.cut("enough")
+    protocol.transport.close("enough")
+    protocol.transport.abort("enough")
     assert protocol.transport.error is None
 
 
