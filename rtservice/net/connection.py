@@ -24,6 +24,7 @@ from zope.interface.declarations import Provides
 from rtservice.net.address import Address, address_of, peer_name
 from rtservice.net.phases import Phase, next_phase
 from rtservice.net.proxy import Header
+from rtservice.net.tls_facts import TLS_PENDING, TLSFacts
 
 # A protocol's producer is paused while more than this many bytes are unsent. Twisted's number, and the size of a read.
 BUFFER_SIZE = 64 * 1024
@@ -31,10 +32,6 @@ BUFFER_SIZE = 64 * 1024
 # Pieces up to this many bytes are joined before they are sent: about what a kernel takes at once from a fast reader.
 # More would copy bytes that the kernel then refuses.
 JOIN_LIMIT = 256 * 1024
-
-# A closed connection whose output is still under way is kept while something moves within each of these many seconds,
-# and for this many of them at the most.
-_LINGER_STEP, _LINGER_STEPS = 1.0, 30
 
 # Made once, as Twisted's reactors do: a new Failure for each connection costs more than its greeting.
 DONE = Failure(main.CONNECTION_DONE)
@@ -65,41 +62,14 @@ class Acceptor(Protocol):
     def start_tls(self, connection: Connection, context: Any, *, server_side: bool) -> None:
         """Begin a TLS handshake."""
 
+    def linger(self, connection: Connection) -> None:
+        """Begin the end of a connection whose last output is under way."""
+
     @property
     def connection_identified(self) -> Callable[[Connection], None]: ...
 
     @property
     def connection_closed(self) -> Callable[[Connection, Failure], None]: ...
-
-
-class TLSFacts(Protocol):
-    """What the transport of a protocol tells about its TLS, whichever library runs it."""
-
-    @property
-    def handle(self) -> Any:
-        """The library's object."""
-
-    @property
-    def peer_certificate(self) -> Any: ...
-
-    @property
-    def negotiated_protocol(self) -> bytes | None: ...
-
-    @property
-    def version(self) -> str | None: ...
-
-    @property
-    def cipher(self) -> str | None: ...
-
-
-class NoTLSFacts:
-    """The TLSFacts of a connection in TLS that has none: they are all None."""
-
-    handle = peer_certificate = negotiated_protocol = version = cipher = None
-
-
-# The handshake is not done; the TLS that there was is gone.
-TLS_PENDING, TLS_GONE = NoTLSFacts(), NoTLSFacts()
 
 
 def log_prefix(thing: object) -> str:
@@ -121,12 +91,15 @@ def would_block(problem: OSError) -> bool:
     interfaces.ILoggingContext,
 )
 class Stage:
-    """What is below a connection for a time: a handshake, a stream, or the end.
+    """What is below a connection for a time, and moves the bytes of its socket.
 
-    A stage moves the bytes of the socket, and is registered with the reactor in place of the connection. A plain open
-    connection has none: it moves them itself. A stage ends when the connection does or when another takes its place.
+    - handshakes.py has the stages before a protocol: the PROXY header and the TLS handshake.
+    - tls_stream.py and pyopenssl_stream.py have the streams of an open connection in TLS. A plain one has no stage: it
+      reads and sends itself, which costs least.
+    - lingering.py has the stage at the end.
 
-    The connection and its stage are one thing in several parts, so a stage uses the connection's private attributes.
+    A stage is registered with the reactor in place of the connection. It ends when the connection does or when another
+    takes its place. The two are one thing in several parts, so a stage uses the private attributes of its connection.
     """
 
     __slots__ = ("connection", "fileno")
@@ -184,19 +157,19 @@ class Stage:
         """Take data that the connection does not keep itself."""
 
     def may_close(self) -> bool:
-        """Called by loseConnection: return whether the connection may do what it does without a stage."""
+        """Called by loseConnection. Returns whether the connection closes once all is sent; else the stage does."""
         return True
 
     def may_register(self, producer: Any, streaming: bool) -> bool:
-        """Called by registerProducer: return whether the connection may do what it does without a stage."""
+        """Called by registerProducer. Returns whether the connection registers it; otherwise the stage has done so."""
         return True
 
     def may_unregister(self) -> bool:
-        """Called by unregisterProducer: return whether the connection may do what it does without a stage."""
+        """Called by unregisterProducer. Returns whether the connection unregisters; otherwise the stage has done so."""
         return True
 
     def closing(self) -> None:
-        """Called when this side closes the connection and waits for nobody but the kernel."""
+        """Called by `close`, after the connection has begun to close."""
 
     def finish_output(self) -> bool:
         """Send what comes last before FIN. Returns False if the kernel has no room; then it is called again."""
@@ -229,8 +202,8 @@ class Stage:
 class Connection:
     """The transport of one accepted connection, TCP or UNIX, with Twisted's contract.
 
-    There is one from accept() to the end; its protocol is built once its handshakes are done. What it is at a time is
-    its `phase`. The Stage below it, if there is one, moves its bytes: see `rtservice.net.handshakes`.
+    There is one from accept() to the end, and its protocol is built once its handshakes are done. `phase` is how far it
+    has come; after the end, it is how far it had come. What differs between the phases is the Stage below it.
 
     Differences from Twisted's own: writes made while an event of this connection is handled are joined and sent with
     one system call right after it, and the reactor is asked to watch for writability only when the kernel took less.
@@ -333,9 +306,10 @@ class Connection:
     # --- phases and stages ---
 
     def enter(self, phase: Phase, stage: Stage | None) -> None:
-        """Enter a phase, or stay in it, with this stage below. Raises RuntimeError if it cannot follow.
+        """Enter a phase, or stay in it, with this stage below. Raises RuntimeError if the phase cannot follow.
 
-        The new stage is registered with the reactor as the old one was; where it reads, it has to say so.
+        The stage before is stopped. If the connection waits to write, the new stage does. A stage that reads has to add
+        itself to the reactor's readers; our reactor goes on to read if it has read for the stage before.
         """
         if phase is not self.phase:
             self.phase = next_phase(self.phase, phase)
@@ -357,7 +331,7 @@ class Connection:
                 self.reactor.addWriter(new)
 
     def be_in_tls(self, facts: TLSFacts) -> None:
-        """Provide what a transport in TLS does, from these facts."""
+        """Provide the interfaces of a transport in TLS, with these facts."""
         self.__provides__ = _PROVIDED_IN_TLS
         self._tls = facts
 
@@ -471,7 +445,7 @@ class Connection:
         self.write(joined(data))
 
     def _write_to_socket(self, data: bytes) -> None:
-        """Write what a layer above has encrypted, also while `write` goes to the stage."""
+        """Write what a layer above has encrypted. Its plaintext goes from `write` to the stage."""
         if data and self._sending:
             self._out.append(data)
             self._unsent += len(data)
@@ -617,7 +591,7 @@ class Connection:
         with contextlib.suppress(OSError):  # the peer is gone
             self.socket.shutdown(socket.SHUT_WR)
         if self._at_risk(under_way):
-            Lingering(self).begin()
+            self.port.linger(self)
         else:
             self.connectionLost(DONE)
 
@@ -659,15 +633,22 @@ class Connection:
 
     # --- the end ---
 
-    def loseConnection(self) -> None:
-        """Close once everything written is sent, and the producer, if there is one, has unregistered."""
-        if self.connected and not self.disconnecting and (self._stage is None or self._stage.may_close()):
-            self._close_when_sent()
+    # `below`, here and in the methods for producers, is for a layer of TLS whose transport is the connection: its stage
+    # is not asked.
 
-    def _close_when_sent(self) -> None:
-        self.reactor.removeReader(self._stage or self)
-        self.disconnecting = self._once_sent = True
-        self._flush_soon()
+    def loseConnection(self, *, below: bool = False) -> None:
+        """Close once everything written is sent, and the producer, if there is one, has unregistered."""
+        if self.connected and not self.disconnecting:
+            stage = self._stage
+            if stage is None:
+                self.reactor.removeReader(self)
+            elif below or stage.may_close():
+                self.reactor.removeReader(stage)
+            else:
+                return
+            self.disconnecting = self._once_sent = True
+            if not self._corked:
+                self._flush_soon()
 
     def loseWriteConnection(self) -> None:
         """Send FIN once everything written is sent; reading goes on."""
@@ -754,16 +735,19 @@ class Connection:
             return
         self.disconnected = True
         self.connected = self._writable = self._sending = self._once_sent = False
+        descriptor: Any = self
         stage = self._stage
         if stage is not None:
             stage.stop()
             reason = stage.ended(reason)
+            descriptor = stage
         if self.producer is not None:
             self._stop_producer()
-        self.reactor.removeReader(stage or self)
+        self.reactor.removeReader(descriptor)
         if self._waiting:
-            self.reactor.removeWriter(stage or self)
-        self._stage = self._output = None  # they refer to each other
+            self.reactor.removeWriter(descriptor)
+        if stage is not None:
+            self._stage = self._output = None  # they refer to each other
         self._out.clear()
         try:
             if isinstance(reason.value, error.ConnectionAborted):
@@ -790,11 +774,9 @@ class Connection:
             except BaseException:
                 _log.failure("a producer failed in stopProducing")
 
-    def registerProducer(self, producer: Any, streaming: bool) -> None:
-        if self._stage is None or self._stage.may_register(producer, streaming):
-            self._register_producer(producer, streaming)
-
-    def _register_producer(self, producer: Any, streaming: bool) -> None:
+    def registerProducer(self, producer: Any, streaming: bool, *, below: bool = False) -> None:
+        if self._stage is not None and not below and not self._stage.may_register(producer, streaming):
+            return
         if self.producer is not None:
             raise RuntimeError(f"cannot register producer {producer!r}: {self.producer!r} was never unregistered")
         if self.disconnected:
@@ -807,11 +789,9 @@ class Connection:
             self._once_sent = True
             producer.resumeProducing()
 
-    def unregisterProducer(self) -> None:
-        if self._stage is None or self._stage.may_unregister():
-            self._unregister_producer()
-
-    def _unregister_producer(self) -> None:
+    def unregisterProducer(self, *, below: bool = False) -> None:
+        if self._stage is not None and not below and not self._stage.may_unregister():
+            return
         self.producer = None
         if self._once_sent:
             self._flush_soon()
@@ -952,72 +932,3 @@ def joined(pieces: Any) -> bytes:
         return b"".join(pieces)
     except TypeError:
         raise TypeError("Data must be bytes") from None
-
-
-class Lingering(Stage):
-    """The end of a connection whose last output is under way: FIN is sent, and input is read and dropped.
-
-    It ends when the peer has finished, when nothing moves any more, or after half a minute. The protocol is told after
-    that.
-    """
-
-    __slots__ = ("_before", "_deadline", "_moved", "_phase", "_steps")
-
-    def __init__(self, connection: Connection) -> None:
-        super().__init__(connection)
-        self._before = connection._stage
-        self._phase = connection.phase
-        self._steps = _LINGER_STEPS  # how often it may still wait
-        self._moved: tuple[int, int] | None = None  # what had moved when it last looked
-        self._deadline: Any = None
-
-    def begin(self) -> None:
-        """Take the place of the stage below the connection."""
-        connection = self.connection
-        connection._writable = connection._sending = False
-        connection.enter(Phase.CLOSING, self)
-        self._check()
-        if not connection.disconnected:
-            connection.reactor.addReader(self)
-
-    def flush(self) -> None:
-        self.connection._corked = False  # nothing is sent any more
-
-    def pause(self) -> None:
-        """Read on: with input unread at the end, the kernel would drop the last output."""
-
-    def doRead(self) -> Any:
-        connection = self.connection
-        try:
-            data = connection._recv(BUFFER_SIZE)  # below TLS
-        except BlockingIOError:
-            return None
-        except OSError as problem:
-            connection.error = connection.error or problem.with_traceback(None)
-            return main.CONNECTION_LOST
-        connection.bytes_in += len(data)
-        return None if data else main.CONNECTION_DONE
-
-    def _check(self) -> None:
-        self._deadline = None
-        connection = self.connection
-        moved = connection.bytes_in, connection._in_flight()
-        if moved == self._moved or not self._steps:
-            connection.connectionLost(DONE)
-        else:
-            self._steps -= 1
-            self._moved = moved
-            self._deadline = connection.reactor.callLater(_LINGER_STEP, self._check)
-
-    def readConnectionLost(self, reason: Failure) -> None:
-        self.connection.connectionLost(DONE)
-
-    def stop(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def ended(self, reason: Failure) -> Failure:
-        # The record and the protocol see the phase that the connection came to before its end.
-        self.connection.phase = self._phase
-        return reason if self._before is None else self._before.ended(reason)

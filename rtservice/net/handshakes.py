@@ -16,12 +16,13 @@ from twisted.internet import main
 from twisted.python.failure import Failure
 
 from rtservice.net.client_hello import ALPNGate, Refusal
-from rtservice.net.connection import DONE, LOST, TLS_PENDING, Connection, LocalClose, Stage, would_block
+from rtservice.net.connection import DONE, LOST, Connection, LocalClose, Stage, would_block
 from rtservice.net.expensive import may_be_expensive, shake_in_thread
 from rtservice.net.phases import Phase
 from rtservice.net.proxy import BEGINNING, Header, ProxyError, parse
 from rtservice.net.tls import alpn_gate, check_resumed
 from rtservice.net.tls_bounds import FIRST_READ, HANDSHAKE_TOO_LARGE, MAX_HANDSHAKE_BYTES
+from rtservice.net.tls_facts import TLS_PENDING
 from rtservice.net.tls_memory import MemoryTLS
 from rtservice.net.tls_stream import TLSStream
 

@@ -21,6 +21,7 @@ from zope.interface import implementer
 from rtservice.net.address import Address, address_of
 from rtservice.net.connection import Connection, log_prefix
 from rtservice.net.handshakes import ProxyHandshake, TLSHandshake
+from rtservice.net.lingering import Lingering
 from rtservice.net.phases import Phase
 from rtservice.net.tls import Context
 
@@ -257,6 +258,10 @@ class Port:
             from rtservice.net.pyopenssl_stream import PyOpenSSLStream
 
             PyOpenSSLStream(connection, context, server_side=server_side).begin()
+
+    def linger(self, connection: Connection) -> None:
+        """Begin the end of a connection whose last output is under way."""
+        Lingering(connection).begin()
 
     def _rest(self, problem: OSError) -> None:
         """Leave the queue to the kernel for a while; open connections go on."""

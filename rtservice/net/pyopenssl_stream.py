@@ -18,7 +18,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 
 from rtservice.net.bounded_stream import BoundedStream
-from rtservice.net.connection import LOST, TLS_GONE, Connection, LocalClose, joined
+from rtservice.net.connection import LOST, Connection, LocalClose, joined
 from rtservice.net.phases import Phase
 from rtservice.net.tls_bounds import (
     FIRST_READ,
@@ -30,6 +30,7 @@ from rtservice.net.tls_bounds import (
     MAX_UNSENT_ANSWERS,
     TOO_MUCH_WITHOUT_DATA,
 )
+from rtservice.net.tls_facts import TLS_GONE
 from rtservice.net.tls_memory import RECORD_SIZE, Records
 
 
@@ -206,14 +207,13 @@ class _Below:
     def loseConnection(self) -> None:
         connection = self._connection
         connection._stop_producer()  # nobody would take any more what it produces
-        if connection.connected and not connection.disconnecting:
-            connection._close_when_sent()
+        connection.loseConnection(below=True)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
-        self._connection._register_producer(producer, streaming)
+        self._connection.registerProducer(producer, streaming, below=True)
 
     def unregisterProducer(self) -> None:
-        self._connection._unregister_producer()
+        self._connection.unregisterProducer(below=True)
 
 
 class PyOpenSSLStream(BoundedStream):
