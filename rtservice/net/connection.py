@@ -227,7 +227,6 @@ class Connection:
         "_corked",
         "_once_sent",
         "_out",
-        "_output",
         "_peer",
         "_recv",
         "_send",
@@ -285,7 +284,6 @@ class Connection:
         self._write_closing = False
         self._aborting = False
         self._stage: Stage | None = None
-        self._output: Stage | None = None  # the stage, if it sends what is in `_out`; otherwise the socket does
         self._tls: TLSFacts | None = None  # None: not in TLS
         self.connected = True
         self.disconnected = False
@@ -320,7 +318,6 @@ class Connection:
             before.stop()
         old, new = before or self, stage or self
         self._stage = stage
-        self._output = stage if stage is not None and stage.sends else None
         exchange = self.port.exchange
         if exchange is not None:
             exchange(old, new)
@@ -470,8 +467,8 @@ class Connection:
 
     def _flush(self) -> None:
         """Send what is unsent with one system call, and do what was waiting for that."""
-        if self._output is not None:
-            self._output.flush()
+        if self._stage is not None and self._stage.sends:
+            self._stage.flush()
             return
         out = self._out
         if out:
@@ -700,7 +697,7 @@ class Connection:
         self.connected = self._writable = self._sending = False
         stage = self._stage
         self.reactor.removeReader(stage or self)
-        self._stage = self._output = None
+        self._stage = None
         if stage is not None:
             stage.stop()
         self.socket.close()
@@ -747,7 +744,7 @@ class Connection:
         if self._waiting:
             self.reactor.removeWriter(descriptor)
         if stage is not None:
-            self._stage = self._output = None  # they refer to each other
+            self._stage = None  # they refer to each other
         self._out.clear()
         try:
             if isinstance(reason.value, error.ConnectionAborted):

@@ -26,7 +26,7 @@ from rtservice.net.tls_facts import TLS_PENDING
 from rtservice.net.tls_memory import MemoryTLS
 from rtservice.net.tls_stream import TLSStream
 
-# How much is looked at for a PROXY header at a time: a header without TLVs, and the first data of most protocols.
+# Bytes that are peeked at for a PROXY header at a time: a header without TLVs, and the first data of most protocols.
 _PROXY_PEEK = 1024
 
 
@@ -79,8 +79,8 @@ class ProxyHandshake(Handshake):
                 return main.CONNECTION_DONE
             header = parse(begun + ahead)
             if header is None:
-                # All of it is the header's. It is taken, so that the kernel reports only news; what follows the header
-                # is left to the next stage.
+                # All of it belongs to the header. It is taken, so that the kernel reports only new bytes. What follows
+                # the header is left to the next stage.
                 self._begun = begun + sock.recv(len(ahead))
                 return None
             sock.recv(header.length - len(begun))
@@ -122,7 +122,7 @@ class TLSHandshake(Handshake):
         self._tls = MemoryTLS(context, server_side=server_side)  # may raise: before anything is changed
         super().__init__(connection)
         self._gate: ALPNGate | None = alpn_gate(context) if server_side else None  # for the client's first bytes
-        # Bytes that have come since our last part of the handshake; below 0 until the first is sent.
+        # Bytes received since the last messages of this side; below 0 until the first are sent.
         self._since_flight = -MAX_HANDSHAKE_BYTES
         self._before = b""  # what was written before TLS and is not sent
         self._reading = True  # the protocol has not paused it
@@ -155,13 +155,13 @@ class TLSHandshake(Handshake):
             connection.bytes_out += sent
             self._before = before[sent:]
             if self._before:
-                connection.reactor.removeReader(self)  # whatever the peer says now has to wait
+                connection.reactor.removeReader(self)  # what the peer sends now has to wait
                 connection._wait_until_writable()
                 return
         connection._stop_waiting()
         if self._reading:
             connection.reactor.addReader(self)
-        if not self._tls.object.server_side:  # the client has the first word
+        if not self._tls.object.server_side:  # a client speaks first
             connection._corked = False
             connection._flush_soon()
 
@@ -242,7 +242,7 @@ class TLSHandshake(Handshake):
         return None
 
     def _send_flight(self) -> Any:
-        """Send our part of the handshake. What the peer sends has to wait for that: it is to read ours first."""
+        """Send the next messages of this side. Nothing is read until they have left: the peer reads them first."""
         connection, tls = self.connection, self._tls
         if tls.sealed:
             self._since_flight = 0

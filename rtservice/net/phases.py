@@ -8,14 +8,18 @@ from enum import StrEnum
 class Phase(StrEnum):
     """How far a connection has come. Logs, metrics and the status page show the value.
 
-    A connection begins in the first phase that its listener asks for, and may end in each:
+                         startTLS
+                       ┌──────────┐
+                       ▼          │
+        PROXY ───────► TLS ─────► OPEN ─────► CLOSING
+          │             │          ▲             ▲
+          │   no TLS    │          │             │
+          └─────────────┼──────────┘             │
+                        └────────────────────────┘
+                         failed, alert under way
 
-        accepted ──► PROXY ──► TLS ──► OPEN ──► CLOSING ──► ended
-           │           │      ▲ ▲ │    ▲ ▲ │      ▲
-           │           │      │ │ └────┼─┼─┼──────┘  (a failed handshake whose alert is under way)
-           │           └──────┼─┼──────┘ │ │
-           ├──────────────────┘ └────────┼─┘         (startTLS)
-           └─────────────────────────────┘           (no PROXY header, no TLS)
+    A listener decides whether its connections begin as PROXY, TLS or OPEN. A connection may end in each phase. Then it
+    has the phase that it had come to before CLOSING.
     """
 
     PROXY = "proxy"  # the PROXY header has not come whole: no protocol is built, and nothing is sent

@@ -25,7 +25,7 @@ from rtservice.net.lingering import Lingering
 from rtservice.net.phases import Phase
 from rtservice.net.tls import Context
 
-# Seconds that a PROXY header and a TLS handshake may take, each, where nobody says otherwise.
+# Default timeout of a PROXY header and of a TLS handshake, each, in seconds.
 HANDSHAKE_TIMEOUT = 10.0
 
 # Connections accepted per event, for which open ones have to wait: with 64, the slowest hundredth of exchanges took up
@@ -50,13 +50,13 @@ _ACCEPT_SKIPS = frozenset(
     )
 )
 
-# Why accept() can fail for want of something that this process or the host has run out of.
+# Why accept() can fail because this process or the host has run out of something.
 _ACCEPT_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
-# How long the listener rests after such a shortage, in seconds: its socket stays readable, and would spin.
+# Seconds without accepting after such a shortage: the socket stays readable, and the reactor would spin.
 _SHORTAGE_PAUSE = 0.5
 
-# How long a listener that finishes waits for clients whose handshake is under way, in seconds: far away and back.
+# Seconds that a listener that finishes waits for clients whose TCP handshake is under way: a long round trip.
 _QUIET = 0.2
 
 # A classic BPF program (linux/filter.h) that a listening socket runs on each segment, which begins with the TCP header:
@@ -86,22 +86,22 @@ def _begin_protocol(connection: Connection) -> None:
 
 
 def _nothing(*arguments: object) -> None:
-    """What a Port does that nobody wants to hear of."""
+    """The default of each callback of a Port."""
 
 
 @implementer(interfaces.IListeningPort, interfaces.IReadDescriptor, interfaces.ILoggingContext)
 class Port:
-    """Accepts connections from a bound, listening, non-blocking socket that somebody else made and closes.
+    """Accepts connections from a bound, listening, non-blocking socket. The caller makes and closes the socket.
 
-    `name` is what logs call it. With `proxied`, each connection begins with a PROXY header; whom to believe one is for
-    `opened` to say. With `tls`, it is secured after that. A header and a handshake have `handshake_timeout` seconds,
-    each; protocols are built after both. `tls` (of the same library) and `handshake_timeout` may be changed at any
-    time, for connections to come.
+    `name` is its name in logs. With `proxied`, each connection begins with a PROXY header; `opened` decides which peers
+    may send one. With `tls`, a TLS handshake follows. Each of the two has `handshake_timeout` seconds, and the protocol
+    is built after them. `tls` (of the same library) and `handshake_timeout` may be changed at any time; the change
+    applies to new connections.
 
-    `opened` is called with each Connection when it is accepted, `identified` once more when its PROXY header is
-    complete; either may call the connection's `refuse`. `closed` is called with each one that was not refused and the
-    Failure that ended it, after its protocol was. `broken` is called when the port can accept no more, though nobody
-    told it to stop.
+    `opened` is called with each Connection when it is accepted, and `identified` when its PROXY header is complete.
+    Either may call the connection's `refuse`. `closed` is called with each connection that was not refused and the
+    Failure that ended it, after its protocol was told. `broken` is called when the port can accept no more without
+    having been stopped.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Port:
         self.tls = tls
         self.handshake_timeout = handshake_timeout
         self.proxied = proxied
-        # What a connection begins with, and what follows its PROXY header.
+        # The first phase of a connection, and what begins it; what follows a PROXY header.
         self._phase = Phase.PROXY if proxied else Phase.OPEN if tls is None else Phase.TLS
         self.after_proxy: Callable[[Connection], None] = _begin_protocol if tls is None else _begin_tls
         self._begin = _begin_proxy if proxied else Connection.connect_protocol if tls is None else _begin_tls
@@ -148,7 +148,7 @@ class Port:
         self._quiet: Any = None  # the delayed call that ends a listener that finishes
 
     def startListening(self) -> None:
-        """Start to accept; the factory is started."""
+        """Start the factory, and start to accept."""
         if self.socket.family != socket.AF_UNIX:
             _tune_tcp(self.socket)
             _answer_new_clients(self.socket)
@@ -172,7 +172,7 @@ class Port:
         return succeed(None)
 
     def pause(self) -> None:
-        """Leave clients to the kernel's queue, until `resume`. Open connections go on."""
+        """Leave clients in the kernel's queue until `resume`. Open connections go on."""
         self.paused = True
         self.reactor.removeReader(self)
 
@@ -231,7 +231,7 @@ class Port:
                 raise
             self._shortage = 0
             self._accepted(sock, address)
-            if self.paused or not self.listening:  # the register, or a protocol, stopped us
+            if self.paused or not self.listening:  # the registry, or a protocol, has stopped this port
                 return
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
@@ -242,7 +242,7 @@ class Port:
         if not connection.disconnected:
             try:
                 self._begin(connection)
-            except BaseException:  # a producer of its protocol's, most likely: the listener has nothing to do with it
+            except BaseException:  # most likely of a producer of its protocol: the port goes on
                 reason = Failure()
                 _log.failure("{connection} failed as it began", reason, connection=connection)
                 connection.connectionLost(reason)
@@ -264,7 +264,7 @@ class Port:
         Lingering(connection).begin()
 
     def _rest(self, problem: OSError) -> None:
-        """Leave the queue to the kernel for a while; open connections go on."""
+        """Leave clients in the kernel's queue for a while. Open connections go on."""
         if problem.errno != self._shortage:
             self._shortage = problem.errno or 0
             _log.error("{listener} accepts nobody for now: {problem}", listener=self.name, problem=problem.strerror)
@@ -287,8 +287,8 @@ class Port:
 
 
 def _tune_tcp(sock: socket.socket) -> None:
-    """Set what accepted connections inherit on Linux, so that none of it costs a system call for each."""
-    # Writes of one event are joined already; Nagle would only hold back the answer until the last one is acknowledged.
+    """Set options that accepted connections inherit on Linux, so that they cost no system calls for each."""
+    # Writes of one event are joined already. Nagle would only delay the answer until the last one is acknowledged.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # A peer that vanished without FIN is found after 2 + 4 x 0.5 minutes instead of never; a probe every two minutes is
     # also below the idle limits of common NATs and load balancers.
@@ -300,7 +300,7 @@ def _tune_tcp(sock: socket.socket) -> None:
 
 
 def _answer_new_clients(sock: socket.socket) -> None:
-    """Undo what a process has done to the socket that died while it finished."""
+    """Undo `_ignore_new_clients` of a process that died while it finished."""
     with contextlib.suppress(OSError):  # most often there is nothing to undo
         sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
