@@ -1,4 +1,4 @@
-"""The transport's contract, on loopback sockets and the real reactor."""
+"""Connections and ports: the contract of a transport, on loopback sockets and the real reactor."""
 
 import contextlib
 import errno
