@@ -22,7 +22,7 @@ from zope.interface import implementedBy, implementer
 from zope.interface.declarations import Provides
 
 from rtservice.net.address import Address, address_of, peer_name
-from rtservice.net.phases import Phase, next_phase
+from rtservice.net.phases import CLOSING, OPEN, Phase, next_phase
 from rtservice.net.proxy import Header
 from rtservice.net.tls_facts import TLS_PENDING, TLSFacts
 
@@ -261,7 +261,7 @@ class Connection:
     )
 
     def __init__(
-        self, reactor: Any, sock: socket.socket, port: Acceptor, peer: Address, number: int, phase: Phase = Phase.OPEN
+        self, reactor: Any, sock: socket.socket, port: Acceptor, peer: Address, number: int, phase: Phase = OPEN
     ) -> None:
         self.__provides__: Any = _PROVIDED  # a look-up finds it in 0.14 µs, and what the class implements in 0.6
         self.reactor = reactor
@@ -316,8 +316,10 @@ class Connection:
             return
         if before is not None:
             before.stop()
-        old, new = before or self, stage or self
         self._stage = stage
+        if before is None and self.protocol is None:  # just accepted: nothing is registered
+            return
+        old, new = before or self, stage or self
         exchange = self.port.exchange
         if exchange is not None:
             exchange(old, new)
@@ -832,7 +834,7 @@ class Connection:
         """
         if self._tls is not None:
             raise RuntimeError("this connection is in TLS already")
-        if self.phase is Phase.CLOSING:
+        if self.phase is CLOSING:
             raise RuntimeError("this connection is closing")
         self.port.start_tls(self, contextFactory, server_side=normal)
 

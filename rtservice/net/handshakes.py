@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from rtservice.net.client_hello import ALPNGate, Refusal
 from rtservice.net.connection import DONE, LOST, Connection, LocalClose, Stage, would_block
 from rtservice.net.expensive import may_be_expensive, shake_in_thread
-from rtservice.net.phases import Phase
+from rtservice.net.phases import PROXY, TLS
 from rtservice.net.proxy import BEGINNING, Header, ProxyError, parse
 from rtservice.net.tls import alpn_gate, check_resumed
 from rtservice.net.tls_bounds import FIRST_READ, HANDSHAKE_TOO_LARGE, MAX_HANDSHAKE_BYTES
@@ -66,7 +66,7 @@ class ProxyHandshake(Handshake):
 
     def begin(self) -> None:
         """Wait for the header."""
-        self.connection.enter(Phase.PROXY, self)
+        self.connection.enter(PROXY, self)
         self.connection.reactor.addReader(self)
 
     def doRead(self) -> Any:
@@ -136,7 +136,7 @@ class TLSHandshake(Handshake):
         connection._unsent = 0
         connection._corked = True
         connection.be_in_tls(TLS_PENDING)
-        connection.enter(Phase.TLS, self)
+        connection.enter(TLS, self)
         self._send_before()
 
     def _send_before(self) -> None:

@@ -8,7 +8,7 @@ from twisted.internet import main
 from twisted.python.failure import Failure
 
 from rtservice.net.connection import BUFFER_SIZE, DONE, Connection, Stage
-from rtservice.net.phases import Phase
+from rtservice.net.phases import CLOSING
 
 # A closed connection whose output is still under way is kept while something moves within each of these many seconds,
 # and for this many of them at the most.
@@ -36,7 +36,7 @@ class Lingering(Stage):
         """Take the place of the stage below the connection."""
         connection = self.connection
         connection._writable = connection._sending = False
-        connection.enter(Phase.CLOSING, self)
+        connection.enter(CLOSING, self)
         self._check()
         if not connection.disconnected:
             connection.reactor.addReader(self)

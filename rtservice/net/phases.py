@@ -28,11 +28,14 @@ class Phase(StrEnum):
     CLOSING = "closing"  # FIN is sent, and the last output is under way: what the peer still sends is dropped
 
 
+# For the parts of a connection: in Python 3.11 each look-up of a member on its class is a call.
+PROXY, TLS, OPEN, CLOSING = Phase
+
 _MOVES = {
-    Phase.PROXY: {Phase.TLS, Phase.OPEN},
-    Phase.TLS: {Phase.OPEN, Phase.CLOSING},
-    Phase.OPEN: {Phase.TLS, Phase.CLOSING},
-    Phase.CLOSING: set[Phase](),
+    PROXY: {TLS, OPEN},
+    TLS: {OPEN, CLOSING},
+    OPEN: {TLS, CLOSING},
+    CLOSING: set[Phase](),
 }
 
 

@@ -22,7 +22,7 @@ from rtservice.net.address import Address, address_of
 from rtservice.net.connection import Connection, log_prefix
 from rtservice.net.handshakes import ProxyHandshake, TLSHandshake
 from rtservice.net.lingering import Lingering
-from rtservice.net.phases import Phase
+from rtservice.net.phases import OPEN, PROXY, TLS
 from rtservice.net.tls import Context
 
 # Default timeout of a PROXY header and of a TLS handshake, each, in seconds.
@@ -81,7 +81,7 @@ def _begin_tls(connection: Connection) -> None:
 
 
 def _begin_protocol(connection: Connection) -> None:
-    connection.enter(Phase.OPEN, None)
+    connection.enter(OPEN, None)
     connection.connect_protocol()
 
 
@@ -131,7 +131,7 @@ class Port:
         self.handshake_timeout = handshake_timeout
         self.proxied = proxied
         # The first phase of a connection, and what begins it; what follows a PROXY header.
-        self._phase = Phase.PROXY if proxied else Phase.OPEN if tls is None else Phase.TLS
+        self._phase = PROXY if proxied else OPEN if tls is None else TLS
         self.after_proxy: Callable[[Connection], None] = _begin_protocol if tls is None else _begin_tls
         self._begin = _begin_proxy if proxied else Connection.connect_protocol if tls is None else _begin_tls
         # Only our reactor has them. With others a write outside of an event waits until the kernel says that it may,

@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 
 from rtservice.net.bounded_stream import BoundedStream
 from rtservice.net.connection import LOST, Connection, LocalClose, joined
-from rtservice.net.phases import Phase
+from rtservice.net.phases import OPEN, TLS
 from rtservice.net.tls_bounds import (
     FIRST_READ,
     FULL_READ,
@@ -246,7 +246,7 @@ class PyOpenSSLStream(BoundedStream):
         # Where the reactor cannot exchange one for the other, what was read goes on to be read.
         reads = begins or (connection.port.exchange is None and connection in connection.reactor.getReaders())
         connection.be_in_tls(layer)
-        connection.enter(Phase.TLS, self)
+        connection.enter(TLS, self)
         connection._writable = False  # what is written goes to `write`
         self._deadline = connection.reactor.callLater(connection.port.handshake_timeout, self._time_out)
         connection.protocol = layer
@@ -263,7 +263,7 @@ class PyOpenSSLStream(BoundedStream):
         """Go on after the handshake. The layer may have more to say in this event."""
         self.stop()
         connection, layer = self.connection, self.layer
-        connection.enter(Phase.OPEN, self)
+        connection.enter(OPEN, self)
         layer.without_data = 0
         if layer.wrappedProtocol is not None:
             return
@@ -291,7 +291,7 @@ class PyOpenSSLStream(BoundedStream):
     def doRead(self) -> Any:
         """Read once for each event; OpenSSL gets no more than a bounded number of records of that."""
         connection = self.connection
-        shaking = connection.phase is Phase.TLS
+        shaking = connection.phase is TLS
         try:
             data = connection._recv(FIRST_READ if shaking else FULL_READ)
         except OSError as problem:
@@ -419,6 +419,6 @@ class PyOpenSSLStream(BoundedStream):
         if not self.layer.disconnecting and self._was_told():  # or it was an answer
             connection.peer_finished = True
         connection._tls = TLS_GONE  # the layer refers to the connection
-        if connection.phase is Phase.TLS and reason.check(ConnectionDone):
+        if connection.phase is TLS and reason.check(ConnectionDone):
             return LOST  # the layer closes it as if all were well
         return reason

@@ -10,7 +10,7 @@ from twisted.internet import interfaces, main
 
 from rtservice.net.bounded_stream import BoundedStream
 from rtservice.net.connection import BUFFER_SIZE, JOIN_LIMIT, Connection, LocalClose, would_block
-from rtservice.net.phases import Phase
+from rtservice.net.phases import OPEN
 from rtservice.net.tls_bounds import (
     FIRST_READ,
     FULL_READ,
@@ -41,7 +41,7 @@ class TLSStream(BoundedStream):
         # What came with the client's last message. It is taken first: making a close_notify, OpenSSL would drop it.
         tls.rest = tls.incoming.read()
         connection.be_in_tls(tls)
-        connection.enter(Phase.OPEN, self)
+        connection.enter(OPEN, self)
         if self.reading:
             connection.reactor.addReader(self)
         if connection.protocol is None:
