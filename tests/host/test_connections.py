@@ -803,7 +803,7 @@ def test_a_header_that_does_not_come_is_its_own_deadline(world) -> None:
 # --- the end ---
 
 
-def test_end_all_sends_what_is_buffered_and_cuts_who_has_nothing(world) -> None:
+def test_close_all_sends_what_is_buffered_and_aborts_who_has_nothing(world) -> None:
     one = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
     reading = one.client()
     one.client(port=one.add_port(proxied=True), first=b"PROXY ")
@@ -819,7 +819,7 @@ def test_end_all_sends_what_is_buffered_and_cuts_who_has_nothing(world) -> None:
     assert (one.connections.ended, one.connections.aborted) == (2, 1)
 
 
-def test_end_all_ends_also_a_transport_that_is_its_own_producer_and_paused(world) -> None:
+def test_close_all_closes_also_a_transport_that_is_its_own_producer_and_paused(world) -> None:
     one = world()
     client = one.client()
     (connection,) = one.connections.open
@@ -834,7 +834,7 @@ def test_end_all_ends_also_a_transport_that_is_its_own_producer_and_paused(world
     assert is_closed(client)
 
 
-def test_cut_all_leaves_nobody_in_any_phase(world) -> None:
+def test_abort_all_leaves_nobody_in_any_phase(world) -> None:
     one = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
     one.client()
     one.client(port=one.add_port(proxied=True), first=b"PROXY ")
