@@ -38,8 +38,8 @@ from rtservice.host.server import Server, descriptors_for_side, raise_descriptor
 from rtservice.host.side import Side
 from rtservice.host.supervisor import Plan, Supervisor
 from rtservice.net import listeners
-from rtservice.net.description import Description, parse, unknown_type
-from rtservice.net.listeners import Listener, ListenError
+from rtservice.net.description import TYPES, Description, ListenError, parse, unknown_type
+from rtservice.net.listener import Listener
 from rtservice.net.places import first_conflict
 from rtservice.net.tls import Files, Steps, TLSError, ignore_bad_names
 from rtservice.observe import logs
@@ -869,7 +869,7 @@ def _check_other_type(description: Description, slots: int) -> None:
     if description.kind not in others:
         raise ListenError(unknown_type(description, () if slots > 1 else others))
     if slots > 1:
-        raise ListenError(f"with --workers a listener is one of {', '.join(sorted(listeners.TYPES))}")
+        raise ListenError(f"with --workers a listener is one of {', '.join(sorted(TYPES))}")
 
 
 def _other_endpoint(description: str, slots: int) -> Any:

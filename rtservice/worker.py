@@ -45,7 +45,7 @@ from rtservice.host.worker_messages import (
     finished_record,
     shortened,
 )
-from rtservice.net.listeners import Listener
+from rtservice.net.listener import Listener
 from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, Steps, TLSError, finish, ignore_bad_names
 from rtservice.observe.logs import AccessLog, LevelName, Levels, Log, message_and_traceback
 from rtservice.references import OptionValue
@@ -141,7 +141,7 @@ def describe(
 
 
 def _described(listener: Listener, files: Files | None) -> dict[str, Any]:
-    kind = "passed" if listener.shared else "slot" if listener.copies else "own"
+    kind = "passed" if listener.shared else "slot" if listener.slot_sockets else "own"
     tls = None
     if listener.source is not None:
         if files is None:

@@ -3,7 +3,7 @@
 import pytest
 
 from rtservice.hidden import OPEN_TYPES, hide_in_description, hide_userinfo, hide_values, values_in_description
-from rtservice.net.listeners import TYPES
+from rtservice.net.description import TYPES
 
 
 @pytest.mark.parametrize(

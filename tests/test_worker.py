@@ -23,7 +23,8 @@ from rtservice.host.counters import PHASES
 from rtservice.host.server import State
 from rtservice.host.slices import in_slices
 from rtservice.host.worker_messages import Record, Records, WorkerMessages
-from rtservice.net.listeners import Listener, open_description
+from rtservice.net.listener import Listener
+from rtservice.net.listeners import open_description
 from rtservice.net.tls import Steps, TLSError, finish
 from rtservice.worker import Worker, describe, make_live, share
 

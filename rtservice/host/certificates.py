@@ -12,7 +12,8 @@ from twisted.logger import Logger
 from rtservice.counted import counted
 from rtservice.net.address import escaped
 from rtservice.net.crl import RevocationLists
-from rtservice.net.listeners import Listener, ListenError
+from rtservice.net.description import ListenError
+from rtservice.net.listener import Listener
 from rtservice.net.port import Port
 from rtservice.net.tls import Certificate, Files, Loaded, Made, Steps, fingerprinting
 

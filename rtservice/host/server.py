@@ -28,7 +28,8 @@ from rtservice.host.signals import Repeats, release
 from rtservice.host.slices import in_slices
 from rtservice.host.systemd import Notifier
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
-from rtservice.net.listeners import Listener, ListenError
+from rtservice.net.description import ListenError
+from rtservice.net.listener import Listener
 from rtservice.net.port import HANDSHAKE_TIMEOUT, Port
 from rtservice.net.tls import Steps, fingerprinting
 
@@ -193,7 +194,9 @@ class Server(Service):
         self._stop_process = stop
         self._announce = announce
         self._side = Side(log) if side is None else side
-        self._certificates_seen: object = [listener.read for listener in (*listeners, *self._side.listeners)]
+        self._certificates_seen: object = [
+            listener.initial_fingerprint for listener in (*listeners, *self._side.listeners)
+        ]
         self._slices: Deferred[None] | None = None  # a reload, or a look at the certificates, that is under way
         self._dropped = dropped
         self._counted: dict[str, float] = {}  # by the factory

@@ -12,7 +12,7 @@ from twisted.python.failure import Failure
 
 from rtservice.host.connections import Connections, Limits
 from rtservice.net.connection import LocalClose
-from rtservice.net.listeners import Listener
+from rtservice.net.listener import Listener
 from rtservice.net.port import ACCEPTS_PER_EVENT, Port
 
 # Connections that a Side may have: a scraper, a load balancer's probes, a few people. The fewest are what it has where

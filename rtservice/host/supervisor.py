@@ -53,7 +53,8 @@ from rtservice.host.worker_messages import (
     Rows,
     WorkerMessages,
 )
-from rtservice.net.listeners import Listener, ListenError
+from rtservice.net.description import ListenError
+from rtservice.net.listener import Listener
 from rtservice.net.tls import Steps, fingerprint, fingerprinting
 
 # Seconds that a worker may take until it is ready: an interpreter that starts on a machine that is very busy. And for
@@ -402,7 +403,7 @@ class Slot:
 class Supervisor(Service):
     """Serves with a worker process for each of `slots` slots.
 
-    `listeners` have a socket for each slot where they can (see Listener.copies). `command` starts a worker. `access`
+    `listeners` have a socket for each slot where they can (Listener.slot_sockets). `command` starts a worker. `access`
     takes a line that a worker has for the access log; one that has none is not to be sent any. `report`, `check`,
     `notifier`, `side` and `dropped` are as in Server. `reload` gives the steps, which are taken in slices, to the Plan
     of the next generation, or to None if nothing can be reloaded, which it has logged then.
@@ -929,7 +930,7 @@ class Supervisor(Service):
         if accepting != self._accepting:
             self._accepting = accepting
             for listener in self._listeners:
-                listener.spread(accepting)
+                listener.balance_over(accepting)
 
     def add_slot(self) -> None:
         """One more worker. Called for SIGTTIN."""
@@ -960,11 +961,11 @@ class Supervisor(Service):
         added: list[Listener] = []
         try:
             for listener in self._listeners:
-                listener.add_copy()
+                listener.add_slot()
                 added.append(listener)
         except ListenError as problem:
             for listener in added:
-                listener.drop_last()
+                listener.remove_slot()
             self._wanted = len(self.slots)
             self.log.error("no worker can be added: {problem}", problem=problem)
             return
@@ -981,7 +982,7 @@ class Supervisor(Service):
 
     def _drop(self, slot: Slot) -> None:
         for listener in self._listeners:
-            listener.drop_last()
+            listener.remove_slot()
         self.slots.remove(slot)
         self.log.info("slot {slot} is gone", slot=slot.number)
         self._share()

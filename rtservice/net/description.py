@@ -73,6 +73,13 @@ class Description:
         return {**dict(zip(names, self.positional, strict=False)), **self.keywords}.get("interface", "")
 
 
+def whole_number(what: str, text: str, low: int, high: int) -> int:
+    """Return a number that a description gives in decimal digits. Raises ListenError."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise ListenError(f"{what} {text!r} is not a whole number from {low} to {high}")
+    return int(text)
+
+
 def parse(text: str) -> Description:
     """Read a description; raises ListenError."""
     parts = _split(text)

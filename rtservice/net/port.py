@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 import ssl
-import struct
 import sys
-from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +16,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.net.address import Address, address_of
+from rtservice.net.bpf import accept_new_clients, drop_new_clients
 from rtservice.net.connection import Connection, log_prefix
 from rtservice.net.handshakes import ProxyHandshake, TLSHandshake
 from rtservice.net.lingering import Lingering
@@ -58,16 +56,6 @@ _SHORTAGE_PAUSE = 0.5
 
 # Seconds that a listener that finishes waits for clients whose TCP handshake is under way: a long round trip.
 _QUIET = 0.2
-
-# A classic BPF program (linux/filter.h) that a listening socket runs on each segment, which begins with the TCP header:
-# drop those with SYN, take all others.
-_NO_SYN = (
-    (0x30, 0, 0, 13),  # ldb [13]: the flags (RFC 9293, section 3.1)
-    (0x45, 0, 1, 0x02),  # jset SYN, else skip one
-    (0x06, 0, 0, 0),  # ret 0: drop
-    (0x06, 0, 0, 0xFFFFFFFF),  # ret all of it
-)
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h; `socket` has no names for them
 
 _log = Logger()
 
@@ -151,7 +139,7 @@ class Port:
         """Start the factory, and start to accept."""
         if self.socket.family != socket.AF_UNIX:
             _tune_tcp(self.socket)
-            _answer_new_clients(self.socket)
+            accept_new_clients(self.socket)
         self.factory.doStart()
         self.listening = True
         if not self.paused:
@@ -192,7 +180,7 @@ class Port:
         if not self.listening:
             return succeed(None)
         if self.socket.family != socket.AF_UNIX:
-            _ignore_new_clients(self.socket)
+            drop_new_clients(self.socket)
         self._finished = Deferred()
         self._finish_when_quiet(-1)
         return self._finished
@@ -297,17 +285,3 @@ def _tune_tcp(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-
-
-def _answer_new_clients(sock: socket.socket) -> None:
-    """Undo `_ignore_new_clients` of a process that died while it finished."""
-    with contextlib.suppress(OSError):  # most often there is nothing to undo
-        sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
-
-
-def _ignore_new_clients(sock: socket.socket) -> None:
-    """Have the kernel drop the first segment of each new connection to a listening TCP socket, where it can."""
-    with contextlib.suppress(OSError):  # not Linux
-        program = array("B", b"".join(struct.pack("HBBI", *instruction) for instruction in _NO_SYN))
-        address, _ = program.buffer_info()
-        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_NO_SYN), address))

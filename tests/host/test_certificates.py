@@ -13,7 +13,8 @@ from twisted.logger import Logger, formatEvent
 from rtservice.host.certificates import certificates_of, days_left, logging_certificates, renewing
 from rtservice.net import tls
 from rtservice.net.crl import RevocationLists
-from rtservice.net.listeners import Listener, ListenError
+from rtservice.net.description import ListenError
+from rtservice.net.listener import Listener
 from rtservice.net.tls import Certificate, DirectoryTLS, Files, ServerTLS, finish
 from tests.support.odd_certificates import dns, odd_certificate
 

@@ -89,7 +89,7 @@ class Unfit:
     proxied = False
     tls = None
     shared = False
-    read = ()
+    initial_fingerprint = ()
     certificates = ()
 
     def __init__(self) -> None:

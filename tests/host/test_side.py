@@ -17,7 +17,7 @@ from twisted.logger import Logger
 
 from rtservice.host.server import default_max_connections, descriptors_for_side
 from rtservice.host.side import CONNECTIONS, Side
-from rtservice.net.listeners import Listener
+from rtservice.net.listener import Listener
 from rtservice.net.port import ACCEPTS_PER_EVENT
 
 

@@ -21,7 +21,7 @@ from rtservice.host.server import StartError
 from rtservice.host.slices import in_slices
 from rtservice.host.supervisor import Phase, Plan, Supervisor, Worker, backoff
 from rtservice.host.worker_messages import encode_records, finished_record
-from rtservice.net.listeners import ListenError
+from rtservice.net.description import ListenError
 from rtservice.net.tls import Steps
 
 
@@ -189,12 +189,12 @@ class Slots:
     warnings = ()
 
     def __init__(self, slots: int) -> None:
-        self.copies = slots
+        self.slot_sockets = slots
         self.done: list[str] = []
         self.problem: ListenError | None = None
 
     def of_slot(self, slot: int) -> "Slots":
-        assert slot < self.copies
+        assert slot < self.slot_sockets
         assert "close" not in self.done
         self.asked = slot
         return self
@@ -202,20 +202,20 @@ class Slots:
     def fileno(self) -> int:
         return 100 + self.asked
 
-    def add_copy(self) -> None:
+    def add_slot(self) -> None:
         if self.problem is not None:
             raise self.problem
-        self.copies += 1
+        self.slot_sockets += 1
         self.done.append("add")
 
-    def spread(self, slots: Sequence[int]) -> None:
-        if list(slots) == list(range(self.copies - 1)):
+    def balance_over(self, slots: Sequence[int]) -> None:
+        if list(slots) == list(range(self.slot_sockets - 1)):
             self.done.append("leave out")
-        elif len(slots) < self.copies:
+        elif len(slots) < self.slot_sockets:
             self.done.append(f"spread over {list(slots)}")
 
-    def drop_last(self) -> None:
-        self.copies -= 1
+    def remove_slot(self) -> None:
+        self.slot_sockets -= 1
         self.done.append("drop")
 
     def remove_file(self) -> None:

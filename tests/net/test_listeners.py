@@ -20,16 +20,10 @@ from typing import Any
 import pytest
 from twisted.logger import Logger, formatEvent
 
-from rtservice.net import listeners as listeners_module
-from rtservice.net.description import parse
-from rtservice.net.listeners import (
-    Listener,
-    ListenError,
-    check_description,
-    check_port,
-    open_description,
-    open_port,
-)
+from rtservice.net import activation, sockets, tcp, unix
+from rtservice.net.description import ListenError, parse
+from rtservice.net.listener import Listener
+from rtservice.net.listeners import check_description, check_port, open_description, open_port
 
 
 def has_ipv6() -> bool:
@@ -191,7 +185,7 @@ def test_tcp_takes_of_a_host_name_what_is_ipv4(both_example, opened) -> None:
 @pytest.mark.parametrize("slots", [0, 2])
 def test_a_host_name_on_a_host_without_ipv6_is_served_on_ipv4_with_a_warning(both_example, monkeypatch, slots) -> None:
     events: list = []
-    monkeypatch.setattr(listeners_module, "_log", Logger(observer=events.append))
+    monkeypatch.setattr(tcp, "_log", Logger(observer=events.append))
     refuse_ipv6(monkeypatch, errno.EADDRNOTAVAIL)
     (listener,) = open_port(0, interface=both_example, backlog=10, slots=slots)
     listener.close()
@@ -208,7 +202,7 @@ def test_a_host_name_on_a_host_without_ipv6_is_served_on_ipv4_with_a_warning(bot
 @pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
 def test_all_addresses_are_those_of_ipv4_on_a_host_without_ipv6_and_nothing_is_said(monkeypatch, number) -> None:
     events: list = []
-    monkeypatch.setattr(listeners_module, "_log", Logger(observer=events.append))
+    monkeypatch.setattr(tcp, "_log", Logger(observer=events.append))
     refuse_ipv6(monkeypatch, number)
     (listener,) = open_port(0, interface="", backlog=10)
     listener.close()
@@ -243,7 +237,7 @@ def test_a_link_local_address_is_named_with_its_zone() -> None:
         def getsockname(self):
             return ("fe80::1", 8080, 0, number)
 
-    assert listeners_module._tcp_name(Bound()) == f"tcp:[fe80::1%{zone}]:8080"
+    assert sockets.socket_name(Bound()) == f"tcp:[fe80::1%{zone}]:8080"
 
 
 def test_sockets_listen_without_blocking(opened) -> None:
@@ -601,7 +595,7 @@ def test_a_lock_that_is_released_in_time_is_waited_for(locked_directory, monkeyp
         if len(waits) == 3:
             os.close(descriptor)
 
-    monkeypatch.setattr(listeners_module.time, "sleep", sleep)
+    monkeypatch.setattr(unix.time, "sleep", sleep)
     [listener] = open_description(f"unix:{directory}/s", backlog=1)
     listener.close()
     assert len(waits) == 3
@@ -609,7 +603,7 @@ def test_a_lock_that_is_released_in_time_is_waited_for(locked_directory, monkeyp
 
 def test_a_lock_that_is_kept_is_an_error_in_bounded_time_and_leaves_no_socket(locked_directory, monkeypatch) -> None:
     directory, _ = locked_directory
-    monkeypatch.setattr(listeners_module, "_LOCK_WAIT", 0.1)
+    monkeypatch.setattr(unix, "_LOCK_WAIT", 0.1)
     for _ in range(2):  # and no descriptor
         before = os.listdir("/proc/self/fd")
         with pytest.raises(ListenError, match=f"'{directory}/s': another process has locked its directory"):
@@ -635,8 +629,8 @@ def pass_sockets(monkeypatch):
             environment = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(sockets))}
             if names is not None:
                 environment["LISTEN_FDNAMES"] = names
-            monkeypatch.setattr(listeners_module, "_LISTEN_FDS_START", start)
-            monkeypatch.setattr(listeners_module, "_initial_environment", lambda: environment)
+            monkeypatch.setattr(activation, "_LISTEN_FDS_START", start)
+            monkeypatch.setattr(activation, "_initial_environment", lambda: environment)
 
         yield pass_all
 
@@ -772,13 +766,13 @@ def test_what_a_service_manager_passes_and_nobody_can_serve_is_refused_with_its_
 
 def test_a_descriptor_that_is_closed_is_refused(pass_sockets) -> None:
     pass_sockets(tcp_socket())
-    listeners_module._initial_environment()["LISTEN_FDS"] = "2"  # type: ignore[index]  # it is the test's own
+    activation._initial_environment()["LISTEN_FDS"] = "2"  # type: ignore[index]  # it is the test's own
     assert refusal("systemd:") == "descriptor 301 cannot be used: bad file descriptor"
 
 
 def test_more_descriptors_than_there_can_be_are_refused_and_cost_nothing(pass_sockets) -> None:
     pass_sockets(tcp_socket())
-    listeners_module._initial_environment()["LISTEN_FDS"] = "9" * 18  # type: ignore[index]  # it is the test's own
+    activation._initial_environment()["LISTEN_FDS"] = "9" * 18  # type: ignore[index]  # it is the test's own
     assert refusal("systemd:") == f"LISTEN_FDS is {'9' * 18}, which is more than a process can have"
 
 
@@ -800,7 +794,7 @@ def test_more_descriptors_than_there_can_be_are_refused_and_cost_nothing(pass_so
 def test_a_listening_socket_of_a_foreign_family_or_protocol_is_refused(family, proto, problem) -> None:
     sock: Any = SimpleNamespace(family=family, type=socket.SOCK_STREAM, proto=proto, getsockopt=lambda level, option: 1)
     for domain in (None, "VSOCK"):
-        assert listeners_module._unfit(sock, domain) == f"is {problem}"
+        assert activation._unfit(sock, domain) == f"is {problem}"
 
 
 def test_a_socket_of_multipath_tcp_is_served(opened, pass_sockets) -> None:
@@ -862,7 +856,7 @@ def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certific
 def test_the_initial_environment_is_found_without_proc(arguments, variables) -> None:
     program = """if True:
         import os
-        from rtservice.net.listeners import _initial_environment_in_memory
+        from rtservice.net.activation import _initial_environment_in_memory
         del os.environ["LISTEN_PID"]
         os.environ["NEW"] = "x" * 10_000
         with open("/proc/self/environ", "rb") as file:
@@ -875,9 +869,9 @@ def test_a_c_library_that_tells_nothing_leaves_the_environment_of_now(monkeypatc
     def missing(name, *how):
         raise OSError(name)
 
-    monkeypatch.setattr(listeners_module, "open", missing, raising=False)
-    monkeypatch.setattr(listeners_module.ctypes, "CDLL", missing)
-    assert listeners_module._initial_environment() is os.environ
+    monkeypatch.setattr(activation, "open", missing, raising=False)
+    monkeypatch.setattr(activation.ctypes, "CDLL", missing)
+    assert activation._initial_environment() is os.environ
 
 
 # --- checks ---

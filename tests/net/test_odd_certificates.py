@@ -12,7 +12,7 @@ import pytest
 from rtservice.host.certificates import certificates_of, logging_certificates
 from rtservice.net.address import escaped
 from rtservice.net.der import time as der_time
-from rtservice.net.listeners import Listener
+from rtservice.net.listener import Listener
 from rtservice.net.tls import DirectoryTLS, ServerTLS, TLSError, finish
 from tests.support.odd_certificates import common_name, dns, odd_certificate, tlv
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rtservice.net.listeners import ListenError, check_description
+from rtservice.net.description import ListenError
+from rtservice.net.listeners import check_description
 
 FILES = (
     "privateKey={0}/key.pem:certKey={0}/cert.pem:extraCertChain={0}/chain.pem:clientCA={0}/ca.pem"

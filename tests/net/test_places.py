@@ -175,7 +175,7 @@ def test_a_passed_socket_is_served_once_and_keeps_its_address(monkeypatch, tmp_p
         file.listen()
         port = listening.getsockname()[1]
         passed = [(listening.fileno(), "web"), (file.fileno(), "file")]
-        monkeypatch.setattr("rtservice.net.listeners._systemd_sockets", lambda: passed)
+        monkeypatch.setattr("rtservice.net.activation._systemd_sockets", lambda: passed)
         before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
         for descriptions, conflicts in (
             (["systemd:name=web", "systemd:name=file"], False),

@@ -20,7 +20,8 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel, globalLogPublisher
 from zope.interface import implementer
 
-from rtservice.net.listeners import ListenError, open_description
+from rtservice.net.description import ListenError
+from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 
 SSL = pytest.importorskip("OpenSSL.SSL", reason="pyOpenSSL (twisted[tls]) is not installed")

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from rtservice.net import listeners as listeners_module
-from rtservice.net.listeners import Listener, ListenError, open_description, open_port
+from rtservice.net import listener as listener_module
+from rtservice.net import tcp
+from rtservice.net.description import ListenError
+from rtservice.net.listener import RESERVE_SOCKETS, Listener
+from rtservice.net.listeners import open_description, open_port
 
 
 def has_ipv6() -> bool:
@@ -69,21 +72,23 @@ def accept_all(sock: socket.socket) -> int:
 
 
 def queued(listener: Listener) -> list[int]:
-    return [accept_all(sock) for sock in listener.copies]
+    return [accept_all(sock) for sock in listener.slot_sockets]
 
 
 @interfaces
 def test_every_slot_has_a_socket_of_its_own_on_one_address(opened, interface) -> None:
     listener = opened(3, interface)
-    assert len({sock.fileno() for sock in listener.copies}) == 3
-    assert len({sock.getsockname() for sock in listener.copies}) == 1
-    assert [listener.of_slot(slot) for slot in range(3)] == listener.copies
-    assert listener.socket is listener.copies[0]
-    assert not any(sock.getblocking() or sock.get_inheritable() for sock in (*listener.copies, *listener.spares))
+    assert len({sock.fileno() for sock in listener.slot_sockets}) == 3
+    assert len({sock.getsockname() for sock in listener.slot_sockets}) == 1
+    assert [listener.of_slot(slot) for slot in range(3)] == listener.slot_sockets
+    assert listener.socket is listener.slot_sockets[0]
+    assert not any(
+        sock.getblocking() or sock.get_inheritable() for sock in (*listener.slot_sockets, *listener.reserve_sockets)
+    )
 
 
 def leave_out_last(listener) -> None:
-    listener.spread(range(len(listener.copies) - 1))
+    listener.balance_over(range(len(listener.slot_sockets) - 1))
 
 
 @interfaces
@@ -102,7 +107,7 @@ def test_the_last_slot_can_be_left_out_and_keeps_who_is_queued(opened, connect, 
     connect(listener, 90)
     leave_out_last(listener)
     connect(listener, 90)
-    first, second, last = listener.copies
+    first, second, last = listener.slot_sockets
     assert 10 <= accept_all(last) <= 60  # a third of the first ninety
     connect(listener, 90)
     assert accept_all(last) == 0
@@ -114,9 +119,9 @@ def test_a_slot_that_is_dropped_after_it_was_left_out_costs_no_client(opened, co
     listener = opened(3, interface)
     connect(listener, 60)
     leave_out_last(listener)
-    accepted = accept_all(listener.copies[2])
-    listener.drop_last()
-    assert len(listener.copies) == 2
+    accepted = accept_all(listener.slot_sockets[2])
+    listener.remove_slot()
+    assert len(listener.slot_sockets) == 2
     connect(listener, 100)
     found = queued(listener)
     assert sum(found) == 60 - accepted + 100
@@ -127,7 +132,7 @@ def test_slots_leave_until_there_is_one(opened, connect) -> None:
     listener = opened(4)
     for left in (3, 2, 1):
         leave_out_last(listener)
-        listener.drop_last()
+        listener.remove_slot()
         connect(listener, 60)
         found = queued(listener)
         assert len(found) == left
@@ -138,9 +143,9 @@ def test_slots_leave_until_there_is_one(opened, connect) -> None:
 def test_a_slot_is_added_and_gets_its_part(opened, connect) -> None:
     listener = opened(1)
     connect(listener, 10)
-    spares = len(listener.spares)
-    listener.add_copy()
-    assert len(listener.spares) == spares - 1
+    spares = len(listener.reserve_sockets)
+    listener.add_slot()
+    assert len(listener.reserve_sockets) == spares - 1
     connect(listener, 100)
     found = queued(listener)
     assert sum(found) == 110
@@ -150,9 +155,9 @@ def test_a_slot_is_added_and_gets_its_part(opened, connect) -> None:
 def test_a_slot_is_added_again_after_one_has_left(opened, connect) -> None:
     listener = opened(3)
     leave_out_last(listener)
-    listener.drop_last()
-    listener.add_copy()
-    listener.spread([0, 1, 2])
+    listener.remove_slot()
+    listener.add_slot()
+    listener.balance_over([0, 1, 2])
     connect(listener, 150)
     found = queued(listener)
     assert sum(found) == 150
@@ -161,10 +166,10 @@ def test_a_slot_is_added_again_after_one_has_left(opened, connect) -> None:
 
 def test_slots_are_added_when_there_are_no_spares_any_more(opened, connect) -> None:
     listener = opened(1)
-    for _ in range(listeners_module._SPARES + 2):
-        listener.add_copy()
-    assert listener.spares == []
-    count = 40 * len(listener.copies)
+    for _ in range(RESERVE_SOCKETS + 2):
+        listener.add_slot()
+    assert listener.reserve_sockets == []
+    count = 40 * len(listener.slot_sockets)
     connect(listener, count)
     found = queued(listener)
     assert sum(found) == count
@@ -174,7 +179,7 @@ def test_slots_are_added_when_there_are_no_spares_any_more(opened, connect) -> N
 def test_spares_get_no_client(opened, connect) -> None:
     listener = opened(2)
     connect(listener, 50)
-    for spare in listener.spares:
+    for spare in listener.reserve_sockets:
         with pytest.raises(OSError, match="Invalid argument") as refused:  # it does not listen
             spare.accept()
         assert refused.value.errno == errno.EINVAL
@@ -183,8 +188,8 @@ def test_spares_get_no_client(opened, connect) -> None:
 
 def test_a_slot_that_could_not_be_added_is_taken_back_without_a_client_lost(opened, connect) -> None:
     listener = opened(2)
-    listener.add_copy()
-    listener.drop_last()  # which was not left out before
+    listener.add_slot()
+    listener.remove_slot()  # which was not left out before
     connect(listener, 100)
     found = queued(listener)
     assert sum(found) == 100
@@ -193,17 +198,17 @@ def test_a_slot_that_could_not_be_added_is_taken_back_without_a_client_lost(open
 
 def test_a_slot_that_cannot_be_bound_is_an_error_with_the_address(opened, monkeypatch) -> None:
     listener = opened(1)
-    for spare in listener.spares:
+    for spare in listener.reserve_sockets:
         spare.close()
-    listener.spares.clear()
+    listener.reserve_sockets.clear()
 
     def refuse(*arguments, **keywords):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(listeners_module, "_bind_tcp", refuse)
+    monkeypatch.setattr(listener_module, "bind", refuse)
     with pytest.raises(ListenError, match=r"cannot listen on 127\.0\.0\.1:\d+: permission denied"):
-        listener.add_copy()
-    assert len(listener.copies) == 1
+        listener.add_slot()
+    assert len(listener.slot_sockets) == 1
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user")
@@ -212,35 +217,35 @@ def test_another_user_can_add_as_many_slots_as_there_are_spares(opened, connect,
     listener = opened(1, interface)
     os.seteuid(65534)
     try:
-        for _ in range(listeners_module._SPARES):
-            listener.add_copy()
+        for _ in range(RESERVE_SOCKETS):
+            listener.add_slot()
         with pytest.raises(ListenError) as refused:
-            listener.add_copy()
-        listener.drop_last()
-        listener.add_copy()  # the one that was given back
+            listener.add_slot()
+        listener.remove_slot()
+        listener.add_slot()  # the one that was given back
     finally:
         os.seteuid(0)
     assert str(refused.value) == (
         f"{listener.name} has no reserve socket left: 8 more than at the start were bound before privileges were "
         "dropped; start with more --workers"
     )
-    count = 40 * len(listener.copies)
+    count = 40 * len(listener.slot_sockets)
     connect(listener, count)
     assert sum(queued(listener)) == count
 
 
 def test_a_slot_that_cannot_listen_leaves_no_socket_open(opened, monkeypatch) -> None:
     listener = opened(1)
-    [spare] = listener.spares[-1:]
+    [spare] = listener.reserve_sockets[-1:]
 
     def refuse(sock, backlog):
         raise ListenError("cannot listen")
 
-    monkeypatch.setattr(listeners_module, "_listen", refuse)
+    monkeypatch.setattr(listener_module, "start_listening", refuse)
     with pytest.raises(ListenError):
-        listener.add_copy()
+        listener.add_slot()
     assert spare.fileno() == -1
-    assert len(listener.copies) == 1
+    assert len(listener.slot_sockets) == 1
 
 
 @interfaces
@@ -266,8 +271,8 @@ def test_two_services_with_slots_do_not_get_one_port(opened) -> None:
 def test_both_families_have_their_slots_on_one_port() -> None:
     listeners = open_port(0, interface="", backlog=10, slots=2)
     try:
-        assert [len(listener.copies) for listener in listeners] == [2, 2]
-        assert len({sock.getsockname()[1] for listener in listeners for sock in listener.copies}) == 1
+        assert [len(listener.slot_sockets) for listener in listeners] == [2, 2]
+        assert len({sock.getsockname()[1] for listener in listeners for sock in listener.slot_sockets}) == 1
         families = [listener.socket.family for listener in listeners]
         assert families == [socket.AF_INET, socket.AF_INET6]
     finally:
@@ -277,7 +282,7 @@ def test_both_families_have_their_slots_on_one_port() -> None:
 
 def test_a_backlog_is_that_of_every_slot(opened) -> None:
     listener = opened(2, backlog=1)
-    listener.add_copy()
+    listener.add_slot()
     address = listener.socket.getsockname()
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(socket.socket()) for _ in range(60)]
@@ -292,14 +297,14 @@ def test_a_backlog_is_that_of_every_slot(opened) -> None:
 
 def test_everything_is_closed(opened) -> None:
     listener = opened(2)
-    sockets = [listener.socket, *listener.copies, *listener.spares]
+    sockets = [listener.socket, *listener.slot_sockets, *listener.reserve_sockets]
     listener.close()
     assert [sock.fileno() for sock in sockets] == [-1] * len(sockets)
 
 
 def test_an_error_on_the_way_leaves_nothing_open(monkeypatch) -> None:
     made: list[socket.socket] = []
-    bind = listeners_module._bind_tcp
+    bind = tcp.bind
 
     def bind_some(*arguments, **keywords):
         if len(made) == 3:
@@ -307,7 +312,7 @@ def test_an_error_on_the_way_leaves_nothing_open(monkeypatch) -> None:
         made.append(bind(*arguments, **keywords))
         return made[-1]
 
-    monkeypatch.setattr(listeners_module, "_bind_tcp", bind_some)
+    monkeypatch.setattr(tcp, "bind", bind_some)
     with pytest.raises(ListenError, match="too many open files"):
         open_port(0, interface="127.0.0.1", backlog=10, slots=4)
     assert [sock.fileno() for sock in made] == [-1] * 3
@@ -317,9 +322,9 @@ def test_a_unix_socket_is_the_same_for_all_slots(tmp_path) -> None:
     [listener] = open_description(f"unix:{tmp_path}/rt.sock", backlog=10, slots=3)
     try:
         assert [listener.of_slot(slot) for slot in range(3)] == [listener.socket] * 3
-        listener.add_copy()
-        listener.spread([0, 1])
-        listener.drop_last()
+        listener.add_slot()
+        listener.balance_over([0, 1])
+        listener.remove_slot()
         assert listener.socket.fileno() != -1
         inode = (tmp_path / "rt.sock").stat().st_ino
         assert listener.file == (f"{tmp_path}/rt.sock", inode)
@@ -332,6 +337,6 @@ def test_a_unix_socket_is_the_same_for_all_slots(tmp_path) -> None:
 def test_a_queue_outlives_the_worker_that_served_it(opened, connect) -> None:
     listener = opened(2)
     connect(listener, 40)
-    for sock in listener.copies:
+    for sock in listener.slot_sockets:
         sock.dup().close()  # as that of a worker that dies
     assert sum(queued(listener)) == 40

@@ -1,0 +1,78 @@
+"""TCP sockets: bind one, listen on it, name it, and name the reason when that fails."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from rtservice.net.description import ListenError, address_name, tcp_name
+
+
+def bind(family: socket.AddressFamily, host: str, scope: int, port: int, *, reuse_port: bool = False) -> socket.socket:
+    """Return a non-blocking TCP socket that is bound to an address. Raises OSError.
+
+    `scope` is the number of a network interface, for link-local IPv6 addresses, and 0 otherwise.
+    """
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        # Connections of a predecessor may be in TIME_WAIT; without this they would keep its port for a minute.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((host, port, 0, scope))
+        else:
+            sock.bind((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def start_listening(sock: socket.socket, backlog: int) -> None:
+    """Listen on a bound TCP socket. Raises ListenError."""
+    try:
+        sock.listen(backlog)
+    except OSError as error:  # two processes can both bind a port with SO_REUSEADDR; only one of them may listen
+        raise ListenError(f"cannot listen on {socket_name(sock)}: {reason_of(error)}") from error
+
+
+def socket_name(sock: socket.socket) -> str:
+    """Return the name of a bound TCP socket in logs, such as `tcp:[fe80::1%eth0]:8080`."""
+    host, port, *rest = sock.getsockname()
+    return tcp_name(host, port, zone_name(rest[1] if rest else 0))
+
+
+def zone_name(scope: int) -> str:
+    """Return the name of the network interface with this number, the number if it has no name, or "" for 0."""
+    try:
+        return socket.if_indextoname(scope) if scope else ""
+    except OSError:
+        return str(scope)
+
+
+def cannot_listen(
+    family: socket.AddressFamily, host: str, port: int, error: OSError, interface: str = ""
+) -> ListenError:
+    """Return the error for an address that cannot be bound. `interface` is the host name that it was looked up for."""
+    of = ""
+    if error.errno == errno.EADDRNOTAVAIL and interface not in ("", host):
+        of = f"; {interface!r} stands for it, and every address of a host name is served, or none"
+    return ListenError(f"cannot listen on {address_name(host, port)}: {reason_of(error)}{of}")
+
+
+def close_all(sockets: list[socket.socket]) -> None:
+    """Close sockets."""
+    for sock in sockets:
+        sock.close()
+
+
+def lower_first(text: str | None) -> str:
+    """Return a reason as it is written within a line."""
+    return text[:1].lower() + text[1:] if text else "unknown error"
+
+
+def reason_of(error: OSError) -> str:
+    """Return what the system says about an error, as it is written within a line."""
+    return lower_first(error.strerror or str(error))  # some of Python's own have no errno
