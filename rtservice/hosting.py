@@ -34,7 +34,7 @@ from rtservice.settings import (
     TEXT,
     BadValueError,
     Kind,
-    Loaded,
+    LoadedSettings,
     SettingError,
     as_text,
     printable,
@@ -49,7 +49,7 @@ GROUP = "rtservice.protocols"
 ECHO_SETTINGS = ("greeting", "greet", "framing", "max-message")
 
 
-def resolve_options(loaded: Loaded, environment: Mapping[str, str], directory: str) -> tuple[OptionValue, ...]:
+def resolve_options(loaded: LoadedSettings, environment: Mapping[str, str], directory: str) -> tuple[OptionValue, ...]:
     """The options of the protocol with what their files and variables hold now; see `references.resolve`.
 
     Raises SettingError.
@@ -60,7 +60,7 @@ def resolve_options(loaded: Loaded, environment: Mapping[str, str], directory: s
         raise SettingError(f"{_where(loaded)}: {problem}") from None
 
 
-def make_factory(loaded: Loaded, *, options: Iterable[OptionValue], directory: str, processes: int = 1) -> Any:
+def make_factory(loaded: LoadedSettings, *, options: Iterable[OptionValue], directory: str, processes: int = 1) -> Any:
     """The factory of these settings, for one of so many processes that serve.
 
     `options` are those of `resolve_options`. Relative paths among their values begin in `directory`. Raises
@@ -87,7 +87,7 @@ def make_factory(loaded: Loaded, *, options: Iterable[OptionValue], directory: s
     return factory
 
 
-def _where(loaded: Loaded) -> str:
+def _where(loaded: LoadedSettings) -> str:
     return f"{loaded.where('protocol')} {printable(loaded.settings.protocol)}"
 
 

@@ -164,7 +164,7 @@ def _parse_networks(value: str) -> tuple[Network, ...]:
 
 
 @dataclass(frozen=True)
-class Least:
+class LevelRule:
     """The least level of the records of a namespace and what is below it."""
 
     namespace: str
@@ -177,8 +177,8 @@ class Least:
 _OURS = "rtservice"
 
 
-def _parse_levels(value: str) -> tuple[Least, ...]:
-    levels: dict[str, Least] = {_OURS: Least(_OURS, "info")}
+def _parse_levels(value: str) -> tuple[LevelRule, ...]:
+    levels: dict[str, LevelRule] = {_OURS: LevelRule(_OURS, "info")}
     given = set()
     for part in value.split(","):
         name, equals, word = part.strip().rpartition("=")
@@ -190,7 +190,7 @@ def _parse_levels(value: str) -> tuple[Least, ...]:
         if namespace in given:
             raise SettingError(f"{value!r} has two levels for {namespace}")
         given.add(namespace)
-        levels[namespace] = Least(namespace, word)  # type: ignore[arg-type]  # one of the words
+        levels[namespace] = LevelRule(namespace, word)  # type: ignore[arg-type]  # one of the words
     return tuple(levels.values())
 
 
@@ -509,7 +509,7 @@ class Settings:
         whole_number(1, 2**30),
         "Longest message of a framing, in bytes; a longer one closes its connection.",
     )
-    log_level: tuple[Least, ...] = _setting(
+    log_level: tuple[LevelRule, ...] = _setting(
         _parse_levels("info"),
         LEVELS,
         "Least level of rtservice's own records: `debug`, `info`, `warn`, `error` or `critical`; one record for each "
@@ -555,7 +555,7 @@ def shown(setting: Setting, in_force: Settings) -> str:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedSettings:
     """The settings in force, and by name where each came from.
 
     That is `command line`, `environment`, the file's name, or `default`.
@@ -594,7 +594,7 @@ def _option(name: str) -> str:
     return f"--{name}"
 
 
-def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config: str | None) -> Loaded:
+def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config: str | None) -> LoadedSettings:
     """The settings: the command line's over the environment's over those of the TOML file `config` over the defaults.
 
     The command line maps settings' names to texts, and of repeatable settings to sequences of them. Of the environment
@@ -639,7 +639,7 @@ def load(command_line: Mapping[str, Any], environment: Mapping[str, str], config
             given["protocol-option"] = _joined(values.get("protocol-option", ()), given["protocol-option"])
         values |= given
         sources |= dict.fromkeys(given, source)
-    return Loaded(Settings(**{name.replace("-", "_"): value for name, value in values.items()}), sources)
+    return LoadedSettings(Settings(**{name.replace("-", "_"): value for name, value in values.items()}), sources)
 
 
 # What a JSON array of strings cannot begin with.
@@ -793,7 +793,7 @@ def printable(text: str) -> str:
 # --- to a file, the README, and what a reload has to do ---
 
 
-def as_toml(loaded: Loaded) -> str:
+def as_toml(loaded: LoadedSettings) -> str:
     """A TOML file of these settings, each with where it came from; `load` reads the same settings from it.
 
     Values that may be secret are marked, and `load` does not take the mark: what is printed on a terminal ends in logs,

@@ -34,20 +34,20 @@ from rtservice.host.connections import COLUMNS
 from rtservice.host.counters import DURATIONS, LAGS
 from rtservice.host.credentials import Credentials, CredentialsError, resolve
 from rtservice.host.dry_run import problem_of
-from rtservice.host.server import Server, descriptors_for_side, raise_descriptor_limit, traceback_level
-from rtservice.host.side import Side
-from rtservice.host.supervisor import Plan, Supervisor
+from rtservice.host.server import Server, descriptors_for_status, raise_descriptor_limit, traceback_level
+from rtservice.host.status_server import StatusServer
+from rtservice.host.supervisor import Supervisor, WorkerSpec
 from rtservice.net import listeners
 from rtservice.net.description import TYPES, Description, ListenError, parse, unknown_type
 from rtservice.net.listener import Listener
 from rtservice.net.places import first_conflict
 from rtservice.net.tls import Files, Steps, TLSError, ignore_bad_names
 from rtservice.observe import logs
-from rtservice.observe.lines import Lines, Output, say_aside
+from rtservice.observe.lines import LineWriter, Output, say_aside
 from rtservice.observe.logfile import LogFile, check_file
 from rtservice.observe.logs import AccessLog, Format, Levels, Log
 from rtservice.references import OptionValue
-from rtservice.settings import CONFIG_VARIABLE, Loaded, SettingError, printable
+from rtservice.settings import CONFIG_VARIABLE, LoadedSettings, SettingError, printable
 from rtservice.suggestions import did_you_mean, nearest
 
 # Of a listener of --status, whose clients wait for a fraction of a second when there are many.
@@ -99,8 +99,8 @@ class Options(usage.Options):
         ),
     ]
 
-    loaded: Loaded
-    start: Start
+    loaded: LoadedSettings
+    start: StartReporter
     directory: str  # in which relative paths of a protocol's options begin
 
     def opt_version(self) -> None:
@@ -143,7 +143,7 @@ class Options(usage.Options):
 
     def postOptions(self) -> None:
         twistd: Any = self.parent or {}
-        self.start = Start(twistd)
+        self.start = StartReporter(twistd)
         if self.parent is not None:  # the command is this process's, and not that of a program that makes a service
             self.start.watch()
         _check_working_directory()
@@ -171,18 +171,18 @@ class Options(usage.Options):
         """The settings that the process starts with."""
         return self.loaded.settings
 
-    def reloaded(self) -> Loaded:
+    def reloaded(self) -> LoadedSettings:
         """The settings with what the file says now; raises SettingError."""
         given = {one.name: self[one.name] for one in settings.schema() if self.get(one.name) is not None}
         return settings.load(given, self._environment, self["config"])
 
-    def make_factory(self, loaded: Loaded, processes: int = 1) -> Any:
+    def make_factory(self, loaded: LoadedSettings, processes: int = 1) -> Any:
         """The factory of these settings, for one of so many processes; raises SettingError."""
         return hosting.make_factory(
             loaded, options=self.protocol_options(loaded), directory=self.directory, processes=processes
         )
 
-    def protocol_options(self, loaded: Loaded) -> tuple[OptionValue, ...]:
+    def protocol_options(self, loaded: LoadedSettings) -> tuple[OptionValue, ...]:
         """The options of the protocol with what their files hold now; raises SettingError."""
         return hosting.resolve_options(loaded, self._environment, self._started_in)
 
@@ -242,7 +242,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> Server | Sup
     twistd: Any = options.parent or {}
     signals.inherit_nothing()
     start = options.start
-    leave = _Leave(start)
+    leave = ExitWithStatus(start)
     atexit.register(leave)  # first, so that it is run last: a protocol may register something when it is imported
     # It may hold secrets, and what hosted code starts inherits the environment. A reload has a copy.
     os.environ.pop(settings.variable("protocol-option"), None)
@@ -273,12 +273,12 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> Server | Sup
     for listener in (*opened, *status):
         bound.callback(listener.close)
     start.prepare(credentials, log)
-    side = Side(log, status, descriptors_for_side(descriptors))
+    status_server = StatusServer(log, status, descriptors_for_status(descriptors))
     service: Server | Supervisor
     if slots > 1:
-        service = _serve_with_workers(options, opened, log, notifier, start, outputs, side)
+        service = _serve_with_workers(options, opened, log, notifier, start, outputs, status_server)
     else:
-        service = _serve_here(options, factory, opened, endpoints, log, notifier, start, outputs, side, leave)
+        service = _serve_here(options, factory, opened, endpoints, log, notifier, start, outputs, status_server, leave)
     _check_descriptors(slots, descriptors)
     leave.service, leave.outputs = service, outputs
     return service
@@ -291,19 +291,19 @@ def _serve_here(
     endpoints: list[tuple[str, Any]],
     log: Log,
     notifier: systemd.Notifier,
-    start: Start,
+    start: StartReporter,
     outputs: _Outputs,
-    side: Side,
-    leave: _Leave,
+    status_server: StatusServer,
+    leave: ExitWithStatus,
 ) -> Server:
-    reload = _Reload(options, log, side)
+    reload = _Reload(options, log, status_server)
     server = _Server(
         factory,
-        side=side,
+        status_server=status_server,
         dropped=outputs.dropped,
         listeners=opened,
         endpoints=endpoints,
-        live=worker.make_live(options.settings(), beside=side.descriptors),
+        live=worker.runtime_settings(options.settings(), beside=status_server.descriptors),
         log=log,
         notifier=notifier,
         listen_setting=options.loaded.where("listen"),
@@ -314,7 +314,7 @@ def _serve_here(
         record=None if outputs.access is None else AccessLog(outputs.access.put),
     )
     server.log_format = outputs.format
-    _serve_status(side, server, reload)
+    _serve_status(status_server, server, reload)
     return server
 
 
@@ -323,17 +323,17 @@ def _serve_with_workers(
     opened: list[Listener],
     log: Log,
     notifier: systemd.Notifier,
-    start: Start,
+    start: StartReporter,
     outputs: _Outputs,
-    side: Side,
+    status_server: StatusServer,
 ) -> Supervisor:
-    reload = _ReloadWorkers(options, log, opened, side)
+    reload = _ReloadWorkers(options, log, opened, status_server)
     try:
-        plan = _plan(options.loaded, opened, side, options)
+        plan = _spec(options.loaded, opened, status_server, options)
     except TLSError as error:  # it was well a moment ago
         raise SettingError(str(error)) from None
     supervisor = _Supervisor(
-        side=side,
+        status_server=status_server,
         dropped=outputs.dropped,
         listeners=opened,
         slots=_slots(options.settings()),
@@ -347,7 +347,7 @@ def _serve_with_workers(
         access=None if outputs.access is None else outputs.access.put,
     )
     supervisor.log_format = outputs.format
-    _serve_status(side, supervisor, reload)
+    _serve_status(status_server, supervisor, reload)
     return supervisor
 
 
@@ -358,15 +358,15 @@ def _interpreter_flags() -> list[str]:
     return flags
 
 
-def _serve_status(side: Side, service: Server | Supervisor, in_force: _Settings) -> None:
+def _serve_status(status_server: StatusServer, service: Server | Supervisor, in_force: _Settings) -> None:
     """Have the site of --status, if there is one, show this service."""
-    if side:
+    if status_server:
         from twisted.internet import reactor
 
-        from rtservice.observe.figures import Source
+        from rtservice.observe.figures import StatusSource
         from rtservice.observe.site import make_site
 
-        source = Source(
+        source = StatusSource(
             version=__version__,
             standing=lambda: (service.ready, service.standing),
             overview=service.overview,
@@ -378,7 +378,7 @@ def _serve_status(side: Side, service: Server | Supervisor, in_force: _Settings)
             durations=DURATIONS,
             lags=LAGS,
         )
-        side.factory = make_site(source, reactor)
+        status_server.factory = make_site(source, reactor)
 
 
 def _slots(in_force: settings.Settings) -> int:
@@ -386,9 +386,13 @@ def _slots(in_force: settings.Settings) -> int:
     return len(os.sched_getaffinity(0)) if in_force.workers is None else in_force.workers
 
 
-def _plan(
-    loaded: Loaded, opened: list[Listener], side: Side, options: Options, read: Mapping[object, Files] | None = None
-) -> Plan:
+def _spec(
+    loaded: LoadedSettings,
+    opened: list[Listener],
+    status_server: StatusServer,
+    options: Options,
+    read: Mapping[object, Files] | None = None,
+) -> WorkerSpec:
     """What workers are started with from now on. Raises TLSError and SettingError.
 
     `read` is what was read for the listeners, by their sources; without it, the files are read.
@@ -396,9 +400,9 @@ def _plan(
     in_force = loaded.settings
     given = options.protocol_options(loaded)
     described = worker.describe(loaded, opened, options=given, directory=options.directory, read=read or {})
-    shown = [*opened, *side.listeners] if in_force.watch_certificates else []
+    shown = [*opened, *status_server.listeners] if in_force.watch_certificates else []
     files = {file for listener in shown for file in listener.tls_files()}
-    return Plan(
+    return WorkerSpec(
         start=lambda slot, slots: {**described, "slot": slot, "slots": slots},
         drain_timeout=in_force.drain_timeout,
         hang_timeout=in_force.hang_timeout,
@@ -416,7 +420,7 @@ def _open_standard_descriptors() -> None:
 
 
 def _open(
-    loaded: Loaded, resolve_path: Callable[[str], str], slots: int
+    loaded: LoadedSettings, resolve_path: Callable[[str], str], slots: int
 ) -> tuple[list[Listener], list[tuple[str, Any]], list[Listener]]:
     """Every listener, bound, the endpoints that can only be bound later, and the listeners of --status.
 
@@ -446,7 +450,9 @@ def _open(
 _Listeners = list[tuple[str, listeners.Wanted]]
 
 
-def _read_listeners(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> tuple[_Listeners, _Listeners]:
+def _read_listeners(
+    loaded: LoadedSettings, resolve_path: Callable[[str], str], slots: int
+) -> tuple[_Listeners, _Listeners]:
     """What is to be listened on by this package, and for --status, with nothing opened. Raises SettingError."""
     in_force = loaded.settings
     wanted: _Listeners = []
@@ -475,11 +481,11 @@ def _read_listeners(loaded: Loaded, resolve_path: Callable[[str], str], slots: i
     return wanted, status
 
 
-def _described(loaded: Loaded, name: str, description: str) -> str:
+def _described(loaded: LoadedSettings, name: str, description: str) -> str:
     return f"{loaded.where(name)} {printable(hide_in_description(description))}"
 
 
-def _other_endpoints(loaded: Loaded, slots: int) -> Iterator[tuple[str, Any]]:
+def _other_endpoints(loaded: LoadedSettings, slots: int) -> Iterator[tuple[str, Any]]:
     """The descriptions that are Twisted's or a plugin's to understand, with their endpoints. Raises SettingError."""
     for description in loaded.settings.listen:
         with _naming(_described(loaded, "listen", description)):
@@ -497,7 +503,7 @@ def _check_places(wanted: _Listeners, status: _Listeners, *, look_up: bool = Tru
         raise SettingError(": ".join(conflict))
 
 
-def _check(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> None:
+def _check(loaded: LoadedSettings, resolve_path: Callable[[str], str], slots: int) -> None:
     """Find what _open would, without a socket that listens. Raises SettingError."""
     in_force = loaded.settings
     wanted, status = _read_listeners(loaded, resolve_path, slots)
@@ -515,7 +521,7 @@ def _check(loaded: Loaded, resolve_path: Callable[[str], str], slots: int) -> No
     _check_places(wanted, status)
 
 
-def _port_and_interface(loaded: Loaded) -> str:
+def _port_and_interface(loaded: LoadedSettings) -> str:
     given = loaded.settings
     interface = f" {loaded.where('interface')} {printable(given.interface)}" if given.interface else ""
     return f"{loaded.where('port')} {given.port}{interface}"
@@ -546,7 +552,7 @@ class _Settings:
         # Every address of this host is no host name, and not the `*` of --status-host, which is any name.
         return frozenset((*self._in_force.status_host, *([] if interface in ("", "*") else [interface])))
 
-    def _wanted(self) -> Loaded:
+    def _wanted(self) -> LoadedSettings:
         """What the file says now; raises SettingError."""
         wanted = self._options.reloaded()
         if any(name in _OF_LISTENERS for name in settings.changes(self._in_force, wanted.settings)[1]):
@@ -573,9 +579,9 @@ class _Settings:
 class _Reload(_Settings):
     """What SIGHUP does: everything that changed and can change while the service runs, or nothing at all."""
 
-    def __init__(self, options: Options, log: Log, side: Side) -> None:
+    def __init__(self, options: Options, log: Log, status_server: StatusServer) -> None:
         super().__init__(options, log)
-        self._side = side
+        self._status_server = status_server
 
     def __call__(self, server: Server) -> Steps[None]:
         """The steps of a reload; what they read is in force at once, when all of it was found to be right."""
@@ -589,7 +595,7 @@ class _Reload(_Settings):
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return
         adopted = adopt_certificates()
-        server.apply(worker.make_live(wanted, beside=self._side.descriptors))
+        server.apply(worker.runtime_settings(wanted, beside=self._status_server.descriptors))
         yield from adopted
         self._reloaded(wanted)
 
@@ -597,23 +603,23 @@ class _Reload(_Settings):
 class _ReloadWorkers(_Settings):
     """The same with workers, which are replaced: the plan for those to come."""
 
-    def __init__(self, options: Options, log: Log, opened: list[Listener], side: Side) -> None:
+    def __init__(self, options: Options, log: Log, opened: list[Listener], status_server: StatusServer) -> None:
         super().__init__(options, log)
         self._opened = opened
-        self._side = side
+        self._status_server = status_server
 
-    def __call__(self) -> Steps[Plan | None]:
+    def __call__(self) -> Steps[WorkerSpec | None]:
         """The steps of a reload, which give the plan."""
         try:
             wanted = self._wanted().settings
             # Workers read what their listeners show from the plan; what is said of it is said here.
             read: dict[object, Files] = {}
-            served = [*((listener, None) for listener in self._opened), *self._side.served()]
+            served = [*((listener, None) for listener in self._opened), *self._status_server.served()]
             adopt = yield from renewing(served, read)
             live, _ = settings.changes(self._in_force, wanted)
             changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
-            loaded = Loaded(dataclasses.replace(self._in_force, **changed), self._options.loaded.sources)
-            plan = _plan(loaded, self._opened, self._side, self._options, read)
+            loaded = LoadedSettings(dataclasses.replace(self._in_force, **changed), self._options.loaded.sources)
+            plan = _spec(loaded, self._opened, self._status_server, self._options, read)
         except (SettingError, ListenError, TLSError) as problem:
             self._log.error("nothing is reloaded: {problem}", problem=problem)
             return None
@@ -630,14 +636,14 @@ class _Outputs:
     else `--logger` or `--syslog` asks for is left alone.
     """
 
-    def __init__(self, loaded: Loaded, twistd: Any, resolve_path: Callable[[str], str], log: Log) -> None:
+    def __init__(self, loaded: LoadedSettings, twistd: Any, resolve_path: Callable[[str], str], log: Log) -> None:
         self.format: Format | None = None
-        self.access: Lines | None = None
-        self._lines: list[Lines] = []
+        self.access: LineWriter | None = None
+        self._lines: list[LineWriter] = []
         # Who reads standard output reads standard error, most likely.
         self._aside: Callable[[str], None] | None = say_aside
         chosen = twistd.get("logger")
-        main: Lines | None = None
+        main: LineWriter | None = None
         if isinstance(chosen, Format) or ("logger" in twistd and chosen is None and not twistd["syslog"]):
             log_format = chosen or logs.classic
             self.format = None if chosen else log_format
@@ -677,10 +683,10 @@ class _Outputs:
             raise SettingError("a daemon has no standard output")
         return logs.standard_output()
 
-    def _start(self, output: Output) -> Lines:
+    def _start(self, output: Output) -> LineWriter:
         from twisted.internet import reactor
 
-        lines = Lines(output, aside=self._aside)
+        lines = LineWriter(output, aside=self._aside)
         lines.start(reactor)
         self._lines.append(lines)
         return lines
@@ -738,7 +744,7 @@ class _Supervisor(_Logged, Supervisor):
     """A Supervisor for twistd."""
 
 
-class Start:
+class StartReporter:
     """A start, from the options to the service that serves. What fails meanwhile ends the process with one line.
 
     What Twisted does between `makeService` and the reactor may raise, too, and would be a traceback: `watch` has it
@@ -852,7 +858,7 @@ def _naming(setting: str) -> Iterator[None]:
         raise SettingError(f"{setting}: {error}") from None
 
 
-def _check_other_types(loaded: Loaded, slots: int) -> None:
+def _check_other_types(loaded: LoadedSettings, slots: int) -> None:
     """Find the descriptions of a type that nobody knows, and those that exclude workers. Raises SettingError."""
     for description in loaded.settings.listen:
         with _naming(_described(loaded, "listen", description)):
@@ -1065,13 +1071,13 @@ def _credentials(twistd: Any, log: Log) -> Credentials:
         raise SettingError(str(error)) from None
 
 
-class _Leave:
+class ExitWithStatus:
     """Ends the process with the status of its service, if that is not 0: twistd's is 0, whatever stops its reactor."""
 
     service: Server | Supervisor | None = None
     outputs: _Outputs | None = None
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: StartReporter) -> None:
         self._start = start
 
     def __call__(self) -> None:

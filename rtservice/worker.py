@@ -33,7 +33,7 @@ from rtservice.host.control import (
     SupervisorMessages,
     encode,
 )
-from rtservice.host.server import Live, Server, default_max_connections, raise_descriptor_limit
+from rtservice.host.server import RuntimeSettings, Server, default_max_connections, raise_descriptor_limit
 from rtservice.host.signals import inherit_nothing
 from rtservice.host.slices import in_slices
 from rtservice.host.worker_messages import (
@@ -70,7 +70,7 @@ _LAST_WORDS = 5.0
 # --- what tap uses too: from settings to what the host takes ---
 
 
-def make_live(in_force: settings.Settings, *, slot: int = 0, slots: int = 1, beside: int = 0) -> Live:
+def runtime_settings(in_force: settings.Settings, *, slot: int = 0, slots: int = 1, beside: int = 0) -> RuntimeSettings:
     """What may change while the service runs, as the host takes it; of `slots` processes, this one's share.
 
     The descriptor limit is each process's own; `beside` descriptors of it are reserved for the status server.
@@ -79,7 +79,7 @@ def make_live(in_force: settings.Settings, *, slot: int = 0, slots: int = 1, bes
     """
     descriptors = raise_descriptor_limit()
     total = in_force.max_connections
-    return Live(
+    return RuntimeSettings(
         limits=Limits(
             max_connections=(
                 default_max_connections(descriptors, beside) if total is None else share(total, slot, slots)
@@ -110,7 +110,7 @@ def share(total: int, slot: int, slots: int) -> int:
 
 
 def describe(
-    loaded: settings.Loaded,
+    loaded: settings.LoadedSettings,
     listeners: list[Listener],
     *,
     options: Iterable[OptionValue],
@@ -230,13 +230,13 @@ class Worker(Protocol):
         elif word == "share":
             self._slots = value
             if self._server is not None:
-                self._server.apply(make_live(self._settings, slot=self._slot, slots=value))
+                self._server.apply(runtime_settings(self._settings, slot=self._slot, slots=value))
         elif word == "drain":
             if "own" in value:  # the supervisor has removed the files; what has their names is a successor's
                 self._files.clear()
             self._drain(value)
         elif word == "hurry":
-            self._hurry()
+            self._abort_drain()
         elif word == "rows" and self._server is not None:
             rows = self._server.connections.rows(value["sort"], value["count"])
             rows.addErrback(self._no_rows)
@@ -251,7 +251,7 @@ class Worker(Protocol):
             rows = rows[: len(rows) // 2]
         self.transport.write(message)
 
-    def _tell(self, word: str, value: object = None) -> None:
+    def _send_message(self, word: str, value: object = None) -> None:
         self.transport.write(encode(word, value))
 
     def connectionLost(self, reason: object = None) -> None:
@@ -308,7 +308,7 @@ class Worker(Protocol):
 
     def _serve(self, given: dict[str, Any]) -> Steps[None]:
         self._settings = settings.load(given["settings"], {}, None).settings
-        loaded = settings.Loaded(self._settings, given["sources"])
+        loaded = settings.LoadedSettings(self._settings, given["sources"])
         self._slot, self._slots = given["slot"], given["slots"]
         self._levels.change(levels(self._settings))
         self._log = Log(self._levels, globalLogPublisher)
@@ -327,7 +327,7 @@ class Worker(Protocol):
             factory,
             listeners=self._listeners,
             endpoints=[],
-            live=make_live(self._settings, slot=self._slot, slots=self._slots),
+            live=runtime_settings(self._settings, slot=self._slot, slots=self._slots),
             log=self._log,
             report=self._started,
             stop=self._end,
@@ -341,18 +341,18 @@ class Worker(Protocol):
 
     def _started(self, problem: str | None) -> None:
         if problem is None:
-            self._tell("ready")
+            self._send_message("ready")
         else:
             self._failed(problem)
 
     def _failed(self, problem: str) -> None:
         self.status = 1
-        self._tell("failed", shortened(problem, LONGEST_PROBLEM))
+        self._send_message("failed", shortened(problem, LONGEST_PROBLEM))
         self._end()
 
     def leave(self) -> None:
         """Ask to be replaced. Called for SIGTERM: a supervisor that wants it to end says so."""
-        self._tell("leave")
+        self._send_message("leave")
 
     def _beat(self) -> None:
         assert self._server is not None
@@ -362,7 +362,7 @@ class Worker(Protocol):
         changed |= dict.fromkeys(told.keys() - counters.keys(), 0)
         names = list(changed)
         for place in range(0, len(names) or 1, MOST_COUNTERS):
-            self._tell("beat", {name: changed[name] for name in names[place : place + MOST_COUNTERS]})
+            self._send_message("beat", {name: changed[name] for name in names[place : place + MOST_COUNTERS]})
         self._told = counters
 
     def _drain(self, finish: list[str]) -> None:
@@ -376,11 +376,11 @@ class Worker(Protocol):
             listener.shared = kind not in finish
         self._server.stopService().addBoth(self._drained)
 
-    def _hurry(self) -> None:
+    def _abort_drain(self) -> None:
         if self._server is None:
             self._give_up()
         else:
-            self._server.hurry()
+            self._server.abort_drain()
 
     def _give_up(self) -> None:
         """End before anything is served."""

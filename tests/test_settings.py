@@ -16,7 +16,7 @@ from rtservice.settings import (
     LEVELS,
     NETWORKS,
     SHIPPED,
-    Loaded,
+    LoadedSettings,
     SettingError,
     Settings,
     as_text,
@@ -492,7 +492,7 @@ def test_options_of_a_hosted_protocol_are_shown_by_their_names() -> None:
     in_force = Settings(protocol="mine:Factory", protocol_option=HOSTED)
     values = {setting.name: shown(setting, in_force) for setting in schema()}
     assert values["protocol-option"] == "limit, password, key, token, at"
-    assert "hunter2" not in repr(in_force) + repr(Loaded(in_force, {}))
+    assert "hunter2" not in repr(in_force) + repr(LoadedSettings(in_force, {}))
     for protocol in SHIPPED:
         in_force = Settings(protocol=protocol, protocol_option=("greeting=hi",))
         assert {shown(setting, in_force) for setting in schema()} > {"greeting=hi"}
@@ -565,7 +565,7 @@ def test_arguments_of_other_listeners_are_hidden_wherever_they_are_shown(config)
 )
 def test_the_printed_settings_read_back_to_the_same(config, in_force) -> None:
     sources = {setting.name: "environment" for setting in schema()}
-    printed = as_toml(Loaded(in_force, sources))
+    printed = as_toml(LoadedSettings(in_force, sources))
     assert load({}, {}, config(printed)).settings == in_force
     assert all(line.endswith("  # environment") for line in printed.splitlines())
 

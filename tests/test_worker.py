@@ -26,7 +26,7 @@ from rtservice.host.worker_messages import Record, Records, WorkerMessages
 from rtservice.net.listener import Listener
 from rtservice.net.listeners import open_description
 from rtservice.net.tls import Steps, TLSError, finish
-from rtservice.worker import Worker, describe, make_live, share
+from rtservice.worker import Worker, describe, runtime_settings, share
 
 DEFAULTS = settings.load({}, {}, None)
 
@@ -50,24 +50,24 @@ def test_the_shares_of_a_total_are_the_total_or_one_each(total, slots) -> None:
 @pytest.mark.parametrize("slots", [1, 3, 4])
 def test_limits_are_divided_among_workers_as_the_documentation_says(slots) -> None:
     in_force = dataclasses.replace(settings.Settings(), max_connections=10, max_connections_per_peer=10)
-    limits = [make_live(in_force, slot=slot, slots=slots).limits for slot in range(slots)]
+    limits = [runtime_settings(in_force, slot=slot, slots=slots).limits for slot in range(slots)]
     assert sum(one.max_connections for one in limits) == 10
     assert {one.max_connections_per_peer for one in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
 
 
 def test_no_limit_for_each_peer_stays_none() -> None:
-    assert make_live(settings.Settings(), slot=1, slots=3).limits.max_connections_per_peer == 0
+    assert runtime_settings(settings.Settings(), slot=1, slots=3).limits.max_connections_per_peer == 0
 
 
 def test_the_descriptor_limit_is_each_process_s_own() -> None:
-    whole = make_live(settings.Settings()).limits.max_connections
-    assert make_live(settings.Settings(), slot=1, slots=3).limits.max_connections == whole
+    whole = runtime_settings(settings.Settings()).limits.max_connections
+    assert runtime_settings(settings.Settings(), slot=1, slots=3).limits.max_connections == whole
 
 
 def test_certificates_are_watched_by_the_supervisor_where_there_is_one() -> None:
     in_force = dataclasses.replace(settings.Settings(), watch_certificates=True)
-    assert make_live(in_force).watch_certificates
-    assert not make_live(in_force, slot=0, slots=2).watch_certificates
+    assert runtime_settings(in_force).watch_certificates
+    assert not runtime_settings(in_force, slot=0, slots=2).watch_certificates
 
 
 # --- from a supervisor's listeners to a worker's ---
@@ -340,7 +340,7 @@ def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading)
     made, _, reactor = loading
     made.dataReceived(encode("share", 5))
     reactor.pump([0.1] * 10)
-    assert made._server.live == make_live(settings.Settings(), slot=0, slots=5)
+    assert made._server.live == runtime_settings(settings.Settings(), slot=0, slots=5)
     made.dataReceived(encode("drain", []))
     reactor.pump([1] * 5)
 

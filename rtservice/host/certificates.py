@@ -15,7 +15,7 @@ from rtservice.net.crl import RevocationLists
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
 from rtservice.net.port import Port
-from rtservice.net.tls import Certificate, Files, Loaded, Made, Steps, fingerprinting
+from rtservice.net.tls import Certificate, Files, LoadedTLS, Made, Steps, fingerprinting
 
 # Of one certificate, in its line of the log, and characters of a name (255 bytes in RFC 1035, section 2.3.4); and of a
 # directory of them.
@@ -129,7 +129,7 @@ def renewing(
     for reading in range(_READINGS):
         before = yield from _fingerprints(pairs)
         try:
-            loaded: dict[object, Loaded | None] = {}  # by source, which the listeners of one description share
+            loaded: dict[object, LoadedTLS | None] = {}  # by source, which the listeners of one description share
             for listener, _ in pairs:
                 if listener.source not in loaded:
                     files = Files()

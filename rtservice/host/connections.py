@@ -24,7 +24,7 @@ from twisted.python.failure import Failure
 from zope.interface import alsoProvides
 
 from rtservice.counted import counted
-from rtservice.host.counters import Tally, add
+from rtservice.host.counters import ListenerStats, add
 from rtservice.host.sparse import Sparse
 from rtservice.interfaces import IDrainable
 from rtservice.net.address import peer_name
@@ -146,11 +146,11 @@ class Connections:
         self._seconds = monotonic
         self.limits = limits
         # In the order of their arrival. Their phase says how far they are: see `net.connection.Connection`.
-        self.open: dict[Any, Tally] = {}
+        self.open: dict[Any, ListenerStats] = {}
         self.ports: list[Any] = []  # what pauses at the limit
         self.ended = self.aborted = 0  # all that have ended; those of them that were aborted, by whomever
         self.refused = dict.fromkeys(REFUSALS, 0)
-        self._tallies: dict[str, Tally] = {}  # by listener
+        self._tallies: dict[str, ListenerStats] = {}  # by listener
         self.when_empty: Callable[[], None] | None = None
         self._peers: dict[Hashable, int] = {}
         self._paused = False
@@ -389,10 +389,10 @@ class Connections:
 
     # --- what is counted: see `host.counters` ---
 
-    def _tally(self, listener: str) -> Tally:
+    def _tally(self, listener: str) -> ListenerStats:
         tally = self._tallies.get(listener)
         if tally is None:
-            tally = self._tallies[listener] = Tally()
+            tally = self._tallies[listener] = ListenerStats()
         return tally
 
     def counters(self) -> dict[str, int]:
@@ -445,7 +445,7 @@ class Connections:
             found |= tally.counters(name)
         names = {tally: name for name, tally in self._tallies.items()}
         moved = {tally: [0, 0] for tally in names}
-        phases: dict[Tally, dict[str, int]] = {tally: {} for tally in names}
+        phases: dict[ListenerStats, dict[str, int]] = {tally: {} for tally in names}
         # Two lists, since a list of many pairs would have the garbage collector look at every object.
         opened, tallies = list(self.open), list(self.open.values())
         for start in range(0, len(opened), SLICE):

@@ -201,7 +201,7 @@ class Histogram:
         return found
 
 
-class Tally:
+class ListenerStats:
     """What one listener's connections came to: a few additions for each connection, none for a message."""
 
     __slots__ = ("bytes_in", "bytes_out", "closed", "durations", "handshake_failed", "opened", "refused")

@@ -18,14 +18,14 @@ from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from rtservice.counted import counted
-from rtservice.host.blocked import Watch
 from rtservice.host.certificates import certificates_of, logging_certificates, renewing
 from rtservice.host.connections import Connections, Limits, Record
 from rtservice.host.counters import Lag, factory_counters, process_counters
 from rtservice.host.orphans import Reaper
-from rtservice.host.side import Side
 from rtservice.host.signals import Repeats, release
 from rtservice.host.slices import in_slices
+from rtservice.host.stall import StallDetector
+from rtservice.host.status_server import StatusServer
 from rtservice.host.systemd import Notifier
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
 from rtservice.net.description import ListenError
@@ -93,7 +93,7 @@ _MOVES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Live:
+class RuntimeSettings:
     """What may change while the process serves: see Limits; and, in seconds, how long handshakes and a drain take."""
 
     limits: Limits
@@ -119,7 +119,7 @@ def _left_for_connections(descriptors: int) -> int:
 def default_max_connections(descriptors: int, beside: int = 0) -> int:
     """How many connections a limit of descriptors allows, which can be unlimited (RLIM_INFINITY is -1).
 
-    `beside` descriptors are reserved for a Side, or half of all, where there are few.
+    `beside` descriptors are reserved for a StatusServer, or half of all, where there are few.
     """
     if descriptors == resource.RLIM_INFINITY:
         return 10_000_000
@@ -127,8 +127,8 @@ def default_max_connections(descriptors: int, beside: int = 0) -> int:
     return max(1, left - min(beside, left // 2))
 
 
-def descriptors_for_side(descriptors: int) -> int | None:
-    """The most descriptors that a Side may use within a limit, as default_max_connections has it; None for any."""
+def descriptors_for_status(descriptors: int) -> int | None:
+    """Return how many descriptors of a limit the status server may use, or None for any number."""
     return None if descriptors == resource.RLIM_INFINITY else _left_for_connections(descriptors) // 2
 
 
@@ -147,9 +147,9 @@ class Server(Service):
     `check` is called before anything is served, and gives such a line if that must not be. With `reload`, the process's
     signals are the service's: SIGTERM and SIGINT drain and a second one ends that, SIGHUP takes the steps that it
     gives, in slices, between which clients are served. What ends the process is `stop`, or else the reactor's. With
-    `announce`, it logs what it listens on and which certificates it shows. `record` is as in Connections. `side` is
-    served too, from the start to the very end. `dropped` gives how many log records nobody took. `leave` ends the
-    process as it is, with its `exit_status`.
+    `announce`, it logs what it listens on and which certificates it shows. `record` is as in Connections.
+    `status_server` serves from the start to the very end. `dropped` gives how many log records nobody took. `leave`
+    ends the process at once, with its `exit_status`.
     """
 
     name = "rtservice"
@@ -160,7 +160,7 @@ class Server(Service):
         *,
         listeners: list[Listener],
         endpoints: list[tuple[str, Any]],
-        live: Live,
+        live: RuntimeSettings,
         log: Logger,
         listen_setting: str = "--listen",
         notifier: Notifier | None = None,
@@ -170,7 +170,7 @@ class Server(Service):
         stop: Callable[[], None] | None = None,
         announce: bool = True,
         record: Record | None = None,
-        side: Side | None = None,
+        status_server: StatusServer | None = None,
         dropped: Callable[[], int] = lambda: 0,
         leave: Callable[[], None] = lambda: None,
     ) -> None:
@@ -193,9 +193,9 @@ class Server(Service):
         self._reload = reload
         self._stop_process = stop
         self._announce = announce
-        self._side = Side(log) if side is None else side
+        self._status_server = StatusServer(log) if status_server is None else status_server
         self._certificates_seen: object = [
-            listener.initial_fingerprint for listener in (*listeners, *self._side.listeners)
+            listener.initial_fingerprint for listener in (*listeners, *self._status_server.listeners)
         ]
         self._slices: Deferred[None] | None = None  # a reload, or a look at the certificates, that is under way
         self._dropped = dropped
@@ -216,7 +216,7 @@ class Server(Service):
         self._drained: Deferred[None] | None = None
         self._starting: Deferred[None] | None = None
         self._started_factory = False
-        self._blocked = Watch(log)
+        self._blocked = StallDetector(log)
 
     # --- start ---
 
@@ -253,7 +253,7 @@ class Server(Service):
 
     def fail(self, problem: str) -> None:
         """End the process: it cannot serve all that it was asked to."""
-        self._tell(problem)
+        self._send_message(problem)
         self.exit_status = 1
         self._hurried = True  # nothing keeps half a service running
         self._stop_reactor()
@@ -266,7 +266,7 @@ class Server(Service):
 
     def _cannot_start(self, problem: str) -> StartError:
         """What to raise before the reactor runs."""
-        self._tell(problem)
+        self._send_message(problem)
         self.abandon()
         return StartError(problem)
 
@@ -274,7 +274,7 @@ class Server(Service):
         """Close the sockets and remove their files: the process ends, and has never served."""
         self._close_listeners()
 
-    def _tell(self, problem: str) -> None:
+    def _send_message(self, problem: str) -> None:
         self._log.critical("cannot start: {problem}", problem=problem)
         self._reported(problem)
 
@@ -307,7 +307,7 @@ class Server(Service):
         try:
             if self._reload is not None:
                 self._reaper.start(self.reactor)
-            self._side.start(self.reactor)
+            self._status_server.start(self.reactor)
             self._lag.start(self.reactor)
             self._warn_of_descriptors()
         except BaseException:  # the reactor would log it, and go on
@@ -489,7 +489,7 @@ class Server(Service):
         elif self.live.watch_certificates and self._slices is None:
             self._take(self._look_at_certificates(), "a look at the certificates")
 
-    def apply(self, live: Live) -> None:
+    def apply(self, live: RuntimeSettings) -> None:
         """Serve by these from now on."""
         self.live = live
         self._warn_of_descriptors()
@@ -551,7 +551,7 @@ class Server(Service):
         That gives the steps that log them and free those of before. Raises ListenError, and nothing has changed.
         """
         self._certificates_seen = yield from self._fingerprinting()
-        served = [*zip(self._listeners, self.connections.ports, strict=True), *self._side.served()]
+        served = [*zip(self._listeners, self.connections.ports, strict=True), *self._status_server.served()]
         adopt = yield from renewing(served)
 
         # Not a generator, which would do nothing before its first step.
@@ -563,7 +563,7 @@ class Server(Service):
 
     def _fingerprinting(self) -> Steps[object]:
         found = []
-        for listener in (*self._listeners, *self._side.listeners):
+        for listener in (*self._listeners, *self._status_server.listeners):
             found.append((yield from fingerprinting(listener.tls_files())))
         return found
 
@@ -602,9 +602,9 @@ class Server(Service):
             self._log.info("{signal}: not waiting any longer", signal=name)
             # As shells say it: it did not end on its own terms.
             self.exit_status = self.exit_status or 128 + number
-            self.hurry()
+            self.abort_drain()
 
-    def hurry(self) -> None:
+    def abort_drain(self) -> None:
         """End a drain now: what is still open is aborted."""
         self._hurried = True
         self._wake()
@@ -734,7 +734,7 @@ class Server(Service):
         self._log.failure("a listener failed to stop", failure)
 
     def _close_listeners(self) -> None:
-        self._side.stop()
+        self._status_server.stop()
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             self._remove_file(listener)

@@ -38,9 +38,9 @@ from rtservice.host.orphans import Reaper
 from rtservice.host.printed import Line, PrintedLines
 from rtservice.host.published import as_event
 from rtservice.host.server import StartError, one_line, traceback_level
-from rtservice.host.side import Side
 from rtservice.host.signals import Repeats, release
 from rtservice.host.slices import in_slices
+from rtservice.host.status_server import StatusServer
 from rtservice.host.systemd import Notifier
 from rtservice.host.worker_messages import (
     Access,
@@ -111,7 +111,7 @@ _MOVES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class WorkerSpec:
     """What a generation of workers is started with.
 
     `start` makes the value of a worker's `start` message, of its slot and the number of slots. `drain_timeout`,
@@ -131,23 +131,23 @@ def backoff(deaths: int, jitter: float) -> float:
     return min(_BACKOFF_MOST, _BACKOFF_LEAST * 2.0 ** min(deaths - 1, 20)) * (0.75 + jitter / 2)
 
 
-class _Question:
+class PendingQuery:
     """What workers were asked, and have answered so far."""
 
     def __init__(self) -> None:
-        self.waiting: list[Worker] = []
-        self.missing: list[Worker] = []  # which are not waited for
+        self.waiting: list[WorkerProcess] = []
+        self.missing: list[WorkerProcess] = []  # which are not waited for
         self.rows: list[list[Any]] = []
         self.answer: Deferred[tuple[list[list[Any]], list[int]]] = Deferred()
         self.deadline: Any = None
 
 
-class Worker(ProcessProtocol):
+class WorkerProcess(ProcessProtocol):
     """One process of a slot, from its spawning to its end."""
 
     transport: Any  # IProcessTransport leaves out half of what Twisted's processes have
 
-    def __init__(self, supervisor: Supervisor, slot: Slot, plan: Plan) -> None:
+    def __init__(self, supervisor: Supervisor, slot: Slot, plan: WorkerSpec) -> None:
         self.supervisor = supervisor
         self.slot = slot
         self.plan = plan
@@ -213,7 +213,7 @@ class Worker(ProcessProtocol):
 
     # --- to it ---
 
-    def tell(self, word: str, value: object = None) -> None:
+    def send(self, word: str, value: object = None) -> None:
         """Send a message."""
         if self._listens:
             self.transport.writeToChild(CONTROL_IN, encode(word, value))
@@ -224,21 +224,21 @@ class Worker(ProcessProtocol):
             return False
         self._asked_at[number] = self.supervisor.reactor.seconds()
         self._messages.ask(number, count)
-        self.tell("rows", {"id": number, "sort": sort, "count": count})
+        self.send("rows", {"id": number, "sort": sort, "count": count})
         return True
 
-    def hurry(self) -> None:
+    def abort_drain(self) -> None:
         """Have it end its drain now, or be killed."""
         if not self._hurried:
             self._hurried = True
-            self.tell("hurry")
+            self.send("hurry")
         self.end_in(_HURRY)
 
     def drain(self, finish: tuple[str, ...] = ()) -> None:
         """Have it end, when the queues of these kinds of its sockets are served."""
         if self.phase in (Phase.STARTING, Phase.READY):
             self.move(Phase.DRAINING)
-            self.tell("drain", finish)
+            self.send("drain", finish)
             self.end_in(self.plan.drain_timeout + _KILL_AFTER)
 
     def end_in(self, seconds: float) -> None:
@@ -261,13 +261,13 @@ class Worker(ProcessProtocol):
         with contextlib.suppress(ProcessExitedAlready):  # what it has written is still being read
             self.transport.signalProcess(number)
 
-    def excuse(self, seconds: float) -> None:
+    def extend_deadline(self, seconds: float) -> None:
         """Do not hold it against it that it was not heard for so long."""
         self.heard += seconds
         self.began += seconds
         self._asked_at = {number: when + seconds for number, when in self._asked_at.items()}
 
-    def look(self, now: float) -> None:
+    def check_health(self, now: float) -> None:
         """See whether it is alive. Called once in a beat."""
         for intake in self._intakes.values():
             intake.beat()
@@ -377,9 +377,9 @@ class Slot:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.worker: Worker | None = None
-        self.successor: Worker | None = None
-        self.old: list[Worker] = []
+        self.worker: WorkerProcess | None = None
+        self.successor: WorkerProcess | None = None
+        self.old: list[WorkerProcess] = []
         self.deaths = 0  # in a row
         self.respawn: Any = None  # the delayed call that spawns the next worker
         self.leaving = False
@@ -387,7 +387,7 @@ class Slot:
         self.replacements = 0
         self.replace_after = 0.0
 
-    def workers(self) -> list[Worker]:
+    def workers(self) -> list[WorkerProcess]:
         """Every process of the slot."""
         return [worker for worker in (self.worker, self.successor, *self.old) if worker is not None]
 
@@ -405,8 +405,8 @@ class Supervisor(Service):
 
     `listeners` have a socket for each slot where they can (Listener.slot_sockets). `command` starts a worker. `access`
     takes a line that a worker has for the access log; one that has none is not to be sent any. `report`, `check`,
-    `notifier`, `side` and `dropped` are as in Server. `reload` gives the steps, which are taken in slices, to the Plan
-    of the next generation, or to None if nothing can be reloaded, which it has logged then.
+    `notifier`, `status_server` and `dropped` are as in Server. `reload` gives the steps, which are taken in slices, to
+    the WorkerSpec of the next generation, or to None if nothing can be reloaded, which it has logged then.
 
     Signals: SIGTERM and SIGINT drain, and a second one ends that; SIGHUP reloads; SIGTTIN adds a slot and SIGTTOU
     removes one.
@@ -419,15 +419,15 @@ class Supervisor(Service):
         *,
         listeners: list[Listener],
         slots: int,
-        plan: Plan,
+        plan: WorkerSpec,
         command: list[str],
         log: Logger,
         notifier: Notifier,
         report: Callable[[str | None], None],
         check: Callable[[], str | None],
-        reload: Callable[[], Steps[Plan | None]],
+        reload: Callable[[], Steps[WorkerSpec | None]],
         access: Callable[[str], None] | None = None,
-        side: Side | None = None,
+        status_server: StatusServer | None = None,
         dropped: Callable[[], int] = lambda: 0,
     ) -> None:
         self.log = log
@@ -439,17 +439,17 @@ class Supervisor(Service):
         self._names: dict[int, SlotNames] = {}  # by slot
         self._starts: dict[int, int] = {}  # by slot
         self._exits: dict[int, dict[str, int]] = {}  # by slot and reason
-        self._questions: dict[int, _Question] = {}
+        self._pending_queries: dict[int, PendingQuery] = {}
         self._asked = 0
         self._lag = Lag()
-        self._side = Side(log) if side is None else side
+        self._status_server = StatusServer(log) if status_server is None else status_server
         self._dropped = dropped
         self._started = time.time()
         self._listeners = listeners
         self.listener_names = frozenset(listener.name for listener in listeners)
         self.logs_access = access is not None
         self._wanted = slots
-        self._plan = plan
+        self._spec = plan
         self._command = command
         self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._notifier = notifier
@@ -499,7 +499,7 @@ class Supervisor(Service):
         for listener in self._listeners:
             self._remove_file(listener)
             listener.close()
-        self._side.stop()
+        self._status_server.stop()
 
     def _on_signal(self, number: int, action: Callable[[], None]) -> None:
         signal.signal(number, lambda number, frame: self.reactor.callFromThread(action))
@@ -522,7 +522,7 @@ class Supervisor(Service):
         self._looking.clock = self._watchdog.clock = self.reactor
         self._looking.start(BEAT, now=False)
         self._looked = self.reactor.seconds()
-        self._side.start(self.reactor)
+        self._status_server.start(self.reactor)
         self._lag.start(self.reactor)
         if self.start_deadline > _START_DEADLINE:  # the manager's own deadline is meant for an interpreter, too
             self._notifier.extend_timeout(self.start_deadline)
@@ -532,9 +532,9 @@ class Supervisor(Service):
                 self.fail(self._refusal)
                 return
 
-    def _spawn(self, slot: Slot) -> Worker | None:
+    def _spawn(self, slot: Slot) -> WorkerProcess | None:
         """A new process for a slot; None when there can be none, which is logged, or ends a start."""
-        worker = Worker(self, slot, self._plan)
+        worker = WorkerProcess(self, slot, self._spec)
         try:
             self._spawn_process(worker)
         except OSError as problem:
@@ -544,10 +544,10 @@ class Supervisor(Service):
                 self.log.error("slot {slot}: {problem}", slot=slot.number, problem=self._refusal)
             return None
         add(self._starts, {slot.number: 1})
-        worker.tell("start", self._plan.start(slot.number, len(self.slots)))
+        worker.send("start", self._spec.start(slot.number, len(self.slots)))
         return worker
 
-    def _spawn_process(self, worker: Worker) -> None:
+    def _spawn_process(self, worker: WorkerProcess) -> None:
         with open(os.devnull, "rb") as nothing:
             descriptors: dict[int, Any] = {0: nothing.fileno(), 1: "r", 2: "r", CONTROL_IN: "w", CONTROL_OUT: "r"}
             for place, listener in enumerate(self._listeners):
@@ -556,7 +556,7 @@ class Supervisor(Service):
 
     # --- what workers do ---
 
-    def worker_ready(self, worker: Worker) -> None:
+    def worker_ready(self, worker: WorkerProcess) -> None:
         """It serves."""
         slot = worker.slot
         if slot.successor is worker:
@@ -575,9 +575,9 @@ class Supervisor(Service):
             self._reported(None)
             # With the reload that was asked for meanwhile after it.
             self._take(logging_certificates(self.log, self._listeners), "logging the certificates")
-        self._go_on()
+        self._reconcile()
 
-    def worker_leaves(self, worker: Worker) -> None:
+    def worker_leaves(self, worker: WorkerProcess) -> None:
         """It was asked to end, and can be replaced first."""
         slot = worker.slot
         if worker is slot.worker and slot.ready and slot.successor is None and slot not in self._rolling:
@@ -600,7 +600,7 @@ class Supervisor(Service):
         self.replace([slot])
         return True
 
-    def worker_gone(self, worker: Worker, reason: Failure) -> None:
+    def worker_gone(self, worker: WorkerProcess, reason: Failure) -> None:
         """Its process has ended."""
         slot = worker.slot
         self._count(worker, reason)
@@ -611,7 +611,7 @@ class Supervisor(Service):
         elif worker is slot.successor:
             slot.successor = None
             # Unless that was for a plan that is not wanted any more.
-            if self._stopped is None and worker.plan is self._plan:
+            if self._stopped is None and worker.plan is self._spec:
                 self._stop_rolling(f"{worker} cannot take over: {worker.problem or how}")
         elif worker is slot.worker:
             slot.worker, slot.successor = slot.successor, None
@@ -622,9 +622,9 @@ class Supervisor(Service):
             elif slot.worker is None:
                 slot.leaving = False  # it was not served to its end, and leaves once it has a worker
                 self._respawn_later(slot, worker)
-        self._go_on()
+        self._reconcile()
 
-    def _count(self, worker: Worker, reason: Failure) -> None:
+    def _count(self, worker: WorkerProcess, reason: Failure) -> None:
         """Keep what a worker counted until its end, and how it ended."""
         number = worker.slot.number
         ended = self._ended.setdefault(number, {})
@@ -639,14 +639,14 @@ class Supervisor(Service):
             # Real-time signals have no names in Python, but for the first and the last.
             how = signal.Signals(killed).name if killed in _SIGNALS else f"signal {killed}"
         add(self._exits.setdefault(number, {}), {how: 1})
-        for question in list(self._questions):
+        for question in list(self._pending_queries):
             self.answered(worker, question, [])
 
     def names_of(self, slot: Slot) -> SlotNames:
         """The names of counters of a slot."""
         return self._names.setdefault(slot.number, SlotNames())
 
-    def _respawn_later(self, slot: Slot, worker: Worker | None) -> None:
+    def _respawn_later(self, slot: Slot, worker: WorkerProcess | None) -> None:
         if worker is not None and self.reactor.seconds() - worker.began >= _HEALTHY:
             slot.deaths = 0
         slot.deaths += 1
@@ -675,29 +675,29 @@ class Supervisor(Service):
         for line in lines:
             self._access(line)
 
-    def _workers(self) -> list[Worker]:
+    def _workers(self) -> list[WorkerProcess]:
         return [worker for slot in self.slots for worker in slot.workers()]
 
     def _beat(self) -> None:
         # Nothing that goes wrong in one look is to prevent the next.
         with self.log.failuresHandled("a look at the workers failed"):
-            self._look()
+            self._check_workers()
 
-    def _look(self) -> None:
+    def _check_workers(self) -> None:
         now = self.reactor.seconds()
         away = now - self._looked
         self._looked = now
         for worker in self._workers():
             if away > _STALL:  # it is this process that was away, and heard nobody
-                worker.excuse(away)
-            worker.look(now)
+                worker.extend_deadline(away)
+            worker.check_health(now)
         self._spread()
         if self._notifier.connected:
             self._notifier.status(self.status)
         if self._stopped is not None:
             self._notifier.extend_timeout(_KILL_AFTER)
         elif self._serving and not self._is_rolling() and now >= self._patient_until:
-            if self._plan.watched and self._slices is None:
+            if self._spec.watched and self._slices is None:
                 self._take(self._look_at_certificates(), "a look at the certificates")
                 if self._is_rolling():
                     return
@@ -714,7 +714,7 @@ class Supervisor(Service):
         self.replace([slot])
         return True
 
-    def _has_grown(self, worker: Worker) -> bool:
+    def _has_grown(self, worker: WorkerProcess) -> bool:
         memory = worker.counters.get("memory", 0)
         if not worker.plan.max_memory or memory <= worker.plan.max_memory:
             return False
@@ -799,7 +799,7 @@ class Supervisor(Service):
     def rows(self, sort: str, count: int) -> Deferred[tuple[list[list[Any]], list[int]]]:
         """Which connections are open, asked of every worker: see Server."""
         self._asked += 1
-        question = self._questions[self._asked] = _Question()
+        question = self._pending_queries[self._asked] = PendingQuery()
         question.answer.addCallback(lambda found: (first_rows(found[0], sort, count), found[1]))
         question.deadline = self.reactor.callLater(_ANSWER, self._give, self._asked)
         for worker in self._workers():
@@ -813,9 +813,9 @@ class Supervisor(Service):
             self._give(self._asked)
         return answer
 
-    def answered(self, worker: Worker, number: int, rows: list[list[Any]]) -> None:
+    def answered(self, worker: WorkerProcess, number: int, rows: list[list[Any]]) -> None:
         """A worker has said which connections it has."""
-        question = self._questions.get(number)
+        question = self._pending_queries.get(number)
         if question is not None and worker in question.waiting:
             question.waiting.remove(worker)
             question.rows += [[worker.slot.number, *row] for row in rows]
@@ -823,7 +823,7 @@ class Supervisor(Service):
                 self._give(number)
 
     def _give(self, number: int) -> None:
-        question = self._questions.pop(number)
+        question = self._pending_queries.pop(number)
         if question.deadline.active():
             question.deadline.cancel()
         missing = [worker.slot.number for worker in (*question.waiting, *question.missing)]
@@ -842,21 +842,21 @@ class Supervisor(Service):
         self.log.info("reloading")
         self._notifier.reloading()
         # Before they are read, so that no change is missed.
-        self._seen = yield from fingerprinting(self._plan.watched)
+        self._seen = yield from fingerprinting(self._spec.watched)
         plan = yield from self._reload()
         if plan is None:
             self._notifier.ready(self.status)
             return
-        if plan.watched != self._plan.watched:
+        if plan.watched != self._spec.watched:
             self._seen = yield from fingerprinting(plan.watched)
-        self._plan = plan
+        self._spec = plan
         yield from logging_certificates(self.log, self._listeners)
         self._reloading = True
         self.replace(self.slots)
 
     def _look_at_certificates(self) -> Steps[None]:
         """Reload if files have changed since they were last read."""
-        if (yield from fingerprinting(self._plan.watched)) != self._seen:
+        if (yield from fingerprinting(self._spec.watched)) != self._seen:
             self.log.info("certificates have changed")
             yield from self._reload_steps()
 
@@ -881,7 +881,7 @@ class Supervisor(Service):
         """Replace the workers of these slots, one after the other: each serves before the old one drains."""
         if self._stopped is None and self._serving:
             self._rolling = [*slots, *(slot for slot in self._rolling if slot not in slots)]
-            self._go_on()
+            self._reconcile()
 
     def _stop_rolling(self, why: str) -> None:
         """A new worker fails: those that serve stay, and are not disturbed again for a while."""
@@ -895,7 +895,7 @@ class Supervisor(Service):
     def _is_rolling(self) -> bool:
         return bool(self._rolling) or any(slot.successor is not None for slot in self.slots)
 
-    def _go_on(self) -> None:
+    def _reconcile(self) -> None:
         """Do what is to be done next, whenever something has happened."""
         if self._stopped is not None:
             if not any(slot.workers() for slot in self.slots) and not self._stopped.called:
@@ -907,7 +907,7 @@ class Supervisor(Service):
         while self._rolling:
             slot = self._rolling.pop(0)
             # One without a worker gets one of the new plan anyway.
-            if slot.worker is not None and not slot.leaving and (slot.ready or slot.worker.plan is not self._plan):
+            if slot.worker is not None and not slot.leaving and (slot.ready or slot.worker.plan is not self._spec):
                 slot.successor = self._spawn(slot)
                 if slot.successor is not None:
                     return
@@ -935,7 +935,7 @@ class Supervisor(Service):
     def add_slot(self) -> None:
         """One more worker. Called for SIGTTIN."""
         self._wanted += 1
-        self._go_on()
+        self._reconcile()
 
     def remove_slot(self) -> None:
         """One worker less. Called for SIGTTOU."""
@@ -943,7 +943,7 @@ class Supervisor(Service):
             self.log.warn("SIGTTOU: the last worker stays")
             return
         self._wanted -= 1
-        self._go_on()
+        self._reconcile()
 
     def _adjust(self) -> None:
         last = self.slots[-1]
@@ -986,11 +986,11 @@ class Supervisor(Service):
         self.slots.remove(slot)
         self.log.info("slot {slot} is gone", slot=slot.number)
         self._share()
-        self._go_on()
+        self._reconcile()
 
     def _share(self) -> None:
         for worker in self._workers():
-            worker.tell("share", len(self.slots))
+            worker.send("share", len(self.slots))
 
     # --- stop ---
 
@@ -1001,7 +1001,7 @@ class Supervisor(Service):
             self.exit_status = 1
             self._reported(problem)
             self._stop_reactor()
-            self.hurry()
+            self.abort_drain()
 
     def _stop_reactor(self) -> None:
         self._ending = True  # before stopService is called, which is a turn of the reactor later
@@ -1024,12 +1024,12 @@ class Supervisor(Service):
         else:
             self.log.info("{signal}: not waiting any longer", signal=name)
             self.exit_status = self.exit_status or 128 + number
-            self.hurry()
+            self.abort_drain()
 
-    def hurry(self) -> None:
+    def abort_drain(self) -> None:
         """End a drain now."""
         for worker in self._workers():
-            worker.hurry()
+            worker.abort_drain()
 
     def stopService(self) -> Deferred[None]:
         """Drain all workers, within one deadline. Fires when the last one has ended."""
@@ -1057,7 +1057,7 @@ class Supervisor(Service):
             for listener in self._listeners:
                 if not listener.shared:
                     listener.close()
-            self._go_on()
+            self._reconcile()
         done: Deferred[None] = Deferred()
         self._stopped.chainDeferred(done)
         return done
@@ -1077,9 +1077,9 @@ class Supervisor(Service):
                 repeated.stop()
         self._lag.stop()
         self._reaper.stop()
-        for number in list(self._questions):
+        for number in list(self._pending_queries):
             self._give(number)
-        self._side.stop()
+        self._status_server.stop()
         for listener in self._listeners:
             listener.close()
 

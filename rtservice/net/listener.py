@@ -16,7 +16,7 @@ from rtservice.net.tls import (
     Context,
     DirectoryTLS,
     Files,
-    Loaded,
+    LoadedTLS,
     Reusable,
     ServerTLS,
     Steps,
@@ -56,7 +56,7 @@ class Listener:
     """A bound, listening, non-blocking socket, and its name in logs (`tcp:[::1]:8080`, `unix:/run/rt.sock`).
 
     With `tls`, its connections are in TLS and are shown one of `certificates`. `revocation` and `warnings` are those of
-    a `tls.Loaded`, and `initial_fingerprint` is the `tls.fingerprint` of the files that were read first. With
+    a `tls.LoadedTLS`, and `initial_fingerprint` is the `tls.fingerprint` of the files that were read first. With
     `proxied`, each connection begins with a PROXY header. A `shared` listener is also held by the process that passed
     it, which keeps its queue.
 
@@ -82,14 +82,14 @@ class Listener:
     _backlog: int = 0
     _file: SocketFile | None = field(default=None, repr=False)
 
-    def renew(self) -> Loaded | None:
+    def renew(self) -> LoadedTLS | None:
         """Read the files of its certificates again, and give what to `adopt` then; None without TLS.
 
         Raises ListenError. Nothing is changed, so that of several listeners all can be read before any adopts.
         """
         return finish(self.renewing())
 
-    def renewing(self, files: Files | None = None) -> Steps[Loaded | None]:
+    def renewing(self, files: Files | None = None) -> Steps[LoadedTLS | None]:
         """The same in steps. What is in force for the same bytes is not made again."""
         if self.source is None:
             return None
@@ -98,7 +98,7 @@ class Listener:
         except TLSError as error:
             raise ListenError(str(error)) from error
 
-    def adopt(self, loaded: Loaded) -> None:
+    def adopt(self, loaded: LoadedTLS) -> None:
         """Put a context and its certificates in force."""
         loaded.take_effect()
         self.reusable = loaded.reusable

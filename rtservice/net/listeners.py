@@ -27,7 +27,7 @@ from rtservice.net.description import (
 from rtservice.net.listener import Listener
 from rtservice.net.places import Place, TCPPlace
 from rtservice.net.tcp import Address, check_tcp, is_local, open_tcp, resolve, tcp_place
-from rtservice.net.tls import DirectoryTLS, Library, Loaded, Minimum, ServerTLS, TLSError, fingerprint
+from rtservice.net.tls import DirectoryTLS, Library, LoadedTLS, Minimum, ServerTLS, TLSError, fingerprint
 from rtservice.net.unix import check_unix, open_unix, unix_places
 from rtservice.suggestions import did_you_mean, nearest
 
@@ -230,7 +230,7 @@ def _tls(given: Mapping[str, str], resolve_path: Callable[[str], str]) -> Server
     return ServerTLS(**files, chain=path("extraCertChain"), **policy)
 
 
-def _load(files: ServerTLS | DirectoryTLS | None) -> Loaded | None:
+def _load(files: ServerTLS | DirectoryTLS | None) -> LoadedTLS | None:
     try:
         return files.load() if files is not None else None
     except TLSError as error:

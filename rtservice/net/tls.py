@@ -182,7 +182,7 @@ class Reusable:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedTLS:
     """What was made of the files: a context, and the certificates that its clients may be shown.
 
     `revocation` describes the lists that clients' certificates are looked up in. `warnings` are for the log: what this
@@ -333,11 +333,11 @@ class ServerTLS(_Policy):
     certificate: str
     chain: str | None = None
 
-    def load(self, files: Files | None = None) -> Loaded:
+    def load(self, files: Files | None = None) -> LoadedTLS:
         """Read the files. Raises TLSError."""
         return finish(self.loading(files))
 
-    def loading(self, files: Files | None = None, reusable: Reusable | None = None) -> Steps[Loaded]:
+    def loading(self, files: Files | None = None, reusable: Reusable | None = None) -> Steps[LoadedTLS]:
         """The same in steps, here in one; nothing is reused."""
         yield from ()
         files = files or Files()
@@ -346,7 +346,7 @@ class ServerTLS(_Policy):
             certificates += "\n" + _certificates(files, self.chain, "certificate chain")
         trust, revocation = self._trust(files)
         made = self._make(self.certificate, certificates, _Key.read(files, self.private_key), trust)
-        return Loaded(made.context, (made.certificate,), revocation, made.warnings)
+        return LoadedTLS(made.context, (made.certificate,), revocation, made.warnings)
 
     def files(self) -> tuple[str, ...]:
         """What `load` reads."""
@@ -367,13 +367,13 @@ class DirectoryTLS(_Policy):
 
     directory: str
 
-    def load(self, files: Files | None = None) -> Loaded:
+    def load(self, files: Files | None = None) -> LoadedTLS:
         """Read the directory and all of its files. Raises TLSError, also when two files are for one name."""
         loaded = finish(self.loading(files))
         loaded.take_effect()
         return loaded
 
-    def loading(self, files: Files | None = None, reusable: Reusable | None = None) -> Steps[Loaded]:
+    def loading(self, files: Files | None = None, reusable: Reusable | None = None) -> Steps[LoadedTLS]:
         """The same in steps, one for each file and certificate. Nothing that is in use changes until it takes effect.
 
         What is in `reusable`, and was made of the same bytes, is not made again.
@@ -421,7 +421,9 @@ class DirectoryTLS(_Policy):
                 contexts.setdefault(served, None if name == first else made.context)
         assert default is not None  # it is one of the names
         _choose_by_name(default, before.names.find)
-        return Loaded(default, tuple(certificates), revocation, tuple(warnings), Reusable(before.names, kept), contexts)
+        return LoadedTLS(
+            default, tuple(certificates), revocation, tuple(warnings), Reusable(before.names, kept), contexts
+        )
 
     def _key(self, files: Files, path: str, text: str) -> _Key:
         """The private key of the certificate in this file, which holds this text; raises TLSError."""

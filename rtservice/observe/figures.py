@@ -13,7 +13,7 @@ PHASES = ("proxy", "tls", "open", "closing")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class StatusSource:
     """Where a site has from what it shows.
 
     `standing` gives whether the service is a place to send clients to, and one line on how it stands; `overview` gives

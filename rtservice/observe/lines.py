@@ -171,7 +171,7 @@ class Report:
         return reported
 
 
-class Lines:
+class LineWriter:
     """Lines on their way to an output. Nothing that becomes of that is raised, and nothing waits for it.
 
     From `start` on, while the reactor runs, lines are written some at a time. What an output does not take is kept, up

@@ -25,7 +25,7 @@ from twisted.logger import (
 from twisted.python.reflect import safe_str
 from zope.interface import implementer
 
-from rtservice.observe.lines import Lines, Stream
+from rtservice.observe.lines import LineWriter, Stream
 
 LevelName = Literal["debug", "info", "warn", "error", "critical"]
 
@@ -241,7 +241,7 @@ def _text_line(event: LogEvent, coloured: bool = False) -> str:
 class Observer:
     """Writes the records that `levels` allow, as lines."""
 
-    def __init__(self, line: Callable[[LogEvent], str], lines: Lines, levels: Levels) -> None:
+    def __init__(self, line: Callable[[LogEvent], str], lines: LineWriter, levels: Levels) -> None:
         self._line = line
         self._put = lines.put
         self._levels = levels
@@ -265,7 +265,7 @@ class Format:
     """
 
     def __init__(self, line: Callable[[LogEvent], str], coloured: Callable[[LogEvent], str] | None = None) -> None:
-        self.lines: Lines | None = None
+        self.lines: LineWriter | None = None
         self.levels = Levels({})
         self._line = line
         self._coloured = coloured
@@ -274,7 +274,7 @@ class Format:
         # As twistd itself does at this moment.
         from twisted.internet import reactor
 
-        lines = self.lines or Lines(standard_output())
+        lines = self.lines or LineWriter(standard_output())
         if self.lines is None:
             lines.start(reactor)
         colour = self._coloured is not None and os.isatty(lines.fileno()) and not os.environ.get("NO_COLOR")

@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from rtservice.observe.figures import Source
+from rtservice.observe.figures import StatusSource
 
 _VERSIONS = {"python": platform.python_version(), "twisted": version("twisted")}
 _STATES = ("starting", "serving", "draining", "stopped")
@@ -79,7 +79,7 @@ def choose_format(accept: bytes) -> Format:
     return OPEN_METRICS if open_metrics and open_metrics >= text else TEXT
 
 
-def families(source: Source) -> Iterator[Metric]:
+def families(source: StatusSource) -> Iterator[Metric]:
     """One look at the service, as families of metrics, each of which can be encoded by itself."""
     return iter(_Figures(source).collect())
 
@@ -90,7 +90,7 @@ class _Figures(Collector):
     Labels are listeners, workers, and words of which there are few; nothing of a peer's is one.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: StatusSource) -> None:
         self._source = source
 
     def collect(self) -> Iterator[Metric]:

@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 from twisted.web import http
 
 from rtservice.observe.channel import Channel, Turns
-from rtservice.observe.figures import Source
+from rtservice.observe.figures import StatusSource
 from rtservice.observe.renderings import Renderings, Slices
 from rtservice.observe.target import BadRequestError, is_served, read_target
 
@@ -52,7 +52,7 @@ _HEADERS = {
 _NO_METRICS = "there are no metrics without prometheus_client: pip install 'rtservice[metrics]'"
 
 
-def make_site(source: Source, clock: Any) -> Site:
+def make_site(source: StatusSource, clock: Any) -> Site:
     """A factory that serves what `source` gives; `clock` is an IReactorTime."""
     try:
         from rtservice.observe import metrics
@@ -75,7 +75,7 @@ class Site(Factory):
 
     noisy = False
 
-    def __init__(self, source: Source, clock: Any, metrics: Any) -> None:
+    def __init__(self, source: StatusSource, clock: Any, metrics: Any) -> None:
         self.source = source
         self.clock = clock
         self.metrics = metrics

@@ -14,8 +14,8 @@ from rtservice.host.counters import (
     CounterNames,
     Histogram,
     Lag,
+    ListenerStats,
     SlotNames,
-    Tally,
     add,
     check_count,
     factory_counters,
@@ -25,7 +25,7 @@ from rtservice.host.counters import (
 
 
 def test_a_connection_that_ends_is_counted_by_why_by_duration_and_with_its_bytes() -> None:
-    tally = Tally()
+    tally = ListenerStats()
     tally.opened = 3
     tally.ended("peer finished", "open", 0.05, 10, 32)
     tally.ended("peer finished", "open", 5.0, 1, 23)
@@ -44,7 +44,7 @@ def test_a_connection_that_ends_is_counted_by_why_by_duration_and_with_its_bytes
 
 
 def test_what_is_in_parentheses_is_the_kind_of_a_failed_handshake_and_no_reason() -> None:
-    tally = Tally()
+    tally = ListenerStats()
     tally.ended("TLS failed (HTTP_REQUEST)", "tls", 0, 0, 0)
     tally.ended("TLS failed (BAD_RECORD_MAC)", "open", 0, 0, 0)
     tally.ended("PROXY header timed out", "proxy", 0, 0, 0)
@@ -53,7 +53,7 @@ def test_what_is_in_parentheses_is_the_kind_of_a_failed_handshake_and_no_reason(
 
 
 def test_there_are_only_so_many_words_whatever_peers_do() -> None:
-    tally = Tally()
+    tally = ListenerStats()
     for number in range(1000):
         tally.ended(f"TLS failed (KIND_{number})", "tls", 0, 0, 0)
     assert len(tally.handshake_failed) == 51
@@ -150,7 +150,7 @@ def test_a_factory_has_a_hundred_counters_at_the_most() -> None:
 
 
 def test_all_that_is_counted_may_be_reported() -> None:
-    tally, lag = Tally(), Lag()
+    tally, lag = ListenerStats(), Lag()
     for seconds in (0, *DURATIONS):
         tally.ended("TLS failed (HTTP_REQUEST)", "tls", seconds + 0.001, 1, 2)
     tally.refuse("proxy-from")

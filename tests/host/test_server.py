@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.host.connections import Limits
-from rtservice.host.server import Live, Server, StartError, State, one_line
+from rtservice.host.server import RuntimeSettings, Server, StartError, State, one_line
 from rtservice.host.slices import in_slices
 from rtservice.interfaces import IDrainable, IMetrics
 from rtservice.net.listeners import open_description
@@ -50,7 +50,7 @@ def server(
 ) -> tuple[Server, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     log = Logger(observer=events.append)
-    live = Live(limits=Limits(max_connections=100), drain_timeout=drain_timeout)
+    live = RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=drain_timeout)
     factory = factory or EchoFactory()
     made = Server(factory, listeners=list(listeners), endpoints=list(endpoints), live=live, log=log, **more)
     return made, events
@@ -151,7 +151,7 @@ def test_a_status_server_that_cannot_start_ends_the_start(monkeypatch) -> None:
     monkeypatch.setattr("twisted.internet.reactor", clock)
     reports: list[str | None] = []
     service, events = server(report=reports.append)
-    monkeypatch.setattr(service._side, "start", fail_to_start)
+    monkeypatch.setattr(service._status_server, "start", fail_to_start)
     service.startService()
     assert reports == ["the service did not start: LookupError: no page"]
     assert service.exit_status == 1
@@ -546,7 +546,7 @@ def test_hurry_ends_a_drain(timed, after) -> None:
     held[0].unsent = 1
     done = service.stopService()
     clock.pump([1] * after)
-    service.hurry()
+    service.abort_drain()
     assert held[0].asked[-1] == "abort: cut off"
     clock.advance(0)
     assert done.called
@@ -647,14 +647,16 @@ def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
     (port,) = service.connections.ports
     held = [Held(service) for _ in range(3)]
     assert port in clock.getReaders()
-    service.apply(Live(limits=Limits(max_connections=3, idle_timeout=60), handshake_timeout=3, drain_timeout=2))
+    service.apply(
+        RuntimeSettings(limits=Limits(max_connections=3, idle_timeout=60), handshake_timeout=3, drain_timeout=2)
+    )
     assert port.handshake_timeout == 3
     assert port not in clock.getReaders()  # as many as may be are there
     clock.pump([5] * 11)
     assert held[0].asked == []
     clock.pump([5] * 2)
     assert [one.asked for one in held] == [["close: idle"]] * 3
-    service.apply(Live(limits=Limits(max_connections=100), drain_timeout=5))
+    service.apply(RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=5))
     assert port in clock.getReaders()
     service.stopService()
     assert last(events) == "draining: 3 connections have 5 s to end"

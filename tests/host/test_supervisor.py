@@ -19,7 +19,7 @@ from rtservice.host.control import BEAT, CONTROL_IN, CONTROL_OUT, FIRST_SOCKET, 
 from rtservice.host.counters import add
 from rtservice.host.server import StartError
 from rtservice.host.slices import in_slices
-from rtservice.host.supervisor import Phase, Plan, Supervisor, Worker, backoff
+from rtservice.host.supervisor import Phase, Supervisor, WorkerProcess, WorkerSpec, backoff
 from rtservice.host.worker_messages import encode_records, finished_record
 from rtservice.net.description import ListenError
 from rtservice.net.tls import Steps
@@ -238,7 +238,7 @@ class World:
         self.notifier: Any = Notifier()
         self.listener: Any = Slots(slots)
         self.plan = self.planned(**plan)
-        self.next_plan: Plan | None = self.plan
+        self.next_plan: WorkerSpec | None = self.plan
         self.reloads = 0
         self.reload_steps = 0  # each of which takes a slice, if there are any
         self.handlers: dict[int, Callable[[int, Any], Any]] = {}
@@ -256,13 +256,13 @@ class World:
         self.done: list[Any] = []
         self.reactor.before_stop = lambda: self.service.stopService().addBoth(self.done.append)
 
-    def planned(self, generation: int = 1, **plan: Any) -> Plan:
+    def planned(self, generation: int = 1, **plan: Any) -> WorkerSpec:
         def start(slot: int, slots: int) -> Any:
             return {"slot": slot, "slots": slots, "generation": generation}
 
-        return Plan(start=start, **{**PLAN, **plan})
+        return WorkerSpec(start=start, **{**PLAN, **plan})
 
-    def _reload(self) -> Steps[Plan | None]:
+    def _reload(self) -> Steps[WorkerSpec | None]:
         self.reloads += 1
         for _ in range(self.reload_steps):
             yield
@@ -341,7 +341,7 @@ def test_a_worker_goes_through_its_phases_and_no_other_way(world) -> None:
     one.service.startService()
     for before in Phase:
         for after in Phase:
-            worker = Worker(one.service, one.service.slots[0], one.plan)
+            worker = WorkerProcess(one.service, one.service.slots[0], one.plan)
             worker.phase = before
             if (before, after) in allowed:
                 worker.move(after)

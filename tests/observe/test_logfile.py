@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from rtservice.observe import logfile
-from rtservice.observe.lines import Lines
+from rtservice.observe.lines import LineWriter
 from rtservice.observe.logfile import Event, Found, LogFile, Step, check_file, decide
 
 LONG = "x" * 1023 + "\n"
@@ -19,9 +19,9 @@ def opened():
     """Lines to a LogFile, which is closed after the test."""
     files = []
 
-    def open_file(path, *, reactor=None, aside=None, **how) -> Lines:
+    def open_file(path, *, reactor=None, aside=None, **how) -> LineWriter:
         files.append(LogFile(str(path), **how))
-        lines = Lines(files[-1], aside=aside, clock=reactor.seconds if reactor else lambda: 0.0)
+        lines = LineWriter(files[-1], aside=aside, clock=reactor.seconds if reactor else lambda: 0.0)
         if reactor:
             lines.start(reactor)
         return lines

@@ -14,7 +14,7 @@ import pytest
 from twisted.logger import formatEvent, globalLogPublisher
 
 from rtservice.observe import lines, logfile
-from rtservice.observe.lines import Lines
+from rtservice.observe.lines import LineWriter
 from rtservice.observe.logfile import LogFile
 
 SEQUENCES = 1000
@@ -74,7 +74,7 @@ class Process:
             LogFile(f"{directory}/log", rotated=KEPT, rotate_at=2000),
             LogFile(f"{directory}/access"),
         ]
-        self.outputs = [Lines(file, clock=reactor.seconds) for file in self.files]
+        self.outputs = [LineWriter(file, clock=reactor.seconds) for file in self.files]
         self.sent = Counter()
         self._name = name
         for output in self.outputs:

@@ -16,7 +16,7 @@ from twisted.python import log as legacy
 from twisted.python.failure import Failure
 
 from rtservice.observe import lines, logs
-from rtservice.observe.lines import Lines, Stream
+from rtservice.observe.lines import LineWriter, Stream
 from rtservice.observe.logs import AccessLog, Levels, Log, Observer, utc_time
 
 
@@ -232,7 +232,7 @@ class Output:
 
 def test_lines_are_written_at_once_until_the_reactor_runs_and_after_it_has(reactor) -> None:
     output = Output()
-    under_test = Lines(output)
+    under_test = LineWriter(output)
     under_test.put("a\n")
     assert output.taken == b"a\n"
     under_test.start(reactor)
@@ -251,7 +251,7 @@ def test_lines_are_written_at_once_until_the_reactor_runs_and_after_it_has(react
 
 def test_an_error_and_a_long_batch_do_not_wait(reactor) -> None:
     output = Output()
-    under_test = Lines(output)
+    under_test = LineWriter(output)
     under_test.start(reactor)
     observer = Observer(lambda event: f"{event['log_level'].name}\n", under_test, Levels({}))
     observer({"log_level": LogLevel.warn})
@@ -265,7 +265,7 @@ def test_an_error_and_a_long_batch_do_not_wait(reactor) -> None:
 
 def test_a_line_of_another_thread_is_written_by_the_reactors(reactor) -> None:
     output = Output()
-    under_test = Lines(output)
+    under_test = LineWriter(output)
     under_test.start(reactor)
     thread = threading.Thread(target=under_test.put, args=("a\n",))
     thread.start()
@@ -278,7 +278,7 @@ def test_a_line_of_another_thread_is_written_by_the_reactors(reactor) -> None:
 
 def test_an_urgent_line_of_another_thread_does_not_wait_for_a_reactor_that_may_be_blocked(reactor) -> None:
     output = Output()
-    under_test = Lines(output)
+    under_test = LineWriter(output)
     under_test.start(reactor)
     under_test.put("a\n")
     thread = threading.Thread(target=under_test.put, args=("b\n",), kwargs={"at_once": True})
@@ -289,7 +289,7 @@ def test_an_urgent_line_of_another_thread_does_not_wait_for_a_reactor_that_may_b
 
 def test_what_is_logged_while_lines_are_written_is_written_after_them() -> None:
     output = Output()
-    under_test = Lines(output)
+    under_test = LineWriter(output)
     write = output.write
 
     def write_and_log(data) -> int:
@@ -304,14 +304,14 @@ def test_what_is_logged_while_lines_are_written_is_written_after_them() -> None:
 
 def test_half_a_surrogate_pair_is_written_as_its_escape() -> None:
     output = Output()
-    Lines(output).put("a\udc80\u00e9\n")
+    LineWriter(output).put("a\udc80\u00e9\n")
     assert output.taken == b"a\\udc80\xc3\xa9\n"
 
 
 @pytest.mark.parametrize("problem", [errno.EAGAIN, errno.ENOSPC])
 def test_what_is_not_taken_for_a_while_is_kept_whole(problem, said, reactor) -> None:
     output = Output()
-    under_test = Lines(output)
+    under_test = LineWriter(output)
     under_test.start(reactor)
     output.room, output.error = 3, problem
     under_test.put("abc\n", at_once=True)
@@ -329,7 +329,7 @@ def test_what_is_not_taken_for_a_while_is_kept_whole(problem, said, reactor) -> 
 @pytest.mark.parametrize("problem", [errno.EAGAIN, errno.ENOSPC, errno.EPIPE, errno.EBADF, errno.EIO])
 def test_what_is_not_taken_at_all_is_bounded_counted_and_said_when_it_works_again(problem, said, reactor) -> None:
     output = Output()
-    under_test = Lines(output)
+    under_test = LineWriter(output)
     under_test.start(reactor)
     output.room, output.error = 0, problem
     line = "x" * 1023 + "\n"
@@ -352,7 +352,7 @@ def test_what_is_not_taken_at_all_is_bounded_counted_and_said_when_it_works_agai
 
 def test_a_pipe_that_is_emptied_slowly_is_looked_at_more_often(reactor) -> None:
     output = Output()
-    under_test = Lines(output)
+    under_test = LineWriter(output)
     under_test.start(reactor)
     output.room = 1
     under_test.put("abcdef\n", at_once=True)
@@ -421,7 +421,7 @@ def test_a_stream_that_nobody_reads_takes_what_it_can_and_never_waits(ends) -> N
 def test_the_last_lines_of_a_process_wait_for_a_reader_that_is_behind() -> None:
     reader, writer = os.pipe()
     fill(writer)
-    under_test = Lines(Stream(writer, "it"))
+    under_test = LineWriter(Stream(writer, "it"))
     under_test.put("last\n")
     received = b""
 

@@ -21,7 +21,7 @@ from twisted.logger import Logger, formatEvent
 import rtservice.observe
 from rtservice.host.connections import COLUMNS
 from rtservice.host.counters import DURATIONS, LAGS
-from rtservice.observe.figures import Source
+from rtservice.observe.figures import StatusSource
 from rtservice.observe.site import make_site
 
 ETC = Path(__file__).parent.parent.parent / "etc"
@@ -81,8 +81,8 @@ class Service:
         self.asked.append((sort, count))
         return self.answer
 
-    def source(self) -> Source:
-        return Source(
+    def source(self) -> StatusSource:
+        return StatusSource(
             version="1.2.3",
             standing=lambda: (self.ready, "one line"),
             overview=self.overview,

@@ -15,8 +15,8 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 
-from rtservice.host.server import default_max_connections, descriptors_for_side
-from rtservice.host.side import CONNECTIONS, Side
+from rtservice.host.server import default_max_connections, descriptors_for_status
+from rtservice.host.status_server import CONNECTIONS, StatusServer
 from rtservice.net.listener import Listener
 from rtservice.net.port import ACCEPTS_PER_EVENT
 
@@ -43,16 +43,16 @@ class Says(Protocol):
 
 
 @pytest.fixture
-def side() -> Iterator[Callable[[int], tuple[Side, Callable[[], Deferred[socket.socket]]]]]:
-    """A Side that serves on loopback with so many connections, and what connects a client to it."""
-    started: list[Side] = []
+def status_server() -> Iterator[Callable[[int], tuple[StatusServer, Callable[[], Deferred[socket.socket]]]]]:
+    """A StatusServer that serves on loopback with so many connections, and what connects a client to it."""
+    started: list[StatusServer] = []
     clients: list[socket.socket] = []
 
-    def start(most: int) -> tuple[Side, Callable[[], Deferred[socket.socket]]]:
+    def start(most: int) -> tuple[StatusServer, Callable[[], Deferred[socket.socket]]]:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         listener = Listener(listening, "test")
-        one = Side(Logger(observer=lambda event: None), [listener], most + 1 + ACCEPTS_PER_EVENT)
+        one = StatusServer(Logger(observer=lambda event: None), [listener], most + 1 + ACCEPTS_PER_EVENT)
         one.factory = Factory.forProtocol(Says)
         one.factory.made = []
         one.start(reactor)
@@ -94,9 +94,9 @@ def is_closed(client: socket.socket) -> Any:
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_oldest_unfinished_request_makes_room_then_the_oldest_that_is_idle(side, monkeypatch) -> Any:
-    monkeypatch.setattr("rtservice.host.side._STAY", 0)
-    _, connect = side(4)
+def test_the_oldest_unfinished_request_makes_room_then_the_oldest_that_is_idle(status_server, monkeypatch) -> Any:
+    monkeypatch.setattr("rtservice.host.status_server._STAY", 0)
+    _, connect = status_server(4)
     clients = []
     for _ in range(4):
         clients.append((yield connect()))
@@ -115,8 +115,8 @@ def test_the_oldest_unfinished_request_makes_room_then_the_oldest_that_is_idle(s
 
 
 @pytest_twisted.inlineCallbacks
-def test_who_has_come_only_now_stays_for_a_moment_and_others_wait(side) -> Any:
-    _, connect = side(4)
+def test_who_has_come_only_now_stays_for_a_moment_and_others_wait(status_server) -> Any:
+    _, connect = status_server(4)
     began = monotonic()
     clients = []
     for _ in range(12):
@@ -128,10 +128,10 @@ def test_who_has_come_only_now_stays_for_a_moment_and_others_wait(side) -> Any:
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_request_of_just_now_does_not_make_room_for_one_more_that_is_idle(side, monkeypatch) -> Any:
-    monkeypatch.setattr("rtservice.host.side._STAY", 0)
-    monkeypatch.setattr("rtservice.host.side._SLOW", 1000)
-    one, connect = side(4)
+def test_a_request_of_just_now_does_not_make_room_for_one_more_that_is_idle(status_server, monkeypatch) -> Any:
+    monkeypatch.setattr("rtservice.host.status_server._STAY", 0)
+    monkeypatch.setattr("rtservice.host.status_server._SLOW", 1000)
+    one, connect = status_server(4)
     clients = []
     for _ in range(4):
         clients.append((yield connect()))
@@ -148,8 +148,8 @@ def test_a_request_of_just_now_does_not_make_room_for_one_more_that_is_idle(side
 
 
 @pytest_twisted.inlineCallbacks
-def test_one_that_leaves_lets_another_in_at_once(side) -> Any:
-    one, connect = side(4)
+def test_one_that_leaves_lets_another_in_at_once(status_server) -> Any:
+    one, connect = status_server(4)
     clients = []
     for _ in range(4):
         clients.append((yield connect()))
@@ -162,8 +162,8 @@ def test_one_that_leaves_lets_another_in_at_once(side) -> Any:
 
 
 @pytest_twisted.inlineCallbacks
-def test_each_of_hundreds_that_come_and_stay_is_served(side) -> Any:
-    one, connect = side(10)
+def test_each_of_hundreds_that_come_and_stay_is_served(status_server) -> Any:
+    one, connect = status_server(10)
     for _ in range(200):
         yield connect()
         assert len(one._connections.open) <= 10 + ACCEPTS_PER_EVENT
@@ -172,22 +172,22 @@ def test_each_of_hundreds_that_come_and_stay_is_served(side) -> Any:
 @pytest.mark.parametrize("descriptors", [64, 128, 256, 320, 1024, 1 << 20])
 def test_the_service_and_its_side_leave_descriptors_for_the_rest(descriptors: int) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
-    side = Side(Logger(), [Listener(listening, "test")], descriptors_for_side(descriptors))
-    connections = default_max_connections(descriptors, side.descriptors)
-    rest = descriptors - connections - side.descriptors
+    status_server = StatusServer(Logger(), [Listener(listening, "test")], descriptors_for_status(descriptors))
+    connections = default_max_connections(descriptors, status_server.descriptors)
+    rest = descriptors - connections - status_server.descriptors
     assert connections >= descriptors // 4
     assert rest >= min(64, descriptors // 4)
     if descriptors >= 320:
-        assert side.descriptors == CONNECTIONS + 1 + ACCEPTS_PER_EVENT
+        assert status_server.descriptors == CONNECTIONS + 1 + ACCEPTS_PER_EVENT
     listening.close()
 
 
 def test_without_a_side_nothing_is_reserved_for_it() -> None:
-    side = Side(Logger(), [], descriptors_for_side(1024))
-    assert side.descriptors == 0
+    status_server = StatusServer(Logger(), [], descriptors_for_status(1024))
+    assert status_server.descriptors == 0
     assert default_max_connections(1024, 0) == 960
 
 
 def test_without_a_limit_of_descriptors_there_is_no_share() -> None:
-    assert descriptors_for_side(-1) is None
+    assert descriptors_for_status(-1) is None
     assert default_max_connections(-1, 117) == 10_000_000

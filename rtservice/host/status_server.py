@@ -15,7 +15,7 @@ from rtservice.net.connection import LocalClose
 from rtservice.net.listener import Listener
 from rtservice.net.port import ACCEPTS_PER_EVENT, Port
 
-# Connections that a Side may have: a scraper, a load balancer's probes, a few people. The fewest are what it has where
+# Connections of the status server: a scraper, a load balancer's probes, a few people. It has the fewest where
 # descriptors are scarce.
 CONNECTIONS, _FEWEST = 100, 4
 
@@ -28,7 +28,7 @@ _STAY, _SLOW = 0.2, 1.0
 _IDLE_TIMEOUT = 30.0
 
 
-class Side:
+class StatusServer:
     """Serves `factory` on listeners of its own, with limits of its own; without any, it does nothing and is false.
 
     Its connections count nowhere in the service's own. When there are `CONNECTIONS`, the one that most likely waits for

@@ -24,7 +24,7 @@ _REPORT_EVERY = 10.0
 _FRAMES = 12
 
 
-class Watch:
+class StallDetector:
     """Logs the stack of a reactor's thread that has not come back to the reactor for `seconds`, while it has not.
 
     What holds Python's own lock for all that time, as a regular expression can, is seen when it lets go.
