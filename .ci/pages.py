@@ -118,7 +118,9 @@ class Page:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         elif kind == "run":
+            print(f"$ {text}", end="", flush=True)
             status, output = self._bash(text)
+            print(output, end="", flush=True)
             if status:
                 raise PageError(f"status {status}: {text}{output}")
         elif kind == "session":
@@ -131,7 +133,6 @@ class Page:
             self._stop()
 
     def _bash(self, command: str) -> tuple[int, str]:
-        print(f"$ {command}", end="", flush=True)
         # Into a file: what a command leaves running would keep a pipe open.
         with tempfile.TemporaryFile("w+") as output:
             result = subprocess.run(
@@ -144,15 +145,15 @@ class Page:
                 timeout=DEADLINE,
             )
             output.seek(0)
-            text = output.read()
-        print(text, end="", flush=True)
-        return result.returncode, text
+            return result.returncode, output.read()
 
     def _expect(self, command: str, expected: str) -> None:
+        print(f"$ {command}", end="", flush=True)
         pattern, end = expected_pattern(expected), time.monotonic() + RETRY
         while True:
             status, output = self._bash(command)
             if pattern.fullmatch(output) and not status:
+                print(output.rstrip("\n"), flush=True)
                 return
             if not expected or time.monotonic() > end:
                 raise PageError(f"status {status}: {command}expected:\n{expected}found:\n{output}")
