@@ -115,7 +115,7 @@ class Service:
             self._news.notify_all()
 
     def wait_line(self, pattern: str, count: int = 1) -> str:
-        """The `count`th line that matches a regular expression, waited for. Raises AssertionError."""
+        """Wait for a line that matches a regular expression, the one with number `count`. Raises AssertionError."""
         end = time.monotonic() + DEADLINE
         with self._news:
             while True:
