@@ -1,15 +1,15 @@
 """Run the commands of documentation pages as a reader would: `pages.py BIN PAGE...`.
 
-BIN is the `bin` directory of an environment that has the wheel. Each page runs in an empty directory of its own, from top
-to bottom, with BIN first on PATH. An HTML comment before a fenced block says what it is:
+BIN is the `bin` directory of an environment that has the wheel. Each page runs from top to bottom in an empty
+directory, with BIN first on PATH. An HTML comment before a fenced block says what it is:
 
 - `<!-- file: NAME -->`: write the block to this file.
 - `<!-- run -->`: run the block with bash; the exit status has to be 0.
 - `<!-- serve -->`: start the block and leave it running, once its output has "listening on". It gets SIGTERM before the
   next such block, or at the end of the page, and has to exit with status 0.
-- `<!-- session -->`: run each line that follows `$ `. The lines after it are its expected output, where `...` stands for
-  any text. Other output makes the command run again until a deadline, since logs and metrics take a moment.
-- `<!-- stop -->`: stop what is being served (an empty block is not needed).
+- `<!-- session -->`: run each line that follows `$ `. The lines after it are its expected output, where `...` stands
+  for any text. Other output makes the command run again until a deadline, since logs and metrics take a moment.
+- `<!-- stop -->`, without a block: stop what is being served.
 - `<!-- not run: REASON -->`: do not run the block.
 
 A block of commands (sh, bash, console) without such a comment is an error, so that no command is forgotten. The end of
@@ -103,6 +103,7 @@ class Page:
             if marks:
                 raise PageError(f"{marks} comments stand before no block")
             self._stop()
+            self._await_daemons()
         finally:
             self._clean_up()
 
@@ -192,14 +193,31 @@ class Page:
             if status := serving.wait(DEADLINE):
                 raise PageError(f"what was served ended with status {status}")
 
+    def _daemons(self) -> list[int]:
+        """The processes that the page has started as daemons with a pidfile, and that still run."""
+        found = []
+        for pidfile in self._directory.glob("*.pid"):
+            with contextlib.suppress(OSError, ValueError):
+                number = int(pidfile.read_text())
+                os.kill(number, 0)
+                found.append(number)
+        return found
+
+    def _await_daemons(self) -> None:
+        """Wait for daemons that the page has stopped: the next page uses the same ports. Raises PageError."""
+        end = time.monotonic() + RETRY
+        while self._daemons():
+            if time.monotonic() > end:
+                raise PageError("it leaves a daemon running")
+            time.sleep(RETRY_EVERY)
+
     def _clean_up(self) -> None:
-        """Leave nothing running after a failure: what was served, and daemons that wrote a pidfile."""
+        """Leave nothing running after a failure."""
         if self._serving is not None:
             self._serving.kill()
             self._serving.wait()
-        for pidfile in self._directory.glob("*.pid"):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int(pidfile.read_text()), signal.SIGKILL)
+        for number in self._daemons():
+            os.kill(number, signal.SIGKILL)
 
 
 def main(arguments: list[str]) -> int:
@@ -210,6 +228,7 @@ def main(arguments: list[str]) -> int:
     failed = 0
     for path in pages:
         print(f"=== {path}", flush=True)
+        began = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
             page = Page(path, binaries, Path(directory))
             try:
@@ -219,6 +238,7 @@ def main(arguments: list[str]) -> int:
                 print(f"{path}: FAILED: {problem}", file=sys.stderr, flush=True)
             ran += page.ran
             not_run.update(page.not_run)
+        print(f"=== {path}: {page.ran.total()} blocks run in {time.monotonic() - began:.1f} s", flush=True)
     print(f"=== {len(pages)} pages: {ran.total()} blocks run ({', '.join(f'{n} {kind}' for kind, n in ran.items())})")
     print(f"=== not run: {not_run.total()}")
     for reason, count in not_run.items():
