@@ -1,6 +1,6 @@
 """Every setting once: its name, type, range, default, help, and when a change of it takes effect.
 
-The command line, the environment's variables, the TOML file and the README's table are made from this schema. Nothing
+The command line, the environment's variables, the TOML file and the reference are made from this schema. Nothing
 here is read at run time but by `tap`, `worker` and `hosting`, which pass plain values on.
 """
 
@@ -790,7 +790,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-# --- to a file, the README, and what a reload has to do ---
+# --- to a file, the reference, and what a reload has to do ---
 
 
 def as_toml(loaded: Loaded) -> str:
@@ -833,16 +833,6 @@ def _toml_string(text: str) -> str:
         f"\\{char}" if char in '"\\' else char if char.isprintable() else f"\\U{ord(char):08x}" for char in text
     )
     return f'"{"".join(characters)}"'
-
-
-def table() -> str:
-    """The README's table of options, in Markdown."""
-    lines = ["| option | default | what it does | a change takes |", "|---|---|---|---|"]
-    for setting in schema():
-        option = f"`--{setting.name}`" + (f", `-{setting.short}`" if setting.short else "")
-        default = as_text(setting.default)
-        lines.append(f"| {option} | {default and f'`{default}`'} | {setting.help} | {setting.takes} |")
-    return "\n".join(lines)
 
 
 # The order in which the reference presents the settings.

@@ -53,6 +53,24 @@ def test_the_page_of_settings_is_generated() -> None:
     assert "\n% generated: settings\n" in (ROOT / "docs/reference/settings.md").read_text()
 
 
+# --- pages that Sphinx does not build ---
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_a_link_to_a_file_leads_to_one(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    missing = [link for link in links if "://" not in link and not (ROOT / link).is_file()]
+    assert missing == []
+    assert links or page == "CONTRIBUTING.md"
+
+
+def test_every_page_but_an_index_is_linked_from_the_readme_or_an_index() -> None:
+    linked = (ROOT / "README.md").read_text() + "".join(page.read_text() for page in ROOT.glob("docs/**/index.md"))
+    pages = [page.stem for page in ROOT.glob("docs/**/*.md") if page.stem != "index"]
+    assert len(pages) > 20
+    assert [name for name in pages if not re.search(rf"\b{name}\b", linked)] == []
+
+
 # --- troubleshooting ---
 
 # What a message of the page has in place of a value: words in capitals, numbers, quoted names, paths, an ellipsis; and
