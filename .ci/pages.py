@@ -177,13 +177,15 @@ class Page:
         timer = threading.Timer(DEADLINE, serving.kill)
         timer.start()
         lines = ""
-        while "listening on" not in lines.rpartition("\n")[0]:
-            line = serving.stdout.readline()
-            print(line, end="", flush=True)
-            lines += line
-            if not line:
-                raise PageError(f"it did not start: {text}{lines}")
-        timer.cancel()
+        try:
+            while "listening on" not in lines.rpartition("\n")[0]:
+                line = serving.stdout.readline()
+                print(line, end="", flush=True)
+                lines += line
+                if not line:
+                    raise PageError(f"it did not start: {text}{lines}")
+        finally:
+            timer.cancel()
         threading.Thread(target=serving.stdout.read, daemon=True).start()
 
     def _stop(self) -> None:
