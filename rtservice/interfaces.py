@@ -1,13 +1,14 @@
-"""What a protocol author may import, and the whole of it; nothing of it has to be.
+"""The public API for authors of protocols. Nothing in it is required.
 
-An ordinary Twisted `Protocol` and `Factory` are served as they are. Their transport has Twisted's contract: `getPeer`
-is the client, also behind a proxy; with TLS it provides `ISSLTransport` and `INegotiated`, and has `tls_version` and
-`tls_cipher`. Its `getHandle` (an `ssl.SSLObject`) and `getPeerCertificate` give what Python's `ssl` has, or, on a
-listener with `library=pyopenssl`, what pyOpenSSL has; the transport is then Twisted's `TLSMemoryBIOProtocol`.
+An ordinary Twisted `Protocol` and `Factory` are served unchanged. Their transport has Twisted's contract. `getPeer`
+returns the address of the client, also behind a proxy. With TLS the transport provides `ISSLTransport` and
+`INegotiated`, and has the attributes `tls_version` and `tls_cipher`. Its `getHandle` (an `ssl.SSLObject`) and
+`getPeerCertificate` return objects of Python's `ssl`. On a listener with `library=pyopenssl` the transport is Twisted's
+`TLSMemoryBIOProtocol`, and they return objects of pyOpenSSL.
 
-`startFactory` is called once in each process, before the first connection, and `stopFactory` once, after the last. What
-a factory or protocol wants beyond that it says by providing one of these interfaces, with `zope.interface.implementer`.
-All of it is stable.
+`startFactory` is called once in each process, before the first connection, and `stopFactory` once, after the last. A
+factory or protocol asks for more by providing one of these interfaces, with `zope.interface.implementer`. The API is
+stable.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from zope.interface import Interface
 
 
 class Secret:
-    """A text that is not to be shown: a password, a key, a token. For parameters of a factory or a protocol.
+    """A text that must not be shown, such as a password, a key or a token.
 
-    `def __init__(self, password: Secret)` has `--protocol-option password=@/run/secrets/pw` converted to one. `str()`,
-    `repr()`, f-strings and `%s` give `<hidden>`, so that it is in no log, no error message and no traceback that shows
-    variables by accident; `reveal()` gives the text. It is no `str`, since a library that was given it by mistake would
-    use the text in some places and `<hidden>` in others: it raises TypeError instead.
+    Annotate a parameter of a factory or protocol with it: `def __init__(self, password: Secret)`. Then the value of
+    `--protocol-option password=@/run/secrets/pw` is converted to a Secret. `str()`, `repr()`, f-strings and `%s` give
+    `<hidden>`, so logs, error messages and tracebacks do not show the text by accident. `reveal()` returns the text.
+
+    It is not a `str`. A library that receives it by mistake raises TypeError, and does not use `<hidden>` as the text.
     """
 
     __slots__ = ("_text",)
@@ -62,53 +64,56 @@ class Secret:
 
 
 class IStartable(Interface):
-    """A factory that has something to do before it serves."""
+    """A factory that does some work before the service accepts clients."""
 
     def start() -> Awaitable[object]:
-        """Called once in each process, after startFactory; gives a Deferred or a coroutine.
+        """Do the work, and return a Deferred or a coroutine. Called once in each process, after `startFactory`.
 
-        Nobody is accepted before it is done, and the service is not ready. If it fails, so does the start of the
-        service, or of this worker, with the exception in one line. A worker that takes a minute for it is killed.
+        No client is accepted before it is done, and the service is not ready. If it fails, the start of the service, or
+        of this worker, fails with the exception in one line. A worker that is not done after 60 seconds is killed.
         """
 
 
 class IDrainable(Interface):
-    """A protocol, or a factory, that wants to say goodbye before the service ends."""
+    """A protocol or a factory that is told about the graceful shutdown."""
 
     def drain() -> None:
-        """The service is about to end. Called once on the factory and then once on the protocol of each open
-        connection, also of those that open from now on.
+        """The graceful shutdown has begun.
 
-        The connection goes on: finish what is under way, then call the transport's `loseConnection`. What is still
-        open after the service's drain timeout is closed by it, with everything written sent first.
+        Called once on the factory, then once on the protocol of each open connection, and of each that opens later.
+        The connection goes on. Finish the work in progress, then call the transport's `loseConnection`. A connection
+        that is still open after the drain timeout is closed; everything that was written is sent first.
         """
 
 
 class IMetrics(Interface):
-    """A factory that counts something."""
+    """A factory that adds values to the metrics."""
 
     def metrics() -> Mapping[str, int | float]:
-        """What it has counted, by names of letters, digits and underscores that begin with a letter: 100 of them at
-        the most, of 100 characters.
+        """Return the values by their names.
 
-        Called now and then while the factory serves, and once at its end. A name that ends in `_total` is of
-        something that only grows: what workers that have ended counted stays part of it. Others are what is now. The
-        status page shows them added up; in `/metrics` they are `rtservice_protocol_NAME`, one for each worker. What
-        cannot be shown is left out, and the log says why.
+        A name consists of letters, digits and underscores, begins with a letter, and has at most 100 characters. At
+        most 100 names are shown. Called about once a second while the factory serves, and once at its end.
+
+        A name that ends in `_total` is a counter, which must never decrease; the counts of workers that have ended are
+        added to it. Other names are gauges. `/metrics` shows them as `rtservice_protocol_NAME` for each worker, the
+        status page shows their sum. A name or value that is not allowed is left out, and the log says why.
         """
 
 
 class IOneProcess(Interface):
-    """A factory whose connections have to be in one process, since they know of each other: with several workers,
-    such a service does not start."""
+    """A factory whose connections must be in one process, since they share memory.
+
+    With several workers the service does not start.
+    """
 
 
 class ConnectionLogger(Logger):
     """A `twisted.logger.Logger` whose records have the fields of a protocol's connection.
 
-    These are `peer` and `listener`, as in the record that the service writes at the connection's end, and `connection`,
-    its number on this listener, where the transport is rtservice's. On a transport that knows none of these there are
-    none. To be made when the protocol is connected: `self.log = ConnectionLogger(self)` in `connectionMade`.
+    The fields are `peer` and `listener`, as in the record at the end of the connection, and `connection`, its number on
+    this listener. A transport that is not rtservice's may lack some of them. Create the logger in `connectionMade`:
+    `self.log = ConnectionLogger(self)`.
     """
 
     def __init__(self, protocol: Any) -> None:
@@ -117,5 +122,5 @@ class ConnectionLogger(Logger):
         self._fields: dict[str, object] = getattr(protocol.transport, "log_fields", {})
 
     def emit(self, level: Any, format: str | None = None, **kwargs: object) -> None:
-        """As in Twisted, with these fields; those of the record itself win."""
+        """Log as in Twisted, with these fields added. A field of the record itself takes precedence."""
         super().emit(level, format, **{**self._fields, **kwargs})

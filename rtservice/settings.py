@@ -1,6 +1,6 @@
 """Every setting once: its name, type, range, default, help, and when a change of it takes effect.
 
-The command line, the environment's variables, the TOML file and the README's table are made from this schema. Nothing
+The command line, the environment's variables, the TOML file and the reference are made from this schema. Nothing
 here is read at run time but by `tap`, `worker` and `hosting`, which pass plain values on.
 """
 
@@ -790,7 +790,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-# --- to a file, the README, and what a reload has to do ---
+# --- to a file, the reference, and what a reload has to do ---
 
 
 def as_toml(loaded: LoadedSettings) -> str:
@@ -835,14 +835,55 @@ def _toml_string(text: str) -> str:
     return f'"{"".join(characters)}"'
 
 
-def table() -> str:
-    """The README's table of options, in Markdown."""
-    lines = ["| option | default | what it does | a change takes |", "|---|---|---|---|"]
-    for setting in schema():
-        option = f"`--{setting.name}`" + (f", `-{setting.short}`" if setting.short else "")
-        default = as_text(setting.default)
-        lines.append(f"| {option} | {default and f'`{default}`'} | {setting.help} | {setting.takes} |")
+# The order in which the reference presents the settings.
+TOPICS = {
+    "Listening": ("port", "interface", "listen", "backlog", "proxy-from"),
+    "Protocol": ("protocol", "protocol-option"),
+    "The echo protocol": ("greeting", "greet", "framing", "max-message"),
+    "Limits and timeouts": (
+        *("max-connections", "max-connections-per-peer", "peer-prefix-v6", "at-limit"),
+        *("handshake-timeout", "idle-timeout", "drain-timeout"),
+    ),
+    "TLS": ("watch-certificates",),
+    "Workers": ("workers", "hang-timeout", "max-worker-age", "max-worker-memory"),
+    "Status server": ("status", "status-host"),
+    "Logging": ("log-level", "access-log", "log-files"),
+}
+
+
+def reference() -> str:
+    """Return the reference of all settings as MyST Markdown: a section for each topic, a directive for each setting.
+
+    Raises KeyError when a setting is in no topic, or a topic has a name that is no setting.
+    """
+    settings = {setting.name: setting for setting in schema()}
+    lines = []
+    for topic, names in TOPICS.items():
+        lines.append(f"## {topic}\n")
+        lines += [_described(settings.pop(name)) for name in names]
+    if settings:
+        raise KeyError(f"in no topic: {', '.join(settings)}")
     return "\n".join(lines)
+
+
+def _described(setting: Setting) -> str:
+    option = f"`--{setting.name}`" + (f", `-{setting.short}`" if setting.short else "")
+    default = as_text(setting.default)
+    accepts = f"{setting.kind.accepts}; may be given several times" if setting.repeatable else setting.kind.accepts
+    return "\n".join(
+        (
+            f"```{{confval}} {setting.name}",
+            f":type: {accepts}",
+            *([f":default: `{default}`"] if default else []),
+            "",
+            setting.help,
+            "",
+            f"Command line {option}; environment `{variable(setting.name)}`; file `{setting.name}`. "
+            f"A change takes effect after a {setting.takes}.",
+            "```",
+            "",
+        )
+    )
 
 
 def changes(old: Settings, new: Settings) -> tuple[tuple[str, ...], tuple[str, ...]]:

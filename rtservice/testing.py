@@ -1,7 +1,7 @@
-"""For tests of a protocol: pytest fixtures that serve it in this process, and in a real `twistd`.
+"""Pytest fixtures for tests of a protocol: they serve it in the test's process, or in a real `twistd`.
 
-`pytest_plugins = "rtservice.testing"` in a test module or conftest.py makes them known. They take pytest and, for what
-is served in this process, pytest-twisted.
+`pytest_plugins = "rtservice.testing"` in a test module or `conftest.py` makes the fixtures available. They need pytest.
+`serve` needs pytest-twisted too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ DEADLINE = 30  # seconds for something that takes a fraction of one; generous, s
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Port]]:
-    """Serves a factory on a free port of 127.0.0.1 in the reactor of pytest-twisted: `port = serve(factory)`.
+    """Serve a factory on a free port of 127.0.0.1, in the reactor of pytest-twisted: `port = serve(factory)`.
 
-    `port.getHost().port` is the number. With `tls`, an `ssl.SSLContext`, connections are secured with it. What is still
-    open when the test ends is aborted, and its protocol has heard of that before the next test.
+    `port.getHost().port` is the number of the port. `tls` is an `ssl.SSLContext`; with it, connections use TLS.
+    Connections that are open when the test ends are aborted, and their protocols are told before the next test.
     """
     from pytest_twisted import blockon  # type: ignore[import-untyped]  # it is not
     from twisted.internet import reactor
@@ -78,7 +78,7 @@ def serve() -> Iterator[Callable[..., Port]]:
 
 
 class Service:
-    """A `twistd` in the foreground, whose output is read as it comes; `lines` has what there is."""
+    """A `twistd` process in the foreground. `lines` has its output so far."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Service:
             self._news.notify_all()
 
     def wait_line(self, pattern: str, count: int = 1) -> str:
-        """The `count`th line that matches a regular expression, waited for. Raises AssertionError."""
+        """Wait for a line that matches a regular expression, the one with number `count`. Raises AssertionError."""
         end = time.monotonic() + DEADLINE
         with self._news:
             while True:
@@ -128,28 +128,28 @@ class Service:
 
     @property
     def port(self) -> int:
-        """The TCP port that it listens on."""
+        """The TCP port that the service listens on."""
         return int(self.wait_line(r"listening on (?:tcp|ssl):.*:\d+$").rpartition(":")[2])
 
     @property
     def peak_memory(self) -> int:
-        """The most memory that it has had resident, in bytes."""
+        """The highest resident memory of the process so far, in bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
     def connect(self) -> socket.socket:
-        """A client of it."""
+        """Connect to the service, and return the socket."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
 
     def reload(self) -> str:
-        """Send SIGHUP, and wait for the line that says what came of it."""
+        """Send SIGHUP, wait for the log line that reports the result, and return it."""
         told = r"rtservice.*\] (reloaded[;:] |nothing is reloaded|workers are not replaced: )"
         before = sum(bool(re.search(told, line)) for line in self.lines)
         self.process.send_signal(signal.SIGHUP)
         return self.wait_line(told, before + 1)
 
     def stop(self, sig: int = signal.SIGTERM) -> int:
-        """Send a signal, which drains, and wait for the end; gives the status, which is 0 after a whole drain."""
+        """Send a signal, wait for the end of the process, and return its exit status: 0 after a complete shutdown."""
         self.process.send_signal(sig)
         status = self.process.wait(DEADLINE)
         self._close(DEADLINE)
@@ -162,7 +162,7 @@ class Service:
             self.process.stdout.close()
 
     def kill(self) -> None:
-        """End it, if it has not ended."""
+        """Kill the process if it has not ended."""
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         self.process.wait()
@@ -171,10 +171,10 @@ class Service:
 
 @pytest.fixture
 def hosted(tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """Serves a protocol in a real `twistd rtservice`: `one = hosted("mine:Factory", "--workers=2")`.
+    """Serve a protocol in a real `twistd rtservice`: `service = hosted("mine:Factory", "--workers=2")`.
 
-    It listens on a free port of 127.0.0.1, unless an argument says where, runs in `tmp_path`, and can import whatever
-    the test can. See Service for what it can be asked.
+    The service listens on a free port of 127.0.0.1, unless an argument says where. It runs in `tmp_path`, and can
+    import what the test can import. Keywords are environment variables. Returns a `Service`.
     """
     started: list[Service] = []
 

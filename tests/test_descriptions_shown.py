@@ -12,7 +12,7 @@ from rtservice.settings import schema
 
 ROOT = Path(__file__).parent.parent
 
-# What stands in README as one that is refused.
+# What the documentation shows as one that is refused.
 REFUSED = {"::1:8080"}
 
 _TYPED = re.compile(r"(?<![\w/.-])(?:(?:proxy|haproxy|ssl|tcp6?|unix|systemd):)+[^\s`\"',;|)]*")
@@ -22,12 +22,14 @@ _BARE = re.compile(r"`([\w.*:-]*(?:\[[^`\s]*\])?:(?:8080|9090|8443)[^`\s]*)`")
 def shown(text: str) -> list[str]:
     """The descriptions in a text, with what `…` and systemd's `%d` stand for; `ssl:` alone is the name of a type."""
     found = [*_TYPED.findall(text), *_BARE.findall(text)]
+    # In a line of the log a colon may follow the name of a listener.
+    found = [one.removesuffix(":") if re.search(r"\d\d:$|/.*:$", one) else one for one in found]
     found = [one.replace(":…", ":certificates=/dir").replace("%d", "/d").rstrip(".") for one in found]
     return [one for one in found if not re.fullmatch("((proxy|haproxy|ssl|tcp6?|unix):)+", one)]
 
 
 SOURCES = {
-    "README.md": (ROOT / "README.md").read_text(),
+    "docs": "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))),
     "help": "\n".join(setting.help for setting in schema()),
     "errors": FORMS,
     **{
@@ -50,11 +52,11 @@ def test_a_description_that_is_shown_is_accepted(source: str, description: str) 
 
 
 def test_the_documentation_shows_each_type_and_each_way_to_write_an_address() -> None:
-    for source in ("README.md", "help"):
+    for source in ("docs", "help"):
         found = {one for where, one in SHOWN if where == source}
         assert {"tcp:8080", "tcp6:8080:interface=::1", "127.0.0.1:8080", "[::1]:8080"} <= found
         kinds = {(*parse(one).prefixes, parse(one).kind) for one in found - REFUSED}
         assert {("tcp",), ("tcp6",), ("ssl",), ("unix",), ("systemd",)} <= kinds
     assert {"*:8080", ":8080", "localhost:8080", "::1:8080", r"proxy:ssl:8443:certificates=/dir"} <= {
-        one for where, one in SHOWN if where == "README.md"
+        one for where, one in SHOWN if where == "docs"
     }

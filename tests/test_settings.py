@@ -3,12 +3,10 @@
 import ipaddress
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 from twisted.scripts.twistd import ServerOptions
 
-from rtservice import settings
 from rtservice.settings import (
     ESCAPED,
     FLAG,
@@ -30,8 +28,6 @@ from rtservice.settings import (
     whole_number,
 )
 from rtservice.tap import Options, _Settings
-
-README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture
@@ -528,7 +524,7 @@ def test_arguments_of_other_listeners_are_hidden_wherever_they_are_shown(config)
         load({}, {}, config(printed))
 
 
-# --- a file, a reload, the README ---
+# --- a file, a reload ---
 
 
 @pytest.mark.parametrize(
@@ -591,12 +587,6 @@ def test_a_change_takes_a_reload_or_a_restart_as_the_schema_says() -> None:
     new = Settings(port=1, greeting=b"b", max_connections=5, log_level=LEVELS.parse("warn"))
     assert changes(old, new) == (("max-connections", "log-level"), ("greeting",))
     assert changes(new, new) == ((), ())
-
-
-def test_the_readmes_option_table_is_made_from_the_schema() -> None:
-    made = re.search(r"<!-- Made from .*? -->\n(.*)\n<!-- The end", README.read_text(), re.DOTALL)
-    assert made is not None
-    assert made[1] == settings.table(), "print it anew, with the command in the comment above the README's table"
 
 
 # --- the command line ---

@@ -110,7 +110,7 @@ def _enter_network(fd: int) -> None:
 
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A machine with this package in /opt/rtservice, as the README installs it, and what etc/ holds in its places."""
+    """A machine with this package in /opt/rtservice, as docs/howto/systemd.md has it, with the files of etc/."""
     with contextlib.ExitStack() as stack:
         try:
             directory = tmp_path_factory.mktemp("machine")

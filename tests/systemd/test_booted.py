@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def installed(machine, certificates):
     """The machine, with certificates and settings where the files of etc/ look for them."""
-    # As in the README: Twisted's plugin cache, which the service itself may not write.
+    # As docs/howto/systemd.md has it: Twisted's plugin cache, which the service itself may not write.
     machine.run("/opt/rtservice/bin/twistd", "--help")
     machine.run("systemd-sysusers")
     machine.run("systemd-tmpfiles", "--create")

@@ -1,0 +1,107 @@
+"""Reference text that is generated from the code: a line `% generated: NAME` in a page is replaced by it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+from zope.interface.interface import InterfaceClass, Method
+
+from rtservice import interfaces, settings, testing
+from rtservice.observe import metrics
+from rtservice.observe.figures import Source
+
+_MARK = re.compile(r"^% generated: (\w+)$", re.MULTILINE)
+
+
+def _interfaces() -> str:
+    """Every interface of rtservice.interfaces, with its methods, as directives of Sphinx's Python domain."""
+    found = [thing for thing in vars(interfaces).values() if isinstance(thing, InterfaceClass)]
+    described = []
+    for interface in found:
+        if interface.__module__ != interfaces.__name__:
+            continue
+        methods = [
+            _directive("method", f"{name}{method.getSignatureString()}", method.getDoc())
+            for name, method in interface.namesAndDescriptions()
+            if isinstance(method, Method)
+        ]
+        described.append(_directive("class", interface.getName(), interface.getDoc(), *methods))
+    return _restructured(f".. py:currentmodule:: {interfaces.__name__}", *described)
+
+
+def _fixtures() -> str:
+    """The pytest fixtures of rtservice.testing."""
+    return _restructured(
+        f".. py:currentmodule:: {testing.__name__}",
+        # What a fixture gives is called by the test, with these arguments.
+        _directive("function", "serve(factory, tls=None)", _docstring(testing.serve)),
+        _directive("function", "hosted(protocol, *arguments, **environment)", _docstring(testing.hosted)),
+    )
+
+
+def _docstring(fixture: Any) -> str:
+    return inspect.getdoc(inspect.unwrap(getattr(fixture, "_get_wrapped_function", lambda: fixture)())) or ""
+
+
+def _directive(kind: str, signature: str, text: str, *more: str) -> str:
+    body = "\n\n".join((inspect.cleandoc(text), *more))
+    return f".. py:{kind}:: {signature}\n\n{textwrap.indent(body, '   ')}"
+
+
+def _restructured(*parts: str) -> str:
+    # The docstrings are reStructuredText.
+    return "\n\n".join(("```{eval-rst}", *parts, "```"))
+
+
+def _metrics() -> str:
+    """A table of every metric of /metrics; those of a hosted protocol have names of its own."""
+    source: Any = Source(
+        version="",
+        standing=lambda: (True, ""),
+        overview=lambda: {
+            **dict.fromkeys(("state", "ready", "status", "time", "started"), 0),
+            **{"listeners": [], "certificates": [], "workers": [], "supervisor": None, "starts": {}, "exits": {}},
+        },
+        rows=lambda sort, count: None,  # type: ignore[arg-type, return-value]  # not called
+        settings=dict,
+        refresh=lambda: None,  # type: ignore[arg-type, return-value]  # not called
+        hosts=frozenset,
+        columns=(),
+        durations=(1.0,),
+        lags=(1.0,),
+    )
+    lines = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for family in metrics.families(source):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))
+        lines.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |")
+    return "\n".join(lines)
+
+
+_GENERATED: dict[str, Callable[[], str]] = {
+    "settings": settings.reference,
+    "interfaces": _interfaces,
+    "fixtures": _fixtures,
+    "metrics": _metrics,
+}
+
+
+def _fill(app: Sphinx, page: str, source: list[str]) -> None:
+    def generate(match: re.Match[str]) -> str:
+        if match[1] not in _GENERATED:
+            raise ExtensionError(f"{page}: nothing is generated under the name {match[1]!r}")
+        return _GENERATED[match[1]]()
+
+    source[0] = _MARK.sub(generate, source[0])
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.connect("source-read", _fill)
+    return {"parallel_read_safe": True}

@@ -1,0 +1,207 @@
+"""The documentation says what the code says, and the runner of its commands notices when a page is wrong."""
+
+import ast
+import contextlib
+import errno
+import importlib.util
+import os
+import re
+import select
+import sys
+from pathlib import Path
+
+import pytest
+
+from rtservice import settings
+from rtservice.testing import DEADLINE
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(settings.__file__).parent  # that of the installed wheel, when that is what is tested
+
+
+# --- the reference of settings ---
+
+
+def test_each_setting_is_in_one_topic_of_the_reference() -> None:
+    listed = [name for names in settings.TOPICS.values() for name in names]
+    assert sorted(listed) == sorted(setting.name for setting in settings.schema())
+
+
+def test_the_reference_describes_each_setting_as_the_schema_does() -> None:
+    page = settings.reference()
+    for topic in settings.TOPICS:
+        assert f"\n## {topic}\n" in f"\n{page}"
+    for setting in settings.schema():
+        described = page.partition(f"```{{confval}} {setting.name}\n")[2].partition("\n```\n")[0]
+        default = settings.as_text(setting.default)
+        assert setting.kind.accepts in described
+        assert (f":default: `{default}`" in described) == bool(default)
+        assert f"\n{setting.help}\n" in described
+        assert f"`--{setting.name}`" in described
+        assert f"`{settings.variable(setting.name)}`" in described
+        assert f"after a {setting.takes}." in described
+        assert not setting.short or f"`-{setting.short}`" in described
+
+
+def test_a_setting_without_a_topic_is_found(monkeypatch) -> None:
+    monkeypatch.setitem(settings.TOPICS, "TLS", ())
+    with pytest.raises(KeyError, match="watch-certificates"):
+        settings.reference()
+
+
+def test_the_page_of_settings_is_generated() -> None:
+    assert "\n% generated: settings\n" in (ROOT / "docs/reference/settings.md").read_text()
+
+
+# --- pages that Sphinx does not build ---
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_a_link_to_a_file_leads_to_one(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    missing = [link for link in links if "://" not in link and not (ROOT / link).is_file()]
+    assert missing == []
+    assert links or page == "CONTRIBUTING.md"
+
+
+def test_every_page_but_an_index_is_linked_from_the_readme_or_an_index() -> None:
+    linked = (ROOT / "README.md").read_text() + "".join(page.read_text() for page in ROOT.glob("docs/**/index.md"))
+    pages = [page.stem for page in ROOT.glob("docs/**/*.md") if page.stem != "index"]
+    assert len(pages) > 20
+    assert [name for name in pages if not re.search(rf"\b{name}\b", linked)] == []
+
+
+# --- troubleshooting ---
+
+# What a message of the page has in place of a value: words in capitals, numbers, quoted names, paths, an ellipsis; and
+# some words that the code inserts.
+_VALUE = re.compile(r"…|\b[A-Z]+\b|'[^']*'|[\w./:-]*\d[\w./:-]*|/\S+|\w*\.\w+|private key|reopened|records were")
+
+
+def _texts_of_the_code() -> str:
+    texts = [os.strerror(number).lower() for number in errno.errorcode]
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                # What stands in braces is a value.
+                parts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(re.sub(r"\{[^{}]*\}", "\0", node.value))
+    return "\n".join(texts)
+
+
+def _quoted_messages() -> list[str]:
+    """The terms of the definition lists that are messages: all that is in code, and has several words."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    terms = re.findall(r"^(.*)\n: ", page, re.MULTILINE)
+    return [code for term in terms for code in re.findall(r"`([^`]+)`", term) if len(code.split()) > 3]
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_code() -> None:
+    code, messages = _texts_of_the_code(), _quoted_messages()
+    assert len(messages) > 40
+    missing = []
+    for message in messages:
+        for part in re.split(r"[\0]|: |; |^--[\w-]+ ", _VALUE.sub("\0", message)):
+            words = part.strip(" :;,()[]")
+            if len(words) > 8 and words not in code:
+                missing.append((message, words))
+    assert missing == []
+
+
+# --- the runner of commands ---
+
+
+@pytest.fixture(scope="module")
+def pages():
+    """The runner, as a module."""
+    spec = importlib.util.spec_from_file_location("pages", ROOT / ".ci/pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pages"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["pages"]
+
+
+@pytest.fixture
+def run(pages, tmp_path, monkeypatch, capsys):
+    """Runs a page; gives the exit status and what was printed."""
+    monkeypatch.setattr(pages, "RETRY", 0.0)
+
+    def run(text: str) -> tuple[int, str]:
+        (tmp_path / "page.md").write_text(text)
+        status = pages.main([str(tmp_path), str(tmp_path / "page.md")])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return run
+
+
+def test_a_page_that_is_right_is_run_and_counted(run) -> None:
+    status, printed = run(
+        "# A page\n\n<!-- file: a/b.txt -->\n```text\nhello\n```\n\n<!-- run -->\n```sh\ncp a/b.txt c\n```\n\n"
+        "<!-- session -->\n```console\n$ cat c\nhello\n$ echo one \\\n  two\none two\n$ date\n...\n```\n\n"
+        "<!-- not run: needs root -->\n```sh\nfalse\n```\n"
+    )
+    assert status == 0, printed
+    assert "3 blocks run" in printed
+    assert "not run: 1\n    1 × needs root" in printed
+
+
+@pytest.mark.parametrize(
+    ("page", "problem"),
+    [
+        ("```sh\ntrue\n```\n", "does not say whether it is run"),
+        ("```console\n$ true\n```\n", "does not say whether it is run"),
+        ("text\n<!-- run -->\n\nmore text\n", "1 comments stand before no block"),
+        ("<!-- run -->\n```sh\nfalse\n```\n", "status 1: false"),
+        ("<!-- run -->\n```sh\nfalse\ntrue\n```\n", "status 1: false"),
+        ("<!-- session -->\n```console\n$ echo a\nb\n```\n", "expected:\nb\nfound:\na\n"),
+        ("<!-- session -->\n```console\n$ echo a\n```\n", "expected:\nfound:\na\n"),
+        ("<!-- session -->\n```console\n$ echo ab\na\n```\n", "found:\nab"),
+        ("<!-- session -->\n```console\n$ echo a; false\na\n```\n", "status 1"),
+        ("<!-- session -->\n```console\necho a\n```\n", "a session begins with"),
+        ("<!-- not run -->\n```sh\ntrue\n```\n", "no reason"),
+        ("<!-- serve -->\n```sh\necho it fails\n```\n", "it did not start"),
+        (
+            "<!-- serve -->\n```sh\ntrap 'exit 3' TERM; echo listening on x; while sleep 0.1; do :; done\n```\n",
+            "status 3",
+        ),
+        ("nothing to run\n", "no block was run"),
+    ],
+)
+def test_a_page_that_is_wrong_is_reported(run, page, problem) -> None:
+    status, printed = run(page)
+    assert status == 1
+    assert problem in printed
+
+
+def test_what_a_page_leaves_running_is_killed_and_reported(run, tmp_path) -> None:
+    status, printed = run(
+        f"<!-- run -->\n```sh\nsleep 60 >/dev/null & echo $! > left.pid; cp left.pid {tmp_path}/pid\n```\n"
+    )
+    assert (status, "leaves a daemon running" in printed) == (1, True)
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        process = os.pidfd_open(int((tmp_path / "pid").read_text()))
+        ended, _, _ = select.select([process], [], [], DEADLINE)
+        os.close(process)
+        assert ended
+
+
+@pytest.mark.parametrize(
+    ("expected", "output", "matches"),
+    [
+        ("a\n", "a\n", True),
+        ("a\n", "a", True),
+        ("a ... c\n", "a b c\n", True),
+        ("a ... c\n", "a b\nb c\n", False),
+        ("...\nlast\n", "one\ntwo\nlast\n", True),
+        ("a.c\n", "abc\n", False),
+        ("a\n", "a\nb\n", False),
+    ],
+)
+def test_three_dots_are_any_text(pages, expected, output, matches) -> None:
+    assert bool(pages.expected_pattern(expected).fullmatch(output)) == matches
