@@ -24,21 +24,12 @@ from twisted.internet.interfaces import IProtocol, IProtocolFactory
 from twisted.internet.protocol import Factory
 
 from rtservice import references
+from rtservice.config.schema import SHIPPED
+from rtservice.config.sources import LoadedSettings
+from rtservice.config.values import ESCAPED, FLAG, TEXT, BadValueError, Kind, SettingError, as_text, printable
 from rtservice.hidden import hide_values
 from rtservice.interfaces import IOneProcess, Secret
 from rtservice.references import OptionValue, UnresolvedError
-from rtservice.settings import (
-    ESCAPED,
-    FLAG,
-    SHIPPED,
-    TEXT,
-    BadValueError,
-    Kind,
-    LoadedSettings,
-    SettingError,
-    as_text,
-    printable,
-)
 from rtservice.suggestions import did_you_mean, nearest
 from rtservice.utf8 import NotUTF8Error, decode_utf8
 

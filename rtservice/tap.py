@@ -26,7 +26,11 @@ from twisted.python import usage
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 
-from rtservice import __version__, hosting, settings, worker
+from rtservice import __version__, hosting, worker
+from rtservice.config.render import as_toml, shown
+from rtservice.config.schema import Setting, Settings, all_settings, changes
+from rtservice.config.sources import CONFIG_VARIABLE, LoadedSettings, load_settings, variable
+from rtservice.config.values import FLAG, SettingError, as_text, printable
 from rtservice.hidden import hide_in_description, hide_values, values_in_description
 from rtservice.host import signals, systemd
 from rtservice.host.certificates import renewing
@@ -47,15 +51,14 @@ from rtservice.observe.lines import LineWriter, Output, say_aside
 from rtservice.observe.logfile import LogFile, check_file
 from rtservice.observe.logs import AccessLog, Format, Levels, Log
 from rtservice.references import OptionValue
-from rtservice.settings import CONFIG_VARIABLE, LoadedSettings, SettingError, printable
 from rtservice.suggestions import did_you_mean, nearest
 
 # Of a listener of --status, whose clients wait for a fraction of a second when there are many.
 _STATUS_BACKLOG = 1024
 
 
-def _help(setting: settings.Setting) -> str:
-    default = settings.as_text(setting.default)
+def _help(setting: Setting) -> str:
+    default = as_text(setting.default)
     return setting.help.replace("`", "") + (f" [default: {default}]" if default else "")
 
 
@@ -94,8 +97,8 @@ class Options(usage.Options):
         ["config", None, None, "A TOML file of settings, named as they are here [default: RTSERVICE_CONFIG]"],
         *(
             [setting.name, setting.short or None, None, _help(setting)]
-            for setting in settings.schema()
-            if not setting.repeatable and setting.kind is not settings.FLAG
+            for setting in all_settings()
+            if not setting.repeatable and setting.kind is not FLAG
         ),
     ]
 
@@ -165,16 +168,16 @@ class Options(usage.Options):
         if self.settings().protocol == "help":
             raise _Printed(hosting.listing())
         if self["print-config"]:
-            raise _Printed(settings.as_toml(self.loaded))
+            raise _Printed(as_toml(self.loaded))
 
-    def settings(self) -> settings.Settings:
+    def settings(self) -> Settings:
         """The settings that the process starts with."""
         return self.loaded.settings
 
     def reloaded(self) -> LoadedSettings:
         """The settings with what the file says now; raises SettingError."""
-        given = {one.name: self[one.name] for one in settings.schema() if self.get(one.name) is not None}
-        return settings.load(given, self._environment, self["config"])
+        given = {one.name: self[one.name] for one in all_settings() if self.get(one.name) is not None}
+        return load_settings(given, self._environment, self["config"])
 
     def make_factory(self, loaded: LoadedSettings, processes: int = 1) -> Any:
         """The factory of these settings, for one of so many processes; raises SettingError."""
@@ -192,7 +195,7 @@ def _option_name(option: str) -> str:
     return option.removesuffix("=").replace("_", "-")
 
 
-def _flag(setting: settings.Setting) -> Callable[[Options], None]:
+def _flag(setting: Setting) -> Callable[[Options], None]:
     def opt(self: Options) -> None:
         self[setting.name] = "true"
 
@@ -200,7 +203,7 @@ def _flag(setting: settings.Setting) -> Callable[[Options], None]:
     return opt
 
 
-def _repeatable(setting: settings.Setting) -> Callable[[Options, str], None]:
+def _repeatable(setting: Setting) -> Callable[[Options, str], None]:
     def opt(self: Options, text: str) -> None:
         self[setting.name] = (*self.get(setting.name, ()), text)
 
@@ -208,8 +211,8 @@ def _repeatable(setting: settings.Setting) -> Callable[[Options, str], None]:
     return opt
 
 
-for _setting in settings.schema():
-    if _setting.repeatable or _setting.kind is settings.FLAG:
+for _setting in all_settings():
+    if _setting.repeatable or _setting.kind is FLAG:
         _opt = _repeatable(_setting) if _setting.repeatable else _flag(_setting)
         for _name in filter(None, (_setting.field, _setting.short)):
             setattr(Options, f"opt_{_name}", _opt)  # Twisted takes one function under two names for synonyms
@@ -245,7 +248,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> Server | Sup
     leave = ExitWithStatus(start)
     atexit.register(leave)  # first, so that it is run last: a protocol may register something when it is imported
     # It may hold secrets, and what hosted code starts inherits the environment. A reload has a copy.
-    os.environ.pop(settings.variable("protocol-option"), None)
+    os.environ.pop(variable("protocol-option"), None)
     _open_standard_descriptors()
     ignore_bad_names()
     log = Log(Levels(worker.levels(in_force)), globalLogPublisher)
@@ -381,7 +384,7 @@ def _serve_status(status_server: StatusServer, service: Server | Supervisor, in_
         status_server.factory = make_site(source, reactor)
 
 
-def _slots(in_force: settings.Settings) -> int:
+def _slots(in_force: Settings) -> int:
     """How many processes serve."""
     return len(os.sched_getaffinity(0)) if in_force.workers is None else in_force.workers
 
@@ -544,7 +547,7 @@ class _Settings:
 
     def shown(self) -> dict[str, str]:
         """Each setting in force, without what may be a secret."""
-        return {one.name: settings.shown(one, self._in_force) for one in settings.schema()}
+        return {one.name: shown(one, self._in_force) for one in all_settings()}
 
     def status_hosts(self) -> frozenset[str]:
         """The host names that clients of the status server may name, in lower case."""
@@ -555,7 +558,7 @@ class _Settings:
     def _wanted(self) -> LoadedSettings:
         """What the file says now; raises SettingError."""
         wanted = self._options.reloaded()
-        if any(name in _OF_LISTENERS for name in settings.changes(self._in_force, wanted.settings)[1]):
+        if any(name in _OF_LISTENERS for name in changes(self._in_force, wanted.settings)[1]):
             # It takes a restart, which must not be what finds the mistake. No name server is asked: the service waits.
             slots = _slots(wanted.settings)
             resolve_path = _path_resolver(self._options.parent or {})
@@ -563,13 +566,13 @@ class _Settings:
             _check_other_types(wanted, slots)
         return wanted
 
-    def _reloaded(self, wanted: settings.Settings, what: str = "reloaded") -> None:
+    def _reloaded(self, wanted: Settings, what: str = "reloaded") -> None:
         """All that can change is what was wanted now."""
         log = self._log
-        live, restart = settings.changes(self._in_force, wanted)
+        live, restart = changes(self._in_force, wanted)
         self._log.levels.change(worker.levels(wanted))
         # What takes a restart stays as it is, so that the next reload says so again.
-        changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
+        changed = {one.field: getattr(wanted, one.field) for one in all_settings() if one.name in live}
         self._in_force = dataclasses.replace(self._in_force, **changed)
         log.info("{what}; changed: {names}", what=what, names=", ".join(live) or "no setting")
         if restart:
@@ -588,7 +591,7 @@ class _Reload(_Settings):
         try:
             loaded = self._wanted()
             wanted = loaded.settings
-            if any(name in _OF_FACTORIES for name in settings.changes(self._in_force, wanted)[1]):
+            if any(name in _OF_FACTORIES for name in changes(self._in_force, wanted)[1]):
                 self._options.make_factory(loaded)  # it takes a restart, which must not be what finds the mistake
             adopt_certificates = yield from server.renewing_certificates()
         except (SettingError, ListenError) as problem:
@@ -616,8 +619,8 @@ class _ReloadWorkers(_Settings):
             read: dict[object, Files] = {}
             served = [*((listener, None) for listener in self._opened), *self._status_server.served()]
             adopt = yield from renewing(served, read)
-            live, _ = settings.changes(self._in_force, wanted)
-            changed = {one.field: getattr(wanted, one.field) for one in settings.schema() if one.name in live}
+            live, _ = changes(self._in_force, wanted)
+            changed = {one.field: getattr(wanted, one.field) for one in all_settings() if one.name in live}
             loaded = LoadedSettings(dataclasses.replace(self._in_force, **changed), self._options.loaded.sources)
             plan = _spec(loaded, self._opened, self._status_server, self._options, read)
         except (SettingError, ListenError, TLSError) as problem:

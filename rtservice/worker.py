@@ -20,7 +20,10 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import LogEvent, Logger, LogLevel, globalLogBeginner, globalLogPublisher
 from twisted.python.failure import Failure
 
-from rtservice import hosting, settings
+from rtservice import hosting
+from rtservice.config.schema import Settings, all_settings
+from rtservice.config.sources import LoadedSettings, load_settings
+from rtservice.config.values import SettingError, as_text
 from rtservice.counted import counted
 from rtservice.host.connections import Limits
 from rtservice.host.control import (
@@ -49,7 +52,6 @@ from rtservice.net.listener import Listener
 from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, Steps, TLSError, finish, ignore_bad_names
 from rtservice.observe.logs import AccessLog, LevelName, Levels, Log, message_and_traceback
 from rtservice.references import OptionValue
-from rtservice.settings import SettingError
 
 _log = Logger()
 # Seconds that what is for the log waits for more of it, but for errors, and how many characters of the access log are
@@ -70,7 +72,7 @@ _LAST_WORDS = 5.0
 # --- what tap uses too: from settings to what the host takes ---
 
 
-def runtime_settings(in_force: settings.Settings, *, slot: int = 0, slots: int = 1, beside: int = 0) -> RuntimeSettings:
+def runtime_settings(in_force: Settings, *, slot: int = 0, slots: int = 1, beside: int = 0) -> RuntimeSettings:
     """What may change while the service runs, as the host takes it; of `slots` processes, this one's share.
 
     The descriptor limit is each process's own; `beside` descriptors of it are reserved for the status server.
@@ -96,7 +98,7 @@ def runtime_settings(in_force: settings.Settings, *, slot: int = 0, slots: int =
     )
 
 
-def levels(in_force: settings.Settings) -> dict[str, LevelName]:
+def levels(in_force: Settings) -> dict[str, LevelName]:
     """The least level of each namespace that has one."""
     return {least.namespace: least.level for least in in_force.log_level}
 
@@ -110,7 +112,7 @@ def share(total: int, slot: int, slots: int) -> int:
 
 
 def describe(
-    loaded: settings.LoadedSettings,
+    loaded: LoadedSettings,
     listeners: list[Listener],
     *,
     options: Iterable[OptionValue],
@@ -125,11 +127,11 @@ def describe(
     workers import it, with their rights, and anew for each of them.
     """
     texts: dict[str, str | tuple[str, ...]] = {}
-    for setting in settings.schema():
+    for setting in all_settings():
         value = getattr(loaded.settings, setting.field)
         # It gets sockets; and an option of the echo exchange that nobody has given is none of other protocols.
         if setting.name not in ("listen", "port", "interface", "protocol-option") and value != setting.default:
-            texts[setting.name] = value if setting.repeatable else settings.as_text(value)
+            texts[setting.name] = value if setting.repeatable else as_text(value)
     described = [_described(listener, (read or {}).get(listener.source)) for listener in listeners]
     return {
         "settings": texts,
@@ -184,7 +186,7 @@ class Worker(Protocol):
         self._kinds: list[str] = []
         self._files: list[tuple[str, int]] = []  # of UNIX sockets, to be removed by the supervisor
         self._listeners: list[Listener] = []
-        self._settings = settings.Settings()
+        self._settings = Settings()
         self._slot, self._slots = 0, 1
         self._loading: Deferred[None] | None = None
         self._finish: list[str] | None = None  # whose queues are to be served, in a drain that came while it loads
@@ -307,8 +309,8 @@ class Worker(Protocol):
             self._failed(repr(error))
 
     def _serve(self, given: dict[str, Any]) -> Steps[None]:
-        self._settings = settings.load(given["settings"], {}, None).settings
-        loaded = settings.LoadedSettings(self._settings, given["sources"])
+        self._settings = load_settings(given["settings"], {}, None).settings
+        loaded = LoadedSettings(self._settings, given["sources"])
         self._slot, self._slots = given["slot"], given["slots"]
         self._levels.change(levels(self._settings))
         self._log = Log(self._levels, globalLogPublisher)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from rtservice.config.schema import all_settings
 from rtservice.net.description import FORMS, ListenError, parse
 from rtservice.net.listeners import read_description
-from rtservice.settings import schema
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +30,7 @@ def shown(text: str) -> list[str]:
 
 SOURCES = {
     "docs": "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))),
-    "help": "\n".join(setting.help for setting in schema()),
+    "help": "\n".join(setting.help for setting in all_settings()),
     "errors": FORMS,
     **{
         str(path.relative_to(ROOT)): path.read_text(errors="replace")

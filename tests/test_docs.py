@@ -12,41 +12,45 @@ from pathlib import Path
 
 import pytest
 
-from rtservice import settings
+import rtservice
+from rtservice.config.render import reference
+from rtservice.config.schema import TOPICS, all_settings
+from rtservice.config.sources import variable
+from rtservice.config.values import as_text
 from rtservice.testing import DEADLINE
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = Path(settings.__file__).parent  # that of the installed wheel, when that is what is tested
+PACKAGE = Path(rtservice.__file__).parent  # that of the installed wheel, when that is what is tested
 
 
 # --- the reference of settings ---
 
 
 def test_each_setting_is_in_one_topic_of_the_reference() -> None:
-    listed = [name for names in settings.TOPICS.values() for name in names]
-    assert sorted(listed) == sorted(setting.name for setting in settings.schema())
+    listed = [name for names in TOPICS.values() for name in names]
+    assert sorted(listed) == sorted(setting.name for setting in all_settings())
 
 
 def test_the_reference_describes_each_setting_as_the_schema_does() -> None:
-    page = settings.reference()
-    for topic in settings.TOPICS:
+    page = reference()
+    for topic in TOPICS:
         assert f"\n## {topic}\n" in f"\n{page}"
-    for setting in settings.schema():
+    for setting in all_settings():
         described = page.partition(f"```{{confval}} {setting.name}\n")[2].partition("\n```\n")[0]
-        default = settings.as_text(setting.default)
+        default = as_text(setting.default)
         assert setting.kind.accepts in described
         assert (f":default: `{default}`" in described) == bool(default)
         assert f"\n{setting.help}\n" in described
         assert f"`--{setting.name}`" in described
-        assert f"`{settings.variable(setting.name)}`" in described
+        assert f"`{variable(setting.name)}`" in described
         assert f"after a {setting.takes}." in described
         assert not setting.short or f"`-{setting.short}`" in described
 
 
 def test_a_setting_without_a_topic_is_found(monkeypatch) -> None:
-    monkeypatch.setitem(settings.TOPICS, "TLS", ())
+    monkeypatch.setitem(TOPICS, "TLS", ())
     with pytest.raises(KeyError, match="watch-certificates"):
-        settings.reference()
+        reference()
 
 
 def test_the_page_of_settings_is_generated() -> None:

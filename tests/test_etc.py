@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rtservice import settings
+from rtservice.config.schema import Settings, all_settings
+from rtservice.config.sources import load_settings
 from rtservice.tap import Options
 
 ETC = Path(__file__).parent.parent / "etc"
@@ -73,10 +74,10 @@ def test_what_the_example_shows_behind_a_hash_is_the_default(tmp_path) -> None:
     text = (ETC / "rtservice.toml").read_text()
     hidden = "\n".join(line.removeprefix("#") for line in text.splitlines() if re.match("#[a-z0-9-]+ = ", line))
     (tmp_path / "hidden.toml").write_text(hidden)
-    assert settings.load({}, {}, str(tmp_path / "hidden.toml")).settings == settings.Settings()
+    assert load_settings({}, {}, str(tmp_path / "hidden.toml")).settings == Settings()
     # All of them are there, so that nobody has to look elsewhere.
     shown = {*tomllib.loads(hidden), *tomllib.loads(text), "listen", "interface"}
-    assert shown == {setting.name for setting in settings.schema()}
+    assert shown == {setting.name for setting in all_settings()}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")

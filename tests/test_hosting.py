@@ -14,10 +14,11 @@ from twisted.internet.interfaces import IProtocolFactory
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
+from rtservice.config.sources import load_settings
+from rtservice.config.values import SettingError
 from rtservice.hosting import ECHO_SETTINGS, listing, make_factory, resolve_options
 from rtservice.interfaces import IOneProcess, Secret
 from rtservice.protocols.echo import EchoFactory
-from rtservice.settings import SettingError, load
 
 
 class Color(Enum):
@@ -149,7 +150,7 @@ def made(
     **settings: str,
 ) -> Any:
     given = {"protocol": protocol, "protocol-option": options, **settings}
-    loaded = load(given, {}, None)
+    loaded = load_settings(given, {}, None)
     options = resolve_options(loaded, environment or {}, directory)
     return make_factory(loaded, options=options, directory=directory, processes=processes)
 

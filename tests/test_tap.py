@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rtservice import tap
-from rtservice.settings import SettingError
+from rtservice.config.values import SettingError
 
 
 @pytest.fixture

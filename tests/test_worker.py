@@ -17,7 +17,9 @@ from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
-from rtservice import settings, worker
+from rtservice import worker
+from rtservice.config.schema import Settings
+from rtservice.config.sources import load_settings
 from rtservice.host.control import decode_value, encode, split_word
 from rtservice.host.counters import PHASES
 from rtservice.host.server import State
@@ -28,7 +30,7 @@ from rtservice.net.listeners import open_description
 from rtservice.net.tls import Steps, TLSError, finish
 from rtservice.worker import Worker, describe, runtime_settings, share
 
-DEFAULTS = settings.load({}, {}, None)
+DEFAULTS = load_settings({}, {}, None)
 
 
 def start(**given: Any) -> bytes:
@@ -49,23 +51,23 @@ def test_the_shares_of_a_total_are_the_total_or_one_each(total, slots) -> None:
 
 @pytest.mark.parametrize("slots", [1, 3, 4])
 def test_limits_are_divided_among_workers_as_the_documentation_says(slots) -> None:
-    in_force = dataclasses.replace(settings.Settings(), max_connections=10, max_connections_per_peer=10)
+    in_force = dataclasses.replace(Settings(), max_connections=10, max_connections_per_peer=10)
     limits = [runtime_settings(in_force, slot=slot, slots=slots).limits for slot in range(slots)]
     assert sum(one.max_connections for one in limits) == 10
     assert {one.max_connections_per_peer for one in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
 
 
 def test_no_limit_for_each_peer_stays_none() -> None:
-    assert runtime_settings(settings.Settings(), slot=1, slots=3).limits.max_connections_per_peer == 0
+    assert runtime_settings(Settings(), slot=1, slots=3).limits.max_connections_per_peer == 0
 
 
 def test_the_descriptor_limit_is_each_process_s_own() -> None:
-    whole = runtime_settings(settings.Settings()).limits.max_connections
-    assert runtime_settings(settings.Settings(), slot=1, slots=3).limits.max_connections == whole
+    whole = runtime_settings(Settings()).limits.max_connections
+    assert runtime_settings(Settings(), slot=1, slots=3).limits.max_connections == whole
 
 
 def test_certificates_are_watched_by_the_supervisor_where_there_is_one() -> None:
-    in_force = dataclasses.replace(settings.Settings(), watch_certificates=True)
+    in_force = dataclasses.replace(Settings(), watch_certificates=True)
     assert runtime_settings(in_force).watch_certificates
     assert not runtime_settings(in_force, slot=0, slots=2).watch_certificates
 
@@ -152,11 +154,11 @@ def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeyp
 
 def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
     given = {"max-connections": "7", "greeting": r"\x00\xff", "proxy-from": ("10.0.0.0/8,::1",), "log-level": "debug"}
-    in_force = settings.load(
+    in_force = load_settings(
         {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None
     )
     described = json.loads(json.dumps(describe(in_force, [], options=(), directory="/")))
-    assert settings.load(described["settings"], {}, None).settings == in_force.settings
+    assert load_settings(described["settings"], {}, None).settings == in_force.settings
     assert described["sources"] == in_force.sources
 
 
@@ -340,7 +342,7 @@ def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading)
     made, _, reactor = loading
     made.dataReceived(encode("share", 5))
     reactor.pump([0.1] * 10)
-    assert made._server.live == runtime_settings(settings.Settings(), slot=0, slots=5)
+    assert made._server.live == runtime_settings(Settings(), slot=0, slots=5)
     made.dataReceived(encode("drain", []))
     reactor.pump([1] * 5)
 

@@ -12,9 +12,10 @@ from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 from zope.interface.interface import InterfaceClass, Method
 
-from rtservice import interfaces, settings, testing
+from rtservice import interfaces, testing
+from rtservice.config.render import reference
 from rtservice.observe import metrics
-from rtservice.observe.figures import Source
+from rtservice.observe.figures import StatusSource
 
 _MARK = re.compile(r"^% generated: (\w+)$", re.MULTILINE)
 
@@ -61,7 +62,7 @@ def _restructured(*parts: str) -> str:
 
 def _metrics() -> str:
     """A table of every metric of /metrics; those of a hosted protocol have names of its own."""
-    source: Any = Source(
+    source: Any = StatusSource(
         version="",
         standing=lambda: (True, ""),
         overview=lambda: {
@@ -85,7 +86,7 @@ def _metrics() -> str:
 
 
 _GENERATED: dict[str, Callable[[], str]] = {
-    "settings": settings.reference,
+    "settings": reference,
     "interfaces": _interfaces,
     "fixtures": _fixtures,
     "metrics": _metrics,

@@ -19,7 +19,6 @@ _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 # How often the system is asked for one port number that is free on IPv4 and IPv6.
 _SAME_PORT_TRIES = 32
-
 Address = tuple[socket.AddressFamily, str, int]  # family, host, IPv6 scope
 
 

@@ -7,24 +7,19 @@ import tomllib
 import pytest
 from twisted.scripts.twistd import ServerOptions
 
-from rtservice.settings import (
+from rtservice.config.render import as_toml, shown
+from rtservice.config.schema import SHIPPED, Settings, all_settings, changes
+from rtservice.config.sources import LoadedSettings, load_settings
+from rtservice.config.values import (
     ESCAPED,
     FLAG,
     HOSTS,
     LEVELS,
     NETWORKS,
-    SHIPPED,
-    LoadedSettings,
     SettingError,
-    Settings,
     as_text,
-    as_toml,
-    changes,
     either,
-    load,
-    schema,
     seconds,
-    shown,
     whole_number,
 )
 from rtservice.tap import Options, _Settings
@@ -168,7 +163,7 @@ def test_a_flag_is_true_or_false(text: str) -> None:
         FLAG.parse(text)
 
 
-@pytest.mark.parametrize("setting", list(schema()), ids=lambda setting: setting.name)
+@pytest.mark.parametrize("setting", list(all_settings()), ids=lambda setting: setting.name)
 def test_a_default_is_what_its_text_says(setting) -> None:
     if not setting.repeatable:
         assert setting.kind.parse(as_text(setting.default)) == setting.default
@@ -180,18 +175,18 @@ def test_a_default_is_what_its_text_says(setting) -> None:
 
 def test_the_command_line_is_over_the_environment_over_the_file_over_the_defaults(config) -> None:
     file = config("port = 1\nbacklog = 1\nmax-message = 1\n")
-    loaded = load({"port": "3"}, {"RTSERVICE_PORT": "2", "RTSERVICE_BACKLOG": "2", "PORT": "x"}, file)
+    loaded = load_settings({"port": "3"}, {"RTSERVICE_PORT": "2", "RTSERVICE_BACKLOG": "2", "PORT": "x"}, file)
     in_force = loaded.settings
     assert (in_force.port, in_force.backlog, in_force.max_message, in_force.framing) == (3, 2, 1, "raw")
     assert loaded.sources["port"] == "command line"
     assert loaded.sources["backlog"] == "environment"
     assert loaded.sources["max-message"] == file
     assert loaded.sources["framing"] == "default"
-    assert set(loaded.sources) == {setting.name for setting in schema()}
+    assert set(loaded.sources) == {setting.name for setting in all_settings()}
 
 
 def test_nothing_given_is_the_defaults() -> None:
-    assert load({}, {}, None).settings == Settings()
+    assert load_settings({}, {}, None).settings == Settings()
 
 
 def test_a_file_has_toml_types_or_the_texts_of_the_command_line(config) -> None:
@@ -205,18 +200,18 @@ def test_a_file_has_toml_types_or_the_texts_of_the_command_line(config) -> None:
         greeting = 'a\\r'
         """
     )
-    in_force = load({}, {}, natural).settings
+    in_force = load_settings({}, {}, natural).settings
     assert (in_force.max_connections, in_force.idle_timeout, in_force.drain_timeout) == (1000, 0.5, 5.0)
     assert in_force.watch_certificates is True
     assert (in_force.listen, in_force.greeting) == (("tcp:1", "tcp:2"), b"a\r")
     texts = config('max-connections = "auto"\nidle-timeout = "0.5"\nwatch-certificates = "true"\nlisten = "tcp:1"')
-    in_force = load({}, {}, texts).settings
+    in_force = load_settings({}, {}, texts).settings
     assert (in_force.max_connections, in_force.idle_timeout, in_force.listen) == (None, 0.5, ("tcp:1",))
     assert in_force.watch_certificates is True
 
 
 def test_a_variable_holds_several_descriptions_with_white_space_between_them() -> None:
-    assert load({}, {"RTSERVICE_LISTEN": " tcp:1\n unix:/x "}, None).settings.listen == ("tcp:1", "unix:/x")
+    assert load_settings({}, {"RTSERVICE_LISTEN": " tcp:1\n unix:/x "}, None).settings.listen == ("tcp:1", "unix:/x")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +225,7 @@ def test_a_variable_holds_several_descriptions_with_white_space_between_them() -
     ],
 )
 def test_a_variable_may_begin_with_an_address_in_brackets(text, listen) -> None:
-    assert load({}, {"RTSERVICE_LISTEN": text}, None).settings.listen == listen
+    assert load_settings({}, {"RTSERVICE_LISTEN": text}, None).settings.listen == listen
 
 
 @pytest.mark.parametrize(
@@ -268,7 +263,7 @@ def test_a_variable_may_begin_with_an_address_in_brackets(text, listen) -> None:
 def test_a_mistake_in_a_file_names_file_setting_value_and_what_is_accepted(config, line, problem) -> None:
     file = config(line)
     with pytest.raises(SettingError, match=re.escape(f"{file}: {problem}")) as caught:
-        load({}, {}, file)
+        load_settings({}, {}, file)
     assert "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
@@ -290,21 +285,21 @@ def test_a_mistake_in_a_file_names_file_setting_value_and_what_is_accepted(confi
 def test_a_file_that_is_not_toml_is_named(config, content, problem) -> None:
     file = config(content)
     with pytest.raises(SettingError, match=re.escape(file) + ": " + problem) as caught:
-        load({}, {}, file)
+        load_settings({}, {}, file)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_file_is_read_as_any_editor_writes_it(config, encoding, end) -> None:
-    in_force = load({}, {}, config(f"port = 1{end}# ü{end}greeting = 'ü'{end}".encode(encoding))).settings
+    in_force = load_settings({}, {}, config(f"port = 1{end}# ü{end}greeting = 'ü'{end}".encode(encoding))).settings
     assert (in_force.port, in_force.greeting) == (1, "ü".encode())
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path) -> None:
     for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(SettingError, match=f"{re.escape(str(path))}: cannot be read: {reason}"):
-            load({}, {}, str(path))
+            load_settings({}, {}, str(path))
 
 
 @pytest.mark.parametrize(
@@ -319,14 +314,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path) -> None:
 )
 def test_a_mistake_in_the_environment_names_the_variable(name, value, problem) -> None:
     with pytest.raises(SettingError) as caught:
-        load({}, {name: value}, None)
+        load_settings({}, {name: value}, None)
     assert str(caught.value).startswith(problem)
     assert ("did you mean" in str(caught.value)) == ("did you mean" in problem)
 
 
 def test_a_mistake_counts_also_where_a_higher_layer_gives_the_setting(config) -> None:
     with pytest.raises(SettingError, match="port"):
-        load({"port": "1"}, {}, config("port = 'x'"))
+        load_settings({"port": "1"}, {}, config("port = 'x'"))
 
 
 def test_what_kubernetes_makes_of_a_service_of_this_name_is_no_setting(config) -> None:
@@ -343,16 +338,16 @@ def test_what_kubernetes_makes_of_a_service_of_this_name_is_no_setting(config) -
         "RTSERVICE_BLUE_PORT": "udp://10.0.0.1:8080",
         "RTSERVICE_BLUE_PORT_8080_UDP_ADDR": "10.0.0.1",
     }
-    assert load({}, injected, None) == load({}, {}, None)
-    assert load({}, {**injected, "RTSERVICE_PORT": "9000"}, None).settings.port == 9000
+    assert load_settings({}, injected, None) == load_settings({}, {}, None)
+    assert load_settings({}, {**injected, "RTSERVICE_PORT": "9000"}, None).settings.port == 9000
     for name, value in [("RTSERVICE_PORT", "tcp:1"), ("RTSERVICE_BLUE_PORT", "1"), ("RTSERVICE_SERVICE", "x")]:
         with pytest.raises(SettingError, match=name):
-            load({}, {name: value}, None)
+            load_settings({}, {name: value}, None)
 
 
 def test_a_setting_is_where_its_value_came_from(config) -> None:
     path = config("port = 1")
-    loaded = load({"greeting": "x"}, {"RTSERVICE_AT_LIMIT": "reject"}, path)
+    loaded = load_settings({"greeting": "x"}, {"RTSERVICE_AT_LIMIT": "reject"}, path)
     names = ("greeting", "at-limit", "port", "backlog")
     assert [loaded.where(name) for name in names] == ["--greeting", "RTSERVICE_AT_LIMIT", f"{path}: port", "--backlog"]
 
@@ -373,7 +368,7 @@ def test_a_setting_is_where_its_value_came_from(config) -> None:
 def test_the_highest_layer_that_says_where_to_listen_is_followed(
     config, command_line, variables, file, listen, port, interface
 ) -> None:
-    loaded = load(command_line, variables, config(file))
+    loaded = load_settings(command_line, variables, config(file))
     in_force = loaded.settings
     assert (in_force.listen, in_force.port, in_force.interface) == (listen, port, interface)
     for name in ("listen", "port", "interface"):
@@ -391,7 +386,7 @@ def test_the_highest_layer_that_says_where_to_listen_is_followed(
 )
 def test_one_layer_says_where_to_listen_in_one_way(config, command_line, variables, file, problem) -> None:
     with pytest.raises(SettingError, match=problem):
-        load(command_line, variables, config(file))
+        load_settings(command_line, variables, config(file))
 
 
 # --- a protocol and its options ---
@@ -399,18 +394,18 @@ def test_one_layer_says_where_to_listen_in_one_way(config, command_line, variabl
 
 def test_a_table_of_the_file_has_the_protocol_and_its_options(config) -> None:
     file = config("[protocol]\nname = 'chat'\nmotd = 'a=b'\nrooms = ['x', 'y']\nlimit = 5\nopen = true\nrate = 1.5")
-    loaded = load({}, {}, file)
+    loaded = load_settings({}, {}, file)
     assert loaded.settings.protocol == "chat"
     assert loaded.settings.protocol_option == ("motd=a=b", "rooms=x", "rooms=y", "limit=5", "open=true", "rate=1.5")
     assert loaded.where("protocol") == f"{file}: protocol"
-    assert load({}, {}, config("[protocol]\nmotd = 'x'")).settings.protocol == "echo"
-    assert load({}, {}, config("protocol = 'x:y'\nprotocol-option = ['name=z']")).settings.protocol_option == (
+    assert load_settings({}, {}, config("[protocol]\nmotd = 'x'")).settings.protocol == "echo"
+    assert load_settings({}, {}, config("protocol = 'x:y'\nprotocol-option = ['name=z']")).settings.protocol_option == (
         "name=z",
     )
 
 
 def test_options_of_all_layers_hold_each_from_the_highest(config) -> None:
-    loaded = load(
+    loaded = load_settings(
         {"protocol-option": ["rooms=3", "rooms=4"]},
         {"RTSERVICE_PROTOCOL_OPTION": "max-size=9 b=1"},
         config("[protocol]\nmax_size = 1\nrooms = ['1', '2', '5']\nlast = 1"),
@@ -433,7 +428,7 @@ def test_options_of_all_layers_hold_each_from_the_highest(config) -> None:
 def test_a_mistake_in_the_table_is_named(config, content, problem) -> None:
     file = config(content)
     with pytest.raises(SettingError, match=re.escape(f"{file}: {problem}")):
-        load({}, {}, file)
+        load_settings({}, {}, file)
 
 
 # --- variables that hold several texts ---
@@ -451,11 +446,11 @@ def test_a_mistake_in_the_table_is_named(config, content, problem) -> None:
     ],
 )
 def test_a_variable_has_options_with_blanks_as_a_json_array(value, options) -> None:
-    assert load({}, {"RTSERVICE_PROTOCOL_OPTION": value}, None).settings.protocol_option == options
+    assert load_settings({}, {"RTSERVICE_PROTOCOL_OPTION": value}, None).settings.protocol_option == options
 
 
 def test_a_variable_has_descriptions_with_blanks_as_a_json_array() -> None:
-    loaded = load({}, {"RTSERVICE_LISTEN": '["unix:/run/a b", "tcp:1"]'}, None)
+    loaded = load_settings({}, {"RTSERVICE_LISTEN": '["unix:/run/a b", "tcp:1"]'}, None)
     assert loaded.settings.listen == ("unix:/run/a b", "tcp:1")
 
 
@@ -464,7 +459,7 @@ def test_a_variable_has_descriptions_with_blanks_as_a_json_array() -> None:
 )
 def test_a_variable_that_is_no_json_array_of_strings_is_refused_and_not_shown(value) -> None:
     with pytest.raises(SettingError) as caught:
-        load({}, {"RTSERVICE_PROTOCOL_OPTION": value}, None)
+        load_settings({}, {"RTSERVICE_PROTOCOL_OPTION": value}, None)
     assert str(caught.value) == (
         "RTSERVICE_PROTOCOL_OPTION: begins with [ and is not a JSON array of strings; the text is not shown"
     )
@@ -472,7 +467,7 @@ def test_a_variable_that_is_no_json_array_of_strings_is_refused_and_not_shown(va
 
 def test_half_a_value_is_not_shown_and_its_place_is() -> None:
     with pytest.raises(SettingError) as caught:
-        load({}, {"RTSERVICE_PROTOCOL_OPTION": "password=hunter2 and=1 more-of-hunter2"}, None)
+        load_settings({}, {"RTSERVICE_PROTOCOL_OPTION": "password=hunter2 and=1 more-of-hunter2"}, None)
     assert str(caught.value) == (
         "RTSERVICE_PROTOCOL_OPTION: number 3 of 3: not an option's name, = and its value; the text is not shown"
     )
@@ -486,16 +481,16 @@ HOSTED = ("limit=5", "password=hunter2", "key=@/run/secrets/key", "token=$TOKEN"
 
 def test_options_of_a_hosted_protocol_are_shown_by_their_names() -> None:
     in_force = Settings(protocol="mine:Factory", protocol_option=HOSTED)
-    values = {setting.name: shown(setting, in_force) for setting in schema()}
+    values = {setting.name: shown(setting, in_force) for setting in all_settings()}
     assert values["protocol-option"] == "limit, password, key, token, at"
     assert "hunter2" not in repr(in_force) + repr(LoadedSettings(in_force, {}))
     for protocol in SHIPPED:
         in_force = Settings(protocol=protocol, protocol_option=("greeting=hi",))
-        assert {shown(setting, in_force) for setting in schema()} > {"greeting=hi"}
+        assert {shown(setting, in_force) for setting in all_settings()} > {"greeting=hi"}
 
 
 def test_what_may_be_secret_is_marked_in_printed_settings_and_the_mark_is_refused(config) -> None:
-    printed = as_toml(load({"protocol": "mine:Factory", "protocol-option": HOSTED}, {}, None))
+    printed = as_toml(load_settings({"protocol": "mine:Factory", "protocol-option": HOSTED}, {}, None))
     assert "hunter2" not in printed
     assert (
         'protocol-option = ["limit=<hidden>", "password=<hidden>", "key=@/run/secrets/key", "token=$TOKEN", '
@@ -504,24 +499,24 @@ def test_what_may_be_secret_is_marked_in_printed_settings_and_the_mark_is_refuse
     with pytest.raises(
         SettingError, match=r"protocol-option: number 1 of 6: limit=<hidden>: <hidden> is what --print-"
     ):
-        load({}, {}, config(printed))
+        load_settings({}, {}, config(printed))
 
 
 def test_options_of_what_ships_are_printed_as_they_are() -> None:
-    printed = as_toml(load({"protocol-option": ["greeting=hi"]}, {}, None))
+    printed = as_toml(load_settings({"protocol-option": ["greeting=hi"]}, {}, None))
     assert 'protocol-option = ["greeting=hi"]  # command line\n' in printed
 
 
 def test_arguments_of_other_listeners_are_hidden_wherever_they_are_shown(config) -> None:
     description = "onion:80:privateKey=hunter2:interface=::1".replace("::1", r"\:\:1")
-    loaded = load({"listen": [description, "ssl:1:privateKey=/k"]}, {}, None)
-    as_shown = {setting.name: shown(setting, loaded.settings) for setting in schema()}["listen"]
+    loaded = load_settings({"listen": [description, "ssl:1:privateKey=/k"]}, {}, None)
+    as_shown = {setting.name: shown(setting, loaded.settings) for setting in all_settings()}["listen"]
     assert as_shown == r"onion:80:privateKey=<hidden>:interface=\:\:1,ssl:1:privateKey=/k"
     printed = as_toml(loaded)
     assert "hunter2" not in printed + repr(loaded)
     assert "privateKey=/k" in printed
     with pytest.raises(SettingError, match="<hidden> is what --print-config shows"):
-        load({}, {}, config(printed))
+        load_settings({}, {}, config(printed))
 
 
 # --- a file, a reload ---
@@ -560,16 +555,16 @@ def test_arguments_of_other_listeners_are_hidden_wherever_they_are_shown(config)
     ],
 )
 def test_the_printed_settings_read_back_to_the_same(config, in_force) -> None:
-    sources = {setting.name: "environment" for setting in schema()}
+    sources = {setting.name: "environment" for setting in all_settings()}
     printed = as_toml(LoadedSettings(in_force, sources))
-    assert load({}, {}, config(printed)).settings == in_force
+    assert load_settings({}, {}, config(printed)).settings == in_force
     assert all(line.endswith("  # environment") for line in printed.splitlines())
 
 
 def test_the_printed_settings_say_where_each_came_from(config, tmp_path) -> None:
     path = tmp_path / "odd\nname\udcff"
     path.write_text("max-connections = 5")
-    printed = as_toml(load({"greet": "first-data"}, {"RTSERVICE_BACKLOG": "7"}, str(path)))
+    printed = as_toml(load_settings({"greet": "first-data"}, {"RTSERVICE_BACKLOG": "7"}, str(path)))
     assert 'greet = "first-data"  # command line\n' in printed
     assert "backlog = 7  # environment\n" in printed
     assert rf"max-connections = 5  # '{tmp_path}/odd\nname\udcff'" + "\n" in printed
@@ -579,7 +574,7 @@ def test_the_printed_settings_say_where_each_came_from(config, tmp_path) -> None
 
 def test_a_path_that_toml_cannot_hold_is_refused_when_printing() -> None:
     with pytest.raises(SettingError, match=r"'unix:/\\udcff' cannot be printed as TOML"):
-        as_toml(load({"listen": ["unix:/\udcff"]}, {}, None))
+        as_toml(load_settings({"listen": ["unix:/\udcff"]}, {}, None))
 
 
 def test_a_change_takes_a_reload_or_a_restart_as_the_schema_says() -> None:
@@ -611,7 +606,7 @@ def test_no_option_is_the_defaults() -> None:
     assert not options["check"]
 
 
-@pytest.mark.parametrize("setting", list(schema()), ids=lambda setting: setting.name)
+@pytest.mark.parametrize("setting", list(all_settings()), ids=lambda setting: setting.name)
 def test_the_help_has_every_setting(setting) -> None:
     assert f"--{setting.name}" in str(Options())
 

@@ -1,0 +1,1 @@
+"""Settings: value types, the schema, where values come from, and how they are shown."""
