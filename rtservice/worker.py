@@ -314,6 +314,9 @@ class Worker(Protocol):
         self._slot, self._slots = given["slot"], given["slots"]
         self._levels.change(levels(self._settings))
         self._log = Log(self._levels, globalLogPublisher)
+        self._kinds = [listener["kind"] for listener in given["listeners"]]
+        # Before the first step: a supervisor that dies meanwhile leaves all of them behind.
+        self._files = [tuple(listener["file"]) for listener in given["listeners"] if listener["file"] is not None]
         factory = hosting.make_factory(
             loaded,
             options=[OptionValue(*option) for option in given["options"]],
@@ -321,9 +324,6 @@ class Worker(Protocol):
             processes=given["slots"],
         )
         for place, listener in enumerate(given["listeners"]):
-            self._kinds.append(listener["kind"])
-            if listener["file"] is not None:
-                self._files.append(tuple(listener["file"]))
             self._listeners.append((yield from _adopting(listener, FIRST_SOCKET + place)))
         self._server = Server(
             factory,

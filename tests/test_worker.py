@@ -338,6 +338,23 @@ def test_a_worker_in_a_hurry_gives_up_what_it_would_have_loaded_for_a_queue(load
     assert made._server is None
 
 
+def test_a_worker_that_loads_removes_all_files_when_its_supervisor_dies(connected, monkeypatch, tmp_path) -> None:
+    made, _, reactor = connected
+    monkeypatch.setattr(worker, "_adopting", lambda given, descriptor: iter([None] * 10))
+    monkeypatch.setattr(worker, "in_slices", lambda steps, clock, **how: in_slices(steps, clock, size=0.0, pause=0.1))
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for file in files:
+        file.touch()
+    successors = files[2]
+    described = [{"kind": "own", "file": [str(file), file.stat().st_ino + (file == successors)]} for file in files]
+    made.dataReceived(start(listeners=[{"kind": "slot", "file": None}, *described]))
+    assert made._server is None
+    made._orphaned()
+    assert list(tmp_path.iterdir()) == [successors]
+    made.dataReceived(encode("hurry"))
+    reactor.pump([1] * 6)
+
+
 def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading) -> None:
     made, _, reactor = loading
     made.dataReceived(encode("share", 5))

@@ -241,6 +241,15 @@ class WorkerProcess(ProcessProtocol):
             self.send("drain", finish)
             self.end_in(self.plan.drain_timeout + _KILL_AFTER)
 
+    def give_up(self) -> None:
+        """Have a successor end, whose queues the worker in charge serves.
+
+        Until it closes its copies of the sockets, clients are neither served nor refused: it may load certificates for
+        seconds. SIGTERM ends an interpreter that does not read messages yet, and is harmless to one that does.
+        """
+        self.drain()
+        self.signal(signal.SIGTERM)
+
     def end_in(self, seconds: float) -> None:
         """Kill it then, if it is there still; a time that is said already stays when it is earlier."""
         reactor = self.supervisor.reactor
@@ -1050,6 +1059,8 @@ class Supervisor(Service):
                 if slot.respawn is not None:
                     slot.respawn.cancel()
                     slot.respawn, slot.worker = None, self._spawn(slot)  # there may be somebody in its queue
+                if slot.successor is not None:
+                    slot.successor.give_up()
                 for worker in slot.workers():
                     worker.drain(("slot", "own"))
             # No worker is spawned from here on. Each has its sockets and serves their queues; once it closes them, who

@@ -971,6 +971,32 @@ def test_a_worker_and_its_successor_that_both_die_are_replaced_like_any_other(wo
     assert len(one.alive()) == 1
 
 
+def test_a_stop_ends_a_successor_that_starts_at_once_and_the_worker_in_charge_serves_the_queue(world) -> None:
+    """The successor has copies of the sockets: until they are closed nobody is refused, and no other can listen."""
+    one = world()
+    first, second = one.serve()
+    one.send(signal.SIGHUP)
+    successor = one.processes[2]
+    one.send(signal.SIGTERM)
+    one.reactor.advance(0)
+    assert successor.told[1:] == [("drain", [])]
+    assert successor.signals == [signal.SIGTERM]
+    for worker in (first, second):
+        assert worker.told[1:] == [("drain", ["slot", "own"])]
+        assert worker.signals == []
+
+
+def test_a_stop_has_a_worker_that_starts_alone_in_its_slot_serve_the_queue(world) -> None:
+    one = world(1)
+    [first] = one.serve()
+    first.dies(9)
+    one.pass_time(1)
+    one.send(signal.SIGTERM)
+    one.reactor.advance(0)
+    assert one.processes[-1].told[1:] == [("drain", ["slot", "own"])]
+    assert one.processes[-1].signals == []
+
+
 def test_a_worker_that_still_starts_by_the_old_plan_is_replaced_too(world) -> None:
     one = world(1)
     [first] = one.serve()
