@@ -671,7 +671,7 @@ class _Outputs:
                 # One batch after the other, and one rotation for both.
                 shared = main is not None and _same_file(1 if file == "-" else path, main.fileno())
                 self.access = main if shared else self._start(self._output(path, twistd))
-        before = signal.getsignal(signal.SIGUSR1)
+        before = signals.handler(signal.SIGUSR1)
         self._before = before if callable(before) else None
         signal.signal(signal.SIGUSR1, self._signalled)
 
@@ -793,8 +793,8 @@ class StartReporter:
     def report(self, problem: str | None) -> None:
         """The start is over, and went well or not."""
         self.over = True
-        if self._hook is not None:
-            sys.excepthook, self._hook = self._hook, None
+        if self._hook is not None and sys.excepthook == self._uncaught:  # hosted code may have put its own in front
+            sys.excepthook = self._hook
         self._take_pipe()
         if problem is None:
             self._answer(b"0")
@@ -815,6 +815,9 @@ class StartReporter:
         self.report(problem)
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if self.over and self._hook is not None:  # what hosted code has put in front calls this still
+            self._hook(kind, error, traceback)
+            return
         problem = _unexpected(error)
         if self._log is not None:
             self._log.failure("the start failed", Failure(error, kind, traceback), traceback_level(error))

@@ -36,6 +36,12 @@ def hold() -> None:
             _before[number] = signal.signal(number, _wait)
 
 
+def handler(number: int) -> Any:
+    """The handler of a signal, as signal.getsignal gives it; while it is held, the one that `release` restores."""
+    current = signal.getsignal(number)
+    return _before[number] if current is _wait else current
+
+
 def _wait(number: int, frame: object) -> None:
     global _stops
     if number in _STOPS and not _repeats.is_repeat(number):
@@ -49,7 +55,7 @@ def _wait(number: int, frame: object) -> None:
 
 
 def release() -> None:
-    """Take every signal: those that waited, and those that the parent had blocked, since a mask outlives execve(2)."""
+    """Take the signals that the service handles: those that waited, and those that are blocked."""
     global _stops
     for number, handler in _before.items():
         if signal.getsignal(number) is _wait:
@@ -58,7 +64,8 @@ def release() -> None:
     _before.clear()
     _waiting.clear()
     _stops = 0
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # Not all: hosted code may have blocked others since, to wait for them in a thread (sigwait(3)).
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
     for number in waiting:
         signal.raise_signal(number)
 

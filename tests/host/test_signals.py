@@ -100,6 +100,29 @@ def test_what_the_service_does_not_handle_is_as_before_and_does_not_end_it() -> 
     assert signal.getsignal(signal.SIGTTIN) is signal.SIG_DFL
 
 
+def test_what_hosted_code_has_blocked_to_wait_for_it_stays_blocked() -> None:
+    signals.hold()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGRTMIN, TERM})
+    signals.release()
+    assert blocked() == {signal.SIGUSR2, signal.SIGRTMIN}
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, TERM])
+def test_the_handler_of_hosted_code_is_found_while_its_signal_is_held(number) -> None:
+    def first(number: int, frame: object) -> None: ...
+
+    def second(number: int, frame: object) -> None: ...
+
+    signal.signal(number, first)
+    assert signals.handler(number) is first
+    signals.hold()
+    assert signals.handler(number) is first
+    signal.signal(number, second)  # as hosted code may in process 1, where signals are held before it is imported
+    assert signals.handler(number) is second
+    signals.release()
+    assert signals.handler(number) is second
+
+
 def test_a_child_that_is_started_meanwhile_takes_signals() -> None:
     signals.hold()
     child = subprocess.Popen([sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"], text=True,
