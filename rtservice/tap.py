@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import os
 import re
 import resource
@@ -268,8 +269,10 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> Server | Sup
         _check(options.loaded, resolve_path, slots)
         raise _Printed("rtservice: the configuration is valid\n")
     notifier = systemd.from_environment(os.environ)
-    if twistd.get("nodaemon", True):  # or the command that waits for a daemon could not be interrupted
+    if twistd.get("nodaemon", True):
         signals.hold()
+    else:  # from its first fork on: the command that waits for it can be interrupted
+        start.expect_forks()
     descriptors = raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
     outputs = _Outputs(options.loaded, twistd, resolve_path, log)
     opened, endpoints, status = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
@@ -763,6 +766,7 @@ class StartReporter:
         self._pipe: int | None = None
         self._terminal: int | None = None
         self._hook: Callable[..., object] | None = None
+        self._forks = 0  # that are still to come
         self.over = False  # it went well, or has been reported
 
     def watch(self) -> None:
@@ -778,6 +782,36 @@ class StartReporter:
             # Twistd fails for a user without a passwd entry, and believes what a system call says.
             if option in self._twistd:
                 self._twistd[option] = None
+
+    def expect_forks(self) -> None:
+        """Prepare for the two forks by which twistd becomes a daemon. Nothing else is to fork before them."""
+        self._forks = 2
+        os.register_at_fork(after_in_parent=self._forked, after_in_child=self._forked_off)
+
+    def _forked(self) -> None:
+        """This process waits for the daemon now, at a pipe of which it has both ends, or exits.
+
+        Twisted leaves it the end to write to: it would wait for ever for a daemon that is killed before it serves.
+        """
+        if self._forks:
+            self._forks = 0
+            for descriptor in range(3, self._next_descriptor()):
+                with contextlib.suppress(OSError):
+                    if _is_written(descriptor):
+                        os.close(descriptor)
+
+    @staticmethod
+    def _next_descriptor() -> int:
+        """A number above those of all descriptors that matter: they are given from the lowest one on."""
+        descriptor = os.dup(2)
+        os.close(descriptor)
+        return descriptor
+
+    def _forked_off(self) -> None:
+        """This process is, or will be, the daemon."""
+        if self._forks:
+            self._forks -= 1
+            signals.hold()
 
     def check(self) -> str | None:
         """Drop privileges; called when all is bound and nothing is served. Returns what is wrong, if anything is."""
@@ -834,6 +868,12 @@ class StartReporter:
         # that all is well, and of an error the first 98 bytes.
         if self._twistd.get("statusPipe") is not None:
             self._pipe, self._twistd["statusPipe"] = self._twistd["statusPipe"], None
+
+
+def _is_written(descriptor: int) -> bool:
+    """Whether it is the end of a pipe that is written to; raises OSError."""
+    how = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    return how == os.O_WRONLY and stat.S_ISFIFO(os.fstat(descriptor).st_mode)
 
 
 def _unexpected(error: BaseException) -> str:

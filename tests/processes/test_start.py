@@ -213,6 +213,62 @@ def test_a_protocol_that_fails_at_the_start_ends_it_with_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["interrupted.py", "unfit.py"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, None], ids=["kill", "segv", "exit"])
+def test_the_command_does_not_wait_for_a_daemon_that_is_killed_before_it_serves(
+    run, tmp_path, environment, number
+) -> None:
+    how = "os._exit(0)" if number is None else f"os.kill(os.getpid(), {number})"
+    (tmp_path / "fatal.py").write_text(
+        f"""
+import os
+from twisted.internet.protocol import Factory
+
+class Fatal(Factory):
+    def startFactory(self):
+        {how}
+"""
+    )
+    environment["PYTHONPATH"] = str(tmp_path)
+    result = run("--pidfile=d.pid", "--logfile=d.log", "rtservice", "--listen=unix:s", "--protocol=fatal:Fatal")
+    assert result.returncode == 1
+
+
+def test_a_daemon_that_is_stopped_before_it_serves_leaves_nothing_behind(
+    run, tmp_path, environment, wait_for
+) -> None:
+    # Found by the name of its plugin, and called after the last fork and before the reactor runs.
+    (tmp_path / "twisted" / "plugins").mkdir(parents=True)
+    (tmp_path / "twisted" / "plugins" / "stopping.py").write_text(
+        """
+import os, signal
+from twisted.internet.endpoints import UNIXServerEndpoint
+from twisted.internet.interfaces import IStreamServerEndpointStringParser
+from twisted.plugin import IPlugin
+from zope.interface import implementer
+
+class Stopped(UNIXServerEndpoint):
+    def listen(self, factory):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().listen(factory)
+
+@implementer(IPlugin, IStreamServerEndpointStringParser)
+class Parser:
+    prefix = "stopped"
+    def parseStreamServer(self, reactor, path):
+        return Stopped(reactor, path)
+
+parser = Parser()
+"""
+    )
+    environment["PYTHONPATH"] = str(tmp_path)
+    result = run(
+        "--pidfile=d.pid", "--logfile=d.log", "rtservice", "--listen=unix:s", f"--listen=stopped:{tmp_path}/t"
+    )
+    assert result.returncode in (0, 1)  # it may serve for a moment
+    wait_for(lambda: not any((tmp_path / name).exists() for name in ("d.pid", "s", "t")))
+    assert "SIGTERM: stopping" in (tmp_path / "d.log").read_text()
+
+
 @pytest.mark.parametrize(
     "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
 )
