@@ -83,8 +83,9 @@ def whole_number(what: str, text: str, low: int, high: int) -> int:
 def parse(text: str) -> Description:
     """Read a description; raises ListenError."""
     parts = _split(text)
-    prefixes = []
-    while parts and _is_prefix(parts):
+    prefixes: list[str] = []
+    # Two at the most are accepted, and a third is enough to reject them.
+    while parts and len(prefixes) < 3 and _is_prefix(parts):
         prefixes.append(_unescape(parts.pop(0)))
     parts = parts or [""]
     first = next((number for number, part in enumerate(parts) if _key(part) is None), None)
@@ -227,17 +228,18 @@ def _with_addresses(kind: str, parts: list[str]) -> tuple[tuple[str, ...], dict[
     host: str | None = None  # of HOST:PORT
     at = 0
     while at < len(parts):
-        part, rest = parts[at], parts[at:]
+        part = parts[at]
         key = _key(part)
         length = 1
         if key is not None:
             value = _unescape(part[len(key) + 1 :])
             if _unescape(key) == "interface":
-                value, length = _interface([part[len(key) + 1 :], *rest[1:]])
+                value, length = _interface([part[len(key) + 1 :], *parts[at + 1 :]])
             _add_keyword(keywords, _unescape(key), value)
         elif host is not None and positional:
             raise ListenError(f"too many parts: {_unescape(part)!r}; only key=value fields follow HOST:PORT")
         elif host is None and not positional and not _DIGITS.fullmatch(_unescape(part)):
+            rest = parts[at:]
             if run := _ipv6_run(rest):
                 raise ListenError(_ambiguous(run))
             if bracketed := _bracketed(rest):
@@ -247,7 +249,7 @@ def _with_addresses(kind: str, parts: list[str]) -> tuple[tuple[str, ...], dict[
             else:
                 positional.append(_unescape(part))
         elif len(positional) == 1 and ARGUMENTS[kind][1] == "interface":
-            value, length = _interface(rest)
+            value, length = _interface(parts[at:])
             positional.append(value)
         else:
             positional.append(_unescape(part))

@@ -1,5 +1,6 @@
 """The grammar of descriptions: one text is read in one way, or refused in one line that says what to write."""
 
+import contextlib
 import random
 import re
 
@@ -305,3 +306,11 @@ def test_brackets_are_no_part_of_a_host(text: str, host: str) -> None:
 )
 def test_the_interface_of_a_description_is_what_it_says(description: str, interface: str) -> None:
     assert parse(description).interface == interface
+
+
+@pytest.mark.parametrize(
+    "text", ["tcp:8080" + ":a" * 200_000, ":]" * 200_000, "ssl:ssl" + ":" * 200_000, "proxy" + ":proxy" * 200_000]
+)
+def test_the_work_for_a_description_grows_with_its_length_and_not_with_its_square(text: str) -> None:
+    with contextlib.suppress(ListenError):
+        parse(text)  # minutes otherwise
