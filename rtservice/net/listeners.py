@@ -274,7 +274,8 @@ def _wanted_tcp(
         if interface and not look_up and not is_local(interface):
             six = (family == socket.AF_INET6 for family in families)
             shown = address_name(interface, port)
-            return [TCPPlace(each, interface.lower(), port, shown=shown) for each in six]
+            unsure = len(families) > 1
+            return [TCPPlace(each, interface.lower(), port, shown=shown, unsure=unsure) for each in six]
         return [tcp_place(family, host, port, scope) for family, host, scope in addresses()]
 
     return Wanted(

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 class TCPPlace:
     """An address of the family `six` or not, in the text form of inet_ntop(3), or a host name that is not looked up.
 
-    `zone` is the number of a network interface, 0 without one. Port 0 is another port each time.
+    `zone` is the number of a network interface, 0 without one. Port 0 is another port each time. A name that is
+    `unsure` may have no address of this family.
     """
 
     six: bool
@@ -23,13 +24,16 @@ class TCPPlace:
     port: int
     zone: int = 0
     shown: str = ""
+    unsure: bool = False
 
     def excludes(self, other: TCPPlace) -> bool:
         """Whether the two cannot be listened on at once."""
         if self.port == 0 or (self.six, self.port) != (other.six, other.port):
             return False
+        if (self.host, self.zone) == (other.host, other.zone):
+            return True
         wildcard = "::" if self.six else "0.0.0.0"
-        return (self.host, self.zone) == (other.host, other.zone) or wildcard in (self.host, other.host)
+        return wildcard in (self.host, other.host) and not (self.unsure or other.unsure)
 
 
 @dataclass(frozen=True)

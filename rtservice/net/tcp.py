@@ -94,7 +94,11 @@ def check_tcp(addresses: list[Address], port: int, interface: str) -> None:
     for family, host, scope in addresses:
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.bind((host, 0, 0, scope) if family == socket.AF_INET6 else (host, 0))
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as bind_tcp does: no ::ffff:…
+                    probe.bind((host, 0, 0, scope))
+                else:
+                    probe.bind((host, 0))
         except OSError as error:
             if found and _may_be_missing(error, family, host, interface):
                 continue

@@ -927,3 +927,12 @@ def test_a_directory_where_no_socket_can_be_made_fails_the_check(tmp_path) -> No
             os.seteuid(0)
         tmp_path.chmod(0o755)
     assert str(caught.value).endswith("s': its directory is not writable")
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+@pytest.mark.parametrize("host", ["::ffff:127.0.0.1", "::ffff:0.0.0.0", "::ffff:7f00:1"])
+def test_a_check_rejects_ipv4_in_ipv6_as_binding_does(host: str) -> None:
+    """Peers would show as such addresses too, which limits and PROXY rules do not mean."""
+    for find in (check_description, partial(open_description, backlog=1)):
+        with pytest.raises(ListenError, match=r"cannot listen on \[::ffff:.*\]:0: invalid argument"):
+            find(f"tcp6:[{host}]:0")

@@ -46,6 +46,9 @@ FILE = FilePlace((1, 2), "s")
         (TCPPlace(True, "fe80::1", 1, zone=2), ANY6, True),
         (TCPPlace(False, "web", 1), TCPPlace(False, "web", 1), True),
         (TCPPlace(False, "web", 1), ANY4, True),
+        (TCPPlace(False, "web", 1, unsure=True), ANY4, False),
+        (ANY4, TCPPlace(False, "web", 1, unsure=True), False),
+        (TCPPlace(False, "web", 1, unsure=True), TCPPlace(False, "web", 1), True),
         (FILE, FilePlace((1, 2), "s"), True),
         (FILE, FilePlace((1, 3), "s"), False),
         (FILE, FilePlace((1, 2), "t"), False),
@@ -161,6 +164,12 @@ def test_without_a_look_up_no_name_server_is_asked_and_a_name_is_itself(monkeypa
     assert conflict(described("tcp:Web:8080", "tcp:web:8080", "localhost:8080"), look_up=False)
     assert conflict(described("tcp:web:8080", "tcp:8080"), look_up=False)
     assert not conflict(described("tcp:web:8080", "tcp:db:8080", "localhost:8080"), look_up=False)
+    # A name of `--interface` may have addresses of one family alone: what its look-up would tell is no mistake here.
+    port = read_port(8080, interface="web", backlog=5)
+    for description in ("tcp:8080", "tcp6:8080"):
+        assert not conflict([port, *described(description)], look_up=False)
+        assert not conflict([*described(description), port], look_up=False)
+    assert conflict([port, *described("tcp:web:8080")], look_up=False)
     monkeypatch.undo()
     (invalid,) = described("a.invalid:8080")
     with pytest.raises(ListenError, match=r"cannot resolve the interface 'a\.invalid': "):
