@@ -50,14 +50,14 @@ def describe_der(data: bytes) -> Description:
     kind, _, after = element(data, at)
     if kind == _VERSION:
         at = after
-    for expected in (INTEGER, SEQUENCE, SEQUENCE):  # serialNumber, signature, issuer
+    for expected in (INTEGER, SEQUENCE, None):  # serialNumber, signature, issuer
         _, _, at = element(data, at, expected)
     _, start, at = element(data, at, SEQUENCE)  # validity
     kind, start, after = element(data, start)
     not_before = der.time(kind, data[start:after])
     kind, start, after = element(data, after)
     not_after = der.time(kind, data[start:after])
-    _, subject, at = element(data, at, SEQUENCE)
+    _, subject, at = element(data, at)  # OpenSSL takes names that are not marked as constructed
     alternative = None
     with suppress(ValueError):
         alternative = _alternative_names(data, at, end)

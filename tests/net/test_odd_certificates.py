@@ -49,6 +49,9 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
     "a common name of UTF-16": ({"subject": common_name(0x1E, "Zoë".encode("utf-16-be"))}, ("Zoë",), []),
     "a common name of UTF-32": ({"subject": common_name(0x1C, "ok".encode("utf-32-be"))}, ("ok",), ["ok"]),
     "a common name with a NUL": ({"subject": common_name(0x0C, b"ok\0evil")}, ("ok\0evil",), []),
+    "a subject not marked as constructed": (
+        {"subject": b"\x10" + common_name(0x0C, b"ok")[1:]}, ("ok",), ["ok"]
+    ),
     "no common name": ({"subject": tlv(0x30)}, (), []),
     "a negative serial number": ({"alternative": dns(b"ok"), "serial": b"\x80"}, ("ok",), ["ok"]),
     "a serial number of 0": ({"alternative": dns(b"ok"), "serial": b"\0"}, ("ok",), ["ok"]),
