@@ -95,7 +95,7 @@ def check_tcp(addresses: list[Address], port: int, interface: str) -> None:
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as bind_tcp does: no ::ffff:…
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as listeners are bound: no ::ffff:…
                     probe.bind((host, 0, 0, scope))
                 else:
                     probe.bind((host, 0))

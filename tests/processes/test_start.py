@@ -233,9 +233,7 @@ class Fatal(Factory):
     assert result.returncode == 1
 
 
-def test_a_daemon_that_is_stopped_before_it_serves_leaves_nothing_behind(
-    run, tmp_path, environment, wait_for
-) -> None:
+def test_a_daemon_that_is_stopped_before_it_serves_leaves_nothing_behind(run, tmp_path, environment, wait_for) -> None:
     # Found by the name of its plugin, and called after the last fork and before the reactor runs.
     (tmp_path / "twisted" / "plugins").mkdir(parents=True)
     (tmp_path / "twisted" / "plugins" / "stopping.py").write_text(
@@ -261,9 +259,7 @@ parser = Parser()
 """
     )
     environment["PYTHONPATH"] = str(tmp_path)
-    result = run(
-        "--pidfile=d.pid", "--logfile=d.log", "rtservice", "--listen=unix:s", f"--listen=stopped:{tmp_path}/t"
-    )
+    result = run("--pidfile=d.pid", "--logfile=d.log", "rtservice", "--listen=unix:s", f"--listen=stopped:{tmp_path}/t")
     assert result.returncode in (0, 1)  # it may serve for a moment
     wait_for(lambda: not any((tmp_path / name).exists() for name in ("d.pid", "s", "t")))
     assert "SIGTERM: stopping" in (tmp_path / "d.log").read_text()
