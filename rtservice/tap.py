@@ -269,10 +269,9 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> Server | Sup
         _check(options.loaded, resolve_path, slots)
         raise _Printed("rtservice: the configuration is valid\n")
     notifier = systemd.from_environment(os.environ)
-    if twistd.get("nodaemon", True):
+    nodaemon = twistd.get("nodaemon", True)
+    if nodaemon:
         signals.hold()
-    else:  # from its first fork on: the command that waits for it can be interrupted
-        start.expect_forks()
     descriptors = raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
     outputs = _Outputs(options.loaded, twistd, resolve_path, log)
     opened, endpoints, status = _open(options.loaded, resolve_path, slots if slots > 1 else 0)
@@ -286,6 +285,8 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> Server | Sup
     else:
         service = _serve_here(options, factory, opened, endpoints, log, notifier, start, outputs, status_server, leave)
     _check_descriptors(slots, descriptors)
+    if not nodaemon:  # signals are held from its first fork on: the command that waits for it can be interrupted
+        start.expect_forks()
     leave.service, leave.outputs = service, outputs
     return service
 
