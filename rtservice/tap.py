@@ -223,7 +223,7 @@ def makeService(options: Options) -> Server | Supervisor:
     """Validate everything and bind every socket, then give the service that serves on them.
 
     Binding happens here, before twistd daemonizes, drops privileges or opens its log: so whatever is wrong is one line
-    on the terminal of whoever typed the command, and its status. Raises SystemExit with that line, and leaves no socket
+    on the terminal of the command, and its exit status. Raises SystemExit with that line, and leaves no socket
     and no file of one then.
     """
     with contextlib.ExitStack() as bound:
@@ -575,7 +575,7 @@ class _Settings:
         log = self._log
         live, restart = changes(self._in_force, wanted)
         self._log.levels.change(worker.levels(wanted))
-        # What takes a restart stays as it is, so that the next reload says so again.
+        # What takes a restart is left unchanged, so that the next reload says so again.
         changed = {one.field: getattr(wanted, one.field) for one in all_settings() if one.name in live}
         self._in_force = dataclasses.replace(self._in_force, **changed)
         log.info("{what}; changed: {names}", what=what, names=", ".join(live) or "no setting")

@@ -226,7 +226,7 @@ class Worker(Protocol):
             if self._begun:
                 raise ProtocolViolation("a second start")
             self._begun = True
-            # Whoever wants it to end is heard meanwhile: thousands of certificates take seconds to load.
+            # Messages are handled meanwhile: thousands of certificates take seconds to load.
             self._loading = in_slices(self._start(value), self._reactor, size=_START_SLICE, pause=0.0)
             self._loading.addErrback(self._not_loaded).addCallback(self._loaded)
         elif word == "share":

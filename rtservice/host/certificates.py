@@ -123,7 +123,7 @@ def renewing(
     With each listener is the port that accepts on it, if that is in this process. `read` takes what was read, by the
     sources of the listeners, for a process that has not the rights to. All are put in force at once, or
     none: raises ListenError, and nothing has changed. Files that do not fit together are read again when they have
-    changed meanwhile, since whoever renews them may be at it.
+    changed meanwhile, since a renewal may be under way.
     """
     pairs = list(served)
     for reading in range(_READINGS):

@@ -138,7 +138,7 @@ def first_rows(rows: list[list[Any]], sort: str, count: int) -> list[list[Any]]:
 
 
 class Connections:
-    """Every accepted connection of this process, whoever accepted it. Each gets a record in the log, or `record`."""
+    """Every accepted connection of this process, of all transports. Each gets a record in the log, or `record`."""
 
     def __init__(self, log: Logger, limits: Limits, record: Record | None = None) -> None:
         self._log = log
@@ -322,7 +322,7 @@ class Connections:
 
     def _believed(self, peer: Any) -> bool:
         host: str | None = getattr(peer, "host", None)
-        if host is None:  # whoever may open the file of the socket
+        if host is None:  # any user who may open the socket file
             return True
         address = ip_address(host)
         address = getattr(address, "ipv4_mapped", None) or address
@@ -575,7 +575,7 @@ class Connections:
             self._access(name, listener, seconds, bytes_in, bytes_out, reason)
             return
         # The text is made here: formatting six fields was half of what Twisted's log took for a record. The fields are
-        # there for whoever reads events instead of lines.
+        # there for observers of events.
         self._log.info(
             "{record}",
             # Not by `counted`, of which two calls would be 1 % of a short connection.
@@ -610,7 +610,7 @@ class Connections:
 
     def wrapped_closed(self, connection: _Counting, reason: Failure) -> None:
         """The end of such a connection."""
-        # A transport of Twisted's does not say who began: whoever did not is the peer.
+        # A transport of Twisted's does not say who began: the side that did not is the peer.
         finished = connection.peer_finished or not connection.disconnecting
         self._record(
             connection.getPeer(),

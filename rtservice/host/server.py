@@ -293,8 +293,8 @@ class Server(Service):
             raise self._cannot_start(problem)
         super().startService()
         self.reactor = reactor
-        # Not before the reactor handles signals: whoever reads "listening" may send one, and would kill the process
-        # before it can clean up. Clients that are early wait in the sockets' queues.
+        # Not before the reactor handles signals: a program that reads "listening" may send one, which would end the
+        # process before it can clean up. Clients that are early wait in the sockets' queues.
         reactor.callWhenRunning(self._serve)
 
     def _serve(self) -> None:
@@ -706,7 +706,7 @@ class Server(Service):
             await self._wait(_FLUSH_STEP)
 
     def _finished(self, result: object, listener: Listener) -> None:
-        """Its queue is empty. Whoever comes from now on is refused, or finds a successor on the same address."""
+        """Its queue is empty. New clients are refused, or find a successor on the same address."""
         listener.close()
         self._wake_if_empty()
 

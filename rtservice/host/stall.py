@@ -11,7 +11,7 @@ from typing import Any
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-# Seconds that all clients wait for, after which whoever runs the service wants to know why.
+# Seconds that all clients wait for, after which an operator wants to know why.
 BLOCKED = 1.0
 
 # Seconds between two signs of life of the reactor, and two looks of the thread. Both together take 0.01 % of a core.

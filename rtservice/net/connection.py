@@ -104,7 +104,7 @@ class Stage:
 
     __slots__ = ("connection", "fileno")
 
-    # Whether it sends what is written; otherwise the connection sends it to the socket as it is.
+    # Whether it sends what is written; otherwise the connection sends it to the socket unchanged.
     sends = True
 
     def __init__(self, connection: Connection) -> None:
@@ -825,7 +825,7 @@ class Connection:
     # --- TLS ---
 
     def startTLS(self, contextFactory: Any, normal: bool = True) -> None:
-        """Go on in TLS; what was written before is sent as it is.
+        """Go on in TLS; what was written before is sent in the clear.
 
         `contextFactory` is an `ssl.SSLContext`, or anything that Twisted's own TLS takes (with pyOpenSSL). `normal`
         means to be the server of the handshake. Raises ValueError for a context that is made for the other side,

@@ -111,7 +111,7 @@ class ProxyHandshake(Handshake):
 class TLSHandshake(Handshake):
     """Does the TLS handshake of a connection with the standard library's `ssl`, from accept() or startTLS.
 
-    What was written before is sent as it is, and first. What the protocol writes meanwhile is kept for the TLSStream.
+    What was written before is sent first, in the clear. What the protocol writes meanwhile is kept for the TLSStream.
     """
 
     __slots__ = ("_before", "_gate", "_reading", "_since_flight", "_tls", "_working")
@@ -129,7 +129,7 @@ class TLSHandshake(Handshake):
         self._working = False  # a thread works on it, and nothing else may
 
     def begin(self) -> None:
-        """Begin the handshake, once what is written already is sent as it is."""
+        """Begin the handshake, once what was written before is sent in the clear."""
         connection = self.connection
         self._before = b"".join(connection._out)
         connection._out.clear()

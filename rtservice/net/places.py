@@ -53,7 +53,7 @@ class FilePlace:
 class PassedPlace:
     """A listening socket that was passed to this process, by its inode, and where it listens.
 
-    Several passed sockets may share an address, which whoever made them asked for.
+    Several passed sockets may share an address, as the service manager was told.
     """
 
     inode: int

@@ -21,7 +21,7 @@ Address = IPv4Address | IPv6Address | UNIXAddress
 _V1_LONGEST = 107
 
 # What may have come of a v1 line when its CRLF has not. §2.1 has the addresses read only then, so that this knows their
-# bytes and their number; it is enough to refuse at once whoever speaks another protocol or another family.
+# bytes and their number; it is enough to refuse a peer of another protocol or family at once.
 _V1_BEGINNINGS = {
     b"PROXY TCP4 ": re.compile(rb"[0-9.]{0,15}(?: [0-9.]{0,15}(?: [0-9]{0,5}(?: [0-9]{0,5}\r?)?)?)?"),
     b"PROXY TCP6 ": re.compile(rb"[0-9A-Fa-f:.]*(?: [0-9A-Fa-f:.]*(?: [0-9]{0,5}(?: [0-9]{0,5}\r?)?)?)?"),
@@ -235,7 +235,7 @@ def _each_tlv(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
 def _check_tlvs(data: bytes, at: int, end: int) -> None:
     """Refuse TLVs that do not fill `data` from `at` to `end`, and a checksum among them that is wrong.
 
-    What is inside of a value, as in PP2_TYPE_SSL (§2.2.6), is for whoever uses it.
+    What is inside of a value, as in PP2_TYPE_SSL (§2.2.6), is not decoded.
     """
     checksum_at = 0
     for kind, value_at, value_end in _each_tlv(data, at, end):

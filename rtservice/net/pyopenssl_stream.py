@@ -99,11 +99,11 @@ class Layer(TLSMemoryBIOProtocol):
 
     @property
     def version(self) -> str | None:
-        return self._tlsConnection and self._tlsConnection.get_protocol_version_name()  # type: ignore[no-any-return]
+        return self._tlsConnection and self._tlsConnection.get_protocol_version_name()  # type: ignore[no-any-return]  # untyped
 
     @property
     def cipher(self) -> str | None:
-        return self._tlsConnection and self._tlsConnection.get_cipher_name()  # type: ignore[no-any-return]
+        return self._tlsConnection and self._tlsConnection.get_cipher_name()  # type: ignore[no-any-return]  # untyped
 
     # --- what Twisted's layer does otherwise ---
 

@@ -48,7 +48,7 @@ class _LogContext:
         return {**self._outer(), "system": prefix}
 
     def _outer(self) -> dict[str, Any]:
-        """The log context below this one: that of whoever runs the reactor, or Twisted's default."""
+        """The log context below this one: that of the caller of reactor.run, or Twisted's default."""
         contexts = theContextTracker.currentContext().contexts
         # In a thread that was handed this one, all of the stack is below it.
         below = contexts[: contexts.index(self)] if self in contexts else contexts
@@ -90,7 +90,7 @@ class Reactor(EPollReactor):
         """Wait up to `timeout` seconds (None: without end) for events, and handle one batch of them."""
         contexts = theContextTracker.currentContext().contexts
         depth = len(contexts)
-        contexts.append(_NOBODY)  # the place for the log context of whoever is handled
+        contexts.append(_NOBODY)  # the place for the log context of the descriptor that is handled
         try:
             if self._writers_soon:
                 self._write_now(contexts)

@@ -216,7 +216,7 @@ def check_resumed(connection: ssl.SSLObject | ssl.SSLSocket, now: float | None =
     """
     if not connection.session_reused:
         return None
-    # As DER: a name in it that is not UTF-8 is no reason to fail.
+    # As DER: `ssl` cannot decode a name in it that is not UTF-8.
     certificate = connection.getpeercert(binary_form=True)
     if not certificate:
         return None
@@ -233,7 +233,7 @@ class _ClientTrust:
 
     @property
     def texts(self) -> tuple[str, str]:
-        """Both, empty for what there is not."""
+        """Both; a part that was not given is empty."""
         return self.authorities, self.revoked or ""
 
 

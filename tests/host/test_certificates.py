@@ -22,13 +22,13 @@ DAY, NOW = 86400, 1_800_000_000.5
 
 
 def listener(*certificates: Certificate, source: Any = None, **more: Any) -> Listener:
-    return Listener(None, "ssl", certificates=certificates, source=source, **more)  # type: ignore[arg-type]
+    return Listener(None, "ssl", certificates=certificates, source=source, **more)  # type: ignore[arg-type]  # it is not served
 
 
 def logged(monkeypatch: pytest.MonkeyPatch, *listeners: Listener) -> list[str]:
     events: list[dict[str, Any]] = []
     monkeypatch.setattr("rtservice.host.certificates.time.time", lambda: NOW)
-    finish(logging_certificates(Logger(observer=events.append), list(listeners)))  # type: ignore[arg-type]
+    finish(logging_certificates(Logger(observer=events.append), list(listeners)))  # type: ignore[arg-type]  # of Twisted
     return [f"{event['log_level'].name}: {formatEvent(event)}" for event in events]
 
 
