@@ -851,6 +851,8 @@ class Connection:
     def getPeerCertificate(self) -> Callable[[], Any]:
         """The peer's certificate: as `ssl.SSLObject.getpeercert` describes it, or of pyOpenSSL; None without one.
 
+        With `ssl`, a certificate with a name that is not UTF-8 has an empty `subject` and nothing else.
+
         What `ssl` can say beyond this (the certificate as DER, the chain) is at `getHandle()`, its SSLObject.
         """
         facts = self._facts

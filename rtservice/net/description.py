@@ -246,6 +246,8 @@ def _with_addresses(kind: str, parts: list[str]) -> tuple[tuple[str, ...], dict[
                 host, length = bracketed
             elif rest[1:] and _DIGITS.fullmatch(rest[1]):
                 host = _unescape(part)
+            elif rest[1:] and rest[1] and _key(rest[1]) is None and _CLEARLY_HOST.fullmatch(part):
+                raise ListenError(f"port {_unescape(rest[1])!r} is not a whole number from 0 to 65535")
             else:
                 positional.append(_unescape(part))
         elif len(positional) == 1 and ARGUMENTS[kind][1] == "interface":

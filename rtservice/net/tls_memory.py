@@ -235,8 +235,15 @@ class MemoryTLS:
 
     @property
     def peer_certificate(self) -> dict[str, Any] | None:
-        """The peer's certificate as `ssl.SSLObject.getpeercert` describes it; None when it showed none."""
-        return self.object.getpeercert() or None
+        """The peer's certificate as `ssl.SSLObject.getpeercert` describes it; None when it showed none.
+
+        Without names and dates when one of the names is not UTF-8, which `ssl` cannot decode: a name that is guessed
+        would be worse than none.
+        """
+        try:
+            return self.object.getpeercert() or None
+        except UnicodeDecodeError:
+            return {"subject": ()}
 
     @property
     def negotiated_protocol(self) -> bytes | None:

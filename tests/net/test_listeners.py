@@ -58,6 +58,8 @@ def opened():
     [
         ("tcp:", "the port is missing"),
         ("tcp:x", "port 'x' is not a whole number"),
+        ("127.0.0.1:http", "port 'http' is not a whole number from 0 to 65535"),
+        ("tcp:localhost:http", "port 'http' is not a whole number"),
         ("tcp:70000", "port '70000' is not a whole number from 0 to 65535"),
         ("tcp:1:2.3.4.5:6:7", "too many parts: '7'"),
         ("tcp:1:bogus=2", "unknown keyword 'bogus'"),

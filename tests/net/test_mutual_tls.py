@@ -23,6 +23,7 @@ from rtservice.net.tls import (
     fingerprint,
 )
 from rtservice.net.tls_bounds import MAX_CLIENT_CERTIFICATES
+from rtservice.net.tls_memory import MemoryTLS
 
 LIBRARIES = pytest.mark.parametrize("library", ["ssl", "pyopenssl"])
 VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
@@ -372,6 +373,26 @@ def test_a_long_chain_is_refused_before_its_certificates_are_read(world, load, c
         else:
             with pytest.raises(ssl.SSLError, match=r"(?i)excessive message size"):
                 shake(context, one)
+
+
+# --- what protocols are told ---
+
+
+def test_a_client_whose_name_is_not_utf8_is_served_and_has_no_name(world, client, tmp_path) -> None:
+    config = tmp_path / "odd.cnf"
+    config.write_bytes(
+        b"[req]\ndistinguished_name=d\nx509_extensions=e\nprompt=no\n[d]\nCN=ok.example\n"
+        b"[e]\nsubjectAltName=DNS:m\xfcller.example,DNS:ok.example\n"
+    )
+    made = ["-out", str(tmp_path / "odd.pem"), "-keyout", str(tmp_path / "odd.key")]
+    world.openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3", "-config", str(config), *made)
+    source = ServerTLS(world["server.key"], world["server.pem"], client_ca=str(tmp_path / "odd.pem"))
+    one = client(name=None)
+    one.load_cert_chain(tmp_path / "odd.pem", tmp_path / "odd.key")
+    tls = MemoryTLS(source.load().context, server_side=True)
+    tls.object = shake(source.load().context, one)[1]
+    assert tls.peer_certificate == {"subject": ()}
+    assert tls.object.getpeercert(binary_form=True)
 
 
 # --- ALPN ---
