@@ -18,6 +18,7 @@ from rtservice.config.schema import TOPICS, all_settings
 from rtservice.config.sources import variable
 from rtservice.config.values import as_text
 from rtservice.testing import DEADLINE
+from tests.test_imports import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(rtservice.__file__).parent  # that of the installed wheel, when that is what is tested
@@ -73,6 +74,37 @@ def test_every_page_but_an_index_is_linked_from_the_readme_or_an_index() -> None
     pages = [page.stem for page in ROOT.glob("docs/**/*.md") if page.stem != "index"]
     assert len(pages) > 20
     assert [name for name in pages if not re.search(rf"\b{name}\b", linked)] == []
+
+
+# --- the list of source files ---
+
+
+def _tables_of_files() -> str:
+    return (ROOT / "docs/explanation/source.md").read_text()
+
+
+def test_the_list_of_source_files_has_each_module_once() -> None:
+    listed = re.findall(r"^\| `rtservice/([\w/]+\.py)` \| \S", _tables_of_files(), re.MULTILINE)
+    modules = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
+    assert len(modules) > 60
+    assert sorted(listed) == sorted(modules)
+
+
+def test_the_list_of_source_files_has_the_directions_of_the_imports() -> None:
+    def parts(cell: str) -> set[str]:
+        names = {name.rstrip("/").removesuffix(".py") for name in re.findall(r"`([^`]+)`", cell)}
+        return {"" if name == "__init__" else name for name in names}
+
+    section = _tables_of_files().partition("## Which part")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|$", section, re.MULTILINE)
+    listed = {part: parts(imports) for cell, imports in rows for part in parts(cell)}
+    assert listed == {part.replace("__init__", ""): imports for part, imports in MAY_IMPORT.items()}
+
+
+def test_other_files_that_the_list_of_source_files_names_exist() -> None:
+    named = re.findall(r"`((?:config|host|net|observe|protocols)/[\w/]*(?:\.py)?)`", _tables_of_files())
+    assert len(set(named)) > 15
+    assert [name for name in named if not (PACKAGE / name).exists()] == []
 
 
 # --- troubleshooting ---
