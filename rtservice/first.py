@@ -1,4 +1,4 @@
-"""Imported before all else: the rest takes a second on a slow machine, and process 1 would lose a stop meanwhile."""
+"""Hold stop signals before the slow imports of the other modules: process 1 would lose a signal meanwhile."""
 
 from rtservice.host.signals import hold_in_first_process
 

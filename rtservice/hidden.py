@@ -1,4 +1,4 @@
-"""What stands in the place of a text that may be a secret, and which parts of a text are replaced by it."""
+"""Redaction: the placeholder for a text that may be a secret, and the parts of a text that it replaces."""
 
 from __future__ import annotations
 

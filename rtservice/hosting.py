@@ -1,4 +1,4 @@
-"""From the name of anybody's protocol, and the texts of its options, to a factory; no reactor is needed for that."""
+"""Resolve `--protocol` and the texts of its options to a factory. No reactor is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of a protocol's options, which may stand for the content of a file or of a variable of the environment."""
+"""Option values `@FILE` and `$VARIABLE`: read the content of a file or of an environment variable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What somebody may have meant who typed a name that does not exist."""
+"""Suggestions for a name that does not exist: the nearest known name, for "did you mean NAME?"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The twistd face: the command line, and the service made from it. The only module that knows all the others."""
+"""The entry point for `twistd`: the command line, and the service made from it. The other entry point is `worker`."""
 
 from __future__ import annotations
 

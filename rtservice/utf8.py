@@ -1,4 +1,4 @@
-"""Texts in files that users give: UTF-8, whatever editor wrote them."""
+"""Decode text files that users provide: UTF-8, with or without a byte order mark."""
 
 from __future__ import annotations
 

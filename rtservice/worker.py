@@ -1,4 +1,4 @@
-"""A worker process: what `tap` is to twistd, this is to the supervisor that spawned it."""
+"""The entry point of a worker process, which the supervisor spawns: make the server, and run it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One serving process: its lifecycle and its open connections."""
+"""Processes: one serving process with its connections and limits, and the supervisor of worker processes."""

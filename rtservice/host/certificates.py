@@ -1,4 +1,4 @@
-"""The certificates that listeners show: what is said of them, and how they are renewed."""
+"""The certificates of listeners: log their expiry, describe them for the status page, and renew them."""
 
 from __future__ import annotations
 

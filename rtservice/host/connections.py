@@ -1,4 +1,4 @@
-"""The register of open connections: who is there, what they are held to, and one log record about each at its end."""
+"""The register of open connections: limits, idle timeout, trusted PROXY peers, and a log record at the end of each."""
 
 from __future__ import annotations
 

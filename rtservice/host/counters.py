@@ -1,4 +1,4 @@
-r"""What a process counts, and how it is given to others: a flat dict of names to numbers, which are whole but for one.
+r"""The counters of a process, as a flat dict of names to numbers. All numbers but one are integers.
 
 A name is a word, or `word\tlabel\tlistener` where there is one number for each. The words:
 

@@ -1,4 +1,4 @@
-"""The user and the groups that a process runs as once it has given up those that it was started with."""
+"""The user and groups of `--uid` and `--gid`: look them up, assume them, and verify the result."""
 
 from __future__ import annotations
 

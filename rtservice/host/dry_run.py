@@ -1,4 +1,4 @@
-"""What a change of this process would come to, found in a child process that makes it and ends."""
+"""Try a change of this process in a child process, and report the problem that it would cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Process 1 inherits every orphan of its PID namespace (pid_namespaces(7)), and has to wait for them when they end."""
+"""Reap orphans as process 1, which inherits those of its PID namespace (pid_namespaces(7)).
+
+Twisted reaps workers and other children of the reactor.
+"""
 
 from __future__ import annotations
 

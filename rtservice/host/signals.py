@@ -1,4 +1,4 @@
-"""Signals that wait while a process starts, signals that the parent had blocked, and repeats that do not count."""
+"""Hold signals during a start, accept those that the parent blocked, and ignore repeats of a stop signal."""
 
 from __future__ import annotations
 

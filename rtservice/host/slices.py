@@ -1,4 +1,4 @@
-"""Work that takes longer than other clients may wait, done in slices with a pause after each."""
+"""Long work in slices, with a pause after each in which the reactor serves clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of many events of one kind are logged, where a peer decides how many there are."""
+"""Rate limit for log records of events whose number a peer decides."""
 
 from __future__ import annotations
 

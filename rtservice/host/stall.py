@@ -1,4 +1,4 @@
-"""Finds out what blocks the reactor: a thread looks whether it goes on, and where it is when it does not."""
+"""Detect a blocked reactor: a thread checks its heartbeat, and logs the stack that blocks it."""
 
 from __future__ import annotations
 

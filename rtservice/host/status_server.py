@@ -1,4 +1,4 @@
-"""What a process serves beside the service itself: few clients, and it stays until the end."""
+"""The listeners of `--status`: few connections, served until the end of a shutdown. `observe.site` answers requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker slots: spawns a process for each, watches and replaces it, over sockets that this process binds and keeps."""
+"""The supervisor: bind and keep the sockets; spawn, watch, reload and replace a worker for each slot."""
 
 from __future__ import annotations
 

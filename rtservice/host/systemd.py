@@ -1,4 +1,4 @@
-"""sd_notify(3) in Python: what this process tells the service manager that started it."""
+"""sd_notify(3) in Python: report readiness, reloads, stops and the watchdog to the service manager."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Bytes and sockets; knows nothing of services, settings or logs of connections."""
+"""Sockets, listeners, connections, TLS and the reactor. No settings, no workers, no log records of connections."""

@@ -1,4 +1,4 @@
-"""Classic BPF programs (linux/filter.h) that the kernel runs on listening sockets. Elsewhere they change nothing."""
+"""Classic BPF programs (linux/filter.h) that choose the listening socket of a new client. Without Linux: no effect."""
 
 from __future__ import annotations
 

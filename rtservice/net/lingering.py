@@ -1,4 +1,4 @@
-"""The end of a connection whose last output is under way."""
+"""The last stage of a connection: its unsent output is sent, then it is closed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a description of --listen, or a port, to listeners; nothing is accepted here.
+"""Listen descriptions to listeners: each type is checked, looked up and opened here. Nothing is accepted here.
 
 Sockets are made in one place and adopted in another: the process that holds a socket keeps its queue of connections.
 """

@@ -1,4 +1,4 @@
-"""Which listeners cannot be had together, as the kernel decides it.
+"""Conflicts between listeners: which of them cannot be bound together, as the kernel decides it.
 
 Every TCP listener is bound with SO_REUSEADDR, IPv6 ones with IPV6_V6ONLY (ipv6(7)), and with SO_REUSEPORT only after
 its address was had without. So, with and without workers, two of them exclude each other when they have one port and

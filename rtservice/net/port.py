@@ -1,4 +1,4 @@
-"""`Port`: accepts connections on a listening socket, and chooses what comes before the protocol of each."""
+"""`Port`: accept connections on a listening socket, and choose the handshakes before the protocol."""
 
 from __future__ import annotations
 

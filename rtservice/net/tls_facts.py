@@ -1,4 +1,4 @@
-"""What a transport in TLS tells its protocol, whichever library runs its TLS."""
+"""Attributes and methods that a TLS transport has for its protocol, with either TLS library."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What people and machines see."""
+"""Logs, metrics, health checks and the status page, made from plain data."""

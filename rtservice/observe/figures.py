@@ -1,4 +1,4 @@
-"""How a service stands, as plain data: flat counters in, what people and machines are shown out."""
+"""The state of the service as plain data: flat counters in, nested data for the status page and the metrics out."""
 
 from __future__ import annotations
 

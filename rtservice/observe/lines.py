@@ -1,4 +1,4 @@
-"""Lines of text to a file, a pipe or a terminal: in batches, and in nobody's way, whatever becomes of the other end."""
+"""Buffered output of lines to a file, a pipe or a terminal, without waiting for the reader."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The exchanges that ship with rtservice: ordinary Twisted protocols and factories."""
+"""The protocols that ship with rtservice: ordinary Twisted protocols and factories."""

@@ -1,4 +1,4 @@
-"""The default exchange: greet each client, then send back everything it sends."""
+"""The default protocol: greet each client, then send back everything that it sends."""
 
 from __future__ import annotations
 
