@@ -24,18 +24,7 @@ from rtservice.net import activation, sockets, tcp, unix
 from rtservice.net.description import ListenError, parse
 from rtservice.net.listener import Listener
 from rtservice.net.listeners import check_description, check_port, open_description, open_port
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+from tests.support.ipv6 import needs_ipv6
 
 
 @pytest.fixture
@@ -931,7 +920,7 @@ def test_a_directory_where_no_socket_can_be_made_fails_the_check(tmp_path) -> No
     assert str(caught.value).endswith("s': its directory is not writable")
 
 
-@pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+@needs_ipv6
 @pytest.mark.parametrize("host", ["::ffff:127.0.0.1", "::ffff:0.0.0.0", "::ffff:7f00:1"])
 def test_a_check_rejects_ipv4_in_ipv6_as_binding_does(host: str) -> None:
     """Peers would show as such addresses too, which limits and PROXY rules do not mean."""

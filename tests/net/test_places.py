@@ -11,18 +11,7 @@ import pytest
 from rtservice.net.description import ListenError
 from rtservice.net.listeners import Wanted, read_description, read_port
 from rtservice.net.places import FilePlace, PassedPlace, Place, TCPPlace, exclude, first_conflict
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+from tests.support.ipv6 import has_ipv6, needs_ipv6
 
 ANY4, ONE4, TWO4 = (TCPPlace(False, host, 1) for host in ("0.0.0.0", "127.0.0.1", "127.0.0.2"))
 ANY6, ONE6 = (TCPPlace(True, host, 1) for host in ("::", "::1"))
@@ -76,7 +65,7 @@ def test_the_conflict_is_named_with_both_settings_and_what_to_do() -> None:
         "--a",
         "0.0.0.0:80 is taken by --a; change or remove one of the two",
     )
-    # One setting may stand for several sockets of one address, which whoever passed them wanted.
+    # One setting may stand for several sockets of one address, as the service manager was told.
     assert first_conflict([("--a", [PassedPlace(1, any4), PassedPlace(2, any4)]), ("--b", [six])]) is None
 
 

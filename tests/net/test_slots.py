@@ -14,18 +14,8 @@ from rtservice.net import tcp
 from rtservice.net.description import ListenError
 from rtservice.net.listener import RESERVE_SOCKETS, Listener
 from rtservice.net.listeners import open_description, open_port
+from tests.support.ipv6 import needs_ipv6
 
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
 interfaces = pytest.mark.parametrize("interface", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
 
 

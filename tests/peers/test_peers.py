@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from tests.support.ipv6 import needs_ipv6
+
 GREETING = b"Hello from the server!"
 
 
@@ -15,16 +17,7 @@ def needs(program: str, package: str):
     return pytest.mark.skipif(missing, reason=f"{program} (Debian: {package}) is not installed")
 
 
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-HOSTS = ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6"))]
+HOSTS = ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)]
 
 
 def run(*command: str, data: bytes = b"") -> bytes:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ipv6 import needs_ipv6
+
 DEADLINE = 30
 GREETING = b"Hello from the server!"
 NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
@@ -25,15 +27,6 @@ needs_nginx = pytest.mark.skipif(
     NGINX is None or not NGINX_STREAM.exists(),
     reason="nginx's stream module (Debian: nginx-light, libnginx-mod-stream) is not installed",
 )
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
 
 
 class Front:
@@ -194,9 +187,7 @@ def problems(one) -> list[str]:
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6"))]
-)
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
 def test_some_mebibytes_come_back_and_the_record_names_the_client(service, proxies, proxy, host) -> None:
     one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
     front = proxies(proxy, f"127.0.0.1:{port(one)}", host=host)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ipv6 import needs_ipv6
+
 GREETING = b"Hello from the server!"
 DEADLINE = 30
 
@@ -125,15 +127,9 @@ TCP6 = r"--listen=tcp:0:interface=\:\:1"
 UNIX = "--listen=unix:s"
 
 
-def has_ipv6() -> bool:
-    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
-        return True
-    return False
-
-
 KINDS = [
     pytest.param(TCP4, id="tcp"),
-    pytest.param(TCP6, id="tcp6", marks=pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")),
+    pytest.param(TCP6, id="tcp6", marks=needs_ipv6),
     pytest.param(UNIX, id="unix"),
 ]
 

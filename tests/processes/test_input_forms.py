@@ -10,22 +10,11 @@ from pathlib import Path
 import pytest
 
 from rtservice.testing import DEADLINE
+from tests.support.ipv6 import needs_ipv6
 
 BIN = Path(sys.executable).parent
 GREETING = b"Hello from the server!"
 FOREGROUND = ("-n", "--pidfile=")
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as sock:
-            sock.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
 
 
 @pytest.fixture
