@@ -15,8 +15,6 @@ REPEAT = 0.5
 
 # What has a handler once the service runs.
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTTIN, signal.SIGTTOU)
-
-
 _STOPS = frozenset((signal.SIGTERM, signal.SIGINT))
 
 _before: dict[int, Any] = {}  # the handlers that `hold` has replaced

@@ -119,7 +119,7 @@ def test_a_user_that_cannot_be_is_one_line(run, tmp_path, options, words, check)
 def test_what_takes_privileges_that_are_missing_is_one_line_before_anything_is_bound(
     environment, tmp_path, options, words
 ) -> None:
-    # Root without its capabilities: whoever runs this may be the only one who can read the interpreter.
+    # Root without its capabilities: no other user may be able to read the interpreter.
     command = ["setpriv", "--bounding-set=-sys_chroot,-setuid,-setgid", "--inh-caps=-all", "--"]
     command += [BIN / "twistd", "-n", "--pidfile=", *options, "rtservice", "--listen=unix:s"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE)
