@@ -102,7 +102,7 @@ def test_the_list_of_source_files_has_the_directions_of_the_imports() -> None:
 
 
 def test_other_files_that_the_list_of_source_files_names_exist() -> None:
-    named = re.findall(r"`((?:config|host|net|observe|protocols)/[\w/]*(?:\.py)?)`", _tables_of_files())
+    named = re.findall(r"`((?:config|net|observe|pool|process|protocols|startup)/[\w/]*(?:\.py)?)`", _tables_of_files())
     assert len(set(named)) > 15
     assert [name for name in named if not (PACKAGE / name).exists()] == []
 

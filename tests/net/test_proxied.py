@@ -22,12 +22,12 @@ from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger, LogLevel, formatEvent
 
-from rtservice.host.connections import Connections, Limits, end_reason
 from rtservice.net.connection import Connection
 from rtservice.net.handshakes import ProxyHandshake
 from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
+from rtservice.process.registry import Limits, Registry, end_reason
 
 DEADLINE = 20
 
@@ -124,7 +124,7 @@ class Served:
         self.opened: list[Any] = []
         self.ended: list[tuple[Any, str]] = []  # connections, and why, as in their records
         self.events: list[Any] = []  # of the register's log
-        self.register = Connections(Logger(observer=self.events.append), limits)
+        self.register = Registry(Logger(observer=self.events.append), limits)
         self._waiting: list[Deferred[None]] = []
         self.port = Port(
             on,

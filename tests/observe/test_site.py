@@ -19,10 +19,10 @@ from twisted.internet.testing import StringTransport
 from twisted.logger import Logger, formatEvent
 
 import rtservice.observe
-from rtservice.host.connections import COLUMNS
-from rtservice.host.counters import DURATIONS, LAGS
 from rtservice.observe.figures import StatusSource
 from rtservice.observe.site import make_site
+from rtservice.process.counters import DURATIONS, LAGS
+from rtservice.process.registry import COLUMNS
 
 ETC = Path(__file__).parent.parent.parent / "etc"
 

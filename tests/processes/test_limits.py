@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from rtservice.host.server import raise_descriptor_limit
+from rtservice.process.server import raise_descriptor_limit
 
 GREETING = b"Hello from the server!"
 DEADLINE = 30

@@ -174,7 +174,7 @@ def workers(service, wait_for) -> Iterator[Callable[..., Workers]]:
 # What a process does to itself for a signal, since only its own Python can block its reactor, or fail in it.
 SITE = """
 import signal, sys
-if "rtservice.worker" in sys.orig_argv:
+if "rtservice.pool.worker" in sys.orig_argv:
     def blocked_by_its_protocol(number, frame):
         while True:
             pass
@@ -211,7 +211,7 @@ BLOCK, DIE, FAIL, GROW, RAMBLE, FLOOD = (signal.SIGRTMIN + place for place in ra
 # A setting that only a worker finds to be wrong, while there is a file called `broken`.
 BROKEN_SITE = """
 import os, sys
-if "rtservice.worker" in sys.orig_argv and os.path.exists(os.environ["BROKEN"]):
+if "rtservice.pool.worker" in sys.orig_argv and os.path.exists(os.environ["BROKEN"]):
     from rtservice.protocols import echo
     def refuse(self, *arguments):
         raise ValueError("broken by design")

@@ -1,0 +1,1 @@
+"""Many worker processes: the supervisor, its control channel, and what a worker runs."""

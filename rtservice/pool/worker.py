@@ -1,0 +1,388 @@
+"""The entry point of a worker process, which the supervisor spawns: make the server, and run it."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import LoopingCall
+from twisted.logger import LogEvent, Logger, LogLevel, globalLogBeginner, globalLogPublisher
+from twisted.python.failure import Failure
+
+from rtservice import hosting
+from rtservice.config.schema import Settings
+from rtservice.config.sources import LoadedSettings, load_settings
+from rtservice.config.values import SettingError
+from rtservice.counted import counted
+from rtservice.net.listener import Listener
+from rtservice.net.tls import Steps, TLSError, ignore_bad_names
+from rtservice.observe.logs import AccessLog, Levels, Log, message_and_traceback
+from rtservice.pool.control import (
+    BEAT,
+    CONTROL_IN,
+    CONTROL_OUT,
+    FIRST_SOCKET,
+    LONGEST_FROM_WORKER,
+    ProtocolViolation,
+    SupervisorMessages,
+    encode,
+)
+from rtservice.pool.start_message import adopt_listener
+from rtservice.pool.worker_messages import (
+    LONGEST_PROBLEM,
+    MOST_COUNTERS,
+    MOST_LINES,
+    MOST_RECORDS,
+    encode_records,
+    finished_record,
+    shortened,
+)
+from rtservice.process.server import Server
+from rtservice.process.signals import inherit_nothing
+from rtservice.process.slices import in_slices
+from rtservice.process_settings import levels, runtime_settings
+from rtservice.references import OptionValue
+
+_log = Logger()
+# Seconds that what is for the log waits for more of it, but for errors, and how many characters of the access log are
+# sent together, which JSON may double: UNIX clients can have very long names.
+_TOGETHER, _LINES_SIZE = 0.1, 48 * 1024
+
+# Levels that may wait.
+_CALM = frozenset((LogLevel.debug, LogLevel.info))
+
+# Seconds of a slice of the start, between which messages are read: nobody else is served yet.
+_START_SLICE = 0.05
+
+_EVERY_EVENT_HAS = frozenset(("log_namespace", "log_level", "log_time"))
+
+# Seconds that its last words may take to reach the supervisor.
+_LAST_WORDS = 5.0
+
+
+class Worker(Protocol):
+    """Its supervisor's messages in, a Server's life out."""
+
+    transport: Any
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._messages = SupervisorMessages()
+        self._server: Server | None = None
+        self._kinds: list[str] = []
+        self._files: list[tuple[str, int]] = []  # of UNIX sockets, to be removed by the supervisor
+        self._listeners: list[Listener] = []
+        self._settings = Settings()
+        self._slot, self._slots = 0, 1
+        self._loading: Deferred[None] | None = None
+        self._finish: list[str] | None = None  # whose queues are to be served, in a drain that came while it loads
+        self._beating = LoopingCall(self._beat)
+        self._ending = False
+        self._begun = False  # it was told what to serve
+        self._deaf = False  # the supervisor sends what cannot be
+        self._full = False  # the supervisor does not read as fast as is written
+        self._dropped = 0  # records, since then
+        self._levels = Levels({})
+        self._lines: list[str] = []  # for the access log
+        self._lines_size = 0
+        self._records: list[list[Any]] = []  # finished
+        self._dropped_before = 0
+        self._told: dict[str, float] = {}  # the counters that the supervisor has
+        self.status = 0
+
+    # --- messages ---
+
+    def connectionMade(self) -> None:
+        self.transport.registerProducer(self, True)
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        try:
+            for word, value in self._messages.feed(data):
+                self._received(word, value)
+        except Exception as problem:
+            # It cannot be told what to do any more. Clients may finish what they do, and the next worker hears better.
+            self._deaf = True
+            _log.error("the supervisor sent what cannot be: draining: {problem}", problem=ascii(problem)[:200])
+            self._drain([])
+
+    def _received(self, word: str, value: Any) -> None:
+        if word == "start":
+            if self._begun:
+                raise ProtocolViolation("a second start")
+            self._begun = True
+            # Messages are handled meanwhile: thousands of certificates take seconds to load.
+            self._loading = in_slices(self._start(value), self._reactor, size=_START_SLICE, pause=0.0)
+            self._loading.addErrback(self._not_loaded).addCallback(self._loaded)
+        elif word == "share":
+            self._slots = value
+            if self._server is not None:
+                self._server.apply(runtime_settings(self._settings, slot=self._slot, slots=value))
+        elif word == "drain":
+            if "own" in value:  # the supervisor has removed the files; what has their names is a successor's
+                self._files.clear()
+            self._drain(value)
+        elif word == "hurry":
+            self._abort_drain()
+        elif word == "rows" and self._server is not None:
+            rows = self._server.connections.rows(value["sort"], value["count"])
+            rows.addErrback(self._no_rows)
+            rows.addCallback(self._tell_rows, value["id"])
+
+    def _no_rows(self, failure: Failure) -> list[list[Any]]:
+        self._log.failure("listing the connections failed", failure)
+        return []  # without an answer the supervisor would think that this process does not read
+
+    def _tell_rows(self, rows: list[list[Any]], number: int) -> None:
+        while len(message := encode("rows", {"id": number, "rows": rows})) > LONGEST_FROM_WORKER["rows"]:
+            rows = rows[: len(rows) // 2]
+        self.transport.write(message)
+
+    def _send_message(self, word: str, value: object = None) -> None:
+        self.transport.write(encode(word, value))
+
+    def connectionLost(self, reason: object = None) -> None:
+        if self._ending:
+            self._reactor.stop()
+        else:
+            self._orphaned()
+
+    def pauseProducing(self) -> None:
+        self._full = True
+
+    def resumeProducing(self) -> None:
+        self._full = False
+        dropped, self._dropped = self._dropped, 0
+        self._dropped_before += dropped
+        if dropped and self._server is not None:
+            records = f"{counted(dropped, 'record')} {'was' if dropped == 1 else 'were'}"
+            self._log.warn("{records} dropped: too many at once", records=records, count=dropped)
+
+    def stopProducing(self) -> None:
+        self._full = True
+
+    def _orphaned(self) -> None:
+        """The supervisor is dead: serve who is here or in a queue, and leave nothing behind."""
+        for path, inode in self._files:
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
+        self._full = True  # nobody reads the log
+        self._drain(["slot", "own"])
+
+    # --- its life ---
+
+    def _not_loaded(self, failure: Failure) -> None:
+        if not failure.check(CancelledError):  # it was told to end
+            _log.failure("a worker cannot start", failure)
+            self._failed(repr(failure.value))
+
+    def _loaded(self, result: object) -> None:
+        self._loading = None
+        if self._finish is not None:
+            self._drain(self._finish)
+
+    def _start(self, given: dict[str, Any]) -> Steps[None]:
+        try:
+            yield from self._serve(given)
+        except (SettingError, TLSError, OSError) as error:
+            self._failed(str(error))
+        except GeneratorExit:  # it was told to end
+            raise
+        except BaseException as error:  # SystemExit too: without a word of why, the supervisor has no reason to show
+            _log.failure("a worker cannot start")
+            self._failed(repr(error))
+
+    def _serve(self, given: dict[str, Any]) -> Steps[None]:
+        self._settings = load_settings(given["settings"], {}, None).settings
+        loaded = LoadedSettings(self._settings, given["sources"])
+        self._slot, self._slots = given["slot"], given["slots"]
+        self._levels.change(levels(self._settings))
+        self._log = Log(self._levels, globalLogPublisher)
+        self._kinds = [listener["kind"] for listener in given["listeners"]]
+        # Before the first step: a supervisor that dies meanwhile leaves all of them behind.
+        self._files = [tuple(listener["file"]) for listener in given["listeners"] if listener["file"] is not None]
+        factory = hosting.make_factory(
+            loaded,
+            options=[OptionValue(*option) for option in given["options"]],
+            directory=given["directory"],
+            processes=given["slots"],
+        )
+        for place, listener in enumerate(given["listeners"]):
+            self._listeners.append((yield from adopt_listener(listener, FIRST_SOCKET + place)))
+        self._server = Server(
+            factory,
+            listeners=self._listeners,
+            endpoints=[],
+            live=runtime_settings(self._settings, slot=self._slot, slots=self._slots),
+            log=self._log,
+            report=self._started,
+            stop=self._end,
+            announce=False,
+            record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
+            dropped=lambda: self._dropped_before + self._dropped,
+        )
+        self._beating.clock = self._reactor
+        self._beating.start(BEAT)
+        self._server.startService()
+
+    def _started(self, problem: str | None) -> None:
+        if problem is None:
+            self._send_message("ready")
+        else:
+            self._failed(problem)
+
+    def _failed(self, problem: str) -> None:
+        self.status = 1
+        self._send_message("failed", shortened(problem, LONGEST_PROBLEM))
+        self._end()
+
+    def leave(self) -> None:
+        """Ask to be replaced. Called for SIGTERM: a supervisor that wants it to end says so."""
+        self._send_message("leave")
+
+    def _beat(self) -> None:
+        assert self._server is not None
+        counters, told = self._server.counters(), self._told
+        changed = {name: count for name, count in counters.items() if told.get(name) != count}
+        # What is not there any more is a phase that no connection is in.
+        changed |= dict.fromkeys(told.keys() - counters.keys(), 0)
+        names = list(changed)
+        for place in range(0, len(names) or 1, MOST_COUNTERS):
+            self._send_message("beat", {name: changed[name] for name in names[place : place + MOST_COUNTERS]})
+        self._told = counters
+
+    def _drain(self, finish: list[str]) -> None:
+        if self._loading is not None and finish:  # somebody may be in a queue that only this process serves
+            self._finish = finish
+            return
+        if self._server is None:
+            self._give_up()
+            return
+        for kind, listener in zip(self._kinds, self._listeners, strict=True):
+            listener.shared = kind not in finish
+        self._server.stopService().addBoth(self._drained)
+
+    def _abort_drain(self) -> None:
+        if self._server is None:
+            self._give_up()
+        else:
+            self._server.abort_drain()
+
+    def _give_up(self) -> None:
+        """End before anything is served."""
+        self._finish = None
+        if self._loading is not None:
+            self._loading.cancel()
+        self._end()
+
+    def _access(self, line: str) -> None:
+        if self._full:
+            self._dropped += 1
+            return
+        if not self._lines and not self._records:
+            self._reactor.callLater(_TOGETHER, self._send)
+        self._lines.append(line)
+        self._lines_size += len(line)
+        if len(self._lines) >= MOST_LINES or self._lines_size >= _LINES_SIZE:
+            self._send()
+
+    def _send(self) -> None:
+        """Send what waits for more."""
+        if self._records:
+            records, self._records = self._records, []
+            self.transport.write(encode_records(records))
+        if self._lines:
+            lines, self._lines, self._lines_size = self._lines, [], 0
+            self.transport.write(encode("access", lines))
+
+    def _drained(self, result: object) -> None:
+        if isinstance(result, Failure):
+            self._log.failure("a drain failed", result)
+        if self._beating.running:
+            self._beat()
+            self._beating.stop()
+        self._end()
+
+    def _end(self) -> None:
+        if not self._ending:
+            self._send()
+            self._ending = True
+            if self.transport.disconnected:  # there is nobody to tell
+                self._stop()
+                return
+            self.transport.unregisterProducer()
+            self._reactor.callLater(_LAST_WORDS, self._stop)
+            self.transport.loseConnection()  # which sends what is written
+
+    def _stop(self) -> None:
+        with contextlib.suppress(Exception):  # it is stopping already
+            self._reactor.stop()
+
+    # --- its log ---
+
+    def observe(self, event: LogEvent) -> None:
+        """Send a record to the supervisor. Called in any thread."""
+        if not event.keys() >= _EVERY_EVENT_HAS:  # one that was not made by a Logger
+            event = {"log_namespace": "-", "log_level": LogLevel.info, "log_time": time.time(), **event}
+        if not self._levels.allow(event["log_namespace"], event["log_level"]):
+            return
+        if threading.current_thread() is not threading.main_thread():
+            self._reactor.callFromThread(self.observe, event)
+            return
+        if self._full or self._ending:
+            self._dropped += 1
+            return
+        text, traceback = message_and_traceback(event)
+        self._records.append(finished_record(event, text, traceback))
+        if traceback or event["log_level"] not in _CALM or len(self._records) >= MOST_RECORDS:
+            self._send()
+        elif len(self._records) == 1 and not self._lines:
+            self._reactor.callLater(_TOGETHER, self._send)
+
+
+def main() -> int:
+    """Serve until the supervisor says otherwise; gives the exit status."""
+    # Before anything can hang or crash. What it writes goes to the supervisor's log.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    inherit_nothing()
+    ignore_bad_names()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they are for the supervisor, whose group or terminal is ours too
+    try:
+        from rtservice.net.reactor import install
+    except ImportError:  # no epoll(7)
+        pass
+    else:
+        install()
+    from twisted.internet import reactor as installed
+    from twisted.internet.stdio import StandardIO
+
+    reactor: Any = installed  # the module stands for the object
+    worker = Worker(reactor)
+    for descriptor in (CONTROL_IN, CONTROL_OUT):
+        os.set_inheritable(descriptor, False)
+    StandardIO(worker, CONTROL_IN, CONTROL_OUT)  # type: ignore[call-arg]  # to mypy it is Windows's too
+    globalLogBeginner.beginLoggingTo([worker.observe], redirectStandardIO=False)  # type: ignore[list-item]  # a function is one
+
+    def handle_signals() -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: reactor.callFromThread(worker.leave))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    reactor.callWhenRunning(handle_signals)
+    reactor.run()
+    return worker.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,535 @@
+"""What a worker may tell its supervisor: bytes in, typed and bounded messages out, or a ProtocolViolation.
+
+A worker runs hosted code, and may be compromised by its clients. The supervisor holds every socket and serves
+`/healthz`, so nothing that a worker sends may cost it much, and nothing is evaluated: log records are finished text,
+counters have known names, numbers have ranges, answers belong to questions. The first message that breaks a rule is a
+violation, after which the channel is not read any more.
+
+Both ends of a log record are here: `finished_record` and `encode_records` are called by the worker, and keep the bounds
+that the decoder checks.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, NamedTuple
+
+from twisted.logger import LogEvent, LogLevel
+from twisted.python.reflect import safe_str
+
+from rtservice.pool.control import (
+    LONGEST_FROM_WORKER,
+    Framing,
+    ProtocolViolation,
+    decode_value,
+    encode,
+    escape_controls,
+    shown,
+    split_word,
+)
+from rtservice.process.counters import PHASES, CounterNames, check_count
+
+# Characters of a log record's text, traceback and namespace.
+LONGEST_TEXT, LONGEST_TRACEBACK, LONGEST_NAMESPACE = 16 * 1024, 48 * 1024, 200
+
+# Fields of a log record: how many, how long a name and a string, how deep and how many nested values in all of them.
+MOST_FIELDS, LONGEST_NAME, LONGEST_VALUE, DEEPEST, MOST_VALUES = 64, 64, 4096, 5, 500
+
+# The last second of the year 9999, which is the last that datetime can show.
+LATEST = 253402300799
+
+# Integers that every reader of a JSON log takes, and of which int() is cheap.
+_LARGEST = 2**63
+
+# Names of fields that twisted.python.log gives a meaning: `format` would be run as a format string by legacy observers.
+# `slot` is the supervisor's own. Names that begin with `log_` are Twisted's.
+LEGACY_NAMES = frozenset(("time", "message", "system", "isError", "format", "failure", "why", "printed", "logLevel"))
+RESERVED = LEGACY_NAMES | {"slot"}
+
+# Counters in a heartbeat; records, and lines for the access log, in a message; characters of such a line.
+MOST_COUNTERS, MOST_RECORDS, MOST_LINES, LONGEST_LINE = 200, 100, 100, 4096
+
+LONGEST_PROBLEM = 4096
+
+# Names of fields that are remembered, so that they need not be checked again.
+_MOST_KNOWN = 1000
+
+# Characters of a peer's name in a row, and the number of values there.
+_PEER, _ROW = 64, 7
+
+_NUMBERS = frozenset((int, float))
+_CONTAINERS = (list, tuple, dict, set, frozenset)
+
+_LEVELS = {level.name: level for level in LogLevel.iterconstants()}
+_LEVEL_NAMES = {id(level): name for name, level in _LEVELS.items()}
+
+
+# --- messages ---
+#
+# `cost` is what a message costs the supervisor, in units of about 30 µs.
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Every listener accepts."""
+
+    cost: ClassVar[int] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """It wants to be replaced."""
+
+    cost: ClassVar[int] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It cannot start."""
+
+    problem: str
+
+    cost: ClassVar[int] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Its heartbeat, with the counters that have changed."""
+
+    counters: dict[str, float]
+
+    @property
+    def cost(self) -> int:
+        return 1 + len(self.counters) // 20
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The open connections that question `number` asked for, as `Registry.rows` gives them."""
+
+    number: int
+    rows: list[list[Any]]
+
+    @property
+    def cost(self) -> int:
+        return 1 + len(self.rows) // 10
+
+
+class Record(NamedTuple):
+    """A log record. `text` and `traceback` are escaped; `fields` are plain values."""
+
+    level: Any
+    namespace: str
+    time: float
+    text: str
+    traceback: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """Log records, in the order in which they were made."""
+
+    records: list[Record]
+    cost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Lines for the access log."""
+
+    lines: list[str]
+
+    @property
+    def cost(self) -> int:
+        return 1 + len(self.lines) // 20
+
+
+Message = Ready | Leave | Failed | Beat | Rows | Records | Access
+
+
+# --- the decoder ---
+
+
+class WorkerMessages:
+    """Decodes the messages of one worker, of slot `slot`.
+
+    `listeners` are the names of the listeners that exist. `access` is whether there is an access log.
+    """
+
+    def __init__(self, *, slot: int, listeners: Collection[str], access: bool) -> None:
+        self._framing = Framing(max(LONGEST_FROM_WORKER.values()))
+        self._listeners = frozenset(listeners)
+        self._names = CounterNames(self._listeners)
+        self._access = access
+        self._line_end = f" worker={slot}\n"
+        self._started = ""  # `ready` or `failed`, once that was said
+        self._field_names: set[str] = set()  # some that are valid
+        self._asked: dict[int, int] = {}  # how many rows a question is about, by its number
+        self._decoders: dict[str, Callable[[Any], Message]] = {
+            "ready": self._ready,
+            "leave": self._leave,
+            "failed": self._failed,
+            "beat": self._beat,
+            "rows": self._rows,
+            "records": self._records,
+            "access": self._access_lines,
+        }
+
+    def ask(self, number: int, count: int) -> None:
+        """Expect one answer to question `number`, of at most `count` rows."""
+        self._asked[number] = count
+
+    @property
+    def asked(self) -> Collection[int]:
+        """The questions without an answer, the oldest first."""
+        return self._asked.keys()
+
+    def feed(self, data: bytes) -> None:
+        """Add received bytes."""
+        self._framing.feed(data)
+
+    def next(self) -> Message | None:
+        """Return the next complete message, or None. Raises ProtocolViolation, and nothing else."""
+        line = self._framing.next()
+        if line is None:
+            return None
+        word, text = split_word(line)
+        decoder = self._decoders.get(word)
+        if decoder is None:
+            raise ProtocolViolation(f"an unknown message {shown(word)}")
+        if len(line) > LONGEST_FROM_WORKER[word]:
+            raise ProtocolViolation(f"a message {word!r} of more than {LONGEST_FROM_WORKER[word]} bytes")
+        if word == "rows" and not self._asked:  # before anything is decoded
+            raise ProtocolViolation("an answer without a question")
+        return decoder(decode_value(word, text))
+
+    # --- its life ---
+
+    def _ready(self, value: Any) -> Ready:
+        self._start("ready", value is None)
+        return Ready()
+
+    def _failed(self, value: Any) -> Failed:
+        self._start("failed", _is_text(value, LONGEST_PROBLEM))
+        return Failed(escape_controls(value))
+
+    def _start(self, word: str, valid: bool) -> None:
+        if self._started:
+            raise ProtocolViolation(f"{word!r} after {self._started!r}")
+        if not valid:
+            raise ProtocolViolation(f"a message {word!r} with a wrong value")
+        self._started = word
+
+    def _leave(self, value: Any) -> Leave:
+        if value is not None:
+            raise ProtocolViolation("a message 'leave' with a wrong value")
+        return Leave()
+
+    # --- its counters and connections ---
+
+    def _beat(self, value: Any) -> Beat:
+        if type(value) is not dict or len(value) > MOST_COUNTERS:
+            raise ProtocolViolation(f"a heartbeat that is not an object of {MOST_COUNTERS} counters at most")
+        try:
+            for name, count in value.items():
+                self._names.check(name)
+                check_count(name, count)
+        except ValueError as problem:
+            raise ProtocolViolation(f"a heartbeat with {problem}") from None
+        return Beat(value)
+
+    def _rows(self, value: Any) -> Rows:
+        if type(value) is not dict or value.keys() != {"id", "rows"}:
+            raise ProtocolViolation("an answer that is not an object of id and rows")
+        number, rows = value["id"], value["rows"]
+        if type(number) is not int or number not in self._asked:
+            raise ProtocolViolation("an answer without a question")
+        count = self._asked.pop(number)
+        if type(rows) is not list or len(rows) > count or not all(map(self._is_row, rows)):
+            raise ProtocolViolation(f"an answer that is not {count} rows at most of connections")
+        return Rows(number, rows)
+
+    def _is_row(self, row: Any) -> bool:
+        if type(row) is not list or len(row) != _ROW:
+            return False
+        peer, listener, phase, age, idle, bytes_in, bytes_out = row
+        return (
+            _is_text(peer, _PEER)
+            and peer.isprintable()
+            and _is_text(listener)
+            and listener in self._listeners
+            and _is_text(phase)
+            and phase in PHASES
+            and _is_number(age)
+            and (idle is None or _is_number(idle))
+            and _is_count(bytes_in)
+            and _is_count(bytes_out)
+        )
+
+    # --- its logs ---
+
+    def _records(self, value: Any) -> Records:
+        if type(value) is not list or len(value) > MOST_RECORDS:
+            raise ProtocolViolation(f"log records that are not an array of {MOST_RECORDS} at most")
+        cost = 1
+        records = []
+        for one in value:
+            record, more = self._record(one)
+            records.append(record)
+            cost += more
+        return Records(records, cost)
+
+    def _record(self, value: Any) -> tuple[Record, int]:
+        """Return a record, and what it costs."""
+        if type(value) is not list or len(value) != 6:
+            raise ProtocolViolation("a log record that is not an array of six")
+        name, namespace, when, text, traceback, fields = value
+        level = _LEVELS.get(name) if type(name) is str else None
+        if level is None:
+            raise ProtocolViolation(f"a log record of an unknown level {shown(name)}")
+        if type(namespace) is not str or len(namespace) > LONGEST_NAMESPACE:
+            raise ProtocolViolation("a log record with a wrong namespace")
+        if type(when) not in _NUMBERS or not 0 <= when <= LATEST:
+            raise ProtocolViolation("a log record with a wrong time")
+        if type(text) is not str or type(traceback) is not str:
+            raise ProtocolViolation("a log record whose text is none")
+        if len(text) > LONGEST_TEXT or len(traceback) > LONGEST_TRACEBACK:
+            raise ProtocolViolation("a log record whose text is too long")
+        self._check_fields(fields)
+        if not namespace.isprintable():
+            namespace = escape_controls(namespace).replace("\n", "\\n")
+        size = len(text) + len(traceback)
+        cost = 1 + size // 1024
+        if traceback or not text.isprintable():
+            text, traceback = escape_controls(text), escape_controls(traceback)
+            cost += (len(text) + len(traceback) - size) // 64
+            cost += (text.count("\n") + traceback.count("\n")) // 32  # each is one more line of a text log
+        return Record(level, namespace, when, text, traceback, fields), cost
+
+    def _check_fields(self, fields: Any) -> None:
+        """Raise ProtocolViolation for anything but a bounded number of plain values under harmless names."""
+        if type(fields) is not dict or len(fields) > MOST_FIELDS:
+            raise ProtocolViolation(f"a log record whose fields are not an object of {MOST_FIELDS} at most")
+        left = MOST_VALUES
+        known = self._field_names
+        for name, value in fields.items():
+            if name not in known:
+                if not _is_field_name(name) or name in RESERVED:
+                    raise ProtocolViolation(f"a log record with a field {shown(name)}")
+                if len(known) >= _MOST_KNOWN:
+                    known.clear()
+                known.add(name)
+            if type(value) is str:  # most are
+                if len(value) > LONGEST_VALUE or not _is_unicode(value):
+                    raise ProtocolViolation(f"a log record whose field {shown(name)} is too long, or no text")
+            else:
+                left = _count_values(value, left, DEEPEST)
+                if left < 0:
+                    raise ProtocolViolation(f"a log record whose field {shown(name)} is too large, or no plain value")
+
+    def _access_lines(self, value: Any) -> Access:
+        if not self._access:
+            raise ProtocolViolation("lines for an access log that does not exist")
+        if type(value) is not list or len(value) > MOST_LINES:
+            raise ProtocolViolation(f"lines for the access log that are not an array of {MOST_LINES} at most")
+        for line in value:
+            # The end says which worker: no worker writes in the name of another.
+            if not (
+                _is_text(line, LONGEST_LINE)
+                and line.startswith("start=")
+                and line.endswith(self._line_end)
+                and line[:-1].isprintable()
+            ):
+                raise ProtocolViolation("a line for the access log that is none")
+        return Access(value)
+
+
+def _is_text(value: Any, longest: int = LONGEST_VALUE) -> bool:
+    return type(value) is str and len(value) <= longest
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in _NUMBERS and -_LARGEST < value < _LARGEST
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _count_values(value: Any, left: int, depth: int) -> int:
+    """Return `left` less the number of values in this one, or a negative number if it is not allowed."""
+    left -= 1
+    kind = type(value)
+    if value is None or kind is bool:
+        return left
+    if kind is str:
+        return left if len(value) <= LONGEST_VALUE and _is_unicode(value) else -1
+    if kind in _NUMBERS:
+        return left if -_LARGEST < value < _LARGEST else -1
+    if kind is dict:
+        if not all(_is_field_name(name) for name in islice(value, max(left, 0))):
+            return -1
+        value = value.values()
+    if not depth:
+        return -1
+    for inner in value:
+        left = _count_values(inner, left, depth - 1)
+        if left < 0:
+            break
+    return left
+
+
+def _is_field_name(name: str) -> bool:
+    return 0 < len(name) <= LONGEST_NAME and name[:4] != "log_" and name.isprintable()
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: half a surrogate pair cannot, and an observer would raise."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# --- the worker's side ---
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return a text with its middle left out, if it is too long: the end of a traceback says most."""
+    if len(text) <= longest:
+        return text
+    half = (longest - 60) // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"
+
+
+_encode_json = json.JSONEncoder(allow_nan=False).encode
+
+
+def finished_record(event: LogEvent, text: str, traceback: str = "") -> list[Any]:
+    """Return a log record as it is sent, given its text: whatever is in the event, it is one that is accepted."""
+    name = _LEVEL_NAMES.get(id(event.get("log_level")), "info")
+    namespace = event.get("log_namespace", "-")
+    if type(namespace) is not str or len(namespace) > LONGEST_NAMESPACE:
+        namespace = _described(namespace)[:LONGEST_NAMESPACE]
+    when = event.get("log_time")
+    if type(when) is not float or not 0 <= when <= LATEST:
+        when = time.time()
+    if len(text) > LONGEST_TEXT:
+        text = shortened(text, LONGEST_TEXT)
+    if len(traceback) > LONGEST_TRACEBACK:
+        traceback = shortened(traceback, LONGEST_TRACEBACK)
+    try:
+        fields = _fields(event)
+    except Exception:  # they are hosted code's
+        fields = {}
+    return [name, namespace, when, text, traceback, fields]
+
+
+def encode_records(records: list[list[Any]]) -> bytes:
+    """Return the messages of at most MOST_RECORDS finished records."""
+    message = b"records %b\n" % _encode_json(records).encode()
+    if len(message) <= LONGEST_FROM_WORKER["records"]:
+        return message
+    if len(records) > 1:
+        half = len(records) // 2
+        return encode_records(records[:half]) + encode_records(records[half:])
+    # Each character may be 12 bytes of JSON.
+    [[name, namespace, when, text, traceback, _]] = records
+    return encode("records", [[name, namespace, when, shortened(text, 4000), shortened(traceback, 4000), {}]])
+
+
+# Names of fields, with those that they are sent under; empty for those that are not sent.
+_names: dict[Any, str] = {}
+
+
+def _sent_name(name: Any) -> str:
+    sent = ""
+    if type(name) is str and name != "slot" and _is_field_name(name):
+        sent = f"{name}_" if name in LEGACY_NAMES else name
+    if len(_names) >= _MOST_KNOWN:
+        _names.clear()
+    _names[name] = sent
+    return sent
+
+
+def _fields(event: LogEvent) -> dict[str, Any]:
+    """Return an event's own fields as plain values, or text where they are none, as many as may be sent."""
+    template = event.get("log_format")
+    whole = template[1:-1] if type(template) is str and template[:1] == "{" else None  # the field that is the text
+    legacy = "isError" in event and "system" in event
+    found: dict[str, Any] = {}
+    left = _Left(MOST_VALUES)
+    for name, value in event.items():
+        sent = _names.get(name)
+        if sent is None:
+            sent = _sent_name(name)
+        if not sent or name == whole or (legacy and name in LEGACY_NAMES):
+            continue
+        kind = type(value)
+        if kind is str and len(value) <= LONGEST_VALUE and value.isascii():
+            found[sent] = value
+        elif (kind is int or kind is float) and -_LARGEST < value < _LARGEST:  # most are, or text
+            found[sent] = value
+            left.values -= 1
+        else:
+            before = left.values
+            try:
+                found[sent] = _plain(value, DEEPEST, left)
+            except _TooManyError:
+                left.values = before - 1
+                found[sent] = _described(value)
+        if len(found) >= MOST_FIELDS or left.values <= 1:
+            break
+    return found
+
+
+class _Left:
+    """How many more values a record may have."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: int) -> None:
+        self.values = values
+
+
+class _TooManyError(Exception):
+    """A value with too many others in it."""
+
+
+def _text(value: str) -> str:
+    return shortened(value, LONGEST_VALUE).encode("utf-8", "backslashreplace").decode()[:LONGEST_VALUE]
+
+
+def _plain(value: Any, depth: int, left: _Left) -> Any:
+    """Return a value as JSON logs show it: see `observe.logs`. Raises _TooManyError."""
+    left.values -= 1
+    if left.values < 1:
+        raise _TooManyError
+    kind = type(value)
+    if value is None or kind is bool:
+        return value
+    if (kind is int or kind is float) and -_LARGEST < value < _LARGEST:  # NaN is not
+        return value
+    if isinstance(value, str):
+        return _text(str.__str__(value))
+    if isinstance(value, bytes):
+        return _text(value[:LONGEST_VALUE].decode("utf-8", "backslashreplace"))
+    if depth and kind in (list, tuple):
+        return [_plain(inner, depth - 1, left) for inner in value]
+    if depth and kind is dict and all(type(name) is str and _is_field_name(name) for name in value):
+        return {name: _plain(inner, depth - 1, left) for name, inner in value.items()}
+    return _described(value)
+
+
+def _described(value: Any) -> str:
+    # The text of a container may be very much longer than what it holds: the same list many times.
+    return _text(reprlib.repr(value) if isinstance(value, _CONTAINERS) else safe_str(value))

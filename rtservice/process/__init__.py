@@ -1,0 +1,1 @@
+"""One serving process: its lifecycle, connections, limits, counters and signals."""

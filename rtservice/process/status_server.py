@@ -1,0 +1,180 @@
+"""The listeners of `--status`: few connections, served until the end of a shutdown. `observe.site` answers requests."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Any
+
+from twisted.internet.error import ConnectionDone
+from twisted.logger import Logger
+from twisted.protocols.policies import ProtocolWrapper
+from twisted.python.failure import Failure
+
+from rtservice.net.connection import LocalClose
+from rtservice.net.listener import Listener
+from rtservice.net.port import ACCEPTS_PER_EVENT, Port
+from rtservice.process.registry import Limits, Registry
+
+# Connections of the status server: a scraper, a load balancer's probes, a few people. It has the fewest where
+# descriptors are scarce.
+CONNECTIONS, _FEWEST = 100, 4
+
+# Seconds that a connection has, at the least, until it makes room for another, which bounds how many come and go in a
+# second; and seconds after which a request that is not finished makes room before connections that are idle. A request
+# and its answer take some milliseconds.
+_STAY, _SLOW = 0.2, 1.0
+
+# Seconds without a byte in either direction; its protocol has deadlines that no byte extends.
+_IDLE_TIMEOUT = 30.0
+
+
+class StatusServer:
+    """Serves `factory` on listeners of its own, with limits of its own; without any, it does nothing and is false.
+
+    Its connections count nowhere in the service's own. When there are `CONNECTIONS`, the one that most likely waits for
+    nothing makes room for a new one: one that is closing, or else the oldest whose request is not finished after
+    `_SLOW`, or else the oldest that is idle, or else the oldest whose request is not complete, or else the oldest. A
+    protocol says so with `idle`, `complete` and `since` (a time.monotonic); without these it has not been idle since
+    its connection was opened. New clients wait in the kernel until one has stayed for `_STAY`. So no number of clients
+    that hold connections, or come and go, keeps out a new one.
+
+    `descriptors` is the most that it may use; None is any number. It then has fewer connections, if need be.
+    """
+
+    def __init__(self, log: Logger, listeners: list[Listener] | None = None, descriptors: int | None = None) -> None:
+        self._log = log
+        self.listeners = listeners or []
+        self.factory: Any = None
+        self._most = CONNECTIONS
+        if descriptors is not None:
+            self._most = max(_FEWEST, min(CONNECTIONS, descriptors - self._beside_connections()))
+        # One that makes room is closed in the next turn of the reactor, and counts until then.
+        limits = Limits(max_connections=2**31, at_limit="reject", idle_timeout=_IDLE_TIMEOUT)
+        # Clients that ask each second must not fill the log.
+        self._connections = Registry(Logger(observer=_nobody), limits)  # type: ignore[arg-type]  # a function is one
+        self._leaving: set[Any] = set()
+        self._ports: list[Port] = []
+        self._reactor: Any = None
+        self._paused = False
+        self._made_room = 0.0  # when
+        self._resuming: Any = None  # the delayed call that ends a pause
+
+    def __bool__(self) -> bool:
+        return bool(self.listeners)
+
+    @property
+    def descriptors(self) -> int:
+        """The most descriptors that it uses at once."""
+        return self._most + self._beside_connections() if self else 0
+
+    def _beside_connections(self) -> int:
+        return len(self.listeners) * (1 + ACCEPTS_PER_EVENT)  # of which each makes another leave, a turn later
+
+    def start(self, reactor: Any) -> None:
+        """Serve."""
+        if not self:
+            return
+        self._reactor = reactor
+        self._connections.start(reactor)
+        for listener in self.listeners:
+            port = Port(
+                reactor,
+                listener.socket,
+                self.factory,
+                name=listener.name,
+                tls=listener.tls,
+                opened=self._opened,
+                identified=self._connections.identified,
+                closed=self._closed,
+            )
+            self._ports.append(port)
+            port.startListening()
+            self._log.info("status on {listener}", listener=listener.name)
+
+    def _opened(self, connection: Any) -> None:
+        if self._is_full():
+            self._make_room()
+        self._connections.opened(connection)
+        self._pause_or_resume()
+
+    def _closed(self, connection: Any, reason: Failure) -> None:
+        self._leaving.discard(connection)
+        self._connections.closed(connection, reason)
+        self._pause_or_resume()
+
+    def _is_full(self) -> bool:
+        return len(self._connections.open) - len(self._leaving) >= self._most
+
+    def _staying(self) -> list[Any]:
+        return [one for one in self._connections.open if one not in self._leaving]
+
+    def _make_room(self) -> None:
+        now = monotonic()
+        staying = self._staying()
+        candidates = [one for one in staying if now - one.opened >= _STAY] or staying
+        leaves = min(candidates, key=lambda one: _importance(one, now))
+        self._leaving.add(leaves)
+        self._made_room = now
+        leaves.error = LocalClose("made room")
+        # Not with a reset, which would take from a client the answer that it has not read. And not now: the descriptor
+        # must not be another's while this batch of events is handled.
+        self._reactor.callLater(0, leaves.connectionLost, Failure(ConnectionDone()))
+
+    def _pause_or_resume(self) -> None:
+        """Accept while there is room, or somebody who makes some."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resuming = None
+        seconds = 0.0
+        if self._is_full():
+            oldest = min(one.opened for one in self._staying())
+            # One after the other, so that a crowd that comes back at once takes little of each turn of the reactor.
+            seconds = max(oldest + _STAY, self._made_room + _STAY / self._most) - monotonic()
+        if seconds > 0:
+            self._resuming = self._reactor.callLater(seconds, self._resume)
+        if self._paused != (seconds > 0):
+            self._paused = seconds > 0
+            for port in self._ports:
+                (port.pause if self._paused else port.resume)()
+
+    def _resume(self) -> None:
+        self._resuming = None
+        self._pause_or_resume()
+
+    def served(self) -> list[tuple[Listener, Port]]:
+        """Its listeners, each with the port that accepts on it, once it serves."""
+        return list(zip(self.listeners, self._ports, strict=False))
+
+    def stop(self) -> None:
+        """Serve no more, and close the sockets."""
+        for port in self._ports:
+            port.stopListening()
+        self._connections.abort_all("cut off")
+        self._connections.stop()
+        listeners, self.listeners = self.listeners, []
+        for listener in listeners:
+            try:
+                listener.close()
+            except OSError as problem:
+                self._log.warn(
+                    "{listener}: its socket file stays: {problem}", listener=listener.name, problem=problem.strerror
+                )
+
+
+def _importance(connection: Any, now: float) -> tuple[int, float]:
+    """The order in which connections make room for others."""
+    if connection.phase == "closing":
+        return 0, connection.opened
+    protocol: Any = connection.protocol
+    while isinstance(protocol, ProtocolWrapper):  # Twisted's layer of TLS
+        protocol = protocol.wrappedProtocol
+    since = getattr(protocol, "since", connection.opened)
+    if getattr(protocol, "idle", False):
+        return 2, since
+    if getattr(protocol, "complete", False):
+        return 4, since
+    return (1 if now - since >= _SLOW else 3), since
+
+
+def _nobody(event: object) -> None:
+    """Takes records that nobody wants."""

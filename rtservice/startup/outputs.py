@@ -1,0 +1,113 @@
+"""The files and streams that the main process writes lines to: its log and the access log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rtservice.config.sources import LoadedSettings
+from rtservice.config.values import SettingError
+from rtservice.observe import logs
+from rtservice.observe.lines import LineWriter, Output, say_aside
+from rtservice.observe.logfile import LogFile
+from rtservice.observe.logs import Format, Log
+from rtservice.process import signals
+
+
+class Outputs:
+    """The files that this process writes lines to, opened before privileges are dropped. Raises SettingError.
+
+    `format` is what twistd is to log with, unless it was told that: its own observers write each record by itself, wait
+    for a pipe that nobody reads, and are at a loss when a disk is full. The lines are the same, in the same file. What
+    else `--logger` or `--syslog` asks for is left alone.
+    """
+
+    def __init__(self, loaded: LoadedSettings, twistd: Any, resolve_path: Callable[[str], str], log: Log) -> None:
+        self.format: Format | None = None
+        self.access: LineWriter | None = None
+        self._lines: list[LineWriter] = []
+        # Who reads standard output reads standard error, most likely.
+        self._aside: Callable[[str], None] | None = say_aside
+        chosen = twistd.get("logger")
+        main: LineWriter | None = None
+        if isinstance(chosen, Format) or ("logger" in twistd and chosen is None and not twistd["syslog"]):
+            log_format = chosen or logs.classic
+            self.format = None if chosen else log_format
+            log_format.levels = log.levels
+            file = twistd["logfile"] or ("-" if twistd["nodaemon"] else "twistd.log")
+            if file == "-":
+                self._aside = None
+            with opening("--logfile", file):
+                # The mode that twistd gives it.
+                output = self._output(file, twistd, rotated=loaded.settings.log_files, mode=0o666)
+                main = log_format.lines = self._start(output)
+            if isinstance(output, LogFile) and output.beyond:
+                log.warn(
+                    "{file} and older files are left alone: --log-files is {count}",
+                    file=output.beyond,
+                    count=loaded.settings.log_files,
+                )
+        file = loaded.settings.access_log
+        if file:
+            with opening(loaded.where("access-log"), file):
+                path = file if file == "-" else resolve_path(file)
+                # One batch after the other, and one rotation for both.
+                shared = main is not None and _same_file(1 if file == "-" else path, main.fileno())
+                self.access = main if shared else self._start(self._output(path, twistd))
+        before = signals.handler(signal.SIGUSR1)
+        self._before = before if callable(before) else None
+        signal.signal(signal.SIGUSR1, self._signalled)
+
+    def dropped(self) -> int:
+        """How many lines nobody took."""
+        return sum(lines.dropped for lines in self._lines)
+
+    def _output(self, file: str, twistd: Any, **how: int) -> Output:
+        if file != "-":
+            return LogFile(os.path.abspath(file), **how)
+        if "nodaemon" in twistd and not twistd["nodaemon"]:
+            raise SettingError("a daemon has no standard output")
+        return logs.standard_output()
+
+    def _start(self, output: Output) -> LineWriter:
+        from twisted.internet import reactor
+
+        lines = LineWriter(output, aside=self._aside)
+        lines.start(reactor)
+        self._lines.append(lines)
+        return lines
+
+    def _signalled(self, number: int, frame: Any) -> None:
+        from twisted.internet import reactor
+
+        for lines in self._lines:  # in a call for each, so that none depends on another
+            reactor.callFromThread(lines.reopen)  # type: ignore[attr-defined]  # the module stands for the object
+        if self._before is not None:
+            self._before(number, frame)
+
+    def finish(self) -> None:
+        """Write what is left."""
+        for lines in self._lines:
+            lines.finish()
+
+
+def _same_file(one: str | int, other: int) -> bool:
+    """Whether a path or a descriptor is the file of a descriptor."""
+    try:
+        return os.path.samestat(os.stat(one), os.fstat(other))
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def opening(setting: str, file: str) -> Iterator[None]:
+    """Turn an OSError into a SettingError that names the setting and the file."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(f"{setting} {file}: cannot be written: {error.strerror}") from None
+    except SettingError as error:
+        raise SettingError(f"{setting} {file}: {error}") from None

@@ -1,0 +1,151 @@
+"""The control channel: framing, JSON that costs little to decode, and what a worker receives."""
+
+import time
+
+import pytest
+
+from rtservice.pool.control import (
+    TO_WORKER,
+    Framing,
+    ProtocolViolation,
+    SupervisorMessages,
+    decode_value,
+    encode,
+    escape_controls,
+    shown,
+)
+
+SENT = [("start", {"a": [1, "ü\n", None]}), ("share", 3), ("drain", ["slot", "own"]), ("hurry", None), ("rows", {})]
+BYTES = b"".join(encode(word, value) for word, value in SENT)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8192])
+def test_messages_arrive_whole_however_they_are_split(size: int) -> None:
+    receiver = SupervisorMessages(1000)
+    pieces = [BYTES[at : at + size] for at in range(0, len(BYTES), size)]
+    assert [one for piece in pieces for one in receiver.feed(piece)] == SENT
+
+
+def test_a_message_may_be_split_at_any_byte() -> None:
+    for at in range(len(BYTES) + 1):
+        receiver = SupervisorMessages(1000)
+        assert [*receiver.feed(BYTES[:at]), *receiver.feed(BYTES[at:])] == SENT
+
+
+def test_a_message_is_one_line_whatever_is_in_it() -> None:
+    assert encode("failed", "two\nlines\r\n").count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"\n", "an unknown message ''"),
+        (b"no\n", "an unknown message 'no'"),
+        (b"beat {}\n", "an unknown message 'beat'"),
+        (b"\xff\x00" * 200 + b"\n", r"an unknown message '\\\\xff"),
+        (b"drain\n", "a message 'drain' that is not JSON"),
+        (b"drain {\n", "not JSON"),
+        (b"drain \xff\n", "not JSON"),
+        (b"drain " + b"[" * 900 + b"\n", "not JSON"),
+        (b"share " + b"9" * 995, "a message of more than 999 bytes"),
+        (b"share " + b"9" * 995 + b"\n", "a message of more than 999 bytes"),
+        (b"\x00" * 5000, "more than 999"),
+    ],
+)
+def test_what_is_no_message_is_a_violation_with_a_short_text(data: bytes, problem: str) -> None:
+    with pytest.raises(ProtocolViolation, match=problem) as error:
+        list(SupervisorMessages(999).feed(data))
+    assert len(str(error.value)) < 200
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "[NaN]", "9" * 311, "-" + "9" * 310, "9" * 250_000])
+def test_numbers_that_json_does_not_have_or_that_are_expensive_are_violations(text: str) -> None:
+    with pytest.raises(ProtocolViolation, match="'share' that is not JSON"):
+        decode_value("share", text.encode())
+
+
+@pytest.mark.parametrize("text", [b"[" * 500_000, b'{"a":' * 200_000, b"[" * 500_000 + b"]" * 500_000])
+def test_nesting_that_exhausts_the_parser_is_a_violation(text: bytes) -> None:
+    with pytest.raises(ProtocolViolation, match="not JSON"):
+        decode_value("drain", text)
+
+
+def test_the_longest_line_is_taken_and_one_byte_more_is_not() -> None:
+    framing = Framing(100)
+    framing.feed(b"x" * 100 + b"\n" + b"y" * 100 + b"\n")
+    assert [framing.next(), framing.next(), framing.next()] == [b"x" * 100, b"y" * 100, None]
+    framing.feed(b"x" * 101 + b"\n")
+    with pytest.raises(ProtocolViolation):
+        framing.next()
+
+
+def test_a_line_that_does_not_end_is_refused_before_it_does_and_takes_no_more_memory() -> None:
+    framing = Framing(100)
+    framing.feed(b"x" * 100)
+    assert framing.next() is None
+    framing.feed(b"x")
+    with pytest.raises(ProtocolViolation):
+        framing.next()
+    assert len(framing._buffer) == 0
+
+
+def test_what_came_before_rubbish_is_heard() -> None:
+    found = SupervisorMessages(1000).feed(b"hurry null\nrubbish\n")
+    assert next(found) == ("hurry", None)
+    with pytest.raises(ProtocolViolation, match="rubbish"):
+        next(found)
+
+
+def test_a_very_long_message_costs_time_in_proportion() -> None:
+    text = "x" * (8 << 20)
+    data = encode("start", text)
+    receiver = SupervisorMessages(16 << 20)
+    began = time.process_time()
+    found = [one for at in range(0, len(data), 8192) for one in receiver.feed(data[at : at + 8192])]
+    # To copy what is there with each of a thousand pieces took many seconds.
+    assert time.process_time() - began < 1.5
+    assert found == [("start", text)]
+
+
+def test_very_many_short_messages_cost_time_in_proportion() -> None:
+    receiver = SupervisorMessages(1000)
+    began = time.process_time()
+    assert sum(1 for _ in receiver.feed(b"hurry null\n" * 100_000)) == 100_000
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("plain ü 日本 \u20ac", "plain ü 日本 \u20ac"),
+        ("two\n\tlines", "two\n\tlines"),
+        ("\x1b[31mred\x07\r\x00\x7f", r"\x1b[31mred\x07\r\x00\x7f"),
+        ("é\x9b2J", r"é\x9b2J"),
+        ("é\u202eright to left", r"\xe9\u202eright to left"),
+        ("\ud800", r"\ud800"),
+        ("\u2028", r"\u2028"),
+        ("", ""),
+    ],
+)
+def test_what_a_terminal_acts_on_is_escaped(text: str, escaped: str) -> None:
+    assert escape_controls(text) == escaped
+    assert escape_controls(escaped) == escaped
+
+
+def test_every_character_is_printable_or_escaped_but_for_line_ends_and_tabs() -> None:
+    strange = [chr(code) for code in range(0x110000) if not chr(code).isprintable() and chr(code) not in "\n\t"]
+    assert escape_controls("".join(strange)).isprintable()
+    assert all(escape_controls(char).isprintable() for char in strange[::100])
+
+
+def test_foreign_text_is_shown_short_and_in_ascii() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown("é" * 1000) == "'" + r"\xe9" * 20 + "'"
+    assert shown(deep) == "of type list"
+
+
+def test_what_a_worker_receives_is_known() -> None:
+    assert {word for word, _ in SENT} == TO_WORKER

@@ -1,0 +1,271 @@
+"""Portions of what a worker sends: per turn, per beat, and at its end."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from twisted.internet.task import Clock
+
+from rtservice.pool.intake import Intake
+from rtservice.pool.printed import LONGEST_PRINTED, PrintedLines
+
+
+@dataclass
+class Item:
+    value: int
+    cost: int = 1
+
+
+class Bytes:
+    """Decodes each byte as an item that costs as much as the byte says; 0 is a mistake."""
+
+    def __init__(self) -> None:
+        self.left = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        self.left += data
+
+    def next(self) -> Item | None:
+        if not self.left:
+            return None
+        value = self.left.pop(0)
+        if not value:
+            raise ValueError("zero")
+        return Item(value, value)
+
+
+class World:
+    """An intake of 10 units a turn and 25 a beat, and what it does."""
+
+    def __init__(self) -> None:
+        self.turns: list[Any] = []
+        self.clock = self
+        self.decoder = Bytes()
+        self.taken: list[int] = []
+        self.problems: list[Exception] = []
+        self.reads = True
+        self.done = 0
+        self.intake = Intake(
+            self,
+            self.decoder,
+            take=self.take,
+            fail=self.problems.append,
+            pause=lambda: setattr(self, "reads", False),
+            resume=lambda: setattr(self, "reads", True),
+            a_turn=10,
+            a_beat=25,
+        )
+
+    def take(self, item: Item) -> None:
+        if item.value == 7:
+            raise LookupError("seven")
+        self.taken.append(item.value)
+
+    def callLater(self, seconds: float, function: Any) -> Any:
+        assert seconds == 0
+        self.turns.append(function)
+        return self
+
+    def cancel(self) -> None:
+        self.turns.clear()
+
+    def finished(self) -> None:
+        self.done += 1
+
+    def turn(self) -> None:
+        """One turn of the reactor."""
+        turns, self.turns = self.turns, []
+        for function in turns:
+            function()
+
+
+def test_what_is_little_is_taken_at_once() -> None:
+    one = World()
+    one.intake.feed(bytes([1, 2, 3]))
+    assert one.taken == [1, 2, 3]
+    assert one.reads
+    assert not one.turns
+
+
+def test_a_turn_takes_a_portion_and_the_pipe_is_not_read_until_all_is_taken() -> None:
+    one = World()
+    one.intake.feed(bytes([1] * 15))
+    assert len(one.taken) == 10
+    assert not one.reads
+    one.turn()
+    assert len(one.taken) == 15
+    assert one.reads
+    assert not one.turns
+
+
+def test_a_beat_takes_a_portion_and_goes_on_with_the_next() -> None:
+    one = World()
+    one.intake.feed(bytes([1] * 60))
+    for _ in range(10):
+        one.turn()
+    assert len(one.taken) == 25
+    assert not one.reads
+    one.intake.beat()
+    for _ in range(10):
+        one.turn()
+    assert len(one.taken) == 50
+    one.intake.beat()
+    one.turn()
+    assert len(one.taken) == 60
+    assert one.reads
+
+
+def test_a_beat_in_the_middle_of_its_turns_does_not_go_on_twice() -> None:
+    one = World()
+    one.intake.feed(bytes([1] * 100))
+    one.intake.beat()
+    assert len(one.turns) == 1
+    assert len(one.taken) == 10
+
+
+def test_what_costs_more_than_a_turn_is_taken_alone() -> None:
+    one = World()
+    one.intake.feed(bytes([20, 20, 1]))
+    assert one.taken == [20]
+    one.turn()
+    assert one.taken == [20, 20]  # of a beat, 5 were left
+    one.turn()
+    assert one.taken == [20, 20]
+    one.intake.beat()
+    assert one.taken == [20, 20, 1]
+
+
+@pytest.mark.parametrize(("mistake", "kind"), [(0, ValueError), (7, LookupError)])
+@pytest.mark.parametrize("before", [0, 15])
+def test_after_a_mistake_nothing_is_taken(mistake, kind, before) -> None:
+    one = World()
+    one.intake.feed(bytes([1] * before + [mistake, 1, mistake]))
+    one.turn()
+    one.turn()
+    one.intake.feed(bytes([1, mistake]))
+    one.intake.beat()
+    assert [type(problem) for problem in one.problems] == [kind]
+    assert len(one.taken) == before
+    assert not one.turns
+    one.intake.finish(one.finished)
+    assert one.done == 1
+
+
+def test_the_end_takes_the_rest_turn_by_turn_whatever_a_beat_allows() -> None:
+    one = World()
+    one.intake.feed(bytes([1] * 55))
+    one.intake.finish(one.finished)
+    for count in (20, 30, 40, 50):
+        one.turn()
+        assert len(one.taken) == count
+        assert not one.done
+    one.turn()
+    assert (len(one.taken), one.done) == (55, 1)
+    assert not one.turns
+
+
+def test_the_end_of_an_intake_that_had_used_up_its_beat_goes_on_by_itself() -> None:
+    one = World()
+    one.intake.feed(bytes([1] * 40))
+    one.turn()
+    one.turn()
+    one.turn()
+    assert (len(one.taken), len(one.turns)) == (25, 0)
+    one.intake.finish(one.finished)
+    assert (len(one.taken), one.done) == (35, 0)
+    one.turn()
+    assert len(one.taken) == 40
+    assert one.done == 1
+
+
+def test_a_mistake_at_the_end_is_the_end() -> None:
+    one = World()
+    one.intake.feed(bytes([1] * 15 + [0, 1]))
+    one.intake.finish(one.finished)
+    one.turn()
+    assert (len(one.problems), one.done) == (1, 1)
+
+
+def test_an_intake_that_is_closed_takes_no_more() -> None:
+    one = World()
+    one.intake.feed(bytes([1] * 15))
+    one.intake.close()
+    one.turn()
+    one.intake.beat()
+    one.intake.feed(bytes([1]))
+    assert len(one.taken) == 10
+    one.intake.finish(one.finished)
+    assert one.done == 1
+
+
+def test_intakes_take_turns() -> None:
+    clock = Clock()
+    order: list[str] = []
+    for name in ("a", "b"):
+        lines = PrintedLines()
+        one = Intake(
+            clock,
+            lines,
+            take=lambda line, name=name: order.append(name),
+            fail=pytest.fail,
+            pause=lambda: None,
+            resume=lambda: None,
+            a_turn=2,
+        )
+        one.feed(b"\n" * 4)
+    clock.advance(0)
+    assert order == ["a", "a", "b", "b", "a", "a", "b", "b"]
+
+
+# --- printed lines ---
+
+
+def lines(*pieces: bytes, end: bool = False) -> list[str]:
+    made = PrintedLines()
+    found = []
+    for place, piece in enumerate(pieces):
+        made.feed(piece)
+        if end and place == len(pieces) - 1:
+            made.end()
+        while (line := made.next()) is not None:
+            assert line.cost >= 1
+            found.append(line.text)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pieces", "found"),
+    [
+        ([b"one\ntwo\n"], ["one", "two"]),
+        ([b"on", b"e\nt", b"wo\n"], ["one", "two"]),
+        ([b"\n\n"], ["", ""]),
+        ([b"\x1b[31m\x00\xff\r\n"], [r"\x1b[31m\x00\xff\r"]),
+        (["ü日本\u202e\n".encode()], [r"\xfc\u65e5\u672c\u202e"]),
+        (["ü日本\n".encode()], ["ü日本"]),
+        ([b"x" * 8192 + b"\n"], ["x" * 8192]),
+        ([b"x" * 8193 + b"\n"], ["x" * 8192, "x"]),
+        ([b"x" * 20_000], ["x" * 8192, "x" * 8192]),
+        ([b"x" * 8192, b"\n"], ["x" * 8192]),
+    ],
+)
+def test_what_is_printed_becomes_lines_of_bounded_length(pieces, found) -> None:
+    assert lines(*pieces) == found
+
+
+def test_a_line_without_end_is_a_line_at_the_end() -> None:
+    assert lines(b"one\ntw", b"o") == ["one"]
+    assert lines(b"one\ntw", b"o", end=True) == ["one", "two"]
+    assert lines(b"one\n", end=True) == ["one"]
+
+
+def test_output_without_line_ends_takes_little_memory_and_linear_time() -> None:
+    made = PrintedLines()
+    taken = 0
+    for _ in range(200):
+        made.feed(b"\x00" * 8192)
+        while (line := made.next()) is not None:
+            taken += 1
+            assert len(line.text) == 4 * LONGEST_PRINTED
+            assert line.cost > 300
+        assert len(made._buffer) <= LONGEST_PRINTED
+    assert taken == 199

@@ -1,0 +1,572 @@
+"""What a worker makes of what its supervisor tells it, and what it says itself."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransportWithDisconnection
+from twisted.logger import Logger, LogLevel
+from twisted.python.failure import Failure
+
+from rtservice.config.schema import Settings
+from rtservice.config.sources import load_settings
+from rtservice.net.listener import Listener
+from rtservice.net.listeners import open_description
+from rtservice.net.tls import Steps, TLSError, finish
+from rtservice.pool import worker
+from rtservice.pool.control import decode_value, encode, split_word
+from rtservice.pool.start_message import adopt_listener, describe
+from rtservice.pool.worker import Worker
+from rtservice.pool.worker_messages import Record, Records, WorkerMessages
+from rtservice.process.counters import PHASES
+from rtservice.process.server import State
+from rtservice.process.slices import in_slices
+from rtservice.process_settings import runtime_settings, share
+
+DEFAULTS = load_settings({}, {}, None)
+
+
+def start(**given: Any) -> bytes:
+    described = describe(DEFAULTS, [], options=(), directory="/")
+    return encode("start", {**described, "slot": 0, "slots": 2, **given})
+
+
+# --- the division of limits ---
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("total", [1, 2, 15, 16, 17, 1000, 1001])
+def test_the_shares_of_a_total_are_the_total_or_one_each(total, slots) -> None:
+    shares = [share(total, slot, slots) for slot in range(slots)]
+    assert sum(shares) == max(total, slots)
+    assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("slots", [1, 3, 4])
+def test_limits_are_divided_among_workers_as_the_documentation_says(slots) -> None:
+    in_force = dataclasses.replace(Settings(), max_connections=10, max_connections_per_peer=10)
+    limits = [runtime_settings(in_force, slot=slot, slots=slots).limits for slot in range(slots)]
+    assert sum(one.max_connections for one in limits) == 10
+    assert {one.max_connections_per_peer for one in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
+
+
+def test_no_limit_for_each_peer_stays_none() -> None:
+    assert runtime_settings(Settings(), slot=1, slots=3).limits.max_connections_per_peer == 0
+
+
+def test_the_descriptor_limit_is_each_process_s_own() -> None:
+    whole = runtime_settings(Settings()).limits.max_connections
+    assert runtime_settings(Settings(), slot=1, slots=3).limits.max_connections == whole
+
+
+def test_certificates_are_watched_by_the_supervisor_where_there_is_one() -> None:
+    in_force = dataclasses.replace(Settings(), watch_certificates=True)
+    assert runtime_settings(in_force).watch_certificates
+    assert not runtime_settings(in_force, slot=0, slots=2).watch_certificates
+
+
+# --- from a supervisor's listeners to a worker's ---
+
+
+@pytest.fixture
+def adopted() -> Iterator[Callable[..., list[Listener]]]:
+    """Opens descriptions for two slots, and gives what a worker of the second one adopts of them."""
+    made: list[Listener] = []
+
+    def adopt(*descriptions: str, before: Callable[[], None] = lambda: None) -> list[Listener]:
+        opened = [one for text in descriptions for one in open_description(text, backlog=10, slots=2)]
+        made.extend(opened)
+        described = json.loads(json.dumps(describe(DEFAULTS, opened, options=(), directory="/")))
+        before()
+        found = []
+        for given, listener in zip(described["listeners"], opened, strict=True):
+            descriptor = os.dup(listener.of_slot(1).fileno())
+            os.set_inheritable(descriptor, True)
+            os.set_blocking(descriptor, True)
+            found.append(finish(adopt_listener(given, descriptor)))
+        made.extend(found)
+        return found
+
+    yield adopt
+    for listener in made:
+        listener.close()
+
+
+def test_a_worker_adopts_its_socket_under_the_listener_s_name(adopted) -> None:
+    [listener] = adopted("proxy:tcp:0:interface=127.0.0.1")
+    assert listener.name.startswith("proxy:tcp:127.0.0.1:")
+    assert listener.proxied
+    assert listener.tls is None
+    assert not listener.socket.getblocking()
+    # What a worker starts has no business with it.
+    assert not listener.socket.get_inheritable()
+    assert listener.shared
+
+
+def test_a_worker_shows_certificates_that_it_could_not_read(adopted, certificates, tmp_path) -> None:
+    for name in ("server.pem", "server.key", "ca.pem"):
+        shutil.copy(certificates[name], tmp_path)
+    description = (
+        f"ssl:0:interface=127.0.0.1:privateKey={tmp_path}/server.key:certKey={tmp_path}/server.pem"
+        f":clientCA={tmp_path}/ca.pem:minimum=1.3:alpn=h2,http/1.1"
+    )
+    [listener] = adopted(description, before=lambda: shutil.rmtree(tmp_path))
+    assert listener.tls is not None
+    assert listener.tls.minimum_version is ssl.TLSVersion.TLSv1_3
+    assert listener.tls.verify_mode is ssl.CERT_REQUIRED
+    assert [one.names for one in listener.certificates] == [("localhost",)]
+
+
+def test_a_worker_shows_the_certificates_of_a_directory_by_name(adopted, certificates, tmp_path) -> None:
+    directory = tmp_path / "certificates"
+    directory.mkdir()
+    for name in ("server.pem", "server.key"):
+        shutil.copy(certificates[name], directory)
+    [listener] = adopted(
+        f"ssl:unix:{tmp_path}/rt.sock:certificates={directory}", before=lambda: shutil.rmtree(directory)
+    )
+    assert [one.path for one in listener.certificates] == [f"{directory}/server.pem"]
+    assert listener.tls is not None
+    assert listener.tls.sni_callback is not None
+
+
+def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeypatch) -> None:
+    opened = [
+        *open_description("tcp:0:interface=127.0.0.1", backlog=10, slots=2),
+        *open_description(f"unix:{tmp_path}/rt.sock", backlog=10, slots=2),
+        Listener(socket.socket(), "tcp:passed", shared=True),
+    ]
+    try:
+        described = describe(DEFAULTS, opened, options=(), directory="/")["listeners"]
+        assert [one["kind"] for one in described] == ["slot", "own", "passed"]
+        assert [one["file"] for one in described] == [None, opened[1].file, None]
+    finally:
+        for listener in opened:
+            listener.close()
+
+
+def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
+    given = {"max-connections": "7", "greeting": r"\x00\xff", "proxy-from": ("10.0.0.0/8,::1",), "log-level": "debug"}
+    in_force = load_settings(
+        {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None
+    )
+    described = json.loads(json.dumps(describe(in_force, [], options=(), directory="/")))
+    assert load_settings(described["settings"], {}, None).settings == in_force.settings
+    assert described["sources"] == in_force.sources
+
+
+def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tmp_path) -> None:
+    for name in ("server.pem", "server.key"):
+        shutil.copy(certificates[name], tmp_path)
+    files = f"privateKey={tmp_path}/server.key:certKey={tmp_path}/server.pem"
+    [listener] = open_description(f"ssl:0:interface=127.0.0.1:{files}", backlog=10)
+    try:
+        (tmp_path / "server.key").unlink()
+        with pytest.raises(TLSError, match=r"server\.key"):
+            describe(DEFAULTS, [listener], options=(), directory="/")
+    finally:
+        listener.close()
+
+
+# --- a worker's side of the channel ---
+
+
+class Reactor(Clock):
+    """A clock that can be stopped."""
+
+    stopped = 0
+
+    def callFromThread(self, call: Callable[..., object], *arguments: object) -> None:
+        """Nothing: what watches for a reactor that is blocked sees one whose clock stands still."""
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+    def callWhenRunning(self, function: Callable[[], Any]) -> None:
+        function()
+
+
+class Channel(StringTransportWithDisconnection):
+    """What a worker writes, as its supervisor reads it."""
+
+    @property
+    def disconnected(self) -> bool:
+        return not self.connected
+
+    def __init__(self, protocol: Any) -> None:
+        super().__init__(protocol)
+        self.checked = WorkerMessages(slot=0, listeners=(), access=True)
+
+    def said(self) -> list[tuple[str, Any]]:
+        """The messages of now, each of which the supervisor accepts."""
+        lines = self.value().splitlines()
+        self.records: list[Record] = []
+        self.checked.feed(self.value())
+        self.clear()
+        found = []
+        for line in lines:
+            word, text = split_word(line)
+            found.append((word, decode_value(word, text)))
+            message = self.checked.next()
+            assert message is not None
+            if isinstance(message, Records):
+                self.records += message.records
+        return found
+
+
+@pytest.fixture
+def connected() -> tuple[Worker, Channel, Reactor]:
+    """A worker that has not been told anything."""
+    reactor = Reactor()
+    made = Worker(reactor)
+    channel = Channel(made)
+    channel.protocol = made
+    made.makeConnection(channel)
+    return made, channel, reactor
+
+
+def test_a_worker_says_that_it_serves_and_then_that_it_lives(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    made.dataReceived(start())
+    said = channel.said()
+    assert [word for word, _ in said] == ["beat", "ready"]
+    counters = said[0][1]
+    assert counters["open"] == 0
+    assert counters["memory"] > 1 << 20
+    reactor.advance(1)
+    assert [word for word, _ in channel.said()] == ["beat"]
+    made.dataReceived(encode("drain", ["slot"]))
+    reactor.pump([1] * 5)
+    assert reactor.stopped
+    assert channel.said()[-1][0] == "beat"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"settings": {"max-connections": "many"}}, "max-connections"),
+        ({"settings": {"no-such": "1"}}, "no-such"),
+        ({"listeners": [{"kind": "own"}]}, "KeyError"),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why_and_ends(connected, given, reason) -> None:
+    made, channel, reactor = connected
+    made.dataReceived(start(**given))
+    [problem] = [value for word, value in channel.said() if word == "failed"]
+    assert reason in problem
+    assert made.status == 1
+    assert reactor.stopped == 1
+
+
+# --- messages while it loads certificates ---
+
+
+@pytest.fixture
+def loading(connected, monkeypatch, tmp_path) -> Iterator[tuple[Worker, Channel, Reactor]]:
+    """A worker whose certificates take ten slices to load."""
+    made, channel, reactor = connected
+    reactor.addReader = reactor.removeReader = lambda reader: None
+    [listener] = open_description(f"unix:{tmp_path}/s", backlog=10)
+
+    def adopting(given: dict[str, Any], descriptor: int) -> Steps[Listener]:
+        for _ in range(10):
+            yield
+        return listener
+
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    monkeypatch.setattr(worker, "adopt_listener", adopting)
+    slow = {"size": 0.0, "pause": 0.1}
+    monkeypatch.setattr(worker, "in_slices", lambda steps, clock, **how: in_slices(steps, clock, **{**how, **slow}))
+    channel.checked = WorkerMessages(slot=0, listeners=[listener.name], access=True)
+    made.dataReceived(start(listeners=[{"kind": "slot", "file": None}], slots=2))
+    assert channel.said() == []
+    yield made, channel, reactor
+    listener.close()
+
+
+def test_a_worker_loads_its_certificates_in_slices_and_serves_then(loading) -> None:
+    made, channel, reactor = loading
+    reactor.pump([0.1] * 9)
+    assert channel.said() == []
+    reactor.advance(0.1)
+    assert [word for word, _ in channel.said()] == ["beat", "ready"]
+    made.dataReceived(encode("drain", []))
+    reactor.pump([1] * 5)
+    assert reactor.stopped
+
+
+@pytest.mark.parametrize(
+    "message", [encode("hurry"), encode("drain", []), b"garbage\n"], ids=["hurry", "drain", "garbage"]
+)
+@pytest.mark.parametrize("slices", [0, 5])
+def test_a_worker_that_is_to_end_at_once_does_not_load_on(loading, message, slices) -> None:
+    made, channel, reactor = loading
+    reactor.pump([0.1] * slices)
+    made.dataReceived(message)
+    reactor.pump([1] * 6)
+    assert reactor.stopped
+    assert "ready" not in [word for word, _ in channel.said()]
+    assert reactor.getDelayedCalls() == []
+
+
+def test_a_worker_that_has_a_queue_to_serve_loads_on_and_then_drains(loading) -> None:
+    made, _, reactor = loading
+    made.dataReceived(encode("drain", ["slot"]))
+    assert not reactor.stopped
+    reactor.pump([0.1] * 10)
+    assert made._server is not None
+    assert made._server.state in (State.DRAINING, State.STOPPED)
+    reactor.pump([1] * 5)
+    assert reactor.stopped
+    made.dataReceived(encode("hurry"))  # it is too late, and harms nobody
+
+
+def test_a_worker_in_a_hurry_gives_up_what_it_would_have_loaded_for_a_queue(loading) -> None:
+    made, _, reactor = loading
+    made.dataReceived(encode("drain", ["slot"]))
+    made.dataReceived(encode("hurry"))
+    reactor.pump([1] * 6)
+    assert reactor.stopped
+    assert made._server is None
+
+
+def test_a_worker_that_loads_removes_all_files_when_its_supervisor_dies(connected, monkeypatch, tmp_path) -> None:
+    made, _, reactor = connected
+    monkeypatch.setattr(worker, "adopt_listener", lambda given, descriptor: iter([None] * 10))
+    monkeypatch.setattr(worker, "in_slices", lambda steps, clock, **how: in_slices(steps, clock, size=0.0, pause=0.1))
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for file in files:
+        file.touch()
+    successors = files[2]
+    described = [{"kind": "own", "file": [str(file), file.stat().st_ino + (file == successors)]} for file in files]
+    made.dataReceived(start(listeners=[{"kind": "slot", "file": None}, *described]))
+    assert made._server is None
+    made._orphaned()
+    assert list(tmp_path.iterdir()) == [successors]
+    made.dataReceived(encode("hurry"))
+    reactor.pump([1] * 6)
+
+
+def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading) -> None:
+    made, _, reactor = loading
+    made.dataReceived(encode("share", 5))
+    reactor.pump([0.1] * 10)
+    assert made._server.live == runtime_settings(Settings(), slot=0, slots=5)
+    made.dataReceived(encode("drain", []))
+    reactor.pump([1] * 5)
+
+
+def test_a_worker_whose_supervisor_is_gone_before_it_was_told_anything_ends(connected) -> None:
+    _, channel, reactor = connected
+    channel.loseConnection()
+    assert reactor.stopped == 1
+
+
+def test_a_worker_whose_supervisor_has_died_removes_the_socket_files_of_its_own_alone(connected, tmp_path) -> None:
+    made, channel, _ = connected
+    for name in ("ours", "successors"):
+        (tmp_path / name).touch()
+    inode = (tmp_path / "ours").stat().st_ino
+    made._files = [(f"{tmp_path}/ours", inode), (f"{tmp_path}/successors", inode), (f"{tmp_path}/gone", inode)]
+    channel.loseConnection()
+    assert os.listdir(tmp_path) == ["successors"]
+
+
+@pytest.mark.parametrize("finish", [["slot", "own"], ["slot"], []])
+def test_a_worker_that_drains_removes_no_file_that_its_supervisor_has_removed(connected, tmp_path, finish) -> None:
+    made, channel, _ = connected
+    (tmp_path / "s").touch()  # a successor's; an inode number is used again
+    made._files = [(f"{tmp_path}/s", (tmp_path / "s").stat().st_ino)]
+    made._server = SimpleNamespace(stopService=Deferred)
+    made.dataReceived(encode("drain", finish))
+    channel.loseConnection()
+    assert os.listdir(tmp_path) == (["s"] if "own" in finish else [])
+
+
+def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
+    made, channel, reactor = connected
+    made.leave()
+    assert channel.said() == [("leave", None)]
+    assert not reactor.stopped
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(b"\xff\n", b"no\n", b"share {\n", b"share 0\n", b"rows {}\n", b"rows null\n"),
+        *(b"x" * (64 << 20) + b"y", b"share " + b"[" * 100_000 + b"\n", start()),
+    ],
+    ids=lambda garbage: repr(garbage[:20]),
+)
+def test_a_worker_drains_and_ends_when_its_supervisor_sends_garbage(connected, monkeypatch, garbage) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    made.dataReceived(start())
+    channel.said()
+    made.dataReceived(garbage)
+    made.dataReceived(garbage)
+    made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 5}))
+    reactor.pump([1] * 5)
+    assert reactor.stopped
+    said = channel.said()
+    assert {word for word, _ in said} <= {"records", "beat"}
+    assert said[-1][0] == "beat"
+
+
+def test_a_worker_that_was_told_nothing_but_garbage_ends(connected) -> None:
+    made, channel, reactor = connected
+    made.dataReceived(b"garbage\n")
+    assert channel.said() == []
+    assert reactor.stopped == 1
+
+
+def test_a_heartbeat_with_very_many_counters_is_several(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    channel.checked = WorkerMessages(slot=0, listeners=[f"tcp:{number}" for number in range(300)], access=True)
+    made.dataReceived(start())
+    channel.said()
+    more = {f"{word}\t\ttcp:{number}": 1 for number in range(300) for word in ("in", "out")}
+    counters = made._server.counters
+    monkeypatch.setattr(made._server, "counters", lambda: counters() | more)
+    reactor.advance(1)
+    beats = [value for word, value in channel.said() if word == "beat"]
+    assert len(beats) == 4
+    assert more.items() <= {name: count for beat in beats for name, count in beat.items()}.items()
+
+
+def test_rows_that_are_too_long_for_a_message_are_fewer(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    name = "unix:/" + "\U0001f600" * 100
+    channel.checked = WorkerMessages(slot=0, listeners=[name], access=True)
+    channel.checked.ask(1, 500)
+    made.dataReceived(start())
+    channel.said()
+    row = ["x" * 64, name, PHASES[2], 1.0, None, 1, 2]
+    monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: succeed([row] * count))
+    made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 500}))
+    [(_, answer)] = channel.said()
+    assert 100 < len(answer["rows"]) < 500
+
+
+def test_a_question_is_answered_even_if_the_connections_cannot_be_listed(connected, monkeypatch) -> None:
+    made, channel, _ = connected
+    monkeypatch.setattr("twisted.internet.reactor", made._reactor)
+    made.dataReceived(start())
+    channel.said()
+    channel.checked.ask(1, 500)
+    monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: fail(LookupError("no")))
+    made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 500}))
+    assert ("rows", {"id": 1, "rows": []}) in channel.said()
+
+
+def test_the_reason_why_a_worker_cannot_start_is_short(connected) -> None:
+    made, channel, _ = connected
+    made.dataReceived(start(settings={"x" * 1_000_000: "1"}))
+    [problem] = [value for word, value in channel.said() if word == "failed"]
+    assert len(problem) <= 4096
+
+
+def test_lines_for_the_access_log_are_sent_in_messages_that_are_accepted(connected) -> None:
+    made, channel, reactor = connected
+    for _ in range(250):
+        made._access(f"start=1 peer={'x' * 2000} worker=0\n")
+        made._access('start=1 peer="' + r"\x00" * 300 + '" worker=0\n')
+    reactor.advance(0.1)
+    assert sum(len(lines) for word, lines in channel.said() if word == "access") == 500
+    for _ in range(1000):
+        made._access("start=1 worker=0\n")
+    reactor.advance(0.1)
+    assert [len(lines) for _, lines in channel.said()] == [100] * 10
+
+
+# --- its log ---
+
+
+def record(made: Worker, text: str, **fields: Any) -> None:
+    Logger(namespace="its.own", observer=made.observe).info(text, **fields)  # type: ignore[arg-type]  # a function is one
+
+
+def only_record(channel: Channel, reactor: Reactor) -> Record:
+    """The one record that was sent, as the supervisor takes it."""
+    reactor.advance(0.1)
+    [(word, _)] = channel.said()
+    assert word == "records"
+    [only] = channel.records
+    return only
+
+
+def test_a_record_is_sent_as_finished_text_with_its_fields(connected) -> None:
+    made, channel, reactor = connected
+    record(made, "{peer} went", peer="1.2.3.4", seconds=1.5)
+    only = only_record(channel, reactor)
+    assert (only.text, only.level, only.namespace) == ("1.2.3.4 went", LogLevel.info, "its.own")
+    assert only.fields == {"peer": "1.2.3.4", "seconds": 1.5}
+
+
+def test_a_traceback_is_sent_with_its_record(connected) -> None:
+    made, channel, _ = connected
+    try:
+        raise ValueError("no")
+    except ValueError:
+        record(made, "it raised", log_failure=Failure())
+    channel.said()
+    [only] = channel.records
+    assert only.text == "it raised"
+    assert "ValueError: no" in only.traceback
+
+
+class Stubborn:
+    """What JSON cannot hold, and has no words for itself either."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("value", ["x" * 1_000_000, b"\xff\x00", object(), {1, 2}, float("nan"), Stubborn(), "\ud800"])
+def test_whatever_is_in_a_record_it_is_one_message_that_is_accepted(connected, value) -> None:
+    made, channel, reactor = connected
+    record(made, "about {value}", value=value)
+    assert only_record(channel, reactor).text.startswith(("about ", "MESSAGE LOST"))
+
+
+def test_a_record_that_refers_to_itself_is_sent_as_text(connected) -> None:
+    made, channel, reactor = connected
+    loop: list[Any] = []
+    loop.append(loop)
+    record(made, "about {value}", value=loop)
+    assert only_record(channel, reactor).text == "about [[...]]"
+
+
+def test_a_record_is_sent_in_the_order_of_the_others_and_an_error_at_once(connected) -> None:
+    made, channel, _ = connected
+    record(made, "first")
+    assert channel.said() == []
+    Logger(namespace="its.own", observer=made.observe).error("second")  # type: ignore[arg-type]  # a function is one
+    channel.said()
+    assert [one.text for one in channel.records] == ["first", "second"]
+
+
+def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
+    made.dataReceived(start())
+    channel.said()
+    made.pauseProducing()
+    for _ in range(3):
+        record(made, "hello")
+    assert channel.said() == []
+    made.resumeProducing()
+    assert only_record(channel, reactor).text == "3 records were dropped: too many at once"

@@ -1,0 +1,248 @@
+"""What is said of certificates, in the log and on the status page; and how they are renewed."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from twisted.logger import Logger, formatEvent
+
+from rtservice.net import tls
+from rtservice.net.crl import RevocationLists
+from rtservice.net.description import ListenError
+from rtservice.net.listener import Listener
+from rtservice.net.tls import Certificate, DirectoryTLS, Files, ServerTLS, finish
+from rtservice.process.certificates import certificates_of, days_left, logging_certificates, renewing
+from tests.support.odd_certificates import dns, odd_certificate
+
+DAY, NOW = 86400, 1_800_000_000.5
+
+
+def listener(*certificates: Certificate, source: Any = None, **more: Any) -> Listener:
+    return Listener(None, "ssl", certificates=certificates, source=source, **more)  # type: ignore[arg-type]  # it is not served
+
+
+def logged(monkeypatch: pytest.MonkeyPatch, *listeners: Listener) -> list[str]:
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr("rtservice.process.certificates.time.time", lambda: NOW)
+    finish(logging_certificates(Logger(observer=events.append), list(listeners)))  # type: ignore[arg-type]  # of Twisted
+    return [f"{event['log_level'].name}: {formatEvent(event)}" for event in events]
+
+
+# --- days ---
+
+
+@pytest.mark.parametrize(
+    ("seconds", "days", "text"),
+    [
+        (90 * DAY + 0.5, 90, "info: certificate /c for a: expires in 90 days"),
+        (90 * DAY - 0.5, 89, "info: certificate /c for a: expires in 89 days"),
+        (8.9 * DAY, 8, "info: certificate /c for a: expires in 8 days"),
+        (1.9 * DAY, 1, "info: certificate /c for a: expires in 1 day"),
+        (DAY + 0.5, 1, "info: certificate /c for a: expires in 1 day"),
+        (DAY - 0.5, 0, "info: certificate /c for a: expires in less than 1 day"),
+        (0.5, 0, "info: certificate /c for a: expires in less than 1 day"),
+        (-0.5, -1, "warn: certificate /c for a: has expired"),
+        (-DAY - 0.5, -2, "warn: certificate /c for a: has expired"),
+        (253402300799 - NOW, 2912063, "info: certificate /c for a: expires in 2912063 days"),
+    ],
+)
+def test_the_log_and_the_page_have_one_number_of_days(monkeypatch, seconds, days, text) -> None:
+    one = listener(Certificate("/c", ("a",), 0, int(NOW + seconds)))
+    assert days_left(NOW + seconds, NOW) == days
+    assert logged(monkeypatch, one) == [text]
+    assert [row["days_left"] for row in certificates_of([one], NOW)] == [days]
+
+
+def test_a_revocation_list_has_days_of_the_same_kind(monkeypatch) -> None:
+    for seconds, text in ((1.9 * DAY, "in 1 day"), (0.5, "in less than 1 day"), (8.9 * DAY, "in 8 days")):
+        lists = RevocationLists("/l", 1, int(NOW + seconds))
+        assert logged(monkeypatch, listener(revocation=lists)) == [f"info: revocation list /l: next update {text}"]
+
+
+def test_a_certificate_that_is_not_valid_yet_is_a_warning(monkeypatch) -> None:
+    one = listener(Certificate("/c", ("a",), int(NOW + DAY), int(NOW + 9 * DAY)))
+    assert logged(monkeypatch, one) == ["warn: certificate /c for a: is not valid yet"]
+    assert certificates_of([one], NOW)[0]["not_before"] > NOW
+
+
+def test_of_many_those_are_shown_that_end_first_and_one_of_each_listener() -> None:
+    many = [Certificate(f"/{number}", ("a",), 0, 1000 - number) for number in range(1000)]
+    late = [Certificate(f"/late{number}", ("a",), 0, 5000 + number) for number in range(3)]
+    shown = certificates_of([listener(*many), listener(), listener(*late)], NOW)
+    assert [row["not_after"] for row in shown] == [*range(1, 101), 5000]
+
+
+# --- renewed ---
+
+
+@pytest.fixture
+def directory(certificates, tmp_path):
+    """A directory with `default.pem` and certificates a, b and c, and how to write another one."""
+    key = Path(certificates["server.key"]).read_text()
+
+    def write(name: str, serial: int = 1, key: str = key) -> None:
+        pem = odd_certificate(
+            certificates["server.pem"], alternative=dns(f"{name}.example".encode()), serial=b"%c" % serial
+        )
+        (tmp_path / f"{name}.pem").write_text(pem + key)
+
+    for name in ("default", "a", "b", "c"):
+        write(name)
+    return SimpleNamespace(path=str(tmp_path), write=write)
+
+
+def served(*sources: Any) -> list[tuple[Listener, Any]]:
+    """Listeners with these certificates in force, each with a port."""
+    pairs = []
+    for source in sources:
+        one = listener(source=source)
+        one.adopt(source.load())
+        pairs.append((one, SimpleNamespace(tls=one.tls)))
+    return pairs
+
+
+def contexts(one: Listener) -> dict[str, Any]:
+    found = dict(one.reusable.names.contexts)
+    return {name: one.tls if context is None else context for name, context in found.items()}
+
+
+def test_only_what_has_changed_is_made_again(directory, monkeypatch) -> None:
+    pairs = served(DirectoryTLS(directory.path))
+    [(one, port)] = pairs
+    before = contexts(one)
+    directory.write("b", 2)
+    directory.write("d")
+    made = []
+    make = DirectoryTLS._make
+    monkeypatch.setattr(DirectoryTLS, "_make", lambda *given: made.append(os.path.basename(given[1])) or make(*given))
+    adopt = finish(renewing(pairs))
+    assert contexts(one) == before
+    assert port.tls is before["default.example"]
+    finish(adopt())
+    after = contexts(one)
+    assert made == ["b.pem", "d.pem", "default.pem"]  # the last finds the others, and is never shared
+    assert {name for name in after if after[name] is before.get(name)} == {"a.example", "c.example"}
+    assert port.tls is one.tls is after["default.example"]
+
+
+@pytest.mark.parametrize("other", ["clients", "key"])
+def test_a_context_of_other_authorities_or_with_another_key_is_not_the_same(
+    directory, certificates, tmp_path, other
+) -> None:
+    authorities = tmp_path / "authorities"
+    authorities.write_text(Path(certificates["ca.pem"]).read_text())
+    pairs = served(DirectoryTLS(directory.path, client_ca=str(authorities)))
+    before = contexts(pairs[0][0])
+    if other == "clients":
+        authorities.write_text(Path(certificates["other.pem"]).read_text())
+    else:  # the same one, in other bytes
+        for name in ("a", "b", "c", "default"):
+            directory.write(name, key=Path(certificates["server.key"]).read_text() + "\n")
+    finish(finish(renewing(pairs))())
+    after = contexts(pairs[0][0])
+    assert not [name for name in after if after[name] is before[name]]
+
+
+def test_what_cannot_be_read_of_one_listener_changes_none(directory, certificates, tmp_path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for suffix in ("pem", "key"):
+        shutil.copy(certificates[f"server.{suffix}"], alone)
+    pairs = served(DirectoryTLS(directory.path), ServerTLS(str(alone / "server.key"), str(alone / "server.pem")))
+    before = [contexts(one) | {"": one.tls} for one, _ in pairs]
+    directory.write("a", 2)
+    (alone / "server.key").write_text("half of a ke")
+    with pytest.raises(ListenError, match="no usable private key"):
+        finish(renewing(pairs))
+    assert [contexts(one) | {"": one.tls} for one, _ in pairs] == before
+
+
+def test_a_step_is_one_certificate_at_the_most(directory, monkeypatch) -> None:
+    made = []
+    make = DirectoryTLS._make
+    monkeypatch.setattr(DirectoryTLS, "_make", lambda *given: made.append(1) or make(*given))
+    steps, most = 0, 0
+    loading = DirectoryTLS(directory.path).loading()
+    for _ in loading:
+        steps, most = steps + 1, max(most, len(made))
+        made.clear()
+    assert (steps, most) == (4, 1)
+
+
+class Changing(Files):
+    """A directory whose files somebody replaces while they are read: `change` is called before the file `at`."""
+
+    change: Any = None
+    at = ""
+
+    def read(self, path: str, what: str) -> str:
+        if Changing.change is not None and path.endswith(Changing.at):
+            change, Changing.change = Changing.change, None
+            change()
+        return super().read(path, what)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda directory: os.unlink(f"{directory.path}/b.pem"),
+        lambda directory: directory.write("c", 2),
+        lambda directory: directory.write("a", 2),
+        lambda directory: directory.write("new", 2),
+    ],
+    ids=["gone", "later", "earlier", "more"],
+)
+def test_a_directory_that_changes_while_it_is_read_is_read_again_if_need_be(directory, monkeypatch, change) -> None:
+    pairs = served(DirectoryTLS(directory.path))
+    monkeypatch.setattr("rtservice.process.certificates.Files", Changing)
+    monkeypatch.setattr(Changing, "at", "b.pem")
+    monkeypatch.setattr(Changing, "change", staticmethod(lambda: change(directory)))
+    finish(finish(renewing(pairs))())
+    assert Changing.change is None
+    assert "a.example" in contexts(pairs[0][0])
+
+
+def test_a_pair_of_which_one_half_is_replaced_is_read_again_and_no_longer_than_three_times(
+    directory, certificates, monkeypatch
+) -> None:
+    pairs = served(DirectoryTLS(directory.path))
+    before = contexts(pairs[0][0])
+    other = Path(certificates["client.key"]).read_text()
+    readings = []
+
+    def halves() -> None:
+        readings.append(1)
+        directory.write("b", 2, key=other if len(readings) < good else Path(certificates["server.key"]).read_text())
+        Changing.change = halves if len(readings) < 9 else None
+
+    monkeypatch.setattr("rtservice.process.certificates.Files", Changing)
+    monkeypatch.setattr(Changing, "at", "b.pem")
+    good = 3
+    monkeypatch.setattr(Changing, "change", staticmethod(halves))
+    finish(finish(renewing(pairs))())
+    assert len(readings) == 3
+    in_force = contexts(pairs[0][0])
+    assert in_force["b.example"] is not before["b.example"]
+
+    readings.clear()
+    good = 99
+    monkeypatch.setattr(Changing, "change", staticmethod(halves))
+    with pytest.raises(ListenError, match=re.escape("b.pem' does not belong to the certificate")):
+        finish(renewing(pairs))
+    assert len(readings) == 3
+    assert contexts(pairs[0][0]) == in_force
+
+
+def test_what_does_not_change_is_not_read_again_because_it_is_wrong(directory, certificates, monkeypatch) -> None:
+    pairs = served(DirectoryTLS(directory.path))
+    directory.write("b", key=Path(certificates["client.key"]).read_text())
+    reads = []
+    read = tls.Files.read
+    monkeypatch.setattr(tls.Files, "read", lambda *given: reads.append(given[1][-5:]) or read(*given))
+    with pytest.raises(ListenError):
+        finish(renewing(pairs))
+    assert reads == ["a.pem", "b.pem"]

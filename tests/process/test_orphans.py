@@ -1,0 +1,120 @@
+"""Whose children process 1 waits for, and whose it leaves alone."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+from twisted.internet import process
+from twisted.internet.task import Clock
+
+from rtservice.process import orphans
+from rtservice.process.orphans import PATIENCE, Overdue, Reaper, ended_children
+
+
+def test_a_child_is_overdue_when_it_has_been_seen_to_have_ended_for_long_enough() -> None:
+    overdue = Overdue()
+    assert overdue.update(0, [5]) == []
+    assert overdue.update(PATIENCE - 1, [5, 6]) == []
+    assert overdue.update(PATIENCE, [5, 6]) == [5]
+    assert overdue.update(2 * PATIENCE - 1, [6]) == [6]
+
+
+def test_a_child_that_somebody_has_waited_for_begins_anew_when_its_number_is_used_again() -> None:
+    overdue = Overdue()
+    overdue.update(0, [5])
+    overdue.update(1, [])
+    assert overdue.update(PATIENCE, [5]) == []
+    assert overdue.update(2 * PATIENCE, [5]) == [5]
+
+
+@pytest.fixture
+def child() -> Iterator[Callable[[], int]]:
+    """Forks a child that has ended, and that nobody has waited for."""
+    made: list[int] = []
+
+    def make(status: int = 0) -> int:
+        pid = os.posix_spawn(sys.executable, [sys.executable, "-c", f"raise SystemExit({status})"], os.environ)
+        made.append(pid)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return pid
+
+    yield make
+    for pid in made:
+        if not gone(pid):
+            os.waitpid(pid, 0)
+
+
+def gone(pid: int) -> bool:
+    """Whether somebody has waited for a child."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
+
+
+@pytest.fixture
+def reaper(monkeypatch) -> Iterator[Clock]:
+    """The clock of a Reaper of a process that takes itself for process 1."""
+    monkeypatch.setattr(orphans, "is_first_process", lambda: True)
+    clock = Clock()
+    made = Reaper()
+    made.start(clock)
+    yield clock
+    made.stop()
+    assert clock.getDelayedCalls() == []
+
+
+def pass_time(clock: Clock, seconds: float) -> None:
+    clock.pump([1.0] * int(seconds))
+
+
+def test_orphans_are_reaped_when_nobody_has_waited_for_them(reaper, child) -> None:
+    several = [child(), child(1), child(2)]
+    assert set(several) <= set(ended_children())
+    pass_time(reaper, PATIENCE - 1)
+    assert not any(map(gone, several))
+    pass_time(reaper, PATIENCE + 1)
+    assert all(map(gone, several))
+
+
+def test_without_proc_orphans_are_reaped_one_after_the_other(reaper, child, monkeypatch, tmp_path) -> None:
+    several = [child(), child()]
+    monkeypatch.setattr(orphans, "_TASKS", tmp_path / "missing")
+    pass_time(reaper, 3 * PATIENCE + 3)
+    assert all(map(gone, several))
+
+
+def test_the_status_of_a_child_of_twisteds_is_left_to_twisted(reaper, child, monkeypatch) -> None:
+    worker, orphan = child(7), child()
+    monkeypatch.setitem(process.reapProcessHandlers, worker, object())
+    pass_time(reaper, 3 * PATIENCE)
+    assert gone(orphan)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+
+
+def test_a_child_that_lives_is_left_alone(reaper) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
+        pass_time(reaper, 3 * PATIENCE)
+        living.send_signal(signal.SIGKILL)
+        assert living.wait() == -signal.SIGKILL
+
+
+def test_hosted_code_has_some_seconds_to_ask_for_a_status(reaper) -> None:
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]) as polled:
+        os.waitid(os.P_PID, polled.pid, os.WEXITED | os.WNOWAIT)
+        pass_time(reaper, PATIENCE - 1)
+        assert polled.poll() == 7
+
+
+def test_any_other_process_reaps_nobody(child) -> None:
+    clock = Clock()
+    Reaper().start(clock)
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_process_without_children_has_none_that_have_ended() -> None:
+    assert list(ended_children()) == []

@@ -1,0 +1,172 @@
+"""Signals as the parent left them, signals that wait, and signals that are sent twice."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from rtservice.process import signals
+from rtservice.process.signals import REPEAT, Repeats
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("sent", "count"),
+    [
+        ([(0.0, TERM), (0.1, TERM)], [True, False]),
+        ([(0.0, TERM), (0.0, TERM), (0.0, TERM)], [True, False, False]),
+        ([(0.0, TERM), (0.1, INT), (0.2, TERM), (0.3, INT)], [True, True, False, False]),
+        ([(0.0, TERM), (REPEAT, TERM)], [True, True]),
+        # From the one that counts, or a stream of them would never count again.
+        ([(0.0, TERM), (0.3, TERM), (0.6, TERM), (0.9, TERM)], [True, False, True, False]),
+        ([(100.0, TERM), (0.0, TERM)], [True, True]),  # the clock was set back
+    ],
+)
+def test_the_same_signal_within_half_a_second_counts_once(sent, count) -> None:
+    clock = iter([when for when, _ in sent])
+    repeats = Repeats(lambda: next(clock))
+    assert [not repeats.is_repeat(number) for _, number in sent] == count
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch) -> Iterator[None]:
+    """Puts the signal mask and the handlers back."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    numbers = (signal.SIGCHLD, *signals._HANDLED)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for name, value in (("_before", {}), ("_waiting", []), ("_stops", 0)):
+        monkeypatch.setattr(signals, name, value)
+    monkeypatch.setattr(signals, "_repeats", Repeats(lambda: 0.0))
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@pytest.fixture
+def came() -> list[int]:
+    """The signals that a service has had, which handles stops and SIGHUP."""
+    came: list[int] = []
+    for number in (TERM, INT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: came.append(number))
+    return came
+
+
+def blocked() -> set[int]:
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+
+def test_a_start_takes_all_signals_that_the_parent_had_blocked() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR2})
+    signals.inherit_nothing()
+    assert blocked() == set()
+
+
+def test_children_have_a_status_where_the_parent_ignored_sigchld() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signals.inherit_nothing()
+    assert subprocess.run([sys.executable, "-c", "raise SystemExit(7)"], check=False).returncode == 7
+
+
+def test_what_is_held_waits_and_is_not_lost(came) -> None:
+    signals.hold()
+    signals.hold()  # process 1 does so twice
+    for number in (TERM, signal.SIGHUP, signal.SIGHUP):
+        signal.raise_signal(number)
+    assert came == []
+    signals.release()
+    assert came == [TERM, signal.SIGHUP]
+    signal.raise_signal(TERM)
+    assert came == [TERM, signal.SIGHUP, TERM]
+
+
+def test_handlers_that_the_service_sets_meanwhile_stay_and_get_what_waited() -> None:
+    came: list[int] = []
+    signals.hold()
+    signal.raise_signal(INT)
+    signal.signal(INT, lambda number, frame: came.append(number))
+    signals.release()
+    assert came == [INT]
+
+
+def test_what_the_service_does_not_handle_is_as_before_and_does_not_end_it() -> None:
+    signal.signal(signal.SIGTTIN, signal.SIG_DFL)
+    signals.hold()
+    signal.raise_signal(signal.SIGTTIN)
+    signals.release()
+    assert signal.getsignal(signal.SIGTTIN) is signal.SIG_DFL
+
+
+def test_what_hosted_code_has_blocked_to_wait_for_it_stays_blocked() -> None:
+    signals.hold()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGRTMIN, TERM})
+    signals.release()
+    assert blocked() == {signal.SIGUSR2, signal.SIGRTMIN}
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, TERM])
+def test_the_handler_of_hosted_code_is_found_while_its_signal_is_held(number) -> None:
+    def first(number: int, frame: object) -> None: ...
+
+    def second(number: int, frame: object) -> None: ...
+
+    signal.signal(number, first)
+    assert signals.handler(number) is first
+    signals.hold()
+    assert signals.handler(number) is first
+    signal.signal(number, second)  # as hosted code may in process 1, where signals are held before it is imported
+    assert signals.handler(number) is second
+    signals.release()
+    assert signals.handler(number) is second
+
+
+def test_a_child_that_is_started_meanwhile_takes_signals() -> None:
+    signals.hold()
+    child = subprocess.Popen([sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    child.stdout.readline()
+    child.terminate()
+    assert child.wait(30) == -TERM
+    child.communicate()
+
+
+@pytest.mark.parametrize(
+    ("stops", "status"),
+    [
+        ([(0.0, TERM)], None),
+        ([(0.0, TERM), (0.1, TERM), (0.2, TERM)], None),
+        ([(0.0, TERM), (1.0, TERM)], 128 + TERM),
+        ([(0.0, TERM), (0.1, INT)], 128 + INT),
+    ],
+)
+def test_a_second_stop_ends_a_start_that_hangs(came, monkeypatch, stops, status) -> None:
+    times = iter([when for when, _ in stops])
+    monkeypatch.setattr(signals, "_repeats", Repeats(lambda: next(times)))
+    signals.hold()
+    ended = None
+    try:
+        for _, number in stops:
+            signal.raise_signal(number)
+    except SystemExit as end:
+        ended = end.code
+    assert (ended, came) == (status, [])
+
+
+@pytest.mark.parametrize(
+    ("pid", "command", "held"),
+    [
+        (1, ["twistd", "-n", "rtservice", "--port=80"], True),
+        (1, ["twistd", "web"], False),
+        (2, ["twistd", "rtservice"], False),
+    ],
+)
+def test_process_1_holds_signals_from_the_first_import_on(came, monkeypatch, pid, command, held) -> None:
+    monkeypatch.setattr("os.getpid", lambda: pid)
+    monkeypatch.setattr("sys.argv", command)
+    signals.hold_in_first_process()
+    signals.inherit_nothing()
+    signal.raise_signal(TERM)
+    assert came == ([] if held else [TERM])

@@ -1,0 +1,193 @@
+"""The status server's connections: a bounded number, of which the least important makes room for a new one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.threads import deferToThread
+from twisted.logger import Logger
+
+from rtservice.net.listener import Listener
+from rtservice.net.port import ACCEPTS_PER_EVENT
+from rtservice.process.server import default_max_connections, descriptors_for_status
+from rtservice.process.status_server import CONNECTIONS, StatusServer
+
+
+class Says(Protocol):
+    """Is idle once it has received something, and says so."""
+
+    idle = False
+    since = 0.0
+    left: Deferred[None] | None = None
+
+    def connectionMade(self) -> None:
+        self.factory.made.append(self)
+        self.since = len(self.factory.made)
+        self.transport.write(b"here")
+
+    def dataReceived(self, data: bytes) -> None:
+        self.idle = data == b"idle"
+        self.transport.write(b"ok")
+
+    def connectionLost(self, reason: Any = None) -> None:
+        if self.left is not None:
+            self.left.callback(None)
+
+
+@pytest.fixture
+def status_server() -> Iterator[Callable[[int], tuple[StatusServer, Callable[[], Deferred[socket.socket]]]]]:
+    """A StatusServer that serves on loopback with so many connections, and what connects a client to it."""
+    started: list[StatusServer] = []
+    clients: list[socket.socket] = []
+
+    def start(most: int) -> tuple[StatusServer, Callable[[], Deferred[socket.socket]]]:
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setblocking(False)
+        listener = Listener(listening, "test")
+        one = StatusServer(Logger(observer=lambda event: None), [listener], most + 1 + ACCEPTS_PER_EVENT)
+        one.factory = Factory.forProtocol(Says)
+        one.factory.made = []
+        one.start(reactor)
+        started.append(one)
+
+        def connect() -> socket.socket:
+            client = socket.create_connection(listening.getsockname(), timeout=30)
+            clients.append(client)
+            assert client.recv(4, socket.MSG_WAITALL) == b"here"
+            return client
+
+        return one, lambda: deferToThread(connect)
+
+    yield start
+    for one in started:
+        one.stop()
+    for client in clients:
+        client.close()
+
+
+def say(client: socket.socket, what: bytes) -> Any:
+    def exchange() -> bytes:
+        client.sendall(what)
+        return client.recv(2, socket.MSG_WAITALL)
+
+    return deferToThread(exchange)
+
+
+def is_closed(client: socket.socket) -> Any:
+    """Waits until the other side has closed it."""
+
+    def end() -> bool:
+        try:
+            return client.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    return deferToThread(end)
+
+
+@pytest_twisted.inlineCallbacks
+def test_the_oldest_unfinished_request_makes_room_then_the_oldest_that_is_idle(status_server, monkeypatch) -> Any:
+    monkeypatch.setattr("rtservice.process.status_server._STAY", 0)
+    _, connect = status_server(4)
+    clients = []
+    for _ in range(4):
+        clients.append((yield connect()))
+    yield say(clients[0], b"idle")
+    yield say(clients[2], b"idle")
+    clients.append((yield connect()))
+    assert (yield is_closed(clients[1]))
+    clients.append((yield connect()))
+    assert (yield is_closed(clients[3]))
+    yield say(clients[4], b"idle")
+    yield say(clients[5], b"idle")
+    clients.append((yield connect()))
+    assert (yield is_closed(clients[0]))
+    for number in (2, 4, 5, 6):
+        assert (yield say(clients[number], b"more")) == b"ok"
+
+
+@pytest_twisted.inlineCallbacks
+def test_who_has_come_only_now_stays_for_a_moment_and_others_wait(status_server) -> Any:
+    _, connect = status_server(4)
+    began = monotonic()
+    clients = []
+    for _ in range(12):
+        clients.append((yield connect()))
+    assert monotonic() - began >= 2 * 0.2
+    yield say(clients[11], b"idle")
+    for number in range(8):
+        assert (yield is_closed(clients[number]))
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_request_of_just_now_does_not_make_room_for_one_more_that_is_idle(status_server, monkeypatch) -> Any:
+    monkeypatch.setattr("rtservice.process.status_server._STAY", 0)
+    monkeypatch.setattr("rtservice.process.status_server._SLOW", 1000)
+    one, connect = status_server(4)
+    clients = []
+    for _ in range(4):
+        clients.append((yield connect()))
+    for protocol in one.factory.made:
+        protocol.since = monotonic()
+    for number in (2, 1, 3):
+        yield say(clients[number], b"idle")
+        one.factory.made[number].since = monotonic()
+    for number in (2, 1):
+        yield connect()
+        one.factory.made[-1].since = monotonic()
+        assert (yield is_closed(clients[number]))
+    assert (yield say(clients[0], b"more")) == b"ok"
+
+
+@pytest_twisted.inlineCallbacks
+def test_one_that_leaves_lets_another_in_at_once(status_server) -> Any:
+    one, connect = status_server(4)
+    clients = []
+    for _ in range(4):
+        clients.append((yield connect()))
+    left = one.factory.made[2].left = Deferred()
+    clients[2].close()
+    yield left
+    clients.append((yield connect()))
+    for number in (0, 1, 3, 4):
+        assert (yield say(clients[number], b"more")) == b"ok"
+
+
+@pytest_twisted.inlineCallbacks
+def test_each_of_hundreds_that_come_and_stay_is_served(status_server) -> Any:
+    one, connect = status_server(10)
+    for _ in range(200):
+        yield connect()
+        assert len(one._connections.open) <= 10 + ACCEPTS_PER_EVENT
+
+
+@pytest.mark.parametrize("descriptors", [64, 128, 256, 320, 1024, 1 << 20])
+def test_the_service_and_its_side_leave_descriptors_for_the_rest(descriptors: int) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    status_server = StatusServer(Logger(), [Listener(listening, "test")], descriptors_for_status(descriptors))
+    connections = default_max_connections(descriptors, status_server.descriptors)
+    rest = descriptors - connections - status_server.descriptors
+    assert connections >= descriptors // 4
+    assert rest >= min(64, descriptors // 4)
+    if descriptors >= 320:
+        assert status_server.descriptors == CONNECTIONS + 1 + ACCEPTS_PER_EVENT
+    listening.close()
+
+
+def test_without_a_side_nothing_is_reserved_for_it() -> None:
+    status_server = StatusServer(Logger(), [], descriptors_for_status(1024))
+    assert status_server.descriptors == 0
+    assert default_max_connections(1024, 0) == 960
+
+
+def test_without_a_limit_of_descriptors_there_is_no_share() -> None:
+    assert descriptors_for_status(-1) is None
+    assert default_max_connections(-1, 117) == 10_000_000

@@ -1,0 +1,164 @@
+"""What the service manager is told, read from the socket that it would read."""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from twisted.logger import formatEvent, globalLogPublisher
+
+from rtservice.process.systemd import Notifier, from_environment
+
+
+class Manager:
+    """A NOTIFY_SOCKET and what came through it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.bind("\0" + address[1:] if address[0] == "@" else address)
+
+    def notifier(self, **variables: str) -> Notifier:
+        return from_environment({"NOTIFY_SOCKET": self.address, **variables})
+
+    def received(self) -> list[str]:
+        """Everything since the last call, a string for each datagram."""
+        datagrams = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                datagrams.append(self._socket.recv(4097).decode())
+        return datagrams
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def manager(tmp_path) -> Iterator[Manager]:
+    made = Manager(f"{tmp_path}/notify")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def logged() -> Iterator[Callable[[], list[str]]]:
+    """The texts that were logged since the start of the test."""
+    events: list = []
+    globalLogPublisher.addObserver(events.append)
+    yield lambda: [str(formatEvent(event)) for event in events]
+    globalLogPublisher.removeObserver(events.append)
+
+
+def test_each_call_is_one_datagram(manager) -> None:
+    notifier = manager.notifier()
+    notifier.ready("serving on tcp:0.0.0.0:8080")
+    notifier.status("3 connections")
+    notifier.stopping("draining 3 connections")
+    notifier.extend_timeout(7.5)
+    notifier.watchdog()
+    assert manager.received() == [
+        "READY=1\nSTATUS=serving on tcp:0.0.0.0:8080",
+        "STATUS=3 connections",
+        "STOPPING=1\nSTATUS=draining 3 connections",
+        "EXTEND_TIMEOUT_USEC=7500000",
+        "WATCHDOG=1",
+    ]
+
+
+def test_a_reload_says_when_it_began_on_the_managers_clock(manager) -> None:
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    manager.notifier().reloading()
+    after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    (datagram,) = manager.received()
+    first, _, second = datagram.partition("\nMONOTONIC_USEC=")
+    assert first == "RELOADING=1"
+    assert before <= int(second) <= after
+
+
+def test_an_abstract_name_is_reached() -> None:
+    manager = Manager(f"@rtservice-test-{os.getpid()}")
+    manager.notifier().ready("x")
+    assert manager.received() == ["READY=1\nSTATUS=x"]
+    manager.close()
+
+
+def test_a_status_is_one_line_of_a_length_that_systemd_reads(manager) -> None:
+    notifier = manager.notifier()
+    notifier.status("two\nREADY=1 \x1b[31m \udcff é")
+    notifier.status("𝄞" * 5000)
+    assert manager.received() == [r"STATUS=two\nREADY=1 \x1b[31m \udcff é", f"STATUS={'𝄞' * 1000}"]
+
+
+def test_children_do_not_inherit_what_is_meant_for_this_process(manager) -> None:
+    environ = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "2", "WATCHDOG_PID": str(os.getpid()), "HOME": "/"}
+    notifier = from_environment(environ)
+    assert environ == {"HOME": "/"}
+    assert notifier._socket is not None
+    assert not notifier._socket.get_inheritable()
+
+
+def test_without_a_manager_nothing_is_told_and_nobody_watches(logged) -> None:
+    notifier = from_environment({"WATCHDOG_USEC": "30000000"})
+    assert notifier.watchdog_interval is None
+    notifier.ready("x")
+    notifier.watchdog()
+    assert logged() == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "interval"),
+    [
+        ({}, None),
+        ({"WATCHDOG_USEC": "30000000"}, 15.0),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}, 15.0),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "-5"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+    ],
+)
+def test_the_watchdog_is_fed_at_half_its_time_where_it_watches_this_process(manager, variables, interval) -> None:
+    assert manager.notifier(**variables).watchdog_interval == interval
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("/nonexistent/notify", "cannot be used: No such file or directory"),
+        ("/" + "long" * 40, "cannot be used: AF_UNIX path too long"),
+        ("vsock:2:1234", "neither a path nor an abstract name"),
+    ],
+)
+def test_a_socket_that_cannot_be_used_is_one_warning(address, problem, logged) -> None:
+    notifier = from_environment({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "2000000"})
+    notifier.ready("x")
+    notifier.stopping("x")
+    assert notifier.watchdog_interval is None
+    (text,) = logged()
+    assert repr(address) in text
+    assert problem in text
+
+
+def test_a_busy_manager_loses_a_status_but_no_change_of_state(manager) -> None:
+    notifier = manager.notifier()
+    for number in range(10_000):  # more than net.unix.max_dgram_qlen
+        notifier.status(str(number))
+    notifier.ready("up")
+    notifier.watchdog()
+    notifier.stopping("down")
+    waiting = manager.received()
+    assert len(waiting) < 10_000
+    assert waiting == [f"STATUS={number}" for number in range(len(waiting))]
+    notifier.watchdog()
+    assert manager.received() == ["READY=1\nSTATUS=up", "STOPPING=1\nSTATUS=down", "WATCHDOG=1"]
+
+
+def test_a_manager_that_goes_away_is_one_warning(manager, logged) -> None:
+    notifier = manager.notifier()
+    manager.close()
+    for _ in range(3):
+        notifier.watchdog()
+    assert logged() == ["the service manager is told no more: Connection refused"]

@@ -1,0 +1,96 @@
+"""What --uid and --gid come to: which user, which group, which supplementary groups."""
+
+import os
+import pwd
+from types import SimpleNamespace
+
+import pytest
+
+from rtservice.startup import credentials as module
+from rtservice.startup.credentials import Credentials, CredentialsError, resolve
+
+# Of the world below: a user with two groups beside its own; 27 is a group, and no user.
+WEB, WEB_GROUP = 1000, 1001
+
+
+@pytest.fixture(autouse=True)
+def accounts(monkeypatch) -> None:
+    def user(uid: int) -> SimpleNamespace:
+        if uid != WEB:
+            raise KeyError(uid)
+        return SimpleNamespace(pw_name="web", pw_gid=WEB_GROUP)
+
+    def group(gid: int) -> SimpleNamespace:
+        if gid != 27:
+            raise KeyError(gid)
+        return SimpleNamespace(gr_name="sudo")
+
+    monkeypatch.setattr(module.pwd, "getpwuid", user)
+    monkeypatch.setattr(module.grp, "getgrgid", group)
+    monkeypatch.setattr(os, "getgrouplist", lambda name, gid: [gid, 50, 60, gid])
+
+
+@pytest.mark.parametrize(
+    ("uid", "gid", "expected"),
+    [
+        (None, None, Credentials()),
+        (None, 7, Credentials(None, 7)),
+        (WEB, None, Credentials(WEB, WEB_GROUP, (50, 60, WEB_GROUP))),
+        (WEB, 7, Credentials(WEB, 7, (7, 50, 60))),
+        (12345, None, Credentials(12345, 12345, (12345,))),
+        (12345, 7, Credentials(12345, 7, (7,))),
+        (27, 27, Credentials(27, 27, (27,))),
+        (2**32 - 2, 0, Credentials(2**32 - 2, 0, (0,))),
+    ],
+)
+def test_a_user_without_an_entry_has_the_group_of_its_number_and_no_other(uid, gid, expected) -> None:
+    assert resolve(uid, gid) == expected
+    assert bool(expected) is (uid is not None or gid is not None)
+
+
+def test_a_group_that_is_somebodys_is_not_taken_by_chance() -> None:
+    with pytest.raises(CredentialsError, match=r"^--uid 27: no such user, and the group 27 is sudo; --gid 27 takes it"):
+        resolve(27, None)
+
+
+@pytest.mark.parametrize(
+    ("uid", "gid", "option"), [(-1, None, "--uid -1"), (2**32 - 1, 1, "--uid"), (1, -1, "--gid -1")]
+)
+def test_a_number_that_the_system_takes_for_no_change_is_refused(uid, gid, option) -> None:
+    with pytest.raises(CredentialsError, match=f"^{option}.*: not a number from 0 to"):
+        resolve(uid, gid)
+
+
+def test_who_is_this_user_already_keeps_its_groups(monkeypatch) -> None:
+    monkeypatch.setattr(os, "getresuid", lambda: (WEB, WEB, WEB))
+    assert resolve(WEB, None) == Credentials(WEB, WEB_GROUP, None)
+
+
+def test_what_the_process_is_already_takes_no_system_call(monkeypatch) -> None:
+    def forbidden(*ids: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for call in ("setgroups", "setresgid", "setresuid"):
+        monkeypatch.setattr(os, call, forbidden)
+    Credentials(os.getuid(), os.getgid(), tuple(os.getgroups())).assume()  # raises nothing
+
+
+@pytest.mark.parametrize(
+    ("call", "option"), [("setgroups", "--uid 12345"), ("setresgid", "--gid 54321"), ("setresuid", "--uid 12345")]
+)
+@pytest.mark.parametrize("problem", [PermissionError(1, "Operation not permitted"), OSError(22, "Invalid argument")])
+def test_a_change_that_the_system_refuses_is_named(monkeypatch, call, option, problem) -> None:
+    def refuse(*ids: object) -> None:
+        raise problem
+
+    for other in ("setgroups", "setresgid", "setresuid"):
+        monkeypatch.setattr(os, other, refuse if other == call else lambda *ids: None)
+    with pytest.raises(CredentialsError) as caught:
+        Credentials(12345, 54321, (54321,)).assume()
+    assert str(caught.value).startswith(f"{option}: {problem.strerror.lower()}; it takes root")
+
+
+def test_the_own_account_is_found_in_the_systems_own_tables(monkeypatch) -> None:
+    monkeypatch.undo()
+    entry = pwd.getpwuid(os.getuid())
+    assert resolve(entry.pw_uid, None) == Credentials(entry.pw_uid, entry.pw_gid, None)

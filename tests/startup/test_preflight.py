@@ -1,0 +1,90 @@
+"""What is wrong with a start, in one line, where no process has to be started to find it."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rtservice.config.values import SettingError
+from rtservice.startup.preflight import check_directories, check_pidfile
+from rtservice.startup.start import unexpected
+
+
+@pytest.fixture
+def nobody(tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """A directory of somebody else's, and a process that may not enter it."""
+    closed = tmp_path / "closed"
+    (closed / "inner").mkdir(parents=True)
+    monkeypatch.chdir(closed / "inner")
+    (closed / "inner").chmod(0o600)
+    closed.chmod(0o600)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield closed
+    if root:
+        os.seteuid(0)
+    closed.chmod(0o700)
+    (closed / "inner").chmod(0o700)
+
+
+def problem(twistd: dict[str, str]) -> str:
+    with pytest.raises(SettingError) as caught:
+        check_directories(twistd, os.path.abspath)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["rundir", "chroot"])
+@pytest.mark.parametrize("below", ["", "/inner"])
+def test_a_directory_that_nobody_else_may_enter_is_refused(nobody, option, below) -> None:
+    path = f"{nobody}{below}"
+    assert problem({option: path}) == f"--{option} {path}: permission denied"
+
+
+def test_a_working_directory_of_somebody_else_is_refused_unless_there_is_another(nobody) -> None:
+    assert problem({"rundir": "."}) == (
+        "the working directory: permission denied; change to another, or name one with --rundir"
+    )
+    check_directories({"rundir": "/"}, os.path.abspath)
+    check_directories({}, os.path.abspath)  # `twist` has no such options
+
+
+@pytest.mark.parametrize("name", ["d.pid", "inner/d.pid"])
+def test_a_pidfile_in_a_directory_of_somebody_else_is_refused(nobody, name) -> None:
+    path = f"{nobody}/{name}"
+    assert problem({"rundir": "/", "pidfile": path}) == f"--pidfile {path}: permission denied"
+
+
+def test_a_pidfile_that_cannot_be_read_is_refused(tmp_path) -> None:
+    (tmp_path / "d.pid").symlink_to("d.pid")
+    with pytest.raises(SettingError, match=r"^--pidfile d\.pid: too many levels of symbolic links$"):
+        check_pidfile("d.pid", lambda path: f"{tmp_path}/{path}")
+
+
+@pytest.mark.parametrize("content", ["1", " 4194304\n", "999999999"])
+def test_a_pidfile_with_a_process_id_is_left_to_twistd(tmp_path, content) -> None:
+    (tmp_path / "d.pid").write_text(content)
+    check_pidfile("d.pid", lambda path: f"{tmp_path}/{path}")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(errno.EFBIG, "File too large"), "cannot start: file too large"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x\ny"), r"cannot start: '/x\ny': permission denied"),
+        (OSError("of Python's own"), "cannot start: OSError: of Python's own"),
+        (MemoryError(), "cannot start: MemoryError"),
+        (SystemExit("two\nlines"), "cannot start: SystemExit: two lines"),
+    ],
+    ids=repr,
+)
+def test_whatever_is_raised_is_one_line(error, line) -> None:
+    assert unexpected(error) == line
+
+
+def test_a_shortage_of_descriptors_names_their_limit() -> None:
+    line = unexpected(OSError(errno.EMFILE, "Too many open files"))
+    assert line.startswith("cannot start: too many open files; the limit of descriptors (ulimit -n, LimitNOFILE=) is ")
