@@ -1,18 +1,24 @@
-"""A service whose output goes where the test says, and a client of it."""
+"""Services that write where the test says, services with workers, and what surrounds them."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rtservice.testing import DEADLINE
+from tests.support.clients import GREETING
+from tests.support.service_manager import Manager
+from tests.support.worker_sites import BROKEN_SITE, SITE
+from tests.support.workers import Workers
 
 TWISTD = str(Path(sys.executable).parent / "twistd")
-GREETING = b"Hello from the server!"
 
 
 @pytest.fixture
@@ -61,3 +67,53 @@ def start(tmp_path, environment, wait_for, greets) -> Iterator[Callable[..., sub
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+
+
+@pytest.fixture
+def workers(service, wait_for) -> Iterator[Callable[..., Workers]]:
+    """Starts a service with two workers, or as many as the arguments say; at the end, no process may be left."""
+    started: list[Workers] = []
+
+    def start(*arguments: str, **more: Any) -> Workers:
+        if not any(argument.startswith("--workers") for argument in arguments):
+            arguments = ("--workers=2", *arguments)
+        one = Workers(service(*arguments, **more), wait_for)
+        started.append(one)
+        return one
+
+    yield start
+    for one in started:
+        if one.service.process.poll() is None:
+            one.pids()
+            one.send(signal.SIGTERM)
+            one.send(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.service.process.wait(DEADLINE)
+    left = [pid for one in started for pid in one.left()]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+@pytest.fixture
+def site(tmp_path) -> dict[str, str]:
+    """The environment in which a worker takes BLOCK, DIE and so on."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    return {"PYTHONPATH": str(tmp_path / "site")}
+
+
+@pytest.fixture
+def broken_site(tmp_path) -> dict[str, str]:
+    """The environment in which a worker finds a setting wrong while there is a file `broken`."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BROKEN_SITE)
+    return {"PYTHONPATH": str(tmp_path / "site"), "BROKEN": str(tmp_path / "broken")}
+
+
+@pytest.fixture
+def manager(tmp_path) -> Iterator[Manager]:
+    one = Manager(f"{tmp_path}/notify")
+    yield one
+    one.close()

@@ -1,0 +1,225 @@
+"""Connections that we close before their peers have finished."""
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import ISSLTransport
+from twisted.internet.threads import deferToThread
+from twisted.python.failure import Failure
+
+from rtservice.net.connection import Connection
+from rtservice.net.port import Port
+from tests.support.deadline import DEADLINE
+from tests.support.fake_socket import Reactor
+from tests.support.recording import Recording
+from tests.support.reset import reset
+
+
+def talking(address) -> bytes:
+    """A client that sends and sends, until it has read all that its server says."""
+    enough = threading.Event()
+
+    def send(sock: socket.socket) -> None:
+        # When we are closed with all said and all read, what is sent later comes too late.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while not enough.is_set():
+                sock.sendall(b"x" * 65536)
+
+    with socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX) as sock:
+        sock.settimeout(DEADLINE)
+        sock.connect(address)
+        with ThreadPoolExecutor() as pool:
+            sending = pool.submit(send, sock)
+            received = bytearray()
+            try:
+                while piece := sock.recv(1 << 16):
+                    received += piece
+            finally:
+                enough.set()
+            sending.result()
+        return bytes(received)
+
+
+@pytest.mark.parametrize("description", ["tcp:0:interface=127.0.0.1", "unix:{}/s"], ids=["tcp", "unix"])
+@pytest_twisted.inlineCallbacks
+def test_a_client_that_sends_on_while_we_close_reads_every_byte_and_the_end(serve, tmp_path, description):
+    def write_and_close(protocol, data):
+        protocol.transport.write(content)
+        protocol.transport.loseConnection()
+
+    content = os.urandom(4 << 20)
+    factory = Recording(on_data=write_and_close)
+    address, closed = serve(factory, description.format(tmp_path))
+    for count in range(1, 21):
+        answer = yield deferToThread(talking, address)
+        assert answer == content
+        while len(closed) < count:
+            yield deferToThread(lambda: None)
+    assert [type(reason) for reason in factory.lost] == [ConnectionDone] * 20
+    assert factory.transports == [Connection] * 20
+
+
+def test_what_comes_in_the_very_moment_of_our_close_takes_nothing_from_the_client(monkeypatch) -> None:
+    def too_late(connection, reason):
+        one.client.sendall(b"now")
+        connection_lost(connection, reason)
+
+    connection_lost = Connection.connectionLost
+    monkeypatch.setattr(Connection, "connectionLost", too_late)
+    one = Ending(b"")
+    one.closes()
+    assert one.connection.disconnected
+    assert one.client.recv(100) == b"last words"
+    assert one.client.recv(100) == b""  # and no reset
+    one.client.close()
+
+
+class Ending:
+    """A connection with a client, on the test's clock: everything is sent, and what came from the client is unread."""
+
+    def __init__(self, unread: bytes = b"unread") -> None:
+        self.clock = Reactor()
+        self.factory = Recording()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self.client = socket.create_connection(listening.getsockname(), timeout=DEADLINE)
+            near, _ = listening.accept()
+        near.setblocking(False)
+        port = Port(self.clock, near, self.factory, name="test")
+        self.connection = Connection(self.clock, near, port, None, 1)
+        self.connection.connect_protocol()
+        if unread:
+            self.client.sendall(unread)
+            select.select([near], [], [], DEADLINE)
+
+    def closes(self) -> None:
+        self.connection.write(b"last words")
+        self.connection.loseConnection()
+        self.connection.doWrite()
+
+    @property
+    def descriptor(self) -> Any:
+        """What the reactor reads from."""
+        (reader,) = self.clock.getReaders()
+        return reader
+
+    def says_more(self) -> None:
+        """The client sends something, which is read."""
+        self.client.sendall(b"more")
+        select.select([self.connection.socket], [], [], DEADLINE)
+        assert self.descriptor.doRead() is None
+
+
+@pytest.fixture
+def ending():
+    one = Ending()
+    one.closes()
+    yield one
+    one.client.close()
+    assert one.clock.getDelayedCalls() == []
+    assert one.clock.getReaders() == one.clock.getWriters() == []
+
+
+def test_a_connection_that_lingers_has_said_all_and_its_protocol_has_not_heard_of_the_end(ending) -> None:
+    assert ending.connection.phase == "closing"
+    assert type(ending.connection) is Connection
+    assert not ISSLTransport.providedBy(ending.connection)
+    assert ending.client.recv(100) == b"last words"
+    assert ending.client.recv(100) == b""
+    ending.connection.write(b"too late")
+    ending.connection.loseConnection()
+    assert ending.factory.lost == []
+    ending.client.close()
+    assert ending.descriptor.doRead() is None  # what was unread
+    ending.descriptor.readConnectionLost(Failure(ConnectionDone()))
+    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
+    assert ending.factory.transports == [Connection]
+
+
+def test_a_peer_that_neither_reads_nor_sends_is_let_go_when_nothing_has_moved_for_a_second(ending) -> None:
+    ending.says_more()
+    ending.clock.advance(1)
+    ending.clock.advance(0.99)
+    assert ending.factory.lost == []
+    ending.clock.advance(0.01)
+    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
+    assert ending.factory.transports == [Connection]
+    assert ending.connection.disconnected
+
+
+def test_a_peer_that_sends_for_ever_is_let_go_after_half_a_minute(ending) -> None:
+    for _ in range(30):
+        assert ending.factory.lost == []
+        ending.says_more()
+        ending.clock.advance(1)
+    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
+
+
+def test_abort_of_a_connection_that_lingers_resets_it_and_is_heard_of_once(ending) -> None:
+    ending.connection.abortConnection()
+    assert ending.factory.lost == []
+    ending.clock.advance(0)
+    assert [type(reason) for reason in ending.factory.lost] == [ConnectionAborted]
+    assert ending.factory.transports == [Connection]
+    with pytest.raises(BrokenPipeError):  # a reset, after FIN
+        ending.client.sendall(b"x")
+
+
+def test_abort_in_the_very_moment_in_which_it_is_let_go_is_one_end(ending) -> None:
+    ending.clock.callLater(1, ending.connection.abortConnection)
+    ending.clock.advance(1)
+    ending.clock.advance(0)
+    assert len(ending.factory.lost) == 1
+
+
+def test_a_peer_that_resets_a_connection_that_lingers_ends_it_with_the_error(ending) -> None:
+    reset(ending.client)
+    select.select([ending.connection.socket], [], [], DEADLINE)
+    assert ending.descriptor.doRead() is None  # what was unread
+    why = ending.descriptor.doRead()
+    assert isinstance(why, ConnectionLost)
+    assert ending.connection.error.errno == errno.ECONNRESET
+    ending.descriptor.connectionLost(Failure(why))
+    assert ending.factory.transports == [Connection]
+
+
+def test_an_end_of_ours_does_not_wait_for_a_producer_and_lets_it_know() -> None:
+    """Neither for one that is paused, nor for one that would go on for ever, nor for the transport itself."""
+    calls: list[str] = []
+
+    class Producer:
+        pauseProducing = resumeProducing = lambda self: calls.append("more")
+
+        def stopProducing(self):
+            calls.append("stop")
+
+    for streaming, itself in ((True, False), (False, False), (True, True)):
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        clock, factory = Reactor(), Recording()
+        connection = Connection(clock, near, Port(clock, near, factory, name="test"), None, 1)
+        connection.connect_protocol()
+        connection.registerProducer(connection if itself else Producer(), streaming)
+        connection.write(b"x" * (1 << 20))
+        calls.clear()
+        connection.doWrite()
+        assert connection.unsent
+        connection.close("drained")
+        with far:
+            left = 1 << 20
+            while left:
+                left -= len(far.recv(left))
+                connection.doWrite()
+            far.close()
+        (connection._stage or connection).readConnectionLost(Failure(ConnectionDone()))  # if it lingered
+        assert [type(reason) for reason in factory.lost] == [ConnectionDone]
+        assert calls == ([] if itself else ["stop"])
+        assert str(connection.error) == "drained"

@@ -1,0 +1,334 @@
+"""Ports: accept, pause, rest after a shortage, refuse, and finish."""
+
+import errno
+import os
+import select
+import socket
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.error import ConnectionDone
+from twisted.internet.threads import deferToThread
+from twisted.logger import globalLogPublisher
+from twisted.python.failure import Failure
+
+from rtservice.net.port import Port
+from tests.support.deadline import DEADLINE
+from tests.support.fake_socket import Listening, Reactor, listening
+from tests.support.recording import Recording
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_a_shortage_rests_the_listener_logs_once_and_resumes(code) -> None:
+    logged: list[Any] = []
+    clock = Reactor()
+    problem = OSError(code, os.strerror(code))
+    port = Port(clock, Listening(problem, problem), Recording(), name="test")
+    port.startListening()
+    globalLogPublisher.addObserver(logged.append)
+    try:
+        for _ in range(2):
+            port.doRead()
+            assert port not in clock.getReaders()
+            clock.advance(0.5)
+            assert port in clock.getReaders()
+    finally:
+        globalLogPublisher.removeObserver(logged.append)
+    assert len([event for event in logged if event["log_namespace"] == "rtservice.net.port"]) == 1
+    port.stopListening()
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize("code", [errno.ECONNABORTED, errno.EPERM, errno.EPROTO])
+def test_one_connection_that_failed_before_it_was_accepted_is_skipped(code) -> None:
+    near, far = socket.socketpair()
+    clock = Reactor()
+    factory = Recording(on_connect=lambda protocol: protocol.transport.write(b"hello"))
+    port = Port(clock, Listening(OSError(code, "x"), (near, "")), factory, name="test")
+    port.startListening()
+    port.doRead()
+    with near, far:
+        assert far.recv(10) == b"hello"
+
+
+# --- a listener that pauses, rests and refuses ---
+
+
+def test_a_pause_during_a_rest_outlasts_it() -> None:
+    clock, port = listening(OSError(errno.EMFILE, "x"))
+    port.doRead()
+    port.pause()
+    clock.advance(10)
+    assert port not in clock.getReaders()
+    port.resume()
+    assert port in clock.getReaders()
+    port.stopListening()
+
+
+def test_a_resume_ends_no_rest() -> None:
+    clock, port = listening(OSError(errno.EMFILE, "x"))
+    port.pause()
+    port.resume()
+    port.doRead()
+    port.pause()
+    port.resume()
+    assert port not in clock.getReaders()
+    clock.advance(0.5)
+    assert port in clock.getReaders()
+    port.stopListening()
+
+
+def test_a_port_that_is_paused_when_it_starts_accepts_nobody_until_it_is_resumed() -> None:
+    clock = Reactor()
+    port = Port(clock, Listening(), Recording(), name="test")
+    port.resume()
+    assert port not in clock.getReaders()
+    port.pause()
+    port.startListening()
+    assert port not in clock.getReaders()
+    port.resume()
+    assert port in clock.getReaders()
+    port.stopListening()
+    port.resume()
+    assert port not in clock.getReaders()
+
+
+def test_a_rest_ends_with_the_port() -> None:
+    clock, port = listening(OSError(errno.EMFILE, "x"))
+    port.doRead()
+    port.stopListening()
+    clock.advance(10)
+    assert port not in clock.getReaders()
+
+
+def test_a_pause_in_the_middle_of_a_burst_leaves_the_others_in_the_queue() -> None:
+    pairs = [socket.socketpair() for _ in range(5)]
+    accepted: list[Any] = []
+
+    def opened(connection):
+        accepted.append(connection)
+        if len(accepted) == 2:
+            port.pause()
+
+    _, port = listening(*((near, "") for near, _ in pairs), opened=opened)
+    port.doRead()
+    assert len(accepted) == 2
+    assert len(port.socket.results) == 3
+    port.resume()
+    port.doRead()
+    assert len(accepted) == 5
+    port.stopListening()
+    for near, far in pairs:
+        near.close()
+        far.close()
+
+
+def test_a_shortage_after_a_good_one_is_logged_again() -> None:
+    near, far = socket.socketpair()
+    logged: list[Any] = []
+    shortage = OSError(errno.EMFILE, "x")
+    _, port = listening(shortage, (near, ""), shortage)
+    globalLogPublisher.addObserver(logged.append)
+    try:
+        port.doRead()
+        port.doRead()
+    finally:
+        globalLogPublisher.removeObserver(logged.append)
+        port.stopListening()
+    with near, far:
+        assert len([event for event in logged if event["log_namespace"] == "rtservice.net.port"]) == 2
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_who_is_refused_when_he_comes_is_closed_and_nobody_is_told(proxied) -> None:
+    near, far = socket.socketpair()
+    closed: list[Any] = []
+    clock, port = listening(
+        (near, ""), proxied=proxied, opened=lambda connection: connection.refuse(), closed=lambda *_: closed.append(_)
+    )
+    port.doRead()
+    with far:
+        assert far.recv(10) == b""
+    assert near.fileno() == -1
+    assert clock.getReaders() == [port]
+    assert clock.getDelayedCalls() == []
+    assert (port.factory.made, port.factory.lost, closed) == ([], [], [])
+    port.stopListening()
+
+
+def test_who_is_refused_by_his_header_is_closed_and_nobody_is_told() -> None:
+    near, far = socket.socketpair()
+    closed: list[Any] = []
+    clock, port = listening(
+        (near, ""),
+        proxied=True,
+        identified=lambda connection: connection.refuse(),
+        closed=lambda *_: closed.append(_),
+    )
+    port.doRead()
+    (handshake,) = [reader for reader in clock.getReaders() if reader is not port]
+    connection = handshake.connection
+    far.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
+    assert handshake.doRead() is None
+    with far:
+        assert far.recv(10) == b""
+    assert near.fileno() == -1
+    assert clock.getReaders() == [port]
+    assert clock.getDelayedCalls() == []
+    assert (port.factory.made, port.factory.lost, closed) == ([], [], [])
+    # What a reactor or a protocol may still ask of it does nothing.
+    connection.write(b"x")
+    connection.loseConnection()
+    connection.abortConnection()
+    connection.connectionLost(None)
+    assert clock.getDelayedCalls() == []
+    port.stopListening()
+
+
+def test_a_finish_waits_for_a_paused_port_and_a_resting_one() -> None:
+    near, far = socket.socketpair()
+    clock, port = listening(OSError(errno.EMFILE, "x"), (near, ""))
+    port.pause()
+    finished: list[Any] = []
+    port.finish().addCallback(finished.append)
+    clock.advance(5)
+    assert port.listening
+    port.resume()
+    clock.pump([0.2] * 2)  # it runs into the shortage
+    assert port.listening
+    clock.pump([0.2] * 10)
+    assert finished == [None]
+    with near, far:
+        assert len(port.factory.made) == 1
+
+
+# --- the end of a listener ---
+
+
+def state_of(sock: socket.socket) -> int:
+    """`tcpi_state` of struct tcp_info, tcp(7)."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+
+
+SYN_SENT = 2  # include/net/tcp_states.h
+
+
+@pytest.mark.parametrize("count", [0, 1, 99])
+@pytest.mark.parametrize("description", ["tcp:0:interface=127.0.0.1", "unix:{}/s"], ids=["tcp", "unix"])
+@pytest_twisted.inlineCallbacks
+def test_a_listener_that_finishes_serves_its_queue_and_nobody_who_comes_later(serve, tmp_path, description, count):
+    """With more in the queue than one event accepts; and what is accepted lives on without the listener."""
+    factory, ports = Recording(), []
+    address, _ = serve(factory, description.format(tmp_path), ports)
+    ((port, listener),) = ports
+    kind = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
+    queued = [socket.socket(kind) for _ in range(count)]
+    for client in queued:
+        client.settimeout(DEADLINE)
+        client.connect(address)
+    listener.remove_file()
+    finished = port.finish()
+    late = socket.socket(kind)
+    late.setblocking(False)
+    if kind == socket.AF_INET:
+        assert late.connect_ex(address) == errno.EINPROGRESS
+    else:
+        assert late.connect_ex(address) == errno.ENOENT
+    yield finished.addTimeout(DEADLINE, reactor)
+    assert len(factory.made) == count
+    assert not port.listening
+    if kind == socket.AF_INET:
+        assert state_of(late) == SYN_SENT
+        listener.close()
+        yield deferToThread(select.select, [], [late], [], DEADLINE)
+        assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+    late.close()
+    for client in queued:
+        with client:
+            client.sendall(b"hello")
+            answer = yield deferToThread(client.recv, 100)
+            assert answer == b"hello"
+
+
+def finishing(*results) -> tuple[Reactor, Port, Recording, list[bool]]:
+    """A port with a queue of these, on the test's clock, and whether it has finished."""
+    clock, factory, done = Reactor(), Recording(), []
+    port = Port(clock, Listening(*results), factory, name="test")
+    port.startListening()
+    return clock, port, factory, done
+
+
+def pair() -> tuple[socket.socket, str]:
+    """What accept() gives."""
+    near, _ = socket.socketpair()
+    return near, ""
+
+
+def test_a_listener_has_finished_when_nobody_came_for_as_long_as_a_handshake_takes() -> None:
+    clock, port, factory, done = finishing()
+    port.finish().addCallback(done.append)
+    clock.advance(0.1)
+    port.socket.results.append(pair())  # a client far away, whose handshake was under way
+    port.doRead()
+    clock.pump([0.1, 0.1])
+    port.socket.results.append(pair())
+    port.doRead()
+    clock.pump([0.1, 0.1, 0.09])
+    assert (len(factory.made), done, port.listening) == (2, [], True)
+    clock.advance(0.02)
+    assert (done, port.listening) == ([None], False)
+    for protocol in factory.made:
+        protocol.transport.connectionLost(Failure(ConnectionDone()))
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_paused_listener_finishes_when_it_may_go_on() -> None:
+    clock, port, factory, done = finishing()
+    port.pause()
+    port.socket.results.append(pair())
+    port.finish().addCallback(done.append)
+    clock.pump([0.2] * 100)
+    assert (factory.made, done) == ([], [])
+    port.resume()
+    clock.pump([0.2] * 3)
+    assert (len(factory.made), done) == (1, [None])
+    factory.made[0].transport.connectionLost(Failure(ConnectionDone()))
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_listener_that_pauses_while_it_finishes_waits_too() -> None:
+    """The register pauses it when the limit is reached, by a client of its queue."""
+    clock, port, factory, done = finishing(pair(), pair())
+    factory.on_connect = lambda protocol: port.pause()
+    port.finish().addCallback(done.append)
+    for count in (1, 2):
+        clock.pump([0.2] * 100)
+        assert (len(factory.made), done) == (count, [])
+        port.resume()
+    clock.pump([0.2] * 3)
+    assert done == [None]
+    for protocol in factory.made:
+        protocol.transport.connectionLost(Failure(ConnectionDone()))
+
+
+def test_a_listener_that_finishes_outlives_a_shortage() -> None:
+    clock, port, factory, done = finishing(OSError(errno.EMFILE, "x"), pair())
+    port.finish().addCallback(done.append)
+    clock.pump([0.1] * 4)
+    assert (factory.made, done) == ([], [])
+    clock.pump([0.1] * 10)
+    assert (len(factory.made), done) == (1, [None])
+    factory.made[0].transport.connectionLost(Failure(ConnectionDone()))
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_listener_that_is_stopped_has_finished() -> None:
+    clock, port, _, done = finishing()
+    port.finish().addCallback(done.append)
+    port.stopListening()
+    assert done == [None]
+    assert clock.getDelayedCalls() == []
+    port.finish().addCallback(done.append)  # nothing is left to do
+    assert done == [None, None]

@@ -1,0 +1,84 @@
+"""A TLS service and its clients, on loopback."""
+
+import ssl
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.logger import LogLevel, globalLogPublisher
+
+from rtservice.net.tls import Context, ServerTLS
+from tests.support.eventually import eventually
+from tests.support.tls_service import Recording, Served, Timed
+
+
+@pytest.fixture
+def library() -> str:
+    return "ssl"
+
+
+@pytest.fixture
+def contexts(certificates, library):
+    """Makes server contexts, by default with one certificate and nothing special."""
+
+    def make(name: str = "server", **settings: Any) -> Context:
+        files = certificates[f"{name}.key"], certificates[f"{name}.pem"]
+        return ServerTLS(*files, library=library, **settings).load().context
+
+    return make
+
+
+@pytest.fixture
+def serve(contexts):
+    """Serves a factory over TLS on a free loopback port."""
+    started: list[Served] = []
+
+    def start(factory: Recording, *, on: Any = reactor, timeout: float = 10.0, **settings: Any) -> Served:
+        one = Served(factory, contexts(**settings), on, timeout)
+        started.append(one)
+        return one
+
+    yield start
+    for one in started:
+        one.stop()
+
+    # An aborted connection ends in a later event; on a Clock of the test's it ends never, and has no need to.
+    def ended() -> bool:
+        return all(len(one.opened) == len(one.closed) for one in started if not isinstance(one.port.reactor, Timed))
+
+    pytest_twisted.blockon(eventually(ended))
+    for one in started:
+        if isinstance(one.port.reactor, Timed):
+            one.port.reactor.clock.advance(0)
+
+
+@pytest.fixture
+def trusting(certificates):
+    """Makes client contexts that trust the root and check the name."""
+
+    def make(version: str = "", certificate: str = "", alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=certificates["ca.pem"])
+        if version:
+            context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+        if certificate:
+            context.load_cert_chain(certificates[f"{certificate}.pem"], certificates[f"{certificate}.key"])
+        if alpn:
+            context.set_alpn_protocols(list(alpn))
+        return context
+
+    return make
+
+
+@pytest.fixture
+def logged():
+    """The errors that were logged."""
+    events: list[Any] = []
+
+    def observe(event):
+        if event["log_level"] >= LogLevel.error:
+            events.append(event)
+
+    globalLogPublisher.addObserver(observe)
+    yield events
+    globalLogPublisher.removeObserver(observe)

@@ -1,0 +1,289 @@
+"""Workers that send rubbish or floods to the supervisor."""
+
+import io
+import signal
+from typing import Any
+
+import pytest
+from twisted.logger import LegacyLogObserverWrapper, LogLevel, formatEvent
+from twisted.python.log import textFromEventDict
+
+from rtservice.pool.control import BEAT, CONTROL_OUT, encode
+from rtservice.pool.pool import Phase
+
+RUBBISH = [
+    b"\xff\xfe rubbish \x00\n",
+    b"hello\n",
+    b"beat [1]\n",
+    b'beat {"open": "x"}\n',
+    b"beat {\n",
+    b"records [[]]\n",
+    b"ready null\n",
+    b'failed "after all"\n',
+    b'access ["start=1 worker=1\\n"]\n',
+    b'rows {"id": 1, "rows": []}\n',
+    b"x" * 300_000,
+]
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH, ids=lambda rubbish: repr(rubbish[:24]))
+def test_rubbish_costs_the_worker_that_sends_it_its_life_and_nobody_else(world, rubbish) -> None:
+    one = world()
+    first, second = one.serve()
+    second.writes(rubbish)
+    assert second.signals == [signal.SIGKILL]
+    [said] = [text for text in one.texts() if "violated the control protocol" in text]
+    assert said.startswith("worker 1 (pid 1001) violated the control protocol, and is killed: ")
+    assert len(said) < 250
+    second.says("beat", {"open": 10})
+    second.writes(rubbish)
+    assert len([text for text in one.texts() if "violated" in text]) == 1
+    second.dies(9)
+    one.pass_time(1)
+    one.processes[-1].says("ready")
+    assert first.signals == []
+    assert one.service.status == "serving: 2 of 2 workers ready, 0 connections open"
+
+
+def test_a_record_that_cannot_be_handled_costs_only_its_worker(world, monkeypatch) -> None:
+    one = world()
+    first, second = one.serve()
+    monkeypatch.setattr(one.service, "publish", lambda event: 1 / 0)
+    second.logs("hello")
+    monkeypatch.undo()
+    assert second.killed
+    assert not first.killed
+    assert one.logged("worker 1 (pid 1001) sent what cannot be handled, and is killed: ZeroDivisionError")
+
+
+def test_no_format_string_of_a_worker_is_run(world) -> None:
+    one = world(1)
+    [only] = one.serve()
+    text = "{a:>2000000000} {a.__class__} %(a)2000000000d %s"
+    only.writes(encode("records", [["warn", "{x}", 5.0, text, "{y}", {"a": 1, "log": "{z}"}]]))
+    event = one.events[-1]
+    assert formatEvent(event) == text
+    assert event["log_format"] == "{log_text}"
+    assert textFromEventDict(legacy(event)) == text + "\n{y}"
+    assert event.pop("log_failure").getTraceback() == "{y}"
+
+
+def legacy(event: dict[str, Any]) -> dict[str, Any]:
+    """What an observer of twisted.python.log gets of it."""
+    found: list[dict[str, Any]] = []
+    LegacyLogObserverWrapper(found.append)(dict(event))  # type: ignore[arg-type]  # a function is one
+    return found[0]
+
+
+def test_a_worker_s_failure_is_the_text_of_its_traceback(world) -> None:
+    one = world(1)
+    [only] = one.serve()
+    traceback = "Traceback:\n  at x\x1b\nbuiltins.ValueError: no"
+    only.writes(encode("records", [["critical", "a", 5.0, "it failed", traceback, {}]]))
+    failure = one.events[-1].pop("log_failure")
+    assert failure.getErrorMessage() == "builtins.ValueError: no"
+    assert failure.getTraceback() == failure.getBriefTraceback() == "Traceback:\n  at x\\x1b\nbuiltins.ValueError: no"
+    assert failure.getTracebackObject() is None
+    file = io.StringIO()
+    failure.printTraceback(file)
+    assert file.getvalue() == failure.getTraceback()
+
+
+def test_a_worker_that_violates_again_and_again_is_replaced_with_back_off(world) -> None:
+    one = world()
+    first, _ = one.serve()
+    waits = []
+    for _ in range(4):
+        one.processes[-1].writes(b"rubbish\n")
+        one.processes[-1].dies(9)
+        waits.append(round(one.service.slots[1].respawn.getTime() - one.reactor.seconds(), 3))
+        one.reactor.advance(waits[-1])
+        one.processes[-1].says("ready")
+    assert waits == [0.1, 0.2, 0.4, 0.8]
+    assert first.signals == []
+
+
+def test_a_heartbeat_alone_is_a_sign_of_life(world) -> None:
+    one = world()
+    _, second = one.serve()
+    for _ in range(30):
+        second.logs("still here")
+        second.writes(b"a line", 1)
+        one.pass_time(1, silent=(second,))
+    assert second.signals == [signal.SIGUSR2]
+
+
+def test_a_worker_that_wants_to_leave_again_and_again_is_replaced_with_back_off(world) -> None:
+    one = world(1)
+    one.serve()
+    counts = []
+    for _ in range(100):
+        for process in one.alive():
+            if process.protocol.phase is Phase.STARTING:
+                process.says("ready")
+            if "drain" in process.words():
+                process.dies()
+            else:
+                process.says("leave")
+        one.pass_time(1)
+        counts.append(len(one.processes))
+    assert counts[0] == 2
+    assert 5 < counts[-1] < 15  # and not 100
+    assert one.service.slots[0].ready
+
+
+def test_a_worker_that_wants_to_leave_too_soon_leaves_later(world) -> None:
+    one = world(1)
+    one.serve()
+    for _ in range(5):  # 0.1, 0.2, 0.4, 0.8, 1.6
+        one.processes[-1].says("leave")
+        one.pass_time(1)
+        one.processes[-1].says("ready")
+        one.processes[-2].dies()
+        one.pass_time(1)
+    last = one.processes[-1]
+    last.says("leave")
+    assert last.words() == ["start"]
+    one.pass_time(4)
+    one.processes[-1].says("ready")
+    assert last.words() == ["start", "drain"]
+
+
+def test_a_worker_that_says_that_it_is_too_large_is_replaced_with_back_off(world) -> None:
+    one = world(1, max_memory=100)
+    one.serve()
+    for _ in range(100):
+        for process in one.alive():
+            if process.protocol.phase is Phase.STARTING:
+                process.says("ready")
+            process.says("beat", {"memory": 10**15})
+            if "drain" in process.words():
+                process.dies()
+        one.pass_time(1)
+    assert 5 < len(one.processes) < 15  # and not 100
+
+
+def test_a_worker_that_does_not_read_its_questions_is_asked_few_and_killed(world) -> None:
+    one = world()
+    first, second = one.serve()
+    answers: list[Any] = []
+    for _ in range(10):
+        for _ in range(10):
+            one.service.rows("-age", 5).addCallback(answers.append)
+        for word, value in first.told[1:]:
+            first.says(word, {"id": value["id"], "rows": []})
+        del first.told[1:]
+        one.pass_time(2)
+    assert [missing for _, missing in answers] == [[1]] * 100
+    assert second.words() == ["start"] + ["rows"] * 16
+    assert second.signals == []
+    one.pass_time(10)
+    assert second.signals == [signal.SIGKILL]
+    assert one.logged("worker 1 (pid 1001) has not answered for 30.0 s, and is killed")
+    assert first.signals == []
+
+
+def test_an_answer_that_comes_late_is_no_violation_and_a_second_one_is(world) -> None:
+    one = world(1)
+    [only] = one.serve()
+    answers: list[Any] = []
+    one.service.rows("-age", 5).addCallback(answers.append)
+    one.pass_time(5)
+    assert answers == [([], [0])]
+    only.says("rows", {"id": 1, "rows": []})
+    assert not only.killed
+    only.says("rows", {"id": 1, "rows": []})
+    assert only.killed
+
+
+def test_labels_of_workers_that_come_and_go_are_few(world) -> None:
+    one = world(1)
+    one.serve()
+    for generation in range(20):
+        process = one.processes[-1]
+        process.says("beat", {f"closed\t{generation} {n}\t{one.listener.name}": 1 for n in range(50)} | {"ended": 50})
+        process.dies(9)
+        one.pass_time(35)
+        one.processes[-1].says("ready")
+    [shown] = one.service.overview()["workers"]
+    labels = [name for name in shown["counters"] if name.startswith("closed")]
+    assert len(labels) == 101
+    assert sum(shown["counters"][name] for name in labels) == shown["counters"]["ended"] == 1000
+
+
+def test_a_worker_that_floods_is_paused_until_the_next_look(world) -> None:
+    one = world()
+    first, second = one.serve()
+    for _ in range(4998):
+        second.says("beat", {})
+    assert not second.paused
+    second.says("beat", {})
+    assert second.paused == {CONTROL_OUT}
+    first.says("beat", {"open": 1})
+    assert not first.paused
+    one.reactor.advance(BEAT)
+    assert not second.paused
+    second.says("beat", {})
+    assert not second.paused
+
+
+def test_what_is_printed_is_taken_some_lines_at_a_time_and_silences_no_heartbeat(world) -> None:
+    one = world()
+    first, second = one.serve()
+    second.writes(b"\n" * 8192, 1)
+    assert second.paused == {1}
+    assert len([text for text in one.texts() if "printed" in text]) == 100
+    second.says("beat", {"open": 7})
+    assert second.protocol.counters == {"open": 7}
+    one.reactor.advance(0)  # all turns until a beat ends it
+    assert len([text for text in one.texts() if "printed" in text]) == 5000
+    assert second.paused == {1}
+    one.reactor.advance(BEAT)
+    assert len([text for text in one.texts() if "printed" in text]) == 8192
+    assert second.paused == first.paused == set()
+
+
+def test_what_a_worker_has_printed_before_it_died_is_in_the_log_before_it_is_replaced(world) -> None:
+    one = world(1)
+    [only] = one.serve()
+    only.writes(b"a line\n" * 1000, 2)
+    only.dies(9)
+    assert not one.logged("has ended")
+    one.reactor.advance(0)
+    assert len([text for text in one.texts() if "printed" in text]) == 1000
+    assert one.logged("has ended")
+    one.pass_time(1)
+    assert len(one.processes) == 2
+
+
+def test_what_a_worker_prints_is_logged_by_lines_and_escaped(world) -> None:
+    one = world(1)
+    [only] = one.serve()
+    only.writes(b"one\ntw", 2)
+    only.writes(b"o\x1b[31m\xff\n", 2)
+    assert one.texts()[-2:] == [
+        "worker 0 (pid 1000) printed: one",
+        "worker 0 (pid 1000) printed: two\\x1b[31m\\xff",
+    ]
+    only.writes(b"no end", 2)
+    only.dies(9)
+    assert one.logged("printed: no end")
+
+
+def test_a_line_without_end_that_is_printed_takes_no_more_than_so_much_memory(world) -> None:
+    one = world(1)
+    [only] = one.serve()
+    for _ in range(100):
+        only.writes(b"x" * 8192, 1)
+    assert len(only.protocol._printed[1]._buffer) <= 8192
+    assert all(len(text) < 9000 for text in one.texts())
+
+
+def test_a_record_of_a_worker_is_in_the_log_with_its_slot_and_all_that_it_had(world) -> None:
+    one = world()
+    _, second = one.serve()
+    second.logs("{peer} went", peer="1.2.3.4", seconds=1.5)
+    event = one.events[-1]
+    assert formatEvent(event) == "1.2.3.4 went"
+    assert (event["slot"], event["seconds"], event["log_level"]) == (1, 1.5, LogLevel.info)
+    assert event["log_system"] == "its.own#info worker 1"

@@ -1,0 +1,174 @@
+"""The start of a pool: every slot gets a worker, and the first failure is the reason."""
+
+import signal
+
+import pytest
+
+from rtservice.pool.control import BEAT, FIRST_SOCKET
+from rtservice.process.server import StartError
+
+
+def test_every_slot_gets_a_process_with_its_own_sockets_and_what_to_serve(world) -> None:
+    one = world(3)
+    one.service.startService()
+    assert [process.descriptors[FIRST_SOCKET] for process in one.processes] == [100, 101, 102]
+    for number, process in enumerate(one.processes):
+        assert process.told == [("start", {"slot": number, "slots": 3, "generation": 1})]
+        assert {key: process.descriptors[key] for key in (1, 2, 3, 4)} == {1: "r", 2: "r", 3: "w", 4: "r"}
+        assert set(process.descriptors) == {0, 1, 2, 3, 4, FIRST_SOCKET}
+
+
+def test_it_serves_once_all_are_ready_and_says_so_once(world) -> None:
+    one = world()
+    one.service.startService()
+    one.processes[1].says("ready")
+    assert one.reports == []
+    assert one.notifier.said == []
+    one.processes[0].says("ready")
+    one.processes[0].says("ready")
+    assert one.reports == [None]
+    assert one.notifier.said == ["READY"]
+    assert one.logged("listening on tcp:127.0.0.1:1")
+    assert one.service.status == "serving: 2 of 2 workers ready, 0 connections open"
+
+
+def test_the_status_counts_workers_and_connections(world) -> None:
+    one = world(3)
+    one.service.startService()
+    assert one.service.status == "starting: 0 of 3 workers ready, 0 connections open"
+    first, second, third = one.processes
+    for process in one.processes:
+        process.says("ready")
+    first.says("beat", {"open": 2})
+    second.says("beat", {"open": 3, "memory": 7})
+    third.dies(1)
+    one.reactor.advance(BEAT)
+    assert one.notifier.statuses[-1] == "serving: 2 of 3 workers ready, 5 connections open"
+    one.send(signal.SIGTERM)
+    one.reactor.advance(0)
+    assert one.service.status == "draining: 0 of 3 workers ready, 5 connections open"
+
+
+def test_a_worker_that_cannot_start_ends_the_start_with_its_reason(world) -> None:
+    one = world()
+    one.service.startService()
+    one.processes[0].says("ready")
+    one.processes[1].says("failed", "the greeting is a secret")
+    one.processes[1].dies(1)
+    assert one.reports == ["the greeting is a secret"]
+    assert one.service.exit_status == 1
+    assert one.reactor.stopped
+    one.reactor.advance(0)
+    assert one.processes[0].words() == ["start", "hurry", "drain"]
+    one.processes[0].dies()
+    assert one.done == [None]
+
+
+def test_a_start_that_failed_waits_a_few_seconds_for_the_others_and_no_longer(world) -> None:
+    one = world()
+    one.service.startService()
+    one.processes[1].dies(1)
+    one.reactor.pump([0, 4.9])
+    assert not one.processes[0].killed
+    one.reactor.advance(0.2)
+    assert one.processes[0].killed
+    one.processes[0].dies(9)
+    assert one.done == [None]
+
+
+def test_a_worker_that_dies_at_the_start_without_a_word_ends_it_too(world) -> None:
+    one = world()
+    one.service.startService()
+    one.processes[1].dies(3)
+    one.processes[0].dies(3)
+    assert one.reports == [
+        "worker 1 (pid 1001) has ended: A process has ended with a probable error condition: "
+        "process ended with exit code 3."
+    ]
+    assert one.service.exit_status == 1
+    assert len(one.processes) == 2
+
+
+def test_a_service_that_serves_is_not_ended_by_a_worker_that_cannot_start(world) -> None:
+    one = world()
+    _, second = one.serve()
+    second.dies(9)
+    for _ in range(10):
+        one.pass_time(40)
+        one.processes[-1].says("failed", "no certificate")
+        one.processes[-1].dies(1)
+    assert not one.reactor.stopped
+    assert one.service.exit_status == 0
+    assert one.reports == [None]
+    assert one.logged("slot 1 gets a new worker in 30.0 s: no certificate")
+
+
+def test_a_start_for_which_the_system_has_no_process_fails_with_one_line(world) -> None:
+    one = world()
+    one.reactor.refuse = BlockingIOError(11, "Resource temporarily unavailable")
+    one.service.startService()
+    assert one.reports == ["no worker can be spawned: python: Resource temporarily unavailable"]
+    one.reactor.advance(0)
+    assert one.done == [None]
+    assert one.service.exit_status == 1
+
+
+@pytest.mark.parametrize("error", [LookupError("no page"), SystemExit(0), ValueError("embedded\nnull byte")], ids=repr)
+def test_whatever_fails_as_workers_are_started_ends_the_start_with_one_line(world, monkeypatch, error) -> None:
+    def refuse(*given: object, **more: object) -> None:
+        raise error
+
+    one = world()
+    monkeypatch.setattr(one.reactor, "spawnProcess", refuse)
+    one.service.startService()
+    text = str(error).replace("\n", " ")
+    assert one.reports == [f"the workers cannot be started: {type(error).__name__}: {text}"]
+    assert one.service.exit_status == 1
+    assert [event["log_level"].name for event in one.events if "log_failure" in event] == ["error"]
+    one.events.clear()  # they were to be there
+    one.reactor.advance(0)
+    assert one.done == [None]
+
+
+def test_a_start_that_is_abandoned_leaves_no_socket_and_no_file(world) -> None:
+    one = world()
+    one.service.abandon()
+    assert one.listener.done == ["remove file", "close"]
+
+
+def test_what_the_check_finds_is_reported_before_anything_is_spawned(world) -> None:
+    one = world(problem="the process still runs as root")
+    with pytest.raises(StartError, match="still runs as root"):
+        one.service.startService()
+    assert one.reports == ["the process still runs as root"]
+    assert one.processes == []
+    assert one.handlers == {}
+    assert one.listener.done == ["remove file", "close"]
+
+
+def test_a_stop_before_all_are_ready_is_reported_as_a_start_that_did_not_happen(world) -> None:
+    one = world()
+    one.service.startService()
+    one.processes[0].says("ready")
+    one.send(signal.SIGTERM)
+    one.reactor.advance(0)
+    assert one.reports == ["told to stop before every worker was ready"]
+    for process in one.processes:
+        process.dies()
+    assert one.done == [None]
+    assert one.service.exit_status == 0
+
+
+def test_a_worker_that_is_not_ready_within_a_minute_is_killed(world) -> None:
+    one = world()
+    first, _ = one.serve()
+    first.dies(9)
+    one.pass_time(1)
+    late = one.processes[-1]
+    for _ in range(59):
+        late.logs("still busy")  # to be heard is not to be ready
+        one.pass_time(1)
+    assert late.signals == []
+    one.pass_time(1)
+    assert late.signals == [signal.SIGKILL]
+    assert one.logged("is not ready after 60 s, and is killed")

@@ -1,0 +1,28 @@
+"""The phases of a worker, and the transitions between them."""
+
+import pytest
+
+from rtservice.pool.pool import Phase, WorkerProcess
+
+
+def test_a_worker_goes_through_its_phases_and_no_other_way(world) -> None:
+    allowed = {
+        (Phase.STARTING, Phase.READY),
+        (Phase.STARTING, Phase.DRAINING),
+        (Phase.STARTING, Phase.GONE),
+        (Phase.READY, Phase.DRAINING),
+        (Phase.READY, Phase.GONE),
+        (Phase.DRAINING, Phase.GONE),
+    }
+    one = world()
+    one.service.startService()
+    for before in Phase:
+        for after in Phase:
+            worker = WorkerProcess(one.service, one.service.slots[0], one.plan)
+            worker.phase = before
+            if (before, after) in allowed:
+                worker.move(after)
+                assert worker.phase is after
+            else:
+                with pytest.raises(RuntimeError, match=f"that is {before.value} cannot become {after.value}"):
+                    worker.move(after)

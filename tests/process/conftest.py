@@ -1,0 +1,39 @@
+"""A register and a server with a clock that the test moves."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from twisted.internet.protocol import Factory
+
+from rtservice.process.server import Server, State
+from tests.support.registry_world import World
+from tests.support.served import Reactor, server
+
+
+@pytest.fixture
+def world() -> Iterator[Callable[..., World]]:
+    made: list[World] = []
+
+    def make(factory: Factory | None = None, **limits: Any) -> World:
+        made.append(World(factory, **limits))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def timed(monkeypatch) -> Callable[..., tuple[Server, Reactor, list[dict[str, Any]]]]:
+    """Makes a server that serves, on the clock of a reactor of the test's."""
+
+    def start(*listeners: Any, **live: Any) -> tuple[Server, Reactor, list[dict[str, Any]]]:
+        clock = Reactor()
+        monkeypatch.setattr("twisted.internet.reactor", clock)
+        service, events = server(listeners, **live)
+        service.startService()
+        assert service.state is State.SERVING
+        return service, clock, events
+
+    return start

@@ -1,0 +1,79 @@
+"""What is logged of bad PROXY headers."""
+
+from ipaddress import ip_network
+
+import pytest
+
+from tests.support.registry_world import IPV4, World, is_closed
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", r"'GET / HTTP/1.1\r\nHost: a\r\n\r\n'"),
+        (b"\x16\x03\x01\x02\0\x01", r"'\x16\x03\x01\x02\x00\x01'"),
+        (b"a\x1b[2J\x00\x07'\"\\{peer}", r"""'a\x1b[2J\x00\x07\'"\\{peer}'"""),
+        ("\u202eü".encode(), r"'\xe2\x80\xae\xc3\xbc'"),
+        (b"PROXY TCP4 not.an.address 1.2.3.4 1 2\r\n", r"'PROXY TCP4 not.an.address 1.2.3.4 1 2\r\n'"),
+        (b"x" * 1000, f"'{'x' * 64}'"),
+    ],
+)
+def test_a_bad_proxy_header_is_logged_with_its_beginning_and_harms_no_terminal(world, sent, shown) -> None:
+    one = world(proxy_from=(ip_network(IPV4),))
+    assert is_closed(one.client(port=one.add_port(proxied=True), first=sent))
+    line, record = one.lines
+    assert line.startswith("bad PROXY header from 192.0.2.1:1 on test: ")
+    assert line.endswith(f"; it begins {shown}")
+    assert line.isascii()
+    assert line.isprintable()
+    assert one.events[0]["log_level"].name == "info"
+    assert record.endswith("invalid PROXY header")
+
+
+def test_a_header_that_turns_bad_later_is_shown_from_its_first_byte(world) -> None:
+    one = world(proxy_from=(ip_network(IPV4),))
+    client = one.client(port=one.add_port(proxied=True), first=b"PROXY TCP4 192")
+    client.sendall(b".0.2.9 nobody\r\n")
+    one.clock.turn()
+    assert one.lines[0].endswith(r"; it begins 'PROXY TCP4 192.0.2.9 nobody\r\n'")
+
+
+def bad_headers(one: World) -> list[str]:
+    return [line for line in one.lines if "bad PROXY header" in line]
+
+
+def test_bad_proxy_headers_are_a_few_lines_and_a_sum_whatever_their_number(world) -> None:
+    one = world(proxy_from=(ip_network(IPV4),))
+    port = one.add_port(proxied=True)
+    for _ in range(500):
+        one.client(port=port, first=b"junk").close()
+    assert len(bad_headers(one)) == 5
+    one.advance(10)
+    assert bad_headers(one)[5:] == ["495 more bad PROXY headers on test"]
+    one.advance(100)
+    assert len(bad_headers(one)) == 6
+    for _ in range(6):
+        one.client(port=port, first=b"junk").close()
+    one.advance(10)
+    assert bad_headers(one)[11:] == ["1 more bad PROXY header on test"]
+    assert one.connections.counters()["handshake_failed\tinvalid PROXY header\ttest"] == 506
+
+
+def test_the_sum_is_logged_at_the_end_at_the_latest(world) -> None:
+    one = world(proxy_from=(ip_network(IPV4),))
+    port = one.add_port(proxied=True)
+    for _ in range(7):
+        one.client(port=port, first=b"junk").close()
+    one.apply(max_connections=50)  # which has nothing to do with it
+    assert len(bad_headers(one)) == 5
+    one.connections.stop()
+    assert bad_headers(one)[5:] == ["2 more bad PROXY headers on test"]
+    one.advance(10)
+    assert len(bad_headers(one)) == 6
+
+
+def test_who_says_nothing_has_no_bad_header(world) -> None:
+    one = world(proxy_from=(ip_network(IPV4),))
+    one.leave(one.client(port=one.add_port(proxied=True)))
+    one.leave(one.client(port=one.add_port(proxied=True), first=b"PROXY TCP4 1"))
+    assert bad_headers(one) == []

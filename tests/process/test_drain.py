@@ -1,0 +1,252 @@
+"""Graceful shutdown of a serving process, by a clock that the test moves."""
+
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionAborted
+from twisted.logger import formatEvent
+from zope.interface import implementer
+
+from rtservice.interfaces import IDrainable
+from rtservice.net.listeners import open_description
+from rtservice.process.server import State
+from tests.support.served import Endpoint, Held, Reactor, Told, last, server
+
+
+def test_a_drain_ends_with_the_last_connection_and_counts_what_has_ended_since(timed) -> None:
+    service, clock, events = timed(drain_timeout=30)
+    Held(service).closes()
+    first, second = Held(service), Held(service)
+    done = service.stopService()
+    assert last(events) == "draining: 2 connections have 30 s to end"
+    clock.advance(20)
+    first.closes()
+    clock.advance(9.5)
+    assert (done.called, first.asked, second.asked) == (False, [], [])
+    second.closes(ConnectionAborted())  # by its protocol
+    assert done.called
+    assert last(events) == "drained: 1 ended, 1 aborted, 29.5 s"
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_drain_without_connections_is_done_at_once(timed) -> None:
+    service, clock, events = timed(drain_timeout=30)
+    assert service.stopService().called
+    assert last(events) == "drained: 0 ended, 0 aborted, 0.0 s"
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_listener_that_has_finished_is_closed_while_connections_go_on(timed, tmp_path) -> None:
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    service, clock, _ = timed(listener, drain_timeout=30)
+    held = Held(service)
+    done = service.stopService()
+    assert not (tmp_path / "s").exists()
+    clock.pump([0.1] * 5)
+    assert listener.socket.fileno() == -1
+    assert not done.called
+    held.closes()
+    assert done.called
+
+
+def test_a_listener_that_somebody_else_holds_keeps_its_queue(timed, tmp_path) -> None:
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    listener.shared = True
+    service, _, _ = timed(listener, drain_timeout=30)
+    (port,) = service.connections.ports
+    other = listener.socket.dup()
+    with socket.socket(socket.AF_UNIX) as client, other:
+        client.connect(f"{tmp_path}/s")
+        held = Held(service)
+        service.stopService()
+        assert not port.listening
+        assert listener.socket.fileno() == -1  # also while connections go on
+        held.closes()
+        assert service.state is State.STOPPED
+        near, _ = other.accept()
+        near.close()
+
+
+def test_each_drainable_protocol_is_told_once_also_one_that_opens_later(timed) -> None:
+    service, clock, _ = timed(drain_timeout=30)
+    protocols = [implementer(IDrainable)(type("Telling", (Told,), {}))() for _ in range(3)]
+    deaf = Told()  # has the method, and does not say so
+    somebody_else = Told()  # as Twisted's layer of TLS is, until its handshake is done
+    held = [
+        Held(service, protocol=protocols[0]),
+        Held(service, protocol=deaf),
+        Held(service, "tls", protocol=somebody_else),
+    ]
+    service.stopService()
+    assert protocols[0].drains == 1
+    held.append(Held(service, protocol=protocols[1]))
+    held[2].phase, held[2].protocol = "open", protocols[2]
+    clock.pump([1] * 10)
+    assert [protocol.drains for protocol in protocols] == [1, 1, 1]
+    assert deaf.drains == 0
+    assert [one.asked for one in held] == [[]] * 4
+    for one in held:
+        one.closes()
+
+
+def test_a_protocol_that_fails_in_drain_loses_its_connection_alone(timed) -> None:
+    service, clock, events = timed(drain_timeout=30)
+    bad, good = implementer(IDrainable)(Told)(), implementer(IDrainable)(Told)()
+    bad.drain = lambda: 1 / 0
+    failing, other = Held(service, protocol=bad), Held(service, protocol=good)
+    done = service.stopService()
+    assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+    assert (failing.asked, other.asked, good.drains) == (["abort: abort"], [], 1)
+    clock.advance(0)
+    other.closes()
+    assert done.called
+    assert last(events) == "drained: 1 ended, 1 aborted, 0.0 s"
+
+
+def test_after_the_drain_timeout_what_is_buffered_is_sent_for_as_long_as_it_moves(timed) -> None:
+    service, clock, events = timed(drain_timeout=10)
+    reading, silent, shaking, closing = (Held(service, phase) for phase in ("open", "open", "tls", "closing"))
+    reading.unsent = silent.unsent = 1000
+    done = service.stopService()
+    clock.pump([0.5] * 19)
+    assert [one.asked for one in (reading, silent, shaking, closing)] == [[]] * 4
+    clock.advance(0.5)
+    assert (reading.asked, silent.asked) == (["close: drained"], ["close: drained"])
+    assert (shaking.asked, closing.asked) == (["abort: drained"], [])  # it has nothing to flush; it ends by itself
+    for _ in range(4):
+        clock.advance(1)
+        reading.bytes_out += 1
+    assert silent.asked == ["close: drained"]
+    for _ in range(3):
+        clock.advance(1)
+        reading.bytes_out += 1
+    assert silent.asked == ["close: drained", "abort: stopped reading"]
+    assert reading.asked == ["close: drained"]
+    reading.closes()
+    assert not done.called
+    closing.closes()
+    assert done.called
+    assert last(events) == "drained: 2 ended, 2 aborted, 17.0 s"
+    assert clock.getDelayedCalls() == []
+
+
+def test_what_still_moves_half_a_minute_after_the_drain_timeout_is_cut_off(timed) -> None:
+    service, clock, events = timed(drain_timeout=0)
+    endless = Held(service)
+    endless.unsent = 1
+    done = service.stopService()
+    clock.advance(0)
+    for _ in range(30):
+        assert endless.asked == ["close: drained"]
+        endless.bytes_out += 1
+        clock.advance(1)
+    clock.advance(0)
+    assert endless.asked == ["close: drained", "abort: cut off"]
+    assert done.called
+    assert last(events).startswith("drained: 0 ended, 1 aborted, 30")
+
+
+@pytest.mark.parametrize("after", [0, 5, 12], ids=["at-once", "while-waiting", "while-flushing"])
+def test_hurry_ends_a_drain(timed, after) -> None:
+    service, clock, events = timed(drain_timeout=10)
+    held = [Held(service, phase) for phase in ("open", "tls", "closing")]
+    held[0].unsent = 1
+    done = service.stopService()
+    clock.pump([1] * after)
+    service.abort_drain()
+    assert held[0].asked[-1] == "abort: cut off"
+    clock.advance(0)
+    assert done.called
+    assert last(events) == f"drained: 0 ended, 3 aborted, {after:.1f} s"
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_signal_that_is_sent_again_at_once_neither_hurries_nor_leaves(timed, monkeypatch) -> None:
+    handlers: dict[int, Callable] = {}
+    left: list[bool] = []
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    service, clock, _ = timed(
+        drain_timeout=30, reload=lambda: None, stop=lambda: service.stopService(), leave=lambda: left.append(True)
+    )
+    clock.callFromThread = lambda call, *arguments: call(*arguments)
+    held = Held(service)
+    for _ in range(4):
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+        clock.advance(0.125)
+    assert service.state is State.DRAINING
+    assert held.asked == []
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert held.asked == ["abort: cut off"]
+    clock.advance(0.25)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        assert not left
+        handlers[number](number, None)
+    assert left == [True]
+    assert service.exit_status == 128 + signal.SIGTERM
+
+
+def test_a_service_that_is_stopped_before_it_serves_never_does(monkeypatch, tmp_path) -> None:
+    waiting: list[Callable] = []
+    clock = Reactor()
+    monkeypatch.setattr(clock, "callWhenRunning", waiting.append)
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    service, events = server([listener], drain_timeout=30)
+    service.startService()
+    assert service.state is State.STARTING
+    assert service.stopService().called
+    assert service.state is State.STOPPED
+    (serve,) = waiting
+    serve()
+    assert service.connections.ports == []
+    assert not (tmp_path / "s").exists()
+    assert not any("listening" in str(formatEvent(event)) for event in events)
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_service_that_never_started_closes_its_listeners(tmp_path) -> None:
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    service, events = server([listener])
+    assert service.stopService().called
+    assert service.state is State.STOPPED
+    assert not (tmp_path / "s").exists()
+    assert events == []
+
+
+def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_path, monkeypatch) -> None:
+    results: list[Deferred] = [Deferred(), Deferred()]
+    clock = Reactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    reports: list[Any] = []
+    service, _ = server([listener], [(f"x:{i}", Endpoint(result)) for i, result in enumerate(results)], 30)
+    service._report = reports.append
+    service.startService()
+    held = Held(service)
+    for result in results:
+        result.errback(OSError("too late"))
+    assert (clock.stops, service.exit_status) == (1, 1)  # a reactor that stops twice says that it is a mistake
+    assert reports == ["--listen x:0: too late"]
+    done = service.stopService()
+    assert held.asked == ["abort: cut off"]
+    clock.advance(0)
+    assert done.called
+    assert service.state is State.STOPPED
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_endpoint_that_listens_when_the_service_has_stopped_is_stopped(monkeypatch) -> None:
+    clock = Reactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    early, late = Endpoint(Deferred()), Endpoint(Deferred())
+    service, _ = server(endpoints=[("x:1", early), ("x:2", late)])
+    service.startService()
+    assert service.stopService().called
+    early.result.callback(early)
+    assert early.stopped == 1
+    late.result.errback(OSError("too late"))  # which is nobody's concern any more
+    assert (service.exit_status, clock.stops) == (0, 0)

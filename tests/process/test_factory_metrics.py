@@ -1,0 +1,71 @@
+"""Counters that a factory adds to the metrics."""
+
+from typing import Any
+
+import pytest
+from twisted.internet.protocol import Factory
+from twisted.logger import formatEvent
+from zope.interface import implementer
+
+from rtservice.interfaces import IMetrics
+from rtservice.process.server import Server, State
+from tests.support.served import server
+
+
+@implementer(IMetrics)
+class Counting(Factory):
+    """Has counted what a test says, or fails; `serving` is what it has between its start and its stop."""
+
+    noisy = False
+    serving = None
+
+    def __init__(self, counts: Any) -> None:
+        self.counts = counts
+
+    def startFactory(self) -> None:
+        self.serving = True
+
+    def stopFactory(self) -> None:
+        self.serving = None
+
+    def metrics(self) -> Any:
+        assert self.serving
+        if isinstance(self.counts, Exception):
+            raise self.counts
+        return self.counts
+
+
+def of_factory(service: Server) -> dict[str, float]:
+    return {name: count for name, count in service.counters().items() if name.startswith("protocol")}
+
+
+def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> None:
+    service, _, _ = timed(factory=Counting({"a_total": 1}))
+    service.factory.counts = {"a_total": 2, "b": 0.5}
+    service.stopService()
+    assert service.state is State.STOPPED
+    service.factory.counts = {"a_total": 3}
+    assert of_factory(service) == {"protocol\ta_total\t": 2, "protocol\tb\t": 0.5}
+    not_started, _ = server(factory=Counting(RuntimeError("not yet")))
+    assert of_factory(not_started) == {}
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        (RuntimeError("mine"), "Counting failed in metrics"),
+        ([("a", 1)], "Counting failed in metrics"),
+        ({"a b": 1}, "Counting counts what cannot be shown: 'a b' is no name"),
+    ],
+)
+def test_a_factory_that_counts_badly_is_logged_once_and_keeps_what_it_had(timed, counts, said) -> None:
+    service, _, events = timed(factory=Counting({"a_total": 1}))
+    assert of_factory(service) == {"protocol\ta_total\t": 1}
+    before = len(events)
+    for each in (counts, counts, {"a_total": 2}, counts):
+        service.factory.counts = each
+        service.counters()
+    told = [str(formatEvent(event)) for event in events[before:]]
+    assert [one[: len(said)] for one in told] == [said, said]  # once more after it was well
+    assert of_factory(service).get("protocol\ta_total\t", 2) == 2
+    assert service.counters()["open"] == 0

@@ -1,0 +1,142 @@
+"""Connections on transports that are not ours: limits, timeouts and records."""
+
+import socket
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionAborted
+from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.testing import StringTransportWithDisconnection
+from twisted.internet.threads import deferToThread
+from twisted.logger import Logger, formatEvent
+from twisted.python.failure import Failure
+
+from rtservice.process.registry import (
+    Limits,
+    Registry,
+)
+from rtservice.protocols.echo import EchoFactory
+from tests.support.registry_world import still_open
+
+
+def test_a_wrapped_connection_is_registered_counted_and_recorded() -> None:
+    events: list[dict] = []
+    connections = Registry(Logger(observer=events.append), Limits(max_connections=10))
+    factory = connections.wrap(EchoFactory(), "stdio:")
+    protocol = factory.buildProtocol(IPv4Address("TCP", "192.0.2.1", 1))
+    assert protocol is not None
+    transport = StringTransportWithDisconnection(peerAddress=IPv4Address("TCP", "192.0.2.1", 1))
+    transport.protocol = protocol
+    protocol.makeConnection(transport)
+    assert list(connections.open) == [protocol]
+    assert IHalfCloseableProtocol.providedBy(protocol)
+    protocol.dataReceived(b"hello")
+    assert transport.value() == b"Hello from the server!hello"
+    protocol.readConnectionLost()
+    assert not connections.open
+    (event,) = events
+    assert (event["bytes_in"], event["bytes_out"], event["reason"]) == (5, 27, "peer finished")
+    assert formatEvent(event).startswith("192.0.2.1:1 on stdio:: 0.0")
+
+
+def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
+    connections = Registry(Logger(observer=lambda event: None), Limits(max_connections=10))
+    protocol = connections.wrap(Factory.forProtocol(Protocol), "x").buildProtocol(None)
+    protocol.makeConnection(StringTransportWithDisconnection())
+    assert not IHalfCloseableProtocol.providedBy(protocol)
+
+
+@pytest.mark.parametrize("build", [lambda address: None, lambda address: 1 / 0], ids=["None", "raises"])
+def test_a_client_that_a_factory_gives_no_protocol_is_not_left_in_silence(build) -> None:
+    """Twisted's wrappers would keep it connected."""
+    factory = Factory()
+    factory.buildProtocol = build
+    protocol = Registry(Logger(), Limits(max_connections=10)).wrap(factory, "x").buildProtocol(None)
+    transport = StringTransportWithDisconnection()
+    transport.protocol = Protocol()
+    protocol.makeConnection(transport)
+    assert not transport.connected
+
+
+@pytest.fixture
+def listen():
+    """Serves a factory through a register on a port of Twisted's own; gives the port's number."""
+    ports = []
+
+    def start(connections: Registry) -> int:
+        ports.append(reactor.listenTCP(0, connections.wrap(EchoFactory(), "twisted"), interface="127.0.0.1"))
+        return ports[-1].getHost().port
+
+    yield start
+    for port in ports:
+        pytest_twisted.blockon(port.stopListening())
+
+
+@pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_peer"])
+@pytest_twisted.inlineCallbacks
+def test_limits_hold_for_foreign_transports_too(listen, limit):
+    connections = Registry(Logger(observer=lambda event: None), Limits(**{"max_connections": 9, limit: 2}))
+    port = listen(connections)
+
+    def attempt() -> tuple[socket.socket, bytes]:
+        client = socket.socket()
+        client.settimeout(20)
+        try:
+            client.connect(("127.0.0.1", port))
+            return client, client.recv(100)
+        except ConnectionResetError:
+            return client, b""
+
+    def missed() -> Deferred[None]:
+        empty: Deferred[None] = Deferred()
+        connections.when_empty = lambda: reactor.callLater(0, empty.callback, None)
+        return empty.addTimeout(20, reactor)
+
+    for refused in (1, 2):
+        clients = []
+        for _ in range(3):
+            clients.append((yield deferToThread(attempt)))
+        assert [answer for _, answer in clients] == [b"Hello from the server!"] * 2 + [b""]
+        assert connections.refused[limit.replace("_", "-")] == refused
+        assert len(connections.open) == 2
+        empty = missed()
+        for client, _ in clients:
+            client.close()
+        yield empty
+
+
+def wrapped(connections: Registry) -> tuple[Any, StringTransportWithDisconnection]:
+    protocol = connections.wrap(EchoFactory(), "x").buildProtocol(None)
+    transport = StringTransportWithDisconnection()
+    transport.protocol = protocol
+    protocol.makeConnection(transport)
+    return protocol, transport
+
+
+def test_a_silent_foreign_transport_is_closed_and_one_that_does_not_close_is_cut(world) -> None:
+    one = world(idle_timeout=20)
+    wrapped(one.connections)
+    still_open(one, 21)
+    assert one.reasons == ["idle"]
+    protocol, transport = wrapped(one.connections)
+    transport.loseConnection = lambda: None
+    transport.abortConnection = lambda: protocol.connectionLost(Failure(ConnectionAborted()))
+    one.advance(1)
+    for _ in range(21):
+        one.advance(1)
+    assert one.reasons == ["idle", "stopped reading"]
+
+
+def test_a_foreign_transport_ends_with_the_others(world) -> None:
+    one = world()
+    wrapped(one.connections)
+    one.connections.close_all("drained")
+    wrapped(one.connections)
+    one.connections.abort_all("cut off")
+    assert one.reasons == ["drained", "cut off"]
+    assert not one.connections.open

@@ -1,0 +1,271 @@
+"""Limits on connections: who waits, who is refused, and what is logged."""
+
+import ssl
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+from twisted.internet.address import IPv4Address, IPv6Address
+
+from rtservice.process.registry import (
+    peer_group,
+)
+from tests.support.registry_world import IPV4, header, is_closed, is_served
+
+# --- limits ---
+
+
+def test_at_the_limit_every_listener_pauses_and_a_free_place_is_the_next_ones(world) -> None:
+    one = world(max_connections=3)
+    other = one.add_port()
+    inside = [one.client(), one.client("192.0.2.2", other), one.client(None)]
+    assert all(map(is_served, inside))
+    waiting = one.client()
+    waiting_too = one.client(port=other)
+    assert not is_served(waiting)
+    assert not is_served(waiting_too)
+    assert len(one.connections.open) == 3
+    one.leave(inside.pop())
+    assert is_served(waiting) + is_served(waiting_too) == 1
+    one.leave(inside.pop())
+    assert is_served(waiting) + is_served(waiting_too) == 1
+    assert len(one.connections.open) == 3
+    assert one.connections.refused["max-connections"] == 0
+    assert len([line for line in one.lines if "--max-connections 3 reached" in line]) == 1
+
+
+def test_at_the_limit_a_client_is_closed_at_once_and_counted_with_reject(world) -> None:
+    one = world(max_connections=2, at_limit="reject")
+    inside = [one.client(), one.client()]
+    assert all(map(is_served, inside))
+    assert is_closed(one.client())
+    assert is_closed(one.client(None))
+    assert one.connections.refused == {"max-connections": 2, "max-connections-per-peer": 0, "proxy-from": 0}
+    one.leave(inside[0])
+    assert is_served(one.client())
+    assert (one.connections.ended, len(one.reasons)) == (1, 1)  # a refused client has no record, and is no end
+
+
+def test_a_connection_takes_a_place_from_its_first_moment_to_its_last(world) -> None:
+    one = world(max_connections=4, at_limit="reject", proxy_from=(ip_network("192.0.2.0/24"),))
+    one.client(port=one.add_port(proxied=True), first=b"PROXY TCP4 ")
+    one.client(port=one.add_port(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
+    closing = one.client()  # and has not read its greeting, which is waited for
+    next(each for each in one.connections.open if each.phase == "open").loseConnection()
+    one.client()
+    assert one.connections.phases() == {"proxy": 1, "tls": 1, "open": 1, "closing": 1}
+    assert is_closed(one.client())
+    assert is_served(closing)
+    assert is_closed(closing)
+    one.leave(closing)
+    assert is_served(one.client())
+
+
+@pytest.mark.parametrize(
+    ("host", "other", "prefix", "same"),
+    [
+        ("192.0.2.1", "192.0.2.1", 64, True),
+        ("192.0.2.1", "192.0.2.2", 64, False),
+        ("192.0.2.1", "::ffff:192.0.2.1", 64, True),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", 1, False),
+        ("2001:db8::1", "2001:db8::2", 64, True),
+        ("2001:db8::1", "2001:db8:0:1::1", 64, False),
+        ("2001:db8::1", "2001:db8:0:1::1", 48, True),
+        ("2001:db8::1", "2001:db8::2", 128, False),
+        ("2001:db8::1", "fe80::1", 1, False),
+        ("fe80::1%lo", "fe80::2", 64, True),
+        ("::1", "0.0.0.1", 128, False),
+    ],
+)
+def test_who_counts_as_one_peer(host, other, prefix, same) -> None:
+    def group(name: str) -> Any:
+        return peer_group((IPv6Address if ":" in name else IPv4Address)("TCP", name, 1), prefix)
+
+    assert (group(host) == group(other)) is same
+
+
+@pytest.mark.parametrize("at_limit", ["pause", "reject"])
+def test_a_peer_has_so_many_and_others_are_not_touched(world, at_limit) -> None:
+    one = world(max_connections_per_peer=2, at_limit=at_limit)
+    mine = [one.client(), one.client(f"::ffff:{IPV4}")]
+    assert all(map(is_served, mine))
+    assert is_closed(one.client())
+    assert is_closed(one.client(f"::ffff:{IPV4}"))
+    assert is_served(one.client("192.0.2.2"))
+    assert one.connections.refused["max-connections-per-peer"] == 2
+    one.leave(mine[0])
+    assert is_served(one.client())
+    assert is_closed(one.client())
+
+
+def test_ipv6_peers_are_networks_of_the_prefix(world) -> None:
+    one = world(max_connections_per_peer=1, peer_prefix_v6=64)
+    assert is_served(one.client("2001:db8::1"))
+    assert is_closed(one.client("2001:db8::2"))
+    assert is_served(one.client("2001:db8:0:1::1"))
+    one.apply(peer_prefix_v6=128)
+    assert is_served(one.client("2001:db8::2"))
+    assert is_closed(one.client("2001:db8::1"))
+
+
+def test_clients_of_a_unix_socket_are_no_peers(world) -> None:
+    one = world(max_connections_per_peer=1)
+    assert all(is_served(one.client(None)) for _ in range(5))
+
+
+def test_a_peer_that_has_gone_is_not_remembered(world) -> None:
+    one = world(max_connections_per_peer=1)
+    proxied = one.add_port(proxied=True)
+    one.apply(proxy_from=(ip_network(IPV4),))
+    for first in (b"PROXY TCP4 192.0.2.9 192.0.2.10 1 2\r\n", b"PROXY", b"nonsense"):
+        one.leave(one.client(port=proxied, first=first))
+    for host in (IPV4, "2001:db8::1", None):
+        one.leave(one.client(host))
+    assert not one.connections.open
+    assert one.connections._peers == {}
+    assert one.connections.ended == 6
+
+
+# --- limits with a PROXY header ---
+
+
+def test_behind_a_proxy_the_peer_is_the_real_client_and_never_the_proxy(world) -> None:
+    one = world(max_connections_per_peer=1, proxy_from=(ip_network(IPV4),))
+    port = one.add_port(proxied=True)
+    first = one.client(port=port, first=header("192.0.2.9"))
+    assert is_served(first)
+    assert is_served(one.client(port=port, first=header("192.0.2.10")))
+    assert is_closed(one.client(port=port, first=header("192.0.2.9")))
+    assert is_served(one.client())  # the proxy itself, on a listener without
+    assert len(one.connections.open) == 3
+    one.leave(first)
+    assert is_served(one.client(port=port, first=header("192.0.2.9")))
+
+
+def test_a_client_that_is_refused_once_it_is_known_leaves_its_place_to_who_waits(world) -> None:
+    one = world(max_connections=2, max_connections_per_peer=1, proxy_from=(ip_network(IPV4),))
+    port = one.add_port(proxied=True)
+    assert is_served(one.client(port=port, first=header("192.0.2.9")))
+    late = one.client(port=port)
+    waiting = one.client("192.0.2.2")
+    assert not is_served(waiting)
+    late.sendall(header("192.0.2.9"))
+    one.clock.turn()
+    assert is_closed(late)
+    assert is_served(waiting)
+    one.advance(60)
+    assert one.clock.getDelayedCalls() == []  # of its deadline nothing is left
+
+
+@pytest.mark.parametrize(
+    ("host", "networks", "believed"),
+    [
+        ("192.0.2.1", "192.0.2.0/24", True),
+        ("192.0.2.1", "192.0.2.1/32", True),
+        ("192.0.2.1", "192.0.2.2/32 2001:db8::/32", False),
+        ("::ffff:192.0.2.1", "192.0.2.0/24", True),
+        ("::ffff:192.0.2.1", "::/0", False),
+        ("2001:db8::1", "192.0.2.0/24 2001:db8::/32", True),
+        ("2001:db8::1", "0.0.0.0/0", False),
+        ("192.0.2.1", "", False),
+        (None, "", True),
+    ],
+)
+def test_whose_headers_are_believed(world, host, networks, believed) -> None:
+    one = world(proxy_from=tuple(map(ip_network, networks.split())))
+    client = one.client(host, one.add_port(proxied=True), header("192.0.2.9"))
+    assert (is_served if believed else is_closed)(client)
+    assert one.connections.refused["proxy-from"] == (not believed)
+    assert one.reasons == []
+    if not believed:
+        assert (
+            f"refused {host if '.' in host[:4] else f'[{host}]'}:1 on test: its address is not in --proxy-from"
+            in (one.lines[0])
+        )
+    assert is_served(one.client(host))  # without a header there is nothing to believe
+
+
+# --- a change while it serves ---
+
+
+def test_a_higher_limit_lets_those_in_who_wait(world) -> None:
+    one = world(max_connections=1)
+    clients = [one.client() for _ in range(4)]
+    assert list(map(is_served, clients)) == [True, False, False, False]
+    one.apply(max_connections=3)
+    assert list(map(is_served, clients)) == [False, True, True, False]
+
+
+def test_a_lower_limit_ends_nobody_and_lets_nobody_in(world) -> None:
+    one = world(max_connections=3)
+    inside = [one.client() for _ in range(3)]
+    one.apply(max_connections=1)
+    assert all(map(is_served, inside))
+    waiting = one.client()
+    one.leave(inside.pop())
+    one.leave(inside.pop())
+    assert not is_served(waiting)
+    one.leave(inside.pop())
+    assert is_served(waiting)
+
+
+def test_whoever_waits_is_refused_when_that_is_asked_for(world) -> None:
+    one = world(max_connections=1)
+    inside, waiting = one.client(), one.client()
+    one.apply(at_limit="reject")
+    assert is_closed(waiting)
+    one.apply(at_limit="pause")
+    waiting = one.client()
+    assert not is_closed(waiting)
+    one.leave(inside)
+    assert is_served(waiting)
+
+
+def test_a_limit_for_each_peer_counts_who_is_there_already(world) -> None:
+    one = world()
+    inside = [one.client() for _ in range(3)]
+    one.apply(max_connections_per_peer=2)
+    assert is_closed(one.client())
+    assert all(map(is_served, inside))
+    one.leave(inside.pop())
+    assert is_closed(one.client())
+    one.leave(inside.pop())
+    assert is_served(one.client())
+    one.apply(max_connections_per_peer=0)
+    assert is_served(one.client())
+
+
+# --- what is logged of refusals ---
+
+
+def test_refusals_are_all_counted_and_logged_once_in_ten_seconds(world) -> None:
+    one = world(max_connections=1, at_limit="reject")
+    one.client()
+    for _ in range(1000):
+        one.client("192.0.2.2").close()
+    one.advance(9.9)
+    one.client("192.0.2.3")
+    assert one.lines == ["refused 192.0.2.2:1 on test: --max-connections are open"]
+    one.advance(0.1)
+    one.client("192.0.2.4")
+    one.advance(10)
+    one.client("192.0.2.5")
+    assert one.lines[1:] == [
+        "refused 192.0.2.4:1 on test: --max-connections are open (1000 more since the last such line)",
+        "refused 192.0.2.5:1 on test: --max-connections are open (0 more since the last such line)",
+    ]
+    assert one.connections.refused["max-connections"] == 1003
+
+
+def test_each_reason_has_its_own_line(world) -> None:
+    one = world(max_connections=2, max_connections_per_peer=1, at_limit="reject")
+    for host in (IPV4, IPV4, "192.0.2.2", "192.0.2.3"):
+        one.client(host)
+    one.client(port=one.add_port(proxied=True))
+    one.apply(max_connections=9)
+    one.client(port=one.connections.ports[1])
+    assert [line.partition(": ")[2] for line in one.lines] == [
+        "--max-connections-per-peer are open from its address",
+        "--max-connections are open",
+        "its address is not in --proxy-from, so no PROXY header of its is believed",
+    ]

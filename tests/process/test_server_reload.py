@@ -1,0 +1,166 @@
+"""A reload of a serving process, in slices."""
+
+import socket
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.logger import formatEvent
+
+from rtservice.net.listeners import open_description
+from rtservice.process.registry import Limits
+from rtservice.process.server import RuntimeSettings, Server, State
+from rtservice.process.slices import in_slices
+from tests.support.served import Held, last, server
+
+
+def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
+    (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
+    service, clock, events = timed(listener, drain_timeout=30)
+    (port,) = service.connections.ports
+    held = [Held(service) for _ in range(3)]
+    assert port in clock.getReaders()
+    service.apply(
+        RuntimeSettings(limits=Limits(max_connections=3, idle_timeout=60), handshake_timeout=3, drain_timeout=2)
+    )
+    assert port.handshake_timeout == 3
+    assert port not in clock.getReaders()  # as many as may be are there
+    clock.pump([5] * 11)
+    assert held[0].asked == []
+    clock.pump([5] * 2)
+    assert [one.asked for one in held] == [["close: idle"]] * 3
+    service.apply(RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=5))
+    assert port in clock.getReaders()
+    service.stopService()
+    assert last(events) == "draining: 3 connections have 5 s to end"
+    for one in held:
+        one.closes()
+
+
+def reloading(monkeypatch, steps, *listeners, **how) -> tuple[Server, list[dict[str, Any]], Callable[[], None]]:
+    """A server on these listeners that reloads by these steps, each of which is a slice; and what a SIGHUP does."""
+    service, events = server(listeners, **how)
+    service._reload = steps
+    monkeypatch.setattr("rtservice.process.server.in_slices", partial(in_slices, size=0.0, pause=0.0))
+    # The tests' own process keeps its handlers.
+    monkeypatch.setattr("rtservice.process.server.signal.signal", lambda number, handler: None)
+    service.startService()
+    return service, events, lambda: service._hung_up(1, None)
+
+
+@pytest_twisted.inlineCallbacks
+def test_clients_are_served_while_a_reload_goes_on(monkeypatch):
+    from twisted.internet import reactor
+
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    address = listener.socket.getsockname()
+    answered, begun, ended = [], Deferred(), Deferred()
+
+    def steps():
+        reactor.callLater(0, begun.callback, None)
+        while len(answered) < 3:  # for ever, if nobody else had a turn
+            yield
+        reactor.callLater(0, ended.callback, None)
+
+    service, _, hang_up = reloading(monkeypatch, steps, listener)
+    with socket.create_connection(address, timeout=20) as client:
+        yield deferToThread(client.recv, 100)
+        hang_up()
+        yield begun
+        for number in range(3):
+            assert not ended.called
+            client.sendall(b"%d" % number)
+            answered.append((yield deferToThread(client.recv, 100)))
+        yield ended
+    assert answered == [b"0", b"1", b"2"]
+    yield service.stopService()
+
+
+@pytest_twisted.inlineCallbacks
+def test_signals_during_a_reload_are_one_more_reload_after_it(monkeypatch):
+    from twisted.internet import reactor
+
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    trace, both, open_gate = [], Deferred(), []
+
+    def steps():
+        trace.append("begins")
+        if len([one for one in trace if one == "begins"]) == 1:
+            while not open_gate:
+                yield
+        else:
+            yield
+        trace.append("ends")
+        if trace.count("ends") == 2:
+            reactor.callLater(0, both.callback, None)
+
+    service, _, hang_up = reloading(monkeypatch, steps, listener)
+    hang_up()
+    for delay in (0, 0, 0.01):
+        yield deferLater(reactor, delay, hang_up)
+    assert trace == ["begins"]
+    open_gate.append(True)
+    yield both
+    yield deferLater(reactor, 0.01, lambda: None)
+    assert trace == ["begins", "ends"] * 2
+    yield service.stopService()
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
+    from twisted.internet import reactor
+
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    closed = []
+
+    def steps():
+        try:
+            while True:
+                yield
+        finally:
+            closed.append(True)
+
+    service, events, hang_up = reloading(monkeypatch, steps, listener)
+    hang_up()
+    yield deferLater(reactor, 0, hang_up)
+    yield service.stopService()
+    assert closed == [True]
+    assert service.state is State.STOPPED
+    lines = [str(formatEvent(event)) for event in events]
+    assert lines.count("SIGHUP: reloading") == 1
+    assert "a reload is given up: the service stops" in lines
+
+
+@pytest_twisted.inlineCallbacks
+def test_a_reload_that_fails_in_a_way_nobody_thought_of_is_logged_and_the_next_one_goes_on(monkeypatch):
+    from twisted.internet import reactor
+
+    (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
+    told, tries = [], []
+
+    def steps():
+        tries.append(True)
+        yield
+        if len(tries) == 1:
+            raise LookupError("nobody thought of this")
+
+    service, events, hang_up = reloading(monkeypatch, steps, listener)
+    service._notifier = SimpleNamespace(
+        reloading=lambda: told.append("reloading"),
+        ready=lambda status: told.append("ready"),
+        stopping=lambda status: told.append("stopping"),
+        extend_timeout=lambda seconds: None,
+        connected=False,
+    )
+    for count in (1, 2):
+        hang_up()
+        while told.count("ready") < count:
+            yield deferLater(reactor, 0)
+    assert told == ["reloading", "ready"] * 2
+    assert [event["log_failure"].type for event in events if "log_failure" in event] == [LookupError]
+    yield service.stopService()

@@ -1,0 +1,154 @@
+"""The start of a serving process, and everything that can fail in it."""
+
+import socket
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.error import CannotListenError
+from twisted.internet.protocol import Factory
+from twisted.internet.testing import StringTransportWithDisconnection
+from twisted.logger import formatEvent
+from twisted.python.failure import Failure
+
+from rtservice.process.server import StartError, one_line
+from tests.support.served import Endpoint, Reactor, server
+
+
+def test_an_endpoint_that_cannot_listen_stops_the_start_with_its_description() -> None:
+    service, events = server(endpoints=[("x:1", Endpoint(fail(CannotListenError("x", 1, OSError("no way")))))])
+    with pytest.raises(StartError, match=r"--listen x:1: .*no way"):
+        service.privilegedStartService()
+    assert "no way" in str(formatEvent(events[-1]))
+
+
+def test_a_start_error_is_reported_by_twistd_and_printed_without_traceback() -> None:
+    assert issubclass(StartError, Exception)
+    assert issubclass(StartError, SystemExit)
+
+
+def test_an_endpoint_that_fails_later_stops_the_process_with_a_status(monkeypatch) -> None:
+    from twisted.internet import reactor
+
+    stops: list[int] = []
+    monkeypatch.setattr(reactor, "stop", lambda: stops.append(1))
+    result: Deferred = Deferred()
+    service, events = server(endpoints=[("x:1", Endpoint(result))])
+    service.privilegedStartService()
+    assert (service.exit_status, stops) == (0, [])
+    result.errback(OSError("too late"))
+    assert (service.exit_status, stops) == (1, [1])
+    assert "--listen x:1: too late" in str(formatEvent(events[-1]))
+
+
+class Unfit:
+    """A listener whose socket nothing can be done with, and what it is to be rid of."""
+
+    name = "tcp:192.0.2.1:7"
+    proxied = False
+    tls = None
+    shared = False
+    initial_fingerprint = ()
+    certificates = ()
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.socket = socket.socket()
+        self.socket.close()
+
+    def remove_file(self) -> None:
+        self.done.append("remove file")
+
+    def close(self) -> None:
+        self.done.append("close")
+
+
+def failing_factory(count: int, error: BaseException) -> Factory:
+    """One whose doStart raises, the second or a later time."""
+    factory = Factory()
+    factory.noisy = False
+    times = iter(range(count))
+
+    def start() -> None:
+        if next(times, None) is None:
+            raise error
+
+    factory.doStart = start  # type: ignore[method-assign]  # it is the test's own
+    return factory
+
+
+@pytest.mark.parametrize(
+    ("factory", "problem"),
+    [
+        (None, "tcp:192.0.2.1:7 did not start: OSError: "),
+        (failing_factory(0, KeyboardInterrupt()), "Factory did not start: KeyboardInterrupt"),
+        (failing_factory(0, SystemExit(0)), "Factory did not start: SystemExit: 0"),
+    ],
+    ids=["socket", "interrupt", "exit"],
+)
+def test_nothing_that_fails_in_a_start_is_lost(monkeypatch, factory, problem) -> None:
+    clock = Reactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    unfit: Any = Unfit()
+    reports: list[str | None] = []
+    service, events = server([unfit], factory=factory, report=reports.append)
+    service.startService()
+    assert [str(report)[: len(problem)] for report in reports] == [problem]
+    assert service.exit_status == 1
+    clock.advance(0)
+    service.stopService()
+    clock.advance(1)
+    assert unfit.done[-2:] == ["remove file", "close"]
+    assert all(event["log_level"].name == "debug" for event in events if "log_failure" in event)
+
+
+def test_a_status_server_that_cannot_start_ends_the_start(monkeypatch) -> None:
+    def fail_to_start(reactor: object) -> None:
+        raise LookupError("no page")
+
+    clock = Reactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    reports: list[str | None] = []
+    service, events = server(report=reports.append)
+    monkeypatch.setattr(service._status_server, "start", fail_to_start)
+    service.startService()
+    assert reports == ["the service did not start: LookupError: no page"]
+    assert service.exit_status == 1
+    # Nothing of the system's refuses this: who is to correct it needs the traceback.
+    assert [event["log_level"].name for event in events if "log_failure" in event] == ["error"]
+
+
+def test_an_exception_is_one_line_whatever_it_says_of_itself() -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise SystemExit(3)
+
+    assert one_line(Failure(ValueError("two\n  lines"))) == "ValueError: two lines"
+    assert one_line(Failure(ValueError())) == "ValueError"
+    assert one_line(Failure(MuteError())) == "MuteError"
+
+
+def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
+    endpoint = Endpoint(Deferred())
+    service, events = server(endpoints=[("x:1", endpoint)])
+    service.startService()  # as `twist` does, without the privileged half
+    endpoint.result.callback(endpoint)
+    assert formatEvent(events[-1]) == "listening on x:1 (an address)"
+    protocol = endpoint.factory.buildProtocol(None)
+    transport = StringTransportWithDisconnection()
+    transport.protocol = protocol
+    protocol.makeConnection(transport)
+    assert len(service.connections.open) == 1
+    transport.loseConnection()
+    assert events[-1]["listener"] == "x:1"
+    assert not service.connections.open
+    service.stopService()
+    assert endpoint.stopped == 1
+
+
+def test_an_endpoint_that_listens_at_once_needs_no_reactor() -> None:
+    endpoint = Endpoint(Deferred())
+    endpoint.result = succeed(endpoint)
+    service, events = server(endpoints=[("x:1", endpoint)])
+    service.privilegedStartService()
+    assert formatEvent(events[-1]) == "listening on x:1 (an address)"

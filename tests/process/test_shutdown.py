@@ -1,0 +1,121 @@
+"""The end of all connections, and protocols that are told of a drain."""
+
+import ssl
+from ipaddress import ip_network
+
+from twisted.internet.protocol import Factory, Protocol
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
+from zope.interface import implementer
+
+from rtservice.interfaces import IDrainable
+from tests.support.registry_world import IPV4, Flood, header, is_closed, is_served
+
+
+def test_close_all_sends_what_is_buffered_and_aborts_who_has_nothing(world) -> None:
+    one = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
+    reading = one.client()
+    one.client(port=one.add_port(proxied=True), first=b"PROXY ")
+    one.connections.close_all("drained")
+    one.clock.turn()
+    received = 0
+    while received < 10 << 20:
+        received += len(reading.recv(1 << 20))
+        one.clock.turn()
+    assert is_closed(reading)
+    one.leave(reading)
+    assert one.reasons == ["drained", "drained"]
+    assert (one.connections.ended, one.connections.aborted) == (2, 1)
+
+
+def test_close_all_closes_also_a_transport_that_is_its_own_producer_and_paused(world) -> None:
+    one = world()
+    client = one.client()
+    (connection,) = one.connections.open
+    connection.write(bytes(1 << 20))
+    assert connection.producer is connection
+    one.connections.close_all("drained")
+    received = 0
+    while received < (1 << 20) + 22:
+        one.clock.turn()
+        received += len(client.recv(1 << 20))
+    one.clock.turn()
+    assert is_closed(client)
+
+
+def test_abort_all_leaves_nobody_in_any_phase(world) -> None:
+    one = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
+    one.client()
+    one.client(port=one.add_port(proxied=True), first=b"PROXY ")
+    one.client(port=one.add_port(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
+    one.connections.abort_all("cut off")
+    one.connections.abort_all("cut off")
+    one.clock.turn()
+    assert one.reasons == ["cut off"] * 3
+    assert (one.connections.ended, one.connections.aborted) == (3, 3)
+    assert one.clock.getDelayedCalls() == []
+
+
+@implementer(IDrainable)
+class Polite(Protocol):
+    """Says goodbye."""
+
+    def drain(self) -> None:
+        self.transport.write(b"bye")
+
+
+@implementer(IDrainable)
+class Impolite(Protocol):
+    """Fails to."""
+
+    def drain(self) -> None:
+        raise ZeroDivisionError
+
+
+def test_a_protocol_that_wants_to_know_of_the_drain_is_told_once(world) -> None:
+    one = world(Factory.forProtocol(Polite), proxy_from=(ip_network(IPV4),))
+    first = one.client()
+    late = one.client(port=one.add_port(proxied=True))
+    one.connections.when_empty = lambda: None
+    for _ in range(3):
+        one.connections.tell_drain()
+        one.clock.turn()
+    assert first.recv(100) == b"bye"
+    late.sendall(header("192.0.2.9"))
+    one.clock.turn()
+    one.connections.tell_drain()
+    one.clock.turn()
+    assert late.recv(100) == b"bye"
+    assert len(one.connections.open) == 2
+
+
+def test_a_protocol_below_a_layer_that_wraps_it_is_told(world) -> None:
+    one = world(Factory.forProtocol(Polite))
+    client = one.client()
+    (connection,) = one.connections.open
+    layer = ProtocolWrapper(WrappingFactory(one.factory), connection.protocol)
+    connection.protocol = layer  # as startTLS does it with pyOpenSSL's contexts
+    one.connections.tell_drain()
+    one.clock.turn()
+    assert client.recv(100) == b"bye"
+
+
+def test_a_protocol_that_fails_in_drain_loses_its_own_connection(world) -> None:
+    one = world(Factory.forProtocol(Impolite))
+    one.client()
+    one.factory.protocol = Polite
+    bystander = one.client()
+    one.connections.tell_drain()
+    one.clock.turn()
+    assert bystander.recv(100) == b"bye"
+    assert len(one.connections.open) == 1
+    assert one.connections.aborted == 1
+    assert [event["log_failure"].type for event in one.events if "log_failure" in event] == [ZeroDivisionError]
+
+
+def test_a_protocol_that_knows_nothing_of_a_drain_is_left_alone(world) -> None:
+    one = world()
+    client = one.client()
+    one.connections.tell_drain()
+    one.clock.turn()
+    assert is_served(client)
+    assert len(one.connections.open) == 1

@@ -1,0 +1,216 @@
+"""Workers that die, hang or are stopped, and what clients see."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.clients import connect, echoes, greeted, is_greeted
+from tests.support.deadline import DEADLINE
+from tests.support.load import Load
+from tests.support.processes import accepted_by, alive, children, descriptors, freeze
+from tests.support.worker_sites import BLOCK, RAMBLE
+from tests.support.workers import TCP
+
+
+def test_of_a_killed_worker_only_its_open_connections_are_lost(workers, wait_for) -> None:
+    one = workers(TCP)
+    port = one.service.port
+    victim, other = one.settled(2)
+    clients = [greeted(port) for _ in range(40)]
+    doomed = accepted_by(victim, clients)
+    assert 5 < len(doomed) < 35
+
+    freeze(victim, wait_for)
+    queued = [connect(port) for _ in range(40)]
+    os.kill(victim, signal.SIGKILL)
+    one.wait_line(rf"worker \d \(pid {victim}\) has ended")
+    later = [connect(port) for _ in range(40)]
+
+    assert [client for client in clients if not echoes(client)] == doomed
+    assert all(is_greeted(client) and echoes(client) for client in (*queued, *later))
+    # There was somebody in the queue of the dead.
+    assert len(accepted_by(other, queued)) < len(queued)
+    one.settled(2)
+    for client in (*clients, *queued, *later):
+        client.close()
+    assert one.stop() == 0
+
+
+def test_while_a_worker_is_dead_or_silent_new_clients_are_served_by_the_others(workers, broken_site, tmp_path) -> None:
+    one = workers("--workers=3", TCP, **broken_site)
+    victim, silent, other = one.settled(3)
+    (tmp_path / "broken").touch()
+    os.kill(victim, signal.SIGKILL)
+    one.wait_line("gets a new worker in .*: --protocol echo: broken by design", count=3)
+    os.kill(silent, signal.SIGSTOP)
+    try:
+        wait = threading.Event()
+        wait.wait(4)  # by then it has been silent for three seconds, which nothing but a clock tells
+        clients = [greeted(one.service.port) for _ in range(40)]
+    finally:
+        os.kill(silent, signal.SIGCONT)
+    assert accepted_by(other, clients) == clients
+    for client in clients:
+        client.close()
+    (tmp_path / "broken").unlink()
+    one.settled(3)
+    assert one.stop() == 0
+
+
+def test_who_is_queued_for_a_dead_worker_is_served_when_the_service_stops(workers, broken_site, tmp_path) -> None:
+    one = workers(TCP, **broken_site)
+    victim, other = one.settled(2)
+    (tmp_path / "broken").touch()
+    os.kill(victim, signal.SIGSTOP)
+    os.kill(other, signal.SIGSTOP)
+    clients = [connect(one.service.port) for _ in range(40)]
+    os.kill(victim, signal.SIGKILL)
+    one.wait_line("gets a new worker in .*: --protocol echo: broken by design", count=3)
+    (tmp_path / "broken").unlink()
+    one.send(signal.SIGTERM)
+    os.kill(other, signal.SIGCONT)
+    assert all(is_greeted(client) and echoes(client) for client in clients)
+    assert 0 < len(accepted_by(other, clients)) < 40
+    for client in clients:
+        client.close()
+    assert one.service.process.wait(DEADLINE) == 0
+
+
+def test_a_frozen_worker_is_replaced_within_the_hang_timeout(workers, wait_for) -> None:
+    one = workers("--hang-timeout=2", TCP)
+    victim = one.of_slot(0)
+    freeze(victim, wait_for)
+    clients = [connect(one.service.port) for _ in range(20)]
+    line = one.wait_line(rf"worker 0 \(pid {victim}\) gave no sign of life for .* s: it is to print its stack")
+    assert 2 <= float(re.search(r"for ([0-9.]+) s:", line)[1]) < 4
+    one.wait_line(rf"worker 0 \(pid {victim}\) has ended: .*signal 9")
+    assert all(is_greeted(client) for client in clients)
+    for client in clients:
+        client.close()
+    one.settled(2)
+    assert one.stop() == 0
+
+
+def test_the_stack_of_a_blocked_worker_is_in_the_log_before_it_is_replaced(workers, site) -> None:
+    one = workers("--hang-timeout=2", TCP, **site)
+    victim = one.of_slot(1)
+    os.kill(victim, BLOCK)
+    one.wait_line(rf"worker 1 \(pid {victim}\) gave no sign of life")
+    one.wait_line(rf"worker 1 \(pid {victim}\) printed: .*in blocked_by_its_protocol")
+    one.wait_line(rf"worker 1 \(pid {victim}\) has ended: .*signal 9")
+    one.settled(2)
+    assert one.stop() == 0
+
+
+def test_a_worker_that_rambles_harms_only_itself(workers, site) -> None:
+    one = workers(TCP, **site)
+    victim = one.of_slot(0)
+    os.kill(victim, RAMBLE)
+    one.wait_line(rf"worker 0 \(pid {victim}\) violated the control protocol, and is killed: .*'no'")
+    one.settled(2)
+    assert one.stop() == 0
+
+
+def test_the_death_of_the_parent_is_the_end_of_its_workers_once_their_clients_have_ended(
+    workers, tmp_path, wait_for
+) -> None:
+    one = workers(TCP, "--listen=unix:s")
+    port, pids = one.service.port, one.settled(2)
+    clients = [*(greeted(port) for _ in range(10)), *(greeted(f"{tmp_path}/s") for _ in range(10))]
+    for pid in pids:
+        freeze(pid, wait_for)
+    queued = [*(connect(port) for _ in range(10)), *(connect(f"{tmp_path}/s") for _ in range(10))]
+    one.service.process.kill()
+    one.service.process.wait()
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert all(is_greeted(client) for client in queued)
+    wait_for(lambda: not (tmp_path / "s").exists())
+    for client in (*clients, *queued):
+        assert echoes(client)
+        client.close()
+    wait_for(lambda: not any(alive(pid) for pid in pids))
+    with pytest.raises(ConnectionRefusedError):
+        connect(port)
+
+
+def test_the_death_of_the_parent_is_survived_by_nobody_for_longer_than_the_drain_timeout(workers, wait_for) -> None:
+    one = workers("--drain-timeout=1", TCP)
+    pids = one.settled(2)
+    with greeted(one.service.port) as client:
+        one.service.process.kill()
+        assert client.recv(1) == b""
+    wait_for(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_workers_that_never_became_ready_do_not_outlive_their_parent(service, environment, tmp_path, wait_for) -> None:
+    command = [str(Path(sys.executable).with_name("twistd")), "-n", "--pidfile=", "rtservice", "--workers=3", TCP]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
+        pids = wait_for(lambda: (found := children(process.pid)) and len(found) == 3 and found)
+        process.kill()
+    wait_for(lambda: not any(alive(pid) for pid in pids))
+
+
+@pytest.mark.timeout(300)
+def test_whatever_happens_to_workers_the_service_is_there_afterwards(workers, manager, wait_for) -> None:
+    chance = random.Random(5)
+    one = workers("--workers=3", "--hang-timeout=1", "--drain-timeout=5", TCP, NOTIFY_SOCKET=manager.path)
+    port = one.service.port
+    wait_for(lambda: manager.messages and "3 of 3" in manager.messages[-1])
+    before = descriptors(one.pid)
+
+    def slots(ready: bool = True) -> int:
+        """How many there are; 0 unless all are ready, if that is asked for."""
+        serving = re.search(r"serving: (\d+) of (\d+) workers ready", manager.messages[-1])
+        return int(serving[2]) if serving and (serving[1] == serving[2] or not ready) else 0
+
+    # More than the minute that a slot without a worker may have to wait.
+    with Load(port=port, short=50, long=50, seed=5, patience=90) as load:
+        load.more(100)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            what = chance.choice((signal.SIGKILL, signal.SIGSTOP, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU))
+            # One that is stopped as it starts would only be missed after a minute.
+            pids = one.ready() if what == signal.SIGSTOP else one.pids()
+            if what in (signal.SIGKILL, signal.SIGSTOP):
+                if pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(chance.choice(pids), what)
+            elif not (what == signal.SIGTTIN and slots(ready=False) > 4):
+                one.send(what)
+            threading.Event().wait(0.1)
+        while not slots():
+            assert time.monotonic() < end + 80, "\n".join(one.lines("worker|slot")[-50:])
+            threading.Event().wait(0.1)
+        load.more(200)
+        count = load.stop()
+    assert count["refused"] == count["silent"] == 0, count
+    assert count["ok"] > 1000, count
+    assert one.service.process.poll() is None
+
+    def settled_slots() -> int:
+        """How many there are, when nothing that was asked for is still to be done."""
+        return slots() if len(set(manager.messages[-3:])) == 1 else 0
+
+    now = wait_for(settled_slots)
+    for number in [signal.SIGTTOU] * (now - 3) + [signal.SIGTTIN] * (3 - now):
+        now += 1 if number == signal.SIGTTIN else -1
+        one.send(number)
+        wait_for(lambda now=now: slots() == now)
+    began = time.monotonic()
+    for _ in range(100):
+        with greeted(port) as client:
+            assert echoes(client)
+    assert time.monotonic() - began < 5
+    one.settled(3)
+    wait_for(lambda: descriptors(one.pid) <= before)
+    assert one.stop() == 0

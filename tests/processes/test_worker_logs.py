@@ -1,0 +1,104 @@
+"""The log of a service with workers, and what its service manager is told."""
+
+import json
+import os
+import re
+import signal
+import textwrap
+
+from tests.support.clients import echoes, greeted
+from tests.support.deadline import DEADLINE
+from tests.support.load import Load, assert_nobody_lost
+from tests.support.worker_sites import DIE, FAIL, FLOOD
+from tests.support.workers import TCP
+
+
+def test_records_of_workers_are_in_the_log_with_their_slot_level_namespace_and_traceback(workers, site) -> None:
+    one = workers(TCP, **site)
+    os.kill(one.of_slot(1), FAIL)
+    one.wait_line(r"\[some\.protocol#critical worker 1\] it failed for somebody$")
+    one.wait_line(r"^\tbuiltins\.ZeroDivisionError: division by zero$")
+    one.wait_line(r"\[some\.protocol#warn worker 1\] a warning with \['a', 1\]$")
+    assert one.stop() == 0
+
+
+def test_a_logger_of_the_users_gets_the_fields_of_what_workers_log(workers, site, tmp_path) -> None:
+    (tmp_path / "site" / "mylogger.py").write_text(
+        textwrap.dedent(
+            """
+            import json, sys
+            from twisted.logger import ILogObserver, formatEvent
+            from zope.interface import directlyProvides
+            def observer():
+                def emit(event):
+                    fields = {k: v for k, v in event.items() if isinstance(v, (str, int, float))}
+                    failure = event.get("log_failure")
+                    fields["traceback"] = failure and failure.getTraceback()
+                    fields["level"] = event["log_level"].name
+                    print(json.dumps({**fields, "text": formatEvent(event)}), file=sys.__stdout__, flush=True)
+                directlyProvides(emit, ILogObserver)
+                return emit
+            """
+        )
+    )
+    one = workers("--listen=unix:s", twistd=("--logger=mylogger.observer",), **site)
+    ready = json.loads(one.wait_line(r'"text": "worker 0 .* is ready'))
+    os.kill(int(re.search(r"pid (\d+)", ready["worker"])[1]), FAIL)
+    event = json.loads(one.wait_line("it failed for somebody"))
+    assert (event["slot"], event["level"], event["log_namespace"]) == (0, "critical", "some.protocol")
+    assert (event["peer"], event["answer"]) == ("somebody", 42)
+    assert "in fails" in event["traceback"]
+    assert event["traceback"].strip().endswith("builtins.ZeroDivisionError: division by zero")
+    with greeted(f"{tmp_path}/s") as client:
+        assert echoes(client)
+    record = json.loads(one.wait_line("bytes_in"))
+    assert (record["bytes_in"], record["bytes_out"], record["level"]) == (5, 27, "info")
+    assert record["slot"] in (0, 1)
+
+
+def test_the_last_words_of_a_worker_are_in_the_log(workers, site) -> None:
+    one = workers(TCP, **site)
+    os.kill(one.of_slot(0), DIE)
+    one.wait_line(r"\[rtservice#error\] worker 0 \(pid \d+\) printed: these are\\x1b its last words$")
+    one.wait_line(r"worker 0 \(pid \d+\) printed: unfinished")
+    one.wait_line(r"worker 0 \(pid \d+\) has ended: .*signal 6")
+    one.settled(2)
+    assert one.stop() == 0
+
+
+def test_a_flood_of_records_costs_records_and_nobody_service(workers, site) -> None:
+    one = workers(TCP, **site)
+    with Load(port=one.service.port, short=4, long=4) as load:
+        os.kill(one.of_slot(0), FLOOD)
+        one.wait_line(r"worker 0\] \d+ records were dropped: too many at once")
+        load.more(50)
+        assert_nobody_lost(load.stop())
+    assert len(one.lines("a flood of")) < 50_000
+    assert one.stop() == 0
+
+
+def test_the_service_manager_hears_of_all_workers_at_once(workers, manager, wait_for) -> None:
+    one = workers("--workers=3", TCP, NOTIFY_SOCKET=manager.path, WATCHDOG_USEC="500000")
+    wait_for(lambda: manager.messages)
+
+    def changes() -> list[str]:
+        return [m for m in manager.messages if not m.startswith(("STATUS", "WATCHDOG", "EXTEND"))]
+
+    clients = [greeted(one.service.port) for _ in range(5)]
+    wait_for(lambda: "STATUS=serving: 3 of 3 workers ready, 5 connections open" in manager.messages)
+    one.send(signal.SIGHUP)
+    wait_for(lambda: len(changes()) == 3)
+    seen = len(manager.messages)
+    wait_for(lambda: manager.messages[seen:].count("WATCHDOG=1") >= 3)
+    one.send(signal.SIGTERM)
+    wait_for(lambda: len(changes()) == 4)
+    wait_for(lambda: any(m.startswith("EXTEND_TIMEOUT_USEC=") for m in manager.messages))
+    for client in clients:
+        client.close()
+    assert one.service.process.wait(DEADLINE) == 0
+    first, reloading, again, stopping = changes()
+    # A worker that has just started has not counted yet.
+    assert re.fullmatch(r"READY=1\nSTATUS=serving: 3 of 3 workers ready, 0 connections open", first)
+    assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", reloading)
+    assert re.fullmatch(r"READY=1\nSTATUS=serving: 3 of 3 workers ready, [0-5] connections open", again)
+    assert re.fullmatch(r"STOPPING=1\nSTATUS=draining: 3 of 3 workers ready, 5 connections open", stopping)

@@ -1,0 +1,146 @@
+"""Workers are replaced under load, and no client is lost."""
+
+import os
+import re
+import signal
+import time
+
+from tests.support.clients import connect, echoes, greeted
+from tests.support.load import Load, assert_nobody_lost
+from tests.support.processes import accepted_by, descriptors, freeze
+from tests.support.worker_sites import GROW
+from tests.support.workers import TCP
+
+
+def test_reloads_lose_nobody(workers) -> None:
+    one = workers(TCP)
+    before = set(one.pids())
+    with Load(port=one.service.port, short=32, long=32) as load:
+        load.more(100)
+        for count in range(1, 11):
+            one.send(signal.SIGHUP)
+            one.wait_line("reloaded: serving: 2 of 2 workers ready", count=count)
+        load.more(100)
+        assert_nobody_lost(load.stop())
+    assert not before & set(one.settled(2))
+    assert len(one.lines("is ready")) == 22
+    assert one.stop() == 0
+
+
+def test_more_and_fewer_workers_lose_nobody(workers) -> None:
+    one = workers(TCP)
+    with Load(port=one.service.port, short=32, long=32) as load:
+        load.more(100)
+        for count in range(1, 11):
+            one.send(signal.SIGTTIN)
+            one.wait_line(r"worker 2 \(pid \d+\) is ready", count=count)
+            load.more(50)
+            one.send(signal.SIGTTOU)
+            one.wait_line("slot 2 is gone", count=count)
+        load.more(100)
+        count = load.stop()
+        assert_nobody_lost(count)
+        assert count["longest"] < 1  # nobody had to send a SYN twice, or to wait for a worker that starts
+    one.settled(2)
+    assert one.stop() == 0
+
+
+def test_one_more_and_one_less_at_once_change_nothing_in_the_end(workers) -> None:
+    one = workers(TCP)
+    with Load(port=one.service.port, short=8, long=8) as load:
+        for _ in range(3):
+            one.send(signal.SIGTTIN)
+            one.send(signal.SIGTTOU)
+            load.more(100)
+        assert_nobody_lost(load.stop())
+    one.settled(2)
+
+
+def test_a_worker_that_is_killed_as_it_leaves_is_replaced_until_its_queue_is_served(workers, wait_for) -> None:
+    one = workers(TCP)
+    port = one.service.port
+    first, last = one.of_slot(0), one.of_slot(1)
+    clients = [greeted(port) for _ in range(40)]
+    freeze(last, wait_for)
+    queued = [connect(port) for _ in range(40)]
+    one.send(signal.SIGTTOU)
+    os.kill(last, signal.SIGCONT)
+    one.wait_line("worker 1\\] draining")
+    wait_for(lambda: len(accepted_by(first, queued)) + len(accepted_by(last, queued)) == 40)
+    freeze(last, wait_for)
+    os.kill(last, signal.SIGKILL)
+    one.wait_line(r"worker 1 \(pid \d+\) is ready", count=2)
+    one.wait_line("slot 1 is gone")
+    for client in (*clients, *queued):
+        client.close()
+    one.send(signal.SIGTTIN)
+    one.wait_line(r"worker 1 \(pid \d+\) is ready", count=3)
+    began = time.monotonic()
+    clients = [greeted(port) for _ in range(40)]
+    assert time.monotonic() - began < 1  # nobody sent a SYN twice
+    assert 0 < len(accepted_by(one.of_slot(1), clients)) < 40
+    for client in clients:
+        client.close()
+    assert one.stop() == 0
+
+
+def test_workers_may_be_added_and_removed_for_ever(workers, wait_for) -> None:
+    one = workers(TCP)
+    one.send(signal.SIGHUP)  # a start holds the terminal until it is over
+    one.wait_line("reloaded: ")
+    one.settled(2)
+    before = descriptors(one.pid)
+    for count in range(1, 13):
+        one.send(signal.SIGTTIN)
+        one.wait_line(r"worker 2 \(pid \d+\) is ready", count=count)
+        one.send(signal.SIGTTOU)
+        one.wait_line("slot 2 is gone", count=count)
+    wait_for(lambda: descriptors(one.pid) <= before)
+    assert one.stop() == 0
+
+
+def test_the_last_worker_stays(workers) -> None:
+    one = workers(TCP)
+    one.send(signal.SIGTTOU)
+    one.wait_line("slot 1 is gone")
+    one.send(signal.SIGTTOU)
+    one.wait_line("SIGTTOU: the last worker stays")
+    with greeted(one.service.port) as client:
+        assert echoes(client)
+    one.settled(1)
+
+
+def test_a_worker_that_is_told_to_end_is_replaced_first(workers) -> None:
+    one = workers(TCP)
+    with Load(port=one.service.port, short=16, long=16) as load:
+        load.more(100)
+        for _ in range(3):
+            old = one.settled(2)[0]
+            os.kill(old, signal.SIGTERM)
+            one.wait_line(rf"worker \d \(pid {old}\) has ended$")
+        assert_nobody_lost(load.stop())
+    assert one.stop() == 0
+
+
+def test_workers_that_reach_their_age_are_replaced_one_at_a_time_and_nobody_is_lost(workers) -> None:
+    one = workers("--workers=3", "--max-worker-age=2", TCP)
+    with Load(port=one.service.port, short=16, long=16) as load:
+        one.wait_line("has reached its age", count=6)
+        assert_nobody_lost(load.stop())
+    events = one.lines("has reached its age|is ready")[3:]
+    ages = ["age" in line for line in events]
+    assert ages[::2] == [True] * len(ages[::2])
+    assert ages[1::2] == [False] * len(ages[1::2])
+    assert one.stop() == 0
+
+
+def test_a_worker_that_has_grown_is_replaced_and_nobody_is_lost(workers, site) -> None:
+    one = workers("--max-worker-memory=150", TCP, **site)
+    grown = one.of_slot(0)
+    with Load(port=one.service.port, short=16, long=16) as load:
+        load.more(50)
+        os.kill(grown, GROW)
+        assert int(re.search(r"has (\d+) MiB of memory", one.wait_line(rf"\(pid {grown}\) has \d+ MiB"))[1]) > 200
+        one.wait_line(rf"\(pid {grown}\) has ended$")
+        assert_nobody_lost(load.stop())
+    assert len(one.lines("MiB of memory")) == 1

@@ -1,0 +1,124 @@
+"""The start of a service with workers, and its settings."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.clients import connect, echoes, greeted, is_greeted
+from tests.support.load import Load, assert_nobody_lost
+from tests.support.processes import accepted_by, children
+from tests.support.workers import TCP
+
+
+@pytest.mark.parametrize(
+    "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
+)
+def test_a_worker_that_cannot_start_stops_the_start_with_its_reason(
+    run, environment, broken_site, tmp_path, wait_for, twistd
+) -> None:
+    (tmp_path / "broken").touch()
+    environment |= broken_site
+    result = run(*twistd, "rtservice", "--workers=2", "--listen=unix:s")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    assert result.stderr.splitlines()[0] == "rtservice: --protocol echo: broken by design"
+    assert len(result.stderr.splitlines()) == (1 if "-n" in twistd else 3)  # twistd says where its log is
+    wait_for(lambda: not (tmp_path / "d.pid").exists())  # a daemon says why before it ends
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_new_worker_that_cannot_start_leaves_the_old_ones_serving(workers, broken_site, tmp_path) -> None:
+    one = workers(TCP, **broken_site)
+    pids = one.settled(2)
+    with Load(port=one.service.port, short=8, long=8) as load:
+        (tmp_path / "broken").touch()
+        one.send(signal.SIGHUP)
+        one.wait_line(
+            r"workers are not replaced: worker 0 \(pid \d+\) cannot take over: --protocol echo: broken by design"
+        )
+        load.more(50)
+        assert one.settled(2) == pids
+        (tmp_path / "broken").unlink()
+        one.send(signal.SIGHUP)
+        one.wait_line("reloaded: serving: 2 of 2 workers ready")
+        assert_nobody_lost(load.stop())
+    assert not set(one.settled(2)) & set(pids)
+
+
+def test_a_reload_with_a_mistake_changes_nothing(workers, tmp_path) -> None:
+    config = tmp_path / "rt.toml"
+    config.write_text("idle-timeout = 60\n")
+    one = workers("--config=rt.toml", TCP)
+    pids = one.settled(2)
+    config.write_text("idle-timeout = 1\nmax-connections = -1\n")
+    one.send(signal.SIGHUP)
+    assert "max-connections: '-1' is not" in one.wait_line("nothing is reloaded: ")
+    assert one.settled(2) == pids
+    with greeted(one.service.port) as client:
+        config.write_text("idle-timeout = 1\nbacklog = 3\n")
+        one.send(signal.SIGHUP)
+        one.wait_line("workers are replaced; changed: idle-timeout$")
+        one.wait_line("a restart is needed for what changed of backlog$")
+        one.wait_line(r"worker \d\] draining: ", count=2)
+        assert echoes(client)  # it is its old worker's
+    with greeted(one.service.port) as client:
+        assert client.recv(1) == b""
+    one.wait_line("worker .*, idle$")
+    assert one.stop() == 0
+
+
+def test_auto_is_one_worker_for_each_cpu_that_the_process_may_use(workers, service) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("this machine has one CPU")
+    one = workers("--workers=auto", TCP)
+    one.settled(len(cpus))
+    alone = service("--workers=auto", TCP, launcher=["taskset", "-c", str(cpus[0])])
+    assert children(alone.process.pid) == []
+    with alone.connect() as client:
+        assert is_greeted(client)
+
+
+def test_workers_run_with_what_the_interpreter_was_told(service) -> None:
+    one = service("--workers=2", TCP, launcher=[sys.executable, "-O", "-W", "error::SyntaxWarning", "-X", "utf8"])
+    for pid in children(one.process.pid):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        assert {b"-O", b"-Werror::SyntaxWarning"} <= {*command}
+        assert command[command.index(b"-X") + 1] == b"utf8"
+
+
+def test_connections_of_the_whole_service_are_divided_among_its_workers(workers, wait_for) -> None:
+    one = workers("--max-connections=7", "--at-limit=reject", TCP)
+    port = one.service.port
+
+    def fill(most: int) -> list[socket.socket]:
+        """Those clients of very many that are served."""
+        served: list[socket.socket] = []
+        for _ in range(100):
+            client = connect(port)
+            with contextlib.suppress(ConnectionResetError):
+                if is_greeted(client):
+                    served.append(client)
+                    continue
+            client.close()
+        assert len(served) == most
+        return served
+
+    served = fill(7)
+    shares = sorted(len(accepted_by(pid, served)) for pid in one.settled(2))
+    assert shares == [3, 4]
+    one.wait_line(r"worker \d\] refused 127\.0\.0\.1:\d+ on tcp:.*: --max-connections are open")
+    for client in served:
+        client.close()
+    wait_for(lambda: len(one.lines("bytes in")) == 7)
+    one.send(signal.SIGTTIN)
+    one.wait_line(r"worker 2 \(pid \d+\) is ready")
+    served = fill(7)
+    assert sorted(len(accepted_by(pid, served)) for pid in one.settled(3)) == [2, 2, 3]
+    for client in served:
+        client.close()

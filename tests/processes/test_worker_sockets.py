@@ -1,0 +1,270 @@
+"""Sockets of every kind, with workers."""
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.clients import connect, greeted
+from tests.support.deadline import DEADLINE
+from tests.support.load import Load, assert_nobody_lost
+from tests.support.processes import alive, children
+from tests.support.workers import TCP
+from twisted import plugins
+
+# --- balance ---
+
+
+def test_connections_one_after_another_are_spread_evenly(workers, wait_for) -> None:
+    one = workers("--workers=4", TCP)
+    port = one.service.port
+    for _ in range(800):
+        with greeted(port) as client:
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+    wait_for(lambda: len(one.lines("bytes in")) == 800)
+    counts = Counter(re.search(r"worker (\d)", line)[1] for line in one.lines("bytes in"))
+    assert len(counts) == 4
+    assert max(counts.values()) <= 1.5 * min(counts.values()), counts
+
+
+# --- sockets of every kind ---
+
+
+@pytest.fixture
+def privileged_port() -> int:
+    """A free port below 1024."""
+    if os.getuid() != 0:
+        pytest.skip("only root can bind a privileged port and change the user")
+    for port in range(1023, 600, -1):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("every port below 1024 is in use")
+
+
+def nobody_can_run(interpreter: str) -> bool:
+    try:
+        result = subprocess.run([interpreter, "-c", "import ssl"], user="nobody", group="nogroup", cwd="/", check=False)
+    except OSError:
+        return False
+    return result.returncode == 0
+
+
+@pytest.fixture
+def run_for_all(environment) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Runs twistd with an interpreter and packages that every user can run and read; the tests' own may be root's."""
+    interpreters = [sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"]
+    interpreter = next(filter(nobody_can_run, interpreters), None)
+    if interpreter is None:
+        pytest.skip("no interpreter of the version of this one that the user nobody can run")
+    with tempfile.TemporaryDirectory() as name:
+        packages = Path(name)
+        packages.chmod(0o755)
+        for module in ("twisted", "zope.interface", "attr", "attrs", "automat", "constantly", "hyperlink", "idna"):
+            copy_package(module, packages)
+        for module in ("incremental", "typing_extensions", "rtservice"):
+            copy_package(module, packages)
+        plugin = next(Path(place) / "rtservice_plugin.py" for place in plugins.__path__ if has_plugin(Path(place)))
+        shutil.copy(plugin, packages / "twisted" / "plugins")
+
+        def run(*arguments: str) -> subprocess.CompletedProcess:
+            twistd = [interpreter, "-c", "from twisted.scripts.twistd import run; run()"]
+            env = {**environment, "PYTHONPATH": name}
+            # Groups of root's, which nobody else is to have.
+            groups = [4, 27] if os.getuid() == 0 else None
+            return subprocess.run(
+                [*twistd, *arguments], env=env, capture_output=True, text=True, timeout=DEADLINE, extra_groups=groups
+            )
+
+        yield run
+
+
+def has_plugin(directory: Path) -> bool:
+    return (directory / "rtservice_plugin.py").exists()
+
+
+def copy_package(module: str, to: Path) -> None:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin)
+    target = to / module.replace(".", "/")
+    if source.name == "__init__.py":
+        shutil.copytree(source.parent, target, ignore=shutil.ignore_patterns("test", "__pycache__"))
+    else:
+        shutil.copy(source, to)
+
+
+@pytest.fixture
+def public_directory() -> Iterator[Path]:
+    """A directory that every user can reach and write; pytest's own are the user's alone."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        yield Path(name)
+
+
+def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_only_root_reads(
+    run_for_all, public_directory, privileged_port, certificates, wait_for
+) -> None:
+    here, port = public_directory, privileged_port
+    shutil.copy(certificates["server.pem"], here)
+    shutil.copy(certificates["server.key"], here)
+    (here / "server.key").chmod(0o600)
+    log = here / "d.log"
+    log.touch()
+    shutil.chown(log, "nobody")  # or twistd could not rotate it
+    result = run_for_all(
+        *(f"--pidfile={here}/d.pid", f"--logfile={log}", f"--rundir={here}", "--uid=nobody", "--gid=nogroup"),
+        *("rtservice", "--workers=2", "--listen=unix:s:mode=666"),
+        f"--listen=ssl:{port}:interface=127.0.0.1:privateKey=server.key:certKey=server.pem",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    pid = int((here / "d.pid").read_text())  # the command returns when all of it serves
+    pids = children(pid)
+    try:
+        wait_for(lambda: "listening on" in log.read_text())
+        assert len(pids) == 2
+        for process in (pid, *pids):
+            status = Path(f"/proc/{process}/status").read_text()
+            assert set(re.search(r"Uid:(.*)", status)[1].split()) == {"65534"}
+            assert set(re.search(r"Gid:(.*)", status)[1].split()) == {"65534"}
+            assert set(re.search(r"Groups:(.*)", status)[1].split()) == {"65534"}
+        with (
+            Load(port=port, short=4, long=4, ca=certificates["ca.pem"]) as load,
+            Load(path=f"{here}/s", short=4, long=4) as local,
+        ):
+            load.more(20)
+            for count in range(1, 4):
+                os.kill(pid, signal.SIGTTIN)
+                wait_for(lambda count=count: len(re.findall("worker 2 .* is ready", log.read_text())) == count)
+                load.more(20)
+                os.kill(pid, signal.SIGTTOU)
+                wait_for(lambda count=count: len(re.findall("slot 2 is gone", log.read_text())) == count)
+            pids = children(pid)
+            os.kill(pid, signal.SIGHUP)
+            # Nobody of these can read the key: whoever serves, serves on.
+            line = wait_for(lambda: re.search("nothing is reloaded: .*", log.read_text()))[0]
+            assert "server.key" in line
+            load.more(20)
+            os.kill(pid, signal.SIGUSR1)
+            wait_for(lambda: (here / "d.log.1").exists())
+            load.more(20)
+            wait_for(lambda: "bytes in" in log.read_text())
+            assert_nobody_lost(load.stop())
+            assert_nobody_lost(local.stop())
+        assert children(pid) == pids
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not any(alive(process) for process in (pid, *pids)))
+    assert {path.name for path in here.iterdir()} == {"d.log", "d.log.1", "server.pem", "server.key"}
+    assert re.search(r"\[rtservice#info\] drained: \d+ ended, 0 aborted", log.read_text())
+    assert len(re.findall(r"worker \d\] drained: ", log.read_text())) == 2
+
+
+def test_more_slots_than_were_bound_before_privileges_were_dropped_are_refused(
+    run_for_all, public_directory, privileged_port, wait_for
+) -> None:
+    here = public_directory
+    log = here / "d.log"
+    result = run_for_all(
+        *(f"--pidfile={here}/d.pid", f"--logfile={log}", f"--rundir={here}", "--uid=nobody", "rtservice"),
+        *("--workers=2", f"--listen=tcp:{privileged_port}:interface=127.0.0.1"),
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    pid = int((here / "d.pid").read_text())
+    pids = children(pid)
+    try:
+        for process in (pid, *pids):
+            status = Path(f"/proc/{process}/status").read_text()
+            for field in ("Uid", "Gid", "Groups"):  # without --gid
+                assert set(re.search(rf"{field}:(.*)", status)[1].split()) == {"65534"}
+        for slot in range(2, 10):
+            os.kill(pid, signal.SIGTTIN)
+            wait_for(lambda slot=slot: f"worker {slot} " in log.read_text())
+        os.kill(pid, signal.SIGTTIN)
+        wait_for(lambda: re.search("no worker can be added: tcp:.* has no reserve socket left: 8 ", log.read_text()))
+        pids = wait_for(lambda: len(found := children(pid)) == 10 and found)
+        for _ in range(20):
+            greeted(privileged_port).close()
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: not any(alive(process) for process in (pid, *pids)))
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-socket-activate") is None,
+    reason="systemd-socket-activate (Debian: systemd) is not installed",
+)
+def test_sockets_of_a_service_manager_are_shared_by_the_workers(workers, tmp_path, wait_for) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path = f"{tmp_path}/activated"
+    knocker = threading.Thread(target=lambda: (wait_for(lambda: os.path.exists(path)), greeted(path).close()))
+    knocker.start()  # whoever comes first starts the service
+    activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}", "-l", path, "-E", "PYTHONUNBUFFERED=1"]
+    one = workers("--listen=systemd:", launcher=activate)
+    knocker.join(DEADLINE)
+    with Load(port=port, short=16, long=16) as load, Load(path=path, short=16, long=16) as local:
+        for count in range(1, 4):
+            load.more(30)
+            local.more(30)
+            one.send(signal.SIGHUP)
+            one.wait_line("reloaded: ", count=count)
+            one.send(signal.SIGTTIN)
+            one.wait_line(r"worker 2 \(pid \d+\) is ready", count=count)
+            one.send(signal.SIGTTOU)
+            one.wait_line("slot 2 is gone", count=count)
+        assert_nobody_lost(load.stop())
+        assert_nobody_lost(local.stop())
+    assert one.stop() == 0
+    assert os.path.exists(path)
+
+
+def test_reloads_lose_nobody_with_tls_after_a_proxy_header_and_on_a_unix_socket(
+    workers, certificates, tmp_path
+) -> None:
+    tls = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
+    one = workers(f"--listen=proxy:ssl:0:interface=127.0.0.1:{tls}", "--listen=unix:s")
+    port = int(one.wait_line("listening on proxy:ssl:").rpartition(":")[2])
+    with (
+        Load(port=port, short=8, long=8, ca=certificates["ca.pem"], proxied=True) as load,
+        Load(path=f"{tmp_path}/s", short=8, long=8) as local,
+    ):
+        for count in range(1, 4):
+            load.more(20)
+            one.send(signal.SIGHUP)
+            one.wait_line("reloaded: ", count=count)
+        assert_nobody_lost(load.stop())
+        assert_nobody_lost(local.stop())
+    one.wait_line(r"worker \d\] 192\.0\.2\.1:4711 on proxy:ssl:")
+    assert one.stop() == 0
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_renewed_certificate_is_shown_by_every_worker_after_a_reload(workers, certificates, tmp_path) -> None:
+    for name in ("server.pem", "server.key"):
+        shutil.copy(certificates[name], tmp_path)
+    one = workers("--listen=ssl:0:interface=127.0.0.1:privateKey=server.key:certKey=server.pem")
+    for name in ("pem", "key"):
+        shutil.copy(certificates[f"rsa.{name}"], tmp_path / f"server.{name}")
+    one.send(signal.SIGHUP)
+    one.wait_line(r"worker \d\] draining: ", count=2)
+    wanted = ssl.PEM_cert_to_DER_cert(Path(certificates["rsa.pem"]).read_text())
+    context = ssl.create_default_context(cafile=certificates["ca.pem"])
+    for _ in range(20):
+        with context.wrap_socket(connect(one.service.port), server_hostname="localhost") as client:
+            assert client.getpeercert(binary_form=True) == wanted
+    assert one.stop() == 0

@@ -1,0 +1,128 @@
+"""The stop of a service with workers."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.clients import connect, echoes, greeted
+from tests.support.deadline import DEADLINE
+from tests.support.load import Load
+from tests.support.processes import accepted_by
+from tests.support.workers import TCP, Workers
+
+
+@pytest.mark.parametrize("whom", ["the parent", "all processes"])
+def test_a_stop_resets_nobody(workers, whom) -> None:
+    one = workers(TCP)
+    with Load(port=one.service.port, short=32, long=32) as load:
+        load.more(100)
+        for pid in (one.pid, *(one.pids() if whom == "all processes" else ())):
+            os.kill(pid, signal.SIGTERM)
+        assert one.service.process.wait(DEADLINE) == 0
+        count = load.stop()
+    assert count["refused"] > 0
+    assert count["reset"] == count["cut"] == count["silent"] == count["lost"] == 0, count
+    assert one.lines(r"\[rtservice#info\] drained: \d+ ended, 0 aborted")
+
+
+LISTEN = (TCP, "--listen=tcp6:0", "--listen=unix:s")
+
+
+def addresses_of(one: Workers, directory: Path) -> list[Any]:
+    """Where it can be reached: IPv4, IPv6, and a path."""
+    lines = [one.wait_line(rf"listening on tcp:{host}:\d+$") for host in (r"127\.0\.0\.1", r"\[::\]")]
+    port, port6 = (int(line.rpartition(":")[2]) for line in lines)
+    return [port, ("::1", port6, 0, 0), f"{directory}/s"]
+
+
+def assert_a_successor_takes_over(workers: Callable[..., Workers], addresses: list[Any], wait_for: Any) -> Workers:
+    """New clients of a service that drains are refused, and another serves on the same addresses."""
+
+    def refused(address: Any) -> bool:
+        try:
+            connect(address).close()  # when it is not told yet, or its signal has not come
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        return False
+
+    for address in addresses:
+        wait_for(lambda address=address: refused(address))
+    port, (_, port6, *_), path = addresses
+    listen = f"--listen=tcp:{port}:interface=127.0.0.1", f"--listen=tcp6:{port6}", f"--listen=unix:{path}"
+    successor = workers(*listen)
+    for address in addresses:
+        greeted(address).close()
+    return successor
+
+
+def test_who_comes_during_a_drain_is_refused_and_a_successor_can_listen(workers, tmp_path, wait_for) -> None:
+    one = workers(*LISTEN)
+    addresses = addresses_of(one, tmp_path)
+    # Sockets that were taken from the spares, and given back.
+    one.send(signal.SIGTTIN)
+    one.wait_line(r"worker 2 \(pid \d+\) is ready")
+    one.send(signal.SIGTTOU)
+    one.wait_line("slot 2 is gone")
+    pids = one.settled(2)
+    old = [greeted(address) for address in addresses]
+    idle = next(pid for pid in pids if not accepted_by(pid, old[:1]))
+    one.send(signal.SIGINT)
+    one.wait_line(r"worker \d\] draining: ", count=3)
+    os.kill(idle, signal.SIGKILL)  # it is not replaced, and nobody has its sockets
+    successor = assert_a_successor_takes_over(workers, addresses, wait_for)
+    assert echoes(old[0])
+    assert one.service.process.poll() is None
+    for client in old:
+        client.close()
+    assert one.service.process.wait(DEADLINE) == 0
+    for address in addresses:  # the file of the path is the successor's
+        greeted(address).close()
+    assert successor.stop() == 0
+
+
+@pytest.mark.parametrize("change", ["reloaded", "replaced", "reduced"])
+def test_workers_that_were_being_replaced_when_all_stopped_keep_no_address(workers, tmp_path, wait_for, change) -> None:
+    one = workers(*LISTEN)
+    addresses = addresses_of(one, tmp_path)
+    pids = one.settled(2)
+    clients = [greeted(address) for address in addresses * 10]  # some of each worker's
+    match change:
+        case "reloaded":  # the old workers drain
+            one.send(signal.SIGHUP)
+            one.wait_line(r"worker \d\] draining: ", count=2)
+        case "replaced":  # successors start
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+            wait_for(lambda: len(one.pids()) > 2)
+        case "reduced":  # the last slot drains
+            one.send(signal.SIGTTOU)
+            one.wait_line(r"worker 1\] draining: ")
+    one.send(signal.SIGTERM)
+    successor = assert_a_successor_takes_over(workers, addresses, wait_for)
+    assert all(echoes(client) for client in clients)
+    for client in clients:
+        client.close()
+    assert one.service.process.wait(DEADLINE) == 0
+    assert one.left() == []
+    for address in addresses:
+        greeted(address).close()
+    assert successor.stop() == 0
+
+
+def test_a_second_signal_ends_the_drain(workers, wait_for) -> None:
+    one = workers(TCP)
+    with greeted(one.service.port) as client:
+        one.send(signal.SIGTERM)
+        one.wait_line("draining: 1 connection")
+        assert echoes(client)
+        # Those of the first half second are the first one once more.
+        wait_for(lambda: one.send(signal.SIGTERM) or one.lines("SIGTERM: not waiting any longer"))
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+        assert one.service.process.wait(DEADLINE) == 128 + signal.SIGTERM
+    one.wait_line(r"\[rtservice#info\] drained: 0 ended, 1 aborted")

@@ -1,0 +1,22 @@
+"""Wait in the reactor until something is true."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.task import deferLater
+
+from tests.support.deadline import DEADLINE
+from tests.support.tls_service import nothing
+
+
+@pytest_twisted.inlineCallbacks
+def eventually(true: Callable[[], Any]) -> Any:
+    """Fires when the function gives something true, with that."""
+    end = time.monotonic() + DEADLINE
+    while not (value := true()):
+        assert time.monotonic() < end, "the deadline has passed"
+        yield deferLater(reactor, 0.002, nothing)
+    return value

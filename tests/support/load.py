@@ -1,0 +1,71 @@
+"""Many clients at once, in a process of their own."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.support.deadline import DEADLINE
+
+
+class Load:
+    """The clients of load.py, with these arguments for its `Clients`. To be used in a `with`."""
+
+    def __init__(self, **arguments: Any) -> None:
+        program = Path(__file__).parents[1] / "processes" / "load.py"
+        self._process = subprocess.Popen(
+            [sys.executable, str(program), json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def count(self) -> dict[str, Any]:
+        """What it has counted so far."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def more(self, connections: int) -> None:
+        """Wait until so many more connections have ended well."""
+        wanted = self.count()["ok"] + connections
+        end = time.monotonic() + DEADLINE
+        while (count := self.count())["ok"] < wanted:
+            assert time.monotonic() < end, count
+            threading.Event().wait(0.02)
+
+    def stop(self) -> dict[str, Any]:
+        """Have every client end its connection; gives the last count."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        answer = self._answer()
+        self._process.wait(DEADLINE)
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+
+def assert_nobody_lost(count: dict[str, Any]) -> None:
+    assert {**count, "ok": 0, "p50": 0, "p99": 0, "longest": 0} == {
+        **{"ok": 0, "refused": 0, "reset": 0, "cut": 0, "silent": 0, "lost": 0},
+        **{"p50": 0, "p99": 0, "longest": 0, "problems": []},
+    }

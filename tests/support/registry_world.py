@@ -1,0 +1,182 @@
+"""A Registry with its ports and clients from any address, on a clock that the test moves."""
+
+import select
+import socket
+import ssl
+from dataclasses import replace
+from typing import Any, cast
+
+from twisted.internet.error import ConnectionDone
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock
+from twisted.logger import Logger, formatEvent
+from twisted.python.failure import Failure
+
+from rtservice.net.port import Port
+from rtservice.process.registry import (
+    Limits,
+    Registry,
+)
+from rtservice.protocols.echo import EchoFactory
+
+
+class Queue:
+    """A listening socket whose clients come from wherever a test says."""
+
+    family = socket.AF_UNIX
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[socket.socket, Any]] = []
+        self._descriptor = socket.socket()
+        self.fileno = self._descriptor.fileno
+        self.close = self._descriptor.close
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if not self.waiting:
+            raise BlockingIOError
+        return self.waiting.pop(0)
+
+
+class Reactor(Clock):
+    """The part of a reactor that connections need; `turn` handles what there is to handle now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: set[Any] = set()
+        self.writers: set[Any] = set()
+        self.addReader, self.removeReader = self.readers.add, self.readers.discard
+        self.addWriter, self.removeWriter = self.writers.add, self.writers.discard
+
+    def getReaders(self) -> list[Any]:
+        return list(self.readers)
+
+    def turn(self) -> None:
+        busy = True
+        while busy:
+            busy = False
+            for port in [one for one in self.readers if isinstance(one, Port)]:
+                if port in self.readers and port.socket.waiting:  # not paused by the one before it
+                    busy = True
+                    port.doRead()
+            selectables = [one for one in self.readers if not isinstance(one, Port)]
+            readable, writable, _ = select.select(selectables, list(self.writers), [], 0)
+            for one in readable:
+                busy = True
+                why = one.doRead()
+                if isinstance(why, ConnectionDone):
+                    self.readers.discard(one)
+                    one.readConnectionLost(Failure(why))
+                elif why:
+                    one.connectionLost(Failure(why))
+            for one in writable:
+                busy = True
+                one.doWrite()
+        self.advance(0)  # what was to be done later
+
+
+IPV4 = "192.0.2.1"
+
+
+class World:
+    """A register, its ports and its clients, on a clock that stands still until `advance`."""
+
+    def __init__(self, factory: Factory | None = None, **limits: Any) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.clock = Reactor()
+        self.factory = factory or EchoFactory()
+        self.limits = Limits(**{"max_connections": 100, **limits})
+        self.connections = Registry(Logger(observer=self.events.append), self.limits)
+        self.connections.start(self.clock)
+        self.clients: list[socket.socket] = []
+        self.port = self.add_port()
+
+    def add_port(self, *, proxied: bool = False, tls: ssl.SSLContext | None = None) -> Port:
+        port = Port(
+            self.clock,
+            cast(Any, Queue()),
+            self.factory,
+            name="test",
+            proxied=proxied,
+            tls=tls,
+            opened=self.connections.opened,
+            identified=self.connections.identified,
+            closed=self.connections.closed,
+        )
+        self.connections.ports.append(port)
+        port.startListening()
+        return port
+
+    def client(self, host: str | None = IPV4, port: Port | None = None, first: bytes = b"") -> socket.socket:
+        """A client from this address (None: of a UNIX socket) that has sent this, and whatever follows from it."""
+        near, far = socket.socketpair()
+        far.settimeout(0)
+        far.sendall(first)
+        address: Any = "" if host is None else (host, 1, 0, 0) if ":" in host else (host, 1)
+        (port or self.port).socket.waiting.append((near, address))  # type: ignore[attr-defined]  # a Queue
+        self.clients += [near, far]
+        self.clock.turn()
+        return far
+
+    def apply(self, **limits: Any) -> None:
+        self.limits = replace(self.limits, **limits)
+        self.connections.apply(self.limits)
+        self.clock.turn()
+
+    def leave(self, client: socket.socket) -> None:
+        client.close()
+        self.clock.turn()
+
+    def advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        self.clock.turn()
+
+    @property
+    def lines(self) -> list[str]:
+        return [str(formatEvent(event)) for event in self.events]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why connections ended, from their records."""
+        return [event["reason"] for event in self.events if "reason" in event]
+
+    def close(self) -> None:
+        self.connections.stop()
+        for sock in (*self.clients, *(port.socket for port in self.connections.ports)):
+            sock.close()
+
+
+def is_served(client: socket.socket) -> bool:
+    """Whether it was greeted; False while it waits."""
+    try:
+        return client.recv(100).startswith(b"Hello from the server!")
+    except BlockingIOError:
+        return False
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Whether it was closed without a byte."""
+    try:
+        return client.recv(100) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def header(source: str) -> bytes:
+    return f"PROXY TCP4 {source} 192.0.2.100 1 2\r\n".encode()
+
+
+def still_open(world: World, until: float, step: float = 0.25) -> None:
+    """Let time pass until `until`, and see that nobody is ended before."""
+    while world.clock.seconds() + step < until:
+        world.advance(step)
+        assert world.reasons == []
+    world.advance(until - world.clock.seconds())
+
+
+class Flood(Protocol):
+    """Sends more than any kernel holds for a peer."""
+
+    def connectionMade(self) -> None:
+        self.transport.write(bytes(10 << 20))

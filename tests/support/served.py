@@ -1,0 +1,111 @@
+"""A Server with fake listeners, endpoints and a clock that the test moves."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionAborted, ConnectionDone
+from twisted.internet.protocol import Factory
+from twisted.internet.testing import MemoryReactorClock
+from twisted.logger import Logger, formatEvent
+from twisted.python.failure import Failure
+
+from rtservice.process.registry import Limits
+from rtservice.process.server import RuntimeSettings, Server
+from rtservice.protocols.echo import EchoFactory
+
+
+class Endpoint:
+    """Listens as its result says."""
+
+    def __init__(self, result: Deferred) -> None:
+        self.result = result
+        self.stopped = 0
+
+    def listen(self, factory: Factory) -> Deferred:
+        self.factory = factory
+        return self.result
+
+    def getHost(self) -> str:
+        return "an address"
+
+    def stopListening(self) -> None:
+        self.stopped += 1
+
+
+def server(
+    listeners=(), endpoints=(), drain_timeout=0.0, factory=None, **more: Any
+) -> tuple[Server, list[dict[str, Any]]]:
+    events: list[dict[str, Any]] = []
+    log = Logger(observer=events.append)
+    live = RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=drain_timeout)
+    factory = factory or EchoFactory()
+    made = Server(factory, listeners=list(listeners), endpoints=list(endpoints), live=live, log=log, **more)
+    return made, events
+
+
+class Reactor(MemoryReactorClock):
+    """Runs already, and takes our descriptors without asking for a real one."""
+
+    stops = 0
+
+    def callWhenRunning(self, call: Callable, *arguments: Any) -> None:
+        call(*arguments)
+
+    def stop(self) -> None:
+        self.stops += 1
+
+    def addReader(self, reader: Any) -> None:
+        self.readers.add(reader)
+
+    def removeReader(self, reader: Any) -> None:
+        self.readers.discard(reader)
+
+
+class Held:
+    """A connection as the register sees one; what is asked of it is written down."""
+
+    unsent = bytes_in = bytes_out = 0
+    seen, still_since, opened = -1, 0.0, 0.0
+    disconnecting = peer_finished = False
+    error = None
+    port = SimpleNamespace(name="test")
+
+    def __init__(self, service: Server, phase: str = "open", protocol: Any = None) -> None:
+        self.service = service
+        self.phase = phase
+        self.protocol = protocol
+        self.asked: list[str] = []
+        service.connections.opened(self)
+
+    def getPeer(self) -> None:
+        return None
+
+    def close(self, why: str) -> None:
+        self.asked.append(f"close: {why}")
+        self.disconnecting = True
+
+    def abort(self, why: str) -> None:
+        self.asked.append(f"abort: {why}")
+        self.service.reactor.callLater(0, self.closes, ConnectionAborted())
+
+    def abortConnection(self) -> None:
+        self.abort("abort")
+
+    def closes(self, reason: Exception | None = None) -> None:
+        self.service.connections.closed(self, Failure(reason or ConnectionDone()))
+
+
+class Told:
+    """A protocol that counts how often it is told of a drain."""
+
+    def __init__(self) -> None:
+        self.drains = 0
+
+    def drain(self) -> None:
+        self.drains += 1
+
+
+def last(events: list[dict[str, Any]]) -> str:
+    return str(formatEvent(events[-1]))

@@ -1,0 +1,13 @@
+"""Marks for tests that run with one or both TLS libraries."""
+
+import importlib.util
+
+import pytest
+
+# Whose TLS it is: what is true of our own alone, and what also with Twisted's on our transport.
+needs_pyopenssl = pytest.mark.skipif(
+    importlib.util.find_spec("OpenSSL") is None, reason="pyOpenSSL (twisted[tls]) is not installed"
+)
+
+
+BOTH = pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])

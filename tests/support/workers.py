@@ -1,0 +1,66 @@
+"""A `twistd rtservice` with workers."""
+
+import re
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from tests.support.processes import born, children
+
+TCP = "--listen=tcp:0:interface=127.0.0.1"
+
+
+class Workers:
+    """A `twistd rtservice` with workers."""
+
+    def __init__(self, service: Any, wait_for: Callable[..., Any]) -> None:
+        self.service = service
+        self.pid: int = service.process.pid
+        self._wait_for = wait_for
+        self._seen: dict[int, str] = {}
+        self.pids()
+
+    def pids(self) -> list[int]:
+        """The workers, the oldest first."""
+        found = children(self.pid)
+        self._seen |= {pid: born(pid) for pid in found}
+        return found
+
+    def left(self) -> list[int]:
+        """Of all its workers that were ever looked at, those that are there."""
+        return [pid for pid, when in self._seen.items() if when and born(pid) == when]
+
+    def of_slot(self, slot: int) -> int:
+        """The one that was ready in a slot last."""
+        lines = [line for line in self.service.lines if re.search(rf"worker {slot} \(pid \d+\) is ready", line)]
+        return int(lines[-1].partition("(pid ")[2].partition(")")[0])
+
+    def send(self, number: int) -> None:
+        self.service.process.send_signal(number)
+
+    def ready(self) -> list[int]:
+        """The workers that serve or have served, the oldest first."""
+        ready = r"worker \d+ \(pid (\d+)\) is ready"
+        said = {int(match[1]) for line in list(self.service.lines) if (match := re.search(ready, line))}
+        return [pid for pid in self.pids() if pid in said]
+
+    def settled(self, count: int) -> list[int]:
+        """The workers, when there are so many, and all of them serve."""
+
+        def are_ready() -> list[int]:
+            found = self.pids()
+            return found if len(found) == count and self.ready() == found else []
+
+        return list(self._wait_for(are_ready))
+
+    def wait_line(self, pattern: str, count: int = 1) -> str:
+        return str(self.service.wait_line(pattern, count))
+
+    def lines(self, pattern: str) -> list[str]:
+        return [line for line in list(self.service.lines) if re.search(pattern, line)]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.pids()
+        status = int(self.service.stop(number))
+        assert self.left() == []
+        return status
