@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+
+from tests.support.commands import BIN
 
 # These are settings: what the developer's shell has must not decide what is tested.
 for name in [name for name in os.environ if name.startswith("RTSERVICE_")]:
@@ -28,8 +31,6 @@ if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
 
 # It imports what knows of a reactor; two of these are fixtures.
 from rtservice.testing import DEADLINE, Service, hosted, serve  # noqa: E402, F401  # as said
-
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture
@@ -195,3 +196,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if any("no systemd can be booted here" not in one.longrepr[2] for one in reporter.stats.get("skipped", ())):
         reporter.write_line("tests were skipped where everything they need is installed", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def trusting(certificates: Certificates) -> ssl.SSLContext:
+    """A client's context that trusts the root."""
+    return ssl.create_default_context(cafile=certificates["ca.pem"])

@@ -2,15 +2,13 @@
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 
 from rtservice.config.schema import all_settings
 from rtservice.net.description import FORMS, ListenError, parse
 from rtservice.net.listeners import read_description
-
-ROOT = Path(__file__).parent.parent
+from tests.support.repository import ROOT
 
 # What the documentation shows as one that is refused.
 REFUSED = {"::1:8080"}

@@ -8,21 +8,16 @@ import os
 import re
 import select
 import sys
-from pathlib import Path
 
 import pytest
 
-import rtservice
 from rtservice.config.render import reference
 from rtservice.config.schema import TOPICS, all_settings
 from rtservice.config.sources import variable
 from rtservice.config.values import as_text
 from rtservice.testing import DEADLINE
+from tests.support.repository import PACKAGE, ROOT
 from tests.test_imports import MAY_IMPORT
-
-ROOT = Path(__file__).parent.parent
-PACKAGE = Path(rtservice.__file__).parent  # that of the installed wheel, when that is what is tested
-
 
 # --- the reference of settings ---
 

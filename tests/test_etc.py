@@ -5,15 +5,14 @@ import shlex
 import shutil
 import subprocess
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from rtservice.config.schema import Settings, all_settings
 from rtservice.config.sources import load_settings
 from rtservice.tap import Options
+from tests.support.repository import ETC
 
-ETC = Path(__file__).parent.parent / "etc"
 SERVICES = ["rtservice.service", "rtservice-standalone.service"]
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze (Debian: systemd) is not installed"

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import rtservice
-
-PACKAGE = Path(rtservice.__file__).parent
+from tests.support.repository import PACKAGE
 
 # What each part may import of ours, beside itself. A file that knows more than its package has its own entry.
 MAY_IMPORT = {

@@ -1,11 +1,13 @@
 """Listeners and served factories, closed at the end of each test."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
+from twisted.logger import LogLevel, globalLogPublisher
 
 from rtservice.net.listener import Listener
 from rtservice.net.listeners import open_description
@@ -78,3 +80,17 @@ def open_secure(certificates):
     yield open_one
     for listener in listeners:
         listener.close()
+
+
+@pytest.fixture
+def logged() -> Iterator[list[Any]]:
+    """The errors that are logged during the test."""
+    events: list[Any] = []
+
+    def observe(event: Any) -> None:
+        if event["log_level"] >= LogLevel.error:
+            events.append(event)
+
+    globalLogPublisher.addObserver(observe)
+    yield events
+    globalLogPublisher.removeObserver(observe)

@@ -12,13 +12,12 @@ import pytest
 from rtservice.net import groups, openssl
 from rtservice.net.groups import GROUP_LISTS, SSL_GROUPS, client_hello
 from rtservice.net.tls import DirectoryTLS, ServerTLS
+from tests.support.tls_libraries import LIBRARIES
 
 # Numbers of RFC 8446, section 4.2.7, and a public key.
 X25519, P256, P384, P521, X448 = 29, 23, 24, 25, 30
 FFDHE = {2048: 256, 3072: 257, 4096: 258, 6144: 259, 8192: 260}
 SHARE = X25519, b"\x09" + bytes(31)
-
-LIBRARIES = pytest.mark.parametrize("library", ["ssl", "pyopenssl"])
 
 
 @pytest.fixture

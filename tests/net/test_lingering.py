@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 from rtservice.net.connection import Connection
 from rtservice.net.port import Port
 from tests.support.deadline import DEADLINE
-from tests.support.fake_socket import Reactor
+from tests.support.fake_reactor import FakeReactor
 from tests.support.recording import Recording
 from tests.support.reset import reset
 
@@ -87,7 +87,7 @@ class Ending:
     """A connection with a client, on the test's clock: everything is sent, and what came from the client is unread."""
 
     def __init__(self, unread: bytes = b"unread") -> None:
-        self.clock = Reactor()
+        self.clock = FakeReactor()
         self.factory = Recording()
         with socket.create_server(("127.0.0.1", 0)) as listening:
             self.client = socket.create_connection(listening.getsockname(), timeout=DEADLINE)
@@ -204,7 +204,7 @@ def test_an_end_of_ours_does_not_wait_for_a_producer_and_lets_it_know() -> None:
     for streaming, itself in ((True, False), (False, False), (True, True)):
         near, far = socket.socketpair()
         near.setblocking(False)
-        clock, factory = Reactor(), Recording()
+        clock, factory = FakeReactor(), Recording()
         connection = Connection(clock, near, Port(clock, near, factory, name="test"), None, 1)
         connection.connect_protocol()
         connection.registerProducer(connection if itself else Producer(), streaming)

@@ -24,10 +24,8 @@ from rtservice.net.tls import (
 )
 from rtservice.net.tls_bounds import MAX_CLIENT_CERTIFICATES
 from rtservice.net.tls_memory import MemoryTLS
-
-LIBRARIES = pytest.mark.parametrize("library", ["ssl", "pyopenssl"])
-VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
-
+from tests.support.tls_libraries import LIBRARIES
+from tests.support.tls_versions import VERSIONS
 
 # The second is all that pyOpenSSL says.
 REVOKED = r"(?i)certificate revoked|certificate verify failed'"

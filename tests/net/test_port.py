@@ -16,16 +16,17 @@ from twisted.python.failure import Failure
 
 from rtservice.net.port import Port
 from tests.support.deadline import DEADLINE
-from tests.support.fake_socket import Listening, Reactor, listening
+from tests.support.fake_reactor import FakeReactor
+from tests.support.fake_socket import FakeListeningSocket, listening
 from tests.support.recording import Recording
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 def test_a_shortage_rests_the_listener_logs_once_and_resumes(code) -> None:
     logged: list[Any] = []
-    clock = Reactor()
+    clock = FakeReactor()
     problem = OSError(code, os.strerror(code))
-    port = Port(clock, Listening(problem, problem), Recording(), name="test")
+    port = Port(clock, FakeListeningSocket(problem, problem), Recording(), name="test")
     port.startListening()
     globalLogPublisher.addObserver(logged.append)
     try:
@@ -44,9 +45,9 @@ def test_a_shortage_rests_the_listener_logs_once_and_resumes(code) -> None:
 @pytest.mark.parametrize("code", [errno.ECONNABORTED, errno.EPERM, errno.EPROTO])
 def test_one_connection_that_failed_before_it_was_accepted_is_skipped(code) -> None:
     near, far = socket.socketpair()
-    clock = Reactor()
+    clock = FakeReactor()
     factory = Recording(on_connect=lambda protocol: protocol.transport.write(b"hello"))
-    port = Port(clock, Listening(OSError(code, "x"), (near, "")), factory, name="test")
+    port = Port(clock, FakeListeningSocket(OSError(code, "x"), (near, "")), factory, name="test")
     port.startListening()
     port.doRead()
     with near, far:
@@ -81,8 +82,8 @@ def test_a_resume_ends_no_rest() -> None:
 
 
 def test_a_port_that_is_paused_when_it_starts_accepts_nobody_until_it_is_resumed() -> None:
-    clock = Reactor()
-    port = Port(clock, Listening(), Recording(), name="test")
+    clock = FakeReactor()
+    port = Port(clock, FakeListeningSocket(), Recording(), name="test")
     port.resume()
     assert port not in clock.getReaders()
     port.pause()
@@ -252,10 +253,10 @@ def test_a_listener_that_finishes_serves_its_queue_and_nobody_who_comes_later(se
             assert answer == b"hello"
 
 
-def finishing(*results) -> tuple[Reactor, Port, Recording, list[bool]]:
+def finishing(*results) -> tuple[FakeReactor, Port, Recording, list[bool]]:
     """A port with a queue of these, on the test's clock, and whether it has finished."""
-    clock, factory, done = Reactor(), Recording(), []
-    port = Port(clock, Listening(*results), factory, name="test")
+    clock, factory, done = FakeReactor(), Recording(), []
+    port = Port(clock, FakeListeningSocket(*results), factory, name="test")
     port.startListening()
     return clock, port, factory, done
 

@@ -17,8 +17,6 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import ISSLTransport
-from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger, LogLevel, formatEvent
 
@@ -28,21 +26,17 @@ from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
 from rtservice.process.registry import Limits, Registry, end_reason
-
-DEADLINE = 20
+from tests.support.clients import is_closed
+from tests.support.deadline import DEADLINE
+from tests.support.proxy_headers import tlv, v2
+from tests.support.recording import Recording
+from tests.support.reset import reset
+from tests.support.timed_reactor import Timed
 
 CLIENT, SERVER = IPv4Address("TCP", "192.0.2.1", 56324), IPv4Address("TCP", "198.51.100.2", 443)
 GREETING = b"Hello!"
 
 # --- headers ---
-
-
-def v2(command: int, family: int, body: bytes = b"") -> bytes:
-    return b"\r\n\r\n\0\r\nQUIT\n" + struct.pack("!BBH", command, family, len(body)) + body
-
-
-def tlv(kind: int, value: bytes) -> bytes:
-    return struct.pack("!BH", kind, len(value)) + value
 
 
 INET = socket.inet_aton("192.0.2.1") + socket.inet_aton("198.51.100.2") + struct.pack("!HH", 56324, 443)
@@ -69,55 +63,29 @@ LOOPBACK = (ip_network("127.0.0.0/8"),)
 # --- the server's side ---
 
 
-class Recorder(Protocol):
-    """Echoes, and remembers what it could see from its first moment on."""
-
-    def connectionMade(self) -> None:
-        transport = self.transport
-        self.factory.seen.append((transport.getPeer(), transport.getHost(), transport.proxied))
-        self.factory.transports.append(transport)
-        transport.write(GREETING)
-
-    def dataReceived(self, data: bytes) -> None:
-        self.factory.received += data
-        self.transport.write(data)
-
-    def connectionLost(self, reason: Any) -> None:
-        self.factory.lost.append(reason.value)
-
-
-class Recording(Factory):
-    noisy = False
-    protocol = Recorder
+class Witness(Recording):
+    """Greets and echoes; records the addresses that protocols were built for, and what each saw in its first moment."""
 
     def __init__(self) -> None:
-        self.built: list[Any] = []  # the addresses that protocols were built for
+        super().__init__(on_connect=self.greet)
+        self.built: list[Any] = []
         self.seen: list[tuple[Any, Any, Any]] = []
-        self.transports: list[Any] = []
-        self.received = bytearray()
-        self.lost: list[Any] = []
 
     def buildProtocol(self, addr: Any) -> Any:
         self.built.append(addr)
         return super().buildProtocol(addr)
 
-
-class Timed:
-    """The reactor, with the timers of a Clock."""
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.callLater = self.clock.callLater
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(reactor, name)
+    def greet(self, protocol: Any) -> None:
+        transport = protocol.transport
+        self.seen.append((transport.getPeer(), transport.getHost(), transport.proxied))
+        transport.write(GREETING)
 
 
 class Served:
     """A port in service that expects headers."""
 
     def __init__(self, description: str, on: Any, tls: ssl.SSLContext | None, limits: Limits) -> None:
-        self.factory = Recording()
+        self.factory = Witness()
         (self.listener,) = open_description(description, backlog=100)
         self.address = self.listener.socket.getsockname()
         self.on = on
@@ -163,7 +131,7 @@ class Served:
 
 @pytest.fixture
 def serve():
-    """Serves a Recording on a free loopback port, or what the description says."""
+    """Serves a Witness on a free loopback port, or what the description says."""
     started: list[Served] = []
 
     def start(
@@ -231,11 +199,6 @@ def context(certificates) -> ssl.SSLContext:
     return ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
 
 
-@pytest.fixture
-def trusting(certificates) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=certificates["ca.pem"])
-
-
 # --- the client's side ---
 
 
@@ -274,20 +237,6 @@ def nothing_came(sock: socket.socket) -> bool:
         return True
     finally:
         sock.settimeout(DEADLINE)
-
-
-def is_closed(sock: socket.socket) -> bool:
-    """Waits until the other side closes without a word."""
-    try:
-        return sock.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
-def reset(sock: socket.socket) -> None:
-    """Close with RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 class TLS:
@@ -469,7 +418,7 @@ def exchange(one: Served, sock: socket.socket, header: bytes):
     answer = yield deferToThread(read, sock, 11)
     assert answer == b"Hello!hello"
     seen = one.factory.seen[-1]
-    transport = one.factory.transports[-1]
+    transport = one.factory.made[-1].transport
     assert (transport.getPeer(), transport.getHost(), transport.proxied) == seen
     assert transport.phase == "open"
     assert one.factory.built[-1] == seen[0]

@@ -12,15 +12,9 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 
 from rtservice.net import proxy
 from rtservice.net.proxy import Header, ProxyError, parse
-
-SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
-
+from tests.support.proxy_headers import SIGNATURE, tlv, v2
 
 # ---- making headers -------------------------------------------------------------------------------------------------
-
-
-def v2(command: int, family: int, body: bytes = b"", length: int | None = None) -> bytes:
-    return SIGNATURE + struct.pack("!BBH", command, family, len(body) if length is None else length) + body
 
 
 def inet(source="192.0.2.1", destination="198.51.100.2", ports=(56324, 443)) -> bytes:
@@ -34,10 +28,6 @@ def inet6(source="2001:db8::1", destination="2001:db8::2", ports=(56324, 443)) -
 
 def unix(source=b"", destination=b"/run/rt.sock") -> bytes:
     return source.ljust(108, b"\0") + destination.ljust(108, b"\0")
-
-
-def tlv(kind: int, value: bytes = b"") -> bytes:
-    return struct.pack("!BH", kind, len(value)) + value
 
 
 def crc32c(data: bytes) -> int:

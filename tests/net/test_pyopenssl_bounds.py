@@ -5,9 +5,7 @@ import gc
 import os
 import socket
 import ssl
-import struct
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +14,7 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.error import ConnectionLost
-from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from rtservice.net.connection import LOST, LocalClose
@@ -35,7 +32,13 @@ from rtservice.net.tls_bounds import (
     MAX_UNSENT_ANSWERS,
     TOO_MUCH_WITHOUT_DATA,
 )
+from tests.support.deadline import DEADLINE
+from tests.support.eventually import eventually
+from tests.support.recording import Recorder, Recording, nothing
 from tests.support.registered import reads
+from tests.support.reset import reset
+from tests.support.starttls import STARTTLS
+from tests.support.timed_reactor import Timed
 
 pytest.importorskip("OpenSSL.SSL", reason="pyOpenSSL (twisted[tls]) is not installed")
 
@@ -51,10 +54,6 @@ from tests.support.forge import (
     client_hello,
     record,
 )
-
-DEADLINE = 30
-STARTTLS = b"STARTTLS\r\n"
-
 
 # --- the client's side ---
 
@@ -145,45 +144,22 @@ FLOODS = [
 # --- the server's side ---
 
 
-class Recorder(Protocol):
-    factory: Any
-    transport: Any
-
-    def connectionMade(self) -> None:
-        self.received = bytearray()
-        self.factory.made.append(self)
+class StartingTLS(Recorder):
+    """Starts TLS when it is asked to."""
 
     def dataReceived(self, data: bytes) -> None:
         if data == STARTTLS:
             self.transport.write(b"+")
             self.transport.startTLS(self.factory.context)
-            return
-        self.received += data
-        self.factory.on_data(self, data)
-
-    def connectionLost(self, reason: Any) -> None:
-        self.factory.lost.append(reason.value)
-
-
-class Timed:
-    """The reactor, with the timers of a Clock."""
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.callLater = self.clock.callLater
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(reactor, name)
+        else:
+            super().dataReceived(data)
 
 
 class Served:
     """A port with `library=pyopenssl`, or one whose protocol starts TLS with Twisted's contexts."""
 
     def __init__(self, certificates: Any, *, begin: str = "ssl", on: Any = reactor, send_buffer: int = 0) -> None:
-        self.factory: Any = Factory.forProtocol(Recorder)
-        self.factory.noisy = False
-        self.factory.on_data = lambda protocol, data: None
-        self.factory.made, self.factory.lost = [], []
+        self.factory: Any = Recording(StartingTLS, on_data=nothing)
         key, chain = certificates["server.key"], certificates["server.pem"]
         self.factory.context = DefaultOpenSSLContextFactory(key, chain)
         files = "" if begin == "startTLS" else f":privateKey={key}:certKey={chain}:library=pyopenssl"
@@ -261,16 +237,6 @@ def fed(monkeypatch: Any) -> list[tuple[int, int, bool]]:
     return events
 
 
-@pytest_twisted.inlineCallbacks
-def eventually(true: Callable[[], Any]) -> Any:
-    """Fires when the function returns something true, with that."""
-    end = time.monotonic() + DEADLINE
-    while not (value := true()):
-        assert time.monotonic() < end, "the deadline has passed"
-        yield deferLater(reactor, 0.002)
-    return value
-
-
 def assert_bounded(events: list[tuple[int, int, bool]]) -> None:
     for size, records, done in events:
         assert size <= (FULL_READ if done else FIRST_READ)
@@ -323,7 +289,7 @@ def test_a_flood_with_some_data_is_taken_in_small_parts_and_none_of_its_data_is_
     heard = threading.Event()
     served.factory.on_data = lambda protocol, data: data.endswith(b"end") and heard.set()
     yield deferToThread(flood)
-    assert served.factory.made[0].received == b"".join(b"%d," % i for i in range(count // run)) + b"end"
+    assert served.factory.received == b"".join(b"%d," % i for i in range(count // run)) + b"end"
     assert_bounded(fed)
     yield eventually(lambda: served.closed)
 
@@ -358,17 +324,17 @@ def test_what_is_read_ahead_waits_while_the_protocol_has_paused(serve, begin):
     with (yield deferToThread(connect, served, "TLSv1_3")) as client:
         records = b"".join(client.data(b"x") for _ in range(600))
         yield deferToThread(client.sock.sendall, records)
-        protocol = yield eventually(lambda: served.factory.made and served.factory.made[0].received and served.factory)
+        protocol = yield eventually(lambda: served.factory.received and served.factory)
         protocol = protocol.made[0]
-        before = len(protocol.received)
+        before = len(served.factory.received)
         for _ in range(20):
             yield deferLater(reactor, 0)
-        assert len(protocol.received) == before
-        while len(protocol.received) < 600:
-            before = len(protocol.received)
+        assert len(served.factory.received) == before
+        while len(served.factory.received) < 600:
+            before = len(served.factory.received)
             protocol.transport.resumeProducing()
             protocol.transport.resumeProducing()  # is no second turn
-            yield eventually(lambda: len(protocol.received) > before)  # noqa: B023  # called in this turn of the loop
+            yield eventually(lambda: len(served.factory.received) > before)  # noqa: B023  # called in this turn of the loop
     yield deferLater(reactor, 0)
     protocol.transport.resumeProducing()
     yield eventually(lambda: served.closed)
@@ -448,7 +414,7 @@ def test_a_peer_that_reads_its_answers_after_all_is_served_on(serve, begin):
         assert (yield deferToThread(client.read, 4)) == b"here"
         sender.join()
         assert not connection._stage.held
-        assert served.factory.made[0].received == b"x" * 20 + b"!"
+        assert served.factory.received == b"x" * 20 + b"!"
         assert connection._stage._deadline is None
     yield eventually(lambda: served.closed)
 
@@ -516,7 +482,7 @@ def test_a_protocol_that_writes_much_to_a_slow_reader_is_heard_and_not_held(serv
     received = yield deferToThread(client)
     assert received == content
     yield eventually(lambda: served.closed)
-    assert served.factory.made[0].received == b"go" + b"meanwhile." * 100
+    assert served.factory.received == b"go" + b"meanwhile." * 100
 
 
 @pytest_twisted.inlineCallbacks
@@ -554,11 +520,6 @@ def test_marks_count_what_is_unsent_of_one_kind() -> None:
 
 
 # --- the end ---
-
-
-def reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 ENDS_BEFORE = ["reset at once", "FIN at once", "reset within", "FIN within", "garbage", "large", "timeout"]

@@ -14,44 +14,18 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IHandshakeListener, INegotiated, IPullProducer, ISSLTransport
-from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.interfaces import INegotiated, IPullProducer, ISSLTransport
 from twisted.internet.threads import deferToThread
-from twisted.logger import LogLevel, globalLogPublisher
 from zope.interface import implementer
 
 from rtservice.net.description import ListenError
 from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
+from tests.support.deadline import DEADLINE
+from tests.support.recording import HandshakeListening, Recorder, Recording
 
 SSL = pytest.importorskip("OpenSSL.SSL", reason="pyOpenSSL (twisted[tls]) is not installed")
 tls = pytest.importorskip("twisted.protocols.tls", reason="pyOpenSSL (twisted[tls]) is not installed")
-
-DEADLINE = 20
-
-
-class Recorder(Protocol):
-    """Does what its factory's hooks say; echoes without one."""
-
-    factory: Any
-    transport: Any
-
-    def connectionMade(self) -> None:
-        self.factory.made.append(self)
-        self.factory.on_connect(self)
-
-    def dataReceived(self, data: bytes) -> None:
-        self.factory.on_data(self, data)
-
-
-@implementer(IHandshakeListener)
-class Listening(Recorder):
-    def handshakeCompleted(self) -> None:
-        self.factory.on_handshake(self)
-
-
-def nothing(*_: object) -> None:
-    pass
 
 
 @pytest.fixture
@@ -60,12 +34,8 @@ def serve(certificates):
     started: list[Any] = []
 
     def start(protocol: type[Recorder] = Recorder, more: str = "", files: str = "", **hooks: Any) -> Any:
-        factory: Any = Factory.forProtocol(protocol)
-        factory.noisy = False
-        factory.made, factory.closed = [], Deferred()
-        factory.on_connect = hooks.get("on_connect", nothing)
-        factory.on_handshake = hooks.get("on_handshake", nothing)
-        factory.on_data = hooks.get("on_data", lambda one, data: one.transport.write(data))
+        factory: Any = Recording(protocol, **hooks)
+        factory.closed = Deferred()
         files = files or f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
         (listener,) = open_description(f"ssl:0:interface=127.0.0.1:{files}:library=pyopenssl{more}", backlog=10)
 
@@ -95,20 +65,6 @@ def serve(certificates):
     for port, listener in started:
         port.stopListening()
         listener.close()
-
-
-@pytest.fixture
-def logged():
-    """The errors that were logged."""
-    events: list[Any] = []
-
-    def observe(event: Any) -> None:
-        if event["log_level"] >= LogLevel.error:
-            events.append(event)
-
-    globalLogPublisher.addObserver(observe)
-    yield events
-    globalLogPublisher.removeObserver(observe)
 
 
 def exchange(client: ssl.SSLSocket, data: bytes) -> bytes:
@@ -142,7 +98,7 @@ def test_a_protocol_is_given_what_twisteds_own_tls_listeners_give(serve, certifi
         )
 
     factory, _, connect = serve(
-        Listening,
+        HandshakeListening,
         f":clientCA={certificates['ca.pem']}:alpn=two,one",
         on_connect=look,
         on_handshake=lambda one: calls.append("handshakeCompleted"),
@@ -174,7 +130,7 @@ def test_a_protocol_is_given_what_twisteds_own_tls_listeners_give(serve, certifi
 
 @pytest_twisted.inlineCallbacks
 def test_a_client_without_a_common_alpn_protocol_gets_the_alert_and_others_are_served(serve, logged):
-    factory, _, connect = serve(Listening, ":alpn=two,one")
+    factory, _, connect = serve(HandshakeListening, ":alpn=two,one")
     with pytest.raises(ssl.SSLError, match="no application protocol"):
         yield deferToThread(connect, alpn=["three"])
     connection, _ = yield factory.closed.addTimeout(DEADLINE, reactor)
@@ -191,7 +147,7 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of the test")
 
-    factory, _, connect = serve(Listening, **{where: fail})
+    factory, _, connect = serve(HandshakeListening, **{where: fail})
     _, _, connect_elsewhere = serve()
     bystander = yield deferToThread(connect_elsewhere)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rtservice.net.tls import DirectoryTLS, TLSError, finish
+from tests.support.tls_versions import VERSIONS
 
 # File and the alternative names in it; `cn.example` has none.
 NAMES = {
@@ -240,7 +241,6 @@ def two(put):
 
 
 EACH = pytest.mark.parametrize("name", ["a.example", "unknown", None])
-VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 
 
 @EACH

@@ -21,9 +21,8 @@ from rtservice.net.connection import Connection
 from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
-
-DEADLINE = 20
-STARTTLS = b"STARTTLS\r\n"
+from tests.support.deadline import DEADLINE
+from tests.support.starttls import STARTTLS
 
 
 @implementer(IHandshakeListener)

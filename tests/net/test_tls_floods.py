@@ -5,7 +5,6 @@ import gc
 import os
 import socket
 import ssl
-import struct
 import threading
 import weakref
 from typing import Any
@@ -15,7 +14,7 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from rtservice.net.client_hello import NO_APPLICATION_PROTOCOL
@@ -32,7 +31,11 @@ from rtservice.net.tls_bounds import (
     MAX_UNSENT_ANSWERS,
     TOO_MUCH_WITHOUT_DATA,
 )
+from tests.support.deadline import DEADLINE
+from tests.support.eventually import eventually
 from tests.support.registered import reads
+from tests.support.reset import reset
+from tests.support.timed_reactor import Timed
 
 pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
 
@@ -47,8 +50,6 @@ from tests.support.forge import (  # after the check
     record,
 )
 
-DEADLINE = 20
-
 
 class Echo(Protocol):
     def connectionMade(self):
@@ -57,19 +58,6 @@ class Echo(Protocol):
     def dataReceived(self, data):
         self.factory.received += len(data)
         self.factory.on_data(self, data)
-
-
-class Timed:
-    """The reactor, with the timers of a Clock, but for what is due at once."""
-
-    def __init__(self) -> None:
-        self.clock = Clock()
-
-    def callLater(self, delay: float, *call: Any) -> Any:
-        return (self.clock if delay else reactor).callLater(delay, *call)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(reactor, name)
 
 
 class Served:
@@ -125,18 +113,6 @@ def serve(certificates):
     for one in started:
         one.stop()
     pytest_twisted.blockon(eventually(lambda: not any(one.opened for one in started)))
-
-
-@pytest_twisted.inlineCallbacks
-def eventually(true: Any) -> Any:
-    """Fires when the function gives something true, with that."""
-    expired: Deferred = deferLater(reactor, DEADLINE, lambda: None)
-    while not (value := true()):
-        assert not expired.called, "the deadline has passed"
-        yield deferLater(reactor, 0.002, lambda: None)
-    expired.addErrback(lambda _: None)
-    expired.cancel()
-    return value
 
 
 def send_until_closed(sock: socket.socket, data: bytes) -> int:
@@ -409,7 +385,7 @@ def test_others_are_served_while_a_chain_is_decoded(serve, certificates, in_thre
 @pytest.mark.parametrize("end", ["deadline", "abort", "reset"])
 @pytest_twisted.inlineCallbacks
 def test_a_handshake_may_end_while_its_chain_is_decoded(serve, certificates, in_thread, shows_chain, end):
-    timed = Timed()
+    timed = Timed(at_once=True)
     served = serve(timed, client_ca=certificates["ca.pem"])
     slow = yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)
     with slow:
@@ -508,7 +484,7 @@ class Asker:
 @pytest_twisted.inlineCallbacks
 def test_a_peer_that_asks_for_key_updates_and_never_reads_is_read_no_more(serve):
     """In bounded memory, without a spin, and it is gone after the deadline."""
-    timed = Timed()
+    timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
     asker = yield deferToThread(Asker, served.address)
     with asker.peer:
@@ -530,7 +506,7 @@ def test_a_peer_that_asks_for_key_updates_and_never_reads_is_read_no_more(serve)
 
 @pytest_twisted.inlineCallbacks
 def test_a_peer_that_reads_again_goes_on(serve):
-    timed = Timed()
+    timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
     asker = yield deferToThread(Asker, served.address)
 
@@ -556,7 +532,7 @@ def test_a_peer_that_reads_again_goes_on(serve):
 
 @pytest_twisted.inlineCallbacks
 def test_a_protocol_that_pauses_is_not_resumed_by_a_peer_that_reads_again(serve):
-    timed = Timed()
+    timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
     asker = yield deferToThread(Asker, served.address)
     with asker.peer:
@@ -583,7 +559,7 @@ def test_a_protocol_that_pauses_is_not_resumed_by_a_peer_that_reads_again(serve)
 @pytest_twisted.inlineCallbacks
 def test_a_slow_reader_of_our_own_data_is_not_hurt_by_a_key_update(serve):
     """Its answer waits behind the data, without a deadline of its own."""
-    timed = Timed()
+    timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: protocol.transport.write(bytes(8 << 20)))
 
     def begin() -> Forger:
@@ -605,11 +581,6 @@ def test_a_slow_reader_of_our_own_data_is_not_hurt_by_a_key_update(serve):
 
 
 # --- descriptors ---
-
-
-def reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
 
 
 @pytest.mark.parametrize("header", [b"", b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"], ids=["plain", "proxied"])

@@ -11,6 +11,7 @@ import pytest
 from rtservice.net.tls import ServerTLS
 from rtservice.net.tls_bounds import FIRST_READ, FULL_READ, MAX_RECORD, MAX_RECORDS
 from rtservice.net.tls_memory import RECORD_SIZE, SEAL_SIZE, MemoryTLS, Records
+from tests.support.tls_versions import VERSIONS
 
 
 def records_of(sizes: list[int]) -> bytes:
@@ -94,9 +95,6 @@ class Pair:
         except ssl.SSLWantReadError:
             pass
         return heard
-
-
-VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 
 
 @VERSIONS

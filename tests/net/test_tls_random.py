@@ -172,7 +172,7 @@ class Model(Protocol):
 
 
 @implementer(IHalfCloseableProtocol)
-class HalfClosing(Model):
+class HalfClosingModel(Model):
     def readConnectionLost(self) -> None:
         assert not self.lost
         self.finished += 1
@@ -264,7 +264,7 @@ class Exchange:
             self.socket = socket.create_server(("127.0.0.1", 0))
         self.socket.setblocking(False)
         self.small = unix and rng.random() < 0.7
-        self.factory = Factory.forProtocol(rng.choice((Model, HalfClosing)))
+        self.factory = Factory.forProtocol(rng.choice((Model, HalfClosingModel)))
         self.factory.noisy = False
         actions = dict(SERVER_ACTIONS)
         for end in rng.sample(SERVER_ENDS, rng.choice((0, 0, 1, 2))):

@@ -15,6 +15,7 @@ from zope.interface import implementer
 
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
+from tests.support.recording import nothing
 from tests.support.registered import reads
 
 pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
@@ -25,8 +26,8 @@ from tests.support.turns import STREAM, Peer, Turned
 
 
 @implementer(IHalfCloseableProtocol)
-class Recorder(Protocol):
-    """Notes what it is told."""
+class CallRecorder(Protocol):
+    """Records every call, in order."""
 
     def connectionMade(self) -> None:
         self.heard: list[Any] = []
@@ -51,10 +52,6 @@ class Recorder(Protocol):
         return b"".join(event for event in self.heard if isinstance(event, bytes))
 
 
-def nothing(*_: Any) -> None:
-    pass
-
-
 class Service:
     """A port on a reactor that the test turns."""
 
@@ -65,7 +62,7 @@ class Service:
         self.socket.listen()
         self.socket.setblocking(False)
         self.version = version
-        self.factory = Factory.forProtocol(Recorder)
+        self.factory = Factory.forProtocol(CallRecorder)
         self.factory.noisy = False
         self.factory.on_connect = self.factory.on_data = nothing
         context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context

@@ -1,40 +1,22 @@
 """A reactor that does what lines need of one when it is told to, and what is logged about outputs."""
 
 import pytest
-from twisted.internet.task import Clock
 from twisted.logger import formatEvent, globalLogPublisher
 
 from rtservice.observe import lines
-
-
-class Reactor(Clock):
-    """A clock with what else Lines needs of a reactor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.from_threads = []
-        self.at_end = []
-
-    def callWhenRunning(self, call, *arguments) -> None:
-        call(*arguments)
-
-    def addSystemEventTrigger(self, phase, event, call) -> None:
-        self.at_end.append(call)
-
-    def callFromThread(self, call) -> None:
-        self.from_threads.append(call)
+from tests.support.fake_reactor import FakeReactor
 
 
 @pytest.fixture
-def reactor() -> Reactor:
+def reactor() -> FakeReactor:
     """One of them."""
-    return Reactor()
+    return FakeReactor()
 
 
 @pytest.fixture
-def new_reactor() -> type[Reactor]:
+def new_reactor() -> type[FakeReactor]:
     """Makes one."""
-    return Reactor
+    return FakeReactor
 
 
 @pytest.fixture

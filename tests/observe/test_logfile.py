@@ -9,9 +9,9 @@ import pytest
 from rtservice.observe import logfile
 from rtservice.observe.lines import LineWriter
 from rtservice.observe.logfile import Event, Found, LogFile, Step, check_file, decide
+from tests.support.log_texts import STILL
 
 LONG = "x" * 1023 + "\n"
-STILL = "still writing to the file that was open"
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.deadline import DEADLINE
+
 CHROMIUM = shutil.which("chromium")
-DEADLINE = 60  # a browser on a busy machine
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium (Debian: chromium) is not installed")
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +22,7 @@ from rtservice.observe.figures import StatusSource
 from rtservice.observe.site import make_site
 from rtservice.process.counters import DURATIONS, LAGS
 from rtservice.process.registry import COLUMNS
-
-ETC = Path(__file__).parent.parent.parent / "etc"
+from tests.support.repository import ETC
 
 COUNTERS = {
     "open": 1,

@@ -1,21 +1,14 @@
 """What other programs see: nc, socat and a plain socket client."""
 
 import os
-import shutil
 import socket
 import subprocess
 
 import pytest
 
+from tests.support.greeting import GREETING
 from tests.support.ipv6 import needs_ipv6
-
-GREETING = b"Hello from the server!"
-
-
-def needs(program: str, package: str):
-    missing = shutil.which(program) is None
-    return pytest.mark.skipif(missing, reason=f"{program} (Debian: {package}) is not installed")
-
+from tests.support.needs import needs
 
 HOSTS = ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)]
 

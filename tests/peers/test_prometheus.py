@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.deadline import DEADLINE
+
 PROMETHEUS = shutil.which("prometheus")
-DEADLINE = 30
 
 pytestmark = pytest.mark.skipif(PROMETHEUS is None, reason="prometheus (Debian: prometheus) is not installed")
 

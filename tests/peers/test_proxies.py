@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import socket
-import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clients import is_closed
+from tests.support.deadline import DEADLINE
+from tests.support.greeting import GREETING
 from tests.support.ipv6 import needs_ipv6
 
-DEADLINE = 30
-GREETING = b"Hello from the server!"
 NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 
 # Debian has them where users' PATH does not go.
@@ -171,14 +171,6 @@ def exchange(sock: socket.socket, data: bytes) -> None:
     assert answer == GREETING + data
 
 
-def is_closed(sock: socket.socket) -> bool:
-    """Waits until the other side closes without a word."""
-    try:
-        return sock.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
 def problems(one) -> list[str]:
     return [line for line in one.lines if re.search(r"#(warn|error|critical)|Traceback|Error", line)]
 
@@ -232,11 +224,6 @@ def test_a_client_that_finishes_first_gets_everything(service, proxies, proxy) -
 
 
 # --- TLS ---
-
-
-@pytest.fixture
-def trusting(certificates) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=certificates["ca.pem"])
 
 
 @pytest.mark.parametrize("proxy", PROXIES)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import selectors
-import shutil
 import socket
 import ssl
 import subprocess
@@ -13,13 +12,10 @@ from pathlib import Path
 
 import pytest
 
-DEADLINE = 30
-GREETING = b"Hello from the server!"
-
-
-def needs(program: str, package: str):
-    missing = shutil.which(program) is None
-    return pytest.mark.skipif(missing, reason=f"{program} (Debian: {package}) is not installed")
+from tests.support.deadline import DEADLINE
+from tests.support.greeting import GREETING
+from tests.support.needs import needs
+from tests.support.processes import cpu_seconds, descriptors
 
 
 @pytest.fixture
@@ -31,21 +27,6 @@ def secure(service, certificates):
         return service(f"--listen=ssl:0:interface=127.0.0.1:{files}{more}", *arguments)
 
     return start
-
-
-@pytest.fixture
-def trusting(certificates) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=certificates["ca.pem"])
-
-
-def descriptors(process: subprocess.Popen) -> int:
-    return len(os.listdir(f"/proc/{process.pid}/fd"))
-
-
-def cpu(process: subprocess.Popen) -> float:
-    """Seconds of CPU time that the process has had."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Talk:
@@ -195,7 +176,7 @@ def test_fifty_handshakes_that_stall_are_gone_after_the_timeout_and_others_are_s
     with trusting.wrap_socket(one.connect(), server_hostname="localhost") as first:
         assert first.recv(100) == GREETING
     one.wait_line("bytes in")  # whatever it opens only once is open
-    before = descriptors(one.process)
+    before = descriptors(one.process.pid)
     with contextlib.ExitStack() as stack:
         stalled = [stack.enter_context(one.connect()) for _ in range(50)]
         for client in stalled[::2]:
@@ -206,7 +187,7 @@ def test_fifty_handshakes_that_stall_are_gone_after_the_timeout_and_others_are_s
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(100) == b""
         one.wait_line("0 bytes in, 0 bytes out, TLS handshake timed out$", count=50)
-        wait_for(lambda: descriptors(one.process) <= before)
+        wait_for(lambda: descriptors(one.process.pid) <= before)
 
 
 def test_peers_that_do_nothing_cost_no_cpu_time(secure, trusting) -> None:
@@ -228,12 +209,12 @@ def test_peers_that_do_nothing_cost_no_cpu_time(secure, trusting) -> None:
         # FIN behind what was never read, and in the middle of a record: the kernel reports it, and nobody can read it.
         finished._sslobj, _ = None, finished._sslobj
         finished.shutdown(socket.SHUT_WR)
-        before = cpu(one.process)
+        before = cpu_seconds(one.process.pid)
         # The one place where time has to pass: this is what is measured.
         end = time.monotonic() + 1
         while (left := end - time.monotonic()) > 0:
             threading.Event().wait(left)
-        assert cpu(one.process) - before <= 0.05
+        assert cpu_seconds(one.process.pid) - before <= 0.05
         assert not [line for line in one.lines if "bytes in" in line]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
@@ -31,6 +30,8 @@ from rtservice.process.counters import PHASES
 from rtservice.process.server import State
 from rtservice.process.slices import in_slices
 from rtservice.process_settings import runtime_settings, share
+from tests.support.fake_reactor import FakeReactor
+from tests.support.unprintable import Unprintable
 
 DEFAULTS = load_settings({}, {}, None)
 
@@ -180,21 +181,6 @@ def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tm
 # --- a worker's side of the channel ---
 
 
-class Reactor(Clock):
-    """A clock that can be stopped."""
-
-    stopped = 0
-
-    def callFromThread(self, call: Callable[..., object], *arguments: object) -> None:
-        """Nothing: what watches for a reactor that is blocked sees one whose clock stands still."""
-
-    def stop(self) -> None:
-        self.stopped += 1
-
-    def callWhenRunning(self, function: Callable[[], Any]) -> None:
-        function()
-
-
 class Channel(StringTransportWithDisconnection):
     """What a worker writes, as its supervisor reads it."""
 
@@ -224,9 +210,9 @@ class Channel(StringTransportWithDisconnection):
 
 
 @pytest.fixture
-def connected() -> tuple[Worker, Channel, Reactor]:
+def connected() -> tuple[Worker, Channel, FakeReactor]:
     """A worker that has not been told anything."""
-    reactor = Reactor()
+    reactor = FakeReactor()
     made = Worker(reactor)
     channel = Channel(made)
     channel.protocol = made
@@ -247,7 +233,7 @@ def test_a_worker_says_that_it_serves_and_then_that_it_lives(connected, monkeypa
     assert [word for word, _ in channel.said()] == ["beat"]
     made.dataReceived(encode("drain", ["slot"]))
     reactor.pump([1] * 5)
-    assert reactor.stopped
+    assert reactor.stops
     assert channel.said()[-1][0] == "beat"
 
 
@@ -265,14 +251,14 @@ def test_a_worker_that_cannot_start_says_why_and_ends(connected, given, reason) 
     [problem] = [value for word, value in channel.said() if word == "failed"]
     assert reason in problem
     assert made.status == 1
-    assert reactor.stopped == 1
+    assert reactor.stops == 1
 
 
 # --- messages while it loads certificates ---
 
 
 @pytest.fixture
-def loading(connected, monkeypatch, tmp_path) -> Iterator[tuple[Worker, Channel, Reactor]]:
+def loading(connected, monkeypatch, tmp_path) -> Iterator[tuple[Worker, Channel, FakeReactor]]:
     """A worker whose certificates take ten slices to load."""
     made, channel, reactor = connected
     reactor.addReader = reactor.removeReader = lambda reader: None
@@ -302,7 +288,7 @@ def test_a_worker_loads_its_certificates_in_slices_and_serves_then(loading) -> N
     assert [word for word, _ in channel.said()] == ["beat", "ready"]
     made.dataReceived(encode("drain", []))
     reactor.pump([1] * 5)
-    assert reactor.stopped
+    assert reactor.stops
 
 
 @pytest.mark.parametrize(
@@ -314,7 +300,7 @@ def test_a_worker_that_is_to_end_at_once_does_not_load_on(loading, message, slic
     reactor.pump([0.1] * slices)
     made.dataReceived(message)
     reactor.pump([1] * 6)
-    assert reactor.stopped
+    assert reactor.stops
     assert "ready" not in [word for word, _ in channel.said()]
     assert reactor.getDelayedCalls() == []
 
@@ -322,12 +308,12 @@ def test_a_worker_that_is_to_end_at_once_does_not_load_on(loading, message, slic
 def test_a_worker_that_has_a_queue_to_serve_loads_on_and_then_drains(loading) -> None:
     made, _, reactor = loading
     made.dataReceived(encode("drain", ["slot"]))
-    assert not reactor.stopped
+    assert not reactor.stops
     reactor.pump([0.1] * 10)
     assert made._server is not None
     assert made._server.state in (State.DRAINING, State.STOPPED)
     reactor.pump([1] * 5)
-    assert reactor.stopped
+    assert reactor.stops
     made.dataReceived(encode("hurry"))  # it is too late, and harms nobody
 
 
@@ -336,7 +322,7 @@ def test_a_worker_in_a_hurry_gives_up_what_it_would_have_loaded_for_a_queue(load
     made.dataReceived(encode("drain", ["slot"]))
     made.dataReceived(encode("hurry"))
     reactor.pump([1] * 6)
-    assert reactor.stopped
+    assert reactor.stops
     assert made._server is None
 
 
@@ -369,7 +355,7 @@ def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading)
 def test_a_worker_whose_supervisor_is_gone_before_it_was_told_anything_ends(connected) -> None:
     _, channel, reactor = connected
     channel.loseConnection()
-    assert reactor.stopped == 1
+    assert reactor.stops == 1
 
 
 def test_a_worker_whose_supervisor_has_died_removes_the_socket_files_of_its_own_alone(connected, tmp_path) -> None:
@@ -397,7 +383,7 @@ def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
     made, channel, reactor = connected
     made.leave()
     assert channel.said() == [("leave", None)]
-    assert not reactor.stopped
+    assert not reactor.stops
 
 
 @pytest.mark.parametrize(
@@ -417,7 +403,7 @@ def test_a_worker_drains_and_ends_when_its_supervisor_sends_garbage(connected, m
     made.dataReceived(garbage)
     made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 5}))
     reactor.pump([1] * 5)
-    assert reactor.stopped
+    assert reactor.stops
     said = channel.said()
     assert {word for word, _ in said} <= {"records", "beat"}
     assert said[-1][0] == "beat"
@@ -427,7 +413,7 @@ def test_a_worker_that_was_told_nothing_but_garbage_ends(connected) -> None:
     made, channel, reactor = connected
     made.dataReceived(b"garbage\n")
     assert channel.said() == []
-    assert reactor.stopped == 1
+    assert reactor.stops == 1
 
 
 def test_a_heartbeat_with_very_many_counters_is_several(connected, monkeypatch) -> None:
@@ -498,7 +484,7 @@ def record(made: Worker, text: str, **fields: Any) -> None:
     Logger(namespace="its.own", observer=made.observe).info(text, **fields)  # type: ignore[arg-type]  # a function is one
 
 
-def only_record(channel: Channel, reactor: Reactor) -> Record:
+def only_record(channel: Channel, reactor: FakeReactor) -> Record:
     """The one record that was sent, as the supervisor takes it."""
     reactor.advance(0.1)
     [(word, _)] = channel.said()
@@ -527,14 +513,9 @@ def test_a_traceback_is_sent_with_its_record(connected) -> None:
     assert "ValueError: no" in only.traceback
 
 
-class Stubborn:
-    """What JSON cannot hold, and has no words for itself either."""
-
-    def __repr__(self) -> str:
-        raise RuntimeError("no")
-
-
-@pytest.mark.parametrize("value", ["x" * 1_000_000, b"\xff\x00", object(), {1, 2}, float("nan"), Stubborn(), "\ud800"])
+@pytest.mark.parametrize(
+    "value", ["x" * 1_000_000, b"\xff\x00", object(), {1, 2}, float("nan"), Unprintable(), "\ud800"]
+)
 def test_whatever_is_in_a_record_it_is_one_message_that_is_accepted(connected, value) -> None:
     made, channel, reactor = connected
     record(made, "about {value}", value=value)

@@ -39,6 +39,7 @@ from rtservice.pool.worker_messages import (
     finished_record,
 )
 from rtservice.process.counters import LAGS, PHASES
+from tests.support.unprintable import Unprintable
 
 TCP = "tcp:127.0.0.1:1"
 
@@ -459,13 +460,6 @@ def test_what_costs_the_supervisor_more_is_counted_as_more() -> None:
 # --- the worker's side of a record ---
 
 
-class Stubborn:
-    """What JSON cannot hold, and has no words for itself either."""
-
-    def __repr__(self) -> str:
-        raise RuntimeError("no")
-
-
 def itself() -> list[Any]:
     loop: list[Any] = []
     loop.append(loop)
@@ -489,7 +483,7 @@ VALUES: dict[str, Any] = {
     "10**400": 10**400,
     "10**10000": 10**10_000,
     "an int of sorts": Number(5),
-    "stubborn": Stubborn(),
+    "stubborn": Unprintable(),
     "itself": itself(),
     "deep": nested(900),
     "wide": [[0] * 300] * 300,
@@ -498,7 +492,7 @@ VALUES: dict[str, Any] = {
     "long keys": {"x" * 1000: 1},
     "keys of Twisted's": {"log_format": "x"},
     "many": list(range(MOST_VALUES + 10)),
-    "a class": Stubborn,
+    "a class": Unprintable,
 }
 
 

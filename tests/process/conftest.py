@@ -7,8 +7,9 @@ import pytest
 from twisted.internet.protocol import Factory
 
 from rtservice.process.server import Server, State
+from tests.support.fake_reactor import FakeReactor
 from tests.support.registry_world import World
-from tests.support.served import Reactor, server
+from tests.support.served import server
 
 
 @pytest.fixture
@@ -25,11 +26,11 @@ def world() -> Iterator[Callable[..., World]]:
 
 
 @pytest.fixture
-def timed(monkeypatch) -> Callable[..., tuple[Server, Reactor, list[dict[str, Any]]]]:
+def timed(monkeypatch) -> Callable[..., tuple[Server, FakeReactor, list[dict[str, Any]]]]:
     """Makes a server that serves, on the clock of a reactor of the test's."""
 
-    def start(*listeners: Any, **live: Any) -> tuple[Server, Reactor, list[dict[str, Any]]]:
-        clock = Reactor()
+    def start(*listeners: Any, **live: Any) -> tuple[Server, FakeReactor, list[dict[str, Any]]]:
+        clock = FakeReactor()
         monkeypatch.setattr("twisted.internet.reactor", clock)
         service, events = server(listeners, **live)
         service.startService()

@@ -14,7 +14,8 @@ from zope.interface import implementer
 from rtservice.interfaces import IDrainable
 from rtservice.net.listeners import open_description
 from rtservice.process.server import State
-from tests.support.served import Endpoint, Held, Reactor, Told, last, server
+from tests.support.fake_reactor import FakeReactor
+from tests.support.served import Endpoint, Held, Told, last, server
 
 
 def test_a_drain_ends_with_the_last_connection_and_counts_what_has_ended_since(timed) -> None:
@@ -191,7 +192,7 @@ def test_a_signal_that_is_sent_again_at_once_neither_hurries_nor_leaves(timed, m
 
 def test_a_service_that_is_stopped_before_it_serves_never_does(monkeypatch, tmp_path) -> None:
     waiting: list[Callable] = []
-    clock = Reactor()
+    clock = FakeReactor()
     monkeypatch.setattr(clock, "callWhenRunning", waiting.append)
     monkeypatch.setattr("twisted.internet.reactor", clock)
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
@@ -219,7 +220,7 @@ def test_a_service_that_never_started_closes_its_listeners(tmp_path) -> None:
 
 def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_path, monkeypatch) -> None:
     results: list[Deferred] = [Deferred(), Deferred()]
-    clock = Reactor()
+    clock = FakeReactor()
     monkeypatch.setattr("twisted.internet.reactor", clock)
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     reports: list[Any] = []
@@ -240,7 +241,7 @@ def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_
 
 
 def test_an_endpoint_that_listens_when_the_service_has_stopped_is_stopped(monkeypatch) -> None:
-    clock = Reactor()
+    clock = FakeReactor()
     monkeypatch.setattr("twisted.internet.reactor", clock)
     early, late = Endpoint(Deferred()), Endpoint(Deferred())
     service, _ = server(endpoints=[("x:1", early), ("x:2", late)])

@@ -12,7 +12,8 @@ from twisted.logger import formatEvent
 from twisted.python.failure import Failure
 
 from rtservice.process.server import StartError, one_line
-from tests.support.served import Endpoint, Reactor, server
+from tests.support.fake_reactor import FakeReactor
+from tests.support.served import Endpoint, server
 
 
 def test_an_endpoint_that_cannot_listen_stops_the_start_with_its_description() -> None:
@@ -87,7 +88,7 @@ def failing_factory(count: int, error: BaseException) -> Factory:
     ids=["socket", "interrupt", "exit"],
 )
 def test_nothing_that_fails_in_a_start_is_lost(monkeypatch, factory, problem) -> None:
-    clock = Reactor()
+    clock = FakeReactor()
     monkeypatch.setattr("twisted.internet.reactor", clock)
     unfit: Any = Unfit()
     reports: list[str | None] = []
@@ -106,7 +107,7 @@ def test_a_status_server_that_cannot_start_ends_the_start(monkeypatch) -> None:
     def fail_to_start(reactor: object) -> None:
         raise LookupError("no page")
 
-    clock = Reactor()
+    clock = FakeReactor()
     monkeypatch.setattr("twisted.internet.reactor", clock)
     reports: list[str | None] = []
     service, events = server(report=reports.append)

@@ -1,8 +1,6 @@
 """What the service manager is told, read from the socket that it would read."""
 
-import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,35 +8,17 @@ import pytest
 from twisted.logger import formatEvent, globalLogPublisher
 
 from rtservice.process.systemd import Notifier, from_environment
+from tests.support.service_manager import ServiceManager
 
 
-class Manager:
-    """A NOTIFY_SOCKET and what came through it."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
-        self._socket.bind("\0" + address[1:] if address[0] == "@" else address)
-
-    def notifier(self, **variables: str) -> Notifier:
-        return from_environment({"NOTIFY_SOCKET": self.address, **variables})
-
-    def received(self) -> list[str]:
-        """Everything since the last call, a string for each datagram."""
-        datagrams = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                datagrams.append(self._socket.recv(4097).decode())
-        return datagrams
-
-    def close(self) -> None:
-        self._socket.close()
+def notifier_of(manager: ServiceManager, **variables: str) -> Notifier:
+    """Return the notifier of a process that the manager started."""
+    return from_environment({"NOTIFY_SOCKET": manager.address, **variables})
 
 
 @pytest.fixture
-def manager(tmp_path) -> Iterator[Manager]:
-    made = Manager(f"{tmp_path}/notify")
+def manager(tmp_path) -> Iterator[ServiceManager]:
+    made = ServiceManager(f"{tmp_path}/notify", busy=True)
     yield made
     made.close()
 
@@ -53,7 +33,7 @@ def logged() -> Iterator[Callable[[], list[str]]]:
 
 
 def test_each_call_is_one_datagram(manager) -> None:
-    notifier = manager.notifier()
+    notifier = notifier_of(manager)
     notifier.ready("serving on tcp:0.0.0.0:8080")
     notifier.status("3 connections")
     notifier.stopping("draining 3 connections")
@@ -70,7 +50,7 @@ def test_each_call_is_one_datagram(manager) -> None:
 
 def test_a_reload_says_when_it_began_on_the_managers_clock(manager) -> None:
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-    manager.notifier().reloading()
+    notifier_of(manager).reloading()
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     (datagram,) = manager.received()
     first, _, second = datagram.partition("\nMONOTONIC_USEC=")
@@ -79,14 +59,14 @@ def test_a_reload_says_when_it_began_on_the_managers_clock(manager) -> None:
 
 
 def test_an_abstract_name_is_reached() -> None:
-    manager = Manager(f"@rtservice-test-{os.getpid()}")
-    manager.notifier().ready("x")
+    manager = ServiceManager(f"@rtservice-test-{os.getpid()}", busy=True)
+    notifier_of(manager).ready("x")
     assert manager.received() == ["READY=1\nSTATUS=x"]
     manager.close()
 
 
 def test_a_status_is_one_line_of_a_length_that_systemd_reads(manager) -> None:
-    notifier = manager.notifier()
+    notifier = notifier_of(manager)
     notifier.status("two\nREADY=1 \x1b[31m \udcff é")
     notifier.status("𝄞" * 5000)
     assert manager.received() == [r"STATUS=two\nREADY=1 \x1b[31m \udcff é", f"STATUS={'𝄞' * 1000}"]
@@ -121,7 +101,7 @@ def test_without_a_manager_nothing_is_told_and_nobody_watches(logged) -> None:
     ],
 )
 def test_the_watchdog_is_fed_at_half_its_time_where_it_watches_this_process(manager, variables, interval) -> None:
-    assert manager.notifier(**variables).watchdog_interval == interval
+    assert notifier_of(manager, **variables).watchdog_interval == interval
 
 
 @pytest.mark.parametrize(
@@ -143,7 +123,7 @@ def test_a_socket_that_cannot_be_used_is_one_warning(address, problem, logged) -
 
 
 def test_a_busy_manager_loses_a_status_but_no_change_of_state(manager) -> None:
-    notifier = manager.notifier()
+    notifier = notifier_of(manager)
     for number in range(10_000):  # more than net.unix.max_dgram_qlen
         notifier.status(str(number))
     notifier.ready("up")
@@ -157,7 +137,7 @@ def test_a_busy_manager_loses_a_status_but_no_change_of_state(manager) -> None:
 
 
 def test_a_manager_that_goes_away_is_one_warning(manager, logged) -> None:
-    notifier = manager.notifier()
+    notifier = notifier_of(manager)
     manager.close()
     for _ in range(3):
         notifier.watchdog()

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 
 from rtservice.testing import DEADLINE
-from tests.support.clients import GREETING
-from tests.support.service_manager import Manager
+from tests.support.commands import TWISTD
+from tests.support.greeting import GREETING
+from tests.support.service_manager import ServiceManager
 from tests.support.worker_sites import BROKEN_SITE, SITE
 from tests.support.workers import Workers
-
-TWISTD = str(Path(sys.executable).parent / "twistd")
 
 
 @pytest.fixture
@@ -113,7 +112,15 @@ def broken_site(tmp_path) -> dict[str, str]:
 
 
 @pytest.fixture
-def manager(tmp_path) -> Iterator[Manager]:
-    one = Manager(f"{tmp_path}/notify")
+def manager(tmp_path) -> Iterator[ServiceManager]:
+    one = ServiceManager(f"{tmp_path}/notify")
     yield one
     one.close()
+
+
+@pytest.fixture
+def public_directory() -> Iterator[Path]:
+    """A directory that every user can reach and write; pytest's own are the user's alone."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        yield Path(name)

@@ -14,16 +14,8 @@ from pathlib import Path
 
 import pytest
 
-FOREGROUND = ("--nodaemon", "--pidfile=", "--logfile=-")
-DAEMON = ("--pidfile=d.pid", "--logfile=d.log")
-
-
-def assert_refused(result, *words: str) -> None:
-    assert result.returncode == 1
-    assert "Traceback" not in result.stdout + result.stderr
-    (line,) = result.stderr.splitlines()
-    for word in words:
-        assert word in line
+from tests.support.commands import DAEMON, FOREGROUND
+from tests.support.refused import assert_refused
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-DEADLINE = 60
-HERE = "--listen=tcp:0:interface=127.0.0.1"
+from tests.support.deadline import DEADLINE
+from tests.support.listen_options import TCP
 
 # The worst round trip of an innocent member, in seconds. In a room of 950 members it was 3 to 30 in most of these
 # attacks when their work was not bounded. It is some 20 ms on a machine that has nothing else to do. Test machines
@@ -107,7 +107,7 @@ class Innocent:
 
 
 def chat(service: Callable[..., Any], *arguments: str) -> Any:
-    return service("--protocol=chat", f"--protocol-option=max-members={MEMBERS + 10}", HERE, *arguments)
+    return service("--protocol=chat", f"--protocol-option=max-members={MEMBERS + 10}", TCP, *arguments)
 
 
 ATTACKS = {

@@ -20,23 +20,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clients import connect, greeted
+from tests.support.deadline import DEADLINE
+from tests.support.greeting import GREETING
 from tests.support.ipv6 import needs_ipv6
-
-GREETING = b"Hello from the server!"
-DEADLINE = 30
-
-
-def connect(address) -> socket.socket:
-    """A blocking client of a TCP address or of the path of a UNIX socket."""
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    client = socket.socket(family)
-    client.settimeout(DEADLINE)
-    try:
-        client.connect(address)
-    except OSError:
-        client.close()
-        raise
-    return client
+from tests.support.listen_options import TCP
+from tests.support.processes import freeze
 
 
 def echoed(client: socket.socket, data: bytes) -> None:
@@ -48,19 +37,6 @@ def echoed(client: socket.socket, data: bytes) -> None:
         assert piece, f"the connection ended after {len(answer)} bytes of {len(data)}"
         answer += piece
     assert answer == data
-
-
-def greeted(address) -> socket.socket:
-    client = connect(address)
-    answer = client.recv(len(GREETING), socket.MSG_WAITALL)
-    assert answer == GREETING
-    return client
-
-
-def freeze(one, wait_for) -> None:
-    """Stop a process as it stands: what comes for it waits in the kernel."""
-    one.process.send_signal(signal.SIGSTOP)
-    wait_for(lambda: Path(f"/proc/{one.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
 
 
 def last_line(one) -> str:
@@ -122,13 +98,12 @@ class Load:
         return self.outcome
 
 
-TCP4 = r"--listen=tcp:0:interface=127.0.0.1"
 TCP6 = r"--listen=tcp:0:interface=\:\:1"
 UNIX = "--listen=unix:s"
 
 
 KINDS = [
-    pytest.param(TCP4, id="tcp"),
+    pytest.param(TCP, id="tcp"),
     pytest.param(TCP6, id="tcp6", marks=needs_ipv6),
     pytest.param(UNIX, id="unix"),
 ]
@@ -149,7 +124,7 @@ def test_clients_that_were_queued_when_the_signal_came_are_served(
 ) -> None:
     one = service(listen)
     address = address_of(one, tmp_path, listen)
-    freeze(one, wait_for)
+    freeze(one.process.pid, wait_for)
     clients = [connect(address) for _ in range(100)]
     for client in clients[:50]:  # some have said all that they have to say before anybody listens
         client.sendall(b"early")
@@ -179,7 +154,7 @@ def test_clients_that_keep_coming_are_served_or_refused_and_never_reset(service,
 
 
 def test_who_comes_during_a_drain_is_refused_and_a_successor_can_have_the_port(service, wait_for) -> None:
-    one = service(TCP4)
+    one = service(TCP)
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGTERM)
         one.wait_line("draining: 1 connection has 30 s to end")
@@ -203,7 +178,7 @@ def test_who_comes_during_a_drain_is_refused_and_a_successor_can_have_the_port(s
 
 
 def test_connections_go_on_and_their_own_end_is_the_end_of_the_drain(service, tmp_path) -> None:
-    one = service(TCP4, UNIX)
+    one = service(TCP, UNIX)
     clients = [greeted(address) for address in [("127.0.0.1", one.port), f"{tmp_path}/s"] * 3]
     one.process.send_signal(signal.SIGTERM)
     one.wait_line("draining: 6 connections")
@@ -216,7 +191,7 @@ def test_connections_go_on_and_their_own_end_is_the_end_of_the_drain(service, tm
 
 
 def test_the_drain_timeout_closes_what_is_open_and_that_is_a_complete_drain(service, read_all) -> None:
-    one = service(TCP4, "--drain-timeout=0.5")
+    one = service(TCP, "--drain-timeout=0.5")
     with greeted(("127.0.0.1", one.port)) as client:
         echoed(client, b"x")
         assert one.stop() == 0
@@ -227,7 +202,7 @@ def test_the_drain_timeout_closes_what_is_open_and_that_is_a_complete_drain(serv
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_drain_and_shows_in_the_status(service, wait_for, sig) -> None:
-    one = service(TCP4)
+    one = service(TCP)
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGTERM)
         one.wait_line("draining: 1 connection")
@@ -247,9 +222,9 @@ def test_a_second_signal_ends_the_drain_and_shows_in_the_status(service, wait_fo
 
 
 def test_two_signals_at_once_are_a_signal_and_a_second(service, wait_for) -> None:
-    one = service(TCP4)
+    one = service(TCP)
     with greeted(("127.0.0.1", one.port)):
-        freeze(one, wait_for)
+        freeze(one.process.pid, wait_for)
         one.process.send_signal(signal.SIGTERM)
         one.process.send_signal(signal.SIGINT)
         one.process.send_signal(signal.SIGCONT)
@@ -287,7 +262,7 @@ def not_read_by_the_server(client: socket.socket) -> int:
 
 
 def test_a_client_that_never_reads_is_aborted_when_it_has_had_its_time(service) -> None:
-    one = service(TCP4, "--drain-timeout=0.2")
+    one = service(TCP, "--drain-timeout=0.2")
     client, _ = stuffed(("127.0.0.1", one.port))
     with client:
         assert one.stop() == 0
@@ -297,7 +272,7 @@ def test_a_client_that_never_reads_is_aborted_when_it_has_had_its_time(service) 
 
 
 def test_a_slow_reader_gets_all_that_was_echoed_into_a_buffer(service) -> None:
-    one = service(TCP4, "--drain-timeout=0")
+    one = service(TCP, "--drain-timeout=0")
     client, sent = stuffed(("127.0.0.1", one.port))
     with client:
         expected = GREETING + sent[: len(sent) - not_read_by_the_server(client)]
@@ -322,7 +297,7 @@ def test_a_large_greeting_reaches_two_hundred_of_two_hundred_clients_that_finish
     one = service("--config=rt.toml")
     complete = 0
     for _ in range(10):
-        freeze(one, wait_for)
+        freeze(one.process.pid, wait_for)
         clients = [connect(("127.0.0.1", one.port)) for _ in range(20)]
         for client in clients:
             client.shutdown(socket.SHUT_WR)
@@ -385,7 +360,7 @@ def endpoints(tmp_path, environment) -> None:
 
 
 def test_a_reactor_that_others_stop_drains_too(service, endpoints) -> None:
-    one = service(TCP4, "--listen=stopper:")
+    one = service(TCP, "--listen=stopper:")
     one.wait_line("listening on stopper:")
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGUSR2)
@@ -428,7 +403,7 @@ def test_a_daemon_drains_too(run, tmp_path, wait_for) -> None:
 
 
 def test_listeners_that_fail_late_together_are_one_end_with_a_status(service, endpoints) -> None:
-    one = service(TCP4, "--listen=broken:", "--listen=broken:")
+    one = service(TCP, "--listen=broken:", "--listen=broken:")
     with greeted(("127.0.0.1", one.port)):
         one.process.send_signal(signal.SIGUSR2)
         assert one.process.wait(DEADLINE) == 1
@@ -487,7 +462,7 @@ def test_restarts_under_load_refuse_and_reset_nobody(service, held, wait_for) ->
 
 def test_the_queue_of_a_held_socket_is_left_to_the_successor(service, held, wait_for, read_all) -> None:
     one = service("--listen=systemd:", **passing(*held))
-    freeze(one, wait_for)
+    freeze(one.process.pid, wait_for)
     clients = [connect(sock.getsockname()) for sock in held for _ in range(50)]
     # The signal is there before the events of the sockets are looked at: accepting goes on until it is handled.
     one.process.send_signal(signal.SIGTERM)
@@ -557,42 +532,8 @@ def test_systemd_socket_activate_hands_over_both_sockets_and_the_first_client(
 # --- the service manager ---
 
 
-class Manager:
-    """A NOTIFY_SOCKET, and every message that came through it, in order, with the time."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.messages: list[str] = []
-        self.times: list[float] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(path)
-        self._thread = threading.Thread(target=self._record, daemon=True)
-        self._thread.start()
-
-    def _record(self) -> None:
-        while message := self._socket.recv(4097):
-            self.times.append(time.monotonic())
-            self.messages.append(message.decode())
-
-    def close(self) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(b"", self.path)
-        self._thread.join(DEADLINE)
-        self._socket.close()
-
-    def has(self, pattern: str, since: int = 0) -> bool:
-        return any(re.search(pattern, message) for message in self.messages[since:])
-
-
-@pytest.fixture
-def manager(tmp_path):
-    one = Manager(f"{tmp_path}/notify")
-    yield one
-    one.close()
-
-
 def test_ready_is_said_first_and_when_every_listener_accepts(service, endpoints, manager, tmp_path, wait_for) -> None:
-    one = service(TCP4, UNIX, "--listen=late:", NOTIFY_SOCKET=manager.path)
+    one = service(TCP, UNIX, "--listen=late:", NOTIFY_SOCKET=manager.address)
     one.wait_line("listening on unix:")
     with greeted(("127.0.0.1", one.port)):  # some do already; all of them do not
         assert manager.messages == []
@@ -607,7 +548,7 @@ def test_ready_is_said_first_and_when_every_listener_accepts(service, endpoints,
 
 
 def test_the_manager_hears_of_counts_reloads_and_the_end_in_order(service, manager, tmp_path, wait_for) -> None:
-    one = service(TCP4, NOTIFY_SOCKET=manager.path)
+    one = service(TCP, NOTIFY_SOCKET=manager.address)
     clients = [greeted(("127.0.0.1", one.port)) for _ in range(3)]
     wait_for(lambda: manager.has("^STATUS=serving: 3 connections open$"))
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
@@ -637,7 +578,7 @@ def test_the_manager_hears_of_counts_reloads_and_the_end_in_order(service, manag
 
 
 def test_signs_of_life_come_at_half_of_the_time_and_stop_with_the_process(service, manager, wait_for) -> None:
-    one = service(TCP4, NOTIFY_SOCKET=manager.path, WATCHDOG_USEC="500000")
+    one = service(TCP, NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="500000")
 
     def beats() -> list[float]:
         return [when for when, what in zip(manager.times, manager.messages, strict=False) if what == "WATCHDOG=1"]
@@ -650,7 +591,7 @@ def test_signs_of_life_come_at_half_of_the_time_and_stop_with_the_process(servic
     gaps = sorted(later - sooner for sooner, later in itertools.pairwise(some))
     assert 0.24 < gaps[len(gaps) // 2] < 0.3
 
-    freeze(one, wait_for)
+    freeze(one.process.pid, wait_for)
     seen = len(beats())
     threading.Event().wait(1)  # four of them are due
     assert len(beats()) <= seen + 1  # one that was under way

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-DEADLINE = 30
-TCP = "--listen=tcp:0:interface=127.0.0.1"
+from tests.support.deadline import DEADLINE
+from tests.support.listen_options import TCP
 
 # Sends all of these before it becomes another program: what a thread of a careless parent has done.
 BLOCKS = """

@@ -4,23 +4,15 @@ import re
 import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from rtservice.testing import DEADLINE
+from tests.support.free_port import free_port
+from tests.support.greeting import GREETING
 from tests.support.ipv6 import needs_ipv6
 
-BIN = Path(sys.executable).parent
-GREETING = b"Hello from the server!"
 FOREGROUND = ("-n", "--pidfile=")
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
 
 
 def greets(host: str, port: int) -> bool:
@@ -70,10 +62,10 @@ def serve_all(names: list[str]) -> bool:
     return all(greets(found[1].replace("0.0.0.0", "127.0.0.1"), int(found[2])) for found in addresses if found)
 
 
-def test_two_listeners_on_one_address_are_one_line_before_anything_is_bound(run, tmp_path, free_port) -> None:
+def test_two_listeners_on_one_address_are_one_line_before_anything_is_bound(run, tmp_path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "link").symlink_to("sub")
-    port = free_port
+    port = free_port()
     for arguments, said in (
         (
             [f"--listen=tcp:{port}", f"--listen=tcp:{port}"],
@@ -99,17 +91,16 @@ def test_two_listeners_on_one_address_are_one_line_before_anything_is_bound(run,
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_reload_finds_two_listeners_on_one_address_and_what_is_no_description(
-    service, tmp_path, free_port, workers
-) -> None:
+def test_a_reload_finds_two_listeners_on_one_address_and_what_is_no_description(service, tmp_path, workers) -> None:
+    port = free_port()
     config = tmp_path / "rt.toml"
     config.write_text(f"workers = {workers}\nlisten = ['unix:s']\n", encoding="utf-8-sig")
     one = service("--config=rt.toml")
     ours = f"nothing is reloaded: {config}: listen"
     for listen, said in (
         (
-            f"['unix:s', 'tcp:{free_port}', '127.0.0.1:{free_port}']",
-            f"{ours} 127.0.0.1:{free_port}: 127.0.0.1:{free_port} is taken by {config}: listen tcp:{free_port} ",
+            f"['unix:s', 'tcp:{port}', '127.0.0.1:{port}']",
+            f"{ours} 127.0.0.1:{port}: 127.0.0.1:{port} is taken by {config}: listen tcp:{port} ",
         ),
         ("['unix:s', 'unix:./s']", f"{ours} unix:./s: unix:{tmp_path}/s is taken by {config}: listen unix:s; change"),
         ("['ttcp:1']", f"{ours} ttcp:1: unknown type 'ttcp'; accepted are 8080, "),
@@ -118,7 +109,7 @@ def test_a_reload_finds_two_listeners_on_one_address_and_what_is_no_description(
         config.write_text(f"workers = {workers}\nlisten = {listen}\n")
         one.process.send_signal(signal.SIGHUP)
         one.wait_line(re.escape(said))
-    config.write_text(f"workers = {workers}\nlisten = ['unix:s', 'tcp:{free_port}', 'tcp6:{free_port}']\n")
+    config.write_text(f"workers = {workers}\nlisten = ['unix:s', 'tcp:{port}', 'tcp6:{port}']\n")
     one.process.send_signal(signal.SIGHUP)
     one.wait_line("a restart is needed for what changed of listen")
 

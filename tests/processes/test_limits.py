@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import select
 import shutil
@@ -21,9 +20,9 @@ from typing import Any
 import pytest
 
 from rtservice.process.server import raise_descriptor_limit
-
-GREETING = b"Hello from the server!"
-DEADLINE = 30
+from tests.support.deadline import DEADLINE
+from tests.support.greeting import GREETING
+from tests.support.processes import cpu_seconds
 
 
 def exchange(client: socket.socket) -> None:
@@ -58,12 +57,6 @@ def read_until_reset(client: socket.socket) -> bytes:
     raise AssertionError("it was closed in order")
 
 
-def cpu_seconds(pid: int) -> float:
-    """Of the process, in user and kernel mode: proc(5)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def share_of_cpu(pid: int, inside: socket.socket, waiting: list[socket.socket]) -> float:
     """What the process takes of a core within two seconds in which it serves one now and then, and others wait."""
     began, cpu = time.monotonic(), cpu_seconds(pid)
@@ -90,41 +83,6 @@ def clients() -> Iterator[Callable[..., list[socket.socket]]]:
     yield connect
     for client in connected:
         client.close()
-
-
-class Manager:
-    """A NOTIFY_SOCKET that waits for what comes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.path)
-        self.received: list[str] = []
-
-    def drain(self) -> None:
-        """Take what has come already."""
-        while select.select([self._socket], [], [], 0)[0]:
-            self.received.append(self._socket.recv(4097).decode())
-
-    def wait(self, pattern: str) -> str:
-        """The next datagram that matches."""
-        end = time.monotonic() + DEADLINE
-        while time.monotonic() < end:
-            if select.select([self._socket], [], [], 1)[0]:
-                self.received.append(self._socket.recv(4097).decode())
-                if re.search(pattern, self.received[-1]):
-                    return self.received[-1]
-        raise AssertionError(f"no {pattern!r} in {self.received}")
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-@pytest.fixture
-def manager(tmp_path) -> Iterator[Manager]:
-    made = Manager(tmp_path / "notify")
-    yield made
-    made.close()
 
 
 # --- the number of connections ---
@@ -297,7 +255,7 @@ def test_clients_that_never_finish_a_handshake_are_all_gone_after_its_deadline(
         f"--listen=proxy:ssl:0:interface=127.0.0.1:{files}",
         "--listen=proxy:tcp:0:interface=127.0.0.1",
         "--handshake-timeout=4",
-        NOTIFY_SOCKET=manager.path,
+        NOTIFY_SOCKET=manager.address,
     )
     secure = int(one.wait_line("listening on proxy:ssl:").rpartition(":")[2])
     plain = int(one.wait_line("listening on proxy:tcp:").rpartition(":")[2])
@@ -372,7 +330,7 @@ def test_setting_the_clock_by_an_hour_moves_no_deadline(service, clients, manage
         FAKETIME_NO_CACHE="1",
         FAKETIME_DONT_FAKE_MONOTONIC="1",
         DONT_FAKE_MONOTONIC="1",
-        NOTIFY_SOCKET=manager.path,
+        NOTIFY_SOCKET=manager.address,
         WATCHDOG_USEC="1000000",
     )
     proxied = int(one.wait_line("listening on proxy:tcp:").rpartition(":")[2])
@@ -380,7 +338,7 @@ def test_setting_the_clock_by_an_hour_moves_no_deadline(service, clients, manage
     (idle,), (unfinished,) = clients(1, one.port), clients(1, proxied, b"PROXY")
     assert idle.recv(100) == GREETING
     clock.write_text(offset)
-    manager.drain()
+    manager.received()
     for _ in range(3):
         manager.wait("WATCHDOG=1")
     for client, why in ((idle, "idle"), (unfinished, "PROXY header timed out")):

@@ -18,13 +18,12 @@ from pathlib import Path
 import pytest
 
 from rtservice.testing import DEADLINE
+from tests.support.log_texts import STILL
+from tests.support.repository import ETC
 
-ETC = Path(__file__).parent.parent.parent / "etc"
 LOGROTATE = shutil.which("logrotate", path=f"{os.environ['PATH']}:/usr/sbin")
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user or the root")
 needs_logrotate = pytest.mark.skipif(LOGROTATE is None, reason="logrotate (Debian: logrotate) is not installed")
-
-STILL = "still writing to the file that was open"
 
 
 @pytest.fixture

@@ -12,14 +12,9 @@ from pathlib import Path
 
 import pytest
 
-GREETING = b"Hello from the server!"
-DEADLINE = 30
-
-
-def cpu_seconds(process: subprocess.Popen) -> float:
-    """What it has used."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+from tests.support.deadline import DEADLINE
+from tests.support.greeting import GREETING
+from tests.support.processes import cpu_seconds
 
 
 def is_idle(process: subprocess.Popen, directory) -> bool:
@@ -27,11 +22,11 @@ def is_idle(process: subprocess.Popen, directory) -> bool:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{directory}/s")
         assert client.recv(100) == GREETING
-        before = cpu_seconds(process)
+        before = cpu_seconds(process.pid)
         client.settimeout(1)
         with pytest.raises(TimeoutError):
             client.recv(1)
-        return cpu_seconds(process) - before < 0.1
+        return cpu_seconds(process.pid) - before < 0.1
 
 
 def end(process: subprocess.Popen) -> int:

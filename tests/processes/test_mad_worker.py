@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-DEADLINE = 30
+from tests.support.deadline import DEADLINE
 
 # Seconds that nobody else waits for longer. A record with a large width in its format string was 20 s; this machine may
 # be busy, and what is mad is a whole process of its own.

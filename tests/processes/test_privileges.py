@@ -3,13 +3,14 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-BIN = Path(sys.executable).parent
-DEADLINE = 30
+from tests.support.commands import BIN
+from tests.support.deadline import DEADLINE
+from tests.support.refused import assert_refused
+
 NOBODY = "65534"
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user")
@@ -20,14 +21,6 @@ def credentials(pid: int) -> dict[str, set[str]]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {name: set(fields[name].split()) for name in ("Uid", "Gid", "Groups", "CapPrm", "CapEff")}
-
-
-def assert_refused(result, *words: str) -> None:
-    assert result.returncode == 1
-    assert "Traceback" not in result.stdout + result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    for word in words:
-        assert word in result.stderr
 
 
 @pytest.mark.parametrize("daemon", [False, True], ids=["fore", "daemon"])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-RTSERVICE = ("--nodaemon", "--pidfile=", "rtservice")
-HERE = "--listen=tcp:0:interface=127.0.0.1"
+from tests.support.commands import RTSERVICE
+from tests.support.listen_options import TCP
 
 GOOD = """
 from twisted.internet import defer, reactor, task
@@ -88,7 +88,7 @@ def exchange(one, data: bytes, read_all: Callable[[socket.socket], bytes]) -> by
 
 @pytest.mark.usefixtures("good")
 def test_a_factory_is_started_once_before_anybody_is_accepted_and_stopped_after_the_last(service) -> None:
-    one = service("--protocol=good:Shouts", "--protocol-option=mark=?", HERE, "--listen=unix:s")
+    one = service("--protocol=good:Shouts", "--protocol-option=mark=?", TCP, "--listen=unix:s")
     with one.connect() as client:
         client.sendall(b"hi")
         assert client.recv(100) == b"HI?"
@@ -108,7 +108,7 @@ def test_a_factory_is_started_once_before_anybody_is_accepted_and_stopped_after_
 @pytest.mark.usefixtures("good")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_start_that_fails_is_one_line_and_a_status(run, workers) -> None:
-    result = run(*RTSERVICE, "--protocol=good:Shouts", "--protocol-option=fails=true", HERE, f"--workers={workers}")
+    result = run(*RTSERVICE, "--protocol=good:Shouts", "--protocol-option=fails=true", TCP, f"--workers={workers}")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.endswith("Shouts did not start: ConnectionRefusedError: no database at all")
@@ -118,7 +118,7 @@ def test_a_start_that_fails_is_one_line_and_a_status(run, workers) -> None:
 
 @pytest.mark.usefixtures("good")
 def test_a_start_that_is_not_done_is_cancelled_by_a_stop(service) -> None:
-    one = service("--protocol=good:Shouts", "--protocol-option=hangs=true", HERE, awaits=r"\] start$")
+    one = service("--protocol=good:Shouts", "--protocol-option=hangs=true", TCP, awaits=r"\] start$")
     one.stop()
     one.wait_line("start is cancelled")
     one.wait_line("stopFactory")
@@ -141,7 +141,7 @@ def test_what_cannot_be_imported_is_one_line_and_a_status(
 ) -> None:
     (tmp_path / "bad.py").write_text(source)
     environment["PYTHONPATH"] = "."
-    result = run(*RTSERVICE, f"--protocol={protocol}", HERE, f"--workers={workers}", *check)
+    result = run(*RTSERVICE, f"--protocol={protocol}", TCP, f"--workers={workers}", *check)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert f"--protocol {protocol}: {problem}" in line
@@ -150,7 +150,7 @@ def test_what_cannot_be_imported_is_one_line_and_a_status(
 @pytest.mark.usefixtures("good")
 @pytest.mark.parametrize("check", [[], ["--check"]], ids=["serve", "check"])
 def test_what_has_to_be_in_one_process_does_not_start_with_workers(run, check) -> None:
-    result = run(*RTSERVICE, "--protocol=good:Alone", HERE, "--workers=2", *check)
+    result = run(*RTSERVICE, "--protocol=good:Alone", TCP, "--workers=2", *check)
     assert result.returncode == 1
     assert result.stderr.endswith("--workers has to be 1, not 2\n")
     assert result.stderr.count("\n") == 1
@@ -167,7 +167,7 @@ def test_workers_serve_new_code_after_a_reload(service, tmp_path, environment, r
     source = tmp_path / "changes.py"
     text = "from twisted.internet.protocol import Protocol\nclass Says(Protocol):\n    def connectionMade(self):\n"
     source.write_text(f"{text}        self.transport.write(b'old code')\n")
-    one = service("--protocol=changes:Says", HERE, "--workers=2")
+    one = service("--protocol=changes:Says", TCP, "--workers=2")
     assert exchange(one, b"", read_all) == b"old code"
     source.write_text(f"{text}        self.transport.write(b'the new code')\n")
     one.process.send_signal(1)
@@ -188,7 +188,7 @@ def test_relative_paths_begin_where_the_command_was_typed(service, tmp_path, env
         "    def connectionMade(self):\n        self.transport.write(bytes(self.path))\n"
         "        self.transport.loseConnection()\n"
     )
-    one = service("--protocol=files:Shows", "--protocol-option=path=a/b", HERE, "--workers=2")
+    one = service("--protocol=files:Shows", "--protocol-option=path=a/b", TCP, "--workers=2")
     assert exchange(one, b"", read_all) == bytes(tmp_path / "a" / "b")
 
 
@@ -236,7 +236,7 @@ def bad(tmp_path: Path, environment: dict[str, str]) -> None:
 
 @pytest.mark.usefixtures("bad")
 def test_a_client_that_gets_no_protocol_is_closed_and_one_that_raises_harms_no_other(service, read_all) -> None:
-    one = service("--protocol=bad:Builds", HERE)
+    one = service("--protocol=bad:Builds", TCP)
     for _ in range(2):
         with one.connect() as client:
             assert read_all(client) == b""
@@ -255,7 +255,7 @@ def test_a_client_that_gets_no_protocol_is_closed_and_one_that_raises_harms_no_o
 
 @pytest.mark.usefixtures("bad")
 def test_a_protocol_that_never_lets_go_does_not_hold_up_a_drain(service, read_all) -> None:
-    one = service("--protocol=bad:Clings", HERE, "--drain-timeout=0.2")
+    one = service("--protocol=bad:Clings", TCP, "--drain-timeout=0.2")
     with one.connect() as client:
         assert client.recv(1) == b"x"
         assert one.stop() == 0
@@ -265,7 +265,7 @@ def test_a_protocol_that_never_lets_go_does_not_hold_up_a_drain(service, read_al
 @pytest.mark.usefixtures("bad")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_blocks_the_reactor_is_logged_with_its_stack(service, workers) -> None:
-    one = service("--protocol=bad:Raises", HERE, f"--workers={workers}")
+    one = service("--protocol=bad:Raises", TCP, f"--workers={workers}")
     with one.connect() as client:
         client.sendall(b"block")
         assert client.recv(100) == b"block"
@@ -374,7 +374,7 @@ def worse(tmp_path: Path, environment: dict[str, str]) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sys_exit_in_a_factory_ends_nothing_but_what_it_was_asked_for(service, workers) -> None:
     one = service(
-        *("--protocol=worse:Exits", HERE, f"--workers={workers}", "--status=tcp:0", "--hang-timeout=2"),
+        *("--protocol=worse:Exits", TCP, f"--workers={workers}", "--status=tcp:0", "--hang-timeout=2"),
         *("--drain-timeout=0.5",),
     )
     site = one.wait_line("status on tcp:").rpartition("tcp:")[2]
@@ -423,7 +423,7 @@ def test_a_producer_that_fails_as_its_connection_begins_leaves_the_listener_and_
 
 @pytest.mark.usefixtures("worse")
 def test_a_wrapper_that_wants_to_say_goodbye_is_told(service) -> None:
-    one = service("--protocol=worse:wrapped", HERE)
+    one = service("--protocol=worse:wrapped", TCP)
     with one.connect() as client:
         assert client.recv(100) == b"here"
         assert one.stop() == 0
@@ -432,7 +432,7 @@ def test_a_wrapper_that_wants_to_say_goodbye_is_told(service) -> None:
 
 @pytest.mark.usefixtures("worse")
 def test_threads_that_never_end_hold_it_up_until_the_second_signal(service, wait_for) -> None:
-    one = service("--protocol=worse:Threads", HERE, "--drain-timeout=0.2")
+    one = service("--protocol=worse:Threads", TCP, "--drain-timeout=0.2")
     with one.connect() as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
@@ -445,7 +445,7 @@ def test_threads_that_never_end_hold_it_up_until_the_second_signal(service, wait
 
 @pytest.mark.usefixtures("worse")
 def test_a_reactor_that_is_blocked_for_ever_is_in_the_log_and_the_third_signal_ends_it(service, wait_for) -> None:
-    one = service("--protocol=worse:Threads", HERE)
+    one = service("--protocol=worse:Threads", TCP)
     with one.connect() as client:
         client.sendall(b"loop")
         one.wait_line("the reactor is blocked: ")
@@ -459,7 +459,7 @@ def test_a_reactor_that_is_blocked_for_ever_is_in_the_log_and_the_third_signal_e
 @pytest.mark.usefixtures("worse")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_protocol_logs_and_prints_is_the_same_with_workers(service, workers) -> None:
-    one = service("--protocol=worse:Logs", HERE, f"--workers={workers}")
+    one = service("--protocol=worse:Logs", TCP, f"--workers={workers}")
     with one.connect() as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
@@ -473,7 +473,7 @@ def test_what_a_protocol_logs_and_prints_is_the_same_with_workers(service, worke
 
 
 def test_a_chat_goes_on_while_a_member_does_not_read(service) -> None:
-    one = service("--protocol=chat", "--protocol-option=max-unsent=100000", HERE)
+    one = service("--protocol=chat", "--protocol-option=max-unsent=100000", TCP)
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     with one.connect() as ann, slow:
@@ -492,7 +492,7 @@ def test_a_chat_goes_on_while_a_member_does_not_read(service) -> None:
 
 
 def test_a_chat_does_not_start_with_workers(run) -> None:
-    result = run(*RTSERVICE, "--protocol=chat", HERE, "--workers=2")
+    result = run(*RTSERVICE, "--protocol=chat", TCP, "--workers=2")
     assert result.returncode == 1
     assert result.stderr.endswith(
         "--protocol chat: its connections have to be in one process: --workers has to be 1, not 2\n"

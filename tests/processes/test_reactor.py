@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DEADLINE = 30
+from tests.support.deadline import DEADLINE
 
 
 def reactor_of(service) -> str:

@@ -1,7 +1,6 @@
 """SIGHUP: certificates and settings of a running service are read again, and whatever is wrong changes nothing."""
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.deadline import DEADLINE
+from tests.support.greeting import GREETING
 from tests.support.odd_certificates import dns, odd_certificate
-
-GREETING = b"Hello from the server!"
-DEADLINE = 30
+from tests.support.tls_libraries import needs_pyopenssl
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
 
@@ -49,9 +48,6 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-needs_pyopenssl = pytest.mark.skipif(
-    importlib.util.find_spec("OpenSSL") is None, reason="pyOpenSSL (twisted[tls]) is not installed"
-)
 TLS = "--listen=ssl:0:interface=127.0.0.1:privateKey=served.key:certKey=served.pem"
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-RTSERVICE = ("--nodaemon", "--pidfile=", "rtservice")
-HERE = "--listen=tcp:0:interface=127.0.0.1"
+from tests.support.commands import RTSERVICE
+from tests.support.listen_options import TCP
+from tests.support.processes import children
+
 STATUS = "--status=tcp:0"
 with_and_without_workers = pytest.mark.parametrize("workers", [1, 2])
 
@@ -72,16 +74,12 @@ def asked(one, path: str) -> str:
         return error.read().decode()
 
 
-def children(pid: int) -> list[int]:
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @with_and_without_workers
 def test_a_value_reaches_the_protocol_and_is_shown_nowhere(service, tmp_path, workers) -> None:
     (tmp_path / "pw").write_text(f"{FILED}\n")
     (tmp_path / "rt.toml").write_text(f"[protocol]\nname = 'keeper:Keeper'\npassword = '@pw'\ntext = '{LITERAL}'\n")
     one = service(
-        *("--config=rt.toml", HERE, STATUS, f"--workers={workers}", "--log-level=debug,twisted=debug"),
+        *("--config=rt.toml", TCP, STATUS, f"--workers={workers}", "--log-level=debug,twisted=debug"),
         RTSERVICE_PROTOCOL_OPTION=json.dumps(["raw=$CARRIED", "number=7"]),
         CARRIED=CARRIED,
     )
@@ -110,7 +108,7 @@ def test_a_value_reaches_the_protocol_and_is_shown_nowhere(service, tmp_path, wo
 
 def test_new_workers_get_what_the_file_holds_now(service, tmp_path) -> None:
     (tmp_path / "pw").write_text(FILED)
-    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", HERE, "--workers=2")
+    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, "--workers=2")
     assert told(one)["password"] == FILED
     (tmp_path / "pw").write_text(NEWER)
     assert "reloaded" in one.reload()
@@ -126,7 +124,7 @@ def test_new_workers_get_what_the_file_holds_now(service, tmp_path) -> None:
 
 def test_one_process_keeps_what_the_file_held_at_its_start(service, tmp_path) -> None:
     (tmp_path / "pw").write_text(FILED)
-    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", HERE)
+    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP)
     (tmp_path / "pw").unlink()
     assert "reloaded" in one.reload()
     assert told(one)["password"] == FILED
@@ -137,7 +135,7 @@ def test_a_path_begins_where_the_command_was_typed(service, tmp_path, workers) -
     (tmp_path / "pw").write_text(FILED)
     (tmp_path / "elsewhere").mkdir()
     one = service(
-        *("--protocol=keeper:Keeper", "--protocol-option=password=@pw", HERE, f"--workers={workers}"),
+        *("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, f"--workers={workers}"),
         twistd=("--rundir=elsewhere",),
     )
     assert told(one)["password"] == FILED
@@ -149,14 +147,14 @@ def test_a_path_begins_where_the_command_was_typed(service, tmp_path, workers) -
 def test_a_file_that_only_root_may_read_is_read_before_root_is_given_up(service, tmp_path) -> None:
     (tmp_path / "pw").write_text(FILED)
     (tmp_path / "pw").chmod(0o600)
-    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", HERE, twistd=("--uid=nobody",))
+    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, twistd=("--uid=nobody",))
     assert told(one)["password"] == FILED
 
 
 @pytest.mark.parametrize(("workers", "text"), [(1, "@@pw"), (2, "$$PW"), (2, "@@@pw"), (1, "a b"), (2, "'\"")])
 def test_any_text_can_be_given(service, workers, text) -> None:
     one = service(
-        *("--protocol=keeper:Keeper", HERE, f"--workers={workers}"),
+        *("--protocol=keeper:Keeper", TCP, f"--workers={workers}"),
         RTSERVICE_PROTOCOL_OPTION=json.dumps([f"password={text}", f"text={text}"]),
     )
     expected = text[1:] if text[:2] in ("@@", "$$") else text

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import re
 import resource
 import select
@@ -13,13 +12,12 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 
 import pytest
 
-GREETING = b"Hello from the server!"
+from tests.support.greeting import GREETING
 
 
 def greeted(client: socket.socket, read_all) -> bytes:
@@ -81,14 +79,6 @@ def test_bytes_that_a_peer_controls_are_escaped(service, tmp_path) -> None:
         client.connect(f"{tmp_path}/s")
         client.recv(100)
     assert r"/\x1b[31mred on unix:" in one.wait_line("bytes in")
-
-
-@pytest.fixture
-def public_directory():
-    """A directory that every user can reach and write; pytest's own are the user's alone."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o777)
-        yield pathlib.Path(name)
 
 
 def test_a_daemon_has_its_pidfile_log_and_user_and_keeps_its_port(run, public_directory, wait_for, read_all) -> None:

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-RTSERVICE = ("--nodaemon", "--pidfile=", "rtservice")
+from tests.support.commands import RTSERVICE
 
 
 def test_what_is_printed_can_be_read_back(run, tmp_path, environment) -> None:

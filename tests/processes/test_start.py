@@ -6,22 +6,14 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-BIN = Path(sys.executable).parent
-DEADLINE = 30
-
-
-def assert_refused(result, *names: str) -> None:
-    assert result.returncode != 0
-    assert "Traceback" not in result.stdout + result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    for name in names:
-        assert name in lines[0]
+from tests.support.commands import BIN, DAEMON, FOREGROUND
+from tests.support.deadline import DEADLINE
+from tests.support.free_port import free_port
+from tests.support.refused import assert_refused
 
 
 @pytest.mark.parametrize(
@@ -342,11 +334,6 @@ def slow_endpoints(tmp_path, environment):
     environment["PYTHONPATH"] = str(tmp_path)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
-
-
 def nobody_listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=DEADLINE).close()
@@ -355,8 +342,6 @@ def nobody_listens(port: int) -> bool:
     return False
 
 
-FOREGROUND = ("--nodaemon", "--pidfile=", "--logfile=-")
-DAEMON = ("--pidfile=d.pid", "--logfile=d.log")
 both = pytest.mark.parametrize("twistd", [FOREGROUND, DAEMON], ids=["fore", "daemon"])
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-DEADLINE = 30
-TCP = ("--listen", "tcp:0:interface=127.0.0.1")
+from tests.support.deadline import DEADLINE
+from tests.support.listen_options import TCP
 
 
 def address(service: Any) -> str:
@@ -103,13 +103,13 @@ def scraper() -> Iterator[Callable[[Any], Scraper]]:
 
 
 def test_it_is_on_loopback_unless_told_otherwise(service: Callable[..., Any]) -> None:
-    assert address(service(*TCP, "--status", "tcp:0")).startswith("http://127.0.0.1:")
-    assert address(service(*TCP, "--status", "0")).startswith("http://127.0.0.1:")
-    assert address(service(*TCP, "--status", "tcp:0:interface=0.0.0.0")).startswith("http://0.0.0.0:")
+    assert address(service(TCP, "--status", "tcp:0")).startswith("http://127.0.0.1:")
+    assert address(service(TCP, "--status", "0")).startswith("http://127.0.0.1:")
+    assert address(service(TCP, "--status", "tcp:0:interface=0.0.0.0")).startswith("http://0.0.0.0:")
 
 
 def test_it_can_be_a_unix_socket(service: Callable[..., Any], tmp_path: Any) -> None:
-    one = service(*TCP, "--status", f"unix:{tmp_path}/status:mode=600")
+    one = service(TCP, "--status", f"unix:{tmp_path}/status:mode=600")
     one.wait_line("status on unix:")
     assert os.stat(tmp_path / "status").st_mode & 0o777 == 0o600
     with socket.socket(socket.AF_UNIX) as client:
@@ -130,7 +130,7 @@ def test_it_can_be_a_unix_socket(service: Callable[..., Any], tmp_path: Any) -> 
     ],
 )
 def test_one_that_cannot_be_served_ends_the_start_with_one_line(run, description: str, problem: str) -> None:
-    ended = run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--status", description)
+    ended = run("--nodaemon", "--pidfile=", "rtservice", TCP, "--status", description)
     assert ended.returncode != 0
     [line] = ended.stderr.splitlines()
     assert line.startswith(f"rtservice: --status {description}: ")
@@ -140,7 +140,7 @@ def test_one_that_cannot_be_served_ends_the_start_with_one_line(run, description
 def test_a_port_that_is_taken_is_found_at_the_start(run, tmp_path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        ended = run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--status", f"tcp:{port}")
+        ended = run("--nodaemon", "--pidfile=", "rtservice", TCP, "--status", f"tcp:{port}")
     assert ended.returncode != 0
     [line] = ended.stderr.splitlines()
     assert f"--status tcp:{port}: " in line
@@ -148,7 +148,7 @@ def test_a_port_that_is_taken_is_found_at_the_start(run, tmp_path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_totals_are_what_a_client_counted(service: Callable[..., Any], wait_for, workers: int) -> None:
-    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers))
+    one = service(TCP, "--status", "tcp:0", "--workers", str(workers))
     sizes = [1, 100, 5000, 70_000] * 10
     for size in sizes:
         exchange(one, size)
@@ -202,7 +202,7 @@ def test_a_refusal_and_a_failed_handshake_are_counted_by_kind(
 def test_readiness_ends_with_the_first_instant_of_a_drain_and_the_site_with_its_last(
     service: Callable[..., Any], wait_for, workers: int
 ) -> None:
-    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers), "--drain-timeout", "60")
+    one = service(TCP, "--status", "tcp:0", "--workers", str(workers), "--drain-timeout", "60")
     with one.connect() as client:
         client.recv(100)
         assert ask(f"{address(one)}/readyz")[0] == 200
@@ -220,7 +220,7 @@ def test_readiness_ends_with_the_first_instant_of_a_drain_and_the_site_with_its_
 def test_totals_never_fall_when_workers_are_replaced_killed_or_removed(
     service: Callable[..., Any], wait_for, scraper
 ) -> None:
-    one = service(*TCP, "--status", "tcp:0", "--workers", "3", "--drain-timeout", "1")
+    one = service(TCP, "--status", "tcp:0", "--workers", "3", "--drain-timeout", "1")
     watching = scraper(one)
     opened = 0
 
@@ -308,7 +308,7 @@ def test_what_a_hosted_protocol_counts_is_shown_and_its_totals_outlive_workers(
 ) -> None:
     (tmp_path / "counting.py").write_text(COUNTING)
     environment["PYTHONPATH"] = "."
-    one = service(*TCP, "--protocol=counting:Counts", "--status", "tcp:0", "--workers", str(workers))
+    one = service(TCP, "--protocol=counting:Counts", "--status", "tcp:0", "--workers", str(workers))
 
     def shown(here: float, heard: float) -> bool:
         now = samples(one)
@@ -336,7 +336,7 @@ def test_what_a_hosted_protocol_counts_is_shown_and_its_totals_outlive_workers(
 def test_connections_are_those_of_all_workers_and_one_that_is_silent_is_named(
     service: Callable[..., Any], wait_for
 ) -> None:
-    one = service(*TCP, "--status", "tcp:0", "--workers", "2")
+    one = service(TCP, "--status", "tcp:0", "--workers", "2")
     with ExitStack() as clients:
         sockets = [clients.enter_context(one.connect()) for _ in range(20)]
         for place, client in enumerate(sockets):
@@ -357,7 +357,7 @@ def test_connections_are_those_of_all_workers_and_one_that_is_silent_is_named(
 
 
 def test_those_who_ask_for_the_status_cannot_use_up_the_service(service: Callable[..., Any], wait_for) -> None:
-    one = service(*TCP, "--status", "tcp:0", "--max-connections", "5")
+    one = service(TCP, "--status", "tcp:0", "--max-connections", "5")
     where = address(one).removeprefix("http://").split(":")
     with ExitStack() as clients:
         crowd = [
@@ -385,7 +385,7 @@ def test_names_of_the_status_server_are_configured_and_reloaded(
     config = tmp_path / "rt.toml"
     config.write_text('status-host = "web-1"')
     where = ("--status", "tcp:0:interface=localhost", "--config", str(config))
-    one = service(*TCP, *where, "--workers", str(workers))
+    one = service(TCP, *where, "--workers", str(workers))
     served = [host for host in ("web-1:9090", "web-2", "localhost", "127.0.0.1", "[::1]:1") if code(one, host) == 200]
     assert served == ["web-1:9090", "localhost", "127.0.0.1", "[::1]:1"]
     config.write_text('status-host = "web-2,web-3."')
@@ -394,7 +394,7 @@ def test_names_of_the_status_server_are_configured_and_reloaded(
 
 
 def test_check_looks_at_it_too(run) -> None:
-    ended = run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--check", "--status", "tcp:x")
+    ended = run("--nodaemon", "--pidfile=", "rtservice", TCP, "--check", "--status", "tcp:x")
     assert ended.returncode != 0
     assert ended.stderr.startswith("rtservice: --status tcp:x: port 'x' is not")
-    assert run("--nodaemon", "--pidfile=", "rtservice", *TCP, "--check", "--status", "9090").returncode == 0
+    assert run("--nodaemon", "--pidfile=", "rtservice", TCP, "--check", "--status", "9090").returncode == 0

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-DEADLINE = 30
-TCP = ("--listen", "tcp:0:interface=127.0.0.1")
+from tests.support.deadline import DEADLINE
+from tests.support.listen_options import TCP
+
 HOSTILE = Path(__file__).with_name("hostile_http.py")
 
 # Seconds that an innocent client may wait for an echo, and for an answer to a new connection while the places for them
@@ -87,7 +88,7 @@ def worst_of(service: Any, client: socket.socket) -> tuple[float, float]:
 def test_an_attack_on_the_status_server_delays_nobody_else(
     service: Callable[..., Any], attack, name: str, workers: int
 ) -> None:
-    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers))
+    one = service(TCP, "--status", "tcp:0", "--workers", str(workers))
     with ExitStack() as clients:
         # Of whom there is something to tell.
         for _ in range(600):
@@ -111,7 +112,7 @@ def test_tls_handshakes_that_are_never_finished_make_room_too(
     service: Callable[..., Any], attack, certificates, library: str
 ) -> None:
     tls = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}:library={library}"
-    one = service(*TCP, "--status", f"ssl:0:interface=127.0.0.1:{tls}")
+    one = service(TCP, "--status", f"ssl:0:interface=127.0.0.1:{tls}")
     context = ssl.create_default_context(cafile=certificates["ca.pem"])
     hostile = attack("silent", one)
     for _ in range(3):
@@ -131,7 +132,7 @@ FEW = ["bash", "-c", 'ulimit -n "$0" && exec "$@"']
 def test_a_full_service_and_a_full_status_server_never_run_out_of_descriptors(
     service: Callable[..., Any], wait_for, attack, workers: int, descriptors: int
 ) -> None:
-    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers), launcher=[*FEW, str(descriptors)])
+    one = service(TCP, "--status", "tcp:0", "--workers", str(workers), launcher=[*FEW, str(descriptors)])
     address = where(one)
     with ExitStack() as clients:
         crowd = [clients.enter_context(one.connect()) for _ in range(2 * descriptors)]
@@ -172,7 +173,7 @@ def scrambled(numbers: random.Random) -> bytes:
 def test_scrambled_requests_leave_no_traceback_and_the_server_answers(
     service: Callable[..., Any], workers: int
 ) -> None:
-    one = service(*TCP, "--status", "tcp:0", "--workers", str(workers))
+    one = service(TCP, "--status", "tcp:0", "--workers", str(workers))
     address = where(one)
     numbers = random.Random(workers)
     answers = 0

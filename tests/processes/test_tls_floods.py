@@ -1,7 +1,6 @@
 """Hostile TLS clients of real processes: what others see meanwhile, with and without workers."""
 
 import contextlib
-import os
 import random
 import socket
 import ssl
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.processes import children, cpu_seconds
 
 pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
 
@@ -148,19 +149,6 @@ def test_key_updates_between_bytes_of_data_delay_nobody_else(attacked) -> None:
     assert bystanders.worst < WORST
 
 
-def cpu_seconds(pid: int) -> float:
-    """What a process and its children have used."""
-    total = 0
-    for stat in [Path(f"/proc/{pid}/stat"), *(Path(f"/proc/{child}/stat") for child in children(pid))]:
-        fields = stat.read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def memory(pid: int) -> int:
     """The most that a process, or a child of it, has had resident, in bytes."""
     found = [Path(f"/proc/{one}/status").read_text() for one in (pid, *children(pid))]
@@ -189,9 +177,9 @@ def test_a_peer_that_asks_for_key_updates_and_never_reads_costs_no_cpu_and_littl
 
         def idle() -> bool:
             """Whether it uses less than a tenth of a processor."""
-            cpu, began = cpu_seconds(pid), time.monotonic()
+            cpu, began = cpu_seconds(pid, *children(pid)), time.monotonic()
             threading.Event().wait(0.5)
-            return cpu_seconds(pid) - cpu < 0.1 * (time.monotonic() - began)
+            return cpu_seconds(pid, *children(pid)) - cpu < 0.1 * (time.monotonic() - began)
 
         wait_for(idle)
         assert memory(pid) - before < 8 << 20

@@ -15,10 +15,10 @@ import pytest
 
 from tests.support.clients import connect, echoes, greeted, is_greeted
 from tests.support.deadline import DEADLINE
+from tests.support.listen_options import TCP
 from tests.support.load import Load
 from tests.support.processes import accepted_by, alive, children, descriptors, freeze
 from tests.support.worker_sites import BLOCK, RAMBLE
-from tests.support.workers import TCP
 
 
 def test_of_a_killed_worker_only_its_open_connections_are_lost(workers, wait_for) -> None:
@@ -163,7 +163,7 @@ def test_workers_that_never_became_ready_do_not_outlive_their_parent(service, en
 @pytest.mark.timeout(300)
 def test_whatever_happens_to_workers_the_service_is_there_afterwards(workers, manager, wait_for) -> None:
     chance = random.Random(5)
-    one = workers("--workers=3", "--hang-timeout=1", "--drain-timeout=5", TCP, NOTIFY_SOCKET=manager.path)
+    one = workers("--workers=3", "--hang-timeout=1", "--drain-timeout=5", TCP, NOTIFY_SOCKET=manager.address)
     port = one.service.port
     wait_for(lambda: manager.messages and "3 of 3" in manager.messages[-1])
     before = descriptors(one.pid)

@@ -8,9 +8,9 @@ import textwrap
 
 from tests.support.clients import echoes, greeted
 from tests.support.deadline import DEADLINE
+from tests.support.listen_options import TCP
 from tests.support.load import Load, assert_nobody_lost
 from tests.support.worker_sites import DIE, FAIL, FLOOD
-from tests.support.workers import TCP
 
 
 def test_records_of_workers_are_in_the_log_with_their_slot_level_namespace_and_traceback(workers, site) -> None:
@@ -78,7 +78,7 @@ def test_a_flood_of_records_costs_records_and_nobody_service(workers, site) -> N
 
 
 def test_the_service_manager_hears_of_all_workers_at_once(workers, manager, wait_for) -> None:
-    one = workers("--workers=3", TCP, NOTIFY_SOCKET=manager.path, WATCHDOG_USEC="500000")
+    one = workers("--workers=3", TCP, NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="500000")
     wait_for(lambda: manager.messages)
 
     def changes() -> list[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.clients import connect, echoes, greeted, is_greeted
+from tests.support.listen_options import TCP
 from tests.support.load import Load, assert_nobody_lost
 from tests.support.processes import accepted_by, children
-from tests.support.workers import TCP
 
 
 @pytest.mark.parametrize(

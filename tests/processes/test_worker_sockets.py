@@ -20,9 +20,9 @@ import pytest
 
 from tests.support.clients import connect, greeted
 from tests.support.deadline import DEADLINE
+from tests.support.listen_options import TCP
 from tests.support.load import Load, assert_nobody_lost
 from tests.support.processes import alive, children
-from tests.support.workers import TCP
 from twisted import plugins
 
 # --- balance ---
@@ -106,14 +106,6 @@ def copy_package(module: str, to: Path) -> None:
         shutil.copytree(source.parent, target, ignore=shutil.ignore_patterns("test", "__pycache__"))
     else:
         shutil.copy(source, to)
-
-
-@pytest.fixture
-def public_directory() -> Iterator[Path]:
-    """A directory that every user can reach and write; pytest's own are the user's alone."""
-    with tempfile.TemporaryDirectory() as name:
-        os.chmod(name, 0o777)
-        yield Path(name)
 
 
 def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_only_root_reads(

@@ -11,9 +11,10 @@ import pytest
 
 from tests.support.clients import connect, echoes, greeted
 from tests.support.deadline import DEADLINE
+from tests.support.listen_options import TCP
 from tests.support.load import Load
 from tests.support.processes import accepted_by
-from tests.support.workers import TCP, Workers
+from tests.support.workers import Workers
 
 
 @pytest.mark.parametrize("whom", ["the parent", "all processes"])

@@ -7,8 +7,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from rtservice.protocols.echo import PROTOCOLS, Echo, EchoFactory
-
-GREETING = b"Hello from the server!"
+from tests.support.greeting import GREETING
 
 # How each framing writes a message, and the greeting.
 FRAMED = {

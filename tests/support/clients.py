@@ -4,21 +4,7 @@ import socket
 from typing import Any
 
 from tests.support.deadline import DEADLINE
-
-GREETING = b"Hello from the server!"
-
-
-def connect(address: Any) -> socket.socket:
-    """A blocking client of a TCP port of 127.0.0.1, of an IPv6 address, or of the path of a UNIX socket."""
-    families = {str: socket.AF_UNIX, int: socket.AF_INET, tuple: socket.AF_INET6}
-    client = socket.socket(families[type(address)])
-    client.settimeout(DEADLINE)
-    try:
-        client.connect(("127.0.0.1", address) if isinstance(address, int) else address)
-    except OSError:
-        client.close()
-        raise
-    return client
+from tests.support.greeting import GREETING
 
 
 def is_greeted(client: socket.socket) -> bool:
@@ -38,3 +24,26 @@ def echoes(client: socket.socket, data: bytes = b"hello") -> bool:
         return client.recv(len(data), socket.MSG_WAITALL) == data
     except ConnectionError:
         return False
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Wait until the service closes the connection; return whether it did without sending anything."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def connect(address: Any) -> socket.socket:
+    """Return a blocking client of an IP address and port, of a port of 127.0.0.1, or of the path of a UNIX socket."""
+    if isinstance(address, int):
+        address = ("127.0.0.1", address)
+    ip = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    client = socket.socket(socket.AF_UNIX if isinstance(address, str) else ip)
+    client.settimeout(DEADLINE)
+    try:
+        client.connect(address)
+    except OSError:
+        client.close()
+        raise
+    return client

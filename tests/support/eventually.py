@@ -9,7 +9,7 @@ from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
 from tests.support.deadline import DEADLINE
-from tests.support.tls_service import nothing
+from tests.support.recording import nothing
 
 
 @pytest_twisted.inlineCallbacks

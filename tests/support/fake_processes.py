@@ -5,15 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTerminated, ReactorNotRunning
-from twisted.internet.task import Clock
 from twisted.logger import LogLevel, formatEvent
 from twisted.python.failure import Failure
 
 from rtservice.pool.control import CONTROL_OUT, SupervisorMessages, encode
 from rtservice.pool.worker_messages import encode_records, finished_record
+from tests.support.fake_reactor import FakeReactor
 
 
-class Reactor(Clock):
+class SpawningReactor(FakeReactor):
     """A clock with processes. What is to stop it stops the service a turn later, as Twisted's does."""
 
     def __init__(self) -> None:
@@ -31,9 +31,6 @@ class Reactor(Clock):
         process = Process(self, protocol, childFDs, environment, 1000 + len(self.processes))
         self.processes.append(process)
         protocol.makeConnection(process)
-
-    def callWhenRunning(self, function: Callable[[], Any]) -> None:
-        function()
 
     def callFromThread(self, function: Callable[..., Any], *arguments: Any) -> None:
         function(*arguments)
@@ -61,7 +58,7 @@ class Process:
     """A process as its parent sees it: raises where Twisted's does when it is dead, wholly or in part."""
 
     def __init__(
-        self, reactor: Reactor, protocol: Any, descriptors: dict[int, Any], environment: Any, pid: int
+        self, reactor: SpawningReactor, protocol: Any, descriptors: dict[int, Any], environment: Any, pid: int
     ) -> None:
         self.reactor = reactor
         self.protocol = protocol

@@ -2,13 +2,12 @@
 
 import socket
 
-from twisted.internet.testing import MemoryReactorClock
-
 from rtservice.net.port import Port
+from tests.support.fake_reactor import FakeReactor
 from tests.support.recording import Recording
 
 
-class Listening:
+class FakeListeningSocket:
     """A listening socket whose accept() does what it is told."""
 
     family = socket.AF_UNIX
@@ -26,18 +25,8 @@ class Listening:
         return result
 
 
-class Reactor(MemoryReactorClock):
-    """Takes our descriptors without asking for a real one."""
-
-    def addReader(self, reader):
-        self.readers.add(reader)
-
-    def removeReader(self, reader):
-        self.readers.discard(reader)
-
-
-def listening(*results, **arguments) -> tuple[Reactor, Port]:
-    clock = Reactor()
-    port = Port(clock, Listening(*results), Recording(), name="test", **arguments)
+def listening(*results, **arguments) -> tuple[FakeReactor, Port]:
+    clock = FakeReactor()
+    port = Port(clock, FakeListeningSocket(*results), Recording(), name="test", **arguments)
     port.startListening()
     return clock, port

@@ -9,7 +9,7 @@ from rtservice.net.tls import Steps
 from rtservice.pool.control import BEAT
 from rtservice.pool.pool import Phase, WorkerPool, WorkerSpec
 from tests.support.fake_listener import Slots
-from tests.support.fake_processes import Process, Reactor
+from tests.support.fake_processes import Process, SpawningReactor
 from tests.support.notifier import Notifier
 
 PLAN: dict[str, Any] = {"drain_timeout": 10.0, "hang_timeout": 30.0, "max_age": 0.0, "max_memory": 0}
@@ -19,7 +19,7 @@ class World:
     """A supervisor and all that is around it."""
 
     def __init__(self, slots: int, problem: str | None = None, **plan: Any) -> None:
-        self.reactor = Reactor()
+        self.reactor = SpawningReactor()
         self.events: list[Any] = []
         self.reports: list[str | None] = []
         self.notifier: Any = Notifier()

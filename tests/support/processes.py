@@ -62,3 +62,12 @@ def freeze(pid: int, wait_for: Callable[..., Any]) -> None:
     """Stop a process as it stands: what comes for it waits in the kernel."""
     os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
+def cpu_seconds(*pids: int) -> float:
+    """Return the CPU time that processes have used, in seconds, in user and kernel mode: proc(5)."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")

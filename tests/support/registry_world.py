@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.task import Clock
 from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 
@@ -18,6 +17,7 @@ from rtservice.process.registry import (
     Registry,
 )
 from rtservice.protocols.echo import EchoFactory
+from tests.support.fake_reactor import FakeReactor
 
 
 class Queue:
@@ -37,18 +37,8 @@ class Queue:
         return self.waiting.pop(0)
 
 
-class Reactor(Clock):
+class SelectingReactor(FakeReactor):
     """The part of a reactor that connections need; `turn` handles what there is to handle now."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.readers: set[Any] = set()
-        self.writers: set[Any] = set()
-        self.addReader, self.removeReader = self.readers.add, self.readers.discard
-        self.addWriter, self.removeWriter = self.writers.add, self.writers.discard
-
-    def getReaders(self) -> list[Any]:
-        return list(self.readers)
 
     def turn(self) -> None:
         busy = True
@@ -82,7 +72,7 @@ class World:
 
     def __init__(self, factory: Factory | None = None, **limits: Any) -> None:
         self.events: list[dict[str, Any]] = []
-        self.clock = Reactor()
+        self.clock = SelectingReactor()
         self.factory = factory or EchoFactory()
         self.limits = Limits(**{"max_connections": 100, **limits})
         self.connections = Registry(Logger(observer=self.events.append), self.limits)

@@ -1,13 +1,11 @@
 """A Server with fake listeners, endpoints and a clock that the test moves."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.internet.protocol import Factory
-from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 
@@ -43,24 +41,6 @@ def server(
     factory = factory or EchoFactory()
     made = Server(factory, listeners=list(listeners), endpoints=list(endpoints), live=live, log=log, **more)
     return made, events
-
-
-class Reactor(MemoryReactorClock):
-    """Runs already, and takes our descriptors without asking for a real one."""
-
-    stops = 0
-
-    def callWhenRunning(self, call: Callable, *arguments: Any) -> None:
-        call(*arguments)
-
-    def stop(self) -> None:
-        self.stops += 1
-
-    def addReader(self, reader: Any) -> None:
-        self.readers.add(reader)
-
-    def removeReader(self, reader: Any) -> None:
-        self.readers.discard(reader)
 
 
 class Held:

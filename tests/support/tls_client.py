@@ -4,13 +4,11 @@ import contextlib
 import select
 import socket
 import ssl
-import struct
 import time
 from typing import Any
 
-import pytest
-
 from tests.support.deadline import DEADLINE
+from tests.support.reset import reset
 
 
 class ResetError(Exception):
@@ -142,12 +140,3 @@ class Client:
                 except ssl.SSLWantReadError:
                     pass
         raise AssertionError("the deadline has passed")
-
-
-def reset(sock: socket.socket) -> None:
-    """Close with RST."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])

@@ -11,3 +11,6 @@ needs_pyopenssl = pytest.mark.skipif(
 
 
 BOTH = pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])
+
+
+LIBRARIES = pytest.mark.parametrize("library", ["ssl", "pyopenssl"])

@@ -7,8 +7,6 @@ from typing import Any
 
 from tests.support.processes import born, children
 
-TCP = "--listen=tcp:0:interface=127.0.0.1"
-
 
 class Workers:
     """A `twistd rtservice` with workers."""

@@ -24,8 +24,8 @@ from pathlib import Path
 import pytest
 
 import rtservice
+from tests.support.repository import ETC
 
-ETC = Path(__file__).parent.parent.parent / "etc"
 SUITE = "bookworm"
 PACKAGES = "systemd,systemd-sysv,python3,procps"
 BOOT = 120  # seconds for what takes five; test machines are busy

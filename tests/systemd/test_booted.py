@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-GREETING = b"Hello from the server!"
+from tests.support.greeting import GREETING
+
 DATA = bytes(range(256)) * 100
 PLAIN, TLS = 8080, 8443  # of the sockets in etc/
 ACTIVATED, STANDALONE = "rtservice.service", "rtservice-standalone.service"

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
-from twisted.logger import LogLevel, globalLogPublisher
 
 from rtservice.net.tls import Context, ServerTLS
 from tests.support.eventually import eventually
-from tests.support.tls_service import Recording, Served, Timed
+from tests.support.recording import Recording
+from tests.support.timed_reactor import Timed
+from tests.support.tls_service import Served
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def serve(contexts):
 
 
 @pytest.fixture
-def trusting(certificates):
+def client_context(certificates):
     """Makes client contexts that trust the root and check the name."""
 
     def make(version: str = "", certificate: str = "", alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
@@ -68,17 +69,3 @@ def trusting(certificates):
         return context
 
     return make
-
-
-@pytest.fixture
-def logged():
-    """The errors that were logged."""
-    events: list[Any] = []
-
-    def observe(event):
-        if event["log_level"] >= LogLevel.error:
-            events.append(event)
-
-    globalLogPublisher.addObserver(observe)
-    yield events
-    globalLogPublisher.removeObserver(observe)

@@ -15,27 +15,26 @@ from zope.interface import implementer
 
 from tests.support.deadline import DEADLINE
 from tests.support.eventually import eventually
-from tests.support.tls_client import VERSIONS, Client, ResetError, reset
+from tests.support.recording import HalfClosing, Recording, nothing
+from tests.support.reset import reset
+from tests.support.tls_client import Client, ResetError
 from tests.support.tls_libraries import BOTH
-from tests.support.tls_service import (
-    HalfClosing,
-    Recording,
-    reactor_is_free_of,
-)
+from tests.support.tls_service import reactor_is_free_of
+from tests.support.tls_versions import VERSIONS
 
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_fin_without_close_notify_is_a_connection_lost(serve, trusting, version, logged):
+def test_fin_without_close_notify_is_a_connection_lost(serve, client_context, version, logged):
     def client():
-        with Client(served.address, trusting(version)).shake() as peer:
+        with Client(served.address, client_context(version)).shake() as peer:
             peer.write(b"cut?")
             assert peer.read_exactly(4) == b"cut?"
             peer.fin()
             with pytest.raises((ssl.SSLError, ResetError)):
                 peer.read()
 
-    served = serve(Recording(HalfClosing))
+    served = serve(Recording(HalfClosing, on_fin=nothing))
     yield deferToThread(client)
     yield eventually(lambda: served.closed)
     ((connection, reason),) = served.closed
@@ -48,9 +47,9 @@ def test_fin_without_close_notify_is_a_connection_lost(serve, trusting, version,
 @BOTH
 @pytest.mark.parametrize("moment", ["connected", "hello", "shaken", "reading", "writing"])
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_resets_ends_its_connection_alone(serve, trusting, moment, logged):
+def test_a_peer_that_resets_ends_its_connection_alone(serve, client_context, moment, logged):
     def client():
-        peer = Client(served.address, trusting())
+        peer = Client(served.address, client_context())
         if moment == "hello":
             with contextlib.suppress(ssl.SSLWantReadError):
                 peer.tls.do_handshake()
@@ -118,7 +117,7 @@ def test_garbage_instead_of_a_client_hello_is_closed_at_once(serve, garbage, log
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, trusting, logged):
+def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, client_context, logged):
     """With FIN or with RST, after each of many parts of both of a client's flights."""
 
     def client():
@@ -126,7 +125,7 @@ def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, trusting
         for version in ("TLSv1_2", "TLSv1_3"):
             for end in (socket.socket.close, reset):
                 for cut in (0, 1, 5, 6, 50, 150, 10_000):
-                    peer = Client(served.address, trusting(version))
+                    peer = Client(served.address, client_context(version))
                     with contextlib.suppress(ssl.SSLWantReadError):
                         peer.tls.do_handshake()
                     hello = peer.outgoing.read()
@@ -134,7 +133,7 @@ def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, trusting
                     end(peer.sock)
                     count += 1
                 for cut in (1, 5, 6, 20, 40):
-                    peer = Client(served.address, trusting(version))
+                    peer = Client(served.address, client_context(version))
                     with contextlib.suppress(ssl.SSLWantReadError):
                         peer.tls.do_handshake()
                     peer.flush()
@@ -156,9 +155,9 @@ def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, trusting
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_record_that_was_tampered_with_ends_its_connection(serve, trusting, version, logged):
+def test_a_record_that_was_tampered_with_ends_its_connection(serve, client_context, version, logged):
     def client():
-        with Client(served.address, trusting(version)).shake() as peer:
+        with Client(served.address, client_context(version)).shake() as peer:
             peer.tls.write(b"hello")
             record = bytearray(peer.outgoing.read())
             record[-1] ^= 1
@@ -176,14 +175,14 @@ def test_a_record_that_was_tampered_with_ends_its_connection(serve, trusting, ve
 
 
 @pytest_twisted.inlineCallbacks
-def test_abort_resets_the_peer_and_drops_what_is_unsent(serve, trusting):
+def test_abort_resets_the_peer_and_drops_what_is_unsent(serve, client_context):
     def abort(protocol, data):
         protocol.transport.write(b"never")
         protocol.transport.abortConnection()
         assert not served.factory.lost  # the protocol hears of it in a later event
 
     def client():
-        with Client(served.address, trusting()).shake() as peer:
+        with Client(served.address, client_context()).shake() as peer:
             peer.write(b"x")
             with pytest.raises(ResetError):
                 peer.read()
@@ -198,7 +197,7 @@ def test_abort_resets_the_peer_and_drops_what_is_unsent(serve, trusting):
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_close_notify_first(serve, trusting):
+def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_close_notify_first(serve, client_context):
     """Both say close_notify at once; what is unsent is sent all the same."""
     data = os.urandom(4 << 20)
 
@@ -207,7 +206,7 @@ def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_clo
         protocol.transport.loseConnection()
 
     def client():
-        with Client(served.address, trusting(), receive_buffer=16 * 1024).shake() as peer:
+        with Client(served.address, client_context(), receive_buffer=16 * 1024).shake() as peer:
             peer.tls.write(b"x")
             with contextlib.suppress(ssl.SSLWantReadError):
                 peer.tls.unwrap()
@@ -222,7 +221,7 @@ def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_clo
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serve, trusting, version):
+def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serve, client_context, version):
     data = os.urandom(4 << 20)
 
     def write_and_close(protocol, _):
@@ -230,7 +229,7 @@ def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serv
         protocol.transport.loseConnection()
 
     def client():
-        with Client(served.address, trusting(version)).shake() as peer:
+        with Client(served.address, client_context(version)).shake() as peer:
             received, waiting = bytearray(), memoryview(b"")
             peer.sock.setblocking(False)
             while True:
@@ -253,18 +252,18 @@ def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serv
         assert same
         yield eventually(lambda count=count: len(served.closed) == count)
     assert [type(reason) for reason in served.factory.lost] == [ConnectionDone] * 10
-    assert served.factory.transports == [True] * 10
+    assert served.factory.secure == [True] * 10
 
 
 @pytest.mark.parametrize("where", ["on_connect", "on_data", "on_fin", "on_handshake"])
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(serve, trusting, where, logged):
+def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(serve, client_context, where, logged):
     def fail(*_):
         raise ZeroDivisionError("of the test")
 
     def client():
         # The server may be gone at any of these steps.
-        with contextlib.suppress(OSError, ResetError), Client(served.address, trusting()).shake() as peer:
+        with contextlib.suppress(OSError, ResetError), Client(served.address, client_context()).shake() as peer:
             peer.write(b"x")
             if where == "on_fin":
                 peer.read_exactly(1)
@@ -279,7 +278,7 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
 
     served = serve(Recording(Both, **{where: fail}))
     good = serve(Recording())
-    bystander = yield deferToThread(lambda: Client(good.address, trusting()).shake())
+    bystander = yield deferToThread(lambda: Client(good.address, client_context()).shake())
     with bystander:
         yield deferToThread(client)
         yield eventually(lambda: served.closed)
@@ -294,9 +293,9 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
 @BOTH
 @pytest.mark.parametrize("build", [lambda address: None, lambda address: 1 / 0], ids=["None", "raises"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, trusting, build):
+def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, client_context, build):
     def client():
-        with Client(served.address, trusting()).shake() as peer, contextlib.suppress(ssl.SSLEOFError, ResetError):
+        with Client(served.address, client_context()).shake() as peer, contextlib.suppress(ssl.SSLEOFError, ResetError):
             assert peer.read() == b""
 
     factory = Recording()
@@ -308,14 +307,14 @@ def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, trusting, build
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_lose_write_connection_sends_close_notify_and_goes_on_reading(serve, trusting, version):
+def test_lose_write_connection_sends_close_notify_and_goes_on_reading(serve, client_context, version):
     def on_data(protocol, data):
         if data == b"first":
             protocol.transport.write(b"last words")
             protocol.transport.loseWriteConnection()
 
     def client():
-        with Client(served.address, trusting(version)).shake() as peer:
+        with Client(served.address, client_context(version)).shake() as peer:
             peer.write(b"first")
             answer = b""
             while piece := peer.read():

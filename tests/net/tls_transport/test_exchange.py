@@ -11,22 +11,18 @@ from twisted.internet.threads import deferToThread
 
 from tests.support.deadline import DEADLINE
 from tests.support.eventually import eventually
-from tests.support.tls_client import VERSIONS, Client
+from tests.support.greeting import GREETING
+from tests.support.recording import HalfClosing, Recorder, Recording
+from tests.support.tls_client import Client
 from tests.support.tls_libraries import BOTH
-from tests.support.tls_service import (
-    HalfClosing,
-    Recorder,
-    Recording,
-)
-
-GREETING = b"Hello from the server!"
+from tests.support.tls_versions import VERSIONS
 
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_client_is_greeted_and_echoed(serve, trusting, version):
+def test_a_client_is_greeted_and_echoed(serve, client_context, version):
     def client():
-        with Client(served.address, trusting(version)).shake() as peer:
+        with Client(served.address, client_context(version)).shake() as peer:
             assert peer.tls.version() == version.replace("_", ".")
             assert peer.read_exactly(22) == GREETING
             for message in (b"hello", b"\0", os.urandom(16384), os.urandom(100_000)):
@@ -49,9 +45,9 @@ def test_a_client_is_greeted_and_echoed(serve, trusting, version):
 @VERSIONS
 @pytest.mark.parametrize("protocol", [Recorder, HalfClosing])
 @pytest_twisted.inlineCallbacks
-def test_half_close_echoes_everything_received_and_answers_with_close_notify(serve, trusting, version, protocol):
+def test_half_close_echoes_everything_received_and_answers_with_close_notify(serve, client_context, version, protocol):
     def client():
-        with Client(served.address, trusting(version)).shake() as peer:
+        with Client(served.address, client_context(version)).shake() as peer:
             answer = peer.exchange(data)
             peer.sock.settimeout(DEADLINE)
             assert peer.sock.recv(10) == b""
@@ -71,9 +67,9 @@ def test_half_close_echoes_everything_received_and_answers_with_close_notify(ser
 @BOTH
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_data_and_close_notify_in_one_segment_are_all_answered(serve, trusting, version):
+def test_data_and_close_notify_in_one_segment_are_all_answered(serve, client_context, version):
     def client():
-        with Client(served.address, trusting(version)).shake() as peer:
+        with Client(served.address, client_context(version)).shake() as peer:
             assert peer.read_exactly(22) == GREETING
             for i in range(200):
                 peer.tls.write(b"%03d" % i)
@@ -92,11 +88,11 @@ def test_data_and_close_notify_in_one_segment_are_all_answered(serve, trusting, 
 @VERSIONS
 @pytest.mark.parametrize("notify", [False, True], ids=["open", "close_notify"])
 @pytest_twisted.inlineCallbacks
-def test_data_right_with_the_clients_finished_is_not_lost(serve, trusting, version, notify):
+def test_data_right_with_the_clients_finished_is_not_lost(serve, client_context, version, notify):
     """In TLS 1.3 the client may send right after its Finished; in 1.2 it waits for the server's, which does no harm."""
 
     def client():
-        with Client(served.address, trusting(version)) as peer:
+        with Client(served.address, client_context(version)) as peer:
             peer.shake(finish=False)
             for _ in range(50):
                 peer.tls.write(b"early")
@@ -118,9 +114,9 @@ def test_data_right_with_the_clients_finished_is_not_lost(serve, trusting, versi
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_thousand_records_in_few_segments_are_all_handled(serve, trusting):
+def test_a_thousand_records_in_few_segments_are_all_handled(serve, client_context):
     def client():
-        with Client(served.address, trusting()).shake() as peer:
+        with Client(served.address, client_context()).shake() as peer:
             for i in range(1000):
                 peer.tls.write(b"%04d" % i)
             peer.flush()
@@ -133,9 +129,9 @@ def test_a_thousand_records_in_few_segments_are_all_handled(serve, trusting):
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_record_that_comes_byte_by_byte_is_handled_once_it_is_whole(serve, trusting):
+def test_a_record_that_comes_byte_by_byte_is_handled_once_it_is_whole(serve, client_context):
     def client():
-        with Client(served.address, trusting()) as peer:
+        with Client(served.address, client_context()) as peer:
             peer.outgoing, real = peer.outgoing, peer.outgoing
             peer.flush = lambda: [peer.sock.send(bytes([byte])) for byte in real.read()]
             peer.shake()

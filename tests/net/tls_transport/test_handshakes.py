@@ -12,24 +12,21 @@ from twisted.internet.threads import deferToThread
 
 from tests.support.deadline import DEADLINE
 from tests.support.eventually import eventually
+from tests.support.recording import Recording, nothing
+from tests.support.timed_reactor import Timed
 from tests.support.tls_client import Client
 from tests.support.tls_libraries import BOTH
-from tests.support.tls_service import (
-    Recording,
-    Timed,
-    nothing,
-    reactor_is_free_of,
-)
+from tests.support.tls_service import reactor_is_free_of
 
 
 @BOTH
 @pytest.mark.parametrize("sent", ["nothing", "half a hello", "hello"])
 @pytest_twisted.inlineCallbacks
-def test_fifty_handshakes_that_stall_are_gone_at_the_deadline_with_all_they_held(serve, trusting, sent):
+def test_fifty_handshakes_that_stall_are_gone_at_the_deadline_with_all_they_held(serve, client_context, sent):
     def clients():
         peers = []
         for _ in range(50):
-            peer = Client(served.address, trusting())
+            peer = Client(served.address, client_context())
             with contextlib.suppress(ssl.SSLWantReadError):
                 peer.tls.do_handshake()
             hello = peer.outgoing.read()
@@ -67,9 +64,9 @@ def test_fifty_handshakes_that_stall_are_gone_at_the_deadline_with_all_they_held
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_handshake_that_is_done_or_failed_leaves_no_timer(serve, trusting):
+def test_a_handshake_that_is_done_or_failed_leaves_no_timer(serve, client_context):
     def good():
-        return Client(served.address, trusting()).shake()
+        return Client(served.address, client_context()).shake()
 
     def bad():
         with socket.create_connection(served.address, timeout=DEADLINE) as sock:
@@ -92,10 +89,10 @@ def test_a_handshake_that_is_done_or_failed_leaves_no_timer(serve, trusting):
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_trickles_its_hello_is_gone_at_the_deadline_all_the_same(serve, trusting):
+def test_a_client_that_trickles_its_hello_is_gone_at_the_deadline_all_the_same(serve, client_context):
     timed = Timed()
     served = serve(Recording(), on=timed, timeout=10)
-    peer = yield deferToThread(Client, served.address, trusting())
+    peer = yield deferToThread(Client, served.address, client_context())
     with peer:
         with contextlib.suppress(ssl.SSLWantReadError):
             peer.tls.do_handshake()
@@ -111,7 +108,7 @@ def test_a_client_that_trickles_its_hello_is_gone_at_the_deadline_all_the_same(s
 
 
 @pytest_twisted.inlineCallbacks
-def test_abort_and_lose_during_a_handshake_end_it(serve, trusting):
+def test_abort_and_lose_during_a_handshake_end_it(serve, client_context):
     served = serve(Recording())
     peers = []
     for _ in range(2):
@@ -128,7 +125,7 @@ def test_abort_and_lose_during_a_handshake_end_it(serve, trusting):
     def client():
         peer = Client.__new__(Client)
         peer.sock, peer.incoming, peer.outgoing = peers[1], ssl.MemoryBIO(), ssl.MemoryBIO()
-        peer.tls = trusting().wrap_bio(peer.incoming, peer.outgoing, server_hostname="localhost")
+        peer.tls = client_context().wrap_bio(peer.incoming, peer.outgoing, server_hostname="localhost")
         return peer.shake().read_to_end()
 
     answer = yield deferToThread(client)
@@ -139,10 +136,10 @@ def test_abort_and_lose_during_a_handshake_end_it(serve, trusting):
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_port_that_stops_leaves_handshakes_and_connections_to_go_on(serve, trusting):
+def test_a_port_that_stops_leaves_handshakes_and_connections_to_go_on(serve, client_context):
     served = serve(Recording())
-    done = yield deferToThread(lambda: Client(served.address, trusting()).shake())
-    peer = yield deferToThread(Client, served.address, trusting())
+    done = yield deferToThread(lambda: Client(served.address, client_context()).shake())
+    peer = yield deferToThread(Client, served.address, client_context())
     with done, peer:
         yield eventually(lambda: len(served.opened) == 2)
         served.port.stopListening()

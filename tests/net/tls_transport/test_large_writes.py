@@ -10,16 +10,17 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.threads import deferToThread
 
 from tests.support.eventually import eventually
-from tests.support.tls_client import VERSIONS, Client
+from tests.support.recording import Recording, nothing
+from tests.support.tls_client import Client
 from tests.support.tls_libraries import BOTH
-from tests.support.tls_service import Recording, nothing
+from tests.support.tls_versions import VERSIONS
 
 
 @VERSIONS
 @pytest.mark.parametrize("pieces", [1, 800], ids=["one write", "800 writes"])
 @pytest_twisted.inlineCallbacks
 def test_fifty_mebibytes_reach_a_slow_reader_in_bounded_memory_and_end_with_close_notify(
-    serve, trusting, version, pieces
+    serve, client_context, version, pieces
 ):
     size = 50 << 20
     step = size // pieces
@@ -33,7 +34,7 @@ def test_fifty_mebibytes_reach_a_slow_reader_in_bounded_memory_and_end_with_clos
         protocol.transport.loseConnection()
 
     def client():
-        with Client(served.address, trusting(version), receive_buffer=64 * 1024).shake() as peer:
+        with Client(served.address, client_context(version), receive_buffer=64 * 1024).shake() as peer:
             received = bytearray()
             while piece := peer.read():
                 received += piece
@@ -56,7 +57,7 @@ def test_fifty_mebibytes_reach_a_slow_reader_in_bounded_memory_and_end_with_clos
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_lose_connection_right_after_a_large_write_delivers_everything_and_close_notify(serve, trusting, version):
+def test_lose_connection_right_after_a_large_write_delivers_everything_and_close_notify(serve, client_context, version):
     data = os.urandom(5 << 20)
 
     def write_and_close(protocol):
@@ -65,7 +66,7 @@ def test_lose_connection_right_after_a_large_write_delivers_everything_and_close
         protocol.transport.write(b"")
 
     def client():
-        with Client(served.address, trusting(version)).shake() as peer:
+        with Client(served.address, client_context(version)).shake() as peer:
             return peer.read_to_end()
 
     served = serve(Recording(on_connect=write_and_close))
@@ -75,12 +76,12 @@ def test_lose_connection_right_after_a_large_write_delivers_everything_and_close
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_slow_reader_that_speaks_meanwhile_loses_nothing(serve, trusting):
+def test_a_slow_reader_that_speaks_meanwhile_loses_nothing(serve, client_context):
     """Reads and writes alternate on one TLS state, with a write that the kernel refused in between."""
     data = os.urandom(8 << 20)
 
     def client():
-        with Client(served.address, trusting(), receive_buffer=16 * 1024).shake() as peer:
+        with Client(served.address, client_context(), receive_buffer=16 * 1024).shake() as peer:
             for i in range(100):
                 peer.write(b"%04d" % i)
             received = bytearray()
@@ -99,7 +100,7 @@ def test_a_slow_reader_that_speaks_meanwhile_loses_nothing(serve, trusting):
 
 
 @pytest_twisted.inlineCallbacks
-def test_writes_of_one_event_are_one_record(serve, trusting):
+def test_writes_of_one_event_are_one_record(serve, client_context):
     sends: list[int] = []
 
     def write_many(protocol, data):
@@ -110,7 +111,7 @@ def test_writes_of_one_event_are_one_record(serve, trusting):
         protocol.transport.loseConnection()
 
     def client():
-        with Client(served.address, trusting()).shake() as peer:
+        with Client(served.address, client_context()).shake() as peer:
             peer.write(b"go")
             return peer.read_to_end()
 
@@ -122,7 +123,7 @@ def test_writes_of_one_event_are_one_record(serve, trusting):
 
 
 @pytest_twisted.inlineCallbacks
-def test_writes_outside_of_events_are_sent(serve, trusting):
+def test_writes_outside_of_events_are_sent(serve, client_context):
     def later(protocol, data):
         reactor.callLater(0, protocol.transport.write, b"one")
         reactor.callLater(0, protocol.transport.writeSequence, [b"two", b"three"])
@@ -130,7 +131,7 @@ def test_writes_outside_of_events_are_sent(serve, trusting):
         reactor.callLater(0.02, protocol.transport.loseConnection)
 
     def client():
-        with Client(served.address, trusting()).shake() as peer:
+        with Client(served.address, client_context()).shake() as peer:
             peer.write(b"x")
             return peer.read_to_end()
 

@@ -13,9 +13,9 @@ from twisted.internet.threads import deferToThread
 
 from tests.support.deadline import DEADLINE
 from tests.support.eventually import eventually
+from tests.support.recording import Recording
 from tests.support.tls_client import Client
 from tests.support.tls_libraries import BOTH
-from tests.support.tls_service import Recording
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
 
@@ -87,7 +87,7 @@ def test_a_peer_may_update_its_keys_and_ask_for_ours(serve):
 @BOTH
 @needs_openssl
 @pytest_twisted.inlineCallbacks
-def test_a_renegotiation_is_refused_and_others_do_not_notice(serve, trusting, logged):
+def test_a_renegotiation_is_refused_and_others_do_not_notice(serve, client_context, logged):
     def client():
         with OpenSSLClient(served.address, "-tls1_2") as peer:
             peer.send(b"first\n")
@@ -98,7 +98,7 @@ def test_a_renegotiation_is_refused_and_others_do_not_notice(serve, trusting, lo
             return bytes(peer.output)
 
     served = serve(Recording())
-    bystander = yield deferToThread(lambda: Client(served.address, trusting("TLSv1_2")).shake())
+    bystander = yield deferToThread(lambda: Client(served.address, client_context("TLSv1_2")).shake())
     with bystander:
         output = yield deferToThread(client)
         assert b"no renegotiation" in output

@@ -9,13 +9,14 @@ from twisted.internet.threads import deferToThread
 
 from tests.support.deadline import DEADLINE
 from tests.support.eventually import eventually
-from tests.support.tls_client import VERSIONS, Client
+from tests.support.recording import Recording, nothing
+from tests.support.tls_client import Client
 from tests.support.tls_libraries import BOTH
-from tests.support.tls_service import Recording, nothing
+from tests.support.tls_versions import VERSIONS
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_pull_producer_gives_its_whole_content(serve, trusting):
+def test_a_pull_producer_gives_its_whole_content(serve, client_context):
     class Puller:
         left = 500
 
@@ -36,7 +37,7 @@ def test_a_pull_producer_gives_its_whole_content(serve, trusting):
         protocol.transport.registerProducer(puller, False)
 
     def client():
-        with Client(served.address, trusting()).shake() as peer:
+        with Client(served.address, client_context()).shake() as peer:
             return peer.read_to_end()
 
     served = serve(Recording(on_connect=start))
@@ -45,7 +46,7 @@ def test_a_pull_producer_gives_its_whole_content(serve, trusting):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_push_producer_is_paused_and_resumed_until_its_content_is_sent(serve, trusting):
+def test_a_push_producer_is_paused_and_resumed_until_its_content_is_sent(serve, client_context):
     calls: list[str] = []
 
     class Pusher:
@@ -79,7 +80,7 @@ def test_a_push_producer_is_paused_and_resumed_until_its_content_is_sent(serve, 
         pusher.produce()
 
     def client():
-        with Client(served.address, trusting()).shake() as peer:
+        with Client(served.address, client_context()).shake() as peer:
             return peer.read_to_end()
 
     served = serve(Recording(on_connect=start))
@@ -90,7 +91,7 @@ def test_a_push_producer_is_paused_and_resumed_until_its_content_is_sent(serve, 
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_producer_is_stopped_when_its_peer_goes(serve, trusting):
+def test_a_producer_is_stopped_when_its_peer_goes(serve, client_context):
     calls: list[str] = []
 
     class Pusher:
@@ -100,7 +101,7 @@ def test_a_producer_is_stopped_when_its_peer_goes(serve, trusting):
             calls.append("stop")
 
     def client():
-        Client(served.address, trusting()).shake().reset()
+        Client(served.address, client_context()).shake().reset()
 
     served = serve(Recording(on_connect=lambda protocol: protocol.transport.registerProducer(Pusher(), True)))
     yield deferToThread(client)
@@ -110,7 +111,7 @@ def test_a_producer_is_stopped_when_its_peer_goes(serve, trusting):
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_paused_reading_loses_nothing(serve, trusting, version):
+def test_paused_reading_loses_nothing(serve, client_context, version):
     def pause(protocol, data):
         protocol.transport.pauseProducing()
         reactor.callLater(0.002, resume, protocol, data)
@@ -120,7 +121,7 @@ def test_paused_reading_loses_nothing(serve, trusting, version):
         protocol.transport.resumeProducing()
 
     def client():
-        with Client(served.address, trusting(version)).shake() as peer:
+        with Client(served.address, client_context(version)).shake() as peer:
             answer = peer.exchange(data)
             return answer == data
 
@@ -131,7 +132,7 @@ def test_paused_reading_loses_nothing(serve, trusting, version):
 
 
 @pytest_twisted.inlineCallbacks
-def test_what_came_while_reading_was_paused_is_there_without_another_packet(serve, trusting):
+def test_what_came_while_reading_was_paused_is_there_without_another_packet(serve, client_context):
     """Nothing of it may wait inside of TLS, where the kernel does not see it."""
     made: Deferred = Deferred()
 
@@ -140,7 +141,7 @@ def test_what_came_while_reading_was_paused_is_there_without_another_packet(serv
         made.callback(protocol)
 
     def client():
-        peer = Client(served.address, trusting()).shake(finish=False)
+        peer = Client(served.address, client_context()).shake(finish=False)
         peer.tls.write(b"first")
         peer.tls.write(b"second")
         peer.flush()

@@ -12,15 +12,16 @@ from twisted.internet.threads import deferToThread
 
 from tests.support.deadline import DEADLINE
 from tests.support.eventually import eventually
-from tests.support.tls_client import VERSIONS, Client, ResetError
+from tests.support.recording import HandshakeListening, Recording, echo
+from tests.support.tls_client import Client, ResetError
 from tests.support.tls_libraries import BOTH
-from tests.support.tls_service import Listening, Recording, echo
+from tests.support.tls_versions import VERSIONS
 
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
 def test_a_protocol_knows_version_cipher_alpn_and_certificate_in_connection_made(
-    serve, trusting, version, certificates
+    serve, client_context, version, certificates
 ):
     seen: dict[str, Any] = {}
     calls: list[str] = []
@@ -35,7 +36,7 @@ def test_a_protocol_knows_version_cipher_alpn_and_certificate_in_connection_made
         seen["peer"], seen["host"] = transport.getPeer().port, transport.getHost().port
 
     def client():
-        context = trusting(version, certificate="client", alpn=("x", "echo"))
+        context = client_context(version, certificate="client", alpn=("x", "echo"))
         with Client(served.address, context).shake() as peer:
             peer.write(b"hello")
             peer.read_exactly(5)
@@ -43,7 +44,9 @@ def test_a_protocol_knows_version_cipher_alpn_and_certificate_in_connection_made
             peer.read_to_end()
             return peer.tls.cipher()[0], peer.tls.selected_alpn_protocol()
 
-    factory = Recording(Listening, on_connect=look, on_handshake=lambda protocol: calls.append("handshakeCompleted"))
+    factory = Recording(
+        HandshakeListening, on_connect=look, on_handshake=lambda protocol: calls.append("handshakeCompleted")
+    )
     factory.on_data = lambda protocol, data: calls.append("dataReceived") or echo(protocol, data)
     served = serve(factory, client_ca=certificates["ca.pem"], alpn=("echo", "h2"))
     cipher, alpn = yield deferToThread(client)
@@ -60,9 +63,9 @@ def test_a_protocol_knows_version_cipher_alpn_and_certificate_in_connection_made
 
 
 @pytest_twisted.inlineCallbacks
-def test_nothing_is_known_of_a_client_without_certificate_and_alpn_or_before_its_handshake(serve, trusting):
+def test_nothing_is_known_of_a_client_without_certificate_and_alpn_or_before_its_handshake(serve, client_context):
     served = serve(Recording(), alpn=("echo",))
-    peer = yield deferToThread(Client, served.address, trusting())
+    peer = yield deferToThread(Client, served.address, client_context())
     with peer:
         yield eventually(lambda: served.opened)
         (connection,) = served.opened
@@ -88,9 +91,9 @@ def test_nothing_is_known_of_a_client_without_certificate_and_alpn_or_before_its
 @VERSIONS
 @pytest.mark.parametrize("certificate", ["client", "stranger", ""])
 @pytest_twisted.inlineCallbacks
-def test_a_client_ca_lets_in_its_own_alone(serve, trusting, version, certificate, certificates, logged):
+def test_a_client_ca_lets_in_its_own_alone(serve, client_context, version, certificate, certificates, logged):
     def client():
-        with Client(served.address, trusting(version, certificate=certificate)) as peer:
+        with Client(served.address, client_context(version, certificate=certificate)) as peer:
             peer.shake()
             peer.write(b"hello")
             return peer.read_exactly(5)
@@ -110,9 +113,9 @@ def test_a_client_ca_lets_in_its_own_alone(serve, trusting, version, certificate
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_minimum_of_1_3_refuses_1_2(serve, trusting):
+def test_a_minimum_of_1_3_refuses_1_2(serve, client_context):
     def client():
-        with Client(served.address, trusting("TLSv1_2")) as peer, pytest.raises((ssl.SSLError, ResetError)):
+        with Client(served.address, client_context("TLSv1_2")) as peer, pytest.raises((ssl.SSLError, ResetError)):
             peer.shake()
 
     served = serve(Recording(), minimum="1.3")
@@ -123,9 +126,9 @@ def test_a_minimum_of_1_3_refuses_1_2(serve, trusting):
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_session_can_be_resumed(serve, trusting, version):
+def test_a_session_can_be_resumed(serve, client_context, version):
     def client():
-        context = trusting(version)
+        context = client_context(version)
         session = None
         reused = []
         for _ in range(3):
@@ -148,10 +151,10 @@ def test_a_session_can_be_resumed(serve, trusting, version):
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_many_clients_at_once_each_get_their_own_bytes_back(serve, trusting):
+def test_many_clients_at_once_each_get_their_own_bytes_back(serve, client_context):
     def client(number: int):
         data = bytes([number]) * 300_000
-        with Client(served.address, trusting()).shake() as peer:
+        with Client(served.address, client_context()).shake() as peer:
             results.append(peer.exchange(data) == data)
 
     def clients():

@@ -1,0 +1,3 @@
+"""The greeting of the echo protocol, as it is by default."""
+
+GREETING = b"Hello from the server!"

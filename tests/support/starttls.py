@@ -1,0 +1,3 @@
+"""A protocol's request to start TLS."""
+
+STARTTLS = b"STARTTLS\r\n"
