@@ -18,6 +18,7 @@ from rtservice.net import activation
 from rtservice.net.listeners import check_description
 from tests.support.ipv6 import needs_ipv6
 from tests.support.listeners import FILES, PLAIN, described, handshake, refusal, unix_socket
+from tests.support.programs import program
 
 
 @pytest.fixture
@@ -226,19 +227,9 @@ def test_ssl_and_proxy_go_before_passed_sockets(opened, pass_sockets, certificat
     assert [one.name for one in both] == [f"proxy:ssl:127.0.0.1:{port}" for port in ports]
 
 
-LAUNCHER = """
-import fcntl, os, socket, sys
-for number in (3, 4):
-    high = fcntl.fcntl(socket.create_server(("127.0.0.1", 0)), fcntl.F_DUPFD, 50)
-    os.dup2(high, number, inheritable=True)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="2")
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-
-
 def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certificates) -> None:
     description = described(certificates, f"--listen=ssl:systemd:{FILES}")
-    one = service(description, launcher=[sys.executable, "-c", LAUNCHER])
+    one = service(description, launcher=program("pass_sockets", "", "tcp,tcp"))
     client = ssl.create_default_context(cafile=certificates["ca.pem"])
     for count in (1, 2):
         port = int(one.wait_line(r"listening on ssl:127\.0\.0\.1:\d+$", count).rpartition(":")[2])
@@ -252,15 +243,7 @@ def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certific
 @pytest.mark.parametrize("arguments", [(), ("",), ("a=b", "", "LISTEN_PID=7")])
 @pytest.mark.parametrize("variables", [{"LISTEN_PID": "1", "X": "=", "E": "", "Ä": "\udcff" * 5}, {"LISTEN_PID": "1"}])
 def test_the_initial_environment_is_found_without_proc(arguments, variables) -> None:
-    program = """if True:
-        import os
-        from rtservice.net.activation import _initial_environment_in_memory
-        del os.environ["LISTEN_PID"]
-        os.environ["NEW"] = "x" * 10_000
-        with open("/proc/self/environ", "rb") as file:
-            assert _initial_environment_in_memory() == file.read().split(bytes(1))
-    """
-    subprocess.run([sys.executable, "-c", program, *arguments], env=variables, check=True)
+    subprocess.run(program("initial_environment", *arguments), env=variables, check=True)
 
 
 def test_a_c_library_that_tells_nothing_leaves_the_environment_of_now(monkeypatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from rtservice.net import groups, openssl
 from rtservice.net.groups import GROUP_LISTS, SSL_GROUPS, client_hello
 from rtservice.net.tls import DirectoryTLS, ServerTLS
+from tests.support.programs import PROGRAMS, program
 from tests.support.tls_libraries import LIBRARIES
 
 # Numbers of RFC 8446, section 4.2.7, and a public key.
@@ -177,32 +178,15 @@ def test_the_proof_is_made_once_in_a_process(load, monkeypatch) -> None:
 )
 def test_no_assumption_about_the_interpreter_is_trusted(certificates, spoil) -> None:
     """In a process of its own, since it is asked once in each."""
-    script = f"""
-import sys, ssl, _ctypes
-{spoil}
-from rtservice.net import openssl
-from rtservice.net.tls import ServerTLS
-if hasattr(ssl.SSLContext, "set_groups"): del ssl.SSLContext.set_groups
-loaded = ServerTLS({certificates["server.key"]!r}, {certificates["server.pem"]!r}).load()
-print(openssl.unavailable() is not None, loaded.warnings[0].partition(":")[0])
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    command = program("load_spoiled", certificates["server.key"], certificates["server.pem"], spoil)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "True TLS key exchange is limited to P-256, without X25519\n"
 
 
 def test_an_address_that_is_none_is_not_followed(certificates) -> None:
     """Where contexts had another layout."""
-    script = """
-import ctypes, ssl
-from rtservice.net import openssl
-class Shifted(ctypes.c_void_p):
-    @classmethod
-    def from_address(cls, address): return ctypes.c_size_t.from_address(address - 8)  # the type's address
-ctypes.c_void_p = Shifted
-print(openssl.unavailable())
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(program("shift_contexts"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "another layout" in done.stdout
 
@@ -221,34 +205,11 @@ def test_the_last_list_is_known_to_every_openssl() -> None:
     assert openssl.set_groups(context, GROUP_LISTS[-1])
 
 
-# prctl(2): PR_SET_MDWE, of Linux 6.3, forbids what MemoryDenyWriteExecute= of systemd.exec(5) does.
-CONFINED = """
-import ctypes, mmap, sys
-if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0): print("cannot be confined"); sys.exit()
-try: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-except PermissionError: pass
-else: sys.exit("not confined")
-import os
-os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
 def test_memory_deny_write_execute_permits_it(certificates) -> None:
-    script = f"""
-import mmap
-try: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-except PermissionError: pass
-else: raise SystemExit("not confined")
-from rtservice.net import groups, openssl
-from rtservice.net.tls import ServerTLS
-loaded = ServerTLS({certificates["server.key"]!r}, {certificates["server.pem"]!r}).load()
-print(openssl.unavailable(), loaded.warnings)
-"""
+    loads = str(PROGRAMS / "load_confined.py"), certificates["server.key"], certificates["server.pem"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", CONFINED, script], capture_output=True, text=True, timeout=60, env=environment
-    )
+    done = subprocess.run(program("confine", *loads), capture_output=True, text=True, timeout=60, env=environment)
     if done.stdout == "cannot be confined\n":
         pytest.skip("this kernel has no PR_SET_MDWE (Linux 6.3)")
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ import os
 import shutil
 import ssl
 import subprocess
-import sys
 import time
 import weakref
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rtservice.net.tls import DirectoryTLS, TLSError, finish
+from tests.support.programs import program
 from tests.support.tls_versions import VERSIONS
 
 # File and the alternative names in it; `cn.example` has none.
@@ -300,27 +300,9 @@ def test_a_session_is_resumed_whichever_name_it_is_for(named, two, name, version
 def test_a_client_between_two_hellos_survives_a_reload(two) -> None:
     # In a process of its own, which would crash: freed memory is overwritten at once.
     environment = {**os.environ, "PYTHONMALLOC": "debug"}
-    script = f"""
-import gc, ssl, weakref
-from rtservice.net.tls import DirectoryTLS
-server = DirectoryTLS({two!r}).load().context
-server.set_ecdh_curve("secp384r1")  # which clients know, and do not guess: they are told to say hello again
-client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-near = client.wrap_bio(to_client, to_server, server_hostname="a.example")
-far = server.wrap_bio(to_server, to_client, server_side=True)
-def turn(end):
-    try: end.do_handshake()
-    except ssl.SSLWantReadError: pass
-turn(near); turn(far)
-assert far.context is not server  # its first hello was heard
-del server
-gc.collect()
-for end in (near, far, near): turn(end)
-print(near.version(), near.cipher()[0])
-"""
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        program("reload_between_hellos", two), env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "TLSv1.3 TLS_AES_256_GCM_SHA384\n"
 
@@ -329,37 +311,9 @@ def test_a_client_of_pyopenssl_between_two_hellos_survives_a_reload(two) -> None
     pytest.importorskip("OpenSSL")
     # In a process of its own, which would crash: freed memory is overwritten at once.
     environment = {**os.environ, "PYTHONMALLOC": "debug"}
-    script = f"""
-import gc, ssl, weakref
-from OpenSSL import SSL
-from cryptography.hazmat.primitives.asymmetric import ec
-from rtservice.net.pyopenssl import PyOpenSSLContext
-from rtservice.net.tls import DirectoryTLS
-server = DirectoryTLS({two!r}, library="pyopenssl").load().context
-server._context.set_tmp_ecdh(ec.SECP384R1())  # which clients know, and do not guess: they are told to say hello again
-client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-near = client.wrap_bio(to_client, to_server, server_hostname="a.example")
-far = SSL.Connection(server._context, None)
-far.set_accept_state()
-def turn(end):
-    if end is far:
-        far.bio_write(to_server.read())
-        try: far.do_handshake()
-        except SSL.WantReadError: pass
-        to_client.write(far.bio_read(1 << 16))
-        return
-    try: end.do_handshake()
-    except ssl.SSLWantReadError: pass
-turn(near); turn(far)
-assert far.get_context() is not server._context  # its first hello was heard
-del server
-gc.collect()
-for end in (near, far, near): turn(end)
-print(near.version(), near.cipher()[0])
-"""
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        program("reload_between_hellos_pyopenssl", two), env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "TLSv1.3 TLS_AES_256_GCM_SHA384\n"
 

@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from tests.support.hosted import copy_hosted
+
 HELLO = b"PROXY TCP4 192.0.2.7 192.0.2.1 4711 7\r\n"
 UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -22,18 +24,6 @@ FRAME, FRAME_BACK = b"\x81\x82\0\0\0\0hi", b"\x81\x02hi"
 # An anonymous bind (RFC 4511, section 4.2) and the success that answers it.
 BIND, BOUND = bytes.fromhex("300c020101600702010304008000"), bytes.fromhex("300c02010161070a010004000400")
 
-AUTOBAHN = """
-from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
-
-class Echoes(WebSocketServerProtocol):
-    def onMessage(self, payload, is_binary):
-        self.sendMessage(payload, is_binary)
-
-def factory():
-    factory = WebSocketServerFactory()
-    factory.protocol = Echoes
-    return factory
-"""
 
 # What is hosted, what it takes, what a client sends, and what has to be in what comes back.
 HOSTED = {
@@ -52,7 +42,7 @@ def hosted_one(request, hosted, tmp_path, certificates):
     protocol, package, says, hears = HOSTED[request.param]
     if package:
         pytest.importorskip(package, reason=f"{package} (PyPI) is not installed", exc_type=ImportError)
-    (tmp_path / "others.py").write_text(AUTOBAHN)
+    copy_hosted("others", tmp_path)
 
     def start(*arguments: str):
         keys = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"

@@ -15,8 +15,8 @@ import pytest
 from rtservice.testing import DEADLINE
 from tests.support.commands import TWISTD
 from tests.support.greeting import GREETING
+from tests.support.programs import PROGRAMS
 from tests.support.service_manager import ServiceManager
-from tests.support.worker_sites import BROKEN_SITE, SITE
 from tests.support.workers import Workers
 
 
@@ -96,19 +96,15 @@ def workers(service, wait_for) -> Iterator[Callable[..., Workers]]:
 
 
 @pytest.fixture
-def site(tmp_path) -> dict[str, str]:
+def site() -> dict[str, str]:
     """The environment in which a worker takes BLOCK, DIE and so on."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
-    return {"PYTHONPATH": str(tmp_path / "site")}
+    return {"PYTHONPATH": str(PROGRAMS / "worker_signals")}
 
 
 @pytest.fixture
 def broken_site(tmp_path) -> dict[str, str]:
     """The environment in which a worker finds a setting wrong while there is a file `broken`."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(BROKEN_SITE)
-    return {"PYTHONPATH": str(tmp_path / "site"), "BROKEN": str(tmp_path / "broken")}
+    return {"PYTHONPATH": str(PROGRAMS / "broken_worker"), "BROKEN": str(tmp_path / "broken")}
 
 
 @pytest.fixture

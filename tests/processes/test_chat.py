@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.deadline import DEADLINE
 from tests.support.listen_options import TCP
+from tests.support.programs import PROGRAMS
 
 # The worst round trip of an innocent member, in seconds. In a room of 950 members it was 3 to 30 in most of these
 # attacks when their work was not bounded. It is some 20 ms on a machine that has nothing else to do. Test machines
@@ -30,7 +30,7 @@ class Crowd:
 
     def __init__(self, port: int, members: int) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("crowd.py")), str(port), str(members)],
+            [sys.executable, str(PROGRAMS / "crowd.py"), str(port), str(members)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import termios
-import textwrap
 import threading
 import time
 from collections import Counter
@@ -23,9 +22,11 @@ import pytest
 from tests.support.clients import connect, greeted
 from tests.support.deadline import DEADLINE
 from tests.support.greeting import GREETING
+from tests.support.hosted import copy_plugin
 from tests.support.ipv6 import needs_ipv6
 from tests.support.listen_options import TCP
 from tests.support.processes import freeze
+from tests.support.programs import program
 
 
 def echoed(client: socket.socket, data: bytes) -> None:
@@ -310,52 +311,11 @@ def test_a_large_greeting_reaches_two_hundred_of_two_hundred_clients_that_finish
 
 # --- whoever ends it ---
 
-ENDPOINTS = """
-import signal
-from zope.interface import implementer
-from twisted.plugin import IPlugin
-from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IStreamServerEndpointStringParser
-
-@implementer(IPlugin, IStreamServerEndpointStringParser)
-class Parser:
-    def __init__(self, prefix):
-        self.prefix = prefix
-    def parseStreamServer(self, reactor, argument=""):
-        self.reactor = reactor
-        return self
-    def listen(self, factory):
-        '''`stopper:` stops the reactor at SIGUSR2; `late:` listens at SIGUSR2, `broken:` fails then.'''
-        result = Deferred()
-        act = {
-            "stopper": self.reactor.stop,
-            "late": lambda: result.callback(self),
-            "broken": lambda: result.errback(OSError("broken by design")),
-        }[self.prefix]
-        before = signal.getsignal(signal.SIGUSR2)
-        def acting(*signalled):
-            self.reactor.callFromThread(act)
-            if callable(before):
-                before(*signalled)
-        signal.signal(signal.SIGUSR2, acting)
-        return succeed(self) if self.prefix == "stopper" else result
-    def getHost(self):
-        return self.prefix
-    def stopListening(self):
-        pass
-
-stopper = Parser("stopper")
-late = Parser("late")
-broken = Parser("broken")
-"""
-
 
 @pytest.fixture
 def endpoints(tmp_path, environment) -> None:
     """Twistd finds the endpoints above."""
-    plugins = tmp_path / "twisted" / "plugins"
-    plugins.mkdir(parents=True)
-    (plugins / "endpoints_of_the_test.py").write_text(textwrap.dedent(ENDPOINTS))
+    copy_plugin("endpoints_of_the_test", tmp_path)
     environment["PYTHONPATH"] = str(tmp_path)
 
 
@@ -413,21 +373,11 @@ def test_listeners_that_fail_late_together_are_one_end_with_a_status(service, en
 
 # --- sockets that somebody else holds ---
 
-PASS = """
-import os, sys
-count = int(sys.argv[1])
-passed = list(map(int, sys.argv[2 : 2 + count]))
-for to, fd in enumerate([os.dup2(fd, 100 + fd) for fd in passed], 3):
-    os.dup2(fd, to, inheritable=True)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(count))
-os.execv(sys.argv[2 + count], sys.argv[2 + count :])
-"""
-
 
 def passing(*sockets: socket.socket) -> dict:
     """What has `service` start as a service manager that holds these sockets would."""
     fds = [sock.fileno() for sock in sockets]
-    launcher = [sys.executable, "-c", PASS, str(len(fds)), *map(str, fds)]
+    launcher = program("pass_sockets", "", ",".join(map(str, fds)))
     return {"launcher": launcher, "pass_fds": tuple(fds)}
 
 

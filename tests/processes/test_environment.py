@@ -6,24 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.deadline import DEADLINE
+from tests.support.hosted import copy_hosted
 from tests.support.listen_options import TCP
-
-# Sends all of these before it becomes another program: what a thread of a careless parent has done.
-BLOCKS = """
-import os, signal, sys
-signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for number in (signal.SIGHUP, signal.SIGINT):
-    signal.signal(number, signal.SIG_IGN)
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
+from tests.support.programs import program
 
 # Process 1 of a namespace, whose processes all end with it.
 FIRST = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -55,7 +46,7 @@ def blocked(pid: int) -> int:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_signals_that_the_parent_had_blocked_or_ignored_are_taken(service, wait_for, workers) -> None:
-    one = service(TCP, f"--workers={workers}", launcher=[sys.executable, "-c", BLOCKS])
+    one = service(TCP, f"--workers={workers}", launcher=program("block_signals"))
     pid = one.process.pid
     assert [blocked(process) for process in (pid, *children(pid))] == [0] * (workers if workers == 1 else 3)
     one.reload()
@@ -72,28 +63,11 @@ def test_signals_that_the_parent_had_blocked_or_ignored_are_taken(service, wait_
 
 # --- a stop while it starts ---
 
-# A logger is made when every socket is bound, and nothing of the service runs yet.
-SLOW = """
-import os, pathlib, time
-def wait(where):
-    pathlib.Path("here").write_text(where)
-    end = time.monotonic() + 30
-    while not os.path.exists("go") and time.monotonic() < end:
-        time.sleep(0.01)
-def logger():
-    if os.environ["SLOW"] == "logger":
-        wait("logger")
-    return lambda event: None
-if os.environ["SLOW"] == "import":
-    wait("import")
-from rtservice.protocols.echo import EchoFactory as Slow
-"""
-
 
 @pytest.fixture
 def slow(tmp_path, environment, wait_for) -> Callable[..., subprocess.Popen]:
     """Starts a service on a UNIX socket as a child of a launcher, and gives its process when it is at a moment."""
-    (tmp_path / "slow.py").write_text(SLOW)
+    copy_hosted("slow", tmp_path)
     started = []
 
     def start(moment: str, *arguments: str, launcher: tuple[str, ...] = ()) -> tuple[subprocess.Popen, int]:
@@ -148,16 +122,7 @@ def test_process_1_loses_no_stop_while_it_starts(slow, tmp_path, moment) -> None
 def test_process_1_reaps_orphans_and_hosted_code_and_the_supervisor_have_their_statuses(
     service, tmp_path, wait_for
 ) -> None:
-    (tmp_path / "forks.py").write_text(
-        textwrap.dedent("""
-            import subprocess
-            from twisted.internet.protocol import Protocol
-            class Forks(Protocol):
-                def dataReceived(self, data):
-                    ended = subprocess.run(["sh", "-c", "true & true & exit 7"])
-                    self.transport.write(b"%d" % ended.returncode)
-        """)
-    )
+    copy_hosted("forks", tmp_path)
     both = [
         service(TCP, "--protocol=forks:Forks", f"--workers={count}", launcher=FIRST, PYTHONPATH=str(tmp_path))
         for count in (1, 2)
@@ -179,16 +144,6 @@ def test_process_1_reaps_orphans_and_hosted_code_and_the_supervisor_have_their_s
 
 # --- no /proc ---
 
-# Passes a socket as a service manager does: from 3 on, with the number of the process that it becomes.
-PASSES = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3, inheritable=True)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-if sys.argv[2]:
-    os.environ["LISTEN_FDNAMES"] = sys.argv[2]
-os.execvp(sys.argv[3], sys.argv[3:])
-"""
-
 
 @needs_namespaces
 @pytest.mark.parametrize(
@@ -204,7 +159,7 @@ def test_sockets_that_were_passed_are_found_without_proc(service, tmp_path, work
         one = service(
             *(f"--listen={listen}", f"--workers={workers}"),
             launcher=[
-                *(sys.executable, "-c", PASSES, str(number), name),
+                *program("pass_sockets", name, str(number)),
                 *("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"),
             ],
             pass_fds=(number,),

@@ -11,7 +11,6 @@ import ssl
 import statistics
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from rtservice.process.server import raise_descriptor_limit
 from tests.support.deadline import DEADLINE
 from tests.support.greeting import GREETING
 from tests.support.processes import cpu_seconds
+from tests.support.programs import program
 
 
 def exchange(client: socket.socket) -> None:
@@ -363,35 +363,6 @@ def test_setting_the_clock_by_an_hour_moves_no_deadline(service, clients, manage
 # --- a flood ---
 
 
-FLOODER = """
-import json, selectors, socket, sys
-
-sys.stdin.readline()  # it is there, and idle, before
-port, count, at_once = map(int, sys.argv[1:])
-selector = selectors.DefaultSelector()
-results = {"served": 0, "refused": 0}
-begun = 0
-while sum(results.values()) < count:
-    while begun < count and len(selector.get_map()) < at_once:
-        client = socket.socket()
-        client.bind((f"127.0.1.{begun % 100 + 1}", 0))
-        client.setblocking(False)
-        client.connect_ex(("127.0.0.1", port))
-        selector.register(client, selectors.EVENT_READ)
-        begun += 1
-    for key, _ in selector.select(10):
-        client = key.fileobj
-        try:
-            served = bool(client.recv(100))
-        except ConnectionResetError:
-            served = False
-        results["served" if served else "refused"] += 1
-        selector.unregister(client)
-        client.close()
-print(json.dumps(results))
-"""
-
-
 def latencies(client: socket.socket, go_on: Callable[[int], bool]) -> list[float]:
     took: list[float] = []
     while go_on(len(took)):
@@ -415,7 +386,7 @@ def test_a_flood_above_ten_thousand_idle_clients_disturbs_none_of_them(service, 
         pytest.skip("a process may not have 10,200 descriptors here (ulimit -Hn)")
     one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=10000", "--at-limit=reject")
     port, pid = one.port, one.process.pid
-    command = [sys.executable, "-c", textwrap.dedent(FLOODER), str(port), "5000", "200"]
+    command = program("flood", str(port), "5000", "200")
     with contextlib.ExitStack() as stack:
         flooder = stack.enter_context(
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -15,6 +15,7 @@ import pytest
 from tests.support.deadline import DEADLINE
 from tests.support.greeting import GREETING
 from tests.support.processes import cpu_seconds
+from tests.support.programs import PROGRAMS
 
 
 def is_idle(process: subprocess.Popen, directory) -> bool:
@@ -143,29 +144,13 @@ def test_a_stopped_service_has_written_all_to_a_reader_that_is_slow(start, tmp_p
 
 # --- formats ---
 
-# What is imported by every interpreter that finds it: an exchange that fails when it is told to.
-FAILING = """
-import rtservice.protocols.echo as echo
-from twisted.logger import Logger
-log = Logger("rtservice.net")
-received = echo.Echo.dataReceived
-def failing(self, data):
-    if data == b"fail":
-        log.warn("a warning")
-        log.error("a failure is logged")
-        raise ValueError("a\\nvalue\\x1b")
-    received(self, data)
-echo.Echo.dataReceived = failing
-"""
-
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_json_is_one_object_a_line_whatever_peers_and_protocols_do(start, tmp_path, workers, greets) -> None:
-    (tmp_path / "sitecustomize.py").write_text(FAILING)
     process = start(
         f"--workers={workers}",
         twistd=("--logger=rtservice.observe.logs.json",),
-        env={"PYTHONPATH": str(tmp_path)},
+        env={"PYTHONPATH": str(PROGRAMS / "failing_echo")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -243,9 +228,8 @@ def test_levels_hold_for_namespaces_and_change_on_sighup(service, tmp_path) -> N
 
 
 def test_levels_hold_in_workers(service, tmp_path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(FAILING)
     levels = "--log-level=rtservice.net=error,log_legacy=error"
-    one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", levels, PYTHONPATH=str(tmp_path))
+    one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", levels, PYTHONPATH=str(PROGRAMS / "failing_echo"))
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/s")
         assert client.recv(100) == GREETING

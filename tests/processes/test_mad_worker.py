@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from tests.support.deadline import DEADLINE
+from tests.support.hosted import copy_hosted
 
 # Seconds that nobody else waits for longer. A record with a large width in its format string was 20 s; this machine may
 # be busy, and what is mad is a whole process of its own.
@@ -29,119 +30,6 @@ PATIENCE = 3.0
 
 # What the supervisor's memory may grow by, in bytes. 200,000 invented counters were 291 MB of metrics.
 GROWTH = 48 << 20
-
-MAD = r'''
-import json, os, select, sys, threading
-from twisted.internet.protocol import Protocol
-from twisted.logger import Logger
-
-log = Logger(namespace="mad")
-
-
-def push(data, descriptor=4):
-    """Write all of it, however long that takes."""
-    while data:
-        select.select([], [descriptor], [])
-        try:
-            data = data[os.write(descriptor, data):]
-        except BlockingIOError:
-            pass
-
-
-def say(word, value=None):
-    push(f"{word} {json.dumps(value)}\n".encode())
-
-
-def record(text="text", fields={}, when=5.0, level="info", namespace="mad", traceback=""):
-    say("records", [[level, namespace, when, text, traceback, fields]])
-
-
-def for_ever(function, *arguments):
-    while True:
-        function(*arguments)
-
-
-def width():
-    event = {"log_format": "{a:>2000000000}", "a": 1, "log_namespace": "mad", "log_time": 5.0}
-    push(b"log " + json.dumps(event).encode() + b"\n")
-
-
-def names():
-    for start in range(0, 200_000, 100):
-        say("beat", {f"invented{number}": 1 for number in range(start, start + 100)})
-
-
-def labels():
-    for number in range(200_000):
-        say("beat", {f"protocol\tname{number}\t": 1})
-
-
-def flood_of_records():
-    line = b'records [["info", "mad", 5.0, "a flood", "", {}]]\n'
-    for_ever(push, line * 100)
-
-
-def flood_of_text():
-    for_ever(push, f"records {json.dumps([['info', 'mad', 5.0, chr(1) * 16_000, '', {}]])}\n".encode())
-
-
-def flood_of_batches():
-    for_ever(say, "records", [["info", "mad", 5.0, "", "", {}]] * 100)
-
-
-def deaf():
-    from twisted.internet import reactor
-    for reader in reactor.getReaders():
-        if reader.fileno() == 3:
-            reactor.removeReader(reader)
-
-
-ATTACKS = {
-    "format": width,
-    "names": names,
-    "labels": labels,
-    "long": lambda: say("beat", {f"invented{number}": 1 for number in range(200_000)}),
-    "partial": lambda: for_ever(push, b"x" * 65536),
-    "binary": lambda: for_ever(push, os.urandom(65536)),
-    "deep": lambda: push(b"beat " + b"[" * 60_000 + b"\n"),
-    "digits": lambda: push(b'beat {"open": ' + b"9" * 60_000 + b"}\n"),
-    "nan": lambda: push(b'beat {"open": NaN}\n'),
-    "ready": lambda: for_ever(say, "ready"),
-    "failed": lambda: say("failed", "x"),
-    "time": lambda: record(when=1e300),
-    "level": lambda: record(level="loud"),
-    "answer": lambda: say("rows", {"id": 1, "rows": [["a", "b", "open", 1, None, 1, 1]] * 500}),
-    "legacy": lambda: record(fields={"format": "%(a)2000000000d", "a": 1}),
-    "negative": lambda: say("beat", {"lag_us\t\t": -5}),
-    "drain": lambda: say("drain", []),
-    # no violations
-    "records": flood_of_records,
-    "text": flood_of_text,
-    "batches": flood_of_batches,
-    "heartbeats": lambda: for_ever(push, b"beat {}\n" * 1000),
-    "leave": lambda: for_ever(push, b"leave null\n" * 1000),
-    "print": lambda: for_ever(push, b"\x00" * 65536, 1),
-    "lines": lambda: for_ever(push, b"\n" * 65536, 2),
-    "deaf": deaf,
-    "escapes": lambda: (
-        record("\x1b[2Jforged\x07\n2026-01-01 forged\x9b", traceback="\x1b]0;title\x07", namespace="\x1b[31m\nmad"),
-        log.info("by itself \x1b[31m {name}", name="\x1b]0;"),
-        os.write(2, b"printed \x1b[31m\xff\n"),
-    ),
-    "large": lambda: log.info("{a:>20000000}{b}", a=1, b=["x" * 1_000_000] * 10, c={n: n for n in range(100_000)}),
-}
-
-
-class Mad(Protocol):
-    def dataReceived(self, data):
-        name = data.decode().strip()
-        if name == "pid":
-            self.transport.write(b"%d\n" % os.getpid())
-        elif name == "large" or name == "deaf" or name == "escapes":
-            ATTACKS[name]()
-        else:
-            threading.Thread(target=ATTACKS[name], daemon=True).start()
-'''
 
 
 class Meter(threading.Thread):
@@ -245,7 +133,7 @@ class World:
 @pytest.fixture
 def world(hosted, tmp_path) -> Callable[..., World]:
     """Starts a service with workers that can go mad."""
-    (tmp_path / "mad.py").write_text(MAD)
+    copy_hosted("mad", tmp_path)
 
     def start(*arguments: str) -> World:
         path = os.pathsep.join((str(tmp_path), *filter(None, sys.path)))

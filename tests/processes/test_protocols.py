@@ -10,72 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import RTSERVICE
+from tests.support.hosted import copy_hosted
 from tests.support.listen_options import TCP
-
-GOOD = """
-from twisted.internet import defer, reactor, task
-from twisted.internet.protocol import Factory, Protocol
-from zope.interface import implementer
-
-from rtservice.interfaces import ConnectionLogger, IDrainable, IMetrics, IOneProcess, IStartable
-
-
-@implementer(IDrainable)
-class Shout(Protocol):
-    def connectionMade(self):
-        self.log = ConnectionLogger(self)
-        self.log.info("shouting at {peer} on {listener}, {connection}")
-
-    def dataReceived(self, data):
-        self.factory.shouts += 1
-        self.transport.write(data.upper() + self.factory.mark)
-
-    def drain(self):
-        self.transport.write(b"bye")
-        self.transport.loseConnection()
-
-
-@implementer(IStartable, IDrainable, IMetrics)
-class Shouts(Factory):
-    protocol = Shout
-    noisy = False
-    shouts = 0
-
-    def __init__(self, mark: bytes = b"!", fails: bool = False, hangs: bool = False):
-        self.mark = mark
-        self.fails = fails
-        self.hangs = hangs
-
-    def startFactory(self):
-        print("startFactory", flush=True)
-
-    async def start(self):
-        await task.deferLater(reactor, 0.05)
-        print("start", flush=True)
-        if self.hangs:
-            await defer.Deferred(lambda d: print("start is cancelled", flush=True))
-        if self.fails:
-            raise ConnectionRefusedError("no database\\nat all")
-
-    def drain(self):
-        print("drain", flush=True)
-
-    def stopFactory(self):
-        print("stopFactory", flush=True)
-
-    def metrics(self):
-        return {"shouts_total": self.shouts}
-
-
-@implementer(IOneProcess)
-class Alone(Factory):
-    protocol = Shout
-"""
 
 
 @pytest.fixture
 def good(tmp_path: Path, environment: dict[str, str]) -> None:
-    (tmp_path / "good.py").write_text(GOOD)
+    copy_hosted("good", tmp_path)
     environment["PYTHONPATH"] = "."
 
 
@@ -164,12 +105,10 @@ def test_the_list_of_protocols_is_printed(run) -> None:
 
 def test_workers_serve_new_code_after_a_reload(service, tmp_path, environment, read_all, wait_for) -> None:
     environment["PYTHONPATH"] = "."
-    source = tmp_path / "changes.py"
-    text = "from twisted.internet.protocol import Protocol\nclass Says(Protocol):\n    def connectionMade(self):\n"
-    source.write_text(f"{text}        self.transport.write(b'old code')\n")
+    source = copy_hosted("changes", tmp_path)
     one = service("--protocol=changes:Says", TCP, "--workers=2")
     assert exchange(one, b"", read_all) == b"old code"
-    source.write_text(f"{text}        self.transport.write(b'the new code')\n")
+    source.write_text(source.read_text().replace("old code", "the new code"))
     one.process.send_signal(1)
     wait_for(lambda: sum("has ended" in line for line in one.lines) == 2)
     assert exchange(one, b"", read_all) == b"the new code"
@@ -182,55 +121,14 @@ def test_workers_serve_new_code_after_a_reload(service, tmp_path, environment, r
 
 @pytest.mark.usefixtures("good")
 def test_relative_paths_begin_where_the_command_was_typed(service, tmp_path, environment, read_all) -> None:
-    (tmp_path / "files.py").write_text(
-        "from pathlib import Path\nfrom twisted.internet.protocol import Protocol\n"
-        "class Shows(Protocol):\n    def __init__(self, path: Path):\n        self.path = path\n"
-        "    def connectionMade(self):\n        self.transport.write(bytes(self.path))\n"
-        "        self.transport.loseConnection()\n"
-    )
+    copy_hosted("files", tmp_path)
     one = service("--protocol=files:Shows", "--protocol-option=path=a/b", TCP, "--workers=2")
     assert exchange(one, b"", read_all) == bytes(tmp_path / "a" / "b")
 
 
-BAD = """
-import time
-from twisted.internet.protocol import Factory, Protocol
-
-class Raises(Protocol):
-    def dataReceived(self, data):
-        if data == b"block":
-            sleep_here()
-        elif data == b"raise":
-            1 / 0
-        self.transport.write(data)
-
-def sleep_here():
-    time.sleep(2)
-
-class Builds(Factory):
-    protocol = Raises
-    count = 0
-    def buildProtocol(self, address):
-        self.count += 1
-        if self.count == 1:
-            return None
-        if self.count == 2:
-            raise RuntimeError("not today")
-        return super().buildProtocol(address)
-
-class Clings(Protocol):
-    def connectionMade(self):
-        self.transport.registerProducer(self, True)
-        self.transport.write(b"x")
-    def pauseProducing(self): pass
-    def resumeProducing(self): pass
-    def stopProducing(self): raise RuntimeError("never")
-"""
-
-
 @pytest.fixture
 def bad(tmp_path: Path, environment: dict[str, str]) -> None:
-    (tmp_path / "bad.py").write_text(BAD)
+    copy_hosted("bad", tmp_path)
     environment["PYTHONPATH"] = "."
 
 
@@ -274,99 +172,9 @@ def test_what_blocks_the_reactor_is_logged_with_its_stack(service, workers) -> N
     assert one.stop() == 0
 
 
-WORSE = """
-import os, sys, threading, time
-from twisted.internet import reactor
-from twisted.internet.interfaces import ILoggingContext
-from twisted.internet.protocol import Factory, Protocol
-from twisted.logger import Logger, globalLogPublisher
-from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
-from zope.interface import implementer
-from rtservice.interfaces import IDrainable, IMetrics
-
-@implementer(IDrainable, IMetrics)
-class Exits(Factory):
-    # Ends the process wherever it is asked for something.
-    noisy = False
-    def buildProtocol(self, address):
-        return Leaves()
-    def metrics(self):
-        sys.exit("metrics")
-    def drain(self):
-        sys.exit("drain")
-    def stopFactory(self):
-        sys.exit("stopFactory")
-
-@implementer(IDrainable)
-class Leaves(Protocol):
-    def connectionMade(self):
-        self.transport.write(b"here")
-    def dataReceived(self, data):
-        self.transport.write(data)
-    def drain(self):
-        sys.exit("drain")
-
-class Pulls(Protocol):
-    # Fails when it is asked for more; its name is not there yet.
-    count = 0
-    def logPrefix(self):
-        return self.name
-    def connectionMade(self):
-        self.factory.count += 1
-        if self.factory.count < 3:
-            self.transport.registerProducer(self, False)
-        else:
-            self.transport.write(b"good")
-    def resumeProducing(self):
-        self.count += 1
-        if self.count > 1:
-            raise OSError("no more")
-        self.transport.write(b"one")
-    def stopProducing(self):
-        pass
-    def connectionLost(self, reason):
-        1 / 0
-
-class Worse(Factory):
-    protocol = Pulls
-    noisy = False
-    count = 0
-
-@implementer(IDrainable)
-class Wraps(ProtocolWrapper):
-    def drain(self):
-        self.transport.write(b"goodbye")
-        self.transport.loseConnection()
-
-def wrapped():
-    factory = Factory.forProtocol(Leaves)
-    made = WrappingFactory(factory)
-    made.protocol = Wraps
-    return made
-
-class Threads(Protocol):
-    def dataReceived(self, data):
-        if data == b"loop":
-            while True:
-                pass
-        reactor.callInThread(time.sleep, 600)
-        self.transport.write(data)
-
-class Logs(Protocol):
-    log = Logger()
-    def dataReceived(self, data):
-        globalLogPublisher({"log_format": "bare"})
-        self.log.warn("{x:.2f} of {y:05d}", x=1.2345, y=7)
-        print("printed")
-        print("complained", file=sys.stderr)
-        sys.stdout.flush()
-        self.transport.write(data)
-"""
-
-
 @pytest.fixture
 def worse(tmp_path: Path, environment: dict[str, str]) -> None:
-    (tmp_path / "worse.py").write_text(WORSE)
+    copy_hosted("worse", tmp_path)
     environment["PYTHONPATH"] = "."
 
 

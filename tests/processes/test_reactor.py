@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.deadline import DEADLINE
+from tests.support.programs import PROGRAMS, program
 
 
 def reactor_of(service) -> str:
@@ -37,20 +38,13 @@ def test_a_chosen_reactor_is_left_alone_and_serves(service, read_all, name, expe
 
 
 def test_any_twisted_program_can_choose_it(tmp_path: Path) -> None:
-    (tmp_path / "program.tac").write_text(
-        "from twisted.application import service\n"
-        "from twisted.internet import reactor\n"
-        "application = service.Application('any')\n"
-        "print('runs on', type(reactor).__module__)\n"
-        "reactor.callLater(0, reactor.stop)\n"
-    )
     command = [
         str(Path(sys.executable).parent / "twistd"),
         "-n",
         "--pidfile=",
         "--reactor=rtservice",
         "-y",
-        "program.tac",
+        str(PROGRAMS / "any_twisted_program.py"),
     ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
     assert result.returncode == 0, result.stderr
@@ -65,26 +59,6 @@ def test_without_epoll_it_serves_on_twisteds_reactor_and_says_so_once(service, t
     assert len(said) == 1
     assert "serving on Twisted's" in said[0]
     assert reactor_of(one) == "twisted.internet.pollreactor.PollReactor"
-
-
-TIMERS = """
-import sys, time
-from rtservice.net import reactor as ours
-ours.install()
-from twisted.internet import reactor
-began = time.monotonic()
-def fired():
-    print("fired", time.monotonic() - began, flush=True)
-    reactor.stop()
-print("wall", time.time(), flush=True)
-def set_clock():
-    # libfaketime reads its file again for each look at the clock.
-    open(sys.argv[1], "w").write(sys.argv[2])
-    print("wall", time.time(), flush=True)
-reactor.callLater(0.2, set_clock)
-reactor.callLater(1, fired)
-reactor.run()
-"""
 
 
 @pytest.mark.parametrize("offset", ["-3600", "+3600"])
@@ -105,7 +79,7 @@ def test_setting_the_clock_by_an_hour_moves_no_timer(tmp_path, environment, offs
         "DONT_FAKE_MONOTONIC": "1",
     }
     result = subprocess.run(
-        [sys.executable, "-c", TIMERS, str(clock), offset],
+        program("set_clock", str(clock), offset),
         env={**environment, **fake},
         capture_output=True,
         text=True,

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.deadline import DEADLINE
 from tests.support.greeting import GREETING
+from tests.support.hosted import copy_plugin
 from tests.support.odd_certificates import dns, odd_certificate
 from tests.support.tls_libraries import needs_pyopenssl
 
@@ -628,32 +629,8 @@ def test_a_storm_of_signals_loses_nobody(configured, put, der, tls_client) -> No
     assert not lines(one, "Traceback")
 
 
-WHEN_ENDPOINT = """
-import os
-from twisted.internet.endpoints import TCP4ServerEndpoint
-from twisted.internet.interfaces import IStreamServerEndpointStringParser
-from twisted.internet.task import LoopingCall
-from twisted.plugin import IPlugin
-from zope.interface import implementer
-
-@implementer(IPlugin, IStreamServerEndpointStringParser)
-class Parser:
-    prefix = "when"
-    def parseStreamServer(self, reactor, path):
-        self.reactor, self.path = reactor, path
-        return self
-    def listen(self, factory):
-        waiting = LoopingCall(lambda: os.path.exists(self.path) and waiting.stop())
-        endpoint = TCP4ServerEndpoint(self.reactor, 0, interface="127.0.0.1")
-        return waiting.start(0.01).addCallback(lambda _: endpoint.listen(factory))
-
-parser = Parser()
-"""
-
-
 def test_a_signal_before_it_serves_is_answered_when_it_does(service, tmp_path) -> None:
-    (tmp_path / "twisted" / "plugins").mkdir(parents=True)
-    (tmp_path / "twisted" / "plugins" / "when_endpoint.py").write_text(WHEN_ENDPOINT)
+    copy_plugin("when_endpoint", tmp_path)
     one = service("--listen=when:there", "--listen=unix:s", PYTHONPATH=str(tmp_path))
     one.process.send_signal(signal.SIGHUP)
     (tmp_path / "there").touch()

@@ -11,39 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import RTSERVICE
+from tests.support.hosted import copy_hosted, copy_plugin
 from tests.support.listen_options import TCP
 from tests.support.processes import children
 
 STATUS = "--status=tcp:0"
 with_and_without_workers = pytest.mark.parametrize("workers", [1, 2])
 
-# Tells each client what it was given, and anybody who reads the log nothing.
-KEEPER = """
-import json
-import os
-from twisted.internet.protocol import Factory, Protocol
-from rtservice.interfaces import Secret
-
-
-class Tell(Protocol):
-    def connectionMade(self):
-        given = self.factory.given
-        self.transport.write(json.dumps({**given, "pid": os.getpid()}).encode() + b"\\n")
-        self.transport.loseConnection()
-
-
-class Keeper(Factory):
-    protocol = Tell
-
-    def __init__(self, password: Secret, text: str = "", raw: bytes = b"", number: int = 0):
-        print("made with", password, flush=True)
-        self.given = {"password": password.reveal(), "text": text, "raw": raw.decode("latin-1")}
-        self.given["environment"] = sorted(name for name in os.environ if name.startswith("RTSERVICE"))
-
-
-def fails(password: str = "", path: str = ""):
-    raise ValueError(f"cannot log in with {password}")
-"""
 
 # Whatever is printed must have none of these.
 LITERAL, FILED, CARRIED, NEWER = (f"hunter2-{word}" for word in ("literal", "filed", "carried", "newer"))
@@ -51,7 +25,7 @@ LITERAL, FILED, CARRIED, NEWER = (f"hunter2-{word}" for word in ("literal", "fil
 
 @pytest.fixture(autouse=True)
 def keeper(tmp_path: Path, environment: dict[str, str]) -> None:
-    (tmp_path / "keeper.py").write_text(KEEPER)
+    copy_hosted("keeper", tmp_path)
     environment["PYTHONPATH"] = str(tmp_path)
 
 
@@ -229,28 +203,8 @@ def test_printed_settings_mark_what_may_be_secret_and_are_refused_until_it_is_gi
     assert "again.toml: protocol-option: number 1 of 3: text=<hidden>: <hidden> is what --print-config shows" in line
 
 
-ENDPOINT = """
-from twisted.internet.endpoints import TCP4ServerEndpoint
-from twisted.internet.interfaces import IStreamServerEndpointStringParser
-from twisted.plugin import IPlugin
-from zope.interface import implementer
-
-@implementer(IPlugin, IStreamServerEndpointStringParser)
-class Parser:
-    prefix = "keyed"
-    def parseStreamServer(self, reactor, port="0", key=""):
-        if port == "none":
-            raise ValueError(f"no port, but {key}")
-        return TCP4ServerEndpoint(reactor, int(port), interface="127.0.0.1")
-
-parser = Parser()
-"""
-
-
 def test_a_key_in_the_description_of_another_listener_is_shown_nowhere(service, run, tmp_path) -> None:
-    plugins = tmp_path / "twisted" / "plugins"
-    plugins.mkdir(parents=True)
-    (plugins / "keyed_endpoint.py").write_text(ENDPOINT)
+    copy_plugin("keyed_endpoint", tmp_path)
     one = service(f"--listen=keyed:0:key={LITERAL}", STATUS)
     line = one.wait_line(r"listening on keyed:0:key=<hidden> \(")
     port = re.search(r"127\.0\.0\.1.*?(\d+)\)", line)

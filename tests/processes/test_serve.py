@@ -18,6 +18,7 @@ import time
 import pytest
 
 from tests.support.greeting import GREETING
+from tests.support.programs import program
 
 
 def greeted(client: socket.socket, read_all) -> bytes:
@@ -175,21 +176,6 @@ def test_twist_serves_too(environment, tmp_path, read_all) -> None:
         process.communicate(timeout=30)
 
 
-LAUNCHER = """
-import fcntl, os, socket, sys
-tcp = socket.create_server(("127.0.0.1", 0))
-unix = socket.socket(socket.AF_UNIX)
-unix.bind("passed"); unix.listen()
-moved = [fcntl.fcntl(sock, fcntl.F_DUPFD, 50) for sock in (tcp, unix)]
-for to, fd in zip((3, 4), moved):
-    os.dup2(fd, to, inheritable=True)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="2")
-if sys.argv[1]:
-    os.environ["LISTEN_FDNAMES"] = sys.argv[1]
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
 @pytest.mark.parametrize(
     ("names", "descriptions"),
     [
@@ -201,7 +187,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 def test_sockets_that_systemd_passes_are_served_and_their_files_left(
     service, tmp_path, names, descriptions, read_all
 ) -> None:
-    launcher = [sys.executable, "-c", LAUNCHER, names]
+    launcher = program("pass_sockets", names, "tcp,passed")
     one = service(*(f"--listen={description}" for description in descriptions), launcher=launcher)
     one.wait_line("listening on unix:")
     with one.connect() as client:

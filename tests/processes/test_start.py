@@ -13,6 +13,7 @@ import pytest
 from tests.support.commands import BIN, DAEMON, FOREGROUND
 from tests.support.deadline import DEADLINE
 from tests.support.free_port import free_port
+from tests.support.hosted import copy_hosted, copy_plugin
 from tests.support.refused import assert_refused
 
 
@@ -143,42 +144,6 @@ def test_as_many_descriptors_as_the_line_says_are_enough(environment, tmp_path, 
     assert "Traceback" not in "".join(one.lines)
 
 
-PROTOCOLS = """
-from twisted.internet.protocol import Factory, Protocol
-from zope.interface import implementer
-from rtservice.interfaces import IStartable
-
-class Base(Factory):
-    noisy = False
-    protocol = Protocol
-
-class Interrupts(Base):
-    def __init__(self):
-        raise KeyboardInterrupt
-
-class Exits(Base):
-    def startFactory(self):
-        raise SystemExit(0)
-
-@implementer(IStartable)
-class Gives(Base):
-    def start(self):
-        return None
-
-class Second(Base):
-    def doStart(self):
-        super().doStart()
-        if self.numPorts > 1:
-            raise LookupError("the second start")
-
-class Runs(Base):
-    def __init__(self):
-        from twisted.internet import reactor
-        reactor.callWhenRunning(reactor.stop)
-        reactor.run()
-"""
-
-
 @pytest.mark.parametrize(
     ("protocol", "workers", "problem"),
     [
@@ -197,7 +162,7 @@ def test_a_protocol_that_fails_at_the_start_ends_it_with_one_line(
     run, tmp_path, environment, protocol, workers, problem
 ) -> None:
     (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt")
-    (tmp_path / "unfit.py").write_text(PROTOCOLS)
+    copy_hosted("unfit", tmp_path)
     environment["PYTHONPATH"] = str(tmp_path)
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     result = run(*FOREGROUND, "rtservice", "--listen=unix:s", f"--protocol={protocol}", f"--workers={workers}")
@@ -211,17 +176,8 @@ def test_a_protocol_that_fails_at_the_start_ends_it_with_one_line(
 def test_the_command_does_not_wait_for_a_daemon_that_is_killed_before_it_serves(
     run, tmp_path, environment, number
 ) -> None:
-    how = "os._exit(0)" if number is None else f"os.kill(os.getpid(), {number})"
-    (tmp_path / "fatal.py").write_text(
-        f"""
-import os
-from twisted.internet.protocol import Factory
-
-class Fatal(Factory):
-    def startFactory(self):
-        {how}
-"""
-    )
+    copy_hosted("fatal", tmp_path)
+    environment["FATAL"] = "" if number is None else str(int(number))
     environment["PYTHONPATH"] = str(tmp_path)
     result = run("--pidfile=d.pid", "--logfile=d.log", "rtservice", "--listen=unix:s", "--protocol=fatal:Fatal")
     assert result.returncode == 1
@@ -229,29 +185,7 @@ class Fatal(Factory):
 
 def test_a_daemon_that_is_stopped_before_it_serves_leaves_nothing_behind(run, tmp_path, environment, wait_for) -> None:
     # Found by the name of its plugin, and called after the last fork and before the reactor runs.
-    (tmp_path / "twisted" / "plugins").mkdir(parents=True)
-    (tmp_path / "twisted" / "plugins" / "stopping.py").write_text(
-        """
-import os, signal
-from twisted.internet.endpoints import UNIXServerEndpoint
-from twisted.internet.interfaces import IStreamServerEndpointStringParser
-from twisted.plugin import IPlugin
-from zope.interface import implementer
-
-class Stopped(UNIXServerEndpoint):
-    def listen(self, factory):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return super().listen(factory)
-
-@implementer(IPlugin, IStreamServerEndpointStringParser)
-class Parser:
-    prefix = "stopped"
-    def parseStreamServer(self, reactor, path):
-        return Stopped(reactor, path)
-
-parser = Parser()
-"""
-    )
+    copy_plugin("stopping", tmp_path)
     environment["PYTHONPATH"] = str(tmp_path)
     result = run("--pidfile=d.pid", "--logfile=d.log", "rtservice", "--listen=unix:s", f"--listen=stopped:{tmp_path}/t")
     assert result.returncode in (0, 1)  # it may serve for a moment
@@ -298,39 +232,10 @@ def test_a_file_that_is_no_socket_is_refused_and_kept(run, tmp_path) -> None:
     assert (tmp_path / "s").read_text() == "precious"
 
 
-ENDPOINT = """
-from twisted.internet.defer import Deferred, fail
-from twisted.internet.endpoints import TCP4ServerEndpoint
-from twisted.internet.interfaces import IStreamServerEndpointStringParser
-from twisted.plugin import IPlugin
-from zope.interface import implementer
-
-@implementer(IPlugin, IStreamServerEndpointStringParser)
-class Parser:
-    prefix = "slow"
-    def parseStreamServer(self, reactor, outcome, port="0"):
-        self.reactor, self.outcome, self.port = reactor, outcome, int(port)
-        return self
-    def listen(self, factory):
-        if self.outcome == "fails-now":
-            return fail(OSError("broken by design"))
-        result = Deferred()
-        if self.outcome != "never":
-            self.reactor.callLater(0.2, result.callback, None)
-        endpoint = TCP4ServerEndpoint(self.reactor, self.port, interface="127.0.0.1")
-        fails = self.outcome == "fails"
-        return result.addCallback(lambda _: fail(OSError("broken by design")) if fails else endpoint.listen(factory))
-
-parser = Parser()
-"""
-
-
 @pytest.fixture
 def slow_endpoints(tmp_path, environment):
     """Endpoints of a plugin, which may be slow: slow:fails-now, slow:fails, slow:never, slow:listens:PORT."""
-    plugins = tmp_path / "twisted" / "plugins"
-    plugins.mkdir(parents=True)
-    (plugins / "slow_endpoint.py").write_text(ENDPOINT)
+    copy_plugin("slow_endpoint", tmp_path)
     environment["PYTHONPATH"] = str(tmp_path)
 
 

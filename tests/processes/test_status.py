@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.support.deadline import DEADLINE
+from tests.support.hosted import copy_hosted
 from tests.support.listen_options import TCP
 
 
@@ -275,38 +276,11 @@ def test_totals_never_fall_when_workers_are_replaced_killed_or_removed(
     assert total(found, "rtservice_worker_starts_total") == 8
 
 
-COUNTING = """
-from twisted.internet.protocol import Factory, Protocol
-from zope.interface import implementer
-from rtservice.interfaces import IMetrics
-
-class Says(Protocol):
-    def connectionMade(self):
-        self.factory.here += 1
-        self.transport.write(b"here")
-
-    def dataReceived(self, data):
-        self.factory.heard += len(data)
-
-    def connectionLost(self, reason):
-        self.factory.here -= 1
-
-@implementer(IMetrics)
-class Counts(Factory):
-    protocol = Says
-    noisy = False
-    here = heard = 0
-
-    def metrics(self):
-        return {"heard_total": self.heard, "here": self.here, "not a name": 1}
-"""
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_hosted_protocol_counts_is_shown_and_its_totals_outlive_workers(
     service: Callable[..., Any], wait_for, environment, tmp_path, workers: int
 ) -> None:
-    (tmp_path / "counting.py").write_text(COUNTING)
+    copy_hosted("counting", tmp_path)
     environment["PYTHONPATH"] = "."
     one = service(TCP, "--protocol=counting:Counts", "--status", "tcp:0", "--workers", str(workers))
 

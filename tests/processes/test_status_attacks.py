@@ -12,15 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.deadline import DEADLINE
 from tests.support.listen_options import TCP
+from tests.support.programs import PROGRAMS
 
-HOSTILE = Path(__file__).with_name("hostile_http.py")
+HOSTILE = PROGRAMS / "hostile_http.py"
 
 # Seconds that an innocent client may wait for an echo, and for an answer to a new connection while the places for them
 # are all taken. The faults that this is about were stalls of 7 to 18 s, and no answer at all.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.hosted import copy_hosted
 from tests.support.processes import children, cpu_seconds
 
 pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not installed")
@@ -22,21 +23,6 @@ from tests.support.forge import APPLICATION_DATA, CHANGE_CIPHER_SPEC, HANDSHAKE,
 # The worst round trip that somebody else may see, in seconds. Without bounds these attacks take 1.5 to 6 s, with them
 # some 10 ms; the rest is for busy machines.
 WORST = 1.0
-
-# Echoes after a greeting, and sends more than the kernel takes to those who ask for it.
-PROTOCOL = """
-from twisted.internet.protocol import Protocol
-
-class Spout(Protocol):
-    def connectionMade(self):
-        self.transport.write(b"Hello from the server!")
-
-    def dataReceived(self, data):
-        if data == b"much":
-            self.transport.write(bytes(16 << 20))
-        elif data != b"x":
-            self.transport.write(data)
-"""
 
 
 def exchange(client: socket.socket) -> float:
@@ -74,7 +60,7 @@ def attacked(request, service, certificates, tmp_path) -> Iterator[tuple[object,
     workers, library = request.param
     tls = f"ssl:0:interface=127.0.0.1:privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     tls += f":library={library}"
-    (tmp_path / "spout.py").write_text(PROTOCOL)
+    copy_hosted("spout", tmp_path)
     where = ("--listen", tls, "--listen", "tcp:0:interface=127.0.0.1")
     one = service(*where, "--workers", workers, "--protocol", "spout:Spout", PYTHONPATH=str(tmp_path))
     ports = [int(one.wait_line(rf"listening on {kind}:.*:\d+$").rpartition(":")[2]) for kind in ("ssl", "tcp")]

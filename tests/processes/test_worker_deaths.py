@@ -18,7 +18,7 @@ from tests.support.deadline import DEADLINE
 from tests.support.listen_options import TCP
 from tests.support.load import Load
 from tests.support.processes import accepted_by, alive, children, descriptors, freeze
-from tests.support.worker_sites import BLOCK, RAMBLE
+from tests.support.worker_signals import BLOCK, RAMBLE
 
 
 def test_of_a_killed_worker_only_its_open_connections_are_lost(workers, wait_for) -> None:

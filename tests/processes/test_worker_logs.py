@@ -10,7 +10,7 @@ from tests.support.clients import echoes, greeted
 from tests.support.deadline import DEADLINE
 from tests.support.listen_options import TCP
 from tests.support.load import Load, assert_nobody_lost
-from tests.support.worker_sites import DIE, FAIL, FLOOD
+from tests.support.worker_signals import DIE, FAIL, FLOOD
 
 
 def test_records_of_workers_are_in_the_log_with_their_slot_level_namespace_and_traceback(workers, site) -> None:

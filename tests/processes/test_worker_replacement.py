@@ -9,7 +9,7 @@ from tests.support.clients import connect, echoes, greeted
 from tests.support.listen_options import TCP
 from tests.support.load import Load, assert_nobody_lost
 from tests.support.processes import accepted_by, descriptors, freeze
-from tests.support.worker_sites import GROW
+from tests.support.worker_signals import GROW
 
 
 def test_reloads_lose_nobody(workers) -> None:

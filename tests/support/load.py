@@ -6,17 +6,17 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from tests.support.deadline import DEADLINE
+from tests.support.programs import PROGRAMS
 
 
 class Load:
     """The clients of load.py, with these arguments for its `Clients`. To be used in a `with`."""
 
     def __init__(self, **arguments: Any) -> None:
-        program = Path(__file__).parents[1] / "processes" / "load.py"
+        program = PROGRAMS / "load.py"
         self._process = subprocess.Popen(
             [sys.executable, str(program), json.dumps(arguments)],
             stdin=subprocess.PIPE,

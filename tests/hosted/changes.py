@@ -1,0 +1,8 @@
+"""A protocol whose text a test changes."""
+
+from twisted.internet.protocol import Protocol
+
+
+class Says(Protocol):
+    def connectionMade(self):
+        self.transport.write(b"old code")

@@ -1,0 +1,14 @@
+"""Echoes after a greeting, and sends more than the kernel takes to those who ask for it."""
+
+from twisted.internet.protocol import Protocol
+
+
+class Spout(Protocol):
+    def connectionMade(self):
+        self.transport.write(b"Hello from the server!")
+
+    def dataReceived(self, data):
+        if data == b"much":
+            self.transport.write(bytes(16 << 20))
+        elif data != b"x":
+            self.transport.write(data)

@@ -1,0 +1,10 @@
+"""Checks that the initial environment is found in memory, as /proc has it."""
+
+import os
+
+from rtservice.net.activation import _initial_environment_in_memory
+
+del os.environ["LISTEN_PID"]
+os.environ["NEW"] = "x" * 10_000
+with open("/proc/self/environ", "rb") as file:
+    assert _initial_environment_in_memory() == file.read().split(bytes(1))

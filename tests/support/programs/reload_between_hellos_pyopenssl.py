@@ -1,0 +1,41 @@
+"""A context of pyOpenSSL is freed while a client is between two hellos; prints what it negotiates."""
+
+import contextlib
+import gc
+import ssl
+import sys
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from OpenSSL import SSL
+
+from rtservice.net.tls import DirectoryTLS
+
+server = DirectoryTLS(sys.argv[1], library="pyopenssl").load().context
+server._context.set_tmp_ecdh(ec.SECP384R1())  # which clients know, and do not guess: they are told to say hello again
+client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+near = client.wrap_bio(to_client, to_server, server_hostname="a.example")
+far = SSL.Connection(server._context, None)
+far.set_accept_state()
+
+
+def turn(end):
+    if end is far:
+        far.bio_write(to_server.read())
+        with contextlib.suppress(SSL.WantReadError):
+            far.do_handshake()
+        to_client.write(far.bio_read(1 << 16))
+        return
+    with contextlib.suppress(ssl.SSLWantReadError):
+        end.do_handshake()
+
+
+turn(near)
+turn(far)
+assert far.get_context() is not server._context  # its first hello was heard
+del server
+gc.collect()
+for end in (near, far, near):
+    turn(end)
+print(near.version(), near.cipher()[0])

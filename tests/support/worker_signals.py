@@ -1,0 +1,5 @@
+"""Signals at which a worker does something to itself, with programs/worker_signals on its path."""
+
+import signal
+
+BLOCK, DIE, FAIL, GROW, RAMBLE, FLOOD = (signal.SIGRTMIN + place for place in range(6))
