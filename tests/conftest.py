@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.support.commands import BIN
+from tests.support.deadline import DEADLINE
 
 # These are settings: what the developer's shell has must not decide what is tested.
 for name in [name for name in os.environ if name.startswith("RTSERVICE_")]:
@@ -30,7 +31,7 @@ if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
     reactor.install()
 
 # It imports what knows of a reactor; two of these are fixtures.
-from rtservice.testing import DEADLINE, Service, hosted, serve  # noqa: E402, F401  # as said
+from rtservice.testing import Service, hosted, serve  # noqa: E402, F401  # as said
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rtservice.testing import DEADLINE
 from tests.support.commands import TWISTD
+from tests.support.deadline import DEADLINE
 from tests.support.greeting import GREETING
 from tests.support.programs import PROGRAMS
 from tests.support.service_manager import ServiceManager
