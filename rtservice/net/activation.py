@@ -30,7 +30,9 @@ def adopt_passed(given: Mapping[str, str]) -> list[Listener]:
     """
     passed = _systemd_sockets()
     if not passed:
-        raise ListenError("no sockets were passed by a service manager (LISTEN_FDS, LISTEN_PID)")
+        raise ListenError(
+            "no sockets were passed (LISTEN_FDS, LISTEN_PID); start the service by its systemd socket unit"
+        )
     return [_adopt(sock) for sock in _chosen(given, passed)]
 
 
@@ -71,13 +73,13 @@ def _chosen(given: Mapping[str, str], passed: list[tuple[int, str]]) -> list[soc
         index = int(given["index"])
         if index >= len(passed):
             count = f"{counted(len(passed), 'socket')} {'was' if len(passed) == 1 else 'were'}"
-            raise ListenError(f"index {index} is not there: {count} passed")
+            raise ListenError(f"index {index} is too high: {count} passed; accepted are 0 to {len(passed) - 1}")
         numbers = [passed[index][0]]
     elif "name" in given:
         numbers = [fd for fd, name in passed if name == given["name"]]
         if not numbers:
             names = ", ".join(sorted({name for _, name in passed}))
-            raise ListenError(f"no socket named {given['name']!r} was passed; there are: {names}")
+            raise ListenError(f"no socket named {given['name']!r} was passed; accepted are {names}")
     else:
         numbers = [fd for fd, _ in passed]
     sockets: list[socket.socket] = []
@@ -101,7 +103,7 @@ def _systemd_sockets() -> list[tuple[int, str]]:
     except ValueError:
         return []
     if count > os.sysconf("SC_OPEN_MAX") >= 0:
-        raise ListenError(f"LISTEN_FDS is {count}, which is more than a process can have")
+        raise ListenError(f"LISTEN_FDS is {count}, which is more than the descriptor limit of a process")
     names = environment.get("LISTEN_FDNAMES", "").split(":")
     names += ["unknown"] * (count - len(names))
     return [(_LISTEN_FDS_START + i, names[i] or "unknown") for i in range(count)]

@@ -165,7 +165,7 @@ class Listener:
         return None if self._file is None else (self._file.path, self._file.inode)
 
     def remove_file(self) -> None:
-        """Remove the file of a UNIX socket that this process created, so that no new client connects. Raises OSError."""
+        """Remove the file of a UNIX socket that this process created: no new client connects. Raises OSError."""
         file, self._file = self._file, None
         if file is not None:
             file.remove()

@@ -147,7 +147,7 @@ def read_description(
         # Twisted's default.
         mode = given.get("mode", "666")
         if not re.fullmatch(r"[0-7]{3,4}", mode):
-            raise ListenError(f"mode {mode!r} is not an octal file mode; accepted are three or four digits such as 660")
+            raise ListenError(f"mode {mode!r} is not an octal file mode; accepted are 3 or 4 digits such as 660")
         # Twisted's `lockfile=` is accepted without effect: the directory is locked while a stale file is replaced.
         path = resolve_path(given["address"])
         return Wanted(
@@ -176,7 +176,7 @@ def _prefixes(read: Description) -> tuple[bool, bool]:
             raise ListenError(f"{prefix}: is before {kind!r}; accepted after it are {_these(ARGUMENTS)}{meant}")
     if prefixes and (others := [*prefixes, read.kind][1]) in ("ssl", *PROXY):
         these = _these(other for other in ARGUMENTS if other != "ssl")
-        raise ListenError(f"ssl: is before {others!r}; accepted after it are {these}; with PROXY headers write proxy:ssl:")
+        raise ListenError(f"ssl: is before {others!r}; accepted after it are {these}, and proxy: before it")
     return read.proxied, bool(prefixes) or read.kind == "ssl"
 
 
@@ -224,9 +224,11 @@ def _tls(given: Mapping[str, str], resolve_path: Callable[[str], str]) -> Server
     if directory is not None:
         for keyword in ("privateKey", "certKey", "extraCertChain"):
             if keyword in given:
-                raise ListenError(f"{keyword}= and certificates= are both given: the directory holds what is needed")
+                raise ListenError(
+                    f"{keyword}= and certificates= are both given; remove one: the directory has all files"
+                )
         return DirectoryTLS(directory, **policy)
-    # Twisted's defaults: one file for both, called server.pem.
+    # Twisted's default: server.pem for both.
     key = given.get("privateKey", "server.pem")
     files: dict[str, Any] = {"private_key": path("privateKey", key), "certificate": path("certKey", key)}
     return ServerTLS(**files, chain=path("extraCertChain"), **policy)

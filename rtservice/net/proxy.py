@@ -50,7 +50,7 @@ _V2_UNIX = Struct("108s108s")
 _PP2_TYPE_CRC32C = 0x03  # §2.2.3
 
 
-# Bytes to keep of input that is not a header, to identify its sender: a request line, or a ClientHello with its version.
+# Bytes to keep of input that is not a header, to identify its sender: a request line, or a ClientHello and its version.
 BEGINNING = 64
 
 
