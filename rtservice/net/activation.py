@@ -30,9 +30,7 @@ def adopt_passed(given: Mapping[str, str]) -> list[Listener]:
     """
     passed = _systemd_sockets()
     if not passed:
-        raise ListenError(
-            "no sockets were passed (LISTEN_FDS, LISTEN_PID); start the service by its systemd socket unit"
-        )
+        raise ListenError("no sockets were passed (LISTEN_FDS, LISTEN_PID); start it from a systemd socket unit")
     return [_adopt(sock) for sock in _chosen(given, passed)]
 
 

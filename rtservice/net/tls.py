@@ -293,7 +293,7 @@ class _Policy:
     def _pyopenssl(
         self, like: ssl.SSLContext, certificates: str, private_key: str, trust: _ClientTrust | None
     ) -> tuple[PyOpenSSLContext, str | None]:
-        """Build the pyOpenSSL context that is equal to the `ssl` context `like`. Returns a warning about its groups too.
+        """Return the pyOpenSSL context equal to the `ssl` context `like`, and a warning about its groups or None.
 
         Raises TLSError.
         """
@@ -372,7 +372,7 @@ class DirectoryTLS(_Policy):
     directory: str
 
     def load(self, files: Files | None = None) -> LoadedTLS:
-        """Read all files of the directory, and build the contexts. Raises TLSError, also if two files have one name."""
+        """Read the files of the directory, and build the contexts. Raises TLSError, also if files share a name."""
         loaded = finish(self.loading(files))
         loaded.take_effect()
         return loaded

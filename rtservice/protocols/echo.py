@@ -1,4 +1,4 @@
-"""The default protocol: greet each client, then send back everything that it sends."""
+"""The default protocol: greets each client, then echoes everything that it sends."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Framing = Literal["raw", "line", "netstring", "int32"]
 
 @implementer(IHalfCloseableProtocol)
 class Echo(Protocol):
-    """Bytes in, the same bytes out, in order, until the client has finished sending."""
+    """Echoes all received bytes in order, until the client's FIN."""
 
     factory: EchoFactory
-    transport: Any  # Twisted's interfaces split in five what every stream transport has
+    transport: Any  # Twisted divides the methods of a stream transport among five interfaces
     log: ClassVar[Logger] = Logger()
 
     def connectionMade(self) -> None:
-        # The transport is its own producer: it stops reading while more than its buffer size is unsent, so a client
-        # that sends and never reads costs a bounded amount of memory.
+        # Back-pressure: the transport, registered as its own producer, pauses reading while more than its buffer size
+        # is unsent. So a client that sends and never reads costs bounded memory.
         self.transport.registerProducer(self.transport, True)
         if not self.factory.greeting:
             return
@@ -47,32 +47,32 @@ class Echo(Protocol):
         self.transport.write(data)
 
     def readConnectionLost(self) -> None:
-        """The client has finished sending (FIN): what is still unsent goes out, then the connection closes."""
+        """Send unsent output, then close: the client has sent FIN."""
         self.close()
 
     def writeConnectionLost(self) -> None:
-        """Nothing more can be sent, so nothing more is worth reading."""
+        """Close: nothing more can be echoed."""
         self.close()
 
     def close(self) -> None:
-        """Send what is buffered, then close."""
-        # Twisted's transports keep a connection open whose producer is registered and paused.
+        """Send unsent output, then close."""
+        # Twisted's transports do not close while a paused producer is registered.
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
     def refuse(self, problem: str) -> None:
-        """Close because of what the client sent, and say why in the log.
+        """Close after an error of the client, and log the reason.
 
-        `problem` must not hold bytes of the client's.
+        `problem` must not contain bytes of the client.
         """
         self.log.warn("closing {peer}: {problem}", peer=self.transport.getPeer(), problem=problem)
         self.close()
 
 
 class FramedEcho(Echo):
-    """Each message of a framing comes back with its framing, as it was received.
+    """Echoes complete messages with their framing, unchanged.
 
-    A message that breaks the rules of the framing closes the connection; what precedes it is echoed.
+    An invalid message closes the connection; the messages before it are echoed.
     """
 
     framing: ClassVar[type[framings.Framing]]
@@ -93,22 +93,19 @@ class FramedEcho(Echo):
 
 
 class EchoLines(FramedEcho):
-    r"""Lines end with `\n`; a `\r` before it comes back too, so that clients of either habit get their own bytes back.
-
-    The greeting ends with `\r\n`, which both understand.
-    """
+    r"""Echoes lines that end with `\n` or `\r\n`, with their own terminator. The greeting ends with `\r\n`."""
 
     framing = framings.Lines
 
 
 class EchoNetstrings(FramedEcho):
-    """Messages are netstrings."""
+    """Echoes netstrings."""
 
     framing = framings.Netstrings
 
 
 class EchoInt32(FramedEcho):
-    """Messages come behind their length as 32 bits in network byte order."""
+    """Echoes messages that follow their length as 32 bits in network byte order."""
 
     framing = framings.Int32
 
