@@ -273,9 +273,7 @@ def _order(query: bytes, columns: tuple[str, ...]) -> tuple[str, int, int]:
         raise ValueError(f"unknown parameter {min(unknown)!a}; accepted are sort, offset, limit")
     sort = given.get("sort", ["-age"])[0]
     if sort.removeprefix("-") not in columns:
-        raise ValueError(
-            f"sort {sort!a} is unknown; accepted are {', '.join(columns)}, each with or without a prefix -"
-        )
+        raise ValueError(f"sort {sort!a} is unknown; accepted are {', '.join(columns)}, each also with the prefix -")
     numbers = []
     for name, default in (("offset", "0"), ("limit", "100")):
         text = given.get(name, [default])[0]
