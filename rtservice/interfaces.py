@@ -54,11 +54,11 @@ class Secret:
 
     def __eq__(self, other: object) -> bool:
         # In constant time, which does not reveal where the texts differ.
-        ours, theirs = (
+        own, others = (
             secret._text.encode("utf-8", "surrogatepass") if isinstance(secret, Secret) else None
             for secret in (self, other)
         )
-        return NotImplemented if ours is None or theirs is None else hmac.compare_digest(ours, theirs)
+        return NotImplemented if own is None or others is None else hmac.compare_digest(own, others)
 
     def __hash__(self) -> int:
         return hash(self._text)

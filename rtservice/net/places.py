@@ -89,6 +89,6 @@ def first_conflict(wanted: Iterable[tuple[str, Iterable[Place]]]) -> tuple[str, 
             for other, earlier in taken:
                 if exclude(place, earlier):
                     by = f"{other} ({earlier.shown})" if earlier.shown != place.shown else other
-                    return setting, f"{place.shown} is also used by {by}; change or remove one of the two"
+                    return setting, f"{place.shown} is taken by {by}; change or remove one of the two"
         taken += [(setting, place) for place in places]
     return None

@@ -59,10 +59,10 @@ class PyOpenSSLContext:
             assert store is not None  # a context is made with one
             store.set_flags(X509StoreFlags.CRL_CHECK | X509StoreFlags.CRL_CHECK_ALL)
         if alpn:
-            ours = [name.encode("ascii") for name in alpn]
+            supported = [name.encode("ascii") for name in alpn]
 
             def choose(connection: SSL.Connection, offered: list[bytes]) -> Any:
-                for name in ours:
+                for name in supported:
                     if name in offered:
                         return name
                 # The sentinel NO_OVERLAPPING_PROTOCOLS would continue without a protocol. After an exception OpenSSL

@@ -303,7 +303,7 @@ class LineWriter:
             self._kept += "".join(lines).encode("utf-8", "backslashreplace")
         elif lines:
             self.dropped += len(lines)
-            self._report_failure("nobody reads it")
+            self._report_failure("the reader is too slow")
         self._blocked = False
         before = len(self._kept)
         try:

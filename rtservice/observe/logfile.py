@@ -218,14 +218,14 @@ class LogFile:
 
     def _found(self) -> Found:
         """Return what is at the path. Raises OSError."""
-        ours = os.fstat(self._descriptor)
+        current = os.fstat(self._descriptor)
         try:
             there = os.stat(self._base, dir_fd=self._directory)
         except FileNotFoundError:
             return Found.NOTHING
-        if not os.path.samestat(there, ours):
+        if not os.path.samestat(there, current):
             return Found.OTHER
-        return Found.OURS if ours.st_size else Found.EMPTY
+        return Found.OURS if current.st_size else Found.EMPTY
 
     def _rotate(self) -> bool:
         """Rename the file and its predecessors. Return False if another process does that now.

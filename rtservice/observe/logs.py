@@ -188,11 +188,11 @@ def _json_line(event: LogEvent) -> str:
         "message": message,
     }
     legacy = "isError" in event and "system" in event
-    told = event.get("log_format")
+    template = event.get("log_format")
     if "slot" in event:
         shown["slot"] = event["slot"]
     for name, value in event.items():
-        if name[:4] == "log_" or (legacy and name in _LEGACY) or name == "slot" or told == f"{{{name}}}":
+        if name[:4] == "log_" or (legacy and name in _LEGACY) or name == "slot" or template == f"{{{name}}}":
             continue
         # A field of the event may have the name of a standard field.
         shown[f"{name}_" if name in ("time", "level", "namespace", "message", "traceback") else name] = value

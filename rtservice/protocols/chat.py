@@ -50,7 +50,7 @@ INPUT_LIMIT = 16 * 1024
 # Names in the answer to /who or /rooms.
 NAMES_LISTED = 1000
 
-_HELP = "/join ROOM, /leave, /rooms, /who, /nick NAME, /quit; anything else is said in your room"
+_HELP = "/join ROOM, /leave, /rooms, /who, /nick NAME, /quit; other lines are sent to your room"
 
 
 class Room:
@@ -108,11 +108,11 @@ class Room:
 
     def catch_up(self, member: Member) -> None:
         """Send a member all lines so far, before a line that only this member gets."""
-        said = bytes(memoryview(self._log)[max(0, member.heard - self._start) :])
+        missed = bytes(memoryview(self._log)[max(0, member.heard - self._start) :])
         member.heard = self._start + len(self._log)
-        member.work += len(said) // 4096
-        if said:
-            member.hear(said)
+        member.work += len(missed) // 4096
+        if missed:
+            member.deliver(missed)
 
     def send(self, work: int) -> int:
         """Continue the round, or begin one. Return the deliveries counted, which may slightly exceed `work`."""
@@ -130,7 +130,7 @@ class Room:
                 continue
             piece = self._piece[member.heard - self._start :]  # the whole piece is the same object for all members
             member.heard = end
-            done += cost if member.hear(piece) else CUT_OFF_COST
+            done += cost if member.deliver(piece) else CUT_OFF_COST
         return done
 
     def end_round(self) -> int:
@@ -352,9 +352,9 @@ class Member(Protocol):
     def _say(self, room: Room, text: str) -> None:
         """Send a line to all members of the room, including this one: it confirms that the line was accepted."""
         room.say(text)
-        self.factory.said(room)
+        self.factory.schedule_round(room)
 
-    def hear(self, piece: bytes) -> bool:
+    def deliver(self, piece: bytes) -> bool:
         """Send lines of the room. Return False after aborting a connection with more than `max_unsent` bytes unsent."""
         if self.closing:
             return True
@@ -493,7 +493,7 @@ class ChatFactory(Factory[Member]):
         room.speakers[member] = None
         self._listen(room)
 
-    def said(self, room: Room) -> None:
+    def schedule_round(self, room: Room) -> None:
         """Schedule a round for the lines of a room."""
         if room.sending or room.rest is not None or room.silent:
             return
@@ -519,7 +519,7 @@ class ChatFactory(Factory[Member]):
 
     def _rested(self, room: Room) -> None:
         room.rest = None
-        self.said(room)
+        self.schedule_round(room)
 
     def _stop_rest(self, room: Room) -> None:
         if room.rest is not None:
@@ -566,7 +566,7 @@ class ChatFactory(Factory[Member]):
             room.sending = False
             room.next_round = max(room.next_round, self.clock.seconds()) + sent / self.max_rate
             self._listen(room)
-            self.said(room)
+            self.schedule_round(room)
 
     def metrics(self) -> dict[str, int | float]:
         return {

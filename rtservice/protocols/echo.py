@@ -119,14 +119,14 @@ PROTOCOLS: dict[Framing, type[Echo]] = {
 
 
 class EchoFactory(Factory[Echo]):
-    """Greets each client, then sends back everything it sends.
+    """Greets each client, then echoes everything that it sends.
 
-    `greeting` is sent once to each client, as one message of the framing; empty means none. `greet` says when: as soon
-    as it connects, or before the answer to its first data. `framing` is how messages are told apart: `raw` has no
-    messages, bytes come back as they came. In the others a message of more than `max_message` bytes (1 or more) closes
-    its connection with a logged reason; its framing does not count.
+    `greeting` is sent once to each client, as one message of the framing; empty disables it. `greet` selects the time:
+    when the client connects, or before its first data is echoed. `framing` divides the stream into messages; `raw` has
+    no messages. With the others, a message of more than `max_message` bytes (1 or more), without its framing, closes
+    the connection, and the reason is logged.
 
-    Raises ValueError when the greeting cannot be one message of the framing, or no message could be sent.
+    Raises ValueError if the greeting is not one valid message of the framing, or if `max_message` is below 1.
     """
 
     noisy = False
@@ -139,11 +139,11 @@ class EchoFactory(Factory[Echo]):
         max_message: int = 64 * 1024,
     ) -> None:
         if max_message < 1:
-            raise ValueError(f"the longest message is {counted(max_message, 'byte')}, and has to be 1 or more")
+            raise ValueError(f"max-message is {counted(max_message, 'byte')}; it must be 1 or more")
         if framing == "line" and b"\n" in greeting:
-            raise ValueError("the greeting of the framing `line` is one line: it cannot hold a line feed")
+            raise ValueError("the greeting contains a line feed; with the framing `line` it must be one line")
         if framing != "raw" and len(greeting) > max_message:
-            raise ValueError(f"the greeting is {counted(len(greeting), 'byte')}, above the {max_message} of a message")
+            raise ValueError(f"the greeting is {counted(len(greeting), 'byte')}; the maximum is {max_message}")
         self.greeting = greeting
         self.greet = greet
         self.max_message = max_message
