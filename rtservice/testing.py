@@ -158,7 +158,7 @@ class Service:
     def _close(self, seconds: float) -> None:
         assert self.process.stdout is not None
         self._reader.join(seconds)
-        if not self._reader.is_alive():  # somebody else may hold the other end
+        if not self._reader.is_alive():  # another process may have the other end open
             self.process.stdout.close()
 
     def kill(self) -> None:

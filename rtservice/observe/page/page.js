@@ -48,7 +48,7 @@ function counted(worker, now) {
 function remember(workers, now) {
   for (const worker of workers) {
     const history = histories[worker.worker] ??= [];
-    // Workers update their counts once a second, at times of their own.
+    // Each worker updates its counts once a second, at its own time.
     if (worker.counted === null || worker.counted !== history.at(-1)?.time) history.push(counted(worker, now));
     while (history.length && history[0].time < now - SHOWN[1] - 10) history.shift();
   }
