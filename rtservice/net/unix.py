@@ -58,7 +58,7 @@ def check_unix(path: str) -> None:
     """Check by its directory and an existing file that a socket file can be created. Raises ListenError."""
     os.close(_open_folder(path))
     if not os.access(os.path.dirname(path), os.W_OK | os.X_OK, effective_ids=True):
-        raise ListenError(f"cannot listen on {path!r}: its directory is not writable by this user")
+        raise ListenError(f"cannot listen on {path!r}: its directory is not writable")
     _is_there(path)
 
 
