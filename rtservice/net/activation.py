@@ -71,7 +71,7 @@ def _chosen(given: Mapping[str, str], passed: list[tuple[int, str]]) -> list[soc
         index = int(given["index"])
         if index >= len(passed):
             count = f"{counted(len(passed), 'socket')} {'was' if len(passed) == 1 else 'were'}"
-            raise ListenError(f"index {index} is too high: {count} passed; accepted are 0 to {len(passed) - 1}")
+            raise ListenError(f"index {index} is too high: {count} passed; indexes begin with 0")
         numbers = [passed[index][0]]
     elif "name" in given:
         numbers = [fd for fd, name in passed if name == given["name"]]

@@ -38,7 +38,7 @@ _X448, _P521, _FFDHE2048, _FFDHE3072, _FFDHE4096, _FFDHE6144, _FFDHE8192 = 30, 2
 _T = TypeVar("_T")
 
 # A function that limits the groups of a context, and returns False if the library cannot.
-Way = Callable[[_T], bool]
+Limiter = Callable[[_T], bool]
 
 
 @dataclass
@@ -50,10 +50,10 @@ class GroupPolicy(Generic[_T]):
     """
 
     answer: Callable[[_T, bytes], bytes]
-    full: Sequence[Way[_T]]
-    fallback: Way[_T]
+    full: Sequence[Limiter[_T]]
+    fallback: Limiter[_T]
     why: Callable[[], str]
-    _proven: tuple[Way[_T], str | None] | None = field(default=None, init=False)
+    _proven: tuple[Limiter[_T], str | None] | None = field(default=None, init=False)
 
     def limit(self, context: _T, probe: Callable[[], _T] | None = None) -> str | None:
         """Limit the groups of a context that has its certificate. Returns a warning for the log, or None.
@@ -61,15 +61,15 @@ class GroupPolicy(Generic[_T]):
         `probe` returns an equal context, for a library whose contexts cannot be changed once a connection uses them.
         """
         if self._proven is not None:
-            way, warning = self._proven
-            if way(context):
+            limiter, warning = self._proven
+            if limiter(context):
                 return warning
-        for way in (*self.full, self.fallback):
+        for limiter in (*self.full, self.fallback):
             proof = context if probe is None else probe()
-            if way(context) and way(proof) and self._holds(proof):
+            if limiter(context) and limiter(proof) and self._holds(proof):
                 limited = f"TLS key exchange is limited to P-256, without X25519: {self.why()}"
-                warning = f"{limited}; most clients need one more round trip" if way is self.fallback else None
-                self._proven = way, warning
+                warning = f"{limited}; most clients need one more round trip" if limiter is self.fallback else None
+                self._proven = limiter, warning
                 return warning
         # The last function stays applied. The certificate may be the reason why the test's ClientHello is rejected.
         return f"TLS key exchange is not proven to be limited: {self.why()}; a handshake may cost 120 ms of CPU"

@@ -53,7 +53,7 @@ def _arguments(
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ListenerSpec:
     """A parsed listener: no name is resolved, no file read and no socket opened yet. Its methods raise ListenError.
 
     `check` finds the errors that `open` would, without listening. It cannot find out whether a port is free and
@@ -111,7 +111,7 @@ def read_description(
     resolve_path: Callable[[str], str] = os.path.abspath,
     slots: int = 0,
     loopback: bool = False,
-) -> Wanted:
+) -> ListenerSpec:
     r"""Parse one description whose type is in `TYPES`. Resolves no name, and opens no file or socket.
 
     TLS is `ssl:8443:privateKey=…:certKey=…`, or `ssl:` before a description of another type, which then takes the same
@@ -134,7 +134,7 @@ def read_description(
     tls = _tls(given, resolve_path) if secure else None
     if kind == "systemd":
         check_choice(given)
-        return Wanted(
+        return ListenerSpec(
             partial(adopt_passed, given),
             partial(check_passed, given),
             partial(passed_places, given),
@@ -150,7 +150,7 @@ def read_description(
             raise ListenError(f"mode {mode!r} is not an octal file mode; accepted are 3 or 4 digits such as 660")
         # Twisted's `lockfile=` is accepted without effect: the directory is locked while a stale file is replaced.
         path = resolve_path(given["address"])
-        return Wanted(
+        return ListenerSpec(
             partial(open_unix, path, int(mode, 8), backlog),
             partial(check_unix, path),
             partial(unix_places, path),
@@ -251,7 +251,7 @@ def check_port(port: int, *, interface: str) -> None:
     read_port(port, interface=interface, backlog=1).check()
 
 
-def read_port(port: int, *, interface: str, backlog: int, slots: int = 0) -> Wanted:
+def read_port(port: int, *, interface: str, backlog: int, slots: int = 0) -> ListenerSpec:
     """Parse `--port`: listeners on IPv4, and on IPv6 if the host has it, with one port number, also for port 0.
 
     There are two sockets, since a dual-stack socket shows IPv4 peers as `::ffff:192.0.2.1`. `interface` limits this to
@@ -269,7 +269,7 @@ def _wanted_tcp(
     slots: int,
     tls: ServerTLS | DirectoryTLS | None = None,
     proxied: bool = False,
-) -> Wanted:
+) -> ListenerSpec:
     def addresses() -> list[Address]:
         if interface:
             return resolve(interface, port, families[0] if len(families) == 1 else socket.AF_UNSPEC)
@@ -283,7 +283,7 @@ def _wanted_tcp(
             return [TCPPlace(is_ipv6, interface.lower(), port, shown=shown, unsure=unsure) for is_ipv6 in six]
         return [tcp_place(family, host, port, scope) for family, host, scope in addresses()]
 
-    return Wanted(
+    return ListenerSpec(
         lambda: open_tcp(addresses(), port, backlog, slots, interface),
         lambda: check_tcp(addresses(), port, interface),
         places,

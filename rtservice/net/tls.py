@@ -144,7 +144,7 @@ class ServerContext(ssl.SSLContext):
 
 
 @dataclass(frozen=True)
-class Made:
+class CertificateContext:
     """The context of one certificate, and warnings for the log."""
 
     context: Context
@@ -178,7 +178,7 @@ class Reusable:
     """
 
     names: Names = field(default_factory=Names)
-    made: Mapping[bytes, Made] = field(default_factory=dict)
+    made: Mapping[bytes, CertificateContext] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class _Policy:
         revoked, described = _revocation_lists(files, self.client_crl)
         return _ClientTrust(authorities, revoked), described
 
-    def _make(self, path: str, certificates: str, private_key: _Key, trust: _ClientTrust | None) -> Made:
+    def _make(self, path: str, certificates: str, private_key: _Key, trust: _ClientTrust | None) -> CertificateContext:
         """Build a context with this policy for `certificates`, PEM text read from `path`. Raises TLSError."""
         context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = _MINIMUM[self.minimum]
@@ -286,9 +286,9 @@ class _Policy:
             context.alpn = tuple(name.encode("ascii") for name in self.alpn)
         if self.library == "pyopenssl":  # after `ssl` has checked the files
             made, warning = self._pyopenssl(context, certificates, private_key.text, trust)
-            return Made(made, certificate, (warning,) if warning else ())
+            return CertificateContext(made, certificate, (warning,) if warning else ())
         warning = SSL_GROUPS.limit(context)
-        return Made(context, certificate, (warning,) if warning else ())
+        return CertificateContext(context, certificate, (warning,) if warning else ())
 
     def _pyopenssl(
         self, like: ssl.SSLContext, certificates: str, private_key: str, trust: _ClientTrust | None
@@ -384,7 +384,7 @@ class DirectoryTLS(_Policy):
         """
         files = files or Files()
         before = reusable or Reusable()
-        kept: dict[bytes, Made] = {}
+        kept: dict[bytes, CertificateContext] = {}
         contexts: dict[str, Context | None] = {}
         owners: dict[str, str] = {}
         certificates = []
@@ -439,7 +439,7 @@ class DirectoryTLS(_Policy):
             raise TLSError(f"no private key for {path!r}; add the key to it, or as {private_key!r}")
         return _Key.read(files, private_key)
 
-    def _make_checked(self, path: str, certificates: str, key: _Key, trust: _ClientTrust | None) -> Made:
+    def _make_checked(self, path: str, certificates: str, key: _Key, trust: _ClientTrust | None) -> CertificateContext:
         try:
             return self._make(path, certificates, key, trust)
         except TLSError:

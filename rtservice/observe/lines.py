@@ -134,7 +134,7 @@ class Stream:
         return self._descriptor
 
 
-def say_aside(line: str) -> None:
+def write_to_stderr(line: str) -> None:
     """Write a line to standard error, unless that would block."""
     with contextlib.suppress(OSError):
         stream = Stream(2, "standard error")

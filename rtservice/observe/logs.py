@@ -35,10 +35,10 @@ _LEVELS = tuple(LogLevel.iterconstants())
 
 
 class Levels:
-    """The minimum level of each namespace. The longest name in `least` that equals or precedes a namespace applies.
+    """The minimum level of each namespace: that of the longest name in `least` that is a prefix of the namespace.
 
-    Records of other namespaces are all logged. Names match up to a dot: `twisted` precedes `twisted.web`, not
-    `twistedish`.
+    Prefixes end at a dot: `twisted` is a prefix of `twisted.web`, not of `twistedish`. Records of other namespaces are
+    all logged.
     """
 
     def __init__(self, least: Mapping[str, LevelName]) -> None:

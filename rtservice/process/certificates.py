@@ -15,7 +15,7 @@ from rtservice.net.crl import RevocationLists
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
 from rtservice.net.port import Port
-from rtservice.net.tls import Certificate, Files, LoadedTLS, Made, Steps, fingerprinting
+from rtservice.net.tls import Certificate, CertificateContext, Files, LoadedTLS, Steps, fingerprinting
 
 # Limits of a log line about a certificate: names, and characters of a name (255 bytes in RFC 1035, section 2.3.4).
 _NAMES_SHOWN, _LONGEST_NAME = 5, 255
@@ -159,7 +159,7 @@ def renewing(
                     port.tls = listener.tls
         return free(before)
 
-    def free(before: list[Made]) -> Steps[None]:
+    def free(before: list[CertificateContext]) -> Steps[None]:
         while before:
             before.pop()
             yield

@@ -38,8 +38,8 @@ DELIVERIES_PER_ROOM = 32
 
 # Cost of a delivery that aborts a member's connection, and members closed in one turn of a graceful shutdown: closing a
 # connection takes 50 to 100 µs.
-CUT_OFF_COST = 8
-GOODBYES_PER_TURN = 32
+ABORT_COST = 8
+CLOSES_PER_TURN = 32
 
 # Bytes sent to each member in a round; at most a quarter of `max_unsent`.
 CHUNK = 16 * 1024
@@ -130,7 +130,7 @@ class Room:
                 continue
             piece = self._piece[member.heard - self._start :]  # the whole piece is the same object for all members
             member.heard = end
-            done += cost if member.deliver(piece) else CUT_OFF_COST
+            done += cost if member.deliver(piece) else ABORT_COST
         return done
 
     def end_round(self) -> int:
@@ -158,7 +158,7 @@ class Member(Protocol):
         self.line: str | None = None  # the next line to handle
         self.waits_in: Room | None = None  # the room whose `speakers` contain it
         self.work = 0  # cost of the current line, in lines
-        self.parting = False  # the graceful shutdown has begun
+        self.draining = False  # the graceful shutdown has begun
         self._input = bytearray()  # input after `line`
         self._searched = 0  # bytes of it that contain no line feed
         self._size = 0  # bytes of the next line as received
@@ -341,7 +341,7 @@ class Member(Protocol):
     def _leave(self) -> None:
         room = self.room
         if room is not None:
-            if not self.parting:
+            if not self.draining:
                 self._say(room, f"* {self.nick} has left {room.name}")
             room.remove(self)
             if not room.members:
@@ -401,8 +401,8 @@ class Member(Protocol):
         self.transport.loseConnection()
 
     def drain(self) -> None:
-        self.parting = True
-        self.factory.part(self)
+        self.draining = True
+        self.factory.schedule_close(self)
 
 
 @implementer(IOneProcess, IMetrics)
@@ -447,7 +447,7 @@ class ChatFactory(Factory[Member]):
         self.clock: Any = None  # an IReactorTime, set by startFactory
         self._listening: deque[Room] = deque()  # rooms with speakers that are not full
         self._sending: deque[Room] = deque()  # rooms with lines to send
-        self._parting: deque[Member] = deque()  # members to close in the graceful shutdown
+        self._draining: deque[Member] = deque()  # members to close in the graceful shutdown
         self._turn: Any = None  # the delayed call of the next turn
 
     def startFactory(self) -> None:
@@ -506,9 +506,9 @@ class ChatFactory(Factory[Member]):
             self._sending.append(room)
             self._schedule()
 
-    def part(self, member: Member) -> None:
+    def schedule_close(self, member: Member) -> None:
         """Schedule the close of a member in the graceful shutdown."""
-        self._parting.append(member)
+        self._draining.append(member)
         self._schedule()
 
     def _listen(self, room: Room) -> None:
@@ -532,13 +532,13 @@ class ChatFactory(Factory[Member]):
 
     def _take_turn(self) -> None:
         self._turn = None
-        for _ in range(min(GOODBYES_PER_TURN, len(self._parting))):
-            member = self._parting.popleft()
+        for _ in range(min(CLOSES_PER_TURN, len(self._draining))):
+            member = self._draining.popleft()
             if not member.closing:
                 member.close("the chat shuts down")
         self._hear_lines()
         self._send_rounds()
-        if self._listening or self._sending or self._parting:
+        if self._listening or self._sending or self._draining:
             self._schedule()
 
     def _hear_lines(self) -> None:

@@ -49,7 +49,7 @@ def open_listeners(
 
 
 # Settings, as error messages name them, with their parsed listeners.
-_Listeners = list[tuple[str, listeners.Wanted]]
+_Listeners = list[tuple[str, listeners.ListenerSpec]]
 
 
 def read_listeners(

@@ -11,7 +11,7 @@ from typing import Any
 from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import SettingError
 from rtservice.observe import logs
-from rtservice.observe.lines import LineWriter, Output, say_aside
+from rtservice.observe.lines import LineWriter, Output, write_to_stderr
 from rtservice.observe.logfile import LogFile
 from rtservice.observe.logs import Format, Log
 from rtservice.process import signals
@@ -30,7 +30,7 @@ class Outputs:
         self.access: LineWriter | None = None
         self._lines: list[LineWriter] = []
         # If the log is standard output, its reader probably reads standard error too.
-        self._aside: Callable[[str], None] | None = say_aside
+        self._aside: Callable[[str], None] | None = write_to_stderr
         chosen = twistd.get("logger")
         main: LineWriter | None = None
         if isinstance(chosen, Format) or ("logger" in twistd and chosen is None and not twistd["syslog"]):

@@ -86,7 +86,7 @@ def test_passed_sockets_are_chosen_by_name_and_by_index(opened, pass_sockets) ->
 @pytest.mark.parametrize(
     ("description", "problem"),
     [
-        ("systemd:index=1", "index 1 is too high: 1 socket was passed; accepted are 0 to 0"),
+        ("systemd:index=1", "index 1 is too high: 1 socket was passed; indexes begin with 0"),
         ("systemd:name=web", "no socket named 'web' was passed; accepted are rt"),
         ("systemd:domain=INET6", "descriptor 300 is of domain INET, not 'INET6'"),
     ],

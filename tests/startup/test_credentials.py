@@ -49,7 +49,9 @@ def test_a_user_without_an_entry_has_the_group_of_its_number_and_no_other(uid, g
 
 
 def test_a_group_that_is_somebodys_is_not_taken_by_chance() -> None:
-    with pytest.raises(CredentialsError, match=r"^--uid 27: no such user, and the group 27 is sudo; choose the group with --gid$"):
+    with pytest.raises(
+        CredentialsError, match=r"^--uid 27: no such user, and the group 27 is sudo; choose the group with --gid$"
+    ):
         resolve(27, None)
 
 
