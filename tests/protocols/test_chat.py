@@ -650,7 +650,7 @@ def test_everybody_is_told_that_the_end_is_near() -> None:
     ann.protocol.drain()
     ann.clock.settle()
     assert ann.closing
-    assert "about to end" in ann.hears()[-1]
+    assert "the chat shuts down" in ann.hears()[-1]
 
 
 @pytest.mark.parametrize("bound", ["max_line", "max_members", "max_rooms", "max_name", "max_unsent", "max_rate"])
