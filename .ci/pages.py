@@ -1,19 +1,19 @@
-"""Run the commands of documentation pages as a reader would: `pages.py BIN PAGE...`.
+"""Run the commands of documentation pages: `pages.py BIN PAGE...`.
 
-BIN is the `bin` directory of an environment that has the wheel. Each page runs from top to bottom in an empty
-directory, with BIN first on PATH. An HTML comment before a fenced block says what it is:
+BIN is the `bin` directory of an environment with the wheel installed. Each page runs from top to bottom in an empty
+directory, with BIN first on PATH. An HTML comment before a fenced block tells what to do with it:
 
 - `<!-- file: NAME -->`: write the block to this file.
-- `<!-- run -->`: run the block with bash; the exit status has to be 0.
-- `<!-- serve -->`: start the block and leave it running, once its output has "listening on". It gets SIGTERM before the
-  next such block, or at the end of the page, and has to exit with status 0.
-- `<!-- session -->`: run each line that follows `$ `. The lines after it are its expected output, where `...` stands
-  for any text. Other output makes the command run again until a deadline, since logs and metrics take a moment.
-- `<!-- stop -->`, without a block: stop what is being served.
+- `<!-- run -->`: run the block with bash; the exit status must be 0.
+- `<!-- serve -->`: start the block, wait for "listening on" in its output, and leave it running. It gets SIGTERM before
+  the next such block, or at the end of the page, and must exit with status 0.
+- `<!-- session -->`: run each line after `$ `. The lines after it are its expected output, where `...` matches any
+  text. After other output the command is repeated until a deadline, since logs and metrics appear with a delay.
+- `<!-- stop -->`, without a block: stop the running service.
 - `<!-- not run: REASON -->`: do not run the block.
 
-A block of commands (sh, bash, console) without such a comment is an error, so that no command is forgotten. The end of
-the output says how many blocks were run and how many were not, with the reason for each.
+A block of commands (sh, bash, console) without such a comment is an error, so that no command is missed. At the end the
+script prints the number of blocks that were run and that were not, with the reasons.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _COMMANDS = {"sh", "bash", "shell", "console"}
 
 
 class PageError(Exception):
-    """A page is not as it should be, or a command did not do what the page says."""
+    """A page is invalid, or the result of a command differs from the page."""
 
 
 def expected_pattern(expected: str) -> re.Pattern[str]:
-    """The output of a session, in which `...` is any text, of several lines too when it is a line of its own."""
+    """Return a pattern for the output of a session. `...` matches any text, also several lines if alone in its line."""
     parts = (".*?".join(map(re.escape, line.split("..."))) for line in expected.rstrip("\n").split("\n"))
     pattern = "\n".join("ANY_LINES" if part == ".*?" else f"(?-s:{part})" for part in parts)
     return re.compile(pattern.replace("ANY_LINES", ".*?") + r"\n?\Z", re.DOTALL)
 
 
 def commands_of(session: str) -> list[tuple[str, str]]:
-    """The commands of a session, each with its expected output; a backslash continues a command on the next line."""
+    """Return the commands of a session with their expected output. A backslash continues a command on the next line."""
     found: list[tuple[str, str]] = []
     continued = False
     for line in session.splitlines(keepends=True):
@@ -65,20 +65,20 @@ def commands_of(session: str) -> list[tuple[str, str]]:
                 found.append((line[2:], ""))
             continued = line.endswith("\\\n")
         elif not found:
-            raise PageError(f"a session begins with a command after '$ ', not with {line!r}")
+            raise PageError(f"a session begins with {line!r}; begin with a command after '$ '")
         else:
             found[-1] = (found[-1][0], found[-1][1] + line)
     return found
 
 
 class Page:
-    """One page, run in one directory."""
+    """Runs one page in a directory."""
 
     def __init__(self, path: Path, binaries: Path, directory: Path) -> None:
         self._path = path
         self._directory = directory
-        own = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        self._environment = {**own, "PATH": f"{binaries}:{own['PATH']}", "PYTHONUNBUFFERED": "1"}
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        self._environment = {**kept, "PATH": f"{binaries}:{kept['PATH']}", "PYTHONUNBUFFERED": "1"}
         self._serving: subprocess.Popen[str] | None = None
         self.ran: Counter[str] = Counter()
         self.not_run: list[str] = []
@@ -93,7 +93,7 @@ class Page:
                 if kind:
                     marks -= 1
                 elif match["language"] in _COMMANDS:
-                    raise PageError(f"a block of commands does not say whether it is run:\n{match['text']}")
+                    raise PageError(f"a block of commands has no comment such as <!-- run -->:\n{match['text']}")
                 else:
                     continue
                 try:
@@ -101,7 +101,7 @@ class Page:
                 except subprocess.TimeoutExpired as error:
                     raise PageError(str(error)) from None
             if marks:
-                raise PageError(f"{marks} comments stand before no block")
+                raise PageError(f"{marks} comments are not followed by a block")
             self._stop()
             self._await_daemons()
         finally:
@@ -110,7 +110,7 @@ class Page:
     def _do(self, kind: str, detail: str, text: str) -> None:
         if kind == "not run":
             if not detail:
-                raise PageError(f"no reason why this is not run:\n{text}")
+                raise PageError(f"<!-- not run --> has no reason:\n{text}")
             self.not_run.append(detail)
             return
         self.ran[kind] += 1
@@ -134,7 +134,7 @@ class Page:
             self._stop()
 
     def _bash(self, command: str) -> tuple[int, str]:
-        # Into a file: what a command leaves running would keep a pipe open.
+        # To a file: processes that a command leaves running would keep a pipe open.
         with tempfile.TemporaryFile("w+") as output:
             result = subprocess.run(
                 ["bash", "-euc", command],
@@ -162,7 +162,7 @@ class Page:
 
     def _serve(self, text: str) -> None:
         print(f"$ {text}", end="", flush=True)
-        # A shell that becomes the service, so that the service is what gets the signal.
+        # `exec` replaces the shell by the service, which then gets the signal.
         script = re.sub(r"^((?:\w+=\S+ )*)twistd", r"\1exec twistd", text, flags=re.MULTILINE)
         serving = self._serving = subprocess.Popen(
             ["bash", "-euc", script],
@@ -183,7 +183,7 @@ class Page:
                 print(line, end="", flush=True)
                 lines += line
                 if not line:
-                    raise PageError(f"it did not start: {text}{lines}")
+                    raise PageError(f"the service did not start: {text}{lines}")
         finally:
             timer.cancel()
         threading.Thread(target=serving.stdout.read, daemon=True).start()
@@ -193,10 +193,10 @@ class Page:
         if serving is not None:
             serving.terminate()
             if status := serving.wait(DEADLINE):
-                raise PageError(f"what was served ended with status {status}")
+                raise PageError(f"the service exited with status {status}")
 
     def _daemons(self) -> list[int]:
-        """The processes that the page has started as daemons with a pidfile, and that still run."""
+        """Return the running processes that the page has started as daemons with a pidfile."""
         found = []
         for pidfile in self._directory.glob("*.pid"):
             with contextlib.suppress(OSError, ValueError):
@@ -206,15 +206,15 @@ class Page:
         return found
 
     def _await_daemons(self) -> None:
-        """Wait for daemons that the page has stopped: the next page uses the same ports. Raises PageError."""
+        """Wait until the daemons of the page have exited: the next page uses the same ports. Raises PageError."""
         end = time.monotonic() + RETRY
         while self._daemons():
             if time.monotonic() > end:
-                raise PageError("it leaves a daemon running")
+                raise PageError("the page leaves a daemon running")
             time.sleep(RETRY_EVERY)
 
     def _clean_up(self) -> None:
-        """Leave nothing running after a failure."""
+        """Kill remaining processes after a failure."""
         if self._serving is not None:
             self._serving.kill()
             self._serving.wait()
@@ -223,7 +223,7 @@ class Page:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the pages; gives the exit status."""
+    """Run the pages, and return the exit status."""
     binaries, pages = Path(arguments[0]).resolve(), [Path(name) for name in arguments[1:]]
     ran: Counter[str] = Counter()
     not_run: Counter[str] = Counter()

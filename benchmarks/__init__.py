@@ -1,9 +1,9 @@
-"""rtservice beside its peers, measured in one run: ``python -m benchmarks``.
+"""Compare rtservice with other servers in one run: ``python -m benchmarks``.
 
-Each server runs alone on one core, the load on another, and the servers take turns, round after round, so
-that whatever the machine does meanwhile happens to all of them. The steady figure is the CPU time that a
-server spends on one message, read from the kernel's clock of its processes; the ratio of two servers is taken
-within each round, and the median of the rounds is what counts.
+Each server runs alone on one core, and the load generator on another. The servers are measured in turns, round after
+round, so that other activity of the machine affects all of them. The most stable figure is the server's CPU time per
+message, read from the kernel's clock of its processes. Ratios of two servers are computed within each round, and the
+result is the median over the rounds.
 
-Linux only. What is not there (Go, Node, a C compiler, uvloop) is left out of the table, with the reason.
+Linux only. A server whose platform is missing (Go, Node, a C compiler, uvloop) is listed with the reason.
 """

@@ -1,4 +1,4 @@
-"""Compiles what is written in C and Go, once, into a cache directory outside the source tree."""
+"""Compile the programs in C and Go, once, into a cache directory outside of the source tree."""
 
 import functools
 import hashlib
@@ -12,12 +12,12 @@ SOURCES = Path(__file__).parent
 
 
 class UnavailableError(Exception):
-    """A server, a load or a measurement cannot be had here; the text says why, in one line."""
+    """A server, load generator or measurement is not available. The text is the reason in one line."""
 
 
 @functools.cache
 def cache_directory() -> Path:
-    """Where compiled programs are kept: the user's cache, or a temporary place if that cannot be written."""
+    """Return the directory for compiled programs: the user's cache, or a temporary one if that is not writable."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rtservice-benchmarks"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def cache_directory() -> Path:
 
 
 def c_program(source: str, *flags: str) -> Path:
-    """The program made from a C file of this package. Raises `UnavailableError`."""
+    """Compile a C file of this package, and return the program. Raises `UnavailableError`."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise UnavailableError("no C compiler (cc, gcc or clang) on PATH")
@@ -38,7 +38,7 @@ def c_program(source: str, *flags: str) -> Path:
 
 
 def go_program(source: str) -> Path:
-    """The program made from a Go file of this package. Raises `UnavailableError`."""
+    """Compile a Go file of this package, and return the program. Raises `UnavailableError`."""
     go = shutil.which("go")
     if go is None:
         raise UnavailableError("no go on PATH")
@@ -51,14 +51,14 @@ def _build(source: str, compiler: list[str], flags: tuple[str, ...]) -> Path:
     program = cache_directory() / f"{path.stem}-{path.suffix[1:]}-{hashlib.sha256(recipe).hexdigest()[:16]}"
     if program.exists():
         return program
-    half_made = program.with_name(f"{program.name}.{os.getpid()}")
-    command = [*compiler, "-o", str(half_made), str(path), *flags]
+    unfinished = program.with_name(f"{program.name}.{os.getpid()}")
+    command = [*compiler, "-o", str(unfinished), str(path), *flags]
     environment = {"GOCACHE": str(cache_directory() / "go"), "GO111MODULE": "off"}
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        half_made.unlink(missing_ok=True)
-        said = done.stderr.splitlines() or ["it said nothing"]
-        reason = next((line for line in said if "error" in line), said[-1]).strip()
+        unfinished.unlink(missing_ok=True)
+        lines = done.stderr.splitlines() or ["no error output"]
+        reason = next((line for line in lines if "error" in line), lines[-1]).strip()
         raise UnavailableError(f"{Path(compiler[0]).name} cannot build {source}: {reason}")
-    half_made.replace(program)
+    unfinished.replace(program)
     return program

@@ -1,4 +1,4 @@
-"""What is measured. A new case is one more line in ``CASES``."""
+"""The measured cases. To add a case, add a line to ``CASES``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,33 +6,33 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of load, the same for every server."""
+    """One kind of load, equal for all servers."""
 
     name: str
-    """What ``--cases`` takes."""
+    """Name for ``--cases``."""
     title: str
     connections: int
     size: int = 64
     """Bytes in a message."""
     mode: Literal["exchange", "churn", "idle", "start"] = "exchange"
-    """As in load.c: echo without end, a connection for each message, or connections that only stay open; or, without a
-    load, the start of the server until it greets."""
+    """As in load.c: continuous echo, one connection per message, or idle connections. ``start`` has no load, and
+    measures the start of the server until its first greeting."""
     tls: bool = False
     servers: tuple[str, ...] = ()
-    """Who takes part. Empty: everybody but ``workers``."""
+    """Names of the measured servers. Empty: all except ``workers``."""
 
     @property
     def unit(self) -> str:
-        """What is counted."""
+        """Unit of the rate: message, connection or start."""
         return {"exchange": "msg", "start": "start"}.get(self.mode, "conn")
 
     @property
     def cost(self) -> str:
-        """What is counted for each of them."""
+        """Unit of the cost."""
         return {"idle": "KiB", "start": "CPU ms"}.get(self.mode, "CPU µs")
 
     def takes(self, server: str) -> bool:
-        """Whether a server takes part."""
+        """Return whether a server is measured in this case."""
         return server in self.servers if self.servers else server != "workers"
 
 

@@ -1,6 +1,6 @@
-"""The load for machines without a C compiler: what ``load.c`` does, in Python, several times slower.
+"""Load generator for machines without a C compiler: ``load.c`` in Python, several times slower.
 
-Same options, same JSON.
+Options and JSON output are the same.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Client:
-    """One connection, greeted, with at most one message in flight."""
+    """One connection that has received the greeting, with at most one message in flight."""
 
     def __init__(self, options: argparse.Namespace, context: ssl.SSLContext | None) -> None:
         self.began = time.perf_counter()
@@ -23,27 +23,27 @@ class Client:
         self.socket = context.wrap_socket(connection) if context else connection
         greeting = options.greeting.encode()
         if (got := self.take(len(greeting))) != greeting:
-            raise SystemExit(f"load: not the greeting: {got!r}")
+            raise SystemExit(f"load: unexpected greeting: {got!r}")
 
     def take(self, length: int) -> bytes:
-        """Wait for so many bytes."""
+        """Receive exactly `length` bytes."""
         data = b""
         while len(data) < length:
             chunk = self.socket.recv(length - len(data))
             if not chunk:
-                raise SystemExit("load: the server closed a connection that was exchanging")
+                raise SystemExit("load: the server closed a connection during an exchange")
             data += chunk
         return data
 
     def begin(self, message: bytes) -> None:
-        """Send a message, as far as it goes."""
+        """Send a message, as much as the socket accepts."""
         self.began = time.perf_counter()
         self.unsent = memoryview(message)
         self.missing = len(message)
         self.advance(message)
 
     def advance(self, message: bytes) -> bool:
-        """Do what can be done without waiting; true when the echo is complete."""
+        """Send and receive without blocking. Return whether the echo is complete."""
         try:
             while self.unsent:
                 self.unsent = self.unsent[self.socket.send(self.unsent) :]
@@ -54,9 +54,9 @@ class Client:
                 chunk = self.socket.recv(self.missing)
                 offset = len(message) - self.missing
                 if not chunk:
-                    raise SystemExit("load: the server closed a connection that was exchanging")
+                    raise SystemExit("load: the server closed a connection during an exchange")
                 if chunk != message[offset : offset + len(chunk)]:
-                    raise SystemExit("load: a wrong echo")
+                    raise SystemExit("load: the echo differs from the message")
                 self.missing -= len(chunk)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
@@ -64,10 +64,10 @@ class Client:
 
 
 class Window:
-    """The measured time: what was finished in it, how fast, and at what cost."""
+    """The measured time: finished exchanges, latencies and CPU time."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        # CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) makes it.
+        # CPUCLOCK_SCHED of a process, as computed by clock_getcpuclockid(3).
         self.clocks = [~pid << 3 | 2 for pid in options.pid]
         self.start = time.perf_counter() + options.warmup
         self.end: float = self.start + options.seconds
@@ -75,11 +75,11 @@ class Window:
         self.before: tuple[float, float, float] | None = None
 
     def costs(self) -> tuple[float, float, float]:
-        """The time, and the CPU seconds of the server and of this process."""
+        """Return the time, and the CPU seconds of the server and of this process."""
         return time.perf_counter(), sum(map(time.clock_gettime, self.clocks)), time.process_time()
 
     def count(self, began: float) -> bool:
-        """One exchange is finished; false when the time is up."""
+        """Count an exchange that began at `began`. Return False after the end of the measured time."""
         now = time.perf_counter()
         if now >= self.start:
             if self.before is None:
@@ -88,9 +88,9 @@ class Window:
         return now < self.end
 
     def result(self) -> dict[str, Any]:
-        """What load.c prints too."""
+        """Return the figures, with the names of load.c."""
         if self.before is None:
-            raise SystemExit("load: not one exchange was finished")
+            raise SystemExit("load: no exchange was finished")
         now = self.costs()
         elapsed, server, own = (after - before for before, after in zip(self.before, now, strict=True))
         ordered = sorted(self.latencies)
@@ -105,7 +105,7 @@ class Window:
 
 
 def exchange(options: argparse.Namespace, context: ssl.SSLContext | None, message: bytes) -> dict[str, Any]:
-    """Every connection sends, waits for the whole echo, and sends again."""
+    """On every connection: send a message, wait for the whole echo, and repeat."""
     poll = select.epoll()
     clients = {}
     for _ in range(options.connections):
@@ -127,7 +127,7 @@ def exchange(options: argparse.Namespace, context: ssl.SSLContext | None, messag
 
 
 def churn(options: argparse.Namespace, context: ssl.SSLContext | None, message: bytes) -> dict[str, Any]:
-    """As many connections as asked for, step by step together, and then the next ones."""
+    """Open all connections, exchange one message on each, close them, and repeat."""
     window = Window(options)
     going = True
     while going:
@@ -136,7 +136,7 @@ def churn(options: argparse.Namespace, context: ssl.SSLContext | None, message: 
             client.socket.sendall(message)
         for client in clients:
             if client.take(len(message)) != message:
-                raise SystemExit("load: a wrong echo")
+                raise SystemExit("load: the echo differs from the message")
             client.socket.shutdown(socket.SHUT_WR)
         for client in clients:
             if client.socket.recv(1):
@@ -147,7 +147,7 @@ def churn(options: argparse.Namespace, context: ssl.SSLContext | None, message: 
 
 
 def idle(options: argparse.Namespace, context: ssl.SSLContext | None, message: bytes) -> dict[str, Any]:
-    """Connections that exchanged one message each and then stay."""
+    """Open connections that exchange one message and stay open, and measure the server's memory."""
     clients: list[Client] = []
 
     def open_until(count: int) -> int:
@@ -170,7 +170,7 @@ def idle(options: argparse.Namespace, context: ssl.SSLContext | None, message: b
 
 
 def main() -> None:
-    """Parse what load.c parses, and print what it prints."""
+    """Run with the options and output of load.c."""
     parser = argparse.ArgumentParser(prog="load", description=__doc__)
     parser.add_argument("--mode", choices=["exchange", "churn", "idle"], default="exchange")
     parser.add_argument("--greeting", default="")

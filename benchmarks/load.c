@@ -1,15 +1,15 @@
-/* The load: many connections from one thread, each with at most one message in flight (a closed loop).
+/* Load generator: many connections from one thread, each with at most one message in flight (a closed loop).
  *
  *   load --mode exchange|churn|idle --port N --connections N --size BYTES --greeting TEXT
  *        --seconds S --warmup S [--tls] [--pid N]...
  *
- * exchange  every connection sends a message, waits for the whole echo, and sends the next one.
- * churn     connect, take the greeting, exchange one message, send FIN, wait for the server's FIN; and again.
- * idle      open the connections, exchange one message on each, and leave them: what do they cost the server?
+ * exchange  on every connection: send a message, wait for the whole echo, repeat.
+ * churn     connect, receive the greeting, exchange one message, send FIN, wait for the server's FIN, repeat.
+ * idle      open the connections, exchange one message on each, keep them open, and measure the server's memory.
  *
- * Connections (and TLS handshakes) are made before anything is measured. The CPU time of the server's processes
- * (--pid) is read from their own clocks at the edges of the measured window, in nanoseconds, all threads included.
- * One JSON object is printed at the end; an echo that is wrong or missing ends the run with a message and status 1.
+ * Connections and TLS handshakes are made before the measurement. The CPU time of the server's processes (--pid) is
+ * read from their clocks at the beginning and end of the measured window, in nanoseconds, for all threads. One JSON
+ * object is printed at the end. A wrong or missing echo ends the run with a message and status 1.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -41,27 +41,27 @@ enum mode { EXCHANGE, CHURN, IDLE };
 enum phase {
     HANDSHAKING, /* TLS */
     GREETING,    /* waiting for the rest of the server's greeting */
-    WAITING,     /* open and silent: the others are not up yet, or the connections are to be idle */
-    ECHOING,     /* a message is on its way */
-    CLOSING,     /* our FIN is sent, the server's has not come */
+    WAITING,     /* open and silent: other connections are not up yet, or the mode is idle */
+    ECHOING,     /* a message is in flight */
+    CLOSING,     /* FIN is sent, the server's is not received yet */
 };
 
 struct connection {
     int fd;
     SSL *ssl;
     enum phase phase;
-    uint32_t interest; /* what epoll watches */
+    uint32_t interest; /* the events that epoll watches */
     size_t sent, received;
-    uint64_t sequence; /* stamped into each message, so that an old echo is no new one */
+    uint64_t sequence; /* written into each message, to detect the echo of an earlier one */
     uint64_t started;
 };
 
-/* A burst of connects stays below the backlog of 50 that some servers listen with: a client that falls out of the
- * queue waits a whole second before it knocks again. */
+/* A burst of connects stays below the backlog of 50 of some servers: a client whose SYN is dropped retries only after a
+ * second. */
 enum { OPENING_AT_ONCE = 32, MAX_EVENTS = 1024, MAX_PIDS = 64 };
 
-/* A client that closes first keeps its port in TIME_WAIT; churn takes turns at this many source addresses, so that
- * 28,000 ports do not run out. */
+/* A client that closes first keeps its port in TIME_WAIT. churn rotates among this many source addresses, so that
+ * 28,000 ports are not exhausted. */
 enum { SOURCES = 64 };
 
 static enum mode mode = EXCHANGE;
@@ -128,7 +128,7 @@ static double percentile_us(double share)
     return 0;
 }
 
-/* -- what the server spends --------------------------------------------------------------------------------------- */
+/* -- cost of the server ------------------------------------------------------------------------------------------- */
 
 static double cpu_seconds(clockid_t clock)
 {
@@ -171,7 +171,7 @@ static long server_resident_kib(void)
     return sum;
 }
 
-/* -- bytes: plain or TLS. Both answer the count, 0 at the end of the stream, -1 when it has to wait --------------- */
+/* -- bytes, plain or TLS: both return the count, 0 at the end of the stream, -1 if it would block ----------------- */
 
 static void watch(struct connection *c, uint32_t interest)
 {
@@ -189,7 +189,7 @@ static SSL_CTX *tls_context;
 static void tls_start(void)
 {
     tls_context = SSL_CTX_new(TLS_client_method());
-    /* The one suite that every TLS 1.3 program must have (RFC 8446, section 9.1): all servers do the same work. */
+    /* The suite that is mandatory in TLS 1.3 (RFC 8446, section 9.1): all servers do the same work. */
     if (!tls_context || !SSL_CTX_set_min_proto_version(tls_context, TLS1_3_VERSION)
         || !SSL_CTX_set_ciphersuites(tls_context, "TLS_AES_128_GCM_SHA256"))
         fail("OpenSSL could not be set up");
@@ -211,7 +211,7 @@ static ssize_t tls_answer(struct connection *c, int result)
         return 0;
     default: {
         const char *reason = ERR_reason_error_string(ERR_peek_last_error());
-        fail("TLS failed while %s: %s", c->phase == HANDSHAKING ? "shaking hands" : "exchanging",
+        fail("TLS failed in the %s: %s", c->phase == HANDSHAKING ? "handshake" : "exchange",
              reason ? reason : "the server closed the connection");
         return 0;
     }
@@ -247,7 +247,7 @@ static ssize_t transmit(struct connection *c, const void *buffer, size_t length)
     return n;
 }
 
-/* -- the life of a connection ------------------------------------------------------------------------------------- */
+/* -- connections -------------------------------------------------------------------------------------------------- */
 
 static void advance(struct connection *c);
 
@@ -305,7 +305,7 @@ static void open_more(void)
 
 static void send_rest(struct connection *c)
 {
-    memcpy(message, &c->sequence, sizeof c->sequence); /* the buffer is everybody's: put our stamp on it again */
+    memcpy(message, &c->sequence, sizeof c->sequence); /* all connections share the buffer */
     ssize_t n = transmit(c, message + c->sent, size - c->sent);
     if (n > 0)
         c->sent += (size_t)n;
@@ -322,7 +322,7 @@ static void start_message(struct connection *c)
     send_rest(c);
 }
 
-/* Both ends of every chunk are compared, and each byte of every sixteenth message. */
+/* Compares both ends of every chunk, and each byte of every sixteenth message. */
 static void verify(struct connection *c, size_t length)
 {
     memcpy(message, &c->sequence, sizeof c->sequence);
@@ -333,7 +333,7 @@ static void verify(struct connection *c, size_t length)
                      : !memcmp(incoming, expected, edge)
                            && !memcmp(incoming + length - edge, expected + length - edge, edge);
     if (!right)
-        fail("a wrong echo: within %zu bytes at offset %zu of a message of %zu", length, c->received, size);
+        fail("the echo differs from the message: in %zu bytes at offset %zu of %zu", length, c->received, size);
 }
 
 static void greeted(struct connection *c)
@@ -368,7 +368,7 @@ static void echoed(struct connection *c)
     }
 }
 
-/* Does what can be done now; called when the socket is ready. */
+/* Sends and receives without blocking; called when the socket is ready. */
 static void advance(struct connection *c)
 {
     ssize_t n;
@@ -389,7 +389,7 @@ static void advance(struct connection *c)
         if (n == 0)
             fail("the server closed a connection before its greeting");
         if (memcmp(incoming, greeting + c->received, (size_t)n))
-            fail("not the greeting: %.*s", (int)n, incoming);
+            fail("unexpected greeting: %.*s", (int)n, incoming);
         c->received += (size_t)n;
         if (c->received == greeting_length)
             greeted(c);
@@ -403,7 +403,7 @@ static void advance(struct connection *c)
             if (n < 0)
                 return;
             if (n == 0)
-                fail("the server closed a connection that was exchanging");
+                fail("the server closed a connection during an exchange");
             verify(c, (size_t)n);
             c->received += (size_t)n;
             if (c->received == size) {
@@ -411,7 +411,7 @@ static void advance(struct connection *c)
                 return;
             }
             if (!c->ssl)
-                return; /* less than asked for: the socket is empty, and epoll will tell of more */
+                return; /* less than requested: the socket is empty, and epoll reports more */
         }
     case WAITING:
         n = receive(c, incoming, 1);
@@ -466,7 +466,7 @@ static void open_all(int count)
 static void measure_memory(void)
 {
     int count = connections;
-    /* The first connections also load what the server loads lazily; that is not the price of a connection. */
+    /* The first connections also cause lazy initialization in the server, which is not a cost per connection. */
     open_all(count < 100 ? 1 : 100);
     int first = up;
     usleep(300000);
@@ -500,7 +500,7 @@ static void measure_exchanges(void)
     server = server_cpu_seconds() - server;
     own = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID) - own;
     if (!finished)
-        fail("not one exchange was finished in %.1f s", elapsed);
+        fail("no exchange was finished in %.1f s", elapsed);
     printf("{\"messages\": %llu, \"seconds\": %.6f, \"server_cpu_seconds\": %.6f, \"load_cpu_seconds\": %.6f, "
            "\"p50_us\": %.2f, \"p99_us\": %.2f, \"p999_us\": %.2f}\n",
            (unsigned long long)finished, elapsed, server, own, percentile_us(0.5), percentile_us(0.99),
@@ -538,14 +538,14 @@ static void parse(int argc, char **argv)
     }
     greeting_length = strlen(greeting);
     if (port <= 0 || connections <= 0 || size < sizeof(uint64_t) || seconds <= 0 || !greeting_length)
-        fail("needs --port, a --greeting, at least one connection and messages of at least 8 bytes");
+        fail("required: --port, --greeting, at least one connection, messages of at least 8 bytes");
 }
 
 int main(int argc, char **argv)
 {
     parse(argc, argv);
     signal(SIGPIPE, SIG_IGN);
-    alarm((unsigned)(seconds + warmup) + 120); /* nothing may hang for ever */
+    alarm((unsigned)(seconds + warmup) + 120); /* bounds a run that hangs */
     size_t room = size > greeting_length ? size : greeting_length;
     table = calloc((size_t)connections, sizeof *table);
     message = malloc(room);

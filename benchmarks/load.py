@@ -1,4 +1,4 @@
-"""The load: ``load.c`` where it can be compiled, otherwise ``fallback.py``, slower, with the same options."""
+"""Run the load generator: ``load.c`` if it can be compiled, otherwise ``fallback.py``, which is slower."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from benchmarks.cases import Case
 from benchmarks.servers import GREETING, ROOT, Running
 
 WARM_UP_SECONDS = 0.3
-# Opening thousands of connections takes a while on a slow server; a run that takes longer than this hangs.
+# Opening thousands of connections takes long on a slow server. A run is aborted after this time.
 PATIENCE_SECONDS = 120
 
 
@@ -23,11 +23,11 @@ class Load:
 
     command: list[str]
     remark: str | None
-    """What a reader of its figures should know."""
+    """A note about its figures for the report, or None."""
 
 
 def find(*, tls: bool) -> Load:
-    """The best load generator that can be had here."""
+    """Return the fastest load generator that is available."""
     try:
         if not tls:
             return Load([str(c_program("load.c"))], None)
@@ -35,13 +35,13 @@ def find(*, tls: bool) -> Load:
     except UnavailableError as reason:
         command = [sys.executable, "-m", "benchmarks.fallback"]
         kind = "TLS load" if tls else "load"
-        return Load(command, f"the {kind} was made in Python and may be the limit itself: {reason}")
+        return Load(command, f"the {kind} generator is the one in Python, and may limit the figures: {reason}")
 
 
 def run(load: Load, case: Case, server: Running, cpu: int, seconds: float) -> dict[str, Any]:
-    """Put the case's load on a running server, from one core, and return what load.c prints.
+    """Run the load of a case against a running server, on the core `cpu`, and return the JSON of load.c.
 
-    Raises `UnavailableError` when the exchange goes wrong.
+    Raises `UnavailableError` if the load generator fails.
     """
     options = {
         "--mode": case.mode,
@@ -75,7 +75,7 @@ def run(load: Load, case: Case, server: Running, cpu: int, seconds: float) -> di
             process.kill()
         process.wait()
     if process.returncode:
-        lines = errors.strip().splitlines() or [f"load: ended with status {process.returncode}"]
+        lines = errors.strip().splitlines() or [f"load: exited with status {process.returncode}"]
         raise UnavailableError(lines[-1])
     answer: dict[str, Any] = json.loads(output)
     return answer

@@ -1,4 +1,4 @@
-"""One run, and the order of runs: every server in turn, round after round, for each case."""
+"""Measure the cases: every server in turn, round after round."""
 
 import os
 import resource
@@ -13,16 +13,16 @@ from benchmarks.build import UnavailableError
 from benchmarks.cases import Case
 from benchmarks.servers import Certificate, Running, Server, running
 
-# Descriptors that a process needs besides its connections.
+# Descriptors that a process needs beside those of its connections.
 SPARE_DESCRIPTORS = 200
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run measured. Times are in microseconds, shares are of one core."""
+    """Figures of one run. Latencies are in microseconds, shares are fractions of one core."""
 
     cost: float
-    """The steady figure: server CPU µs per message or connection; resident KiB of an idle one; CPU ms of a start."""
+    """Server CPU µs per message or connection, resident KiB per idle connection, or CPU ms of a start."""
     rate: float | None = None
     """Messages or connections per second."""
     p50: float | None = None
@@ -31,27 +31,27 @@ class Figures:
     server_busy: float | None = None
     load_busy: float | None = None
     strangers: float | None = None
-    """How busy other programs kept the two cores meanwhile, the busier of them."""
+    """Share of other programs on the server's or load's core, whichever is higher."""
     ready: float | None = None
-    """Milliseconds of a start."""
+    """Milliseconds from the command to readiness."""
     memory: float | None = None
-    """MiB that it takes then, what processes share divided among them (Pss of proc_pid_smaps(5))."""
+    """MiB of memory after the start, with shared pages divided among processes (Pss of proc_pid_smaps(5))."""
 
 
 @dataclass
 class Row:
-    """One server in one case, over the rounds."""
+    """The figures of one server in one case."""
 
     server: Server
     rounds: list[Figures | None] = field(default_factory=list)
-    """By round, so that servers can be compared within one; None where a round failed."""
+    """Figures by round, so that servers can be compared within a round; None for a failed round."""
     missing: str | None = None
-    """Why there is nothing, or not everything."""
+    """The reason of a failure, or None."""
 
 
 @dataclass
 class Result:
-    """One case, measured."""
+    """The figures of all servers in one case."""
 
     case: Case
     rows: list[Row]
@@ -60,21 +60,21 @@ class Result:
 
 @dataclass(frozen=True)
 class Cores:
-    """Where the server runs and where the load runs."""
+    """The cores of the server and of the load."""
 
     server: int
     load: int
 
     @property
     def shared(self) -> bool:
-        """There is only one."""
+        """Whether both are the same core."""
         return self.server == self.load
 
 
 def choose_cores() -> Cores:
-    """Two cores of those this process may use, not two threads of one core if that can be helped."""
+    """Choose two of the cores that this process may use, if possible not two threads of one core."""
     usable = sorted(os.sched_getaffinity(0))
-    server = usable[-1]  # interrupts tend to go to the first one
+    server = usable[-1]  # interrupts are usually handled by the first core
     topology = Path(f"/sys/devices/system/cpu/cpu{server}/topology/thread_siblings_list")
     siblings = _numbers(topology.read_text()) if topology.exists() else set()
     others = [cpu for cpu in usable if cpu != server]
@@ -83,7 +83,7 @@ def choose_cores() -> Cores:
 
 
 def raise_descriptor_limit() -> int:
-    """Allow this process and its children as many descriptors as the system grants, and say how many."""
+    """Raise the descriptor limit of this process and its children to the hard limit, and return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
@@ -91,25 +91,25 @@ def raise_descriptor_limit() -> int:
 
 @dataclass
 class Bench:
-    """Everything that the runs have in common."""
+    """The common parameters of all runs."""
 
     cores: Cores
     seconds: float
     rounds: int
     directory: Path
-    """For the servers' output."""
+    """Directory for the output of the servers."""
     certificate: Certificate | str
-    """Or why there is none."""
+    """The certificate, or the reason why there is none."""
     descriptors: int
 
     def measure(self, case: Case, servers: list[Server], progress: Callable[[Row, int], None]) -> Result:
-        """All rounds of one case; tells ``progress`` after each run."""
+        """Measure all rounds of one case. ``progress`` is called after each run."""
         generator = load.find(tls=case.tls)
         rows = [Row(server) for server in servers]
         for number in range(self.rounds):
             for row in _turns(rows, number):
                 row.rounds.append(None)
-                # What failed once for a reason will fail again: no minute is spent on finding that out.
+                # A server that failed is not measured again: it would fail for the same reason.
                 if row.missing is None:
                     try:
                         row.rounds[-1] = self._run(case, row.server, generator)
@@ -122,7 +122,7 @@ class Bench:
         certificate = None
         if case.tls:
             if not server.tls:
-                raise UnavailableError("does not speak TLS")
+                raise UnavailableError("does not support TLS")
             if isinstance(self.certificate, str):
                 raise UnavailableError(self.certificate)
             certificate = self.certificate
@@ -138,7 +138,7 @@ class Bench:
 
 
 def _turns(rows: list[Row], number: int) -> Iterator[Row]:
-    """The order of a round: each begins with another server, so that none is always measured first."""
+    """Yield the rows in the order of a round. Each round begins with another server."""
     start = number % len(rows)
     yield from rows[start:] + rows[:start]
 
@@ -170,12 +170,12 @@ def _start_figures(process: Running) -> Figures:
 
 
 def _cpu_seconds(pids: list[int]) -> float:
-    # CPUCLOCK_SCHED, as made by clock_getcpuclockid(3).
+    # CPUCLOCK_SCHED, as computed by clock_getcpuclockid(3).
     return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
 
 class _Watch:
-    """What keeps the two cores busy that is neither server nor load: other programs, or the host's share."""
+    """Measures the share of other programs, and of the host, on the two cores."""
 
     def __init__(self, cores: Cores, pids: list[int]) -> None:
         self._cores = cores
@@ -184,7 +184,7 @@ class _Watch:
         self._before = self._sample()
 
     def strangers(self) -> float | None:
-        """Their share of the core that they used more, since this was made; None with one core for all."""
+        """Return their share of the core that they used more, since the constructor; None if there is only one core."""
         if self._cores.shared:
             return None
         elapsed = time.monotonic() - self._began
@@ -192,7 +192,7 @@ class _Watch:
         return max(0.0, *used) / elapsed
 
     def _sample(self) -> list[float]:
-        """Seconds used up on the server's core and on the load's, without server and load."""
+        """Return the busy seconds of the server's core and of the load's core, without server and load."""
         server = _cpu_seconds(self._pids)
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         busy = _busy_seconds()
@@ -200,7 +200,7 @@ class _Watch:
 
 
 def _busy_seconds() -> dict[int, float]:
-    """By CPU, how long it was not idle: user, nice, system, irq, softirq and steal time of proc_stat(5)."""
+    """Return the busy seconds by CPU: user, nice, system, irq, softirq and steal time of proc_stat(5)."""
     ticks = os.sysconf("SC_CLK_TCK")
     busy = {}
     for line in Path("/proc/stat").read_text().splitlines():
@@ -212,7 +212,7 @@ def _busy_seconds() -> dict[int, float]:
 
 
 def _numbers(text: str) -> set[int]:
-    """A list of CPUs as the kernel writes it: ``0-1,4``."""
+    """Parse a list of CPUs in the format of the kernel: ``0-1,4``."""
     numbers: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

@@ -1,4 +1,4 @@
-"""The figures as one picture. Needs matplotlib: ``pip install 'rtservice[benchmarks]'``."""
+"""Draw the figures as one image. Needs matplotlib: ``pip install 'rtservice[benchmarks]'``."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ COLUMNS = 3
 
 def draw(results: list[Result], path: Path) -> None:
     """Draw server CPU (and idle memory) for each case, with the range over the rounds, into a PNG file."""
-    # Optional, also when types are checked: the ignores are used only where matplotlib is missing.
+    # Optional, also for the type checker: the ignores apply only if matplotlib is missing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # type: ignore[import-not-found,unused-ignore]
     from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 
@@ -35,13 +35,13 @@ def draw(results: list[Result], path: Path) -> None:
         unit = result.case.cost.removeprefix("CPU ")
         noun = {"msg": "message", "conn": "connection"}.get(result.case.unit, result.case.unit)
         panel.set_title(result.case.title, fontsize=9, loc="left")
-        panel.set_xlabel(f"{unit} for each {noun}", fontsize=8)
+        panel.set_xlabel(f"{unit} per {noun}", fontsize=8)
         panel.margins(x=0.18)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in list(figure.axes)[len(results) :]:
         panel.set_visible(False)
-    figure.suptitle("Server CPU for one echo (idle: resident memory); less is better", fontsize=11)
+    figure.suptitle("Server CPU per echo (idle: resident memory); lower is better", fontsize=11)
     figure.supxlabel(machine(), fontsize=7, color="#64748b")
     figure.savefig(path, format="png")
 

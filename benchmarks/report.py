@@ -1,4 +1,4 @@
-"""What a reader gets: tables for the terminal, and everything as JSON."""
+"""Report the figures: tables for the terminal, and JSON."""
 
 import importlib.metadata
 import os
@@ -16,22 +16,22 @@ from typing import Any
 from benchmarks.measure import Bench, Figures, Result, Row
 from benchmarks.servers import SUBJECT
 
-# From these shares of a core on, the load may be the limit, or other programs may have been in the way.
+# Above these shares of a core, the load generator may be the limit, or other programs may have disturbed the run.
 LOAD_IS_BUSY = 0.9
 STRANGERS_DISTURB = 0.1
 
 LEGEND = {
-    "!": f"the load was over {LOAD_IS_BUSY:.0%} busy: rate and latency may be its limit, not the server's",
+    "!": f"the load generator was more than {LOAD_IS_BUSY:.0%} busy, and may limit rate and latency",
     "~": f"other programs used more than {STRANGERS_DISTURB:.0%} of one of the two cores",
 }
 
 Figure = Callable[[Figures], float | None]
-"""Picks one figure of a run."""
+"""Selects one figure of a run."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the rounds."""
+    """Median and range of a figure over the rounds."""
 
     median: float
     low: float
@@ -39,26 +39,26 @@ class Spread:
 
 
 def over_rounds(row: Row, figure: Figure) -> Spread | None:
-    """One figure of a row."""
+    """Return median and range of a figure of a row."""
     return _spread(figure(figures) for figures in row.rounds if figures)
 
 
 def ratio(subject: Row, peer: Row, figure: Figure) -> Spread | None:
-    """The subject's figure divided by the peer's of the same round, over the rounds that both have."""
+    """Return median and range of the subject's figure divided by the peer's of the same round."""
     quotients = []
-    for ours, its in zip(subject.rounds, peer.rounds, strict=True):
-        if ours and its and (dividend := figure(ours)) is not None and (divisor := figure(its)):
+    for own, other in zip(subject.rounds, peer.rounds, strict=True):
+        if own and other and (dividend := figure(own)) is not None and (divisor := figure(other)):
             quotients.append(dividend / divisor)
     return _spread(quotients)
 
 
 def subject_of(result: Result) -> Row | None:
-    """The row that the ratios are about, if it was measured."""
+    """Return the row of rtservice, to which ratios refer, or None if it was not measured."""
     return next((row for row in result.rows if row.server is SUBJECT and any(row.rounds)), None)
 
 
 def case_table(result: Result) -> str:
-    """One case: a line for each server that was measured, and one for each that was not, with the reason."""
+    """Return the table of a case: a line for each measured server, and for each failed one the reason."""
     unit = result.case.unit
     subject = subject_of(result)
     cost = result.case.cost
@@ -75,9 +75,9 @@ def case_table(result: Result) -> str:
         ("p99.9", lambda row: _median(over_rounds(row, _p999))),
         (f"{cost}/{unit}", lambda row: _median(over_rounds(row, _cost), 2)),
         ("range", lambda row: _range(over_rounds(row, _cost))),
-        (f"{cost} ours/its", lambda row: _median(compared(row, _cost), 2)),
+        (f"{cost} rtservice/peer", lambda row: _median(compared(row, _cost), 2)),
         ("range", lambda row: _range(compared(row, _cost))),
-        ("p50 ours/its", lambda row: _median(compared(row, _p50), 2)),
+        ("p50 rtservice/peer", lambda row: _median(compared(row, _p50), 2)),
         ("server busy", lambda row: _share(over_rounds(row, _server_busy))),
         ("load busy", lambda row: _share(over_rounds(row, _load_busy))),
         ("", _marks),
@@ -95,7 +95,7 @@ def summary_table(results: list[Result]) -> str:
     compared = [result for result in results if subject_of(result)]
     if not compared:
         return ""
-    # In the order of their first case; not all are in every one.
+    # In the order of their first case. Not every case has all peers.
     peers = dict.fromkeys(row.server for result in compared for row in result.rows if row.server is not SUBJECT)
 
     def cell(result: Result, name: str) -> str:
@@ -105,12 +105,12 @@ def summary_table(results: list[Result]) -> str:
 
     headings = ["", *(peer.name for peer in peers)]
     grid = [[result.case.name, *(cell(result, peer.name) for peer in peers)] for result in compared]
-    title = "rtservice / peer: server CPU (idle: memory), median of the rounds' ratios; less is better"
+    title = "rtservice / peer: server CPU (idle: memory), median of the rounds' ratios; lower is better"
     return "\n".join([title, *_grid(headings, grid)])
 
 
 def as_json(bench: Bench, results: list[Result]) -> dict[str, Any]:
-    """Every run, every median and every ratio, and what they were measured on."""
+    """Return all runs, medians and ratios, with the machine and versions."""
     return {
         "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(),
@@ -123,7 +123,7 @@ def as_json(bench: Bench, results: list[Result]) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The processor and the kernel."""
+    """Return the processor and the kernel in one line."""
     model = platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -133,7 +133,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The version of each program in the comparison that is here."""
+    """Return the versions of the compared programs that are installed."""
     found = {"Python": platform.python_version()}
     for distribution in ("rtservice", "Twisted", "uvloop", "pyOpenSSL"):
         try:
@@ -143,9 +143,9 @@ def versions() -> dict[str, str]:
     for name, command in {"Go": "go version", "Node": "node --version", "cc": "cc --version"}.items():
         program, argument = command.split()
         if path := shutil.which(program):
-            told = subprocess.run([path, argument], capture_output=True, text=True, check=False).stdout
-            numbers = re.findall(r"\d+\.\d+\.\d+", told)
-            found[name] = numbers[0] if numbers else told.partition("\n")[0]
+            output = subprocess.run([path, argument], capture_output=True, text=True, check=False).stdout
+            numbers = re.findall(r"\d+\.\d+\.\d+", output)
+            found[name] = numbers[0] if numbers else output.partition("\n")[0]
     return found
 
 
@@ -211,18 +211,18 @@ def _share(spread: Spread | None) -> str:
 
 
 def _aligned(columns: list[tuple[str, Callable[[Row], str]]], rows: list[Row]) -> list[str]:
-    """The table of those columns that have something to say."""
+    """Return the lines of a table without its empty columns."""
     cells = [(heading, [cell(row) for row in rows]) for heading, cell in columns]
-    told = [(heading, column) for heading, column in cells if any(column)]
-    grid = [[row.server.title, *(column[i] for _, column in told)] for i, row in enumerate(rows)]
-    return _grid(["", *(heading for heading, _ in told)], grid)
+    filled = [(heading, column) for heading, column in cells if any(column)]
+    grid = [[row.server.title, *(column[i] for _, column in filled)] for i, row in enumerate(rows)]
+    return _grid(["", *(heading for heading, _ in filled)], grid)
 
 
 def _grid(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of aligned columns, the first to the left and the others to the right; no rows, no lines."""
+    """Return the lines of a table, with the first column left-aligned and the others right-aligned."""
     if not rows:
         return []
-    # A heading of two words stands on two lines, so that columns stay narrow.
+    # A heading of two words takes two lines, which keeps columns narrow.
     halves = [_halves(heading) for heading in headings]
     lines = [[first for first, _ in halves], [second for _, second in halves], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

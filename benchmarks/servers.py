@@ -1,6 +1,6 @@
-"""Who is measured: how each server is started, known to be ready, and stopped.
+"""The measured servers: how each is started, checked for readiness, and stopped.
 
-A new peer is one more line in ``SERVERS``.
+To add a server, add a line to ``SERVERS``.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ STOP_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Certificate:
-    """PEM files of the certificate that all servers show."""
+    """PEM files of the certificate that all servers use."""
 
     key: Path
     certificate: Path
@@ -35,7 +35,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Launch:
-    """What it takes to start a server: a command, and what is added to the environment."""
+    """The command that starts a server, and variables that are added to the environment."""
 
     command: list[str]
     environment: dict[str, str]
@@ -46,13 +46,13 @@ class Server:
     """One server to measure."""
 
     name: str
-    """What ``--servers`` takes."""
+    """Name for ``--servers``."""
     title: str
     launch: Callable[[int, Certificate | None], Launch]
-    """Port and, for TLS, certificate to what starts it. Raises `UnavailableError`."""
+    """Returns the launch for a port and, for TLS, a certificate. Raises `UnavailableError`."""
     tls: bool = True
     says: str = ""
-    """What it logs when all of its processes are ready, which a greeting does not tell."""
+    """Text in its log when all of its processes are ready, which a greeting does not show."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +61,31 @@ class Running:
 
     port: int
     pids: list[int]
-    """Its process and all descendants."""
+    """The process ids of the server and all descendants."""
     log: Path
     started: float
-    """Seconds from its command to then."""
+    """Seconds from the command until it accepted connections."""
 
 
 def make_certificate(directory: Path) -> Certificate:
-    """A self-signed ECDSA P-256 certificate, made by the ``openssl`` command. Raises `UnavailableError`."""
+    """Create a self-signed ECDSA P-256 certificate with the ``openssl`` command. Raises `UnavailableError`."""
     openssl = shutil.which("openssl")
     if openssl is None:
-        raise UnavailableError("no openssl on PATH to make a certificate with")
+        raise UnavailableError("no openssl on PATH, which is needed for a certificate")
     made = Certificate(directory / "key.pem", directory / "certificate.pem")
     request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
     command = [openssl, *request.split(), "-keyout", str(made.key), "-out", str(made.certificate)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UnavailableError(f"openssl cannot make a certificate: {done.stderr.strip().splitlines()[-1]}")
+        raise UnavailableError(f"openssl cannot create a certificate: {done.stderr.strip().splitlines()[-1]}")
     return made
 
 
 @contextlib.contextmanager
 def running(server: Server, cpu: int, log: Path, certificate: Certificate | None) -> Iterator[Running]:
-    """Start the server alone on a core, wait until it accepts, and leave no process of it behind.
+    """Run the server alone on a core: wait until it accepts connections, and stop all of its processes at the end.
 
-    Raises `UnavailableError` with the last line of its output when it does not start.
+    Raises `UnavailableError` with the last line of its output if it does not start.
     """
     port = _free_port()
     launch = server.launch(port, certificate)
@@ -109,9 +109,9 @@ def running(server: Server, cpu: int, log: Path, certificate: Certificate | None
 
 
 def last_line(log: Path) -> str:
-    """What a server said last, for a reader who wants to know why it failed."""
+    """Return the last line that a server has printed, which usually tells why it failed."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 def _free_port() -> int:
@@ -127,8 +127,8 @@ def _wait_until_it_accepts(
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise UnavailableError(last_line(log))
-        # From another address: with the same one at both ends, the kernel may pick the server's port for the
-        # client too and connect the socket to itself.
+        # From another address: with the same address at both ends, the kernel may choose the server's port for the
+        # client too, and connect the socket to itself.
         try:
             with socket.create_connection(("127.0.0.1", port), 1, source_address=("127.0.0.2", 0)) as client:
                 if (not greets or client.recv(len(GREETING))) and says in log.read_text(errors="replace"):
@@ -140,7 +140,7 @@ def _wait_until_it_accepts(
 
 
 def _family(pid: int) -> list[int]:
-    """A process and its descendants."""
+    """Return the process ids of a process and its descendants."""
     pids = [pid]
     for parent in pids:
         for task in Path(f"/proc/{parent}/task").iterdir():
@@ -167,7 +167,7 @@ def _twistd() -> str:
 
 
 def _description(port: int, certificate: Certificate | None) -> str:
-    """The listening port in Twisted's notation."""
+    """Return the endpoint description of the port."""
     if certificate is None:
         return f"tcp:{port}:interface=127.0.0.1"
     files = f"privateKey={certificate.key}:certKey={certificate.certificate}"
@@ -175,7 +175,7 @@ def _description(port: int, certificate: Certificate | None) -> str:
 
 
 def _arguments(port: int, certificate: Certificate | None) -> list[str]:
-    """The command line that all peers take."""
+    """Return the arguments that all peers accept."""
     files = [certificate.key, certificate.certificate] if certificate else []
     return [str(port), *map(str, files)]
 
@@ -231,7 +231,7 @@ SUBJECT = Server("rtservice", "rtservice", _rtservice)
 SERVERS = (
     SUBJECT,
     Server("workers", "rtservice, 2 workers", _workers, says="listening on"),
-    # What ships has no way of its own: the two are to be equal.
+    # Should equal rtservice's own echo, which uses the same API.
     Server("hosted", "hosted", _hosted),
     Server("twisted", "Twisted, stock", _stock_twisted),
     Server("streams", "asyncio streams", _python("echo_streams")),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# Shown instead of a value. No option takes it, so that nobody serves with a file that --print-config has printed.
+# Shown instead of a value. Options reject it, so that output of --print-config does not start a service unnoticed.
 HIDDEN = "<hidden>"
 
-# The types of listen descriptions of ours, none of whose arguments is a secret: keys and certificates are paths.
+# rtservice's types of listen descriptions. Their arguments are no secrets: keys and certificates are paths.
 OPEN_TYPES = frozenset(("tcp", "tcp6", "ssl", "unix", "systemd", "proxy", "haproxy"))
 
-# Arguments that say where to listen, whatever the type.
+# Arguments with the address, in all types.
 _OPEN_KEYWORDS = frozenset(("port", "interface", "address", "backlog", "host", "mode"))
 
-# A value that is shorter is no secret, and would be found in words where it is not meant.
+# Shorter values are no secrets, and would be replaced within unrelated words.
 _SHORTEST_SECRET = 4
 
 # From `://` to the last @ before the path (RFC 3986, section 3.2.1). Descriptions may have backslashes in between.
@@ -24,12 +24,12 @@ _KEYWORD = re.compile(r"((?:^|:)((?:\\.|[^:=\\])*)=)((?:\\.|[^:\\])*)", re.DOTAL
 
 
 def hide_userinfo(text: str) -> str:
-    """A text with the user and the password hidden of each URL in it."""
+    """Hide the user and password of each URL in a text."""
     return _USERINFO.sub(rf"\1{HIDDEN}@", text)
 
 
 def hide_in_description(description: str) -> str:
-    """A listen description as it may be shown: of a type that is not ours without the values of most keywords."""
+    """Return a listen description for display. The values of most keywords of third-party types are hidden."""
     if not _may_hold_secrets(description):
         return description
 
@@ -40,7 +40,7 @@ def hide_in_description(description: str) -> str:
 
 
 def values_in_description(description: str) -> list[str]:
-    """The values that `hide_in_description` hides, as the endpoint's parser gets them."""
+    """Return the values that `hide_in_description` hides, without their backslashes."""
     if not _may_hold_secrets(description):
         return []
     found = [match[3] for match in _KEYWORD.finditer(description) if match[2] not in _OPEN_KEYWORDS]
@@ -48,7 +48,7 @@ def values_in_description(description: str) -> list[str]:
 
 
 def hide_values(text: str, values: Iterable[str]) -> str:
-    """A text of somebody else's, such as `invalid literal for int(): 'hunter2'`, with these values hidden."""
+    """Hide these values in a third-party text, such as `invalid literal for int(): 'hunter2'`."""
     for value in sorted(values, key=len, reverse=True):
         if len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, HIDDEN)

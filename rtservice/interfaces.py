@@ -1,4 +1,4 @@
-"""The public API for authors of protocols. Nothing in it is required.
+"""The public API for authors of protocols. All of it is optional.
 
 An ordinary Twisted `Protocol` and `Factory` are served unchanged. Their transport has Twisted's contract. `getPeer`
 returns the address of the client, also behind a proxy. With TLS the transport provides `ISSLTransport` and
@@ -7,8 +7,8 @@ returns the address of the client, also behind a proxy. With TLS the transport p
 `TLSMemoryBIOProtocol`, and they return objects of pyOpenSSL.
 
 `startFactory` is called once in each process, before the first connection, and `stopFactory` once, after the last. A
-factory or protocol asks for more by providing one of these interfaces, with `zope.interface.implementer`. The API is
-stable.
+factory or protocol gets further calls if it provides one of these interfaces, with `zope.interface.implementer`. The
+API is stable.
 """
 
 from __future__ import annotations
@@ -53,36 +53,38 @@ class Secret:
         return bool(self._text)
 
     def __eq__(self, other: object) -> bool:
-        # In a time that says nothing about where they differ.
-        ours, theirs = (
-            one._text.encode("utf-8", "surrogatepass") if isinstance(one, Secret) else None for one in (self, other)
+        # In constant time, which does not reveal where the texts differ.
+        own, others = (
+            secret._text.encode("utf-8", "surrogatepass") if isinstance(secret, Secret) else None
+            for secret in (self, other)
         )
-        return NotImplemented if ours is None or theirs is None else hmac.compare_digest(ours, theirs)
+        return NotImplemented if own is None or others is None else hmac.compare_digest(own, others)
 
     def __hash__(self) -> int:
         return hash(self._text)
 
 
 class IStartable(Interface):
-    """A factory that does some work before the service accepts clients."""
+    """A factory that does some work before the service accepts connections."""
 
     def start() -> Awaitable[object]:
         """Do the work, and return a Deferred or a coroutine. Called once in each process, after `startFactory`.
 
-        No client is accepted before it is done, and the service is not ready. If it fails, the start of the service, or
-        of this worker, fails with the exception in one line. A worker that is not done after 60 seconds is killed.
+        Until it is done, no connection is accepted, and the service is not ready. If it fails, the start of the
+        service, or of this worker, fails with the exception in one line. A worker that is not done after 60 seconds is
+        killed.
         """
 
 
 class IDrainable(Interface):
-    """A protocol or a factory that is told about the graceful shutdown."""
+    """A protocol or a factory that takes part in the graceful shutdown."""
 
     def drain() -> None:
-        """The graceful shutdown has begun.
+        """Begin the graceful shutdown: finish the work in progress, then call the transport's `loseConnection`.
 
-        Called once on the factory, then once on the protocol of each open connection, and of each that opens later.
-        The connection goes on. Finish the work in progress, then call the transport's `loseConnection`. A connection
-        that is still open after the drain timeout is closed; everything that was written is sent first.
+        Called once on the factory, then once on the protocol of each open connection, and of each that opens later. The
+        connection stays open. A connection that is still open after the drain timeout is closed; all written output is
+        sent first.
         """
 
 
@@ -97,14 +99,14 @@ class IMetrics(Interface):
 
         A name that ends in `_total` is a counter, which must never decrease; the counts of workers that have ended are
         added to it. Other names are gauges. `/metrics` shows them as `rtservice_protocol_NAME` for each worker, the
-        status page shows their sum. A name or value that is not allowed is left out, and the log says why.
+        status page shows their sum. An invalid name or value is omitted, and the log contains the reason.
         """
 
 
 class IOneProcess(Interface):
     """A factory whose connections must be in one process, since they share memory.
 
-    With several workers the service does not start.
+    With more than one worker, the service fails to start.
     """
 
 
@@ -117,8 +119,8 @@ class ConnectionLogger(Logger):
     """
 
     def __init__(self, protocol: Any) -> None:
-        of = type(protocol)
-        super().__init__(namespace=f"{of.__module__}.{of.__qualname__}", source=protocol)
+        kind = type(protocol)
+        super().__init__(namespace=f"{kind.__module__}.{kind.__qualname__}", source=protocol)
         self._fields: dict[str, object] = getattr(protocol.transport, "log_fields", {})
 
     def emit(self, level: Any, format: str | None = None, **kwargs: object) -> None:

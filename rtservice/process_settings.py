@@ -1,4 +1,4 @@
-"""From settings to what a serving process takes: limits, timeouts, log levels, and the share of each worker."""
+"""Derive the runtime settings of a serving process: limits, timeouts, log levels, and the share of each worker."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from rtservice.process.registry import Limits
 from rtservice.process.server import RuntimeSettings, default_max_connections, raise_descriptor_limit
 
 
-def runtime_settings(in_force: Settings, *, slot: int = 0, slots: int = 1, beside: int = 0) -> RuntimeSettings:
-    """What may change while the service runs, as the host takes it; of `slots` processes, this one's share.
+def runtime_settings(settings: Settings, *, slot: int = 0, slots: int = 1, beside: int = 0) -> RuntimeSettings:
+    """Return the settings that can change at run time: the share of the process `slot` of `slots`.
 
-    The descriptor limit is each process's own; `beside` descriptors of it are reserved for the status server.
-    `max_connections` is divided evenly, `max_connections_per_peer` too, but rounded up, since the kernel spreads a
-    peer's connections by chance.
+    The descriptor limit applies to each process; `beside` descriptors of it are reserved for the status server.
+    `max_connections` and `max_connections_per_peer` are divided evenly. The latter is rounded up, since the kernel
+    distributes a peer's connections at random.
     """
     descriptors = raise_descriptor_limit()
-    total = in_force.max_connections
+    total = settings.max_connections
     return RuntimeSettings(
         limits=Limits(
             max_connections=(
                 default_max_connections(descriptors, beside) if total is None else share(total, slot, slots)
             ),
-            max_connections_per_peer=-(-in_force.max_connections_per_peer // slots),
-            peer_prefix_v6=in_force.peer_prefix_v6,
-            at_limit=in_force.at_limit,
-            idle_timeout=in_force.idle_timeout,
-            proxy_from=in_force.proxy_from,
+            max_connections_per_peer=-(-settings.max_connections_per_peer // slots),
+            peer_prefix_v6=settings.peer_prefix_v6,
+            at_limit=settings.at_limit,
+            idle_timeout=settings.idle_timeout,
+            proxy_from=settings.proxy_from,
         ),
-        handshake_timeout=in_force.handshake_timeout,
-        drain_timeout=in_force.drain_timeout,
-        watch_certificates=in_force.watch_certificates and slots == 1,
+        handshake_timeout=settings.handshake_timeout,
+        drain_timeout=settings.drain_timeout,
+        watch_certificates=settings.watch_certificates and slots == 1,
     )
 
 
-def levels(in_force: Settings) -> dict[str, LevelName]:
-    """The least level of each namespace that has one."""
-    return {least.namespace: least.level for least in in_force.log_level}
+def levels(settings: Settings) -> dict[str, LevelName]:
+    """Return the minimum log level of each namespace that has one."""
+    return {least.namespace: least.level for least in settings.log_level}
 
 
 def share(total: int, slot: int, slots: int) -> int:
-    """What of a total one slot may have: together it is the total, and 1 at the least."""
+    """Return the share of one slot. The shares add up to the total, but each is at least 1."""
     return max(1, total // slots + (slot < total % slots))

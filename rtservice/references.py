@@ -8,39 +8,40 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# The most that a file may hold, in bytes: a key or a password takes a few thousand at most.
+# Limit of the size of a file in bytes. A key or password has a few thousand bytes at most.
 _LONGEST = 1024 * 1024
 
 _VARIABLE = re.compile(r"\$[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 class UnresolvedError(Exception):
-    """A value cannot be had; the text names the option and the file or variable, and never a value."""
+    """A value cannot be resolved. The text names the option and the file or variable, and contains no value."""
 
 
 @dataclass(frozen=True)
 class OptionValue:
-    """One option of a protocol. `referred` values come from a file or a variable, and are shown nowhere."""
+    """One option of a protocol. `referred` values come from a file or a variable, and are never shown."""
 
     name: str
     text: str = field(repr=False)
     referred: bool = False
-    # The path of the file that it comes from, for what errors say; empty for another source.
+    # The path of the file, for error messages; empty for other sources.
     file: str = field(default="", compare=False)
 
 
 def is_reference(text: str) -> bool:
-    """Whether a value is the name of a file or of a variable, `@/path` or `$NAME`, and so no secret itself."""
+    """Return whether a value refers to a file or variable, `@/path` or `$NAME`, and so contains no secret."""
     return _VARIABLE.fullmatch(text) is not None or (text[:1] == "@" and text[1:2] not in ("", "@"))
 
 
 def resolve(option: str, environment: Mapping[str, str], directory: str) -> OptionValue:
-    """The value of an option such as `password=@/run/secrets/pw`.
+    """Return an option such as `password=@/run/secrets/pw` with its resolved value.
 
-    `@` goes before the path of a file, which begins in `directory` if it is relative; one line feed at the file's end,
-    and a carriage return before it, is left out. `$` goes before a name of `environment`. `@@` and `$$` stand for a
-    text that begins with one of these. Any other text is the value. Bytes of a file that are not UTF-8 are surrogates,
-    as in `os.fsdecode`.
+    - `@PATH`: the content of a file. A relative path begins in `directory`. One line feed at the end of the file, and a
+      carriage return before it, are removed. Bytes that are not UTF-8 become surrogates, as in `os.fsdecode`.
+    - `$NAME`: a variable of `environment`.
+    - `@@` and `$$` begin a value that begins with `@` or `$`.
+    - Any other text is the value.
 
     Raises UnresolvedError.
     """
@@ -66,7 +67,7 @@ def _read(name: str, path: str, directory: str) -> tuple[str, str]:
         raise UnresolvedError(f"option {name}: no path follows @; @@ begins a value that begins with @")
     path = os.path.normpath(os.path.join(directory, path))
     try:
-        # A pipe would keep a start or a reload waiting, and give nothing to the next reload.
+        # A pipe would block a start or reload, and be empty at the next reload.
         with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UnresolvedError(f"option {name}: {path!r} is not a regular file")

@@ -6,8 +6,11 @@ from collections.abc import Iterable
 
 
 def nearest(given: str, known: Iterable[str]) -> str | None:
-    """The name of `known` that is closest to `given`, or None: the same but for case and `-_.`, or else similar."""
-    import difflib  # a rare need
+    """Return the name in `known` that is nearest to `given`, or None.
+
+    A name that differs only in case and `-_.` has priority over a similar one.
+    """
+    import difflib  # rarely needed
 
     names = {_plain(name): name for name in known}
     plain = _plain(given)
@@ -18,7 +21,7 @@ def nearest(given: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(meant: str | None) -> str:
-    """The end of an error message that suggests this, such as a command's option or `shout:Shout`; empty for None."""
+    """Return the end of an error message that suggests `meant`; empty for None."""
     return f"; did you mean {meant}?" if meant else ""
 
 

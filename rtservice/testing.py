@@ -1,7 +1,7 @@
-"""Pytest fixtures for tests of a protocol: they serve it in the test's process, or in a real `twistd`.
+"""Pytest fixtures for tests of a protocol: serve it in the process of the test, or in a real `twistd`.
 
 `pytest_plugins = "rtservice.testing"` in a test module or `conftest.py` makes the fixtures available. They need pytest.
-`serve` needs pytest-twisted too.
+`serve` also needs pytest-twisted.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ DEADLINE = 30  # seconds for something that takes a fraction of one; generous, s
 def serve() -> Iterator[Callable[..., Port]]:
     """Serve a factory on a free port of 127.0.0.1, in the reactor of pytest-twisted: `port = serve(factory)`.
 
-    `port.getHost().port` is the number of the port. `tls` is an `ssl.SSLContext`; with it, connections use TLS.
-    Connections that are open when the test ends are aborted, and their protocols are told before the next test.
+    `port.getHost().port` is the port number. With `tls`, an `ssl.SSLContext`, connections use TLS. Connections that are
+    open when the test ends are aborted, and their protocols get connectionLost before the next test.
     """
     from pytest_twisted import blockon  # type: ignore[import-untyped]  # it is not
     from twisted.internet import reactor
@@ -78,7 +78,7 @@ def serve() -> Iterator[Callable[..., Port]]:
 
 
 class Service:
-    """A `twistd` process in the foreground. `lines` has its output so far."""
+    """A `twistd` process in the foreground. `lines` contains its output so far."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Service:
             self._news.notify_all()
 
     def wait_line(self, pattern: str, count: int = 1) -> str:
-        """Wait for a line that matches a regular expression, the one with number `count`. Raises AssertionError."""
+        """Wait for the line number `count` that matches a regular expression. Raises AssertionError after DEADLINE."""
         end = time.monotonic() + DEADLINE
         with self._news:
             while True:
@@ -142,14 +142,14 @@ class Service:
         return socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
 
     def reload(self) -> str:
-        """Send SIGHUP, wait for the log line that reports the result, and return it."""
+        """Send SIGHUP, wait for the log line with the result, and return it."""
         told = r"rtservice.*\] (reloaded[;:] |nothing is reloaded|workers are not replaced: )"
         before = sum(bool(re.search(told, line)) for line in self.lines)
         self.process.send_signal(signal.SIGHUP)
         return self.wait_line(told, before + 1)
 
     def stop(self, sig: int = signal.SIGTERM) -> int:
-        """Send a signal, wait for the end of the process, and return its exit status: 0 after a complete shutdown."""
+        """Send a signal, wait until the process has exited, and return its exit status: 0 after a graceful shutdown."""
         self.process.send_signal(sig)
         status = self.process.wait(DEADLINE)
         self._close(DEADLINE)
@@ -158,11 +158,11 @@ class Service:
     def _close(self, seconds: float) -> None:
         assert self.process.stdout is not None
         self._reader.join(seconds)
-        if not self._reader.is_alive():  # somebody else may hold the other end
+        if not self._reader.is_alive():  # another process may have the other end open
             self.process.stdout.close()
 
     def kill(self) -> None:
-        """Kill the process if it has not ended."""
+        """Kill the process if it is running."""
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         self.process.wait()
@@ -173,8 +173,8 @@ class Service:
 def hosted(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """Serve a protocol in a real `twistd rtservice`: `service = hosted("mine:Factory", "--workers=2")`.
 
-    The service listens on a free port of 127.0.0.1, unless an argument says where. It runs in `tmp_path`, and can
-    import what the test can import. Keywords are environment variables. Returns a `Service`.
+    The service listens on a free port of 127.0.0.1, unless an argument sets another. It runs in `tmp_path`, with the
+    import path of the test. Keywords are environment variables. Returns a `Service`.
     """
     started: list[Service] = []
 

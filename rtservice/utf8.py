@@ -14,11 +14,11 @@ _MARKS = (
 
 
 class NotUTF8Error(ValueError):
-    """Bytes are not UTF-8. The text says where, or what they are instead; none of the bytes is in it."""
+    """Bytes are not UTF-8. The text has the position or the detected encoding, and none of the bytes."""
 
 
 def decode_utf8(content: bytes) -> str:
-    """The text of a file that is to be UTF-8, without a byte order mark at its beginning. Raises NotUTF8Error."""
+    """Decode the content of a UTF-8 file, and remove a byte order mark. Raises NotUTF8Error."""
     check_mark(content)
     try:
         return content.decode().removeprefix("\ufeff")

@@ -185,9 +185,9 @@ def test_a_page_that_is_right_is_run_and_counted(run) -> None:
 @pytest.mark.parametrize(
     ("page", "problem"),
     [
-        ("```sh\ntrue\n```\n", "does not say whether it is run"),
-        ("```console\n$ true\n```\n", "does not say whether it is run"),
-        ("text\n<!-- run -->\n\nmore text\n", "1 comments stand before no block"),
+        ("```sh\ntrue\n```\n", "has no comment such as"),
+        ("```console\n$ true\n```\n", "has no comment such as"),
+        ("text\n<!-- run -->\n\nmore text\n", "1 comments are not followed by a block"),
         ("<!-- run -->\n```sh\nfalse\n```\n", "status 1: false"),
         ("<!-- run -->\n```sh\nfalse\ntrue\n```\n", "status 1: false"),
         ("<!-- session -->\n```console\n$ echo a\nb\n```\n", "expected:\nb\nfound:\na\n"),
@@ -196,7 +196,7 @@ def test_a_page_that_is_right_is_run_and_counted(run) -> None:
         ("<!-- session -->\n```console\n$ echo a; false\na\n```\n", "status 1"),
         ("<!-- session -->\n```console\necho a\n```\n", "a session begins with"),
         ("<!-- not run -->\n```sh\ntrue\n```\n", "no reason"),
-        ("<!-- serve -->\n```sh\necho it fails\n```\n", "it did not start"),
+        ("<!-- serve -->\n```sh\necho it fails\n```\n", "the service did not start"),
         (
             "<!-- serve -->\n```sh\ntrap 'exit 3' TERM; echo listening on x; while sleep 0.1; do :; done\n```\n",
             "status 3",

@@ -372,7 +372,7 @@ def test_the_exchange_has_its_options_by_both_names_and_other_protocols_refuse_t
 
 
 def test_what_the_exchange_refuses_is_a_settings_error() -> None:
-    assert problem("echo", "max-message=0").startswith("--protocol echo: the longest message is 0 bytes")
+    assert problem("echo", "max-message=0").startswith("--protocol echo: max-message is 0 bytes")
     assert problem("echo", framing="line", greeting=r"a\n").startswith("--greeting: the greeting of the framing `line`")
 
 

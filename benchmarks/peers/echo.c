@@ -1,4 +1,4 @@
-/* The limit: an epoll loop with as little around its system calls as an echo needs.  Usage: echo PORT */
+/* The lower bound: an epoll loop with the minimum of code around its system calls.  Usage: echo PORT */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -15,7 +15,7 @@ static const char greeting[] = "Hello from the server!";
 
 struct connection {
     int fd;
-    char *unsent; /* what the kernel did not take; nothing is read while there is some */
+    char *unsent; /* output that the kernel did not accept; reading pauses meanwhile */
     size_t length, offset;
 };
 

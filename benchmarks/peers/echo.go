@@ -1,4 +1,4 @@
-// An ordinary Go echo: one goroutine for each connection.  Usage: echo PORT [KEY CERTIFICATE]
+// The usual Go echo: one goroutine for each connection.  Usage: echo PORT [KEY CERTIFICATE]
 package main
 
 import (
@@ -13,7 +13,7 @@ func serve(c net.Conn) {
 	if _, err := c.Write([]byte("Hello from the server!")); err != nil {
 		return
 	}
-	// Not io.Copy: on two plain TCP sockets it becomes splice(2), which a program that looks at its bytes cannot use.
+	// Not io.Copy: on two plain TCP sockets it uses splice(2), which a program that processes its bytes cannot use.
 	buffer := make([]byte, 65536)
 	for {
 		n, err := c.Read(buffer)

@@ -1,4 +1,4 @@
-// An ordinary Node echo: a stream piped into itself, which keeps back-pressure.  Usage: echo.js PORT [KEY CERTIFICATE]
+// The usual Node echo: a stream piped into itself, with back-pressure.  Usage: echo.js PORT [KEY CERTIFICATE]
 "use strict";
 const fs = require("fs");
 const net = require("net");

@@ -10,12 +10,12 @@ GREETING = b"Hello from the server!"
 
 
 class Echo(asyncio.Protocol):
-    """Echoes, and stops reading while a client does not take its echo."""
+    """Echoes, with back-pressure: pauses reading while the client does not read."""
 
     transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports are not a subclass
         self.transport.write(GREETING)
 
     def data_received(self, data: bytes) -> None:
@@ -29,7 +29,7 @@ class Echo(asyncio.Protocol):
 
 
 def tls_context(arguments: list[str]) -> ssl.SSLContext | None:
-    """The server's context when the command line names a key and a certificate."""
+    """Return the context of the server if the command line has a key and a certificate."""
     if not arguments:
         return None
     key, certificate = arguments
@@ -39,7 +39,7 @@ def tls_context(arguments: list[str]) -> ssl.SSLContext | None:
 
 
 def main(loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
-    """Serve until killed, on asyncio's own loop or on one from ``loop_factory``."""
+    """Serve until killed, on asyncio's loop or on one from ``loop_factory``."""
 
     async def serve() -> None:
         server = await asyncio.get_running_loop().create_server(

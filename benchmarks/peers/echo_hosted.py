@@ -1,10 +1,10 @@
-"""The echo of Twisted's own tutorial, with a greeting, as somebody's protocol that rtservice hosts."""
+"""The echo of Twisted's tutorial with a greeting, as a third-party protocol hosted by rtservice."""
 
 from twisted.internet.protocol import Protocol
 
 
 class Echo(Protocol):
-    """Greets, and sends back what it gets."""
+    """Greets, then echoes."""
 
     def connectionMade(self) -> None:
         assert self.transport is not None

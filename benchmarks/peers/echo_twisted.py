@@ -3,7 +3,7 @@
 Usage: ``ECHO_ENDPOINT=tcp:8080:interface=127.0.0.1 twistd -n --pidfile= -y echo_twisted.py``.
 """
 
-# Twisted's services and endpoints have no annotations, and its interfaces' methods no ``self``.
+# Twisted's services and endpoints are not annotated, and methods of its interfaces have no ``self``.
 # mypy: disable-error-code="call-arg,no-untyped-call"
 
 import os
@@ -16,7 +16,7 @@ from twisted.internet.protocol import Factory, Protocol
 
 
 class Echo(Protocol):
-    """The echo of Twisted's own tutorial, with a greeting."""
+    """The echo of Twisted's tutorial, with a greeting."""
 
     def connectionMade(self) -> None:
         assert self.transport is not None

@@ -1,1 +1,1 @@
-"""Sockets, listeners, connections, TLS and the reactor. No settings, no workers, no log records of connections."""
+"""Sockets, listeners, connections, TLS and the reactor. Imports no settings, workers or logs of connections."""

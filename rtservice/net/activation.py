@@ -1,4 +1,4 @@
-"""Sockets that a service manager passed: sd_listen_fds(3)."""
+"""Adopt sockets that a service manager passed (sd_listen_fds(3))."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ _LISTEN_FDS_START = 3
 
 
 def adopt_passed(given: Mapping[str, str]) -> list[Listener]:
-    """Return listeners on sockets that were passed: `systemd:domain=INET6:index=0`, `systemd:name=web`, or all.
+    """Return listeners on the passed sockets that `index` or `name` selects, or on all of them. Raises ListenError.
 
-    The domain is Twisted's and may be left out, since the socket knows it; a name may stand for several sockets.
+    `given` holds the keywords of the listen description, as in `systemd:domain=INET6:index=0` or `systemd:name=web`.
+    `domain` is Twisted's keyword. It is optional, since the socket has a family. Several sockets may have one name.
     """
     passed = _systemd_sockets()
     if not passed:
-        raise ListenError("no sockets were passed by a service manager (LISTEN_FDS, LISTEN_PID)")
+        raise ListenError("no sockets were passed (LISTEN_FDS, LISTEN_PID); start it from a systemd socket unit")
     return [_adopt(sock) for sock in _chosen(given, passed)]
 
 
 def check_passed(given: Mapping[str, str]) -> None:
-    """Check that the sockets, if any were passed, can be served. Raises ListenError."""
+    """Check that the selected sockets can be served, if any were passed. Raises ListenError."""
     if passed := _systemd_sockets():
         close_all(_chosen(given, passed))
 
 
 def passed_places(given: Mapping[str, str], look_up: bool = True) -> list[Place]:
-    """Return where the chosen sockets listen; nothing if none were passed. Raises ListenError."""
+    """Return the places where the selected sockets listen; empty if none were passed. Raises ListenError."""
     places: list[Place] = []
     passed = _systemd_sockets()
     for sock in _chosen(given, passed) if passed else ():
@@ -57,32 +58,32 @@ def passed_places(given: Mapping[str, str], look_up: bool = True) -> list[Place]
 
 
 def check_choice(given: Mapping[str, str]) -> None:
-    """Check the keywords that choose sockets. Raises ListenError."""
+    """Check the keywords that select sockets. Raises ListenError."""
     if "index" in given:
         if "name" in given:
-            raise ListenError("only one of index= and name= can be given; without both it is every socket")
+            raise ListenError("index= and name= are both given; use one of them, or neither for all passed sockets")
         whole_number("index", given["index"], 0, 65535)
 
 
 def _chosen(given: Mapping[str, str], passed: list[tuple[int, str]]) -> list[socket.socket]:
-    """Duplicates: the descriptors stay whose they are, and may be taken again."""
+    """Return duplicates of the selected sockets. The passed descriptors stay open and can be selected again."""
     if "index" in given:
         index = int(given["index"])
         if index >= len(passed):
             count = f"{counted(len(passed), 'socket')} {'was' if len(passed) == 1 else 'were'}"
-            raise ListenError(f"index {index} is not there: {count} passed")
+            raise ListenError(f"index {index} is too high: {count} passed; indexes begin with 0")
         numbers = [passed[index][0]]
     elif "name" in given:
         numbers = [fd for fd, name in passed if name == given["name"]]
         if not numbers:
             names = ", ".join(sorted({name for _, name in passed}))
-            raise ListenError(f"no socket named {given['name']!r} was passed; there are: {names}")
+            raise ListenError(f"no socket named {given['name']!r} was passed; accepted are {names}")
     else:
         numbers = [fd for fd, _ in passed]
     sockets: list[socket.socket] = []
     try:
         for fd in numbers:
-            # Above all that were passed: one of those may be closed, and would be this then.
+            # Above all passed descriptors: one of those may be closed, and the duplicate would get its number.
             sockets.append(_duplicate(fd, passed[-1][0] + 1, given.get("domain")))
     except ListenError:
         close_all(sockets)
@@ -91,7 +92,7 @@ def _chosen(given: Mapping[str, str], passed: list[tuple[int, str]]) -> list[soc
 
 
 def _systemd_sockets() -> list[tuple[int, str]]:
-    """Descriptors and names, as sd_listen_fds_with_names(3) gives them; raises ListenError."""
+    """Return descriptors and names as sd_listen_fds_with_names(3) does. Raises ListenError."""
     environment = _initial_environment()
     if environment.get("LISTEN_PID") != str(os.getpid()):
         return []
@@ -100,17 +101,17 @@ def _systemd_sockets() -> list[tuple[int, str]]:
     except ValueError:
         return []
     if count > os.sysconf("SC_OPEN_MAX") >= 0:
-        raise ListenError(f"LISTEN_FDS is {count}, which is more than a process can have")
+        raise ListenError(f"LISTEN_FDS is {count}, which is more than the descriptor limit of a process")
     names = environment.get("LISTEN_FDNAMES", "").split(":")
     names += ["unknown"] * (count - len(names))
     return [(_LISTEN_FDS_START + i, names[i] or "unknown") for i in range(count)]
 
 
 def _initial_environment() -> Mapping[str, str]:
-    """The environment that this process was started with.
+    """Return the environment with which this process was started.
 
-    `os.environ` is not it: when Twisted's endpoints are imported, which happens before us or not depending on a
-    cache, they delete LISTEN_PID and LISTEN_FDS.
+    `os.environ` may differ: Twisted's endpoints delete LISTEN_PID and LISTEN_FDS when they are imported. Whether that
+    happens before this module is imported depends on a cache.
     """
     entries: list[bytes] | None
     try:
@@ -125,15 +126,15 @@ def _initial_environment() -> Mapping[str, str]:
 
 _AT_EXECFN = 31  # linux/auxvec.h
 
-# ARG_MAX is a quarter of the stack's limit, and 6 MiB at the most (execve(2)).
+# ARG_MAX is a quarter of the stack limit, and at most 6 MiB (execve(2)).
 _LONGEST_ARGUMENTS = 6 * 1024 * 1024
 
 
 def _initial_environment_in_memory() -> list[bytes] | None:
-    """What /proc/self/environ shows, from where the kernel has put it; None where it is not to be found.
+    """Return the content of /proc/self/environ, read from this process's memory; None if it cannot be found.
 
-    execve(2) lays out the strings of the arguments, those of the environment, and the program's name, one after the
-    other. What is deleted from an environment later stays there; only the list of pointers changes.
+    execve(2) places the strings of the arguments, those of the environment and the program's name one after the other.
+    Deleting a variable later changes only the list of pointers; its string stays in memory.
     """
     try:
         process = ctypes.CDLL(None)
@@ -148,7 +149,7 @@ def _initial_environment_in_memory() -> list[bytes] | None:
 
 
 def _duplicate(fd: int, least: int, domain: str | None) -> socket.socket:
-    """A duplicate with a number of `least` or more; raises ListenError."""
+    """Return a socket on a duplicate of `fd` whose number is at least `least`. Raises ListenError."""
     try:
         is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
         sock = socket.socket(fileno=fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)) if is_socket else None
@@ -163,36 +164,37 @@ def _duplicate(fd: int, least: int, domain: str | None) -> socket.socket:
     return sock
 
 
-# What is served; else, a peer would have no address that limits, PROXY rules, records and Twisted's protocols take.
+# The families that are served. Peers of others have no address that limits, PROXY rules, log records and Twisted's
+# protocols accept.
 _FAMILIES = {socket.AF_INET: "INET", socket.AF_INET6: "INET6", socket.AF_UNIX: "UNIX"}
 
-# Of IPv4 and IPv6. SCTP, for one, has no half-close (RFC 6458, section 4.1.7). Python 3.11 does not name MPTCP.
+# For IPv4 and IPv6: TCP and MPTCP, which Python 3.11 does not name. SCTP has no half-close (RFC 6458, section 4.1.7).
 _PROTOCOLS = (socket.IPPROTO_TCP, 262)
 
 
 def _unfit(sock: socket.socket, domain: str | None) -> str:
-    """Why a socket that was passed cannot be served; empty if it can."""
+    """Return why a passed socket cannot be served, or "" if it can."""
     if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         return "is not a listening stream socket"
     if sock.family not in _FAMILIES:
         family = sock.family.name if isinstance(sock.family, socket.AddressFamily) else f"address family {sock.family}"
-        return f"is a socket of {family}; what can be served is of AF_INET, AF_INET6 or AF_UNIX"
+        return f"is a socket of {family}; accepted are AF_INET, AF_INET6 and AF_UNIX"
     if sock.family != socket.AF_UNIX and sock.proto not in _PROTOCOLS:
-        return f"is a socket of protocol {sock.proto}, and neither TCP nor MPTCP"
+        return f"is a socket of protocol {sock.proto}; accepted are TCP and MPTCP"
     if domain and domain != _FAMILIES[sock.family]:
         return f"is of domain {_FAMILIES[sock.family]}, not {domain!r}"
     return ""
 
 
 def _adopt(sock: socket.socket) -> Listener:
-    # A manager's socket may be blocking: accept() on it would hang the reactor.
+    # The passed socket may be blocking, and accept() on it would block the reactor.
     sock.setblocking(False)
     return Listener(sock, _adopted_name(sock), shared=True)
 
 
 def _adopted_name(sock: socket.socket) -> str:
     if sock.family == socket.AF_UNIX:
-        # An abstract address begins with a NUL, and may hold any byte; NULs are shown as ss(8) does.
+        # An abstract address begins with NUL and may contain any byte. NUL is shown as `@`, as in ss(8).
         address = os.fsencode(sock.getsockname()).decode(errors="backslashreplace")
         return f"unix:{address}".replace("\0", "@")
     return socket_name(sock)

@@ -11,12 +11,12 @@ Address = IPv4Address | IPv6Address | UNIXAddress
 
 
 def escaped(text: str) -> str:
-    r"""Return a text that may hold a peer's bytes with everything that is not printable as `\xHH`, `\uHHHH` or `\n`."""
+    r"""Escape non-printable characters as `\xHH`, `\uHHHH` or `\n`, in a text that may contain bytes of a peer."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def peer_name(address: Any) -> str:
-    """Return the name of a peer in logs: `192.0.2.1:4711`, `[2001:db8::1]:4711`, `unix` or `unix:` and a path."""
+    """Return the peer's name for logs: `192.0.2.1:4711`, `[2001:db8::1]:4711`, `unix`, or `unix:` and its path."""
     if hasattr(address, "host"):
         return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
     name = getattr(address, "name", None)
@@ -26,11 +26,11 @@ def peer_name(address: Any) -> str:
 
 
 def address_of(address: Any) -> Address:
-    """Return what accept() or getsockname() gives as Twisted's address."""
+    """Return Twisted's address object for an address that accept() or getsockname() returned."""
     if isinstance(address, tuple):
         if len(address) == 2:
             return IPv4Address("TCP", *address)
-        if address[3]:  # link-local: only with its interface does the address say where it is
+        if address[3]:  # link-local: ambiguous without its network interface
             host = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
             return IPv6Address("TCP", host, *address[1:])
         return IPv6Address("TCP", *address)

@@ -1,8 +1,8 @@
-"""What the TLS streams of both libraries do to keep the cost of a peer within `rtservice.net.tls_bounds`.
+"""Base class of both TLS streams: keeps the cost of a peer within the bounds of `rtservice.net.tls_bounds`.
 
-What was read and is more than OpenSSL may get in one event is the *rest*: it is taken in later turns of the reactor,
-and nothing is read meanwhile. A peer that does not read what TLS itself has to send is *held*: nothing is read until
-that has left, and the connection is aborted if it makes no progress.
+The *rest* is input beyond what OpenSSL may process in one event. It is processed in later turns of the reactor, and
+reading pauses meanwhile. A peer that does not read the messages of TLS itself is *held*: reading pauses until they are
+sent, and the connection is aborted if the peer makes no progress.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from rtservice.net.tls_bounds import ANSWER_TIMEOUT, ANSWERS_NOT_READ
 
 
 class BoundedStream(Stage):
-    """A stream that reads for a TLS library."""
+    """A stage that reads for a TLS library, with bounded work for each event."""
 
     __slots__ = ("_deadline", "_scheduled", "held", "reading")
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
-        self.reading = True  # the protocol has not paused it
+        self.reading = True  # the protocol has not paused reading
         self.held = False
-        self._scheduled = False  # a call that takes the rest
-        self._deadline: Any = None  # the delayed call that checks whether a peer that is held makes progress
+        self._scheduled = False  # a call of take_rest is scheduled
+        self._deadline: Any = None  # the delayed call that checks whether a held peer makes progress
 
-    # --- for subclasses to say ---
+    # --- implemented by subclasses ---
 
     def has_rest(self) -> bool:
-        """Return whether there is something to take without a read, for a protocol that reads."""
+        """Return whether input is left that needs no read from the socket."""
         raise NotImplementedError
 
     def take_rest(self) -> Any:
-        """Take the rest, or as much of it as is for this turn. Returns what doRead does."""
+        """Process the rest, up to the bound for one event. Returns what doRead returns."""
         raise NotImplementedError
 
     def progress(self) -> Any:
-        """Return something that differs once the peer has read more."""
+        """Return a value that changes when the peer reads."""
         raise NotImplementedError
 
     # --- the rest ---
@@ -57,12 +57,12 @@ class BoundedStream(Stage):
             super().resume()
 
     def leave_rest(self) -> None:
-        """Read nothing until what is left has been taken."""
+        """Pause reading until the rest is processed."""
         self.connection.reactor.removeReader(self)
         self.take_rest_later()
 
     def take_rest_later(self) -> None:
-        """Take the rest in the next turn of the reactor."""
+        """Process the rest in the next turn of the reactor."""
         if not self._scheduled:
             self._scheduled = True
             self.connection.reactor.callLater(0, self._take_rest_now)
@@ -86,14 +86,14 @@ class BoundedStream(Stage):
         else:
             connection.connectionLost(LOST)
 
-    # --- what TLS itself has to send ---
+    # --- messages of TLS itself that wait to be sent ---
 
     def hold(self) -> None:
-        """Read nothing more from a peer that does not read what TLS has to tell it."""
+        """Pause reading: the peer does not read the messages of TLS itself."""
         if not self.held:
             self.held = True
             self.connection.reactor.removeReader(self)
-            if self._deadline is None:  # or that of its handshake, which ends this too
+            if self._deadline is None:  # a handshake deadline, if set, also bounds this
                 self._check_later()
 
     def _check_later(self) -> None:
@@ -107,7 +107,7 @@ class BoundedStream(Stage):
             self._check_later()
 
     def release(self) -> None:
-        """Read on: what TLS had to send has left."""
+        """Resume reading: the messages of TLS itself are sent."""
         self.held = False
         self.stop()
         if self.reading:

@@ -1,4 +1,4 @@
-"""Classic BPF programs (linux/filter.h) that choose the listening socket of a new client. Without Linux: no effect."""
+"""Classic BPF programs for listening sockets (linux/filter.h): drop or distribute new clients. Linux only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 
-# asm-generic/socket.h; `socket` has no names for them.
+# asm-generic/socket.h. The `socket` module does not define them.
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER, _SO_ATTACH_REUSEPORT_CBPF = 26, 27, 51
 
-# An instruction: code, instructions to skip if a comparison is true, if it is false, operand.
+# An instruction: code, instructions to skip if the comparison is true, instructions to skip if it is false, operand.
 _Instruction = tuple[int, int, int, int]
 
 _LOAD_BYTE, _LOAD_WORD = 0x30, 0x20
@@ -20,7 +20,7 @@ _MODULO, _RETURN = 0x94, 0x06
 
 _RANDOM = 0xFFFFF000 + 56  # SKF_AD_OFF + SKF_AD_RANDOM
 
-# It is run on each segment, which begins with the TCP header.
+# The kernel runs this for each segment, starting at the TCP header.
 _DROP_SYN: tuple[_Instruction, ...] = (
     (_LOAD_BYTE, 0, 0, 13),  # the flags (RFC 9293, section 3.1)
     (_SKIP_UNLESS_SET, 0, 1, 0x02),  # SYN
@@ -30,26 +30,26 @@ _DROP_SYN: tuple[_Instruction, ...] = (
 
 
 def drop_new_clients(sock: socket.socket) -> None:
-    """Drop the first segment of each new connection to a listening TCP socket; those under way go on."""
+    """Drop the SYN of each new connection to a listening TCP socket. Handshakes that have begun continue."""
     _attach(sock, _SO_ATTACH_FILTER, _DROP_SYN)
 
 
 def accept_new_clients(sock: socket.socket) -> None:
-    """Undo `drop_new_clients`, also that of a process that died."""
-    with suppress(OSError):  # most often there is nothing to undo
+    """Undo `drop_new_clients`, including that of an earlier process on the same socket."""
+    with suppress(OSError):  # usually no filter is attached
         sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def balance(sock: socket.socket, numbers: Sequence[int]) -> None:
-    """Choose one of some sockets of a port, at random, for each new connection.
+    """Distribute new connections of a port at random among some of its listening sockets.
 
-    `sock` is any socket of the port. The sockets have numbers from 0 on, in the order in which they began to listen
+    `sock` is any socket of the port. `numbers` selects the sockets: 0 is the one that began to listen first
     (SO_ATTACH_REUSEPORT_CBPF of socket(7)).
     """
     program: list[_Instruction] = [(_LOAD_WORD, 0, 0, _RANDOM), (_MODULO, 0, 0, len(numbers))]
     for place, number in enumerate(numbers):
         program += [(_SKIP_UNLESS_EQUAL, 0, 1, place), (_RETURN, 0, 0, number)]
-    program.append((_RETURN, 0, 0, numbers[0]))  # never reached, but a program has to end with a return
+    program.append((_RETURN, 0, 0, numbers[0]))  # never reached, but the kernel requires a return at the end
     _attach(sock, _SO_ATTACH_REUSEPORT_CBPF, program)
 
 

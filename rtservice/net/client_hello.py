@@ -1,12 +1,12 @@
-"""The ClientHello of a TLS connection, read before OpenSSL reads it: for ALPN that has to end in an alert.
+"""Parse the ClientHello of a TLS connection before OpenSSL does, to reject clients without a common ALPN protocol.
 
-RFC 7301, section 3.2: a server that has none of the protocols that a client offers answers with the fatal alert
-no_application_protocol, and so no client speaks one protocol with a server of another (ALPACA). The callback of
-Python's `ssl` goes on without a protocol instead.
+RFC 7301, section 3.2: a server that supports none of the offered protocols sends the fatal alert
+no_application_protocol. This prevents a client from speaking one protocol with a server of another (ALPACA). Python's
+`ssl` continues without a protocol instead.
 
-A client's bytes are read without an exception, in linear time and bounded memory. What is not a ClientHello is left to
-OpenSSL, which refuses it with the right alert. What could be put around an honest client's hello by somebody on the
-path (records of other types, empty ones) is not left to it: the transcript of a handshake does not cover them.
+The parser raises no exception, and needs linear time and bounded memory. Input that is not a ClientHello is passed to
+OpenSSL, which sends the right alert. Records that an attacker on the path can insert around a valid ClientHello (other
+types, empty records) are rejected here: the handshake transcript does not cover them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-# Bytes of a ClientHello message. Real ones have 0.2 to 2 KiB; with a session ticket that holds a client's certificate
-# some KiB more.
+# Limit of a ClientHello message, in bytes. Clients send 0.2 to 2 KiB, and some KiB more if the session ticket contains
+# a client certificate.
 MAX_CLIENT_HELLO = 16 * 1024
 
-# The same with the heads of records, of which the smallest has one byte of content to its five.
+# The same with record headers of five bytes each; the smallest record has one byte of content.
 _MAX_BYTES = 2 * MAX_CLIENT_HELLO
 
-_HANDSHAKE, _CLIENT_HELLO = 22, 1  # types of a record, and of a handshake message
+_HANDSHAKE, _CLIENT_HELLO = 22, 1  # a record type and a handshake message type
 _OTHER_RECORDS = (20, 21, 23, 24)  # change_cipher_spec, alert, application_data, heartbeat
 _MAX_FRAGMENT = 1 << 14
 _SERVER_NAME, _ALPN = 0, 16  # extensions
@@ -34,54 +34,54 @@ ILLEGAL_PARAMETER = b"\x15\x03\x03\x00\x02\x02\x2f"
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """What a client offers: its ALPN protocols, in its order, and the server's name; None without the extension."""
+    """The ALPN protocols of a client, in its order of preference, and the server name; None without the extension."""
 
     alpn: tuple[bytes, ...] | None
     server_name: bytes | None
 
 
 class Unread(Enum):
-    """Why there is no ClientHello."""
+    """Why no ClientHello was parsed."""
 
-    MORE = "it is not complete"
-    OTHER = "it is none, or malformed: OpenSSL refuses it"
-    MISPLACED = "a record of another type is before its end"
+    MORE = "it is incomplete"
+    OTHER = "it is another message or malformed: OpenSSL rejects it"
+    MISPLACED = "a record of another type comes before its end"
     TOO_LARGE = "it is too large"
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a connection is closed before OpenSSL has seen it, and the alert that is sent first."""
+    """The alert to send and the reason to log for a connection that is closed before OpenSSL gets its bytes."""
 
     alert: bytes
     reason: str
 
 
 class ClientHelloReader:
-    """Takes the bytes of a connection, from its first on, in any pieces."""
+    """Incremental parser for the first bytes of a connection."""
 
     __slots__ = ("_body", "_bytes", "_next", "_result")
 
     def __init__(self) -> None:
         self._bytes = bytearray()
-        self._next = 0  # where the next record begins
-        self._body = bytearray()  # of the records before that
+        self._next = 0  # offset of the next record
+        self._body = bytearray()  # content of the records before that
         self._result: ClientHello | Unread = Unread.MORE
 
     @property
     def data(self) -> bytes:
-        """All bytes that were fed."""
+        """All bytes that were passed to `feed`."""
         return bytes(self._bytes)
 
     def feed(self, data: bytes) -> ClientHello | Unread:
-        """Read on; once the answer is another than MORE it stays."""
+        """Parse more bytes, and return the result so far. A result other than MORE is final."""
         self._bytes += data
         while self._result is Unread.MORE and self._take_record():
             self._result = self._message()
         return self._result
 
     def _take_record(self) -> bool:
-        """Add the content of the next record to the body; whether it is all there and of the right kind."""
+        """Add the content of the next record to the body. Return False if it is incomplete or of another type."""
         buffered, at = self._bytes, self._next
         if len(buffered) == at:
             return False
@@ -92,7 +92,7 @@ class ClientHelloReader:
         if len(buffered) < at + 5:
             return False
         length = int.from_bytes(buffered[at + 3 : at + 5])
-        # SSL 3.0 and TLS; the major version has never been another.
+        # The major version of SSL 3.0 and of every version of TLS.
         if buffered[at + 1] != 3 or length > _MAX_FRAGMENT:
             self._result = Unread.OTHER
             return False
@@ -120,12 +120,12 @@ class ClientHelloReader:
 
 
 def parse_client_hello(data: bytes) -> ClientHello | Unread:
-    """Read the first bytes of a TLS connection, which may be more than its ClientHello."""
+    """Parse the first bytes of a TLS connection. `data` may extend beyond the ClientHello."""
     return ClientHelloReader().feed(data)
 
 
 class ALPNGate:
-    """Holds back the first bytes of a client until it is known to have one of our protocols, or not to use ALPN."""
+    """Keeps the first bytes of a client until it is known to offer a common protocol or to use no ALPN."""
 
     __slots__ = ("_protocols", "_reader")
 
@@ -134,10 +134,10 @@ class ALPNGate:
         self._reader = ClientHelloReader()
 
     def feed(self, data: bytes) -> bytes | Refusal | None:
-        """Take what the client has sent next.
+        """Add received bytes.
 
-        Returns None to wait for more; or all bytes that were fed, which are OpenSSL's now, and whatever follows; or a
-        Refusal. After one of the last two the gate is not to be used again.
+        Returns None if more bytes are needed, all bytes so far if OpenSSL may process them and what follows, or a
+        Refusal. The gate must not be used after one of the last two.
         """
         found = self._reader.feed(data)
         if found is Unread.MORE:
@@ -155,7 +155,7 @@ class ALPNGate:
 
 
 class _Fields:
-    """Reads fields one after the other; `bad` once one was longer than what is left."""
+    """Reader of consecutive fields. `bad` is set once a field exceeds the remaining bytes."""
 
     __slots__ = ("_at", "_data", "bad")
 
@@ -180,12 +180,12 @@ class _Fields:
         return int.from_bytes(self.take(size))
 
     def vector(self, size: int) -> bytes:
-        """Bytes behind their length, which has `size` bytes."""
+        """Read a length of `size` bytes, then return that many bytes."""
         return self.take(self.number(size))
 
 
 def parse_body(body: bytes) -> ClientHello | Unread:
-    """Read the body of a ClientHello message; OTHER when it is malformed."""
+    """Parse the body of a ClientHello message. Returns OTHER if it is malformed."""
     fields = _Fields(body)
     fields.take(2 + 32)  # version, random
     fields.vector(1)  # session ID
@@ -212,7 +212,7 @@ def parse_body(body: bytes) -> ClientHello | Unread:
 
 
 def _protocols(content: bytes) -> tuple[bytes, ...]:
-    """The names in an ALPN extension (RFC 7301, section 3.1); none when it is malformed."""
+    """Return the names in an ALPN extension (RFC 7301, section 3.1); empty if it is malformed."""
     fields = _Fields(content)
     names = _Fields(fields.vector(2))
     if fields.bad or fields.left:
@@ -220,14 +220,14 @@ def _protocols(content: bytes) -> tuple[bytes, ...]:
     protocols = []
     while names.left:
         name = names.vector(1)
-        if not name:  # also when it is cut short
+        if not name:  # empty or truncated
             return ()
         protocols.append(name)
     return tuple(protocols)
 
 
 def _host_name(content: bytes) -> bytes | None:
-    """The name in a server_name extension (RFC 6066, section 3); None when there is none, or it is malformed."""
+    """Return the name in a server_name extension (RFC 6066, section 3); None if it is absent or malformed."""
     fields = _Fields(content)
     names = _Fields(fields.vector(2))
     kind = names.number(1)

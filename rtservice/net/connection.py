@@ -1,4 +1,4 @@
-"""`Connection`: the transport of one accepted connection, and what the parts below it have in common."""
+"""`Connection`: the transport of one accepted connection. `Stage`: base class of the parts below it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from rtservice.net.phases import CLOSING, OPEN, Phase, next_phase
 from rtservice.net.proxy import Header
 from rtservice.net.tls_facts import TLS_PENDING, TLSFacts
 
-# A protocol's producer is paused while more than this many bytes are unsent. Twisted's number, and the size of a read.
+# A protocol's producer is paused while more than this many bytes are unsent. Twisted uses the same value. Also the size
+# of one read.
 BUFFER_SIZE = 64 * 1024
 
-# Pieces up to this many bytes are joined before they are sent: about what a kernel takes at once from a fast reader.
-# More would copy bytes that the kernel then refuses.
+# Pieces up to this many bytes in total are joined before they are sent: about what the kernel accepts at once when the
+# peer reads fast. Joining more would copy bytes that the kernel then does not accept.
 JOIN_LIMIT = 256 * 1024
 
-# Made once, as Twisted's reactors do: a new Failure for each connection costs more than its greeting.
+# Created once, as in Twisted's reactors: a new Failure for each connection costs more than its greeting.
 DONE = Failure(main.CONNECTION_DONE)
 LOST = Failure(main.CONNECTION_LOST)
 
@@ -43,11 +44,11 @@ _log = Logger()
 
 
 class LocalClose(Exception):  # noqa: N818  # a reason, and no error
-    """The reason why this side closed a connection. The text is one of a fixed few, and holds no bytes of the peer."""
+    """The reason why this side closed a connection: one of a few fixed texts, without bytes of the peer."""
 
 
 class Acceptor(Protocol):
-    """What a connection needs of the `rtservice.net.port.Port` that accepted it."""
+    """The part of `rtservice.net.port.Port` that its connections use."""
 
     name: str
     factory: Any
@@ -57,13 +58,13 @@ class Acceptor(Protocol):
     exchange: Callable[[Any, Any], None] | None
 
     def after_proxy(self, connection: Connection) -> None:
-        """Begin what follows the PROXY header."""
+        """Begin the phase after the PROXY header."""
 
     def start_tls(self, connection: Connection, context: Any, *, server_side: bool) -> None:
         """Begin a TLS handshake."""
 
     def linger(self, connection: Connection) -> None:
-        """Begin the end of a connection whose last output is under way."""
+        """Keep a connection that closes until its last output is delivered."""
 
     @property
     def connection_identified(self) -> Callable[[Connection], None]: ...
@@ -73,15 +74,15 @@ class Acceptor(Protocol):
 
 
 def log_prefix(thing: object) -> str:
-    """Return what the log shows for a protocol or factory, by Twisted's rule."""
+    """Return the name of a protocol or factory for logs: its logPrefix (ILoggingContext) or the name of its class."""
     if ILoggingContext.providedBy(thing):
-        with contextlib.suppress(Exception):  # an object whose own __init__ failed may be asked
+        with contextlib.suppress(Exception):  # the __init__ of the object may have failed
             return str(thing.logPrefix())
     return type(thing).__name__
 
 
 def would_block(problem: OSError) -> bool:
-    """Return whether send() failed only because the kernel has no room now."""
+    """Return whether send() failed only because the kernel's buffer is full."""
     return isinstance(problem, BlockingIOError) or problem.errno == errno.ENOBUFS
 
 
@@ -91,36 +92,36 @@ def would_block(problem: OSError) -> bool:
     interfaces.ILoggingContext,
 )
 class Stage:
-    """What is below a connection for a time, and moves the bytes of its socket.
+    """Layer between a connection and its socket during one phase.
 
-    - handshakes.py has the stages before a protocol: the PROXY header and the TLS handshake.
-    - tls_stream.py and pyopenssl_stream.py have the streams of an open connection in TLS. A plain one has no stage: it
+    - handshakes.py: the stages before a protocol, which are the PROXY header and the TLS handshake.
+    - tls_stream.py and pyopenssl_stream.py: the streams of an open TLS connection. A plain connection has no stage: it
       reads and sends itself, which costs least.
-    - lingering.py has the stage at the end.
+    - lingering.py: the stage of a connection that closes.
 
-    A stage is registered with the reactor in place of the connection. It ends when the connection does or when another
-    takes its place. The two are one thing in several parts, so a stage uses the private attributes of its connection.
+    A stage is registered with the reactor in place of the connection. It ends with the connection, or when another
+    stage replaces it. Both are parts of one implementation, so a stage uses private attributes of its connection.
     """
 
     __slots__ = ("connection", "fileno")
 
-    # Whether it sends what is written; otherwise the connection sends it to the socket unchanged.
+    # True: the stage sends the output. False: the connection sends it to the socket unchanged.
     sends = True
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.fileno: Callable[[], int] = connection.fileno
 
-    # --- what the reactor calls ---
+    # --- called by the reactor ---
 
     def doRead(self) -> Any:
-        """Handle input. Returns the exception that ended the connection, if one did."""
+        """Handle input. Returns None, or the exception that ends the connection."""
         raise NotImplementedError
 
     def doWrite(self) -> Any:
-        """Send what is unsent: the kernel takes bytes again, or will most likely."""
+        """Send unsent output: the socket is writable, or very likely is."""
         connection = self.connection
-        if connection._stage is not self:  # doRead has just begun another one, in the same event
+        if connection._stage is not self:  # doRead has begun another stage in the same event
             return connection.doWrite()
         self.flush()
         connection._stop_waiting_if_sent()
@@ -139,54 +140,54 @@ class Stage:
     def logPrefix(self) -> str:
         return self.connection.logPrefix()
 
-    # --- what the connection calls ---
+    # --- called by the connection ---
 
     def flush(self) -> None:
-        """Send what is written, as much as the kernel takes. Only for a stage that `sends`."""
+        """Send as much output as the kernel accepts. Called only if `sends` is true."""
 
     def pause(self) -> None:
-        """Stop reading: the protocol has paused."""
+        """Pause reading, for the protocol's pauseProducing."""
         self.connection.reactor.removeReader(self)
 
     def resume(self) -> None:
-        """Read on: the protocol has resumed."""
+        """Resume reading, for the protocol's resumeProducing."""
         if self.connection._may_read:
             self.connection.reactor.addReader(self)
 
     def write(self, data: bytes) -> None:
-        """Take data that the connection does not keep itself."""
+        """Write data that the connection does not buffer itself."""
 
     def may_close(self) -> bool:
-        """Called by loseConnection. Returns whether the connection closes once all is sent; else the stage does."""
+        """Called by loseConnection. Returns True if the connection closes after its output, False if the stage does."""
         return True
 
     def may_register(self, producer: Any, streaming: bool) -> bool:
-        """Called by registerProducer. Returns whether the connection registers it; otherwise the stage has done so."""
+        """Called by registerProducer. Returns True if the connection registers it, False if the stage has done so."""
         return True
 
     def may_unregister(self) -> bool:
-        """Called by unregisterProducer. Returns whether the connection unregisters; otherwise the stage has done so."""
+        """Called by unregisterProducer. Returns True if the connection unregisters it, False if the stage has."""
         return True
 
     def closing(self) -> None:
         """Called by `close`, after the connection has begun to close."""
 
     def finish_output(self) -> bool:
-        """Send what comes last before FIN. Returns False if the kernel has no room; then it is called again."""
+        """Send the last bytes before FIN. Returns False if the kernel's buffer is full; then it is called again."""
         return True
 
     def drop_output(self) -> None:
-        """Forget what is unsent."""
+        """Discard unsent output."""
 
     def give_up(self, reason: Failure) -> None:
-        """End the connection for what its protocol has done."""
+        """End the connection after an error of its protocol."""
         self.connection.connectionLost(reason)
 
     def stop(self) -> None:
-        """Cancel its timers: the connection ends, or another stage takes its place."""
+        """Cancel the timers of the stage: the connection ends, or another stage follows."""
 
     def ended(self, reason: Failure) -> Failure:
-        """Called at the end of the connection, after `stop`. Returns the reason for its protocol."""
+        """Called at the end of the connection, after `stop`. Returns the reason to pass to its protocol."""
         return reason
 
 
@@ -202,22 +203,23 @@ class Stage:
 class Connection:
     """The transport of one accepted connection, TCP or UNIX, with Twisted's contract.
 
-    There is one from accept() to the end, and its protocol is built once its handshakes are done. `phase` is how far it
-    has come; after the end, it is how far it had come. What differs between the phases is the Stage below it.
+    One object exists from accept() to the end. Its protocol is built after the handshakes. `phase` is the current
+    phase, or after the end, the last one before CLOSING. The Stage below the connection implements the phase.
 
-    Differences from Twisted's own: writes made while an event of this connection is handled are joined and sent with
-    one system call right after it, and the reactor is asked to watch for writability only when the kernel took less.
-    A peer that finished sending gets all that was written before its connection is closed, also when its protocol
-    does not implement half-close.
+    Differences from Twisted's transports: writes made while an event of this connection is handled are joined, and sent
+    with one system call right after it. The reactor watches for writability only if the kernel accepted less. After the
+    peer's FIN, all written output is sent before the connection is closed, even if the protocol does not implement
+    half-close.
 
-    In TLS it provides ISSLTransport and INegotiated, and has their attributes and `tls_version` and `tls_cipher`;
-    otherwise it has none of them. `unsent` and the byte counters are of plaintext then, except with pyOpenSSL.
+    In TLS the connection provides ISSLTransport and INegotiated, with their attributes, `tls_version` and `tls_cipher`;
+    otherwise it has none of these. In TLS, `unsent` and the byte counters count plaintext, except with pyOpenSSL.
 
-    `bytes_in` and `bytes_out` count what was read from and given to the kernel; `opened` is a `time.monotonic`.
-    `proxied` is the PROXY header that came first, if the listener expects one. After the end, `error` is what ended
-    the connection, if something did: an OSError, a ProxyError or LocalClose.
+    `bytes_in` and `bytes_out` count the bytes received from and passed to the kernel. `opened` is a `time.monotonic`.
+    `proxied` is the PROXY header, if the listener expects one. After the end, `error` is the OSError, ProxyError or
+    LocalClose that ended the connection, or None.
 
-    `seen` and `still_since` are for the search for idle connections: bytes moved, and since when they have not.
+    `seen` and `still_since` serve the idle timeout: the bytes counted at the last check, and the time of the last
+    change.
     """
 
     __slots__ = (
@@ -263,23 +265,23 @@ class Connection:
     def __init__(
         self, reactor: Any, sock: socket.socket, port: Acceptor, peer: Address, number: int, phase: Phase = OPEN
     ) -> None:
-        self.__provides__: Any = _PROVIDED  # a look-up finds it in 0.14 µs, and what the class implements in 0.6
+        self.__provides__: Any = _PROVIDED  # a look-up takes 0.14 µs here, and 0.6 µs through the class
         self.reactor = reactor
         self.port = port
         self.number = number
         self.phase = phase
         self._peer = peer
         self.socket = sock
-        # Bound once: three look-ups less for each message.
+        # Bound once: saves three attribute look-ups for each message.
         self.fileno = sock.fileno
         self._recv: Callable[[int], bytes] = sock.recv
         self._send: Callable[[bytes | memoryview], int] = sock.send
-        self._out: list[bytes | memoryview] = []  # what is unsent; the first piece may be the rest of one
+        self._out: list[bytes | memoryview] = []  # unsent output; the first piece may be partly sent
         self._unsent = 0
-        self._corked = True  # a flush will follow without anybody asking for it
+        self._corked = True  # a flush follows, so a write need not schedule one
         self._waiting = False  # registered for EPOLLOUT
-        self._once_sent = False  # something is to be done when all is sent
-        self._writable = True  # what is written goes to `_out`
+        self._once_sent = False  # an action is pending until all output is sent
+        self._writable = True  # writes are appended to `_out`
         self._sending = True  # neither FIN nor close_notify is sent
         self._write_closing = False
         self._aborting = False
@@ -304,10 +306,11 @@ class Connection:
     # --- phases and stages ---
 
     def enter(self, phase: Phase, stage: Stage | None) -> None:
-        """Enter a phase, or stay in it, with this stage below. Raises RuntimeError if the phase cannot follow.
+        """Enter a phase, or stay in it, with this stage below. Raises RuntimeError if the transition is invalid.
 
-        The stage before is stopped. If the connection waits to write, the new stage does. A stage that reads has to add
-        itself to the reactor's readers; our reactor goes on to read if it has read for the stage before.
+        The previous stage is stopped. If the connection waits for writability, the new stage is registered for that. A
+        stage that reads must add itself to the reactor's readers; rtservice's reactor transfers this registration from
+        the previous stage.
         """
         if phase is not self.phase:
             self.phase = next_phase(self.phase, phase)
@@ -330,12 +333,12 @@ class Connection:
                 self.reactor.addWriter(new)
 
     def be_in_tls(self, facts: TLSFacts) -> None:
-        """Provide the interfaces of a transport in TLS, with these facts."""
+        """Provide the interfaces of a TLS transport, with these facts."""
         self.__provides__ = _PROVIDED_IN_TLS
         self._tls = facts
 
     def connect_protocol(self) -> None:
-        """Build the protocol and connect it. What it writes in connectionMade is sent at once."""
+        """Build the protocol and connect it. Output written in connectionMade is sent at once."""
         protocol = self._build_protocol()
         if protocol is None:
             return
@@ -350,7 +353,7 @@ class Connection:
             self._flush()
 
     def _build_protocol(self) -> Any:
-        """Return a protocol of the factory. Without one, give the connection up and return None."""
+        """Return a protocol built by the factory. If the factory returns none or fails, end the connection."""
         factory = self.port.factory
         try:
             protocol = factory.buildProtocol(self._peer)
@@ -366,9 +369,9 @@ class Connection:
     # --- reading ---
 
     def doRead(self) -> Any:
-        """Read once for each event, however much there is, so that every connection has its turn.
+        """Read once for each event, so that every connection has its turn.
 
-        Returns the exception that ended the connection, if one did, as Twisted's reactors take it.
+        Returns None, or the exception that ends the connection, as Twisted's reactors expect.
         """
         try:
             data = self._recv(BUFFER_SIZE)
@@ -391,19 +394,19 @@ class Connection:
         return None
 
     def _not_read(self, problem: Exception) -> Any:
-        """Return what doRead returns after recv() failed."""
+        """Return the result of doRead after recv() failed."""
         if isinstance(problem, BlockingIOError):
             return None
-        # With its traceback it would refer to a frame that refers to this connection.
+        # The traceback refers to a frame that refers to this connection: a reference cycle.
         self.error = problem.with_traceback(None)
         return main.CONNECTION_LOST
 
     def readConnectionLost(self, reason: Failure) -> None:
-        """The peer has finished sending. Called by the reactor."""
+        """Handle the peer's FIN. Called by the reactor."""
         if self.disconnected:
             return
         if not self.peer_finished:
-            # Twisted takes an error that the kernel reports before there is anything to read for a clean end.
+            # Twisted treats a socket error that is reported before any input as a clean end.
             code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 self.error = OSError(code, os.strerror(code))
@@ -418,7 +421,7 @@ class Connection:
                 self._protocol_failed("readConnectionLost")
                 return
         else:
-            # Twisted would drop what is unsent. Here it is sent first, but nothing more is produced.
+            # Twisted would drop unsent output. Here it is sent first, but the producer is stopped.
             self._stop_producer()
             self.disconnecting = self._once_sent = True
         self._flush()
@@ -436,7 +439,7 @@ class Connection:
         self._unsent += len(data)
         if not self._corked:
             self._flush_soon()
-        # A transport that is its own producer is paused when the flush shows what the kernel refused.
+        # A transport registered as its own producer is paused after the flush, when the kernel accepted less.
         if self._unsent > BUFFER_SIZE and self.producer is not self:
             self._pause_producer()
 
@@ -444,7 +447,7 @@ class Connection:
         self.write(joined(data))
 
     def _write_to_socket(self, data: bytes) -> None:
-        """Write what a layer above has encrypted. Its plaintext goes from `write` to the stage."""
+        """Write bytes that the TLS layer has encrypted. Plaintext goes from `write` to the stage."""
         if data and self._sending:
             self._out.append(data)
             self._unsent += len(data)
@@ -453,7 +456,7 @@ class Connection:
                 self._pause_producer()
 
     def _flush_soon(self) -> None:
-        """Schedule a flush, unless one will follow anyway."""
+        """Schedule a flush, unless one is due."""
         if not self._corked:
             self._corked = True
             if not self._waiting:
@@ -468,7 +471,7 @@ class Connection:
         self.reactor.addWriter(self._stage or self)
 
     def _flush(self) -> None:
-        """Send what is unsent with one system call, and do what was waiting for that."""
+        """Send unsent output with one system call. When all is sent, run the pending action."""
         if self._stage is not None and self._stage.sends:
             self._stage.flush()
             return
@@ -500,7 +503,7 @@ class Connection:
                 self._finish()
 
     def _first_pieces(self) -> bytes | memoryview:
-        """Join as many of the first pieces as are worth sending together, and return them."""
+        """Join the first pieces, up to JOIN_LIMIT bytes, and return them."""
         out = self._out
         count, size = 1, len(out[0])
         while count < len(out) and size + len(out[count]) <= JOIN_LIMIT:
@@ -511,12 +514,12 @@ class Connection:
         return out[0]
 
     def _lost(self, problem: OSError) -> None:
-        """End the connection: nothing can be sent any more."""
+        """End the connection after a failed send()."""
         self.error = problem.with_traceback(None)
         self.connectionLost(LOST)
 
     def _sent_some(self, piece: bytes | memoryview, sent: int) -> None:
-        """Keep what the kernel did not take of the first piece, and wait until it takes more."""
+        """Keep the part of the first piece that the kernel did not accept, and wait for writability."""
         self.bytes_out += sent
         self._unsent -= sent
         if sent == len(piece):
@@ -534,9 +537,9 @@ class Connection:
             self.producer.pauseProducing()
 
     def _all_sent(self) -> None:
-        """Ask the producer for more, if it waits for that; otherwise do what had to wait until all was sent."""
+        """Resume the producer if it is paused or a pull producer; otherwise run the pending action."""
         if self.producer is self and self.disconnecting:
-            self.producer = None  # it reads no more, so there is nothing more to come
+            self.producer = None  # reading has stopped, so it produces nothing more
         if self.producer is not None and (self.producer_paused or not self.streaming_producer):
             self.producer_paused = False
             self._once_sent = self.disconnecting or self._write_closing or not self.streaming_producer
@@ -546,7 +549,7 @@ class Connection:
 
     def _finish(self) -> None:
         if self.producer is not None and not self.streaming_producer:
-            return  # it says when it has finished: by unregistering
+            return  # a pull producer unregisters when it has finished
         self._once_sent = False
         if self.disconnecting:
             self._close()
@@ -560,8 +563,8 @@ class Connection:
                     self._protocol_failed("writeConnectionLost")
 
     def doWrite(self) -> Any:
-        """Send what is unsent: the kernel takes bytes again, or will most likely. Called by the reactor."""
-        if self._stage is not None:  # it was begun after the reactor was asked, or in the same event
+        """Send unsent output: the socket is writable, or very likely is. Called by the reactor."""
+        if self._stage is not None:  # it began after this call was requested, or in the same event
             return self._stage.doWrite()
         if not self.disconnected:
             self._flush()
@@ -579,38 +582,39 @@ class Connection:
             self.reactor.removeWriter(self._stage or self)
 
     def _close(self) -> None:
-        """Close, or make sure first that the last output arrives."""
+        """Close the socket, or linger if closing now could destroy the last output."""
         if self._stage is not None and not self._stage.finish_output():
             return
         if self.peer_finished:
             self.connectionLost(DONE)
             return
-        under_way = self._in_flight()  # without FIN, which counts as a byte
-        # FIN goes before the look at what the peer has sent: a reset for what comes later does not hurt who has it.
+        in_flight = self._in_flight()  # before FIN, which counts as a byte
+        # FIN is sent before the check for unread input: a peer that has FIN has all output, and a reset for input
+        # after that does no harm.
         with contextlib.suppress(OSError):  # the peer is gone
             self.socket.shutdown(socket.SHUT_WR)
-        if self._at_risk(under_way):
+        if self._at_risk(in_flight):
             self.port.linger(self)
         else:
             self.connectionLost(DONE)
 
-    def _at_risk(self, under_way: int) -> bool:
-        """Return whether closing now could be answered with a reset that overtakes our last output.
+    def _at_risk(self, in_flight: int) -> bool:
+        """Return whether closing now could send a reset that destroys the last output.
 
-        The kernel resets when input is unread, or comes after the end (RFC 9293, section 3.10.4; RFC 1122, section
-        4.2.2.13), and drops what the peer has not acknowledged.
+        The kernel sends a reset if input is unread or arrives after close() (RFC 9293, section 3.10.4; RFC 1122,
+        section 4.2.2.13), and discards unacknowledged output.
         """
         try:
             if self.socket.recv(1, socket.MSG_PEEK):
                 return True
         except BlockingIOError:
-            return under_way > 0
-        except OSError:  # gone already
+            return in_flight > 0
+        except OSError:  # the peer is gone
             pass
         return False
 
     def _in_flight(self) -> int:
-        """Return how many bytes the kernel has taken and the peer not acknowledged: SIOCOUTQ of tcp(7) and unix(7)."""
+        """Return the number of sent bytes that the peer has not acknowledged: SIOCOUTQ of tcp(7) and unix(7)."""
         queued = bytearray(4)
         try:
             fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, queued)
@@ -619,24 +623,24 @@ class Connection:
         return int.from_bytes(queued, sys.byteorder)
 
     def _shut_down_writing(self) -> bool:
-        """Send FIN. Returns False if that has to wait; then it is called again."""
+        """Send FIN. Returns False if the stage must send more first; then this is called again."""
         if self._stage is not None and not self._stage.finish_output():
             return False
-        with contextlib.suppress(OSError):  # the peer is gone, which reading will tell
+        with contextlib.suppress(OSError):  # the peer is gone; the next read reports it
             self.socket.shutdown(socket.SHUT_WR)
         return True
 
     def writeConnectionLost(self, reason: Failure) -> None:
-        """Required by IHalfCloseableDescriptor: the write side is never lost without the connection."""
+        """End the connection. Required by IHalfCloseableDescriptor; the write side is never lost alone."""
         self.connectionLost(reason)
 
     # --- the end ---
 
-    # `below`, here and in the methods for producers, is for a layer of TLS whose transport is the connection: its stage
-    # is not asked.
+    # `below`, here and in the methods for producers, is for a TLS layer whose transport is the connection: the call
+    # does not go through the stage.
 
     def loseConnection(self, *, below: bool = False) -> None:
-        """Close once everything written is sent, and the producer, if there is one, has unregistered."""
+        """Close once all written output is sent and the producer, if any, has unregistered."""
         if self.connected and not self.disconnecting:
             stage = self._stage
             if stage is None:
@@ -650,13 +654,13 @@ class Connection:
                 self._flush_soon()
 
     def loseWriteConnection(self) -> None:
-        """Send FIN once everything written is sent; reading goes on."""
+        """Send FIN once all written output is sent. Reading continues."""
         if self._sending and not self._write_closing:
             self._write_closing = self._once_sent = True
             self._flush_soon()
 
     def abortConnection(self) -> None:
-        """Close at once with a reset; what is unsent is dropped. The protocol is told in a later event."""
+        """Close at once with a reset, and drop unsent output. The protocol's connectionLost is called later."""
         if self.disconnected or self._aborting:
             return
         self._aborting = self.disconnecting = True
@@ -671,15 +675,15 @@ class Connection:
         self.reactor.callLater(0, self.connectionLost, Failure(error.ConnectionAborted()))
 
     def close(self, reason: str) -> None:
-        """Close once what is written is sent, with this reason (one of a fixed few) for the record.
+        """Close once all written output is sent. `reason`, one of a few fixed texts, is logged.
 
-        Unlike with loseConnection, a producer does not decide when that is.
+        Unlike loseConnection, this does not wait for a producer: it is stopped.
         """
         if self.disconnected:
             return
         self.error = LocalClose(reason)
         self._stop_producer()
-        if self.disconnecting:  # which may have waited for that
+        if self.disconnecting:  # loseConnection may have waited for the producer
             self._flush_soon()
         else:
             self.loseConnection()
@@ -687,14 +691,14 @@ class Connection:
             self._stage.closing()
 
     def abort(self, reason: str) -> None:
-        """Close at once with a reset, as abortConnection does, with this reason for the record."""
+        """Close at once with a reset, as abortConnection does. `reason`, one of a few fixed texts, is logged."""
         if self.disconnected:
             return
         self.error = LocalClose(reason)
         self.abortConnection()
 
     def refuse(self) -> None:
-        """Close a connection that was accepted a moment ago and is not served. The port is not told."""
+        """Close a connection that is not served, right after accept(). The port's `closed` is not called."""
         self.disconnected = True
         self.connected = self._writable = self._sending = False
         stage = self._stage
@@ -706,30 +710,30 @@ class Connection:
 
     @property
     def unsent(self) -> int:
-        """How many bytes are written and not yet given to the kernel."""
+        """Number of written bytes that are not yet passed to the kernel."""
         return self._unsent
 
     def _protocol_failed(self, method: str) -> None:
-        """Log what a protocol raised, and end its connection. Others go on."""
+        """Log an exception that a protocol raised, and end its connection. Other connections continue."""
         reason = Failure()
         _log.failure("{protocol} failed in {method}", reason, protocol=log_prefix(self.protocol), method=method)
         self._give_up(reason)
 
     def _failed(self) -> None:
-        """Log an exception, most likely of a producer, and end the connection, as the reactor does for doRead."""
+        """Log an exception, usually of a producer, and end the connection, as the reactor does for doRead."""
         reason = Failure()
         _log.failure("{connection} failed", reason, connection=self)
         self.connectionLost(reason)
 
     def _give_up(self, reason: Failure) -> None:
-        """End the connection for what its factory or protocol has done."""
+        """End the connection after an error of its factory or protocol."""
         if self._stage is None:
             self.connectionLost(reason)
         else:
             self._stage.give_up(reason)
 
     def connectionLost(self, reason: Failure) -> None:
-        """End the connection. Every end is here, also of those that the reactor ends."""
+        """End the connection. All ends pass through here, including those that the reactor causes."""
         if self.disconnected:
             return
         self.disconnected = True
@@ -746,15 +750,15 @@ class Connection:
         if self._waiting:
             self.reactor.removeWriter(descriptor)
         if stage is not None:
-            self._stage = None  # they refer to each other
+            self._stage = None  # breaks a reference cycle
         self._out.clear()
         try:
             if isinstance(reason.value, error.ConnectionAborted):
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             self.socket.close()
-        except OSError:  # it was reset meanwhile
+        except OSError:  # reset by the peer meanwhile
             pass
-        # References that would make a cycle of connection and protocol; the protocol keeps its transport.
+        # Breaks the reference cycle of connection and protocol. The protocol keeps its transport.
         protocol, self.protocol = self.protocol, None
         if protocol is not None:
             try:
@@ -818,19 +822,18 @@ class Connection:
     def stopProducing(self) -> None:
         self.loseConnection()
 
-    # Twisted's descriptors have these as public methods, and protocols use them.
+    # Public methods of Twisted's descriptors that protocols use.
     stopReading = pauseProducing
     startReading = resumeProducing
 
     # --- TLS ---
 
     def startTLS(self, contextFactory: Any, normal: bool = True) -> None:
-        """Go on in TLS; what was written before is sent in the clear.
+        """Begin TLS on this connection. Output written before is sent in plaintext.
 
-        `contextFactory` is an `ssl.SSLContext`, or anything that Twisted's own TLS takes (with pyOpenSSL). `normal`
-        means to be the server of the handshake. Raises ValueError for a context that is made for the other side,
-        ImportError for one of Twisted's without pyOpenSSL, and RuntimeError if TLS was begun before: it does not run
-        within itself.
+        `contextFactory` is an `ssl.SSLContext`, or a context factory of Twisted's TLS (with pyOpenSSL). With `normal`,
+        this side is the server of the handshake. Raises ValueError for a context of the other side, ImportError for a
+        context factory without pyOpenSSL, and RuntimeError if TLS has begun before or the connection is closing.
         """
         if self._tls is not None:
             raise RuntimeError("this connection is in TLS already")
@@ -844,16 +847,16 @@ class Connection:
             raise AttributeError("this connection is not in TLS")
         return self._tls
 
-    # What follows exists in TLS only. It is None before the handshake is done. With `ssl` it is still there in
-    # connectionLost.
+    # The following attributes exist only in TLS. They are None until the handshake is done. With `ssl` they are still
+    # available in connectionLost.
 
     @property
     def getPeerCertificate(self) -> Callable[[], Any]:
-        """The peer's certificate: as `ssl.SSLObject.getpeercert` describes it, or of pyOpenSSL; None without one.
+        """The peer's certificate: the dict of `ssl.SSLObject.getpeercert`, or pyOpenSSL's X509; None without one.
 
-        With `ssl`, a certificate with a name that is not UTF-8 has an empty `subject` and nothing else.
+        With `ssl`, a certificate with a name that is not UTF-8 has only an empty `subject`.
 
-        What `ssl` can say beyond this (the certificate as DER, the chain) is at `getHandle()`, its SSLObject.
+        `getHandle()` returns the SSLObject, which has more (the certificate as DER, the chain).
         """
         facts = self._facts
         return lambda: facts.peer_certificate
@@ -870,10 +873,10 @@ class Connection:
 
     @property
     def tls_cipher(self) -> str | None:
-        """OpenSSL's name of the cipher suite in use, such as `TLS_AES_256_GCM_SHA384`."""
+        """OpenSSL's name of the negotiated cipher suite, such as `TLS_AES_256_GCM_SHA384`."""
         return self._facts.cipher
 
-    # --- who and what ---
+    # --- addresses, handle and socket options ---
 
     def getPeer(self) -> Any:
         return self._peer
@@ -884,7 +887,7 @@ class Connection:
         return address_of(self.socket.getsockname())
 
     def getHandle(self) -> Any:
-        """Return the socket, or the `ssl.SSLObject` or pyOpenSSL's Connection once TLS is established."""
+        """Return the socket, or once TLS is established, the `ssl.SSLObject` or pyOpenSSL's Connection."""
         facts = self._tls
         return self.socket if facts is None or facts is TLS_PENDING else facts.handle
 
@@ -905,7 +908,7 @@ class Connection:
 
     @property
     def log_fields(self) -> dict[str, object]:
-        """The fields of a log record about this connection: see `rtservice.interfaces.ConnectionLogger`."""
+        """Fields of a log record about this connection (`rtservice.interfaces.ConnectionLogger`)."""
         return {"connection": self.number, "peer": peer_name(self._peer), "listener": self.port.name}
 
     def logPrefix(self) -> str:
@@ -916,19 +919,19 @@ class Connection:
         return f"<{type(self).__name__} #{self.number} of {self._peer} on {self.port.name}>"
 
 
-# What a connection provides. It is an attribute of each, since it changes with TLS and the class does not.
+# The interfaces that a connection provides: an attribute of each object, since TLS changes them.
 _PROVIDED = implementedBy(Connection)
 _PROVIDED_IN_TLS = Provides(Connection, interfaces.ISSLTransport, interfaces.INegotiated)
 
 
 def _as_bytes(data: Any) -> bytes:
-    if isinstance(data, bytes | bytearray | memoryview):  # a copy: a buffer may be changed before it is sent
+    if isinstance(data, bytes | bytearray | memoryview):  # a copy: the caller may change a buffer before it is sent
         return bytes(data)
-    raise TypeError("Data must be bytes")  # Twisted's words
+    raise TypeError("Data must be bytes")  # Twisted's text
 
 
 def joined(pieces: Any) -> bytes:
-    """Join pieces of data. Raises TypeError as Twisted does."""
+    """Join pieces of data. Raises TypeError as Twisted does, if one is not bytes."""
     try:
         return b"".join(pieces)
     except TypeError:

@@ -1,7 +1,7 @@
-"""Certificate revocation lists in PEM form: how many a file holds, and when the first of them has to be replaced.
+"""Certificate revocation lists in PEM form: the number of lists in a file, and their earliest next update.
 
-OpenSSL verifies them and looks certificates up. This only finds the time that the log shows: neither `ssl` nor
-pyOpenSSL has an API for it.
+OpenSSL verifies the lists and checks certificates against them. This module only reads the time that the log shows:
+neither `ssl` nor pyOpenSSL has an API for it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _PEM = re.compile(f"{_BEGIN}(.*?)-----END X509 CRL-----", re.DOTALL)
 class RevocationLists:
     """The certificate revocation lists of a file.
 
-    `next_update` is the earliest time, in seconds since the epoch, at which one of them is replaced by its authority,
-    after which OpenSSL refuses each certificate of this authority; None where none of them says so.
+    `next_update` is the earliest next update of a list, in seconds since the epoch; None if no list has one. After this
+    time OpenSSL rejects every certificate of the list's authority.
     """
 
     path: str
@@ -30,7 +30,7 @@ class RevocationLists:
 
 
 def pem_blocks(text: str) -> list[str]:
-    """The PEM blocks of a text; raises ValueError when one does not end, or when there is none."""
+    """Return the PEM blocks in a text. Raises ValueError if there is none, or if one is not terminated."""
     found = [match.group() for match in _PEM.finditer(text)]
     if not found or len(found) != text.count(_BEGIN):
         raise ValueError("not PEM")
@@ -38,18 +38,18 @@ def pem_blocks(text: str) -> list[str]:
 
 
 def describe(path: str, blocks: list[str]) -> RevocationLists:
-    """What the lists in these PEM blocks say; `path` is where they came from. Raises ValueError."""
+    """Return the description of the lists in these PEM blocks, read from the file `path`. Raises ValueError."""
     times = []
     for block in blocks:
         match = _PEM.fullmatch(block)
         if match is None:
             raise ValueError("not PEM")
         times.append(_next_update(base64.b64decode(match.group(1))))
-    return RevocationLists(path, len(blocks), min((one for one in times if one is not None), default=None))
+    return RevocationLists(path, len(blocks), min((update for update in times if update is not None), default=None))
 
 
 def _next_update(der: bytes) -> int | None:
-    """`nextUpdate` of a CertificateList (RFC 5280, section 5.1)."""
+    """Return `nextUpdate` of a DER CertificateList (RFC 5280, section 5.1), or None. Raises ValueError."""
     _, start, _ = element(der, 0, SEQUENCE)
     _, at, _ = element(der, start, SEQUENCE)  # tbsCertList
     kind, _, end = element(der, at)

@@ -1,6 +1,6 @@
-"""Elements and times of DER (X.690), as far as certificates and revocation lists (RFC 5280) need them.
+"""Parse the elements and times of DER (X.690) that certificates and revocation lists (RFC 5280) use.
 
-OpenSSL verifies both. This finds what is shown of them, for which `ssl` has no public API.
+OpenSSL verifies both. This module only reads the fields that logs show, for which `ssl` has no public API.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ SEQUENCE, INTEGER, UTC_TIME, GENERALIZED_TIME = 0x30, 0x02, 0x17, 0x18
 
 
 def element(der: bytes, at: int, expected: int | None = None) -> tuple[int, int, int]:
-    """Return the tag of the element at an offset, and where its content begins and ends.
+    """Return the tag of the element at offset `at`, and the offsets of the start and end of its content.
 
-    Raises ValueError, also for a tag that is not `expected`.
+    Raises ValueError if the element is truncated, or if `expected` is given and its tag differs.
     """
     if at + 2 > len(der):
-        raise ValueError("cut short")
+        raise ValueError("truncated")
     kind, length = der[at], der[at + 1]
     at += 2
     if length & 0x80:
@@ -25,17 +25,17 @@ def element(der: bytes, at: int, expected: int | None = None) -> tuple[int, int,
         length = int.from_bytes(der[at : at + size])
         at += size
     if at + length > len(der) or expected not in (None, kind):
-        raise ValueError("not as expected")
+        raise ValueError("truncated, or an unexpected tag")
     return kind, at, at + length
 
 
-# What follows the year. RFC 5280 wants seconds and Z. Older certificates leave seconds out, or have an offset (X.680,
-# clause 47).
+# The part after the year. RFC 5280 requires seconds and Z. Older certificates omit the seconds or have an offset
+# (X.680, clause 47).
 _TIME = re.compile(rb"([0-9]{8})([0-9]{2})?(?:Z|([+-])([0-9]{2})([0-9]{2}))")
 
 
 def time(kind: int, text: bytes) -> int:
-    """Return a time, in seconds since the epoch, by RFC 5280, section 4.1.2.5. Raises ValueError."""
+    """Return a time (RFC 5280, section 4.1.2.5) in seconds since the epoch. Raises ValueError."""
     if kind == UTC_TIME:
         year, rest = (b"20" if text < b"5" else b"19") + text[:2], text[2:]
     elif kind == GENERALIZED_TIME:

@@ -1,17 +1,18 @@
-r"""The grammar of `--listen` and `--status`: texts in, types and arguments out. Nothing is looked up or opened here.
+r"""The grammar of listen descriptions (`--listen`, `--status`): text to type and arguments, without look-ups or I/O.
 
-The syntax is that of Twisted's endpoints: `type:argument:key=value`, in which a backslash takes the next character as
-it is. Whatever Twisted reads of it is read the same here. Beside that, where `tcp`, `tcp6` and `ssl` take an address:
+The syntax is that of Twisted's endpoints: `type:argument:key=value`, where a backslash escapes the next character.
+Every description that Twisted accepts has the same meaning here. In addition, for the address of `tcp`, `tcp6` and
+`ssl`:
 
-- `HOST:PORT` may stand in the place of the port, as in the log: `tcp:127.0.0.1:8080`, `ssl:[::1]:8443`, `tcp::8080`.
-  Only key=value fields may follow. A first part of digits alone is a port, never a host.
-- An IPv6 address needs no backslashes as the value of `interface`. In brackets it ends with its bracket. Without them
-  it extends to the next key=value field, or to the end: `tcp6:8080:interface=::1:backlog=5`.
-- Before a port an IPv6 address is in brackets: `::1:8080` is an address as well, and refused.
+- `HOST:PORT` may replace the port, as in the log: `tcp:127.0.0.1:8080`, `ssl:[::1]:8443`, `tcp::8080`. Only key=value
+  fields may follow. A first part that consists of digits is a port, never a host.
+- An IPv6 address needs no backslashes as the value of `interface`. In brackets it ends with its bracket. Without
+  brackets it extends to the next key=value field, or to the end: `tcp6:8080:interface=::1:backlog=5`.
+- An IPv6 address before a port needs brackets: `::1:8080` is a valid address too, and is rejected.
 
-A description may begin with the port or with HOST:PORT, and is `tcp:` then: `8080`, `:8080`, `*:8080`,
-`localhost:8080`, `127.0.0.1:8080`, `status.example.com:8080`, `[::1]:8080`. A host name of one label other than
-`localhost` takes `tcp:` before it: `web:8080` would be of the type `web`.
+A description that begins with a port or HOST:PORT has the type `tcp`: `8080`, `:8080`, `*:8080`, `localhost:8080`,
+`127.0.0.1:8080`, `status.example.com:8080`, `[::1]:8080`. A host name of one label other than `localhost` needs the
+prefix `tcp:`, since `web:8080` would have the type `web`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rtservice.suggestions import did_you_mean, nearest
 
 PROXY = ("proxy", "haproxy")
 
-# By position or keyword, as Twisted has them.
+# Arguments by position or keyword, as in Twisted.
 ARGUMENTS = {
     "tcp": ("port", "interface", "backlog"),
     "tcp6": ("port", "interface", "backlog"),
@@ -36,20 +37,20 @@ ARGUMENTS = {
 
 TYPES = frozenset((*ARGUMENTS, *PROXY))
 
-# What is accepted, for error messages.
+# The accepted forms, for error messages.
 FORMS = "8080, HOST:PORT such as 127.0.0.1:8080 or [::1]:8080, tcp:, tcp6:, ssl:, unix:, systemd:"
 
-# Words of other programs for types of ours.
+# Other programs' names of these types.
 _OTHER_WORDS = {"tls": "ssl", "https": "ssl", "http": "tcp", "tcp4": "tcp", "ipv4": "tcp", "ipv6": "tcp6"}
 
 
 class ListenError(Exception):
-    """A description cannot become listening sockets; the text says what was found and what to do."""
+    """A listen description is invalid, or its sockets cannot be opened. The text names the error and the remedy."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """A description that was read. `prefixes` are those of `proxy`, `haproxy` and `ssl` that go before its type."""
+    """A parsed listen description. `prefixes` are the `proxy`, `haproxy` and `ssl` before its type."""
 
     kind: str
     positional: tuple[str, ...] = ()
@@ -58,42 +59,42 @@ class Description:
 
     @property
     def ours(self) -> bool:
-        """Whether this package listens on it, and not Twisted or one of its plugins."""
+        """Whether rtservice opens it, and not Twisted or one of its plugins."""
         return bool(self.prefixes) or self.kind in TYPES
 
     @property
     def proxied(self) -> bool:
-        """Whether each connection is to begin with a PROXY header."""
+        """Whether each connection must begin with a PROXY header."""
         return self.prefixes[:1] in (("proxy",), ("haproxy",))
 
     @property
     def interface(self) -> str:
-        """The interface, as it stands there; empty without one."""
+        """The value of `interface`, unchanged; empty if it is not given."""
         names = ARGUMENTS.get(self.kind, ())
         return {**dict(zip(names, self.positional, strict=False)), **self.keywords}.get("interface", "")
 
 
 def whole_number(what: str, text: str, low: int, high: int) -> int:
-    """Return a number that a description gives in decimal digits. Raises ListenError."""
+    """Return the number in `text`, from `low` to `high` and in decimal digits. Raises ListenError."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise ListenError(f"{what} {text!r} is not a whole number from {low} to {high}")
     return int(text)
 
 
 def parse(text: str) -> Description:
-    """Read a description; raises ListenError."""
+    """Parse a listen description. Raises ListenError."""
     parts = _split(text)
     prefixes: list[str] = []
-    # Two at the most are accepted, and a third is enough to reject them.
+    # At most two are accepted; the third is enough to reject them.
     while parts and len(prefixes) < 3 and _is_prefix(parts):
         prefixes.append(_unescape(parts.pop(0)))
     parts = parts or [""]
     first = next((number for number, part in enumerate(parts) if _key(part) is None), None)
     if first is None:
-        raise ListenError("it does not begin with a type such as tcp: or unix:")
+        raise ListenError("the type is missing; begin with a type such as tcp: or unix:")
     kind = _unescape(parts[first])
     if kind in PROXY:
-        raise ListenError(f"{kind}: goes before everything else")
+        raise ListenError(f"{kind}: is not at the beginning; write it before ssl: and the type")
     if kind in _WITH_PORT:
         del parts[first]
     elif first == 0 and _is_address_and_port(parts):
@@ -105,9 +106,9 @@ def parse(text: str) -> Description:
 
 
 def unknown_type(description: Description, others: Iterable[str] = (), *, proxy: bool = True) -> str:
-    """What is wrong with a description of a type that is not known.
+    """Return the error text for a description of an unknown type.
 
-    `others` are known types that are not ours. Where there are no PROXY headers, `proxy` is false.
+    `others` are types of Twisted and its plugins. `proxy` tells whether the setting accepts `proxy:`.
     """
     kind = description.kind
     others = sorted(set(others) - TYPES)
@@ -121,59 +122,59 @@ def unknown_type(description: Description, others: Iterable[str] = (), *, proxy:
 
 
 def bare_host(host: str) -> str:
-    """A host without the brackets of an IPv6 address."""
+    """Return a host without the brackets of an IPv6 address."""
     inner = host[1:-1]
     return inner if host == f"[{inner}]" and _is_ipv6(inner) else host
 
 
 def tcp_name(host: str, port: int, zone: str = "") -> str:
-    """What logs call a listener on this address, which `parse` reads: `tcp:127.0.0.1:8080`, `tcp:[fe80::1%eth0]:8080`.
+    """Return the name of a TCP listener for logs: `tcp:127.0.0.1:8080`, `tcp:[fe80::1%eth0]:8080`.
 
-    `zone` is the network interface of a link-local address (RFC 4007, section 11).
+    `zone` is the network interface of a link-local address (RFC 4007, section 11). `parse` accepts the name.
     """
     return f"tcp:{address_name(host, port, zone)}"
 
 
 def address_name(host: str, port: int, zone: str = "") -> str:
-    """An address and a port as messages have them."""
+    """Return an address and a port as `127.0.0.1:8080` or `[::1]:8080`."""
     scoped = f"{host}%{zone}" if zone else host
     return f"[{scoped}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def unix_name(path: str) -> str:
-    """What logs call a listener on this path, which `parse` reads."""
+    """Return the name of a listener on this path for logs. `parse` accepts it."""
     return "unix:" + re.sub(r"[\\:=]", r"\\\g<0>", path)
 
 
-# Types in which an address and a port can be.
+# Types that take an address and a port.
 _WITH_PORT = ("tcp", "tcp6", "ssl")
 
 _PART = re.compile(r"(?:\\.|[^:\\])*", re.DOTALL)
 _KEYWORD = re.compile(r"((?:\\.|[^=\\])*)=(.*)", re.DOTALL)
 _DIGITS = re.compile(r"[0-9]+")
 
-# A name that cannot be taken for a type: `localhost`, or one of several labels; IPv4 addresses look the same.
+# A host that cannot be a type: `localhost`, or a name of several labels; an IPv4 address matches too.
 _CLEARLY_HOST = re.compile(r"localhost\.?|[\w-]+(\.[\w-]+)+\.?", re.ASCII | re.IGNORECASE)
 
 
 def _split(text: str) -> list[str]:
-    """The parts between colons, with their backslashes."""
+    """Split at colons that are not escaped. Backslashes stay. Raises ListenError."""
     parts = []
     at = 0
     while True:
         match = _PART.match(text, at)
-        assert match is not None  # it matches nothing, too
+        assert match is not None  # it also matches an empty text
         parts.append(match.group())
         at = match.end()
         if at == len(text):
             return parts
         if text[at] == "\\":
-            raise ListenError("it ends with a backslash, which takes the next character as it is")
+            raise ListenError("it ends with a backslash, which escapes the next character; write \\\\ for a backslash")
         at += 1
 
 
 def _key(part: str) -> str | None:
-    """The key of a key=value field, with its backslashes; None of another part."""
+    """Return the key of a key=value field, with its backslashes; None if the part is no such field."""
     match = _KEYWORD.fullmatch(part)
     return None if match is None else match[1]
 
@@ -184,12 +185,12 @@ def _unescape(text: str) -> str:
 
 def _add_keyword(keywords: dict[str, str], key: str, value: str) -> None:
     if key in keywords:
-        raise ListenError(f"{key}= is given twice")
+        raise ListenError(f"{key}= is given twice; give it once")
     keywords[key] = value
 
 
 def _twisteds(parts: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Positional arguments and keywords as Twisted reads them."""
+    """Return positional arguments and keywords by Twisted's rules."""
     positional = []
     keywords: dict[str, str] = {}
     for part in parts:
@@ -207,7 +208,7 @@ def _is_prefix(parts: list[str]) -> bool:
 
 
 def _is_address_and_port(parts: list[str]) -> bool:
-    """Whether a description without a type begins with a port, or with what can only be an address."""
+    """Return whether a description without a type begins with a port or an unambiguous address."""
     head, rest = parts[0], parts[1:]
     if _ipv6_run(parts) or (rest and head == "" and _key(rest[0]) is None):
         return True
@@ -222,10 +223,10 @@ def _is_address_and_port(parts: list[str]) -> bool:
 
 
 def _with_addresses(kind: str, parts: list[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Positional arguments and keywords of a type that has a port, wherever its address stands."""
+    """Return positional arguments and keywords of a type with a port. The address becomes `interface`."""
     positional: list[str] = []
     keywords: dict[str, str] = {}
-    host: str | None = None  # of HOST:PORT
+    host: str | None = None  # the host of HOST:PORT
     at = 0
     while at < len(parts):
         part = parts[at]
@@ -262,7 +263,7 @@ def _with_addresses(kind: str, parts: list[str]) -> tuple[tuple[str, ...], dict[
 
 
 def _interface(parts: list[str]) -> tuple[str, int]:
-    """The address at the beginning of these parts, and how many of them it is."""
+    """Return the address at the beginning of these parts, and its number of parts."""
     if bracketed := _bracketed(parts):
         return bracketed
     if run := _ipv6_run(parts):
@@ -274,7 +275,7 @@ def _interface(parts: list[str]) -> tuple[str, int]:
 
 
 def _bracketed(parts: list[str]) -> tuple[str, int] | None:
-    """An IPv6 address in brackets and the number of its parts; None where there is no bracket."""
+    """Return an IPv6 address in brackets and its number of parts; None without a bracket."""
     if not parts[0].startswith("["):
         return None
     end = next((number for number, part in enumerate(parts, 1) if part.endswith("]")), len(parts))
@@ -286,13 +287,13 @@ def _bracketed(parts: list[str]) -> tuple[str, int] | None:
 
 
 def _bare_run(parts: list[str]) -> str:
-    """What stands up to the next key=value field."""
+    """Return the text up to the next key=value field."""
     end = next((number for number, part in enumerate(parts) if number and _key(part) is not None), len(parts))
     return ":".join(parts[:end])
 
 
 def _ipv6_run(parts: list[str]) -> str | None:
-    """What stands up to the next key=value field, if that is an IPv6 address."""
+    """Return the text up to the next key=value field if it is an IPv6 address, else None."""
     run = _bare_run(parts)
     return run if _is_ipv6(run) else None
 
@@ -302,7 +303,8 @@ def _is_ipv6(text: str) -> bool:
         address = ipaddress.IPv6Address(text)
     except ValueError:
         return False
-    # A name of a network interface has neither of these (dev_valid_name of Linux), and `ipaddress` takes any text.
+    # `ipaddress` accepts any text as scope. Linux allows none of these characters in an interface's name
+    # (dev_valid_name).
     return not re.search(r"[:/\s]", address.scope_id or "")
 
 

@@ -1,8 +1,8 @@
-"""Handshakes that a client can make expensive, in a thread: one at a time, so that the reactor and others go on.
+"""Run expensive handshakes (those with client certificates) in a thread, one at a time.
 
-OpenSSL decodes the public key of each certificate that a client shows before it verifies any of them. 12 KiB of
-certificates with compressed points of P-224 take 90 ms, and a limit low enough for a few milliseconds would refuse
-chains of honest clients. OpenSSL runs without Python's global lock, so another thread is enough.
+OpenSSL decodes the public key of each certificate of a client before it verifies any of them. 12 KiB of certificates
+with compressed points on P-224 take 90 ms, and a limit that keeps this to a few milliseconds would reject valid chains.
+OpenSSL runs without Python's global lock, so a thread keeps the reactor free.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rtservice.net.tls_bounds import MAX_INLINE_CERTIFICATES
 
 _log = Logger()
 
-# More at a time would take the processor from the reactor.
+# One handshake at a time: several would take CPU time from the reactor.
 _turn = DeferredLock()
 
 
 def may_be_expensive(connection: ssl.SSLObject, size: int) -> bool:
-    """Whether OpenSSL may take long for this many bytes, which have come since the server's part of the handshake."""
+    """Return whether OpenSSL may need long for `size` bytes, received since the server's handshake messages."""
     return size > MAX_INLINE_CERTIFICATES and connection.context.verify_mode != ssl.CERT_NONE
 
 
@@ -34,14 +34,14 @@ def shake_in_thread(
     is_wanted: Callable[[], bool],
     done: Callable[[ssl.SSLError | None], None],
 ) -> None:
-    """Call the connection's do_handshake in a thread of the reactor's, then `done` in the reactor with what it raised.
+    """Call do_handshake of the connection in a reactor thread, then `done` in the reactor with its exception or None.
 
-    Nothing else may use the connection meanwhile. If it is not wanted any more when its turn comes, nothing is called.
+    Nothing else may use the connection meanwhile. If `is_wanted` returns False when its turn comes, neither is called.
     """
 
     def shake() -> ssl.SSLError | None:
-        # Returned, not raised: the Failure that a thread of the pool makes is in a cycle with its frame, which would
-        # keep the connection until a garbage collection.
+        # Returned, not raised: the thread pool's Failure forms a cycle with its frame, which would keep the connection
+        # in memory until a garbage collection.
         try:
             connection.do_handshake()
         except ssl.SSLError as problem:

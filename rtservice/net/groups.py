@@ -1,12 +1,12 @@
-"""Which groups keys are exchanged on: X25519, P-256, P-384 and hybrids of these with ML-KEM, and nothing expensive.
+"""Limit the key exchange groups of TLS to X25519, P-256, P-384 and their hybrids with ML-KEM.
 
-OpenSSL's own choice includes finite fields: a client that asks for ffdhe8192 costs the server 120 ms of CPU before it
-is authenticated, and itself nothing (CVE-2002-20001), where X25519 costs 0.8 ms. Public API to choose groups is
-`SSLContext.set_groups`, from Python 3.15 on. Before that they are set below `ssl` (see `openssl`). Where this is not
-possible, `set_ecdh_curve` leaves P-256 alone, which costs a client that offers X25519 first one round trip.
+OpenSSL's default includes finite fields: a client that requests ffdhe8192 costs the server 120 ms of CPU before it is
+authenticated, at no cost to itself (CVE-2002-20001). X25519 costs 0.8 ms. The public API to choose groups is
+`SSLContext.set_groups`, from Python 3.15. Older versions set them below `ssl` (see `openssl`). Where this is not
+possible, `set_ecdh_curve` leaves only P-256, which costs a client that offers X25519 first one round trip.
 
-Nothing of this is believed: the first context that is limited in a process has to refuse a ClientHello that offers
-finite fields alone, and to accept one that offers X25519 and P-256.
+The limit is tested: the first limited context in a process has to reject a ClientHello that offers only finite fields,
+and to accept one that offers X25519 and P-256.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rtservice.net import openssl
 
 _CLASSIC = "X25519:P-256:P-384"
 
-# Tried in this order. The first is of OpenSSL 3.5: `?` is before what may be missing, and groups after a `/` are used
-# for clients that know none of those before it. The second is for a provider of ML-KEM in an older OpenSSL.
+# Tried in this order. The first needs OpenSSL 3.5: `?` marks an optional group, and groups after `/` are for clients
+# that support none of those before it. The second is for an older OpenSSL with an ML-KEM provider.
 GROUP_LISTS = (
     f"?X25519MLKEM768:?SecP256r1MLKEM768:?SecP384r1MLKEM1024/{_CLASSIC}",
     f"X25519MLKEM768:{_CLASSIC}",
@@ -37,41 +37,41 @@ _X448, _P521, _FFDHE2048, _FFDHE3072, _FFDHE4096, _FFDHE6144, _FFDHE8192 = 30, 2
 
 _T = TypeVar("_T")
 
-# Limits the groups of a context; False where this library cannot.
-Way = Callable[[_T], bool]
+# A function that limits the groups of a context, and returns False if the library cannot.
+Limiter = Callable[[_T], bool]
 
 
 @dataclass
 class GroupPolicy(Generic[_T]):
-    """Limits the groups of one library's contexts, in the first of several ways that is proven to work.
+    """Limits the groups of one library's contexts, with the first of several functions that passes a test.
 
-    `answer` gives what a context sends for a ClientHello. `full` are the ways to have all groups that are wanted,
-    `fallback` is the one to have P-256 alone, and `why` says why none of `full` works.
+    `answer` returns the bytes that a context sends in reply to a ClientHello. The functions in `full` set all accepted
+    groups, `fallback` sets only P-256, and `why` returns the reason why none of `full` works.
     """
 
     answer: Callable[[_T, bytes], bytes]
-    full: Sequence[Way[_T]]
-    fallback: Way[_T]
+    full: Sequence[Limiter[_T]]
+    fallback: Limiter[_T]
     why: Callable[[], str]
-    _proven: tuple[Way[_T], str | None] | None = field(default=None, init=False)
+    _proven: tuple[Limiter[_T], str | None] | None = field(default=None, init=False)
 
     def limit(self, context: _T, probe: Callable[[], _T] | None = None) -> str | None:
-        """Limit the groups of a context that has its certificate; a warning for the log where not all is as wanted.
+        """Limit the groups of a context that has its certificate. Returns a warning for the log, or None.
 
-        `probe` gives one like it, for a library whose contexts cannot be changed once a connection was made of them.
+        `probe` returns an equal context, for a library whose contexts cannot be changed once a connection uses them.
         """
         if self._proven is not None:
-            way, warning = self._proven
-            if way(context):
+            limiter, warning = self._proven
+            if limiter(context):
                 return warning
-        for way in (*self.full, self.fallback):
+        for limiter in (*self.full, self.fallback):
             proof = context if probe is None else probe()
-            if way(context) and way(proof) and self._holds(proof):
+            if limiter(context) and limiter(proof) and self._holds(proof):
                 limited = f"TLS key exchange is limited to P-256, without X25519: {self.why()}"
-                warning = f"{limited}; most clients need one more round trip" if way is self.fallback else None
-                self._proven = way, warning
+                warning = f"{limited}; most clients need one more round trip" if limiter is self.fallback else None
+                self._proven = limiter, warning
                 return warning
-        # The last way stays in force. It may be the certificate that our ClientHello is refused for.
+        # The last function stays applied. The certificate may be the reason why the test's ClientHello is rejected.
         return f"TLS key exchange is not proven to be limited: {self.why()}; a handshake may cost 120 ms of CPU"
 
     def _holds(self, context: _T) -> bool:
@@ -80,15 +80,15 @@ class GroupPolicy(Generic[_T]):
         return refused[:1] == _ALERT and accepted[:1] == _HANDSHAKE
 
 
-_ALERT, _HANDSHAKE = b"\x15", b"\x16"  # types of records (RFC 8446, section 5.1)
+_ALERT, _HANDSHAKE = b"\x15", b"\x16"  # record types (RFC 8446, section 5.1)
 _UNWANTED = (_FFDHE3072, _FFDHE4096, _FFDHE6144, _FFDHE8192, _X448, _P521)
-# Public keys that are valid: the base point of X25519, and the generator of ffdhe2048 (RFC 7919, appendix A).
+# Valid public keys: the base point of X25519, and the generator of ffdhe2048 (RFC 7919, appendix A).
 _X25519_SHARE = b"\x09" + bytes(31)
 _FFDHE_SHARE = bytes(255) + b"\x02"
 
 
 def client_hello(groups: Sequence[int], share: tuple[int, bytes] | None = None) -> bytes:
-    """The record of a TLS 1.3 ClientHello that offers `groups`, with a public key for one of them, or none yet."""
+    """Return the record of a TLS 1.3 ClientHello that offers `groups`, with `share`, a group and its public key."""
 
     def vector(size: str, body: bytes) -> bytes:
         return struct.pack(size, len(body)) + body
@@ -96,7 +96,7 @@ def client_hello(groups: Sequence[int], share: tuple[int, bytes] | None = None) 
     def extension(number: int, body: bytes) -> bytes:
         return struct.pack("!H", number) + vector("!H", body)
 
-    # ECDSA, RSA-PSS, Ed25519 and Ed448: the server's certificate may be for any of them.
+    # ECDSA, RSA-PSS, Ed25519 and Ed448: the server's certificate may use any of them.
     signatures = [0x0403, 0x0503, 0x0603, 0x0804, 0x0805, 0x0806, 0x0809, 0x080A, 0x080B, 0x0807, 0x0808]
     signatures += [0x081A, 0x081B, 0x081C, 0x0904, 0x0905, 0x0906]  # ECDSA on Brainpool curves, ML-DSA
     shares = b"" if share is None else struct.pack("!H", share[0]) + vector("!H", share[1])

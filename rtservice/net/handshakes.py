@@ -1,8 +1,8 @@
-"""What comes before a protocol: the PROXY header and the TLS handshake.
+"""The handshakes before a protocol: PROXY header and TLS handshake.
 
-A handshake is the Stage below a connection that is not open yet. It has a deadline, and hands over to what follows: a
-PROXY header to what the port chooses (`rtservice.net.port`), a TLS handshake to the TLSStream of the connection. The
-phases that a connection goes through are in `rtservice.net.phases`.
+A handshake is the Stage below a connection that is not open yet. It has a deadline. After a PROXY header, the port
+begins the next phase (`rtservice.net.port`). After a TLS handshake, the TLSStream of the connection follows. The phases
+of a connection are in `rtservice.net.phases`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from rtservice.net.tls_facts import TLS_PENDING
 from rtservice.net.tls_memory import MemoryTLS
 from rtservice.net.tls_stream import TLSStream
 
-# Bytes that are peeked at for a PROXY header at a time: a header without TLVs, and the first data of most protocols.
+# Bytes to peek at for a PROXY header at a time: a header without TLVs, and the first data of most protocols.
 _PROXY_PEEK = 1024
 
 
 class Handshake(Stage):
-    """A stage with a deadline: it has the port's `handshake_timeout`."""
+    """A stage that must end within the port's `handshake_timeout`."""
 
     __slots__ = ("_deadline",)
 
-    timed_out: str  # the reason for the record
+    timed_out: str  # the reason that is logged
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
@@ -54,7 +54,7 @@ class Handshake(Stage):
 
 
 class ProxyHandshake(Handshake):
-    """Reads the PROXY header, and not a byte more. The peer of the connection is the one that the header names."""
+    """Reads the PROXY header and no byte after it. The source address in the header becomes the connection's peer."""
 
     __slots__ = ("_begun",)
 
@@ -62,7 +62,7 @@ class ProxyHandshake(Handshake):
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
-        self._begun = b""  # what has come of the header
+        self._begun = b""  # the part of the header that was received
 
     def begin(self) -> None:
         """Wait for the header."""
@@ -74,13 +74,13 @@ class ProxyHandshake(Handshake):
         sock = connection.socket
         try:
             ahead = sock.recv(_PROXY_PEEK, socket.MSG_PEEK)
-            if not ahead:  # a probe of whether the port is open, most often
+            if not ahead:  # usually a health check that only connects
                 connection.peer_finished = True
                 return main.CONNECTION_DONE
             header = parse(begun + ahead)
             if header is None:
-                # All of it belongs to the header. It is taken, so that the kernel reports only new bytes. What follows
-                # the header is left to the next stage.
+                # All peeked bytes belong to the header. Consuming them makes the kernel report only new bytes. Bytes
+                # after the header stay in the socket for the next stage.
                 self._begun = begun + sock.recv(len(ahead))
                 return None
             sock.recv(header.length - len(begun))
@@ -109,9 +109,9 @@ class ProxyHandshake(Handshake):
 
 
 class TLSHandshake(Handshake):
-    """Does the TLS handshake of a connection with the standard library's `ssl`, from accept() or startTLS.
+    """The TLS handshake of a connection with the standard library's `ssl`, after accept() or startTLS.
 
-    What was written before is sent first, in the clear. What the protocol writes meanwhile is kept for the TLSStream.
+    Output written before is sent first, in plaintext. Output written during the handshake is kept for the TLSStream.
     """
 
     __slots__ = ("_before", "_gate", "_reading", "_since_flight", "_tls", "_working")
@@ -121,15 +121,15 @@ class TLSHandshake(Handshake):
     def __init__(self, connection: Connection, context: ssl.SSLContext, *, server_side: bool) -> None:
         self._tls = MemoryTLS(context, server_side=server_side)  # may raise: before anything is changed
         super().__init__(connection)
-        self._gate: ALPNGate | None = alpn_gate(context) if server_side else None  # for the client's first bytes
-        # Bytes received since the last messages of this side; below 0 until the first are sent.
+        self._gate: ALPNGate | None = alpn_gate(context) if server_side else None  # checks the client's first bytes
+        # Bytes received since this side's last messages; negative until the first are sent.
         self._since_flight = -MAX_HANDSHAKE_BYTES
-        self._before = b""  # what was written before TLS and is not sent
-        self._reading = True  # the protocol has not paused it
-        self._working = False  # a thread works on it, and nothing else may
+        self._before = b""  # unsent output from before TLS
+        self._reading = True  # the protocol has not paused reading
+        self._working = False  # a thread runs the handshake; nothing else may use it
 
     def begin(self) -> None:
-        """Begin the handshake, once what was written before is sent in the clear."""
+        """Begin the handshake once earlier output is sent in plaintext."""
         connection = self.connection
         self._before = b"".join(connection._out)
         connection._out.clear()
@@ -155,7 +155,7 @@ class TLSHandshake(Handshake):
             connection.bytes_out += sent
             self._before = before[sent:]
             if self._before:
-                connection.reactor.removeReader(self)  # what the peer sends now has to wait
+                connection.reactor.removeReader(self)  # input has to wait
                 connection._wait_until_writable()
                 return
         connection._stop_waiting()
@@ -191,14 +191,14 @@ class TLSHandshake(Handshake):
         return self._shake()
 
     def _refuse(self, alert: bytes, why: Exception) -> Any:
-        """End the handshake with an alert, if the kernel has room for that. Returns what doRead does."""
+        """End the handshake with an alert, if the kernel accepts it. Returns what doRead returns."""
         self.connection.error = why
         with contextlib.suppress(OSError):
             self.connection._send(alert)
         return main.CONNECTION_LOST
 
     def _shake(self) -> Any:
-        """Go on with the handshake as far as what has come allows. Returns what doRead does."""
+        """Continue the handshake with the bytes received so far. Returns what doRead returns."""
         connection, tls = self.connection, self._tls
         if may_be_expensive(tls.object, self._since_flight):
             self._working = True
@@ -227,7 +227,7 @@ class TLSHandshake(Handshake):
             connection.connectionLost(LOST)
 
     def _shaken(self, problem: ssl.SSLError | None) -> Any:
-        """Do what follows a do_handshake that raised this problem, if any. Returns what doRead does."""
+        """Handle the outcome of do_handshake: its exception, or None. Returns what doRead returns."""
         tls = self._tls
         if isinstance(problem, ssl.SSLWantReadError):
             tls.sealed = tls.take()
@@ -242,7 +242,7 @@ class TLSHandshake(Handshake):
         return None
 
     def _send_flight(self) -> Any:
-        """Send the next messages of this side. Nothing is read until they have left: the peer reads them first."""
+        """Send this side's next messages. Reading pauses until they are sent, since the peer needs them to continue."""
         connection, tls = self.connection, self._tls
         if tls.sealed:
             self._since_flight = 0
@@ -278,7 +278,7 @@ class TLSHandshake(Handshake):
         return self._shake()
 
     def flush(self) -> None:
-        self.connection._corked = True  # until the handshake is done, which flushes
+        self.connection._corked = True  # the end of the handshake flushes
 
     def pause(self) -> None:
         self._reading = False
@@ -286,12 +286,12 @@ class TLSHandshake(Handshake):
 
     def resume(self) -> None:
         self._reading = True
-        # Otherwise what is written before has to be sent first.
+        # Otherwise earlier output has to be sent first, or a thread has to finish.
         if not self._before and not self._tls.sealed and not self._working:
             super().resume()
 
     def may_close(self) -> bool:
-        """Close once the handshake is done and everything written is sent; or at the handshake's deadline."""
+        """Close once the handshake is done and all output is sent, or at the handshake's deadline."""
         self.connection.disconnecting = self.connection._once_sent = True
         return False
 

@@ -1,4 +1,4 @@
-"""The last stage of a connection: its unsent output is sent, then it is closed."""
+"""The last stage of a connection: waits until the last output is delivered, then closes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from twisted.python.failure import Failure
 from rtservice.net.connection import BUFFER_SIZE, DONE, Connection, Stage
 from rtservice.net.phases import CLOSING
 
-# A closed connection whose output is still under way is kept while something moves within each of these many seconds,
-# and for this many of them at the most.
+# A lingering connection is kept while bytes are received or acknowledged in each interval of _STEP seconds, for at most
+# _STEPS intervals.
 _STEP, _STEPS = 1.0, 30
 
 
 class Lingering(Stage):
-    """The end of a connection whose last output is under way: FIN is sent, and input is read and dropped.
+    """The stage of a connection that closes with undelivered output: FIN is sent, input is read and discarded.
 
-    It ends when the peer has finished, when nothing moves any more, or after half a minute. The protocol is told after
-    that.
+    It ends at the peer's FIN, when nothing more is received or acknowledged, or after 30 seconds. The protocol's
+    connectionLost is called after that.
     """
 
     __slots__ = ("_before", "_deadline", "_moved", "_phase", "_steps")
@@ -28,12 +28,12 @@ class Lingering(Stage):
         super().__init__(connection)
         self._before = connection._stage
         self._phase = connection.phase
-        self._steps = _STEPS  # how often it may still wait
-        self._moved: tuple[int, int] | None = None  # what had moved when it last looked
+        self._steps = _STEPS  # remaining intervals
+        self._moved: tuple[int, int] | None = None  # bytes received and in flight at the last check
         self._deadline: Any = None
 
     def begin(self) -> None:
-        """Take the place of the stage below the connection."""
+        """Replace the stage below the connection."""
         connection = self.connection
         connection._writable = connection._sending = False
         connection.enter(CLOSING, self)
@@ -42,10 +42,10 @@ class Lingering(Stage):
             connection.reactor.addReader(self)
 
     def flush(self) -> None:
-        self.connection._corked = False  # nothing is sent any more
+        self.connection._corked = False  # there is nothing to send
 
     def pause(self) -> None:
-        """Read on: with input unread at the end, the kernel would drop the last output."""
+        """Continue to read: closing with unread input would make the kernel discard the last output."""
 
     def doRead(self) -> Any:
         connection = self.connection
@@ -79,6 +79,6 @@ class Lingering(Stage):
             self._deadline = None
 
     def ended(self, reason: Failure) -> Failure:
-        # The record and the protocol see the phase that the connection came to before its end.
+        # Logs and the protocol see the phase before CLOSING.
         self.connection.phase = self._phase
         return reason if self._before is None else self._before.ended(reason)

@@ -1,4 +1,4 @@
-"""`Listener`: a bound, listening socket, and for worker slots the sockets that share its port."""
+"""`Listener`: a bound, listening socket, and with workers, the sockets of the worker slots on the same port."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from rtservice.net.tls import (
     finish,
 )
 
-Socket = socket.socket  # where a field of this name hides the module
+Socket = socket.socket  # for classes with a field `socket`, which hides the module
 
-# Slots that can be added after privileges were dropped, on any port. Each is a descriptor for each listener.
+# Number of slots that can be added after privileges were dropped, on any port. Each takes a descriptor per listener.
 RESERVE_SOCKETS = 8
 
 
 @dataclass(frozen=True)
 class SocketFile:
-    """The file of a UNIX socket that this process made, and has to remove."""
+    """The file of a UNIX socket that this process created and has to remove."""
 
-    # Held, and not the path, since the process may change its root, its directory or its user after binding.
+    # A descriptor: the process may change its root, working directory or user after binding, which invalidates a path.
     directory: int
     name: str
     inode: int
     path: str
 
     def remove(self) -> None:
-        """Remove the file, unless a successor has put its own in its place; raises OSError."""
+        """Remove the file, unless another process has replaced it. Raises OSError."""
         try:
             if os.stat(self.name, dir_fd=self.directory).st_ino == self.inode:
                 os.unlink(self.name, dir_fd=self.directory)
@@ -55,15 +55,15 @@ class SocketFile:
 class Listener:
     """A bound, listening, non-blocking socket, and its name in logs (`tcp:[::1]:8080`, `unix:/run/rt.sock`).
 
-    With `tls`, its connections are in TLS and are shown one of `certificates`. `revocation` and `warnings` are those of
-    a `tls.LoadedTLS`, and `initial_fingerprint` is the `tls.fingerprint` of the files that were read first. With
-    `proxied`, each connection begins with a PROXY header. A `shared` listener is also held by the process that passed
-    it, which keeps its queue.
+    With `tls`, its connections use TLS and present one of `certificates`. `revocation` and `warnings` come from
+    `tls.LoadedTLS`, and `initial_fingerprint` is the `tls.fingerprint` of the files at the first load. With `proxied`,
+    each connection begins with a PROXY header. A `shared` listener is also open in the process that passed it, which
+    keeps its backlog.
 
-    For worker processes a TCP listener has `slot_sockets`, one for each slot, among which the kernel distributes new
-    connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `reserve_sockets` are bound and do not
-    listen until a slot is added: only the user that bound the others may bind one more, and a low port takes
-    privileges; both can be gone by then.
+    With workers, a TCP listener has `slot_sockets`, one for each slot, among which the kernel distributes new
+    connections (SO_REUSEPORT of socket(7)); `socket` is the first of them. `reserve_sockets` are bound, but listen only
+    when a slot is added: another socket can be bound only by the same user, and on a low port only with privileges, and
+    the process may have changed its user and dropped its privileges by then.
     """
 
     socket: socket.socket
@@ -83,14 +83,14 @@ class Listener:
     _file: SocketFile | None = field(default=None, repr=False)
 
     def renew(self) -> LoadedTLS | None:
-        """Read the files of its certificates again, and give what to `adopt` then; None without TLS.
+        """Read the certificate files again, and return the result for `adopt`; None without TLS.
 
-        Raises ListenError. Nothing is changed, so that of several listeners all can be read before any adopts.
+        Raises ListenError. Changes nothing, so that all listeners can be read before one of them adopts.
         """
         return finish(self.renewing())
 
     def renewing(self, files: Files | None = None) -> Steps[LoadedTLS | None]:
-        """The same in steps. What is in force for the same bytes is not made again."""
+        """Do the work of `renew` in steps. Current contexts are reused for unchanged bytes."""
         if self.source is None:
             return None
         try:
@@ -99,7 +99,7 @@ class Listener:
             raise ListenError(str(error)) from error
 
     def adopt(self, loaded: LoadedTLS) -> None:
-        """Put a context and its certificates in force."""
+        """Use a context and its certificates from now on."""
         loaded.take_effect()
         self.reusable = loaded.reusable
         self.tls = loaded.context
@@ -108,15 +108,15 @@ class Listener:
         self.warnings = loaded.warnings
 
     def tls_files(self) -> tuple[str, ...]:
-        """The files that `renew` reads, for `tls.fingerprint`; a directory stands for the certificates in it."""
+        """Return the files that `renew` reads, for `tls.fingerprint`. A directory stands for the certificates in it."""
         return self.source.files() if self.source is not None else ()
 
     def of_slot(self, slot: int) -> Socket:
-        """The socket on which the process of this slot accepts."""
+        """Return the socket on which the worker of this slot accepts."""
         return self.slot_sockets[slot] if self.slot_sockets else self.socket
 
     def add_slot(self) -> None:
-        """Listen for one more slot, on a reserve socket or a new one. Raises ListenError."""
+        """Open the listening socket of one more slot: a reserve socket or a new one. Raises ListenError."""
         if not self.slot_sockets:
             return
         if self.reserve_sockets:
@@ -127,11 +127,12 @@ class Listener:
             try:
                 sock = bind(self.socket.family, host, scope, port, reuse_port=True)
             except OSError as error:
-                # Sockets of one port are one user's (SO_REUSEPORT of socket(7)), and a low port takes privileges.
+                # All sockets of a port must belong to one user (SO_REUSEPORT of socket(7)), and a low port needs
+                # privileges.
                 if os.fstat(self.socket.fileno()).st_uid != os.geteuid():
                     raise ListenError(
-                        f"{self.name} has no reserve socket left: {RESERVE_SOCKETS} more than at the start were bound "
-                        "before privileges were dropped; start with more --workers"
+                        f"{self.name} has no reserve socket left: {RESERVE_SOCKETS} were bound at the start, before "
+                        "privileges were dropped; restart with more --workers"
                     ) from error
                 raise cannot_listen(self.socket.family, host, port, error) from error
         try:
@@ -142,16 +143,17 @@ class Listener:
         self.slot_sockets.append(sock)
 
     def balance_over(self, slots: Sequence[int]) -> None:
-        """Distribute new connections over the sockets of these slots, at random. Queued clients stay where they are."""
+        """Distribute new connections at random over the sockets of these slots. Queued clients stay in their queue."""
         if self.slot_sockets:
             balance(self.socket, slots)
 
     def remove_slot(self) -> None:
-        """Stop listening for the last slot, and keep its socket in reserve. Clients in its queue are reset."""
+        """Stop listening for the last slot, and keep its socket in reserve. Clients in its backlog are reset."""
         if self.slot_sockets:
             sock = self.slot_sockets.pop()
             try:
-                sock.shutdown(socket.SHUT_RDWR)  # on Linux it stays bound: privileges to bind another may be gone
+                # On Linux it stays bound. The process may no longer have the privileges to bind another.
+                sock.shutdown(socket.SHUT_RDWR)
             except OSError:
                 sock.close()
             else:
@@ -163,12 +165,12 @@ class Listener:
         return None if self._file is None else (self._file.path, self._file.inode)
 
     def remove_file(self) -> None:
-        """Remove the file of a UNIX socket, if it has one of ours, so that nobody new finds it; raises OSError."""
+        """Remove the file of a UNIX socket that this process created: no new client connects. Raises OSError."""
         file, self._file = self._file, None
         if file is not None:
             file.remove()
 
     def close(self) -> None:
-        """Close the socket and remove its file; raises OSError when the file cannot be removed."""
+        """Close the sockets and remove the file. Raises OSError if the file cannot be removed."""
         close_all([self.socket, *self.slot_sockets, *self.reserve_sockets])
         self.remove_file()

@@ -1,13 +1,13 @@
-"""Settings of OpenSSL that Python's `ssl` does not offer, made on the SSL_CTX below an `ssl.SSLContext`.
+"""OpenSSL settings that Python's `ssl` does not offer, applied to the SSL_CTX of an `ssl.SSLContext`.
 
-CPython keeps the address of the SSL_CTX in the first field after the head of the object, since 2.7, and `_ssl` is
-linked to the OpenSSL that it uses. So `SSL_CTX_ctrl` (SSL_CTX_ctrl(3)) can be called through ctypes. Only calls without
-callbacks are made: they need no memory that is writable and executable, so that MemoryDenyWriteExecute= of
-systemd.exec(5) permits them.
+Since 2.7, CPython keeps the address of the SSL_CTX in the first field after the object header, and `_ssl` is linked to
+the OpenSSL that it uses. So `SSL_CTX_ctrl` (SSL_CTX_ctrl(3)) can be called through ctypes. Only calls without callbacks
+are made: they need no memory that is writable and executable, so MemoryDenyWriteExecute= of systemd.exec(5) permits
+them.
 
-Nothing is written before the assumption about the layout has been checked on two contexts, by reading values that
-Python can read too. Where it does not hold (`_ssl` built into the interpreter, another implementation of Python,
-another OpenSSL than the one `_ssl` reports), nothing is available, and each function says so.
+The assumption about the layout is checked on two contexts before anything is written, by reading values that Python can
+read too. If it does not hold (`_ssl` built into the interpreter, another implementation of Python, another OpenSSL than
+the one `_ssl` reports), every function raises UnavailableError with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-# openssl/ssl.h. A ctrl number is never used for anything else in a later version.
+# openssl/ssl.h. Later versions do not reuse these numbers.
 _SET_SESS_CACHE_MODE = 44
 _SET_MAX_CERT_LIST = 51
 _SET_GROUPS_LIST = 92
@@ -29,24 +29,27 @@ _SESS_CACHE_OFF = 0
 
 
 class UnavailableError(Exception):
-    """The SSL_CTX cannot be reached in this process; the text says why."""
+    """The SSL_CTX is not accessible in this process. The text is the reason."""
 
 
 def set_groups(context: ssl.SSLContext, groups: str) -> bool:
-    """Limit key exchanges to the groups of SSL_CTX_set1_groups_list(3); whether OpenSSL takes the list.
+    """Limit key exchange to the groups of a list (SSL_CTX_set1_groups_list(3)).
 
-    Raises UnavailableError.
+    Returns whether OpenSSL accepts the list. Raises UnavailableError.
     """
     return _controls().call(context, _SET_GROUPS_LIST, 0, groups.encode("ascii"))
 
 
 def set_max_certificate_bytes(context: ssl.SSLContext, size: int) -> None:
-    """Limit the size of a peer's certificate chain (SSL_CTX_set_max_cert_list(3)). Raises UnavailableError."""
+    """Limit the size of a peer's certificate chain, in bytes (SSL_CTX_set_max_cert_list(3)).
+
+    Raises UnavailableError.
+    """
     _controls().call(context, _SET_MAX_CERT_LIST, size)
 
 
 def disable_session_cache(context: ssl.SSLContext) -> None:
-    """Keep no sessions, so that TLS 1.2 resumes none by its ID (SSL_CTX_set_session_cache_mode(3)).
+    """Disable the session cache, so that TLS 1.2 resumes no session by ID (SSL_CTX_set_session_cache_mode(3)).
 
     Raises UnavailableError.
     """
@@ -54,7 +57,7 @@ def disable_session_cache(context: ssl.SSLContext) -> None:
 
 
 class _Controls:
-    """SSL_CTX_ctrl, on the contexts of this process. Raises UnavailableError."""
+    """Calls SSL_CTX_ctrl on contexts of this process. The constructor raises UnavailableError."""
 
     def __init__(self) -> None:
         if sys.implementation.name != "cpython":
@@ -92,7 +95,7 @@ class _Controls:
         self._check()
 
     def _check(self) -> None:
-        """Compare what SSL_CTX_ctrl reads with what was set through `ssl`."""
+        """Compare values that SSL_CTX_ctrl reads with those set through `ssl`. Raises UnavailableError."""
         versions = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
         contexts = []
         for version in versions:
@@ -100,7 +103,7 @@ class _Controls:
             context.minimum_version = context.maximum_version = version
             contexts.append(context)
         addresses = [self._address(context) for context in contexts]
-        # Before anything is read at these addresses: what malloc gives, and not a small number or a flag.
+        # Before anything is read at these addresses: they look like results of malloc, not like numbers or flags.
         if not all(address and address > 1 << 16 and address % 8 == 0 for address in addresses):
             raise UnavailableError("an ssl.SSLContext has another layout than expected")
         if len(set(addresses)) < len(addresses) or not all(map(_is_writable, addresses)):
@@ -111,16 +114,16 @@ class _Controls:
                     raise UnavailableError("an ssl.SSLContext has another layout than expected")
 
     def call(self, context: ssl.SSLContext, command: int, number: int, text: bytes | None = None) -> bool:
-        """Call SSL_CTX_ctrl; whether it gives something else than 0, which not every command does for success."""
+        """Call SSL_CTX_ctrl, and return whether its result is not 0. Some commands return 0 on success."""
         try:
             return bool(self._control(self._address(context), command, number, text))
         finally:
-            # Of this thread: `ssl` would take what is left there for an error of its own next call.
+            # Clears the error queue of this thread: `ssl` would report a leftover as an error of its next call.
             self._clear_errors()
 
 
 def _is_writable(address: int | None) -> bool:
-    """Whether memory at an address is mapped, readable and writable; True where the system does not tell (no /proc)."""
+    """Return whether the memory at an address is readable and writable; True if that is unknown (no /proc)."""
     try:
         with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
             for line in maps:
@@ -135,7 +138,7 @@ def _is_writable(address: int | None) -> bool:
 
 @cache
 def _outcome() -> _Controls | str:
-    """Tried once in a process; the exception is not kept, since its traceback would keep frames."""
+    """Return the controls or the reason why there are none. The exception is not kept: its traceback keeps frames."""
     if os.name != "posix":
         return f"not known on {os.name}"
     try:
@@ -145,7 +148,7 @@ def _outcome() -> _Controls | str:
 
 
 def unavailable() -> str | None:
-    """Why the SSL_CTX cannot be reached in this process; None where it can."""
+    """Return why the SSL_CTX is not accessible in this process; None if it is."""
     outcome = _outcome()
     return outcome if isinstance(outcome, str) else None
 

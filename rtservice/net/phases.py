@@ -1,4 +1,4 @@
-"""The phases of a connection, and which may follow which."""
+"""The phases of a connection and their transitions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """How far a connection has come. Logs, metrics and the status page show the value.
+    """The phase of a connection. Logs, metrics and the status page show the value.
 
                          startTLS
                        ┌──────────┐
@@ -16,19 +16,19 @@ class Phase(StrEnum):
           │   no TLS    │          │             │
           └─────────────┼──────────┘             │
                         └────────────────────────┘
-                         failed, alert under way
+                        failed, alert in flight
 
-    A listener decides whether its connections begin as PROXY, TLS or OPEN. A connection may end in each phase. Then it
-    has the phase that it had come to before CLOSING.
+    A listener determines whether its connections begin in PROXY, TLS or OPEN. A connection may end in any phase. After
+    the end it has its last phase before CLOSING.
     """
 
-    PROXY = "proxy"  # the PROXY header has not come whole: no protocol is built, and nothing is sent
-    TLS = "tls"  # the TLS handshake is not done: nothing of a protocol's is sent, and nothing is given to it
+    PROXY = "proxy"  # the PROXY header is incomplete: no protocol is built, and nothing is sent
+    TLS = "tls"  # the TLS handshake is not done: the protocol sends and receives nothing
     OPEN = "open"  # the protocol is connected
-    CLOSING = "closing"  # FIN is sent, and the last output is under way: what the peer still sends is dropped
+    CLOSING = "closing"  # FIN is sent and the last output is in flight: input is discarded
 
 
-# For the parts of a connection: in Python 3.11 each look-up of a member on its class is a call.
+# Module constants for the hot path: in Python 3.11 each look-up of a member on its class is a call.
 PROXY, TLS, OPEN, CLOSING = Phase
 
 _MOVES = {
@@ -40,7 +40,7 @@ _MOVES = {
 
 
 def next_phase(before: Phase, after: Phase) -> Phase:
-    """Return the phase `after`. Raises RuntimeError if it cannot follow the phase `before`."""
+    """Return the phase `after`. Raises RuntimeError if it is not a valid transition from `before`."""
     if after not in _MOVES[before]:
         raise RuntimeError(f"a connection in phase {before} cannot enter phase {after}")
     return after

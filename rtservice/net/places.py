@@ -1,8 +1,8 @@
-"""Conflicts between listeners: which of them cannot be bound together, as the kernel decides it.
+"""Conflicts between listeners: which of them the kernel does not bind together.
 
 Every TCP listener is bound with SO_REUSEADDR, IPv6 ones with IPV6_V6ONLY (ipv6(7)), and with SO_REUSEPORT only after
-its address was had without. So, with and without workers, two of them exclude each other when they have one port and
-one family, and one address or the wildcard on either side; IPv4 and IPv6 never do.
+its address was bound without. So, with and without workers, two of them conflict if they have the same port and family,
+and the same address or the wildcard on either side. IPv4 and IPv6 never conflict.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TCPPlace:
-    """An address of the family `six` or not, in the text form of inet_ntop(3), or a host name that is not looked up.
+    """A TCP address and port.
 
-    `zone` is the number of a network interface, 0 without one. Port 0 is another port each time. A name that is
-    `unsure` may have no address of this family.
+    `six` is true for IPv6. `host` is in the text form of inet_ntop(3), or a host name that is not resolved; with
+    `unsure`, it may have no address of this family. `zone` is the number of a network interface, or 0. Port 0 means a
+    different port each time. `shown` is the address for messages.
     """
 
     six: bool
@@ -27,7 +28,7 @@ class TCPPlace:
     unsure: bool = False
 
     def excludes(self, other: TCPPlace) -> bool:
-        """Whether the two cannot be listened on at once."""
+        """Return whether the two cannot be bound together."""
         if self.port == 0 or (self.six, self.port) != (other.six, other.port):
             return False
         if (self.host, self.zone) == (other.host, other.zone):
@@ -38,22 +39,22 @@ class TCPPlace:
 
 @dataclass(frozen=True)
 class FilePlace:
-    """The file of a UNIX socket: what stands for its directory, however it is written, and its name there."""
+    """The file of a UNIX socket: an identity of its directory that is independent of the spelling, and its name."""
 
     directory: object
     name: str
     shown: str = ""
 
     def excludes(self, other: FilePlace) -> bool:
-        """Whether it is one file."""
+        """Return whether both are the same file."""
         return (self.directory, self.name) == (other.directory, other.name)
 
 
 @dataclass(frozen=True)
 class PassedPlace:
-    """A listening socket that was passed to this process, by its inode, and where it listens.
+    """A listening socket that was passed to this process: its inode, and the place where it listens.
 
-    Several passed sockets may share an address, as the service manager was told.
+    Several passed sockets may share an address: the service manager has bound them.
     """
 
     inode: int
@@ -64,22 +65,22 @@ class PassedPlace:
 Place = TCPPlace | FilePlace | PassedPlace
 
 
-def exclude(one: Place, other: Place) -> bool:
-    """Whether two listeners cannot be at these places at once."""
-    if isinstance(one, PassedPlace) and isinstance(other, PassedPlace):
-        return one.inode == other.inode
-    first = one.where if isinstance(one, PassedPlace) else one
-    second = other.where if isinstance(other, PassedPlace) else other
-    if isinstance(first, TCPPlace) and isinstance(second, TCPPlace):
-        return first.excludes(second)
-    return isinstance(first, FilePlace) and isinstance(second, FilePlace) and first.excludes(second)
+def exclude(first: Place, second: Place) -> bool:
+    """Return whether two listeners cannot have these places together."""
+    if isinstance(first, PassedPlace) and isinstance(second, PassedPlace):
+        return first.inode == second.inode
+    here = first.where if isinstance(first, PassedPlace) else first
+    there = second.where if isinstance(second, PassedPlace) else second
+    if isinstance(here, TCPPlace) and isinstance(there, TCPPlace):
+        return here.excludes(there)
+    return isinstance(here, FilePlace) and isinstance(there, FilePlace) and here.excludes(there)
 
 
 def first_conflict(wanted: Iterable[tuple[str, Iterable[Place]]]) -> tuple[str, str] | None:
-    """The first setting that wants a place which an earlier one takes, and what is wrong with it; None if all is well.
+    """Return the first setting with a place that an earlier one has, and the error text; None without a conflict.
 
-    `wanted` are settings, as errors begin, with the places of each. Places of one setting are not compared: what it
-    stands for is opened together.
+    `wanted` pairs each setting, as error messages name it, with its places. Places of one setting are not compared with
+    each other: its listeners are opened together.
     """
     taken: list[tuple[str, Place]] = []
     for setting, places in wanted:

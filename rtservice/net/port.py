@@ -1,4 +1,4 @@
-"""`Port`: accept connections on a listening socket, and choose the handshakes before the protocol."""
+"""`Port`: accepts connections on a listening socket, and chooses the handshakes before the protocol."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from rtservice.net.lingering import Lingering
 from rtservice.net.phases import OPEN, PROXY, TLS
 from rtservice.net.tls import Context
 
-# Default timeout of a PROXY header and of a TLS handshake, each, in seconds.
+# Default timeout in seconds, for the PROXY header and again for the TLS handshake.
 HANDSHAKE_TIMEOUT = 10.0
 
-# Connections accepted per event, for which open ones have to wait: with 64, the slowest hundredth of exchanges took up
-# to 2 ms during a flood of connects that were refused.
+# Connections accepted per event, for which open connections have to wait. With 64, the slowest 1 % of exchanges took up
+# to 2 ms during a flood of refused connections.
 ACCEPTS_PER_EVENT = 16
 
-# Why accept() can fail for one connection while the listener is fine (accept(2): "treat them like EAGAIN by
-# retrying"; EPERM is a firewall's refusal).
+# Errors of accept() that concern one connection and not the listener (accept(2): "treat them like EAGAIN by retrying";
+# EPERM comes from firewall rules).
 _ACCEPT_SKIPS = frozenset(
     (
         errno.ECONNABORTED,
@@ -48,13 +48,13 @@ _ACCEPT_SKIPS = frozenset(
     )
 )
 
-# Why accept() can fail because this process or the host has run out of something.
+# Errors of accept() that mean that this process or the host is out of descriptors or memory.
 _ACCEPT_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
-# Seconds without accepting after such a shortage: the socket stays readable, and the reactor would spin.
+# Seconds to pause accepting after such a shortage. The socket stays readable, and the reactor would spin.
 _SHORTAGE_PAUSE = 0.5
 
-# Seconds that a listener that finishes waits for clients whose TCP handshake is under way: a long round trip.
+# Seconds that `finish` waits for clients in their TCP handshake: a long round trip.
 _QUIET = 0.2
 
 _log = Logger()
@@ -74,22 +74,22 @@ def _begin_protocol(connection: Connection) -> None:
 
 
 def _nothing(*arguments: object) -> None:
-    """The default of each callback of a Port."""
+    """Do nothing: the default callback of a Port."""
 
 
 @implementer(interfaces.IListeningPort, interfaces.IReadDescriptor, interfaces.ILoggingContext)
 class Port:
-    """Accepts connections from a bound, listening, non-blocking socket. The caller makes and closes the socket.
+    """Accepts connections from a bound, listening, non-blocking socket. The caller creates and closes the socket.
 
     `name` is its name in logs. With `proxied`, each connection begins with a PROXY header; `opened` decides which peers
     may send one. With `tls`, a TLS handshake follows. Each of the two has `handshake_timeout` seconds, and the protocol
     is built after them. `tls` (of the same library) and `handshake_timeout` may be changed at any time; the change
     applies to new connections.
 
-    `opened` is called with each Connection when it is accepted, and `identified` when its PROXY header is complete.
-    Either may call the connection's `refuse`. `closed` is called with each connection that was not refused and the
-    Failure that ended it, after its protocol was told. `broken` is called when the port can accept no more without
-    having been stopped.
+    `opened` is called with each accepted Connection, and `identified` when its PROXY header is complete. Either may
+    call the connection's `refuse`. `closed` is called with each connection that was not refused and the Failure that
+    ended it, after the protocol's connectionLost. `broken` is called with the port and a Failure when an error, not
+    stopListening, ends it.
     """
 
     def __init__(
@@ -118,12 +118,13 @@ class Port:
         self.tls = tls
         self.handshake_timeout = handshake_timeout
         self.proxied = proxied
-        # The first phase of a connection, and what begins it; what follows a PROXY header.
+        # The first phase of a connection; the function that begins it, and the one that begins the phase after a PROXY
+        # header.
         self._phase = PROXY if proxied else OPEN if tls is None else TLS
         self.after_proxy: Callable[[Connection], None] = _begin_protocol if tls is None else _begin_tls
         self._begin = _begin_proxy if proxied else Connection.connect_protocol if tls is None else _begin_tls
-        # Only our reactor has them. With others a write outside of an event waits until the kernel says that it may,
-        # and a stage is unregistered before the next one is registered.
+        # Only rtservice's reactor has these. With others, a write outside of an event waits until the kernel reports
+        # writability, and a stage is unregistered before the next one is registered.
         self.write_soon: Callable[[Any], None] | None = getattr(reactor, "write_soon", None)
         self.exchange: Callable[[Any, Any], None] | None = getattr(reactor, "exchange", None)
         self.fileno = sock.fileno
@@ -131,12 +132,12 @@ class Port:
         self.paused = False
         self._number = 0
         self._resting: Any = None  # the delayed call that ends a pause
-        self._shortage = 0  # the errno of a shortage that is already logged
+        self._shortage = 0  # the errno of the shortage that was logged last
         self._finished: Deferred[None] | None = None
-        self._quiet: Any = None  # the delayed call that ends a listener that finishes
+        self._quiet: Any = None  # the delayed call that checks whether `finish` is done
 
     def startListening(self) -> None:
-        """Start the factory, and start to accept."""
+        """Start the factory, and start accepting."""
         if self.socket.family != socket.AF_UNIX:
             _tune_tcp(self.socket)
             accept_new_clients(self.socket)
@@ -146,7 +147,7 @@ class Port:
             self.reactor.addReader(self)
 
     def stopListening(self) -> Deferred[None]:
-        """Stop to accept; the factory is stopped. The socket stays open: it is its maker's to close."""
+        """Stop accepting, and stop the factory. The socket stays open; the caller closes it."""
         if self.listening:
             self.listening = False
             self.reactor.removeReader(self)
@@ -160,22 +161,22 @@ class Port:
         return succeed(None)
 
     def pause(self) -> None:
-        """Leave clients in the kernel's queue until `resume`. Open connections go on."""
+        """Pause accepting: clients stay in the backlog until `resume`. Open connections continue."""
         self.paused = True
         self.reactor.removeReader(self)
 
     def resume(self) -> None:
-        """Accept again."""
+        """Resume accepting."""
         self.paused = False
         if self.listening and self._resting is None:
             self.reactor.addReader(self)
 
     def finish(self) -> Deferred[None]:
-        """Accept who is in the queue already, then stop as stopListening does. The Deferred fires after that.
+        """Accept the clients in the backlog, then stop as stopListening does. The Deferred fires after that.
 
-        On Linux new clients of a TCP socket are not answered from now on, so that the queue has an end: they try again
-        a second later, and find a closed port or a successor. The file of a UNIX socket has to be gone already. A
-        paused port waits until it may go on.
+        On Linux, SYNs of new TCP clients are dropped from now on, so that the backlog becomes empty. These clients
+        retry a second later, and reach a closed port or a successor. The caller must have removed the file of a UNIX
+        socket before. A paused port waits for `resume`.
         """
         if not self.listening:
             return succeed(None)
@@ -198,7 +199,7 @@ class Port:
         self._quiet = self.reactor.callLater(_QUIET, self._finish_when_quiet, self._number)
 
     def connectionLost(self, reason: Failure) -> None:
-        """Called by the reactor, at its own end or when the socket is broken."""
+        """Stop, and call `broken`. Called by the reactor when it ends or when the socket has failed."""
         if self.listening:
             self.stopListening()
             self._broken(self, reason)
@@ -219,7 +220,7 @@ class Port:
                 raise
             self._shortage = 0
             self._accepted(sock, address)
-            if self.paused or not self.listening:  # the registry, or a protocol, has stopped this port
+            if self.paused or not self.listening:  # a callback or a protocol has paused or stopped this port
                 return
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
@@ -230,13 +231,13 @@ class Port:
         if not connection.disconnected:
             try:
                 self._begin(connection)
-            except BaseException:  # most likely of a producer of its protocol: the port goes on
+            except BaseException:  # usually of a producer of the protocol; the port continues
                 reason = Failure()
                 _log.failure("{connection} failed as it began", reason, connection=connection)
                 connection.connectionLost(reason)
 
     def start_tls(self, connection: Connection, context: Any, *, server_side: bool) -> None:
-        """Begin a TLS handshake on a connection, with what `startTLS` takes. Raises what that does."""
+        """Begin a TLS handshake on a connection. `context` and the errors are those of `Connection.startTLS`."""
         if isinstance(context, ssl.SSLContext):
             wrong = ssl.PROTOCOL_TLS_CLIENT if server_side else ssl.PROTOCOL_TLS_SERVER
             if context.protocol == wrong or (context.check_hostname and not server_side):
@@ -248,11 +249,11 @@ class Port:
             PyOpenSSLStream(connection, context, server_side=server_side).begin()
 
     def linger(self, connection: Connection) -> None:
-        """Begin the end of a connection whose last output is under way."""
+        """Keep a connection that closes until its last output is delivered."""
         Lingering(connection).begin()
 
     def _rest(self, problem: OSError) -> None:
-        """Leave clients in the kernel's queue for a while. Open connections go on."""
+        """Pause accepting for a short time: clients stay in the backlog. Open connections continue."""
         if problem.errno != self._shortage:
             self._shortage = problem.errno or 0
             _log.error("{listener} accepts nobody for now: {problem}", listener=self.name, problem=problem.strerror)
@@ -275,11 +276,11 @@ class Port:
 
 
 def _tune_tcp(sock: socket.socket) -> None:
-    """Set options that accepted connections inherit on Linux, so that they cost no system calls for each."""
-    # Writes of one event are joined already. Nagle would only delay the answer until the last one is acknowledged.
+    """Set options that accepted connections inherit on Linux, which saves system calls for each connection."""
+    # Writes of one event are joined already. Nagle would only delay output until earlier output is acknowledged.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A peer that vanished without FIN is found after 2 + 4 x 0.5 minutes instead of never; a probe every two minutes is
-    # also below the idle limits of common NATs and load balancers.
+    # A peer that disappeared without FIN is detected after 2 + 4 x 0.5 minutes. A probe every two minutes is also below
+    # the idle timeouts of common NATs and load balancers.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)

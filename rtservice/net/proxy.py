@@ -1,6 +1,6 @@
-"""The PROXY protocol's header, versions 1 and 2: bytes in, an answer out.
+"""Parse the header of the PROXY protocol, versions 1 and 2, without I/O.
 
-Sections (§) are those of HAProxy's doc/proxy-protocol.txt of 2020/03/05.
+§ refers to sections of HAProxy's doc/proxy-protocol.txt of 2020/03/05.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rtservice.counted import counted
 
 Address = IPv4Address | IPv6Address | UNIXAddress
 
-# §2.1: of UNKNOWN with two of the longest addresses, CRLF included; TCP4 and TCP6 cannot be longer.
+# §2.1: the longest line, CRLF included: UNKNOWN with two IPv6 addresses.
 _V1_LONGEST = 107
 
-# What may have come of a v1 line when its CRLF has not. §2.1 has the addresses read only then, so that this knows their
-# bytes and their number; it is enough to refuse a peer of another protocol or family at once.
+# Valid beginnings of a v1 line without its CRLF. §2.1 has the addresses parsed only with the CRLF, so these expressions
+# check characters and field counts only. That is enough to reject a peer of another protocol or family at once.
 _V1_BEGINNINGS = {
     b"PROXY TCP4 ": re.compile(rb"[0-9.]{0,15}(?: [0-9.]{0,15}(?: [0-9]{0,5}(?: [0-9]{0,5}\r?)?)?)?"),
     b"PROXY TCP6 ": re.compile(rb"[0-9A-Fa-f:.]*(?: [0-9A-Fa-f:.]*(?: [0-9]{0,5}(?: [0-9]{0,5}\r?)?)?)?"),
@@ -31,12 +31,12 @@ _V1_BEGINNINGS = {
 
 # §2.2
 _V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
-_V2_FIXED = 16  # the signature, version and command, family and protocol, and the length of what follows
+_V2_FIXED = 16  # signature, version and command, family and protocol, length of the rest
 _V2_LOCAL = 0x20
 _V2_PROXY = 0x21
 
-# §2.2: family and protocol (the 14th byte) → bytes of the addresses and ports, after which the TLVs begin. What is not
-# here is reserved. With an unspecified family or protocol nobody knows where anything is, and all of it is skipped: 0.
+# §2.2: family and protocol (the 14th byte) → size of the addresses and ports in bytes; the TLVs follow. Other values
+# are reserved. With an unspecified family or protocol the layout is unknown, and the rest is skipped: 0.
 _V2_ADDRESSES = {
     **dict.fromkeys((0x00, 0x01, 0x02, 0x10, 0x20, 0x30), 0),
     **dict.fromkeys((0x11, 0x12), 12),
@@ -50,15 +50,15 @@ _V2_UNIX = Struct("108s108s")
 _PP2_TYPE_CRC32C = 0x03  # §2.2.3
 
 
-# Bytes of what is no header that help to find out who sent it: a request line, or a ClientHello with its version.
+# Bytes to keep of input that is not a header, to identify its sender: a request line, or a ClientHello and its version.
 BEGINNING = 64
 
 
 class ProxyError(ValueError):
-    """The bytes are no PROXY header, and more of them will not make it one; the text says what was found.
+    """The received bytes are not the beginning of a PROXY header. The text describes what was found.
 
-    It has nothing of the peer's in it but numbers. `beginning` is the peer's: up to BEGINNING bytes, if they were put
-    there by what received them.
+    The text contains no bytes of the peer, only numbers. The receiver may set `beginning` to the peer's first bytes, up
+    to BEGINNING.
     """
 
     beginning = b""
@@ -68,28 +68,28 @@ class ProxyError(ValueError):
 class Header:
     """A complete header of `length` bytes.
 
-    `source` is the client, `destination` what it connected to, in the form in which the system gives addresses, so that
-    one client has one spelling. Both are None where the connection's own addresses hold. The path of a UNIX socket is
-    one of the proxy's host: use its name, since to compare or hash a UNIXAddress looks for the file on this one.
+    `source` is the client and `destination` the address that it connected to, in the canonical form of inet_ntop(3).
+    Both are None if the connection's own addresses apply. The path of a UNIX socket is one on the proxy's host: use its
+    name, since comparing or hashing a UNIXAddress looks for the file on this host.
     """
 
     length: int
     source: Address | None
     destination: Address | None
-    # As on the wire: apart, 21,841 empty ones would take 1.4 MB for as long as their connection lasts.
+    # Not decoded: 21,841 empty TLVs would take 1.4 MB for as long as the connection lasts.
     _tlvs: bytes = b""
 
     @property
     def tlvs(self) -> tuple[tuple[int, bytes], ...]:
-        """The type and value of each TLV (§2.2), in order; v1 has none, those of LOCAL and UNSPEC are skipped."""
+        """The type and value of each TLV (§2.2), in order. Empty for v1, LOCAL and UNSPEC."""
         return tuple((kind, self._tlvs[at:end]) for kind, at, end in _each_tlv(self._tlvs, 0, len(self._tlvs)))
 
 
 def parse(data: bytes) -> Header | None:
-    """Read the header at the beginning of everything that was received so far.
+    """Parse the header at the beginning of all bytes received so far (1 or more).
 
-    None: all of it is the beginning of a header of which more has to come. Raises ProxyError as soon as there can be no
-    header; for addresses and TLVs that is when the last byte of the header is there. What follows it is not looked at.
+    Returns None if the header is incomplete. Raises ProxyError as soon as the bytes cannot be a header; errors in
+    addresses and TLVs are found once the header is complete. Bytes after the header are ignored.
     """
     if data.startswith(b"PROXY "):
         return _parse_v1(data)
@@ -107,7 +107,7 @@ def parse(data: bytes) -> Header | None:
 def _parse_v1(data: bytes) -> Header | None:
     end = data.find(b"\r\n", 0, _V1_LONGEST)
     if end < 0:
-        # The LF of a CR may still come, as the last byte of the longest line.
+        # LF may still follow the CR, as the last byte of the longest line.
         if len(data) - data.endswith(b"\r") >= _V1_LONGEST - 1:
             raise ProxyError(f"v1 header without CRLF in its first {_V1_LONGEST} bytes")
         for beginning, rest in _V1_BEGINNINGS.items():
@@ -118,7 +118,7 @@ def _parse_v1(data: bytes) -> Header | None:
     fields = line.split(" ")
     kind = fields[1]
     if kind == "UNKNOWN":
-        # The rest says nothing (§2.1), but the line is US-ASCII all the same, and might be logged one day.
+        # The rest of the line has no meaning (§2.1), but must be US-ASCII too.
         if not (line.isascii() and line.isprintable()):
             raise ProxyError("v1 header of UNKNOWN with a control byte or a byte above 0x7f")
         return Header(end + 2, None, None)
@@ -139,14 +139,14 @@ def _v1_address(kind: str, which: str, host: str, port: str) -> IPv4Address | IP
     try:
         packed = inet_pton(family, host)
         canonical = inet_ntop(family, packed)
-        # Some systems read leading zeros and scope ids; an IPv6 address may be spelled in many ways (§2.1).
+        # Some systems accept leading zeros and scope IDs. An IPv6 address may have several spellings (§2.1).
         if (family == AF_INET and canonical != host) or "%" in host:
             raise ValueError
     except (OSError, ValueError):  # ValueError also for a NUL
         raise ProxyError(f"v1 header of {kind} whose {which} address is not of this family") from None
     try:
         number = int(port)
-        if not 0 <= number <= 65535 or str(number) != port:  # int() takes signs, leading zeros, spaces, underscores
+        if not 0 <= number <= 65535 or str(number) != port:  # int() accepts signs, leading zeros, spaces, underscores
             raise ValueError
     except ValueError:
         raise ProxyError(
@@ -166,7 +166,7 @@ def _parse_v2(data: bytes) -> Header | None:
         raise ProxyError(f"v2 header with command {version_command & 15}, neither LOCAL (0) nor PROXY (1)")
     if size < 14:
         return None
-    # LOCAL: everything after the command but the length is ignored, the family too (§2.2), reserved ones included.
+    # LOCAL: everything after the command except the length is ignored (§2.2), including a reserved family.
     family = data[13] if version_command == _V2_PROXY else 0
     addresses = _V2_ADDRESSES.get(family)
     if addresses is None:
@@ -199,18 +199,17 @@ def _parse_v2(data: bytes) -> Header | None:
         from_path, to_path = _V2_UNIX.unpack_from(data, _V2_FIXED)
         source, destination = _unix_address(from_path), _unix_address(to_path)
     else:
-        # Datagrams cannot be what came over this connection: a valid combination that this receiver does not support,
-        # for which §2.2 asks to fall back to UNSPEC, whose addresses are the connection's own. The header is a whole
-        # one still, with TLVs at a known place, and is held to that.
+        # Datagrams: a valid combination that this receiver does not support. For these §2.2 requires UNSPEC, which
+        # means the connection's own addresses. The TLVs are at a known place, and are checked.
         return Header(length, None, None, tlvs)
     return Header(length, source, destination, tlvs)
 
 
 def _unix_address(field: bytes) -> UNIXAddress:
-    """What is in a sun_path (unix(7)): a path up to its first NUL, which a path of all 108 bytes lacks.
+    """Return the address in a sun_path (unix(7)): a path up to the first NUL, or all 108 bytes without one.
 
-    A NUL followed by more is a name of Linux's abstract namespace. It may have NULs in it, and its length is not on the
-    wire: the NULs at its end count as padding. NULs alone are a socket without a name, such as a client's.
+    A field that begins with NUL is a name of Linux's abstract namespace. It may contain NULs, and its length is not in
+    the header, so NULs at its end are taken as padding. A field of NULs only is an unnamed socket, such as a client's.
     """
     if field[0]:
         return UNIXAddress(field.partition(b"\0")[0])
@@ -218,7 +217,10 @@ def _unix_address(field: bytes) -> UNIXAddress:
 
 
 def _each_tlv(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The TLVs (§2.2) that fill `data` from `at` to `end`, where the header ends: type, and where its value is."""
+    """Yield the type of each TLV (§2.2) in `data` from `at` to `end`, and the start and end of its value.
+
+    Raises ProxyError if the TLVs do not fill this range exactly.
+    """
     while at < end:
         if end - at < 3:
             raise ProxyError(f"v2 header with {counted(end - at, 'byte')} after its last TLV, too few for another")
@@ -227,26 +229,26 @@ def _each_tlv(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
         at = value_at + (data[at + 1] << 8 | data[at + 2])
         if at > end:
             raise ProxyError(
-                f"v2 header with a TLV of type 0x{kind:02x} that goes {counted(at - end, 'byte')} beyond it"
+                f"v2 header with a TLV of type 0x{kind:02x} that extends {counted(at - end, 'byte')} beyond it"
             )
         yield kind, value_at, at
 
 
 def _check_tlvs(data: bytes, at: int, end: int) -> None:
-    """Refuse TLVs that do not fill `data` from `at` to `end`, and a checksum among them that is wrong.
+    """Check that TLVs fill `data` from `at` to `end`, and that a checksum among them is right. Raises ProxyError.
 
-    What is inside of a value, as in PP2_TYPE_SSL (§2.2.6), is not decoded.
+    Values, such as those in PP2_TYPE_SSL (§2.2.6), are not decoded.
     """
     checksum_at = 0
     for kind, value_at, value_end in _each_tlv(data, at, end):
         if kind == _PP2_TYPE_CRC32C:
             if value_end - value_at != 4:
                 raise ProxyError(f"v2 header with a CRC32C of {counted(value_end - value_at, 'byte')} instead of 4")
-            if checksum_at:  # each would have to be computed over the other one
+            if checksum_at:  # each would be computed over the other
                 raise ProxyError("v2 header with more than one CRC32C")
             checksum_at = value_at
     if checksum_at:
-        # §2.2.3: over the whole header, as if the field were zero; in network order, as every number here.
+        # §2.2.3: over the whole header with this field set to zero, in network byte order.
         received = int.from_bytes(data[checksum_at : checksum_at + 4])
         computed = _crc32c(data[:checksum_at] + b"\0\0\0\0" + data[checksum_at + 4 : end])
         if received != computed:
@@ -259,8 +261,8 @@ def _crc32c_of_byte(value: int) -> int:
     return value
 
 
-# Castagnoli's polynomial, 0x1EDC6F41, with its bits reversed, one byte at a time: RFC 9260, Appendix A, which is RFC
-# 4960's Appendix B that §2.2.3 names.
+# The Castagnoli polynomial 0x1EDC6F41, bit-reversed, one byte at a time: RFC 9260, Appendix A. §2.2.3 refers to it as
+# RFC 4960, Appendix B.
 _CRC32C_TABLE = tuple(_crc32c_of_byte(value) for value in range(256))
 
 

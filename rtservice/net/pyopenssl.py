@@ -1,4 +1,4 @@
-"""Contexts of pyOpenSSL, for Twisted's own TLS: what `tls` makes of `ssl`, with the same policy."""
+"""Contexts of pyOpenSSL for Twisted's TLS, with the same policy as the `ssl` contexts of `tls`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rtservice.net.tls_bounds import MAX_CLIENT_CERTIFICATES, MAX_HANDSHAKE_BYTE
 
 @implementer(IOpenSSLServerConnectionCreator)
 class PyOpenSSLContext:
-    """What connections are made of that show one certificate.
+    """Server context with one certificate.
 
-    `certificates`, `private_key`, `client_ca` and `client_crl` are names of PEM files, `options` are OpenSSL's SSL_OP_
-    bits. `max_handshake_bytes` is what a client may send until its handshake is done.
+    `certificates`, `private_key`, `client_ca` and `client_crl` are paths of PEM files, `options` are OpenSSL's SSL_OP_
+    bits. `max_handshake_bytes` is the number of bytes that a client may send until its handshake is done.
     """
 
     def __init__(
@@ -39,14 +39,13 @@ class PyOpenSSLContext:
         alpn: tuple[str, ...],
     ) -> None:
         context = self._context = SSL.Context(SSL.TLS_SERVER_METHOD)
-        # A chain of certificates is decoded in the reactor's thread, for which pyOpenSSL has no limit of its own.
+        # Certificate chains are decoded in the reactor's thread, and pyOpenSSL has no limit for them.
         self.max_handshake_bytes = (
             MAX_HANDSHAKE_BYTES if client_ca is None else MAX_CLIENT_CERTIFICATES + MAX_HANDSHAKE_BYTES // 8
         )
         context.set_min_proto_version(minimum)
         context.set_cipher_list(ciphers.encode())
-        # No sessions are resumed, as on Twisted's own listeners: protocols that bind to the channel (RFC 5929) rely on
-        # that.
+        # No sessions are resumed, as on Twisted's TLS listeners. Protocols with channel binding (RFC 5929) rely on it.
         context.set_options(options | SSL.OP_NO_TICKET)
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.use_certificate_chain_file(certificates)
@@ -60,20 +59,20 @@ class PyOpenSSLContext:
             assert store is not None  # a context is made with one
             store.set_flags(X509StoreFlags.CRL_CHECK | X509StoreFlags.CRL_CHECK_ALL)
         if alpn:
-            ours = [name.encode("ascii") for name in alpn]
+            supported = [name.encode("ascii") for name in alpn]
 
             def choose(connection: SSL.Connection, offered: list[bytes]) -> Any:
-                for name in ours:
+                for name in supported:
                     if name in offered:
                         return name
-                # The sentinel NO_OVERLAPPING_PROTOCOLS would go on without a protocol. For an exception OpenSSL sends
-                # the alert no_application_protocol (RFC 7301, section 3.2), and do_handshake raises it.
+                # The sentinel NO_OVERLAPPING_PROTOCOLS would continue without a protocol. After an exception OpenSSL
+                # sends the alert no_application_protocol (RFC 7301, section 3.2), and do_handshake raises it.
                 raise SSL.Error([("SSL routines", "", "no application protocol")])
 
             context.set_alpn_select_callback(choose)
 
     def find_by_name(self, find: Callable[[str], PyOpenSSLContext | None]) -> None:
-        """Have another context in this one's place for a client that asks for a name, if `find` gives one."""
+        """Select the context by SNI: `find` returns the context for a server name, or None to keep this one."""
 
         def choose(connection: SSL.Connection) -> None:
             name = connection.get_servername()
@@ -84,14 +83,14 @@ class PyOpenSSLContext:
         self._context.set_tlsext_servername_callback(choose)
 
     def limit_groups(self, like_this: Callable[[], PyOpenSSLContext]) -> str | None:
-        """Limit the groups that keys are exchanged on; a warning for the log where not all is as wanted.
+        """Limit the key exchange groups. Returns a warning for the log, or None.
 
-        `like_this` makes another context with the same arguments.
+        `like_this` creates another context with the same arguments.
         """
         return _GROUPS.limit(self._context, lambda: like_this()._context)
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
-        """Called by Twisted's layer."""
+        """Return a connection for Twisted's TLS layer, which calls this."""
         return SSL.Connection(self._context, None)
 
 
@@ -110,14 +109,14 @@ def _answer(context: SSL.Context, hello: bytes) -> bytes:
 
 
 def _below_pyopenssl(context: SSL.Context) -> bool:
-    """By the functions of OpenSSL that pyOpenSSL is made of, which has none of its own for this."""
+    """Limit the groups through the OpenSSL bindings below pyOpenSSL, which has no API for this."""
     try:
         library: Any = vars(SSL)["_lib"]  # private
         pointer = context._context
         set_groups = library.SSL_CTX_set1_curves_list
         for groups in GROUP_LISTS:
             taken = set_groups(pointer, groups.encode("ascii"))
-            library.ERR_clear_error()  # of this thread, or the next call would raise it
+            library.ERR_clear_error()  # the queue of this thread: the next call would raise the error
             if taken == 1:
                 return True
     except (KeyError, AttributeError, TypeError):

@@ -1,7 +1,7 @@
-"""The stream below a connection in Twisted's own TLS, with pyOpenSSL: for protocols that ask for its objects.
+"""The TLS stream of a connection with Twisted's TLS and pyOpenSSL, for protocols that need pyOpenSSL's objects.
 
-Twisted's TLS is a protocol, the *layer*, between a transport and the protocol that it wraps. It gives OpenSSL all that
-it receives and keeps all that OpenSSL wants to send. Here both are bounded, as in `rtservice.net.tls_stream`.
+Twisted's TLS is a protocol, the *layer*, between a transport and the wrapped protocol. It passes all input to OpenSSL
+and buffers all output of OpenSSL. Here both are bounded, as in `rtservice.net.tls_stream`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from rtservice.net.tls_memory import RECORD_SIZE, Records
 
 
 def _without_traceback(problem: Any) -> Failure:
-    """Return a Failure that refers to no frames: theirs refer to the connection, which could not be freed at once."""
+    """Return a Failure without frames: these refer to the connection, and keep it until a garbage collection."""
     return Failure(problem.with_traceback(None))
 
 
 class Marks:
-    """Which parts of a stream of output are of one kind, to know how much of that kind is unsent."""
+    """Marked parts of an output stream, to count how many marked bytes are unsent."""
 
     __slots__ = ("_marks",)
 
     def __init__(self) -> None:
-        self._marks: list[tuple[int, int]] = []  # where each part ends in the stream, and its size
+        self._marks: list[tuple[int, int]] = []  # end position and size of each part
 
     def __bool__(self) -> bool:
         return bool(self._marks)
@@ -57,36 +57,37 @@ class Marks:
         self._marks.append((end, size))
 
     def after(self, position: int) -> int:
-        """Return how many marked bytes come after a position, and forget those before it."""
+        """Return the number of marked bytes after a position, and drop the marks before it."""
         self._marks = [(end, min(size, end - position)) for end, size in self._marks if end > position]
         return sum(size for _, size in self._marks)
 
 
 class Layer(TLSMemoryBIOProtocol):
-    """Twisted's layer without its dependence on the peer's close_notify, and with what is needed to bound it.
+    """Twisted's TLS layer, independent of the peer's close_notify, and with the counters that bound its work.
 
-    A factory of Twisted's makes a layer that delays writes and drops them when the peer's close_notify arrives before:
-    a client that sends a request together with close_notify gets no answer. This class is not that one.
+    The layer of Twisted's own factory (BufferingTLSTransport) delays writes, and drops them if the peer's close_notify
+    arrives first: a client that sends a request together with close_notify gets no answer. The base class here does not
+    delay writes.
     """
 
     transport: Any
-    _tlsConnection: Any = None  # until the context factory has made it; it may raise
+    _tlsConnection: Any = None  # until the context factory has created it, which may raise
 
     def __init__(self, stream: PyOpenSSLStream, context_factory: Any, *, client: bool) -> None:
-        # As in Twisted's own startTLS: without a factory to wrap, since it is given the protocol.
+        # As in Twisted's startTLS: no wrapped factory, since the protocol exists.
         factory = TLSMemoryBIOFactory(context_factory, client, None)  # type: ignore[arg-type]  # None is for this use
         super().__init__(factory, stream.connection.protocol, _connectWrapped=False)
         self._stream: Any = stream
         self._appSendBuffer: list[bytes] = []
-        self._writing = False  # what OpenSSL sends now is the protocol's
-        self.answers = Marks()  # what OpenSSL has sent otherwise since the handshake
+        self._writing = False  # OpenSSL's output is now the protocol's data
+        self.answers = Marks()  # other output of OpenSSL since the handshake
         self.without_data = 0  # bytes received since the last application data; in the handshake, all
 
-    # --- what a transport tells about its TLS, beside what Twisted's layer does ---
+    # --- TLSFacts ---
 
     @property
     def handle(self) -> SSL.Connection | None:
-        """OpenSSL's object; None before TLS has begun."""
+        """The pyOpenSSL connection; None before TLS has begun."""
         return self._tlsConnection  # type: ignore[no-any-return]  # Twisted's
 
     @property
@@ -105,7 +106,7 @@ class Layer(TLSMemoryBIOProtocol):
     def cipher(self) -> str | None:
         return self._tlsConnection and self._tlsConnection.get_cipher_name()  # type: ignore[no-any-return]  # untyped
 
-    # --- what Twisted's layer does otherwise ---
+    # --- differences from Twisted's layer ---
 
     @property
     def broken(self) -> bool:
@@ -125,7 +126,7 @@ class Layer(TLSMemoryBIOProtocol):
             self._writing = False
 
     def _flushSendBIO(self) -> None:
-        # All of it: a long chain of certificates is more than what Twisted takes at once.
+        # Until the BIO is empty: a long certificate chain is more than Twisted reads at once.
         size = most = 1 << 16
         while size == most and self._tlsConnection is not None:
             try:
@@ -138,8 +139,8 @@ class Layer(TLSMemoryBIOProtocol):
                 self.answers.add(size, self._stream.connection.bytes_out + self._stream.connection.unsent)
 
     def _flushReceiveBIO(self) -> None:
-        # Twisted calls the protocol for each record. A protocol that pauses, closes or aborts is called once here, as
-        # it is on a plain connection.
+        # Twisted calls dataReceived for each record, even after the protocol has paused, closed or aborted. Here it is
+        # called once, as on a plain connection.
         pieces: list[bytes] = []
         ended = False
         failure = None
@@ -174,22 +175,22 @@ class Layer(TLSMemoryBIOProtocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self._reason is not None and isinstance(self._reason.value, SSL.Error):
             self._stream.failed(self._reason.value)
-        if self.wrappedProtocol is None:  # none was built
+        if self.wrappedProtocol is None:  # the handshake was not done
             self.wrappedProtocol = Protocol()
         if self._tlsConnection is not None:
             super().connectionLost(reason)
         else:  # TLS has not begun
             protocol: Any = self.wrappedProtocol
-            self.wrappedProtocol = None  # type: ignore[assignment]  # as Twisted does: they refer to each other
+            self.wrappedProtocol = None  # type: ignore[assignment]  # as Twisted does: breaks a reference cycle
             protocol.connectionLost(reason)
-        self._stream = None  # they refer to each other
+        self._stream = None  # breaks a reference cycle
 
 
 class _Below:
-    """The transport of the layer: what it writes goes to the socket, and what it closes is the connection itself.
+    """The transport of the layer: writes go to the socket, and closing closes the connection.
 
-    A protocol that has called startTLS keeps the connection as its transport, whose methods lead to the layer. All else
-    that the layer asks of its transport is the connection's.
+    A protocol that has called startTLS keeps the connection as its transport, whose methods call the layer. All other
+    attributes are those of the connection.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -206,7 +207,7 @@ class _Below:
 
     def loseConnection(self) -> None:
         connection = self._connection
-        connection._stop_producer()  # nobody would take any more what it produces
+        connection._stop_producer()  # its output would be discarded
         connection.loseConnection(below=True)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
@@ -217,24 +218,24 @@ class _Below:
 
 
 class PyOpenSSLStream(BoundedStream):
-    """Reads for a layer, which is the protocol of the connection. Its handshake is the first thing that it does.
+    """Stage that does the handshake and then reads for a layer, which is the protocol of the connection.
 
-    What a protocol calls on the connection goes through the layer. Bytes are counted as they pass below TLS.
+    Calls of the protocol on the connection go through the layer. Byte counters count encrypted bytes.
 
-    Where the connection begins with TLS, its protocol is built after the handshake, and its transport is the layer: a
-    `twisted.protocols.tls.TLSMemoryBIOProtocol`, as it is on Twisted's own TLS listeners.
+    If the connection begins with TLS, its protocol is built after the handshake, and its transport is the layer: a
+    `twisted.protocols.tls.TLSMemoryBIOProtocol`, as on Twisted's TLS listeners.
     """
 
     __slots__ = ("_max_handshake_bytes", "_records", "_rest", "layer")
 
-    sends = False  # the layer has encrypted what the connection sends
+    sends = False  # the layer encrypts; the connection sends
 
     def __init__(self, connection: Connection, context_factory: Any, *, server_side: bool) -> None:
         super().__init__(connection)
         self.layer = Layer(self, context_factory, client=not server_side)  # may raise: before anything is changed
         self._max_handshake_bytes: int = getattr(context_factory, "max_handshake_bytes", MAX_HANDSHAKE_BYTES)
         self._records = Records()
-        self._rest = b""  # received, but for a later turn
+        self._rest = b""  # received, to process in a later turn
 
     def begin(self) -> None:
         """Begin the handshake."""
@@ -243,14 +244,14 @@ class PyOpenSSLStream(BoundedStream):
         if producer is not None:
             connection.unregisterProducer()
         begins = connection.protocol is None
-        # Where the reactor cannot exchange one for the other, what was read goes on to be read.
+        # If the reactor cannot exchange descriptors, a connection that was reading continues to read.
         reads = begins or (connection.port.exchange is None and connection in connection.reactor.getReaders())
         connection.be_in_tls(layer)
         connection.enter(TLS, self)
-        connection._writable = False  # what is written goes to `write`
+        connection._writable = False  # writes go to `write` of this stage
         self._deadline = connection.reactor.callLater(connection.port.handshake_timeout, self._time_out)
         connection.protocol = layer
-        layer.transport = _Below(connection)  # also when the following raises
+        layer.transport = _Below(connection)  # set even if the following raises
         if reads:
             connection.reactor.addReader(self)
         layer.makeConnection(layer.transport)
@@ -260,7 +261,7 @@ class PyOpenSSLStream(BoundedStream):
             connection.registerProducer(producer, streaming)
 
     def shaken(self) -> None:
-        """Go on after the handshake. The layer may have more to say in this event."""
+        """Continue after the handshake, in the same event. Called by the layer."""
         self.stop()
         connection, layer = self.connection, self.layer
         connection.enter(OPEN, self)
@@ -289,7 +290,7 @@ class PyOpenSSLStream(BoundedStream):
     # --- reading ---
 
     def doRead(self) -> Any:
-        """Read once for each event; OpenSSL gets no more than a bounded number of records of that."""
+        """Read once for each event, and pass a bounded number of records to OpenSSL."""
         connection = self.connection
         shaking = connection.phase is TLS
         try:
@@ -306,9 +307,9 @@ class PyOpenSSLStream(BoundedStream):
         return self._received(data)
 
     def _received(self, data: bytes) -> Any:
-        """Give the layer what the peer has sent, or as much of it as is for this turn. Returns what doRead does."""
+        """Pass input to the layer, up to the bound for one event. Returns what doRead returns."""
         connection, layer = self.connection, self.layer
-        # In fewer bytes are not many more records: the smallest encrypted one has 22.
+        # FIRST_READ bytes cannot contain many more records: the smallest encrypted one has 22 bytes.
         end = self._records.take(data, MAX_RECORDS if len(data) > FIRST_READ else len(data))[-1]
         if end < len(data):
             data, self._rest = data[:end], data[end:]
@@ -324,12 +325,12 @@ class PyOpenSSLStream(BoundedStream):
         else:
             connection._corked = False
         if layer.answers or self._rest or layer.broken or layer.without_data > MAX_BYTES_WITHOUT_DATA:
-            # Unless it is over, or lingers.
+            # Not if the connection has ended or lingers.
             return self._bounded() if connection._stage is self and not connection._aborting else None
         return None
 
     def _bounded(self) -> Any:
-        """Keep what the peer may cost within its bounds. Returns what doRead does."""
+        """Apply the bounds on the cost of the peer. Returns what doRead returns."""
         connection, layer = self.connection, self.layer
         if layer.without_data > MAX_BYTES_WITHOUT_DATA:
             connection.error = connection.error or LocalClose(TOO_MUCH_WITHOUT_DATA)
@@ -356,12 +357,12 @@ class PyOpenSSLStream(BoundedStream):
             return connection.doWrite()
         connection._flush()
         connection._stop_waiting_if_sent()
-        # What ends stays held: this has to be bounded, too.
+        # A connection that closes stays held: its work is bounded too.
         if self.held and not connection.disconnecting and not self.layer.answers.after(connection.bytes_out):
             self.release()
         return None
 
-    # --- what a protocol calls ---
+    # --- called by the connection ---
 
     def write(self, data: bytes) -> None:
         if self.connection.connected:
@@ -372,7 +373,7 @@ class PyOpenSSLStream(BoundedStream):
         return False
 
     def closing(self) -> None:
-        # What the layer waits for: that its producer is no more, and then the peer's close_notify.
+        # The layer waits for its producer to unregister, and then for the peer's close_notify.
         self.layer.unregisterProducer()
         self.resume()
 
@@ -391,34 +392,34 @@ class PyOpenSSLStream(BoundedStream):
     # --- the end ---
 
     def failed(self, problem: SSL.Error) -> None:
-        """Note why TLS has failed."""
-        # For the record, in the words of `ssl`: see end_reason of process/registry.
+        """Keep the reason why TLS has failed, for the log."""
+        # As an error of `ssl`, whose reasons logs show: see end_reason of process/registry.
         error = ssl.SSLError()
         words = problem.args and problem.args[0]
         error.reason = words[0][-1].upper().replace(" ", "_") if words else type(problem).__name__
         self.connection.error = self.connection.error or error
 
     def give_up(self, reason: Failure) -> None:
-        # In a later event: the layer, which may have called what has failed, goes on with what this would take from it.
+        # In a later event: the caller may be the layer, which needs its connection until it returns.
         self.connection.reactor.callLater(0, self.connection.connectionLost, reason)
-        self.layer.abortConnection()  # and this has it give nothing more to the protocol
+        self.layer.abortConnection()  # the layer passes nothing more to the protocol
 
-    def _was_told(self) -> bool:
+    def _has_close_notify(self) -> bool:
         """Return whether the peer has sent close_notify."""
         handle = self.layer.handle
         return handle is not None and bool(handle.get_shutdown() & SSL.RECEIVED_SHUTDOWN)
 
     def readConnectionLost(self, reason: Failure) -> None:
         connection = self.connection
-        if connection.peer_finished and not self.layer.disconnecting and not self._was_told():
+        if connection.peer_finished and not self.layer.disconnecting and not self._has_close_notify():
             connection.error = connection.error or ssl.SSLEOFError()
         connection.readConnectionLost(reason)
 
     def ended(self, reason: Failure) -> Failure:
         connection = self.connection
-        if not self.layer.disconnecting and self._was_told():  # or it was an answer
+        if not self.layer.disconnecting and self._has_close_notify():  # otherwise it answers ours
             connection.peer_finished = True
         connection._tls = TLS_GONE  # the layer refers to the connection
         if connection.phase is TLS and reason.check(ConnectionDone):
-            return LOST  # the layer closes it as if all were well
+            return LOST  # the layer reports a clean close
         return reason

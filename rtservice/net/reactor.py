@@ -1,14 +1,14 @@
 """An epoll reactor with Twisted's contract: fewer system calls and fewer Python frames for each event.
 
-Linux only: importing it elsewhere raises ImportError, as Twisted's own epoll reactor does.
+Linux only: importing it elsewhere raises ImportError, as Twisted's epoll reactor does.
 
-What differs from `twisted.internet.epollreactor`, its base:
+Differences from its base, `twisted.internet.epollreactor`:
 
-- An event calls its descriptor directly instead of through `log.callWithLogger`. The log context that this would have
-  built for every event is there all the same, but made only when somebody logs.
-- `write_soon` runs a descriptor's doWrite before the reactor next waits, without asking the kernel whether it may.
-- `exchange` has one descriptor in the place of another without asking the kernel.
-- Timers run on the monotonic clock: setting the system's clock moves no deadline.
+- An event calls its descriptor directly instead of through `log.callWithLogger`. The log context that this function
+  builds for every event is built only when code logs.
+- `write_soon` calls a descriptor's doWrite before the reactor next waits, without waiting for writability.
+- `exchange` replaces a descriptor by another one without a system call.
+- Timers run on the monotonic clock: setting the system clock moves no deadline.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from twisted.internet.main import installReactor
 from twisted.python import log
 from twisted.python.context import theContextTracker
 
-# A context that says nothing: signal handlers run while the reactor waits, and may log.
-_NOBODY: dict[Any, Any] = {}
+# An empty log context, for the time in which the reactor waits: signal handlers run then, and may log.
+_NO_CONTEXT: dict[Any, Any] = {}
 
 _NO_DESCRIPTOR = error.ConnectionFdescWentAway("File descriptor lost")
 
 
 class _LogContext:
-    """What `log.callWithLogger` would push onto the context stack for a descriptor, made when somebody asks for it."""
+    """The context that `log.callWithLogger` pushes onto the stack for a descriptor, built when it is read."""
 
     __slots__ = ("_selectable",)
 
@@ -48,9 +48,9 @@ class _LogContext:
         return {**self._outer(), "system": prefix}
 
     def _outer(self) -> dict[str, Any]:
-        """The log context below this one: that of the caller of reactor.run, or Twisted's default."""
+        """Return the log context below this one: that of the caller of reactor.run, or Twisted's default."""
         contexts = theContextTracker.currentContext().contexts
-        # In a thread that was handed this one, all of the stack is below it.
+        # In a thread that was started with this context, the whole stack is below it.
         below = contexts[: contexts.index(self)] if self in contexts else contexts
         for context in reversed(below):
             with suppress(KeyError):
@@ -59,7 +59,7 @@ class _LogContext:
 
 
 class Reactor(EPollReactor):
-    """Twisted's epoll reactor, cheaper for each event, on the monotonic clock."""
+    """Twisted's epoll reactor with a lower cost for each event, on the monotonic clock."""
 
     seconds = staticmethod(monotonic)
 
@@ -69,17 +69,17 @@ class Reactor(EPollReactor):
         super().__init__()
 
     def write_soon(self, writer: Any) -> None:
-        """Call the doWrite of an IWriteDescriptor once before the reactor next waits, as if the kernel had asked.
+        """Call the doWrite of an IWriteDescriptor once before the reactor next waits, as if it were writable.
 
-        For a descriptor whose socket will most likely take what it is given: it saves being registered, reported and
-        unregistered. To be called from the reactor's thread.
+        For a descriptor whose socket is very likely writable: this saves registering and unregistering it. Call it from
+        the reactor's thread only.
         """
         self._writers_soon.append(writer)
 
     def exchange(self, before: Any, after: Any) -> None:
-        """Have another descriptor of the same socket in the place of one, if that is registered.
+        """Replace a registered descriptor by another one of the same socket. No effect if `before` is not registered.
 
-        It saves two or four system calls. What happens on the socket is reported to `after` from the next event on.
+        This saves two or four system calls. From the next event on, `after` is called.
         """
         fd = before.fileno()
         if self._selectables.get(fd) is before:
@@ -87,32 +87,32 @@ class Reactor(EPollReactor):
             self._log_contexts[fd] = _LogContext(after)
 
     def doPoll(self, timeout: float | None) -> None:
-        """Wait up to `timeout` seconds (None: without end) for events, and handle one batch of them."""
+        """Wait up to `timeout` seconds (None: no limit) for events, and handle one batch of them."""
         contexts = theContextTracker.currentContext().contexts
         depth = len(contexts)
-        contexts.append(_NOBODY)  # the place for the log context of the descriptor that is handled
+        contexts.append(_NO_CONTEXT)  # the place for the log context of the current descriptor
         try:
             if self._writers_soon:
                 self._write_now(contexts)
-                contexts[-1] = _NOBODY
-                timeout = 0  # what they did may have set timers, stopped the reactor, or asked for more
+                contexts[-1] = _NO_CONTEXT
+                timeout = 0  # the writers may have set timers, stopped the reactor, or called write_soon
             selectables = self._selectables
             log_contexts = self._log_contexts
             try:
-                # As many as there are descriptors, so that each has its turn in every batch.
+                # Up to one event for each descriptor, so that every descriptor has its turn in every batch.
                 events = self._poller.poll(-1 if timeout is None else timeout, len(selectables))
             except InterruptedError:
                 return
             for fd, event in events:
                 try:
                     selectable = selectables[fd]
-                except KeyError:  # closed by one that was handled before it
+                except KeyError:  # closed by a descriptor that was handled before it
                     continue
                 contexts[-1] = log_contexts[fd]
                 if event != EPOLLIN:
                     self._doReadOrWrite(selectable, fd, event)
                     continue
-                # What Twisted does in _doReadOrWrite, for the usual event.
+                # Twisted's _doReadOrWrite, inlined for the usual event.
                 try:
                     why = selectable.doRead() if selectable.fileno() != -1 else _NO_DESCRIPTOR
                 except BaseException as problem:
@@ -133,7 +133,7 @@ class Reactor(EPollReactor):
             self._doReadOrWrite(writer, -1, EPOLLOUT)
 
     def _disconnectSelectable(self, selectable: Any, why: BaseException, isRead: bool, *args: Any) -> None:
-        """As in Twisted; what a descriptor raises at its end is logged, and the others of the batch go on."""
+        """Disconnect as Twisted does, but log what a descriptor raises: the rest of the batch is still handled."""
         try:
             super()._disconnectSelectable(selectable, why, isRead, *args)
         except KeyboardInterrupt:
@@ -141,7 +141,7 @@ class Reactor(EPollReactor):
         except BaseException:
             log.err()
 
-    # --- which descriptors are watched: Twisted's rules, with a log context for each ---
+    # --- registration of descriptors: Twisted's rules, with a log context for each descriptor ---
 
     def _add(
         self, xer: Any, primary: set[int], other: set[int], selectables: dict[int, Any], event: int, antievent: int
@@ -160,7 +160,7 @@ class Reactor(EPollReactor):
         self, xer: Any, primary: set[int], other: set[int], selectables: dict[int, Any], event: int, antievent: int
     ) -> None:
         fd = xer.fileno()
-        if fd == -1:  # closed too early: it is known by what is registered
+        if fd == -1:  # already closed: search for its registration
             fd = next((known for known, selectable in selectables.items() if selectable is xer), -1)
         if fd in primary:
             if fd in other:
@@ -172,5 +172,5 @@ class Reactor(EPollReactor):
 
 
 def install() -> None:
-    """Make this the process's reactor; raises ReactorAlreadyInstalledError when it has one."""
+    """Install this reactor in the process. Raises ReactorAlreadyInstalledError if there is one."""
     installReactor(Reactor())

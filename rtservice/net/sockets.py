@@ -1,4 +1,4 @@
-"""TCP sockets: bind one, listen on it, name it, and name the reason when that fails."""
+"""Functions for TCP sockets: bind, listen, names and error reasons."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from rtservice.net.description import ListenError, address_name, tcp_name
 def bind(family: socket.AddressFamily, host: str, scope: int, port: int, *, reuse_port: bool = False) -> socket.socket:
     """Return a non-blocking TCP socket that is bound to an address. Raises OSError.
 
-    `scope` is the number of a network interface, for link-local IPv6 addresses, and 0 otherwise.
+    `scope` is the number of a network interface for link-local IPv6 addresses, and 0 otherwise. `reuse_port` sets
+    SO_REUSEPORT.
     """
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        # Connections of a predecessor may be in TIME_WAIT; without this they would keep its port for a minute.
+        # Connections of a predecessor may be in TIME_WAIT, and would block the port for a minute.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -34,7 +35,7 @@ def start_listening(sock: socket.socket, backlog: int) -> None:
     """Listen on a bound TCP socket. Raises ListenError."""
     try:
         sock.listen(backlog)
-    except OSError as error:  # two processes can both bind a port with SO_REUSEADDR; only one of them may listen
+    except OSError as error:  # with SO_REUSEADDR two processes can bind a port, but only one can listen
         raise ListenError(f"cannot listen on {socket_name(sock)}: {reason_of(error)}") from error
 
 
@@ -55,11 +56,11 @@ def zone_name(scope: int) -> str:
 def cannot_listen(
     family: socket.AddressFamily, host: str, port: int, error: OSError, interface: str = ""
 ) -> ListenError:
-    """Return the error for an address that cannot be bound. `interface` is the host name that it was looked up for."""
-    of = ""
+    """Return the error for an address that cannot be bound. `interface` is the host name that resolved to it, or ""."""
+    note = ""
     if error.errno == errno.EADDRNOTAVAIL and interface not in ("", host):
-        of = f"; {interface!r} stands for it, and every address of a host name is served, or none"
-    return ListenError(f"cannot listen on {address_name(host, port)}: {reason_of(error)}{of}")
+        note = f"; {interface!r} resolves to it, and each address of a host name must be local"
+    return ListenError(f"cannot listen on {address_name(host, port)}: {reason_of(error)}{note}")
 
 
 def close_all(sockets: list[socket.socket]) -> None:
@@ -69,10 +70,10 @@ def close_all(sockets: list[socket.socket]) -> None:
 
 
 def lower_first(text: str | None) -> str:
-    """Return a reason as it is written within a line."""
+    """Return a reason with a lower-case first letter, for use within a sentence."""
     return text[:1].lower() + text[1:] if text else "unknown error"
 
 
 def reason_of(error: OSError) -> str:
-    """Return what the system says about an error, as it is written within a line."""
-    return lower_first(error.strerror or str(error))  # some of Python's own have no errno
+    """Return the system's text for an error, for use within a sentence."""
+    return lower_first(error.strerror or str(error))  # errors that Python raises itself have no errno

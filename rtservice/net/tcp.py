@@ -1,4 +1,4 @@
-"""TCP listeners: from a host name or address and a port to sockets that listen."""
+"""Open TCP listeners: resolve a host name or address, and bind its sockets."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rtservice.net.sockets import bind, cannot_listen, close_all, lower_first, s
 
 _log = Logger()
 
-# Why a socket cannot be had on a host without IPv6: no such family, or the family with every address disabled.
+# Errors of a host without IPv6: no such family, or the family with every address disabled.
 _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
-# How often the system is asked for one port number that is free on IPv4 and IPv6.
+# Attempts to find a port number that is free on both IPv4 and IPv6, for port 0.
 _SAME_PORT_TRIES = 32
 Address = tuple[socket.AddressFamily, str, int]  # family, host, IPv6 scope
 
 
 def is_local(interface: str) -> bool:
-    """Return whether a host takes no name server: an address, or `localhost` (RFC 6761, section 6.3)."""
+    """Return whether a host needs no name server: an address, or `localhost` (RFC 6761, section 6.3)."""
     if interface.lower().removesuffix(".") in ("localhost", "*"):
         return True
     try:
@@ -34,7 +34,7 @@ def is_local(interface: str) -> bool:
 
 
 def tcp_place(family: int, host: str, port: int, scope: int) -> TCPPlace:
-    """Return an address as a place to listen."""
+    """Return the TCPPlace of an address."""
     six = family == socket.AF_INET6
     return TCPPlace(six, host, port, scope, address_name(host, port, zone_name(scope)))
 
@@ -51,12 +51,12 @@ def resolve(interface: str, port: int, family: int) -> list[Address]:
         entry = (kind, str(address[0]), int(address[3]) if len(address) == 4 else 0)
         if entry not in addresses:
             addresses.append(entry)
-    # IPv4 first, so that a port of 0 is picked where most hosts have the more sockets.
+    # IPv4 first: port 0 is chosen in the family in which most hosts have more sockets.
     return sorted(addresses, key=lambda entry: entry[0] == socket.AF_INET6)
 
 
 def open_tcp(addresses: list[Address], port: int, backlog: int, slots: int, interface: str) -> list[Listener]:
-    """Return a listener for each address, all on one port; `_may_be_missing` says when IPv6 is left out.
+    """Return a listener for each address, all on one port. `_may_be_missing` tells when IPv6 is omitted.
 
     Raises ListenError.
     """
@@ -89,13 +89,13 @@ def open_tcp(addresses: list[Address], port: int, backlog: int, slots: int, inte
 
 
 def check_tcp(addresses: list[Address], port: int, interface: str) -> None:
-    """Check with UDP sockets that the addresses are this host's: no TCP port is bound. Raises ListenError."""
+    """Check that the addresses are local, with UDP sockets: no TCP port is bound. Raises ListenError."""
     found = False
     for family, host, scope in addresses:
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as listeners are bound: no ::ffff:…
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as for listeners: rejects ::ffff:…
                     probe.bind((host, 0, 0, scope))
                 else:
                     probe.bind((host, 0))
@@ -107,11 +107,11 @@ def check_tcp(addresses: list[Address], port: int, interface: str) -> None:
 
 
 def _may_be_missing(error: OSError, family: socket.AddressFamily, host: str, interface: str) -> bool:
-    """Whether the address of IPv6 is left out, where another address of the same listener was bound.
+    """Return whether to omit an IPv6 address that cannot be bound, when another address of the listener was bound.
 
-    Without an interface it is, on a host without IPv6. An address of a host name is what clients are told to connect
-    to: one that this host does not have, or not yet, is an error, after which a service manager tries again. Where the
-    host has no IPv6 at all, nobody can: `localhost` is `::1` too in the hosts file of most containers. That is logged.
+    Without an interface it is omitted on a host without IPv6. With a host name, clients may connect to any of its
+    addresses: one that this host does not have (yet) is an error, and a service manager tries again. If the host has no
+    IPv6 at all, the address is omitted and that is logged: most containers map `localhost` to `::1` too.
     """
     if family != socket.AF_INET6 or error.errno not in _NO_IPV6:
         return False
@@ -124,7 +124,7 @@ def _may_be_missing(error: OSError, family: socket.AddressFamily, host: str, int
 
 
 def _has_ipv6() -> bool:
-    """Whether this host has IPv6: its loopback address, without which there is no other (RFC 4291, section 2.8)."""
+    """Return whether this host has IPv6, by its loopback address, which is required (RFC 4291, section 2.8)."""
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
             probe.bind(("::1", 0))
@@ -134,9 +134,10 @@ def _has_ipv6() -> bool:
 
 
 def _with_slots(found: socket.socket, backlog: int, slots: int) -> Listener:
-    """A listener with a socket for each slot, and some in reserve, on the address of a socket that is bound alone.
+    """Return a listener with a socket for each slot, and reserve sockets, on the address of the bound socket `found`.
 
-    That one is closed. It shows that no other service listens there: one that shares its port would let ours share it.
+    `found`, bound without SO_REUSEPORT, shows that no other service listens there, and is closed. A check is needed: if
+    another service uses SO_REUSEPORT too, binding with it succeeds, and both share the port. Raises ListenError.
     """
     host, port, *rest = found.getsockname()
     scope = rest[1] if rest else 0

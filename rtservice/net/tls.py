@@ -1,4 +1,4 @@
-"""Certificates and keys → a context of `ssl` or of pyOpenSSL, with one certificate or with one for each name."""
+"""Build TLS contexts, of `ssl` or pyOpenSSL, from certificate and key files: one certificate, or one for each name."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ Library = Literal["ssl", "pyopenssl"]
 Context: TypeAlias = "ssl.SSLContext | PyOpenSSLContext"
 
 _Result = TypeVar("_Result")
-# Work that takes long with many files: its result comes after any number of steps, between which others are served. A
-# step takes a few milliseconds at most, one certificate or less.
+# Work that takes long with many files, in steps of a few milliseconds (at most one certificate), between which the
+# reactor handles other events. The generator returns the result.
 Steps: TypeAlias = Generator[None, None, _Result]
 
-# Forward secrecy and authenticated encryption only: the TLS 1.2 suites of Mozilla's "intermediate" configuration, less
-# those with finite-field Diffie-Hellman, which no client of today needs. TLS 1.3's suites are all of this kind.
+# Forward secrecy and authenticated encryption only: the TLS 1.2 suites of Mozilla's "intermediate" configuration
+# without finite-field Diffie-Hellman, which no current client needs. All suites of TLS 1.3 meet this.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
-# A file may hold more than certificates: a key in the same one is common, and text before them.
+# A file may also contain a key or text.
 _PEM_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
-# In a name that a client can ask for (RFC 6066, section 3): visible characters of ASCII, of which one is not a dot.
+# A name that a client can request (RFC 6066, section 3): visible ASCII characters, at least one of which is not a dot.
 _SERVED = re.compile(r"(?=.*[^.])[!-~]+")
 
-# In a directory of certificates; those of hidden files are left out, as a shell's *.pem would.
+# Suffixes of files in a directory of certificates. Hidden files are skipped, as with *.pem in a shell.
 _DIRECTORY_SUFFIXES = (".pem", ".key")
 
-# openssl/ssl.h; `ssl` has no names for them. A compressed chain of certificates (RFC 8879) could be a thousand times
-# larger than what a client has sent.
+# openssl/ssl.h. `ssl` does not define them. A compressed certificate chain (RFC 8879) could expand to a thousand times
+# the bytes that the client sent.
 _OP_PRIORITIZE_CHACHA = 1 << 21
 _OP_NO_RX_CERTIFICATE_COMPRESSION = 1 << 33
 
@@ -58,14 +58,14 @@ _MINIMUM = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
 class TLSError(Exception):
-    """The files cannot make a context; the text names the file and says what is wrong with it."""
+    """No context can be built from the files. The text names the file and the error."""
 
 
 class Files:
-    """Where certificates and keys are read: the file system.
+    """Reads certificates and keys from the file system.
 
-    `texts` and `entries` are what was read, for RecordedFiles: a process that has not the rights to read a key can make
-    its context of what another one has read.
+    `texts` and `entries` record the results for RecordedFiles: a process without permission to read a key can build its
+    context from what another process has read.
     """
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class Files:
         self.entries: dict[str, list[str]] = {}
 
     def read(self, path: str, what: str) -> str:
-        """The text of a file; `what` it is, is for the TLSError."""
+        """Return the text of a file. Raises TLSError, which names the kind of file, `what`."""
         try:
-            # A pipe would keep a reload, and with it the whole service, waiting.
+            # Non-blocking: a pipe would block the reload, and with it the whole service.
             with open(path, "rb", opener=_open_nonblocking) as file:
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     text = self.texts[path] = _text(file.read())
@@ -84,14 +84,14 @@ class Files:
             raise TLSError(f"the {what} {path!r} {error}") from None
         except OSError as error:
             raise TLSError(f"cannot read the {what} {path!r}: {_reason(error)}") from error
-        raise TLSError(f"cannot read the {what} {path!r}: not a regular file")
+        raise TLSError(f"cannot read the {what} {path!r}: it is not a regular file")
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file, be it a broken link."""
+        """Return whether the file exists. A broken symbolic link counts."""
         return os.path.lexists(path)
 
     def names(self, directory: str) -> list[str]:
-        """The names of certificates and keys in a directory; raises TLSError."""
+        """Return the names of certificate and key files in a directory. Raises TLSError."""
         try:
             entries = self.entries[directory] = _entries(directory)
         except OSError as error:
@@ -100,7 +100,7 @@ class Files:
 
 
 class RecordedFiles(Files):
-    """What another Files has read."""
+    """Returns what another Files has read."""
 
     def __init__(self, texts: dict[str, str], entries: dict[str, list[str]]) -> None:
         self.texts = texts
@@ -118,9 +118,9 @@ class RecordedFiles(Files):
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate that is shown: its file, its names as in x509.Description, and when it holds.
+    """A server certificate: its file, its names as in x509.Description, and its validity.
 
-    The times are seconds since the epoch. Nothing here says that the certificate holds now.
+    The times are in seconds since the epoch. The certificate may have expired or not be valid yet.
     """
 
     path: str
@@ -130,22 +130,22 @@ class Certificate:
 
     @property
     def served(self) -> tuple[str, ...]:
-        """The names by which clients can ask for it, without a dot at the end; no client can send any other."""
+        """The names that clients can request by SNI, without a dot at the end."""
         return tuple(dict.fromkeys(name.removesuffix(".") for name in self.names if _SERVED.fullmatch(name)))
 
 
 class ServerContext(ssl.SSLContext):
-    """A context of `ssl` for a server, and what its connections need beside it.
+    """An `ssl` context for a server, with its ALPN protocols.
 
-    `alpn` are the protocols that it has. A context that SNI chooses in its place has the same.
+    A context that SNI selects instead has the same `alpn`.
     """
 
     alpn: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
-class Made:
-    """What was made of one certificate; `certificate` says where it was read."""
+class CertificateContext:
+    """The context of one certificate, and warnings for the log."""
 
     context: Context
     certificate: Certificate
@@ -154,16 +154,16 @@ class Made:
 
 @dataclass
 class Names:
-    """The contexts of a directory but for its default, by name: None is the default, whatever this is by then.
+    """The contexts of a directory by server name. None stands for the current default context.
 
-    All defaults that one listener ever had look names up here. So a connection that still holds an old one keeps no
-    other contexts in memory.
+    All successive default contexts of a listener look names up here. So a connection that still uses an old default
+    keeps no other contexts in memory.
     """
 
     contexts: dict[str, Context | None] = field(default_factory=dict)
 
     def find(self, name: str) -> Any:
-        """Return the context for the name that a client asks for; None to stay with the default."""
+        """Return the context for a requested name, or None for the default."""
         name = name.lower().removesuffix(".")
         wildcard = "*." + name.partition(".")[2]
         return self.contexts[name] if name in self.contexts else self.contexts.get(wildcard)
@@ -171,23 +171,23 @@ class Names:
 
 @dataclass(frozen=True)
 class Reusable:
-    """What the next load of the same source can use.
+    """Contexts that the next load of the same source can reuse.
 
-    `made` is by a digest of all that it was made of: a context takes 1 to 3 ms to make, and a directory may hold
-    thousands of certificates of which one was renewed.
+    The keys of `made` are digests of all inputs of a context. Building a context takes 1 to 3 ms, and a directory may
+    contain thousands of certificates of which one was renewed.
     """
 
     names: Names = field(default_factory=Names)
-    made: Mapping[bytes, Made] = field(default_factory=dict)
+    made: Mapping[bytes, CertificateContext] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LoadedTLS:
-    """What was made of the files: a context, and the certificates that its clients may be shown.
+    """The result of loading: a context, and the certificates that it may present.
 
-    `revocation` describes the lists that clients' certificates are looked up in. `warnings` are for the log: what this
-    process cannot do as it should. `reusable` is for the next load of the same source, whose names are `contexts` as
-    soon as this takes effect.
+    `revocation` describes the lists that clients' certificates are checked against. `warnings` are for the log: limits
+    that this process cannot apply. `reusable` is for the next load of the same source. `take_effect` makes `contexts`
+    its names.
     """
 
     context: Context
@@ -198,25 +198,26 @@ class LoadedTLS:
     contexts: dict[str, Context | None] = field(default_factory=dict, repr=False)
 
     def take_effect(self) -> None:
-        """Have clients be shown these certificates, also those that begin with a context of before."""
+        """Use these certificates from now on, also for connections that began with an earlier context."""
         self.reusable.names.contexts = self.contexts
 
 
 def alpn_gate(context: ssl.SSLContext) -> ALPNGate | None:
-    """A gate for a connection that a client begins with this context; None where the context has no ALPN."""
+    """Return an ALPNGate for a connection to a server with this context; None if the context has no ALPN."""
     alpn = context.alpn if isinstance(context, ServerContext) else ()
     return ALPNGate(alpn) if alpn else None
 
 
 def check_resumed(connection: ssl.SSLObject | ssl.SSLSocket, now: float | None = None) -> str | None:
-    """Why a session that was resumed is to be refused, once the handshake is done; None when it is not.
+    """Return the reason to reject a resumed session after the handshake, or None.
 
-    OpenSSL does not verify a client's certificate again when it resumes a session, and renews its tickets for ever. The
-    contexts of this module resume none with a certificate where `openssl` is available; this holds for all others.
+    OpenSSL does not verify a client's certificate again when it resumes a session, and renews its tickets forever. The
+    contexts of this module resume no session with a certificate if `openssl` is available; this check covers all
+    others. `now` is in seconds since the epoch.
     """
     if not connection.session_reused:
         return None
-    # As DER: `ssl` cannot decode a name in it that is not UTF-8.
+    # As DER: `ssl` cannot decode a certificate with a name that is not UTF-8.
     certificate = connection.getpeercert(binary_form=True)
     if not certificate:
         return None
@@ -226,28 +227,28 @@ def check_resumed(connection: ssl.SSLObject | ssl.SSLSocket, now: float | None =
 
 @dataclass(frozen=True)
 class _ClientTrust:
-    """PEM text that clients' certificates are verified with: authorities, and revocation lists if there are any."""
+    """PEM text to verify clients' certificates with: authorities, and revocation lists or None."""
 
     authorities: str
     revoked: str | None = None
 
     @property
     def texts(self) -> tuple[str, str]:
-        """Both; a part that was not given is empty."""
+        """Both texts; "" without revocation lists."""
         return self.authorities, self.revoked or ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Policy:
-    """What is asked of a client, whichever certificate it is shown.
+    """TLS settings that apply to all certificates of a listener.
 
-    With `client_ca`, a PEM file, a client has to show a certificate that one of its authorities signed. Its sessions
-    are not resumed: nothing would verify the certificate again. `client_crl` is a PEM file with a revocation list of
-    each authority in the chain of such a certificate, which has to be in force: without one, or after its next update,
-    all clients of this authority are refused.
+    With `client_ca`, a PEM file, a client must present a certificate signed by one of its authorities. Its sessions are
+    not resumed, since nothing would verify the certificate again. `client_crl` is a PEM file with a current revocation
+    list of each authority in the chain of such a certificate: without a list, or after its next update, all clients of
+    this authority are rejected.
 
-    `alpn` are the protocols offered (RFC 7301), the preferred one first. With the library `pyopenssl` contexts are for
-    Twisted's own TLS, which is slower, for protocols that ask for its objects.
+    `alpn` are the supported protocols (RFC 7301), in order of preference. With `library="pyopenssl"` contexts are for
+    Twisted's TLS, which is slower, for protocols that need pyOpenSSL's objects.
     """
 
     client_ca: str | None = None
@@ -257,7 +258,7 @@ class _Policy:
     library: Library = "ssl"
 
     def _trust(self, files: Files) -> tuple[_ClientTrust | None, RevocationLists | None]:
-        """What clients' certificates are verified with, and what the log says about it; raises TLSError."""
+        """Return the trust for clients' certificates, and the description of its revocation lists. Raises TLSError."""
         if self.client_ca is None:
             return None, None
         authorities = _certificates(files, self.client_ca, "client CA")
@@ -266,16 +267,16 @@ class _Policy:
         revoked, described = _revocation_lists(files, self.client_crl)
         return _ClientTrust(authorities, revoked), described
 
-    def _make(self, path: str, certificates: str, private_key: _Key, trust: _ClientTrust | None) -> Made:
-        """A context of this policy for the certificates, PEM text that was read from `path`. Raises TLSError."""
+    def _make(self, path: str, certificates: str, private_key: _Key, trust: _ClientTrust | None) -> CertificateContext:
+        """Build a context with this policy for `certificates`, PEM text read from `path`. Raises TLSError."""
         context = ServerContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = _MINIMUM[self.minimum]
         context.set_ciphers(_CIPHERS)
-        # A client that renegotiates makes the server work for nothing (CVE-2011-1473); TLS 1.3 has none of it.
+        # Renegotiation lets a client cause work at no cost (CVE-2011-1473); TLS 1.3 has none.
         context.options |= ssl.OP_NO_RENEGOTIATION
-        # The server's order, but for a client that puts ChaCha20 first, which has no AES in hardware.
+        # The server's order, except for a client that prefers ChaCha20, since it has no AES in hardware.
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | _OP_PRIORITIZE_CHACHA
-        if sys.maxsize > 1 << 33:  # `ssl` takes a C long
+        if sys.maxsize > 1 << 33:  # options are a C long in `ssl`
             context.options |= _OP_NO_RX_CERTIFICATE_COMPRESSION
         certificate = _load_pair(context, path, certificates, private_key)
         if trust is not None:
@@ -283,20 +284,23 @@ class _Policy:
         if self.alpn:
             context.set_alpn_protocols(list(self.alpn))
             context.alpn = tuple(name.encode("ascii") for name in self.alpn)
-        if self.library == "pyopenssl":  # what was read is known to be good now
+        if self.library == "pyopenssl":  # after `ssl` has checked the files
             made, warning = self._pyopenssl(context, certificates, private_key.text, trust)
-            return Made(made, certificate, (warning,) if warning else ())
+            return CertificateContext(made, certificate, (warning,) if warning else ())
         warning = SSL_GROUPS.limit(context)
-        return Made(context, certificate, (warning,) if warning else ())
+        return CertificateContext(context, certificate, (warning,) if warning else ())
 
     def _pyopenssl(
         self, like: ssl.SSLContext, certificates: str, private_key: str, trust: _ClientTrust | None
     ) -> tuple[PyOpenSSLContext, str | None]:
-        """A context with what was read into one of `ssl`, and a warning about its groups."""
+        """Return the pyOpenSSL context equal to the `ssl` context `like`, and a warning about its groups or None.
+
+        Raises TLSError.
+        """
         try:
             from rtservice.net.pyopenssl import PyOpenSSLContext
         except ImportError as error:
-            raise TLSError(f"library=pyopenssl is not there: pip install 'twisted[tls]' ({error})") from error
+            raise TLSError(f"library=pyopenssl is not installed; pip install 'twisted[tls]' ({error})") from error
         verified = (None, None) if trust is None else (trust.authorities, trust.revoked)
         with ExitStack() as stack:
             files = [
@@ -323,10 +327,10 @@ class _Policy:
 
 @dataclass(frozen=True)
 class ServerTLS(_Policy):
-    """One certificate, shown to every client.
+    """Source of one certificate, for every client.
 
-    `private_key` and `certificate` are paths of PEM files; `chain` is one with the certificates between the server's
-    and a root.
+    `private_key` and `certificate` are paths of PEM files. `chain` is the path of a PEM file with the certificates
+    between the server's and a root, or None.
     """
 
     private_key: str
@@ -334,11 +338,11 @@ class ServerTLS(_Policy):
     chain: str | None = None
 
     def load(self, files: Files | None = None) -> LoadedTLS:
-        """Read the files. Raises TLSError."""
+        """Read the files, and build the context. Raises TLSError."""
         return finish(self.loading(files))
 
     def loading(self, files: Files | None = None, reusable: Reusable | None = None) -> Steps[LoadedTLS]:
-        """The same in steps, here in one; nothing is reused."""
+        """Do the work of `load` in steps: here in one. Nothing is reused."""
         yield from ()
         files = files or Files()
         certificates = _certificates(files, self.certificate, "certificate")
@@ -349,38 +353,38 @@ class ServerTLS(_Policy):
         return LoadedTLS(made.context, (made.certificate,), revocation, made.warnings)
 
     def files(self) -> tuple[str, ...]:
-        """What `load` reads."""
+        """Return the paths that `load` reads."""
         return (*(path for path in (self.private_key, self.certificate, self.chain) if path), *self._policy_files())
 
 
 @dataclass(frozen=True)
 class DirectoryTLS(_Policy):
-    """The certificates of a directory, each for its own names, which clients give by SNI (RFC 6066, section 3).
+    """Source of the certificates in a directory, selected by SNI (RFC 6066, section 3).
 
-    Every `*.pem` of `directory` holds a certificate, those between it and a root after it, and its private key, which
-    may also be in NAME.key beside NAME.pem. A certificate is for the DNS names in it, or, without any alternative name,
-    for its common name; `*.example.org` is for one label in the star's place, where no other has the exact name. A dot
-    at the end of a name is ignored. A client that gives no name, or an unknown one, is shown that of `default.pem`, or
-    without this that of the first file in the order of `sorted`. The names of `default.pem` may be in another file too,
-    whose certificate is shown for them.
+    Every `*.pem` in `directory` contains a certificate, the certificates between it and a root, and its private key,
+    which may also be in NAME.key beside NAME.pem. A certificate serves its DNS names, or without any alternative name,
+    its common name. `*.example.org` matches one label in place of the star, unless another certificate has the exact
+    name. A dot at the end of a name is ignored. A client that requests no name or an unknown one gets the certificate
+    of `default.pem`, or without this file, of the first file in the order of `sorted`. Another file may have names of
+    `default.pem` too; its certificate is used for them.
     """
 
     directory: str
 
     def load(self, files: Files | None = None) -> LoadedTLS:
-        """Read the directory and all of its files. Raises TLSError, also when two files are for one name."""
+        """Read the files of the directory, and build the contexts. Raises TLSError, also if files share a name."""
         loaded = finish(self.loading(files))
         loaded.take_effect()
         return loaded
 
     def loading(self, files: Files | None = None, reusable: Reusable | None = None) -> Steps[LoadedTLS]:
-        """The same in steps, one for each file and certificate. Nothing that is in use changes until it takes effect.
+        """Do the work of `load` in steps, one for each file and certificate. Changes nothing until `take_effect`.
 
-        What is in `reusable`, and was made of the same bytes, is not made again.
+        Contexts in `reusable` that were built from the same bytes are reused.
         """
         files = files or Files()
         before = reusable or Reusable()
-        kept: dict[bytes, Made] = {}
+        kept: dict[bytes, CertificateContext] = {}
         contexts: dict[str, Context | None] = {}
         owners: dict[str, str] = {}
         certificates = []
@@ -388,10 +392,10 @@ class DirectoryTLS(_Policy):
         trust, revocation = self._trust(files)
         names = self._names(files)
         if not names:
-            raise TLSError(f"no certificate, a file called *.pem, in the directory {self.directory!r}")
+            raise TLSError(f"no certificate in the directory {self.directory!r}; add a file NAME.pem")
         first = _DEFAULT if _DEFAULT in names else min(names)
         default: Context | None = None
-        # The one that may repeat names goes last.
+        # default.pem is last, since it may repeat names of others.
         for name in sorted(names, key=lambda name: (name == _DEFAULT, name)):
             yield
             path = os.path.join(self.directory, name)
@@ -399,7 +403,8 @@ class DirectoryTLS(_Policy):
             found = _pem_certificates(text, path, "certificate")
             key = self._key(files, path, text)
             if name == first:
-                # Never reused: it finds the others, and has to find those of before until these are in force.
+                # Never reused: the default context looks up the others, and must find the earlier ones until
+                # `take_effect`.
                 made = self._make_checked(path, found, key, trust)
                 default = made.context
             else:
@@ -416,8 +421,8 @@ class DirectoryTLS(_Policy):
             for served in made.certificate.served:
                 owner = owners.setdefault(served, path)
                 if owner != path and name != _DEFAULT:
-                    raise TLSError(f"{owner!r} and {path!r} are both for {served!r}: one of them has to go")
-                # That a name is the default's is found before a wildcard is.
+                    raise TLSError(f"{owner!r} and {path!r} are both for {served!r}; remove one of them")
+                # None, not left out: a name of the default has precedence over a wildcard.
                 contexts.setdefault(served, None if name == first else made.context)
         assert default is not None  # it is one of the names
         _choose_by_name(default, before.names.find)
@@ -426,26 +431,26 @@ class DirectoryTLS(_Policy):
         )
 
     def _key(self, files: Files, path: str, text: str) -> _Key:
-        """The private key of the certificate in this file, which holds this text; raises TLSError."""
+        """Return the private key of the certificate in the file `path` with this text. Raises TLSError."""
         if "PRIVATE KEY-----" in text:
             return _Key(path, text)
         private_key = path.removesuffix(".pem") + ".key"
         if not files.exists(private_key):
-            raise TLSError(f"no private key for {path!r}: it holds none, and there is no {private_key!r}")
+            raise TLSError(f"no private key for {path!r}; add the key to it, or as {private_key!r}")
         return _Key.read(files, private_key)
 
-    def _make_checked(self, path: str, certificates: str, key: _Key, trust: _ClientTrust | None) -> Made:
+    def _make_checked(self, path: str, certificates: str, key: _Key, trust: _ClientTrust | None) -> CertificateContext:
         try:
             return self._make(path, certificates, key, trust)
         except TLSError:
-            _check_certificates(certificates, path, "certificate")  # then it is not the key that is wrong
+            _check_certificates(certificates, path, "certificate")  # reports an error of the certificate first
             raise
 
     def _names(self, files: Files) -> list[str]:
         return [name for name in files.names(self.directory) if name.endswith(".pem")]
 
     def files(self) -> tuple[str, ...]:
-        """What `load` reads; the directory stands for what is in it."""
+        """Return the paths that `load` reads. The directory stands for the files in it."""
         return (self.directory, *self._policy_files())
 
 
@@ -453,10 +458,11 @@ _DEFAULT = "default.pem"
 
 
 def _choose_by_name(default: Context, find: Callable[[str], Any]) -> None:
-    """Have connections that begin with the default context go on with the one for the name that their client gives.
+    """Switch connections that begin with the default context to the context for the requested name.
 
-    References go from the default to the others and never back, so that all are freed without the garbage collector
-    once nothing uses them: replaced contexts would wait for it, thousands of certificates and their keys.
+    References go from the default to the others and never back, so that contexts are freed without the garbage
+    collector. A reload may replace thousands of certificates and keys, which would otherwise stay in memory until a
+    collection.
     """
     if isinstance(default, ssl.SSLContext):
         default.sni_callback = _chooser(find)
@@ -465,11 +471,11 @@ def _choose_by_name(default: Context, find: Callable[[str], Any]) -> None:
 
 
 def _find_no_other(context: Context) -> None:
-    """Have a connection that has come to this context stay with it.
+    """Keep a connection that was switched to this context.
 
-    A client of TLS 1.3 that is told to say hello again is asked for its name again, and then of the context that was
-    chosen. Had that no callback, OpenSSL would call the default's, which nothing of Python's holds any more once a
-    reload has replaced it: the process would crash. The second name has to be the first (RFC 8446, section 4.1.2).
+    After a HelloRetryRequest in TLS 1.3, OpenSSL runs the SNI callback again, now that of the selected context. Without
+    one, it would run the default's callback, whose Python object may have been freed by a reload: the process would
+    crash. The second name must equal the first (RFC 8446, section 4.1.2).
     """
     if isinstance(context, ssl.SSLContext):
         context.sni_callback = _keep
@@ -478,7 +484,7 @@ def _find_no_other(context: Context) -> None:
 
 
 def _chooser(find: Callable[[str], ssl.SSLContext | None]) -> Callable[[Any, str | None, Any], None]:
-    """A `sni_callback` that puts the name's context in the place of the default's."""
+    """Return an `sni_callback` that selects the context for the requested name."""
 
     def choose(connection: Any, name: str | None, context: object) -> None:
         chosen = None if name is None else find(name)
@@ -489,7 +495,7 @@ def _chooser(find: Callable[[str], ssl.SSLContext | None]) -> Callable[[Any, str
 
 
 def _keep(connection: object, name: str | None, context: object) -> None:
-    """A `sni_callback` that leaves the context."""
+    """Keep the context: an `sni_callback`."""
 
 
 def _find_nothing(name: str) -> None:
@@ -497,13 +503,13 @@ def _find_nothing(name: str) -> None:
 
 
 def _verify_clients(context: ssl.SSLContext, trust: _ClientTrust) -> None:
-    """Let in clients alone that show a certificate of one of these authorities; resume none of their sessions."""
+    """Require clients to present a certificate of one of these authorities, and do not resume their sessions."""
     context.load_verify_locations(cadata=trust.authorities)
     context.verify_mode = ssl.CERT_REQUIRED
     if trust.revoked is not None:
         with _named(trust.revoked) as file:
-            context.load_verify_locations(cafile=file)  # cadata= takes certificates alone
-        # Of each certificate in a chain, as nginx and HAProxy do: an authority may be revoked too.
+            context.load_verify_locations(cafile=file)  # cadata= accepts only certificates
+        # For each certificate in a chain, as nginx and HAProxy do: an authority may be revoked too.
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
     context.num_tickets = 0  # TLS 1.3
     context.options |= ssl.OP_NO_TICKET
@@ -513,9 +519,10 @@ def _verify_clients(context: ssl.SSLContext, trust: _ClientTrust) -> None:
 
 
 def ignore_bad_names() -> None:
-    """Have a client that asks for a name which is not ASCII, as RFC 6066, section 3, wants it, just be refused.
+    """Suppress the traceback of a client that requests a server name which is not ASCII (RFC 6066, section 3).
 
-    `ssl` does that before it asks for a context, and has Python print a traceback, in which the client has a say.
+    `ssl` rejects such a client before it calls the SNI callback, and reports the exception to `sys.unraisablehook`,
+    which prints a traceback with text of the client.
     """
     before = sys.unraisablehook
 
@@ -527,16 +534,16 @@ def ignore_bad_names() -> None:
 
 
 def fingerprint(paths: Iterable[str]) -> tuple[object, ...]:
-    """Something that compares as different once a file, or a certificate or key in a directory, is another.
+    """Return a value that differs once a file, or a certificate or key in a directory, has changed.
 
-    It asks os.stat alone. Missing files are no error. For `files()`, taken before `load`, so that what changes
-    meanwhile is seen.
+    It uses only os.stat. Missing files are no error. Call it with `files()` before `load`, so that changes during the
+    load are detected.
     """
     return finish(fingerprinting(paths))
 
 
 def fingerprinting(paths: Iterable[str]) -> Steps[tuple[object, ...]]:
-    """The same in steps, one for each file."""
+    """Do the work of `fingerprint` in steps, one for each file."""
     found: list[object] = []
     for path in paths:
         try:
@@ -553,7 +560,7 @@ def fingerprinting(paths: Iterable[str]) -> Steps[tuple[object, ...]]:
             except OSError as error:
                 found.append((file, error.errno))
             else:
-                # The change time too: permissions that were wrong are set right without a new modification time.
+                # With the change time: fixing permissions does not change the modification time.
                 found.append((file, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
     return tuple(found)
 
@@ -564,49 +571,49 @@ def _entries(directory: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Key:
-    """A private key: PEM text, which may hold more, and the file that it was read from."""
+    """A private key: PEM text that contains it, and the file that it was read from."""
 
     path: str
     text: str = field(repr=False)
 
     @classmethod
     def read(cls, files: Files, path: str) -> _Key:
-        """Read it; raises TLSError."""
+        """Read the key from a file. Raises TLSError."""
         return cls(path, files.read(path, "private key"))
 
 
 def _load_pair(context: ssl.SSLContext, path: str, certificates: str, private_key: _Key) -> Certificate:
-    def no_passphrase() -> str:  # without this, OpenSSL would ask on a terminal that a service may not have
-        raise TLSError(f"the private key {private_key.path!r} is encrypted: give it without a passphrase")
+    def no_passphrase() -> str:  # without this, OpenSSL prompts on the terminal, which a service may not have
+        raise TLSError(f"the private key {private_key.path!r} is encrypted; decrypt it, for example with openssl pkey")
 
     try:
-        # `ssl` takes names of files alone, and the whole chain in one.
+        # `ssl` accepts only file names, and the whole chain in one file.
         with _named(certificates) as certificate_file, _named(private_key.text) as key_file:
             context.load_cert_chain(certificate_file, key_file, no_passphrase)
     except ssl.SSLError as error:
-        # The third: a key of a kind for which there is no certificate at all.
+        # NO_CERTIFICATE_ASSIGNED: no certificate in the file has a key of this type.
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
             raise TLSError(
                 f"the private key {private_key.path!r} does not belong to the certificate {path!r}"
             ) from error
         if error.reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
             raise TLSError(f"the certificate {path!r} is too weak: {error.reason}") from error
-        if error.reason == "INVALID_CERTIFICATE":  # one of its extensions
-            raise TLSError(f"the certificate {path!r} is not one that OpenSSL takes: {error.reason}") from error
+        if error.reason == "INVALID_CERTIFICATE":  # an invalid extension
+            raise TLSError(f"OpenSSL rejects the certificate {path!r}: {error.reason}") from error
         raise TLSError(f"no usable private key in PEM form in {private_key.path!r}") from error
     except OSError as error:
-        raise TLSError(f"no temporary file for the certificate {path!r}: {_reason(error)}") from error
+        raise TLSError(f"cannot create a temporary file for the certificate {path!r}: {_reason(error)}") from error
     try:
-        # The first is the server's.
+        # The first certificate is the server's.
         names, not_before, not_after = x509.describe(_PEM_CERTIFICATE.findall(certificates)[0])
     except ValueError as error:
-        raise TLSError(f"the certificate {path!r} holds what cannot be read: {error}") from error
+        raise TLSError(f"the certificate {path!r} cannot be parsed: {error}") from error
     return Certificate(path, names, not_before, not_after)
 
 
 @contextmanager
 def _named(text: str) -> Iterator[str]:
-    """The name of a file with this text, which is in memory where it can be; raises OSError."""
+    """Provide the name of a temporary file with this text, in memory if possible. Raises OSError."""
     with ExitStack() as stack:
         if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
             file: Any = stack.enter_context(open(os.memfd_create("pem"), "wb"))
@@ -620,22 +627,22 @@ def _named(text: str) -> Iterator[str]:
 
 
 def _certificates(files: Files, path: str, what: str) -> str:
-    """The text of a PEM file that has at least one certificate in it, and none that cannot be read."""
+    """Return the certificates in a PEM file: at least one, and all valid. Raises TLSError."""
     found = _pem_certificates(files.read(path, what), path, what)
     _check_certificates(found, path, what)
     return found
 
 
 def _pem_certificates(text: str, path: str, what: str) -> str:
-    """The certificates in a text that may hold more, one at least; raises TLSError."""
+    """Return the certificates, at least one, in a text that may contain more. Raises TLSError."""
     found = _PEM_CERTIFICATE.findall(text)
-    if not found or len(found) != text.count("-----BEGIN CERTIFICATE-----"):  # one of them does not end
+    if not found or len(found) != text.count("-----BEGIN CERTIFICATE-----"):  # one is not terminated
         raise TLSError(f"no usable {what} in PEM form in {path!r}")
     return "\n".join(found)
 
 
 def _check_certificates(found: str, path: str, what: str) -> None:
-    """Raise TLSError for one that cannot be read. It takes half a millisecond."""
+    """Raise TLSError if a certificate is malformed. Takes half a millisecond."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=found)
     except (ssl.SSLError, ValueError, TypeError) as error:  # also a byte that is not ASCII
@@ -643,7 +650,7 @@ def _check_certificates(found: str, path: str, what: str) -> None:
 
 
 def _digest(texts: Iterable[str]) -> bytes:
-    """A digest that differs as soon as one of the texts does."""
+    """Return a digest of these texts and their boundaries."""
     digest = sha256()
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -652,7 +659,7 @@ def _digest(texts: Iterable[str]) -> bytes:
 
 
 def finish(steps: Steps[_Result]) -> _Result:
-    """Take all steps, and give the result."""
+    """Run all steps, and return the result."""
     while True:
         try:
             next(steps)
@@ -662,7 +669,7 @@ def finish(steps: Steps[_Result]) -> _Result:
 
 
 def _revocation_lists(files: Files, path: str) -> tuple[str, RevocationLists]:
-    """The text of a PEM file that has at least one revocation list in it, and what it says; raises TLSError."""
+    """Return the revocation lists (at least one) in a PEM file, and their description. Raises TLSError."""
     try:
         blocks = crl.pem_blocks(files.read(path, "revocation list"))
         text = "\n".join(blocks)
@@ -672,12 +679,12 @@ def _revocation_lists(files: Files, path: str) -> tuple[str, RevocationLists]:
     except (ssl.SSLError, ValueError) as error:
         raise TLSError(f"no usable revocation list in PEM form in {path!r}") from error
     except OSError as error:
-        raise TLSError(f"no temporary file for the revocation list {path!r}: {_reason(error)}") from error
+        raise TLSError(f"cannot create a temporary file for the revocation list {path!r}: {_reason(error)}") from error
     return text, described
 
 
 def _text(content: bytes) -> str:
-    """The text of a PEM file, in which all but ASCII is a comment. Raises NotUTF8Error."""
+    """Decode a PEM file. Only comments can be other than ASCII, and are not kept exactly. Raises NotUTF8Error."""
     check_mark(content)
     content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     return content.decode("ascii", "replace")

@@ -1,4 +1,4 @@
-"""Attributes and methods that a TLS transport has for its protocol, with either TLS library."""
+"""The facts about its TLS that a transport provides to its protocol, with either TLS library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class TLSFacts(Protocol):
 
     @property
     def handle(self) -> Any:
-        """The library's object."""
+        """The library's connection object."""
 
     @property
     def peer_certificate(self) -> Any: ...
@@ -26,10 +26,10 @@ class TLSFacts(Protocol):
 
 
 class NoTLSFacts:
-    """The TLSFacts of a connection in TLS that has none: they are all None."""
+    """The TLSFacts of a connection before or after TLS: all None."""
 
     handle = peer_certificate = negotiated_protocol = version = cipher = None
 
 
-# The handshake is not done; the TLS that there was is gone.
+# Before the end of the handshake; after the end of TLS.
 TLS_PENDING, TLS_GONE = NoTLSFacts(), NoTLSFacts()

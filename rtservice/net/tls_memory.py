@@ -1,9 +1,9 @@
-"""TLS of one connection in memory, from the standard library's `ssl`: no socket, no reactor.
+"""TLS of one connection in memory, with the standard library's `ssl`: no socket, no reactor.
 
-OpenSSL reads records until it has application data to return, so one call of it processes everything that it can read.
-Over a socket that is as much as the kernel holds, and a peer that sends records without data blocks the process. Here
-OpenSSL reads from a `ssl.MemoryBIO`, which gets a bounded number of bytes and records for each event, and it writes to
-another one, so that a peer that does not read blocks neither reads nor writes.
+OpenSSL reads records until it has application data to return, so one call processes everything that it can read. From a
+socket it could read all that the kernel has buffered, and a peer that sends records without data would block the
+process. Here OpenSSL reads from an `ssl.MemoryBIO`, which gets a bounded number of bytes and records for each event. It
+writes to another one, so that a peer that does not read blocks neither reads nor writes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rtservice.net.tls_bounds import FIRST_READ, MAX_RECORD, MAX_RECORDS
 # The most plaintext in one record (RFC 8446, section 5.1).
 RECORD_SIZE = 1 << 14
 
-# Bytes of plaintext that are encrypted before they are given to the kernel. More would save system calls, but a
-# MemoryBIO keeps its largest size for as long as the connection lives.
+# Bytes of plaintext to encrypt for one send(). More would save system calls, but a MemoryBIO keeps its largest size
+# until the connection ends.
 SEAL_SIZE = 2 * RECORD_SIZE
 
 _HEADER = 5
@@ -27,28 +27,28 @@ _APPLICATION_DATA = 23
 
 
 class Records:
-    """Where the records of a stream of bytes begin, from their headers alone (RFC 8446, section 5.1).
+    """Finds the boundaries of records in a byte stream by their headers (RFC 8446, section 5.1).
 
-    Starts at the beginning of a record.
+    The stream starts at the beginning of a record.
     """
 
     __slots__ = ("_ahead", "_header")
 
     def __init__(self) -> None:
-        self._ahead = 0  # bytes of the current record that have not come yet
-        self._header = b""  # the beginning of a header that has not come whole
+        self._ahead = 0  # bytes of the current record that are not received yet
+        self._header = b""  # the received part of an incomplete header
 
     @property
     def at_boundary(self) -> bool:
-        """Whether all records that began have ended."""
+        """Whether the last record is complete."""
         return not self._ahead and not self._header
 
     def take(self, data: bytes, cost: int) -> list[int]:
-        """Go on by `data`, and return where to cut it into pieces for OpenSSL: the end of each.
+        """Advance by `data`, and return the end offsets of the pieces in which to pass it to OpenSSL.
 
-        A piece has whole records and up to MAX_RECORD bytes; the first one may begin within a record, and the last one
-        end within one. There are no more pieces, and the last one ends short of the end of `data`, once its records
-        have cost this much (1 or more): 1 for each with application data, more for others.
+        A piece has complete records and up to MAX_RECORD bytes; the first one may begin within a record, and the last
+        one may end within one. The pieces end before the end of `data` once their records have reached `cost` (1 or
+        more): a record with application data costs 1, others more.
         """
         size = len(data)
         at = self._ahead
@@ -66,7 +66,8 @@ class Records:
                 break
             self._header = b""
             length = header[3] << 8 | header[4]
-            # In TLS 1.3 all records look like data, and none has more than one message that OpenSSL goes on after.
+            # In TLS 1.3 all records look like application data, and OpenSSL continues after at most one message of a
+            # record.
             cost -= 1 if header[0] == _APPLICATION_DATA else 1 + length // 128
             end = at + missing + length
             if end - begin > MAX_RECORD and at > begin:
@@ -79,13 +80,13 @@ class Records:
 
 
 class MemoryTLS:
-    """The TLS of one connection: bytes of the peer in, plaintext out, and the reverse.
+    """The TLS of one connection: encrypted bytes to plaintext, and the reverse.
 
-    Raises ssl.SSLError and ValueError as `ssl.SSLContext.wrap_bio` does.
+    The constructor raises ssl.SSLError and ValueError as `ssl.SSLContext.wrap_bio` does.
 
     `feed`, `decrypt`, `encrypt` and `take` are methods of the two BIOs and of OpenSSL's object, for the usual message:
-    one record, or up to FIRST_READ bytes, while `aligned`; up to RECORD_SIZE of plaintext while nothing is `sealed`.
-    `receive` and `seal` are for all cases.
+    one record, or up to FIRST_READ bytes, while `aligned`; up to RECORD_SIZE of plaintext while `sealed` is empty.
+    `receive` and `seal` handle all cases.
     """
 
     __slots__ = (
@@ -112,27 +113,27 @@ class MemoryTLS:
         self.incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side)
-        # Bound once; not the object's own methods, which are these in another frame for each message.
+        # Bound once. The methods of SSLObject would add a Python frame for each message.
         inner = self.object._sslobj  # type: ignore[attr-defined]  # private, not typed
         self.feed: Callable[[bytes | memoryview], int] = self.incoming.write
         self.decrypt: Callable[[int], bytes] = inner.read
         self.encrypt: Callable[[bytes | memoryview], int] = inner.write
         self.take: Callable[[], bytes] = self.outgoing.read
-        self.read_size = FIRST_READ  # what to read in one event
+        self.read_size = FIRST_READ  # bytes to read in one event
         self.records = Records()
-        self.aligned = True  # all records that were fed have ended
+        self.aligned = True  # the last record passed to OpenSSL was complete
         self.without_data = 0  # bytes since the last application data
-        self.rest = b""  # received, but for a later turn
+        self.rest = b""  # received, to process in a later turn
         self.finished = False  # the peer has sent close_notify
-        self.problem: ssl.SSLError | None = None  # what ended it, after the data that came before
-        self.sealed: bytes | memoryview = b""  # encrypted, not yet taken by the kernel
-        self.sealed_plain = 0  # bytes of plaintext in there that are not counted as sent
-        self.notified = False  # we have sent close_notify
+        self.problem: ssl.SSLError | None = None  # the error that ended it, after the data before
+        self.sealed: bytes | memoryview = b""  # encrypted output that the kernel has not accepted yet
+        self.sealed_plain = 0  # bytes of plaintext in `sealed` that are not counted as sent
+        self.notified = False  # close_notify is sent
 
     def receive(self, data: bytes) -> bytes:
-        """Return the plaintext in what the peer has sent; what is for a later turn is in `rest` then.
+        """Decrypt received bytes, and return the plaintext. Bytes for a later turn are kept in `rest`.
 
-        After this, `finished` and `problem` say whether the stream ends with this plaintext.
+        After this, `finished` and `problem` tell whether the stream ends with this plaintext.
         """
         pieces: list[bytes] = []
         ends = self.records.take(data, MAX_RECORDS)
@@ -148,7 +149,7 @@ class MemoryTLS:
         return self._result(end, pieces)
 
     def receive_more(self, data: bytes, first: bytes) -> bytes:
-        """As `receive`, after `feed(data)` and a `decrypt` that returned `first`."""
+        """Continue as `receive` does, after `feed(data)` and a `decrypt` that returned `first`."""
         self._note(data)
         if not first:
             self.finished = True
@@ -158,13 +159,13 @@ class MemoryTLS:
         return self._result(len(data), pieces)
 
     def receive_none(self, data: bytes, problem: ssl.SSLError) -> bytes:
-        """As `receive`, after `feed(data)` and a `decrypt` that raised the problem."""
+        """Continue as `receive` does, after `feed(data)` and a `decrypt` that raised `problem`."""
         self._note(data)
         self._stopped(problem)
         return self._result(len(data), [])
 
     def _note(self, data: bytes) -> None:
-        """Note where records begin in data that was fed whole."""
+        """Advance the record boundaries by data that was passed to OpenSSL whole."""
         self.records.take(data, len(data))
         self.aligned = self.records.at_boundary
 
@@ -176,7 +177,7 @@ class MemoryTLS:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _decrypt_all(self, pieces: list[bytes]) -> bool:
-        """Decrypt all that was fed; False if that was the last."""
+        """Decrypt everything that was fed. Return False if the stream ended."""
         try:
             while self.incoming.pending:
                 piece = self.decrypt(RECORD_SIZE)
@@ -189,18 +190,18 @@ class MemoryTLS:
         return True
 
     def _stopped(self, problem: ssl.SSLError) -> bool:
-        """Note why there is no more to decrypt; False if there never will be."""
+        """Keep the reason why decrypting stopped. Return False if the stream ended."""
         if isinstance(problem, ssl.SSLWantReadError):
             return True
-        if isinstance(problem, ssl.SSLZeroReturnError):  # how `ssl` reports close_notify once ours is sent
+        if isinstance(problem, ssl.SSLZeroReturnError):  # close_notify, after this side has sent its own
             self.finished = True
         else:
-            # Its traceback refers to frames, which would keep the stream until a garbage collection.
+            # The traceback refers to frames, which would keep the stream until a garbage collection.
             self.problem = problem.with_traceback(None)
         return False
 
     def seal(self, piece: bytes | memoryview) -> None:
-        """Encrypt a piece of up to SEAL_SIZE bytes; `sealed` is empty before and holds the records after this."""
+        """Encrypt up to SEAL_SIZE bytes into `sealed`, which must be empty."""
         at, size = 0, len(piece)
         if size <= RECORD_SIZE:
             at = self.encrypt(piece)
@@ -211,34 +212,34 @@ class MemoryTLS:
         self.sealed = self.take()
 
     def notify(self) -> None:
-        """Make our close_notify, once, to be sent after all else (RFC 8446, section 6.1)."""
+        """Create close_notify, once. It must be the last message sent (RFC 8446, section 6.1)."""
         if not self.notified:
             self.notified = True
-            # SSLWantReadError: the peer's has not come yet; others: TLS has failed before.
+            # SSLWantReadError: the peer's close_notify is not received yet; others: TLS has failed before.
             with contextlib.suppress(ssl.SSLError):
                 self.object.unwrap()
 
     def count_sent(self, sent: int) -> int:
-        """Note that the kernel took so many bytes of what is `sealed`; return how many of plaintext these count for."""
+        """Remove the first `sent` bytes from `sealed`, and return how many bytes of plaintext they count as."""
         done = sent == len(self.sealed)
         plain = self.sealed_plain if done else min(sent, self.sealed_plain)
         self.sealed_plain -= plain
         self.sealed = b"" if done else memoryview(self.sealed)[sent:]
         return plain
 
-    # --- what a transport tells about its TLS ---
+    # --- TLSFacts ---
 
     @property
     def handle(self) -> ssl.SSLObject:
-        """OpenSSL's object."""
+        """The SSLObject."""
         return self.object
 
     @property
     def peer_certificate(self) -> dict[str, Any] | None:
-        """The peer's certificate as `ssl.SSLObject.getpeercert` describes it; None when it showed none.
+        """The peer's certificate: the dict of `ssl.SSLObject.getpeercert`; None without one.
 
-        Without names and dates when one of the names is not UTF-8, which `ssl` cannot decode: a name that is guessed
-        would be worse than none.
+        It has only an empty `subject` if a name is not UTF-8, which `ssl` cannot decode: a guessed name would be worse
+        than none.
         """
         try:
             return self.object.getpeercert() or None
@@ -258,6 +259,6 @@ class MemoryTLS:
 
     @property
     def cipher(self) -> str | None:
-        """OpenSSL's name of the cipher suite in use."""
+        """OpenSSL's name of the negotiated cipher suite."""
         cipher = self.object.cipher()
         return None if cipher is None else cipher[0]

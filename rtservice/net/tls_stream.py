@@ -1,4 +1,4 @@
-"""The stream below a connection in TLS, with the standard library's `ssl`."""
+"""The TLS stream of a connection with the standard library's `ssl`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from rtservice.net.tls_memory import RECORD_SIZE, SEAL_SIZE, MemoryTLS
 
 
 class TLSStream(BoundedStream):
-    """Encrypts what its connection has written, and decrypts for the protocol what the peer has sent.
+    """Stage that encrypts the connection's output and decrypts its input.
 
-    The peer's close_notify is to a protocol what FIN is on a plain connection (RFC 8446, section 6.1). FIN without it
-    is a connection lost, since what came before may be cut.
+    For the protocol, the peer's close_notify is what FIN is on a plain connection (RFC 8446, section 6.1). FIN without
+    close_notify is an error, since the data may be truncated.
     """
 
     __slots__ = ("_tls",)
@@ -36,9 +36,10 @@ class TLSStream(BoundedStream):
         self.reading = reading
 
     def begin(self) -> None:
-        """Go on after the handshake: with the protocol, what it has written meanwhile, and what the peer has sent."""
+        """Continue after the handshake: connect the protocol, send its output, and process input that has arrived."""
         connection, tls = self.connection, self._tls
-        # What came with the client's last message. It is taken first: making a close_notify, OpenSSL would drop it.
+        # Input that came with the client's last message. Read before anything else: when OpenSSL creates a
+        # close_notify, it drops this input.
         tls.rest = tls.incoming.read()
         connection.be_in_tls(tls)
         connection.enter(OPEN, self)
@@ -55,9 +56,9 @@ class TLSStream(BoundedStream):
                 return
         if connection.disconnected:
             return
-        if connection.disconnecting:  # since before the handshake was done, for which it was read
+        if connection.disconnecting:  # loseConnection was called in the handshake, which had to continue reading
             connection.reactor.removeReader(self)
-        if connection.producer_paused and not connection._out:  # since before the handshake
+        if connection.producer_paused and not connection._out:  # paused before the handshake
             connection._corked = False
             connection._all_sent()
             if connection.disconnected:
@@ -69,7 +70,7 @@ class TLSStream(BoundedStream):
     # --- reading ---
 
     def doRead(self) -> Any:
-        """Read once for each event; OpenSSL gets no more than a bounded number of records of that."""
+        """Read once for each event, and pass a bounded number of records to OpenSSL."""
         connection, tls = self.connection, self._tls
         try:
             data = connection._recv(tls.read_size)
@@ -86,7 +87,7 @@ class TLSStream(BoundedStream):
                 plain = tls.receive_none(data, problem)
             else:
                 if plain and not tls.incoming.pending:
-                    # The usual message: `_received` without a frame, and without what only other records bring.
+                    # The usual message: `_received` inlined, without the cases of other records.
                     if tls.without_data:
                         tls.without_data = 0
                     connection.bytes_in += len(plain)
@@ -109,7 +110,7 @@ class TLSStream(BoundedStream):
         return self._received(connection, tls, plain)
 
     def _received(self, connection: Connection, tls: MemoryTLS, plain: bytes) -> Any:
-        """Give plaintext to the protocol, then do what else has come with it. Returns what doRead does."""
+        """Pass plaintext to the protocol, then handle the other results of the read. Returns what doRead returns."""
         if plain:
             connection.bytes_in += len(plain)
             connection._corked = True
@@ -129,7 +130,7 @@ class TLSStream(BoundedStream):
         return None
 
     def _not_only_received(self, connection: Connection, tls: MemoryTLS) -> Any:
-        if connection._stage is not self or connection._aborting:  # it has ended, or lingers, which reads below TLS
+        if connection._stage is not self or connection._aborting:  # it has ended or lingers
             return None
         if tls.problem is not None:
             connection.error = tls.problem
@@ -138,7 +139,7 @@ class TLSStream(BoundedStream):
             connection.error = LocalClose(TOO_MUCH_WITHOUT_DATA)
             return main.CONNECTION_LOST
         if tls.finished:
-            # As with FIN, a protocol that has paused is told when it resumes; and it is told once.
+            # As with FIN, a paused protocol gets readConnectionLost when it resumes, and only once.
             if not self.reading or connection.peer_finished:
                 return None
             connection.peer_finished = True
@@ -159,11 +160,11 @@ class TLSStream(BoundedStream):
     # --- writing ---
 
     def drop_output(self) -> None:
-        self._tls.sealed, self._tls.sealed_plain = b"", 0  # what is sealed is a part of what is unsent
+        self._tls.sealed, self._tls.sealed_plain = b"", 0  # encrypted output is part of the unsent output
 
     def _lost(self, problem: OSError) -> None:
         connection, tls = self.connection, self._tls
-        if tls.problem is not None:  # after which OpenSSL encrypts nothing; its alert is left
+        if tls.problem is not None:  # OpenSSL encrypts nothing after an error; its alert is still to be sent
             problem = tls.problem
             if not tls.sealed:
                 with contextlib.suppress(OSError):
@@ -197,7 +198,7 @@ class TLSStream(BoundedStream):
         self._flush_more(connection, tls)
 
     def _flush_more(self, connection: Connection, tls: MemoryTLS) -> None:
-        """Send what is unsent, TLS's own messages included, until the kernel is full or it is the turn of others."""
+        """Send output, including messages of TLS itself, until the kernel's buffer is full or JOIN_LIMIT is reached."""
         idle = not tls.sealed and not connection._out and not connection.producer_paused
         most = JOIN_LIMIT
         while most > 0 or not connection._out:
@@ -209,7 +210,7 @@ class TLSStream(BoundedStream):
                         if self.held:
                             self.release()
                         if connection._once_sent:
-                            if idle:  # or a pull producer would be asked again before it has written
+                            if idle:  # otherwise a pull producer would be resumed again before it has written
                                 connection._finish()
                             else:
                                 connection._all_sent()
@@ -235,7 +236,7 @@ class TLSStream(BoundedStream):
             self.release()
 
     def _seal(self, connection: Connection, tls: MemoryTLS) -> None:
-        """Encrypt the first SEAL_SIZE bytes of what is written, or less; `sealed` is empty before."""
+        """Encrypt up to SEAL_SIZE bytes of the output. `sealed` must be empty."""
         out = connection._out
         if not out:
             answers = tls.take()
@@ -257,7 +258,7 @@ class TLSStream(BoundedStream):
         tls.seal(piece)
 
     def _count_sent(self, sent: int) -> bool:
-        """Count what the kernel took of what is sealed, and return whether that was all."""
+        """Count bytes of `sealed` that the kernel accepted, and return whether that was all."""
         plain = self._tls.count_sent(sent)
         self.connection.bytes_out += plain
         self.connection._unsent -= plain
@@ -267,9 +268,9 @@ class TLSStream(BoundedStream):
         return self.connection.bytes_out, len(self._tls.sealed)
 
     def finish_output(self) -> bool:
-        """Send close_notify, and do not wait for the peer's: RFC 8446, section 6.1, does not ask for it.
+        """Send close_notify without waiting for the peer's, which RFC 8446, section 6.1, does not require.
 
-        Returns False if the kernel has no room; then it is called again.
+        Returns False if the kernel's buffer is full; then this is called again.
         """
         connection, tls = self.connection, self._tls
         if not tls.notified:

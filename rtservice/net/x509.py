@@ -1,7 +1,7 @@
-"""What a certificate says: the names that it is for, and when it holds (RFC 5280, section 4.1).
+"""Read the names and the validity of a certificate (RFC 5280, section 4.1).
 
-OpenSSL has accepted the certificate before. `ssl` could describe it too, but refuses one with a name that is not UTF-8,
-which OpenSSL and its peers do not mind. So a name that cannot be read as it should be is never an error here.
+OpenSSL has accepted the certificate before. `ssl` could describe it too, but rejects a certificate with a name that is
+not UTF-8, which OpenSSL and peers accept. So a name that cannot be decoded is never an error here.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from rtservice.net.der import INTEGER, SEQUENCE, element
 
 _OBJECT_IDENTIFIER, _OCTET_STRING, _SET = 0x06, 0x04, 0x31
 _VERSION, _EXTENSIONS = 0xA0, 0xA3
-_DNS_NAME = 0x82  # of GeneralName, section 4.2.1.6
+_DNS_NAME = 0x82  # dNSName of GeneralName, section 4.2.1.6
 
 _COMMON_NAME = bytes((0x55, 0x04, 0x03))
 _SUBJECT_ALTERNATIVE_NAME = bytes((0x55, 0x1D, 0x11))
 
-# The types of strings whose encoding is not ASCII's: UTF8String, UniversalString and BMPString.
+# String types with an encoding other than ASCII: UTF8String, UniversalString and BMPString.
 _ENCODINGS = {0x0C: "utf-8", 0x1C: "utf-32-be", 0x1E: "utf-16-be"}
 
 
 class Description(NamedTuple):
     """The names of a certificate, and its validity in seconds since the epoch.
 
-    Names are the DNS names among the alternative names, or, without any alternative name of whatever kind, the common
-    names. Those that are ASCII are in lower case. Nothing else is promised: a name may hold control characters, and has
-    to be escaped where it is shown.
+    The names are the DNS names among the alternative names, or the common names if the certificate has no alternative
+    names of any kind. ASCII names are in lower case. Names are not validated: they may contain control characters, and
+    must be escaped for display.
     """
 
     names: tuple[str, ...]
@@ -39,12 +39,12 @@ class Description(NamedTuple):
 
 
 def describe(pem: str) -> Description:
-    """Describe the certificate in a PEM block. Raises ValueError when its structure or its dates cannot be read."""
+    """Describe the certificate in a PEM block. Raises ValueError if its structure or its dates are malformed."""
     return describe_der(ssl.PEM_cert_to_DER_cert(pem))
 
 
 def describe_der(data: bytes) -> Description:
-    """Describe a certificate in DER, as `describe` does."""
+    """Describe a certificate in DER form. Raises ValueError as `describe` does."""
     _, start, _ = element(data, 0, SEQUENCE)
     _, at, end = element(data, start, SEQUENCE)  # tbsCertificate
     kind, _, after = element(data, at)
@@ -57,7 +57,7 @@ def describe_der(data: bytes) -> Description:
     not_before = der.time(kind, data[start:after])
     kind, start, after = element(data, after)
     not_after = der.time(kind, data[start:after])
-    _, subject, at = element(data, at)  # OpenSSL takes names that are not marked as constructed
+    _, subject, at = element(data, at)  # any tag: OpenSSL accepts names that are not marked as constructed
     alternative = None
     with suppress(ValueError):
         alternative = _alternative_names(data, at, end)
@@ -71,14 +71,14 @@ def describe_der(data: bytes) -> Description:
 
 
 def _each(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The elements from one offset to another, as `element` gives them."""
+    """Yield the result of `element` for each element between two offsets. Raises ValueError."""
     while at < end:
         kind, start, at = element(data, at)
         yield kind, start, at
 
 
 def _common_names(data: bytes, at: int, end: int) -> Iterator[str]:
-    """The common names of a subject (section 4.1.2.6)."""
+    """Yield the common names of a subject (section 4.1.2.6)."""
     for _, start, stop in _each(data, at, end):  # RelativeDistinguishedName
         for _, attribute, _ in _each(data, start, stop):
             kind, value, after = element(data, attribute, _OBJECT_IDENTIFIER)
@@ -88,7 +88,7 @@ def _common_names(data: bytes, at: int, end: int) -> Iterator[str]:
 
 
 def _alternative_names(data: bytes, at: int, end: int) -> list[str] | None:
-    """The DNS names among the alternative names, which follow a subject; None without alternative names."""
+    """Return the DNS names among the alternative names, in the fields after the subject; None without these names."""
     for kind, start, _ in _each(data, at, end):
         if kind != _EXTENSIONS:
             continue
@@ -97,7 +97,7 @@ def _alternative_names(data: bytes, at: int, end: int) -> list[str] | None:
             _, value, at = element(data, at, _OBJECT_IDENTIFIER)
             if data[value:at] != _SUBJECT_ALTERNATIVE_NAME:
                 continue
-            *_, (_, start, after) = _each(data, at, after)  # `critical` may come before it
+            *_, (_, start, after) = _each(data, at, after)  # the last element: `critical` may precede the value
             return _dns_names(data, start, after)
     return None
 
@@ -107,7 +107,7 @@ def _dns_names(data: bytes, at: int, end: int) -> list[str] | None:
     _, at, end = element(data, at, SEQUENCE)
     if at == end:
         return None
-    with suppress(ValueError):  # what comes before something that cannot be read holds
+    with suppress(ValueError):  # names before a malformed element are kept
         for kind, start, after in _each(data, at, end):
             if kind == _DNS_NAME:
                 names.append(_text(kind, data[start:after]))
@@ -115,7 +115,7 @@ def _dns_names(data: bytes, at: int, end: int) -> list[str] | None:
 
 
 def _text(kind: int, value: bytes) -> str:
-    """A string of ASN.1, read as most software reads it: what is not in its encoding is Latin-1."""
+    """Decode an ASN.1 string. As in most software, a string with an invalid encoding is decoded as Latin-1."""
     try:
         return value.decode(_ENCODINGS.get(kind, "utf-8"))
     except UnicodeDecodeError:

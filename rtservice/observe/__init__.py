@@ -1,1 +1,1 @@
-"""Logs, metrics, health checks and the status page, made from plain data."""
+"""Logs, metrics, health checks and the status page, from plain data."""

@@ -1,13 +1,12 @@
 """One HTTP connection of the status server: one request at a time, within deadlines and bounded memory.
 
-Twisted's HTTPChannel parses requests and formats answers, but answers every request that one read has brought before
-anything else happens. Here it gets the head of one request at a time, once that is complete, and the next one when the
-answer is sent:
+Twisted's HTTPChannel parses requests and formats responses, but answers all requests of one read at once. Here it gets
+the head of one request at a time, once that is complete, and the next one after the response is sent:
 
-    READING --a whole head--> ANSWERING --sent--> IDLE --a byte--> READING
-                                  `--sent, and there is more already--> READING
+    READING --complete head--> ANSWERING --sent--> IDLE --a byte--> READING
+                                   `--sent, next request received--> READING
 
-Each state has a deadline; from each a connection may become CLOSING, and CLOSED.
+Each state has a deadline. From each state a connection may become CLOSING or CLOSED.
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http
 
-# Bytes and lines of the request line and the headers. A browser's are about 1 KiB and 20.
+# Limits of the request line and the headers together, in bytes and lines. Browsers send about 1 KiB and 20 lines.
 MAX_HEAD, MAX_LINES = 8192, 100
 
-# Digits of a Content-Length that are read; more cannot be meant. int() raises for more than 4,300.
+# Limit of the digits of a Content-Length. int() raises for more than 4,300.
 _MAX_LENGTH_DIGITS = 18
 
-# Requests that are answered in one turn of the reactor, of all connections together, and seconds after which no other
-# is begun; each takes 0.2 to 0.7 ms. The others wait, so that the service itself has its turn.
+# Requests of all connections that are answered in one turn of the reactor, and seconds after which no other is begun;
+# each takes 0.2 to 0.7 ms. The others wait, so that the service's own connections have their turn.
 ANSWERS_PER_TURN, TURN = 16, 0.002
 
-# A connection without an answer in so many seconds is served before those that ask again and again.
+# A connection without an answer in this many seconds has priority over those that send requests repeatedly.
 _FRESH = 1.0
 
 _END = b"\r\n\r\n"
 
 
 class State(Enum):
-    """What a connection is waiting for."""
+    """The state of an HTTP connection, by what it waits for."""
 
-    READING = "reading"  # a request, from the connection's beginning, or the rest of one
-    ANSWERING = "answering"  # the answer, or the client to read it
+    READING = "reading"  # the first request, or the rest of a request
+    ANSWERING = "answering"  # the answer, or that the client reads it
     IDLE = "idle"  # another request
-    CLOSING = "closing"  # the client to read the last answer
+    CLOSING = "closing"  # that the client reads the last answer
     CLOSED = "closed"
 
 
@@ -57,16 +56,16 @@ _MOVES = {
     State.CLOSED: set[State](),
 }
 
-# Seconds in a state until the connection is closed. A request has its own from its first byte on, or from the
-# connection's beginning; no byte that trickles in extends it.
+# Seconds in a state until the connection is closed. The deadline of a request counts from its first byte, or from the
+# beginning of the connection; further bytes do not extend it.
 DEADLINES = {State.READING: 10.0, State.ANSWERING: 30.0, State.IDLE: 30.0, State.CLOSING: 10.0}
 
 
 class Turns:
-    """Gives channels their turn to answer: a bounded number in one turn of the reactor, and each channel once.
+    """Schedules the answers of channels: a bounded number in one turn of the reactor, and each channel once.
 
-    Of those that wait, the fresh ones are served first, but for one place in each turn: a probe does not wait for a
-    crowd that asks as fast as it can.
+    Fresh channels have priority, except for one place in each turn: a health check does not wait for clients that send
+    requests as fast as they can.
     """
 
     def __init__(self, clock: Any) -> None:
@@ -78,7 +77,7 @@ class Turns:
         self._call: IDelayedCall | None = None
 
     def take(self, channel: Channel) -> None:
-        """Call its `answer`: at once if it may, or else as `queue` does."""
+        """Call the channel's `answer` now, or in a later turn if this turn is full."""
         if channel in self._served or self._is_over():
             self.queue(channel)
         else:
@@ -86,7 +85,7 @@ class Turns:
             self._schedule()
 
     def queue(self, channel: Channel) -> None:
-        """Call its `answer` in a later turn."""
+        """Call the channel's `answer` in a later turn."""
         (self._fresh if channel.fresh else self._again).append(channel)
         self._schedule()
 
@@ -107,9 +106,9 @@ class Turns:
         self._call = None
         self._served.clear()
         self._spent = 0.0
-        # Those that come back while this is done have to wait for the next turn.
+        # Channels that are queued during this turn wait for the next one.
         fresh, again = len(self._fresh), len(self._again)
-        # One of either kind at the least, and then the fresh ones first.
+        # At least one of either kind, then the fresh ones first.
         for waiting, count in ((self._fresh, min(fresh, 1)), (self._again, min(again, 1))):
             for _ in range(count):
                 self._serve(waiting.popleft())
@@ -134,10 +133,10 @@ _FAILED = _refusal("500 Internal Server Error")
 class Channel(http.HTTPChannel):
     """The protocol of one connection.
 
-    Its factory has a `clock` (an IReactorTime), `turns` (Turns), `report`, which is called with each exception that is
-    raised while an answer is made, and `request`, which makes a twisted.web.http.Request for this channel.
+    `request` is the class of its requests. Its factory has the attributes `clock` (an IReactorTime), `turns` (Turns),
+    and `report`, which is called with each exception that is raised while a request is answered.
 
-    `since` is when the connection was made or its last answer finished, as time.monotonic() has it.
+    `since` is the time.monotonic() at which the connection was made or its last answer finished.
     """
 
     factory: Any
@@ -147,26 +146,26 @@ class Channel(http.HTTPChannel):
         super().__init__()
         self.requestFactory = request
         self.since = monotonic()
-        self._held = b""  # received, and not looked at by HTTPChannel
+        self._held = b""  # received, and not passed to HTTPChannel yet
         self._state = State.READING
         self._deadline: Any = None
-        self._blocked = False  # the transport has too much that is unsent
-        self._answered = False  # while it is blocked
-        self._last_answer: float | None = None  # by the factory's clock
+        self._blocked = False  # the transport has paused this producer
+        self._answered = False  # a request was answered while blocked
+        self._last_answer: float | None = None  # time by the factory's clock
 
     @property
     def fresh(self) -> bool:
-        """Whether it has had no answer lately."""
+        """Whether no request was answered in the last `_FRESH` seconds."""
         return self._last_answer is None or not 0 <= self.factory.clock.seconds() - self._last_answer < _FRESH
 
     @property
     def complete(self) -> bool:
-        """Whether it waits for us: its request is complete, and it reads what it is sent."""
+        """Whether it waits for its answer: the request is complete, and the client reads."""
         return self._state is State.ANSWERING and not self._blocked
 
     @property
     def idle(self) -> bool:
-        """Whether it has had an answer, and has not begun another request."""
+        """Whether its last request is answered, and no other has begun."""
         return self._state is State.IDLE
 
     def connectionMade(self) -> None:
@@ -207,7 +206,7 @@ class Channel(http.HTTPChannel):
         self._read_or_not()
 
     def _take_request(self, turn: Callable[[Channel], None]) -> None:
-        """Have the request answered, if all of its head is there; `turn` is a method of Turns."""
+        """Schedule the answer if the head of the request is complete. `turn` is a method of Turns."""
         end = self._held.find(_END, 0, MAX_HEAD)
         if end >= 0 and self._held.count(b"\r\n", 0, end) < MAX_LINES:
             self._move(State.ANSWERING)
@@ -216,21 +215,21 @@ class Channel(http.HTTPChannel):
             self.refuse(_HEAD_TOO_LARGE)
 
     def _read_or_not(self) -> None:
-        """Read only what can be dealt with, so that no more than one read is ever held."""
+        """Pause reading while a request is answered, so that at most one read is kept."""
         if self._state in (State.READING, State.IDLE):
             self.transport.resumeProducing()
         elif self._state is State.ANSWERING:
             self.transport.pauseProducing()
 
     def answer(self) -> None:
-        """Answer the request that is complete. Called by Turns."""
-        if self._state is not State.ANSWERING:  # its end has come in the meantime
+        """Answer the complete request. Called by Turns."""
+        if self._state is not State.ANSWERING:  # the connection has ended meanwhile
             return
         end = self._held.index(_END) + len(_END)
         head, self._held = self._held[:end], self._held[end:]
         try:
             super().dataReceived(head)
-        except Exception as problem:  # no input of a client may cause a traceback
+        except Exception as problem:  # input of a client must not cause a traceback
             self.failed(problem)
         self._read_or_not()
 
@@ -242,10 +241,10 @@ class Channel(http.HTTPChannel):
         return bool(super().headerReceived(line))
 
     def allHeadersReceived(self) -> None:
-        if self.length != 0:  # None: chunked, as long as the client likes
+        if self.length != 0:  # None: chunked, of any length
             self.refuse(_TOO_LARGE)
             return
-        # Without a body there is nothing to continue with.
+        # There is no body, so no `100 Continue`.
         self.requests[-1].requestHeaders.removeHeader(b"Expect")
         super().allHeadersReceived()
 
@@ -260,7 +259,7 @@ class Channel(http.HTTPChannel):
             self._read_or_not()
 
     def _go_on(self) -> None:
-        """The answer is on its way: look for the next request."""
+        """Continue with the next request after an answer is sent."""
         self._answered = False
         self.since = monotonic()
         self._last_answer = self.factory.clock.seconds()
@@ -269,12 +268,12 @@ class Channel(http.HTTPChannel):
             self._take_request(self.factory.turns.queue)
 
     def pauseProducing(self) -> None:
-        """Called by the transport, which has too much that is unsent."""
+        """Pause: the transport has too much unsent output. Called by the transport."""
         super().pauseProducing()
         self._blocked = True
 
     def resumeProducing(self) -> None:
-        """Called by the transport, which has sent all of it."""
+        """Resume: the transport has sent its output. Called by the transport."""
         super().resumeProducing()
         self._blocked = False
         if self._answered and self._state is State.ANSWERING:
@@ -282,7 +281,7 @@ class Channel(http.HTTPChannel):
         self._read_or_not()
 
     def failed(self, problem: BaseException | None) -> None:
-        """Answering the request has raised this."""
+        """Handle an exception raised while the request was answered: respond with status 500, or abort."""
         self.factory.report(problem)
         if self._state is State.ANSWERING and not (self.requests and self.requests[0].startedWriting):
             self.refuse(_FAILED)
@@ -292,12 +291,12 @@ class Channel(http.HTTPChannel):
     # --- the end ---
 
     def refuse(self, answer: bytes) -> None:
-        """Give this answer, which is not a request's, and close."""
+        """Send an error response outside of a request, and close."""
         self.transport.write(answer)
         self.loseConnection()
 
     def loseConnection(self) -> None:
-        """Close when what is written is sent, or when the client does not read it within the deadline."""
+        """Close once the output is sent, or at the deadline if the client does not read it."""
         if self._state not in (State.CLOSING, State.CLOSED):
             self._move(State.CLOSING)
             self._held = b""

@@ -1,4 +1,4 @@
-"""The state of the service as plain data: flat counters in, nested data for the status page and the metrics out."""
+"""Convert flat counters to nested plain data for the status page and the metrics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ PHASES = ("proxy", "tls", "open", "closing")
 
 @dataclass(frozen=True, kw_only=True)
 class StatusSource:
-    """Where a site has from what it shows.
+    """The data of a site.
 
-    `standing` gives whether the service is a place to send clients to, and one line on how it stands; `overview` gives
-    all of that. `rows` takes one of `columns`, with `-` before it for the largest first, and a number of connections;
-    it gives those, each after the number of its worker, and workers that did not answer. `settings` gives those in
-    force. `durations` and `lags` are the upper bounds of buckets, in seconds. `refresh` has `overview` count anew what
-    takes more than one turn of the reactor to count, and fires when it has. `hosts` gives the host names, in lower
-    case, that requests may name beside localhost and IP addresses; `*` among them is any.
+    - `standing` returns whether the service is ready for traffic, and its state in one line.
+    - `overview` returns the complete state.
+    - `rows` takes one of `columns` to sort by, with the prefix `-` for descending order, and a number of connections.
+      It returns these connections, each with the number of its worker as first value, and the workers that did not
+      answer.
+    - `settings` returns the current settings.
+    - `durations` and `lags` are the upper bounds of histogram buckets, in seconds.
+    - `refresh` updates counts of `overview` that take more than one turn of the reactor, and fires when this is done.
+    - `hosts` returns the accepted host names, in lower case, beside localhost and IP addresses; `*` accepts any.
     """
 
     version: str
@@ -36,7 +39,7 @@ class StatusSource:
     lags: tuple[float, ...]
 
     def figures(self) -> dict[str, Any]:
-        """The overview, with each worker's counters as `grouped` has them."""
+        """Return the overview, with the counters of each worker in the form of `grouped`."""
         overview = self.overview()
         names = overview["listeners"]
         workers = [
@@ -51,14 +54,14 @@ class StatusSource:
         }
 
     def grouped(self, counters: Mapping[str, float], listeners: list[str] | tuple[str, ...]) -> dict[str, Any]:
-        r"""Counters (`word\tlabel\tlistener`) as a tree, in seconds and bytes; what is not counted yet is 0."""
+        r"""Return flat counters (`word\tlabel\tlistener`) as a tree, in seconds and bytes. Missing counters are 0."""
         found: dict[str, Any] = {
             "lag": {"buckets": [0] * (len(self.lags) + 1), "seconds": 0.0},
             "listeners": {name: self._listener() for name in listeners},
             "protocol": {},
         }
         for key, count in counters.items():
-            # What a worker that has gone mad calls a counter harms nobody else.
+            # Skips counters with invalid names, which a faulty worker may send.
             word, label, listener = (*key.split("\t", 2), "", "")[:3]
             with suppress(LookupError, TypeError, ValueError):
                 self._place(found, word, label, listener, count)

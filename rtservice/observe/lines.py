@@ -1,4 +1,4 @@
-"""Buffered output of lines to a file, a pipe or a terminal, without waiting for the reader."""
+"""Buffered output of lines to a file, pipe or terminal that never blocks on the reader."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from typing import Any, Protocol
 
 from twisted.logger import Logger
 
-# Seconds that a line may wait for others, so that one system call writes them all. Errors do not wait.
+# Seconds that a line may wait for others, to be written with one system call. Errors do not wait.
 _DELAY = 0.1
 
-# Seconds until what a pipe has not taken is tried again, when it took something the last time.
+# Seconds until the next attempt to write to a pipe that accepted only a part.
 _RETRY = 0.01
 
-# Characters that are written without waiting any longer: what a pipe holds.
+# Characters that are written without further delay: the capacity of a pipe.
 _BATCH = 64 * 1024
 
-# Bytes that are kept for an output that takes none: the records of 10,000 connections that end at once.
+# Bytes that are kept for a blocked output: the log records of 10,000 connections that end at once.
 _MOST_KEPT = 1024 * 1024
 
-# Seconds until a file that could not be reopened or rotated is tried again: at first, and at most after more failures.
+# Seconds until the next attempt to reopen or rotate a file: after the first failure, and at most.
 _FIRST_RETRY, _LAST_RETRY = 1.0, 60.0
 
-# Seconds in which one output is reported to fail once: it may fail and recover many times a second.
+# Seconds between two reports of a failing output: it may fail and recover many times a second.
 _QUIET = 10.0
 
-# Seconds that a reader which is behind may take for the last lines of a process.
+# Seconds to wait for a slow reader at the end of the process.
 _LAST_LINES = 1.0
 
 # After these errors the same lines may be written later.
@@ -46,15 +46,16 @@ _log = Logger()
 
 
 class UnavailableError(OSError):
-    """An output takes nothing now; the same lines may be written later."""
+    """An output accepts nothing now. The same lines can be written later."""
 
 
 class Output(Protocol):
-    """Where bytes go.
+    """Destination of bytes.
 
-    `write` takes what it can without waiting, gives how many bytes that was, and raises OSError. `reopen` does what
-    SIGUSR1 asks for, and raises nothing: while `trouble` is not empty it says what failed, and `retry` tries again.
-    `in_place` is whether it is still the file at its path. `fileno` is for waiting.
+    `write` writes as much as possible without blocking, and returns the number of bytes. It raises OSError. `reopen`
+    handles SIGUSR1, and raises nothing: `trouble` is the error of the last attempt, empty if it succeeded, and `retry`
+    tries again. `in_place` returns whether the open file is still the one at its path. `fileno` returns a descriptor
+    for poll(2).
     """
 
     title: str
@@ -68,7 +69,7 @@ class Output(Protocol):
 
 
 class Stream:
-    """A descriptor that is open already, and shared with others: standard output."""
+    """Output to an open descriptor that is shared with other processes: standard output."""
 
     trouble = ""
 
@@ -78,18 +79,18 @@ class Stream:
         self._socket: socket.socket | None = None
         self._write: Callable[[bytearray], int] = self._write_whole
         mode = os.fstat(descriptor).st_mode
-        # O_NONBLOCK would be everybody's who shares the descriptor, so it is not set on that.
+        # O_NONBLOCK would apply to all processes that share the descriptor, so it is not set.
         if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=os.dup(descriptor))
             self._write = self._send
         elif stat.S_ISREG(mode):
-            # What a shell opened with `>` would be overwritten by others, and have a hole once it is truncated. This is
-            # everybody's who shares it, and right for them too; GNU make does the same.
+            # Without O_APPEND, processes that share a file opened with `>` overwrite each other, and truncation leaves
+            # a hole. The flag applies to all of them, and is right for all; GNU make does the same.
             with contextlib.suppress(OSError):
                 fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
         else:
             try:
-                # A descriptor of our own for the same pipe or terminal (proc(5)).
+                # A new open file description of the same pipe or terminal (proc(5)), which is not shared.
                 self._descriptor = os.open(
                     f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
                 )
@@ -107,23 +108,23 @@ class Stream:
         return self._socket.send(data, socket.MSG_DONTWAIT)
 
     def _write_if_there_is_room(self, data: bytearray) -> int:
-        # Room for so much is what poll(2) looks for in a pipe. Somebody else may take it meanwhile, alas.
+        # poll(2) reports a pipe as writable if it has room for PIPE_BUF bytes. Another process may fill it meanwhile.
         if not wait_for_room(self, 0):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return os.write(self._descriptor, data[: select.PIPE_BUF])
 
     def reopen(self) -> None:
-        """Nothing: it has no path."""
+        """Do nothing: a stream has no path."""
 
     def retry(self) -> None:
-        """Nothing: nothing fails."""
+        """Do nothing: `reopen` cannot fail."""
 
     def in_place(self) -> bool:
-        """True: it has no path."""
+        """Return True: a stream has no path."""
         return True
 
     def close(self) -> None:
-        """Close what was opened here, which is not the descriptor that was given."""
+        """Close descriptors that this object opened. The given descriptor stays open."""
         if self._socket is not None:
             self._socket.close()
         if self._descriptor != self._given:
@@ -133,8 +134,8 @@ class Stream:
         return self._descriptor
 
 
-def say_aside(line: str) -> None:
-    """Write a line to standard error, if that takes it without waiting."""
+def write_to_stderr(line: str) -> None:
+    """Write a line to standard error, unless that would block."""
     with contextlib.suppress(OSError):
         stream = Stream(2, "standard error")
         try:
@@ -144,21 +145,21 @@ def say_aside(line: str) -> None:
 
 
 def wait_for_room(output: Output, seconds: float) -> bool:
-    """Whether an output can take something, at the latest after so long."""
+    """Wait until an output is writable, for at most this many seconds. Return whether it is."""
     poll = select.poll()
     poll.register(output.fileno(), select.POLLOUT)
     return bool(poll.poll(seconds * 1000))
 
 
 class Report:
-    """Whether a failure that lasts is to be reported: once, and not soon after another one."""
+    """Decides whether to report a lasting failure: once, and not within `_QUIET` seconds of another."""
 
     def __init__(self) -> None:
         self._reported = False
         self._quiet_until = -math.inf
 
     def begin(self, now: float) -> bool:
-        """It fails, or still does; gives whether that is to be reported."""
+        """Record a failure at the time `now` in seconds. Return whether to report it."""
         if self._reported or now < self._quiet_until:
             return False
         self._reported = True
@@ -166,19 +167,20 @@ class Report:
         return True
 
     def end(self) -> bool:
-        """It does not fail any more; gives whether that is to be reported."""
+        """Record a recovery. Return whether to report it."""
         reported, self._reported = self._reported, False
         return reported
 
 
 class LineWriter:
-    """Lines on their way to an output. Nothing that becomes of that is raised, and nothing waits for it.
+    """Writes lines to an output without blocking and without raising exceptions.
 
-    From `start` on, while the reactor runs, lines are written some at a time. What an output does not take is kept, up
-    to a megabyte, and tried again; beyond that, and when there is no hope, lines are dropped. `dropped` counts them.
+    After `start`, while the reactor runs, lines are written in batches. Lines that the output does not accept are kept,
+    up to 1 MiB, and written later. Beyond that, and after an error that is not temporary, lines are dropped. `dropped`
+    counts them.
 
-    An output that fails is reported as an error in the log, and to `aside`, which takes a line, since the log may be
-    what fails. `clock` gives seconds.
+    A failing output is reported as an error in the log, and to `aside`, which is called with a line, since the log may
+    be the failing output. `clock` returns seconds.
     """
 
     def __init__(
@@ -193,18 +195,18 @@ class LineWriter:
         self._aside = aside
         self._clock = clock
         self._lines: list[str] = []
-        self._size = 0  # of those, about
+        self._size = 0  # approximate bytes in `_lines`
         self._kept = bytearray()
-        self._blocked = False  # there was no room
+        self._blocked = False  # the output had no room
         self._writing = Report()
         self._opening = Report()
-        self._counted = 0  # of `dropped`, in the log
+        self._counted = 0  # the part of `dropped` that was logged
         self._flushing = Lock()
         self._reactor: Any = None
         self._thread = 0
-        self._waiting = False  # for _tick
-        self._asked = False  # to reopen the output
-        self._due = False  # to try again what failed of that
+        self._waiting = False  # a call of _tick is scheduled
+        self._asked = False  # a reopen is requested
+        self._due = False  # a retry of a failed reopen is due
         self._retry_call: Any = None
         self._retry_after = _FIRST_RETRY
         atexit.register(self.finish)
@@ -212,7 +214,7 @@ class LineWriter:
     def start(self, reactor: Any) -> None:
         """Write in batches while this reactor runs."""
         reactor.callWhenRunning(self._run, reactor)
-        # Before the reactor waits for its threads, which may take as long as they like.
+        # Before the reactor waits for its threads, which may take any time.
         reactor.addSystemEventTrigger("during", "shutdown", self.finish)
 
     def _run(self, reactor: Any) -> None:
@@ -220,7 +222,7 @@ class LineWriter:
         self._thread = get_ident()
 
     def put(self, line: str, *, at_once: bool = False) -> None:
-        """Have a line written, which ends as lines do. May be called in any thread."""
+        """Write a line, which ends with a line feed. With `at_once`, do not wait for others. Thread-safe."""
         self._lines.append(line)
         self._size += len(line)
         if not self._waiting or at_once or self._size >= _BATCH:
@@ -231,7 +233,7 @@ class LineWriter:
         if reactor is None:
             self.flush()
         elif get_ident() != self._thread:
-            if at_once:  # the reactor may be blocked, and this be what is said about it
+            if at_once:  # the reactor may be blocked, and the line may report that
                 self._write_all()
             reactor.callFromThread(self.flush)
         elif at_once:
@@ -245,7 +247,7 @@ class LineWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Write what the output takes now."""
+        """Write what the output accepts now."""
         moved = self._write_all()
         if self._reactor is None:
             return
@@ -264,19 +266,20 @@ class LineWriter:
         self.flush()
 
     def reopen(self) -> None:
-        """Have the output do what SIGUSR1 asks for."""
+        """Reopen the output, for SIGUSR1."""
         self._asked = True
         self.flush()
 
     def _write_all(self) -> bool:
-        """Write all there is, if nobody does that already; gives whether the last of it was taken."""
-        # Another thread, or an object that logs at its end and was found in here by the garbage collector.
+        """Write all lines, unless another call does. Return whether the output accepted something at last."""
+        # The lock is held by another thread, or below on the stack: the garbage collector may run a destructor that
+        # logs.
         if not self._flushing.acquire(blocking=False):
             return False
         try:
             if self._asked:
-                # What was logged before the signal goes to the file that is going to be rotated; but not to one that
-                # somebody else has moved, which may be on its way through a compressor.
+                # Lines logged before the signal go to the file that is rotated now, but not to one that another program
+                # has moved and may compress.
                 if self._output.in_place():
                     self._write()
                 self._asked = self._due = False
@@ -294,13 +297,13 @@ class LineWriter:
         return moved
 
     def _write(self) -> bool:
-        """Write what there is; gives whether some of it was taken."""
+        """Write the lines once. Return whether the output accepted something."""
         lines, self._lines, self._size = self._lines, [], 0
         if len(self._kept) < _MOST_KEPT:
             self._kept += "".join(lines).encode("utf-8", "backslashreplace")
         elif lines:
             self.dropped += len(lines)
-            self._report_failure("nobody reads it")
+            self._report_failure("the reader is too slow")
         self._blocked = False
         before = len(self._kept)
         try:
@@ -315,7 +318,7 @@ class LineWriter:
                 self._report_failure(problem.strerror or str(problem))
             return len(self._kept) < before
         if before:
-            # Lines that were dropped are reported, however often that is: it takes a megabyte of them, or no hope.
+            # Dropped lines are always reported: they are rare, after 1 MiB of kept lines or a permanent error.
             count = self.dropped - self._counted
             if self._writing.end() or count:
                 self._counted = self.dropped
@@ -327,7 +330,7 @@ class LineWriter:
             self._report("{output} cannot be written: {problem}", problem=problem)
 
     def _report_trouble(self) -> None:
-        """Report that the output could not be reopened, or could be after all."""
+        """Report that the output could not be reopened, or that a retry succeeded."""
         trouble = self._output.trouble
         if trouble:
             if self._opening.begin(self._clock()):
@@ -341,11 +344,11 @@ class LineWriter:
             self._aside(f"rtservice: {text.format(output=self._output.title, **fields)}\n")
 
     def fileno(self) -> int:
-        """The descriptor of the output."""
+        """Return the descriptor of the output."""
         return self._output.fileno()
 
     def finish(self) -> None:
-        """Write what is left, waiting for a reader that is behind, but not for long. Later lines do not wait."""
+        """Write the remaining lines. Waits up to a second for a slow reader. Later lines are written at once."""
         self._reactor = None
         self._waiting = False
         self.flush()

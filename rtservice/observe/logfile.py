@@ -1,22 +1,22 @@
-"""A log file: appended to, reopened on SIGUSR1, rotated by size, and never given up before its successor is open.
+"""A log file: append, reopen on SIGUSR1, rotate by size. The old file is closed only after the new one is open.
 
 Other programs move, copy, truncate, replace and remove log files (logrotate(8)), other processes append to them, and
-the process may have lost the right to open them (--uid, --chroot). What to do depends on what has happened, and on what
-is at the path now, compared by device and inode:
+the process may have lost the permission to open them (--uid, --chroot). The step depends on the event and on the file
+that is at the path now, compared by device and inode:
 
-    event           this file     this file, empty   another file   nothing   cannot be looked up
+    event           this file     this file, empty   another file   no file   error
     SIGUSR1         rotate        keep               open           open      keep, report, retry
     size reached    rotate        keep               open           open      keep, report, retry
     removed         open          open               open           open      keep the lines, retry
 
-    rotate  FILE.1 becomes FILE.2 and so on, FILE becomes FILE.1, and FILE is created; keep, if it does not rotate
+    rotate  FILE.1 becomes FILE.2 and so on, FILE becomes FILE.1, and FILE is created; keep, if rotation is disabled
     open    open the file at the path, create it if there is none, then close the old one
-    keep    go on with the open file
+    keep    continue with the open file
 
-`decide` is this table. A step that fails leaves the open file in use, and is tried again by `retry`.
+`decide` implements this table. After a step that fails, the open file stays in use, and `retry` tries again.
 
-A line that a full disk took in part is written again, whole, once the file has changed. So if two processes append to
-one file, and all of a line but its end was taken, that line may be in it twice.
+A line that a full disk accepted in part is written again as a whole once the file has changed. If two processes append
+to one file, and all of a line but its end was written, the file may contain that line twice.
 
 Each event costs a bounded number of system calls: at most two for each rotated file that is kept.
 """
@@ -32,33 +32,33 @@ from enum import Enum, auto
 
 from rtservice.observe.lines import UnavailableError
 
-# Bytes after which a file is rotated, as twistd's `--logfile` is.
+# Size in bytes at which a file is rotated, as in twistd.
 _ROTATE_AT = 1_000_000
 
-# O_NONBLOCK is for a named pipe, of which the reader may be behind.
+# O_NONBLOCK is for a named pipe with a slow reader.
 _FLAGS = os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Event(Enum):
-    """What has happened to a file."""
+    """An event that concerns a log file."""
 
     ASKED = auto()  # SIGUSR1
-    FULL = auto()  # it has the size at which it is rotated
-    REMOVED = auto()  # it has no name any more: what is written to it is lost
+    FULL = auto()  # the file has the size at which it is rotated
+    REMOVED = auto()  # the file has no name any more: what is written to it is lost
 
 
 class Found(Enum):
-    """What is at the path of a file that is open."""
+    """The file at the path of the open file."""
 
     OURS = auto()  # the open file
-    EMPTY = auto()  # the open file, with nothing in it
+    EMPTY = auto()  # the open file, and it is empty
     OTHER = auto()
     NOTHING = auto()
 
 
 class Step(Enum):
-    """What to do about it."""
+    """The reaction to an event, as in the table at the top."""
 
     KEEP = auto()
     OPEN = auto()
@@ -83,12 +83,12 @@ def decide(event: Event, found: Found, *, rotates: bool) -> Step:
 class LogFile:
     """An Output that appends to the file at a path: a regular file, a device or a named pipe.
 
-    `rotated` is how many rotated files are kept, `path.1` being the newest; 0: never rotate. Files with higher numbers
-    are left alone. `mode` is that of a file that is created at the start, less the umask; a file that is created later
-    gets the mode of its predecessor, and the mode of a file that exists is never changed. `trouble` says what is wrong
-    after a step that failed, and is empty otherwise.
+    `rotated` is the number of rotated files to keep, of which `path.1` is the newest; 0 disables rotation. Files with
+    higher numbers are not touched. `rotate_at` is the size in bytes. `mode` and the umask apply to a file that is
+    created at the start. A file that is created later gets the mode of its predecessor. The mode of an existing file is
+    never changed. `trouble` is the error of the last step, or empty.
 
-    Raises OSError when the file cannot be opened.
+    Raises OSError if the file cannot be opened.
     """
 
     def __init__(self, path: str, *, rotated: int = 0, mode: int = 0o640, rotate_at: int = _ROTATE_AT) -> None:
@@ -97,40 +97,40 @@ class LogFile:
         self._rotated = rotated
         self._mode = mode
         self._rotate_at = rotate_at
-        self._pending: Event | None = None  # what failed, or has to wait for another process
+        self._pending: Event | None = None  # an event whose step failed, or waits for another process
         self._doing = "reopened"
         directory, base = os.path.split(os.path.abspath(path))
         self._base = base or "."
-        # Paths are looked up from the root of now, which `--chroot` may leave outside of the process's.
+        # Paths are resolved from the root directory of the start, also after `--chroot`.
         self._root = os.open("/", _DIRECTORY)
         self._path = directory.lstrip("/") or "."
         self._directory = os.open(self._path, _DIRECTORY, dir_fd=self._root)
-        # Of a line that the file could not take whole: what it has of it, and what has to be written before the rest.
+        # For a line that was written in part: that part, and bytes to write before the rest of the line.
         self._begun = b""
         self._owed = b""
-        self._end = -1  # of the file, after what was written last
+        self._end = -1  # size of the file after the last write
         self._use(self._open())
 
     # --- an Output ---
 
     def write(self, data: bytearray) -> int:
-        """Append data, in a new file if it is time for one; gives how much was taken. Raises UnavailableError."""
+        """Append data, and return the number of bytes. Rotates or reopens the file first. Raises UnavailableError."""
         try:
             return self._write(data)
-        except OSError as problem:  # whatever it is, a file may take the same lines later
+        except OSError as problem:  # after any error, a file may accept the same lines later
             raise UnavailableError(problem.errno, problem.strerror) from None
 
     def _write(self, data: bytearray) -> int:
         state = os.fstat(self._descriptor)
         if stat.S_ISREG(state.st_mode):
-            self._look_after(state)
+            self._prepare(state)
             state = os.fstat(self._descriptor)
             if state.st_size != self._end:
-                # A new file, or somebody else has appended or truncated. A line that is in parts begins again.
+                # A new file, or another process has appended or truncated. A line that was written in part is repeated.
                 self._owed = (b"\n" if self._ends_within_a_line(state.st_size) else b"") + self._begun
         written = os.write(self._descriptor, self._owed + data if self._owed else data)
         if stat.S_ISREG(state.st_mode):
-            # The end of what this process wrote (open(2), O_APPEND); others may have appended since.
+            # The end of this process's write (open(2), O_APPEND). Others may have appended since.
             self._end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
         taken = max(0, written - len(self._owed))
         self._owed = self._owed[written:]
@@ -139,16 +139,16 @@ class LogFile:
         return taken
 
     def reopen(self) -> None:
-        """Do what SIGUSR1 asks for."""
+        """Rotate or reopen the file, for SIGUSR1."""
         self._attempt(Event.ASKED)
 
     def retry(self) -> None:
-        """Try again what failed."""
+        """Repeat a failed step."""
         if self._pending is not None:
             self._attempt(self._pending)
 
     def in_place(self) -> bool:
-        """Whether the file that is open is the one at the path."""
+        """Return whether the open file is the one at the path."""
         try:
             self._look_up_directory()
             return self._found() in (Found.OURS, Found.EMPTY)
@@ -156,24 +156,24 @@ class LogFile:
             return False
 
     def fileno(self) -> int:
-        """The descriptor of the file that is open now."""
+        """Return the descriptor of the open file."""
         return self._descriptor
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Close all descriptors."""
         for descriptor in (self._descriptor, self._directory, self._root):
             os.close(descriptor)
 
     @property
     def beyond(self) -> str:
-        """The path of the first file that has a higher number than rotation makes, or nothing if there is none."""
+        """The path of the first file with a higher number than rotation creates, or ""."""
         number = self._rotated + 1
         return f"{self.title}.{number}" if self._rotated and self._exists(number) else ""
 
-    # --- what has happened, and what follows ---
+    # --- events and steps ---
 
-    def _look_after(self, state: os.stat_result) -> None:
-        """Before something is written: have a file that it will be found in. Raises OSError."""
+    def _prepare(self, state: os.stat_result) -> None:
+        """Handle events of the file before a write. Raises OSError."""
         if state.st_nlink == 0:
             self._take_step(Event.REMOVED)
         elif self.trouble:
@@ -191,7 +191,7 @@ class LogFile:
             self.trouble = f"cannot be {self._doing}: {problem.strerror}; still writing to the file that was open"
 
     def _take_step(self, event: Event) -> None:
-        """Decide and do it. Raises OSError, and then the file that was open still is."""
+        """Decide on a step, and perform it. Raises OSError; then the open file stays in use."""
         self._doing = "reopened"
         self._look_up_directory()
         rotates = self._rotated > 0 and stat.S_ISREG(os.fstat(self._descriptor).st_mode)
@@ -208,33 +208,33 @@ class LogFile:
         self.trouble = ""
 
     def _look_up_directory(self) -> None:
-        """Take the directory that is at its path now. Raises OSError."""
+        """Open the directory that is at its path now. Raises OSError."""
         try:
             directory = os.open(self._path, _DIRECTORY, dir_fd=self._root)
         except PermissionError:
-            return  # root could pass its parents and this user cannot: the directory of then
+            return  # root could access its parents, and this user cannot: keep the directory that is open
         os.close(self._directory)
         self._directory = directory
 
     def _found(self) -> Found:
-        """What is at the path. Raises OSError when that cannot be seen."""
-        ours = os.fstat(self._descriptor)
+        """Return what is at the path. Raises OSError."""
+        current = os.fstat(self._descriptor)
         try:
             there = os.stat(self._base, dir_fd=self._directory)
         except FileNotFoundError:
             return Found.NOTHING
-        if not os.path.samestat(there, ours):
+        if not os.path.samestat(there, current):
             return Found.OTHER
-        return Found.OURS if ours.st_size else Found.EMPTY
+        return Found.OURS if current.st_size else Found.EMPTY
 
     def _rotate(self) -> bool:
-        """Give the file and its predecessors their next names; gives False when another process is at that now.
+        """Rename the file and its predecessors. Return False if another process does that now.
 
-        Raises OSError; then no file has been lost, and a second call continues.
+        Raises OSError; then no file is lost, and a second call continues.
         """
         try:
-            # Two processes may have one file open: a service that drains, and its successor. The second one to rotate
-            # it would move the first one's new file on top of the one that was just moved.
+            # Two processes may have one file open: a service that drains, and its successor. The second process to
+            # rotate it would replace the file that was just moved by the first process's new file.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
@@ -266,17 +266,17 @@ class LogFile:
     # --- files ---
 
     def _open(self, predecessor: os.stat_result | None = None) -> int:
-        """Open the file at the path, or create it, then with the mode of a predecessor. Raises OSError."""
+        """Open the file at the path, or create it with the mode of its predecessor. Raises OSError."""
         mode = self._mode
         if predecessor is not None and stat.S_ISREG(predecessor.st_mode):
             mode = predecessor.st_mode & 0o777
         try:
-            # Without O_CREAT, which is refused for a file of somebody else's in /tmp (sysctl fs.protected_regular).
+            # Without O_CREAT, which fails for another user's file in /tmp (sysctl fs.protected_regular).
             descriptor = self._open_with(os.O_WRONLY)
         except FileNotFoundError:
             try:
                 descriptor = self._open_with(os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            except FileExistsError:  # created meanwhile, or a symbolic link to nothing
+            except FileExistsError:  # created meanwhile, or a dangling symbolic link
                 descriptor = self._open_with(os.O_WRONLY | os.O_CREAT, mode)
             else:
                 if predecessor is not None:
@@ -288,7 +288,7 @@ class LogFile:
         return os.open(self._base, flags | _FLAGS, mode, dir_fd=self._directory)
 
     def _readable(self, descriptor: int) -> int:
-        """The same file, opened for reading too where this user may: `_ends_within_a_line` reads its last byte."""
+        """Reopen the file for reading too, if permitted: `_ends_within_a_line` reads its last byte."""
         state = os.fstat(descriptor)
         if stat.S_ISREG(state.st_mode):
             with contextlib.suppress(OSError):
@@ -307,15 +307,15 @@ class LogFile:
             os.close(old)
 
     def _ends_within_a_line(self, size: int) -> bool:
-        """Whether the last line of the file has no end: a full disk took half of it, or a process was killed."""
+        """Return whether the last line is incomplete: the disk was full, or a process was killed."""
         try:
             return size > 0 and os.pread(self._descriptor, 1, size - 1) not in (b"\n", b"")
-        except OSError:  # it may not be read
+        except OSError:  # no permission to read
             return False
 
 
 def check_file(path: str) -> None:
-    """Raise the OSError that a LogFile of this path would most likely raise, and make none."""
+    """Raise the OSError that a LogFile of this path would most likely raise. Creates no file."""
     directory = os.path.dirname(path)
     wanted, rights = (path, os.W_OK) if os.path.lexists(path) else (directory, os.W_OK | os.X_OK)
     if os.path.isdir(path):

@@ -1,4 +1,4 @@
-"""Which records are logged, and what they look like: for people, for machines, and one line for each connection."""
+"""Log levels, log formats (classic, text, JSON) and the access log."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ LevelName = Literal["debug", "info", "warn", "error", "critical"]
 
 _LEVELS = tuple(LogLevel.iterconstants())
 
-# --- which records ---
+# --- levels ---
 
 
 class Levels:
-    """The least level of each namespace: a record's is that of the longest name in `least` that is its, or begins it.
+    """The minimum level of each namespace: that of the longest name in `least` that is a prefix of the namespace.
 
-    Of a namespace that none of them begins, every record is logged. Names are whole up to a dot: `twisted` is the
-    beginning of `twisted.web`, and not of `twistedish`.
+    Prefixes end at a dot: `twisted` is a prefix of `twisted.web`, not of `twistedish`. Records of other namespaces are
+    all logged.
     """
 
     def __init__(self, least: Mapping[str, LevelName]) -> None:
         self.change(least)
 
     def change(self, least: Mapping[str, LevelName]) -> None:
-        """Go by these from now on."""
+        """Replace the minimum levels."""
         self._least = dict(least)
-        self._enough: dict[Any, frozenset[Any]] = {}  # by namespace
+        self._enough: dict[Any, frozenset[Any]] = {}  # the logged levels by namespace
 
     def allow(self, namespace: Any, level: Any) -> bool:
-        """Whether a record is logged, by the namespace and the level that it says it has."""
+        """Return whether a record with this namespace and level is logged."""
         enough = self._enough.get(namespace)
         if enough is None:
-            if len(self._enough) > 1000:  # names may be made up as they come
+            if len(self._enough) > 1000:  # code may generate names
                 self._enough.clear()
             enough = self._enough[namespace] = self._enough_of(str(namespace))
         return level in enough
@@ -67,14 +67,14 @@ class Levels:
 
 
 class Log(Logger):
-    """A logger of rtservice's own records; `observer` takes those that `levels` allow."""
+    """Logger of rtservice's records. Passes those that `levels` allows to `observer`."""
 
     def __init__(self, levels: Levels, observer: ILogObserver) -> None:
         super().__init__("rtservice", observer=observer)
         self.levels = levels
 
     def emit(self, level: Any, format: str | None = None, **fields: Any) -> None:
-        """As in Twisted, which looks for the level among all of them: that was half of what a record cost."""
+        """Log as in Twisted, without its search for the level, which was half of the cost of a record."""
         if self.levels.allow("rtservice", level):
             fields.update(
                 log_logger=self,
@@ -87,7 +87,7 @@ class Log(Logger):
             self.observer(fields)
 
 
-# --- what they look like ---
+# --- formats ---
 
 
 @lru_cache(maxsize=4)
@@ -101,25 +101,25 @@ def _utc_second(second: int) -> str:
 
 
 def utc_time(when: float) -> str:
-    """A time, in seconds since 1970, as RFC 3339 has it, with microseconds: `2026-11-24T22:38:12.000417Z`."""
+    """Return a time, in seconds since the epoch, in the format of RFC 3339: `2026-11-24T22:38:12.000417Z`."""
     second, microseconds = divmod(round(when * 1_000_000), 1_000_000)
     return f"{_utc_second(second)}.{microseconds:06d}Z"
 
 
 def _message(event: LogEvent) -> str:
-    """What Twisted's formatEvent gives, and most often sooner."""
+    """Return the result of Twisted's formatEvent, usually faster."""
     template = event.get("log_format")
-    # Twisted's own extension of templates is a call, `{name()}`.
+    # Twisted extends templates by calls, `{name()}`.
     if type(template) is str and "(" not in template and "log_flattened" not in event:
         try:
             return template.format_map(event)
-        except Exception:  # it has a text for that
+        except Exception:  # formatEvent returns a text that describes the error
             pass
     return formatEvent(event)
 
 
 def _classic(event: LogEvent) -> str:
-    """The line that twistd's own observers write, exactly."""
+    """Return exactly the line that twistd's own observers write."""
     when = event.get("log_time")
     system = event.get("log_system")
     if when is None or "log_failure" in event or not (system is None or isinstance(system, str)):
@@ -135,12 +135,12 @@ def _classic(event: LogEvent) -> str:
     return f"{_local_second(math.floor(when))} [{system}] {message}\n"
 
 
-# What an event of twisted.python.log has beside its own fields.
+# The standard keys of an event of twisted.python.log.
 _LEGACY = frozenset(("time", "message", "system", "isError", "format", "failure", "why", "printed", "logLevel"))
 
 
 def message_and_traceback(event: LogEvent) -> tuple[str, str]:
-    """The text of a record without a traceback, and that."""
+    """Return the text of a record, and its traceback or ""."""
     failure = event.get("log_failure")
     if failure is None and event.get("isError") and "failure" in event:
         failure = event["failure"]
@@ -151,7 +151,7 @@ def message_and_traceback(event: LogEvent) -> tuple[str, str]:
         return message, ""
     try:
         return message, failure.getTraceback()
-    except Exception as error:  # one of the values that it shows may be broken
+    except Exception as error:  # the repr of a value in it may fail
         return message, f"(no traceback: {safe_str(error)})"
 
 
@@ -159,26 +159,26 @@ def _as_json_value(thing: object) -> str:
     return thing.decode("utf-8", "backslashreplace") if isinstance(thing, bytes) else safe_str(thing)
 
 
-# What is not ASCII is escaped: some readers take U+2028 for the end of a line, and terminals obey U+009B.
+# Non-ASCII characters are escaped: some readers treat U+2028 as the end of a line, and terminals execute U+009B.
 _ascii = _json.JSONEncoder(default=_as_json_value, allow_nan=False).encode
 _unicode = _json.JSONEncoder(default=_as_json_value, allow_nan=False, ensure_ascii=False).encode
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _encoded(value: object) -> str:
-    r"""JSON of a value, as a line. Half a surrogate pair, which is no text, becomes the six characters `\udc80`."""
+    r"""Encode a value as JSON in one line. A lone surrogate, which is no text, becomes the six characters `\udc80`."""
     try:
         text = _ascii(value)
         if "\\ud" in text:
             whole = _SURROGATE.sub(lambda match: f"\\\\u{ord(match[0]):04x}", _unicode(value))
             text = _ascii(_json.loads(whole))
-    except Exception:  # it holds itself, or NaN, or keys that are no text, or is too deep
+    except Exception:  # a circular reference, NaN, a key that is no text, or too many levels
         return _encoded(safe_str(value))
     return text
 
 
 def _json_line(event: LogEvent) -> str:
-    """One JSON object: `time`, `level`, `namespace`, `message`, the event's own fields, and `traceback`."""
+    """Return one JSON object: `time`, `level`, `namespace`, `message`, the event's own fields, and `traceback`."""
     message, traceback = message_and_traceback(event)
     level = event.get("log_level")
     shown: dict[str, Any] = {
@@ -188,13 +188,13 @@ def _json_line(event: LogEvent) -> str:
         "message": message,
     }
     legacy = "isError" in event and "system" in event
-    told = event.get("log_format")
+    template = event.get("log_format")
     if "slot" in event:
         shown["slot"] = event["slot"]
     for name, value in event.items():
-        if name[:4] == "log_" or (legacy and name in _LEGACY) or name == "slot" or told == f"{{{name}}}":
+        if name[:4] == "log_" or (legacy and name in _LEGACY) or name == "slot" or template == f"{{{name}}}":
             continue
-        # A field may be called as one of ours.
+        # A field of the event may have the name of a standard field.
         shown[f"{name}_" if name in ("time", "level", "namespace", "message", "traceback") else name] = value
     if traceback:
         shown["traceback"] = traceback
@@ -211,12 +211,12 @@ _COLOURS = {"debug": "2", "warn": "33", "error": "31", "critical": "1;31"}  # EC
 
 
 def _escaped(text: str) -> str:
-    """Nothing that a terminal would obey."""
+    """Escape characters that a terminal could interpret."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _text_line(event: LogEvent, coloured: bool = False) -> str:
-    """Time, level, where it comes from, and the message; what that has of more lines, and a traceback, is indented."""
+    """Return time, level, namespace and message. Further lines of the message and a traceback are indented."""
     message, traceback = message_and_traceback(event)
     first, *more = [_escaped(line) for line in f"{message}\n{traceback}".rstrip("\n").split("\n")]
     level = event.get("log_level")
@@ -234,12 +234,12 @@ def _text_line(event: LogEvent, coloured: bool = False) -> str:
     return "\n    ".join((line, *more)) + "\n"
 
 
-# --- where they go ---
+# --- observers ---
 
 
 @implementer(ILogObserver)
 class Observer:
-    """Writes the records that `levels` allow, as lines."""
+    """Writes the records that `levels` allows, formatted by `line`, to `lines`."""
 
     def __init__(self, line: Callable[[LogEvent], str], lines: LineWriter, levels: Levels) -> None:
         self._line = line
@@ -258,10 +258,10 @@ _URGENT = frozenset((LogLevel.error, LogLevel.critical))
 
 
 class Format:
-    """What `twistd --logger` takes: called without arguments, it gives an observer.
+    """A log format for `twistd --logger`: a call without arguments returns an observer.
 
-    That writes to `lines`, or to standard output without. It is set, and `levels` too, by who knows twistd's other
-    options, which twistd does not hand on.
+    The observer writes to `lines`, or to standard output if that is None. The caller with access to twistd's other
+    options sets `lines` and `levels`, since twistd does not pass them.
     """
 
     def __init__(self, line: Callable[[LogEvent], str], coloured: Callable[[LogEvent], str] | None = None) -> None:
@@ -271,7 +271,7 @@ class Format:
         self._coloured = coloured
 
     def __call__(self) -> Observer:
-        # As twistd itself does at this moment.
+        # twistd imports the reactor at this moment too.
         from twisted.internet import reactor
 
         lines = self.lines or LineWriter(standard_output())
@@ -282,8 +282,8 @@ class Format:
 
 
 def standard_output() -> Stream:
-    """Standard output, whatever it is."""
-    # If it was closed, 1 is now something else that was opened, and what can only be read is as good.
+    """Return a Stream of standard output, or one that drops everything if that is closed."""
+    # If standard output was closed, descriptor 1 may now be another file. Writing to a read-only descriptor fails.
     descriptor = 1 if sys.__stdout__ is not None else os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     return Stream(descriptor, "standard output")
 
@@ -293,24 +293,24 @@ text = Format(_text_line, lambda event: _text_line(event, coloured=True))
 classic = Format(_classic)
 
 
-# --- one line for each connection ---
+# --- access log ---
 
 
 @lru_cache(maxsize=256)
 def _quoted(value: str) -> str:
-    """A value of `name=value`: as it is, or as a JSON string."""
+    """Return a value of `name=value` unchanged, or as a JSON string if it has other characters."""
     return value if re.fullmatch(r"[\w.:/@,+*\[\]-]+", value, re.ASCII) else _json.dumps(value)
 
 
 class AccessLog:
-    """Makes a line of each connection, and hands it to `put`; `slot` is that of the worker, if there are any."""
+    """Calls `put` with a line for each ended connection. `slot` is the number of the worker; None without workers."""
 
     def __init__(self, put: Callable[[str], None], slot: int | None = None) -> None:
         self._put = put
         self._end = f"worker={'-' if slot is None else slot}\n"
 
     def __call__(self, peer: str, listener: str, seconds: float, bytes_in: int, bytes_out: int, reason: str) -> None:
-        """A connection has ended, which began `seconds` ago."""
+        """Write the line of a connection that ended now and lasted `seconds`."""
         self._put(
             f"start={utc_time(time.time() - seconds)} peer={_quoted(peer)} listener={_quoted(listener)} "
             f"seconds={seconds:.3f} in={bytes_in} out={bytes_out} reason={_quoted(reason)} {self._end}"

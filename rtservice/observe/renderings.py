@@ -1,4 +1,4 @@
-"""Results that are expensive to make: one at a time, and each kept for about a second."""
+"""Cache of expensive results: computed one at a time, and kept for about a second."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 from twisted.internet.defer import Deferred, succeed
 from twisted.python.failure import Failure
 
-# Seconds that a result is given out. Just below the second in which the status page and impatient scrapers ask again,
-# so that each of their answers is new.
+# Seconds for which a result is returned again. Below the interval of one second at which the status page and fast
+# scrapers send requests, so that each gets a new result.
 LIFETIME = 0.9
 
-# Seconds that a result may be worked on in one turn of the reactor.
+# Seconds of work on a result in one turn of the reactor.
 _SLICE = 0.002
 
 
 class Renderings:
-    """Makes results for keys, one at a time, and keeps each for `LIFETIME` seconds.
+    """Computes results for keys, one at a time, and keeps each for `LIFETIME` seconds.
 
-    Requests for a result that is not ready wait for it. Each key's result is made at most once in a lifetime, so the
-    work and the memory are bounded by the number of keys, which the caller has to bound. The reactor has a turn between
-    two results. `report` is called with the exception when a result cannot be made; such a result is None.
+    Requests for a result that is not ready wait for it. Each key's result is computed at most once in a lifetime, so
+    the number of keys, which the caller must bound, bounds work and memory. The reactor has a turn between two results.
+    If a computation fails, `report` is called with the exception, and the result is None.
     """
 
     def __init__(self, clock: Any, report: Callable[[BaseException | None], None]) -> None:
         self._clock = clock
         self._report = report
-        self._kept: dict[Hashable, tuple[float, Any]] = {}  # when it was begun, and the result
+        self._kept: dict[Hashable, tuple[float, Any]] = {}  # start time of the computation, and result
         self._asked: dict[Hashable, list[Deferred[Any]]] = {}
         self._waiting: deque[tuple[Hashable, Callable[[], Coroutine[Any, Any, Any]]]] = deque()
         self._busy = False
 
     def get(self, key: Hashable, make: Callable[[], Coroutine[Any, Any, Any]]) -> Deferred[Any]:
-        """The result of `make`, or the one that is kept for this key."""
+        """Return the kept result of this key, or the result of `make`."""
         now = self._clock.seconds()
         self._kept = {kept: entry for kept, entry in self._kept.items() if 0 <= now - entry[0] < LIFETIME}
         if key in self._kept:
@@ -68,14 +68,14 @@ class Renderings:
 
 
 class Slices:
-    """Divides work into slices of `_SLICE` seconds: await `pause` often, and other events are handled between them."""
+    """Divides work into slices of `_SLICE` seconds. The work awaits `pause` often; events are handled in between."""
 
     def __init__(self, clock: Any) -> None:
         self._clock = clock
         self._began = perf_counter()
 
     async def pause(self) -> None:
-        """Let the reactor handle other events, if the slice is over."""
+        """Let the reactor handle other events if the slice has ended."""
         if perf_counter() - self._began >= _SLICE:
             turn: Deferred[None] = Deferred()
             self._clock.callLater(0, turn.callback, None)

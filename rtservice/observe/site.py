@@ -1,4 +1,4 @@
-"""Health, metrics and the status page over HTTP. Nothing can be changed here, and nothing is sent to another host."""
+"""Health checks, metrics and the status page over HTTP: read-only, and without resources of other hosts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from rtservice.observe.target import BadRequestError, is_served, read_target
 
 _log = Logger()
 
-# Connections that can be shown in each order. A worker's fit into one of its messages.
+# Connections that can be shown in each order. One message of a worker has room for them.
 _MOST_ROWS = 500
 
-# Seconds between two log lines about answers that failed: what a client can cause must not fill the log.
+# Seconds between two log records of failed answers: clients must not be able to fill the log.
 _REPORT_EVERY = 10.0
 
 _TEXT, _JSON = "text/plain; charset=utf-8", "application/json"
@@ -49,11 +49,11 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-_NO_METRICS = "there are no metrics without prometheus_client: pip install 'rtservice[metrics]'"
+_NO_METRICS = "metrics need prometheus_client; pip install 'rtservice[metrics]'"
 
 
 def make_site(source: StatusSource, clock: Any) -> Site:
-    """A factory that serves what `source` gives; `clock` is an IReactorTime."""
+    """Return a factory that serves the data of `source`. `clock` is an IReactorTime."""
     try:
         from rtservice.observe import metrics
     except ImportError:
@@ -63,7 +63,7 @@ def make_site(source: StatusSource, clock: Any) -> Site:
 
 
 class _Status(NamedTuple):
-    """What all answers of /status.json with one order have in common, as JSON; `figures` lacks its closing brace."""
+    """The common parts of all answers of /status.json with one order, as JSON. `figures` lacks its closing brace."""
 
     figures: str
     rows: list[str]
@@ -71,7 +71,7 @@ class _Status(NamedTuple):
 
 
 class Site(Factory):
-    """Makes a Channel for each connection, and keeps what answers have in common."""
+    """Creates a Channel for each connection, and keeps the common parts of answers."""
 
     noisy = False
 
@@ -82,7 +82,7 @@ class Site(Factory):
         self.turns = Turns(clock)
         page = files("rtservice.observe").joinpath("page")
         self.pages = {path: (page.joinpath(name).read_bytes(), kind) for path, (name, kind) in _PAGE.items()}
-        # Apart, since the latter may have to wait for a worker.
+        # Separate, since a status may have to wait for a worker.
         self._expositions = Renderings(clock, self.report)
         self._statuses = Renderings(clock, self.report)
         self._reported: float | None = None
@@ -94,10 +94,10 @@ class Site(Factory):
         return channel
 
     def log(self, request: Any) -> None:
-        """Called by Twisted for each request; clients that ask each second must not fill the log."""
+        """Log nothing for a request: clients that poll each second would fill the log. Called by Twisted."""
 
     def report(self, problem: BaseException | None) -> None:
-        """Log that an answer failed: one line, without a traceback, and not more often than each `_REPORT_EVERY`."""
+        """Log that an answer failed, in one line without a traceback, at most once in `_REPORT_EVERY` seconds."""
         now = self.clock.seconds()
         if self._reported is not None and 0 <= now - self._reported < _REPORT_EVERY:
             self._unreported += 1
@@ -113,7 +113,7 @@ class Site(Factory):
         )
 
     def exposition(self, kind: Any) -> Deferred[bytes | None]:
-        """The metrics in this format of metrics.Format; None when they could not be made."""
+        """Return the metrics in a format (metrics.Format); None if that failed."""
 
         async def make() -> bytes:
             await self.source.refresh()
@@ -127,7 +127,7 @@ class Site(Factory):
         return self._expositions.get(kind, make)
 
     def status(self, sort: str | None) -> Deferred[_Status | None]:
-        """How the service stands, with the first connections in this order, or with none."""
+        """Return the state of the service, with the first connections in this order, or without connections."""
 
         async def make() -> _Status:
             rows, missing = ([], []) if sort is None else await self.source.rows(sort, _MOST_ROWS)
@@ -150,7 +150,7 @@ class _Request(http.Request):
     channel: Any
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
-        """Called by the channel with the request line. Twisted would parse queries and forms that nobody reads."""
+        """Handle a request. Called by the channel. Twisted's method would also parse queries and forms."""
         self.method, self.uri, self.clientproto = command, path, version
         self.process()
 
@@ -163,9 +163,9 @@ class _Request(http.Request):
             self._close_after()
             self._answer(400, str(problem))
             return
-        # Clients of a UNIX socket are no browsers that could be led there by a name.
+        # UNIX sockets need no check: their clients are not browsers, which DNS rebinding could direct here.
         if target.host is not None and self._is_network() and not is_served(target.host, site.source.hosts()):
-            self._answer(421, "this host is not served here: an IP address, localhost and what --status-host names are")
+            self._answer(421, "host not accepted; use an IP address, localhost or a name of --status-host")
             return
         if self.method == b"OPTIONS":
             self.setHeader("Allow", _ALLOW)
@@ -174,7 +174,7 @@ class _Request(http.Request):
             self._get(site, target.path, target.query)
         else:
             self.setHeader("Allow", _ALLOW)
-            self._answer(405, "nothing can be changed here")
+            self._answer(405, f"method not allowed; accepted are {_ALLOW}")
 
     def _get(self, site: Site, path: bytes, query: bytes) -> None:
         answers: dict[bytes, Callable[[Site, bytes], None]] = {
@@ -189,13 +189,13 @@ class _Request(http.Request):
         elif path in answers:
             answers[path](site, query)
         else:
-            self._answer(404, f"there is /, {', '.join(path.decode() for path in answers)}")
+            self._answer(404, f"not found; the paths are /, {', '.join(path.decode() for path in answers)}")
 
     def _is_network(self) -> bool:
         return hasattr(self.getHost(), "host")
 
     def _close_after(self) -> None:
-        """Close the connection after this answer: where the next request begins may be as wrong as this one."""
+        """Close the connection after this answer: the start of the next request is not reliable."""
         self.setHeader("Connection", "close")
         self.channel.persistent = False
 
@@ -213,13 +213,13 @@ class _Request(http.Request):
         self.finish()
 
     def _answer_later(self, result: Deferred[Any], answer: Callable[[Any], None]) -> None:
-        """Call `answer` with the result, once it is there; None is a failure that has been reported."""
+        """Call `answer` with the result once it is ready. None means a failure that was reported."""
 
-        def give(result: Any) -> None:
-            if self.channel is None:  # the client has left in the meantime
+        def send(result: Any) -> None:
+            if self.channel is None:  # the client has disconnected meanwhile
                 return
             if result is None:
-                self._answer(500, "it failed, and the log says why")
+                self._answer(500, "internal error; the log has the reason")
             else:
                 answer(result)
 
@@ -227,7 +227,7 @@ class _Request(http.Request):
             if self.channel is not None:
                 self.channel.failed(failure.value)
 
-        result.addCallback(give).addErrback(failed)
+        result.addCallback(send).addErrback(failed)
 
     def _health(self, site: Site, query: bytes) -> None:
         self._answer(200, "alive")
@@ -258,7 +258,7 @@ class _Request(http.Request):
                 "most": _MOST_ROWS,
                 "missing": status.missing,
             }
-            # Each client may ask for other rows: to encode 500 of them each time would take 1.5 ms.
+            # Each client may request other rows. Encoding 500 rows for each request would take 1.5 ms.
             rows = ", ".join(status.rows[offset : offset + limit])
             found = f'{json.dumps(connections).removesuffix("}")}, "rows": [{rows}]}}'
             self._answer(200, f'{status.figures}, "connections": {found}}}'.encode(), _JSON)
@@ -267,13 +267,13 @@ class _Request(http.Request):
 
 
 def _order(query: bytes, columns: tuple[str, ...]) -> tuple[str, int, int]:
-    """The order, the offset and the limit that a query asks for; raises ValueError."""
+    """Return the order, offset and limit in a query. Raises ValueError."""
     given = parse_qs(query.decode("ascii", "replace"), max_num_fields=10)
     if unknown := given.keys() - {"sort", "offset", "limit"}:
-        raise ValueError(f"{min(unknown)!a} is none of sort, offset, limit")
+        raise ValueError(f"unknown parameter {min(unknown)!a}; accepted are sort, offset, limit")
     sort = given.get("sort", ["-age"])[0]
     if sort.removeprefix("-") not in columns:
-        raise ValueError(f"sort {sort!a} is none of {', '.join(columns)}, or one with - before it")
+        raise ValueError(f"sort {sort!a} is unknown; accepted are {', '.join(columns)}, each also with the prefix -")
     numbers = []
     for name, default in (("offset", "0"), ("limit", "100")):
         text = given.get(name, [default])[0]
@@ -282,5 +282,5 @@ def _order(query: bytes, columns: tuple[str, ...]) -> tuple[str, int, int]:
         numbers.append(int(text))
     offset, limit = numbers
     if offset + limit > _MOST_ROWS:
-        raise ValueError(f"offset and limit are together {offset + limit}, more than {_MOST_ROWS}: sort otherwise")
+        raise ValueError(f"offset + limit is {offset + limit}, above the maximum of {_MOST_ROWS}; use another sort")
     return sort, offset, limit

@@ -1,4 +1,4 @@
-"""What an HTTP request is for: the path in its target, and the host that it names."""
+"""Parse the target and the Host header of an HTTP request: path, query and host."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
 # RFC 3986, section 3.2: an IP literal in brackets or a registered name, and a port. User information is an error in
-# HTTP (RFC 9110, section 4.2.4). Percent-encoding in a name is not resolved by anything, and not accepted here.
+# HTTP (RFC 9110, section 4.2.4). Percent-encoding in a name is not accepted: no resolver decodes it.
 _AUTHORITY = re.compile(rb"(\[[0-9A-Za-z:.%]*\]|[0-9A-Za-z._-]*)(:[0-9]*)?")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE)
 
-# A host in the place of which any other is accepted.
+# This name among the accepted ones accepts every host.
 ANY_HOST = "*"
 
 
 class BadRequestError(ValueError):
-    """The request is malformed; the text says how."""
+    """The request is malformed. The text names the error."""
 
 
 class Target(NamedTuple):
-    """The path and the query of a request (`*` for all of the server), and its host in lower case; None without one."""
+    """The path of a request (`*` for the server as a whole), its query, and its host in lower case or None."""
 
     path: bytes
     query: bytes
@@ -29,9 +29,9 @@ class Target(NamedTuple):
 
 
 def read_target(method: bytes, target: bytes, version: bytes, hosts: list[bytes]) -> Target:
-    """Read a request's target and its Host headers by RFC 9112, sections 3.2 and 3.2.1 to 3.2.4.
+    """Parse the target and the Host headers of a request (RFC 9112, sections 3.2 and 3.2.1 to 3.2.4).
 
-    The authority of a target in absolute form replaces Host. HTTP/1.0 needs none. Raises BadRequestError.
+    The authority of a target in absolute form replaces Host. HTTP/1.0 needs no Host. Raises BadRequestError.
     """
     if len(hosts) > 1:
         raise BadRequestError("there is more than one Host header")
@@ -45,7 +45,7 @@ def read_target(method: bytes, target: bytes, version: bytes, hosts: list[bytes]
             raise BadRequestError("the target has no host")
         target = absolute[2]
         if not target.startswith(b"/"):
-            # Without a path it is for the root; with OPTIONS and no query either, for all of the server.
+            # Without a path the target is `/`; for OPTIONS without a query it is `*`.
             target = b"*" if method == b"OPTIONS" and not target else b"/" + target
     if not target.startswith(b"/") and not (target == b"*" and method == b"OPTIONS"):
         raise BadRequestError("the target is neither a path nor an http: URI")
@@ -61,10 +61,11 @@ def _host(authority: bytes) -> str:
 
 
 def is_served(host: str, names: Container[str]) -> bool:
-    """Whether a host is an IP literal, localhost, or one of `names`, which are in lower case.
+    """Return whether a host is an IP literal, localhost, or one of `names`, which are in lower case.
 
-    A browser that was sent to an attacker's name, which resolves to our address by now, names that name (DNS
-    rebinding). An IP literal cannot be rebound, and localhost is never looked up in DNS (RFC 6761, section 6.3).
+    This prevents DNS rebinding: a browser that was directed here by an attacker's name, which now resolves to this
+    address, sends that name. An IP literal cannot be rebound, and localhost is never resolved by DNS (RFC 6761, section
+    6.3).
     """
     name = host.removesuffix(".")
     return name == "localhost" or name in names or ANY_HOST in names or _is_address(host)

@@ -1,21 +1,22 @@
 """The control channel between supervisor and worker: one message per line, a word and a JSON value.
 
-Twisted's AMP limits a value to 64 KiB, and here only one kind of question has an answer. A line is readable by eye.
+Twisted's AMP is not used: it limits a value to 64 KiB, and only one kind of message here has an answer. Lines are
+readable in a trace.
 
-    to a worker     start {…}   what to serve: see `worker.py`
-                    share N     number of workers now; divided limits change
-                    drain […]   end; the kinds of socket whose queue is served first
+    to a worker     start {…}   settings, listeners and certificates: see `start_message.py`
+                    share N     current number of workers, among which limits are divided
+                    drain […]   begin the graceful shutdown; types of sockets whose backlog is served first
                     hurry       end the drain
                     rows {…}    list open connections: `id`, `sort`, `count`
     from a worker   ready       every listener accepts
-                    failed "…"  it cannot start, and why
-                    beat {…}    heartbeat; the counters that have changed
-                    rows {…}    the answer to a question: `id`, `rows`
-                    leave       it was asked to end, and wants to be replaced first
-                    records […] log records as finished text: see `worker_messages.py`
+                    failed "…"  the start failed, and the reason
+                    beat {…}    heartbeat, with the counters that have changed
+                    rows {…}    the answer to `rows`: `id`, `rows`
+                    leave       it received a stop signal; end it after its replacement is ready
+                    records […] log records as formatted text: see `worker_messages.py`
                     access […]  lines for the access log
 
-A worker runs hosted code, so nothing that it sends is trusted: `worker_messages.py` decodes and checks it.
+A worker runs hosted code, so its messages are not trusted: `worker_messages.py` decodes and checks them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
-# Descriptors of a worker: messages to it, messages from it, and from here on its sockets.
+# Descriptors of a worker: messages to it, messages from it, and the first of its sockets.
 CONTROL_IN, CONTROL_OUT, FIRST_SOCKET = 3, 4, 5
 
 # Seconds between two heartbeats of a worker.
@@ -33,11 +34,11 @@ BEAT = 1.0
 
 TO_WORKER = frozenset(("start", "share", "drain", "hurry", "rows"))
 
-# The longest message to a worker, in bytes: a large directory of certificates.
+# Limit of a message to a worker, in bytes: a large directory of certificates fits.
 LONGEST_TO_WORKER = 64 * 1024 * 1024
 
-# The longest message from a worker, in bytes. A message that is decoded at once must not take many milliseconds: the
-# worst JSON of 128 KiB takes about 10. Twice that is accepted only as the answer to a question.
+# Limits of messages from a worker, in bytes. A message is decoded at once, which must not take many milliseconds: the
+# worst JSON of 128 KiB takes about 10. Only the answer to `rows`, which is requested, may have twice that.
 LONGEST_FROM_WORKER: Mapping[str, int] = {
     "ready": 64,
     "failed": 64 * 1024,
@@ -48,29 +49,30 @@ LONGEST_FROM_WORKER: Mapping[str, int] = {
     "access": 128 * 1024,
 }
 
-# Digits of an integer. A hosted factory's counter may be 1e300; int() of a longer text takes quadratic time, or raises.
+# Limit of digits of an integer. A hosted factory's counter may be 1e300; int() of a long text takes quadratic time, or
+# raises.
 _MOST_DIGITS = 310
 
-# Characters of a foreign text in an error.
+# Characters of a received text in an error.
 _SHOWN = 20
 
 
 class ProtocolViolation(Exception):  # noqa: N818  # it names what the peer did
-    """The other side sent something that the protocol does not allow. The text is one short printable line."""
+    """The other side violated the protocol of the channel. The text is one short printable line."""
 
 
 def encode(word: str, value: object = None) -> bytes:
-    """Return a message as it is sent."""
+    """Return the bytes of a message."""
     return f"{word} {json.dumps(value)}\n".encode()
 
 
 def shown(text: object) -> str:
-    """Return the beginning of a foreign text, or what else it is, for an error."""
+    """Return the beginning of a received text, or the type of another value, for an error."""
     return ascii(text[:_SHOWN]) if isinstance(text, str) else f"of type {type(text).__name__}"
 
 
 class Framing:
-    """Splits bytes into lines of at most `longest` bytes. Work is linear in the bytes, however they are cut."""
+    """Splits bytes into lines of at most `longest` bytes, in linear time for any division into pieces."""
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
@@ -82,7 +84,7 @@ class Framing:
         self._buffer += data
 
     def next(self) -> bytes | None:
-        """Return the next complete line without its end, or None. Raises ProtocolViolation for one that is too long."""
+        """Return the next complete line without its line feed, or None. Raises ProtocolViolation if it is too long."""
         end = self._buffer.find(b"\n", self._searched)
         if (len(self._buffer) if end < 0 else end) > self._longest:
             self._buffer.clear()
@@ -119,21 +121,21 @@ def decode_value(word: str, text: bytes) -> Any:
     """Return the value of a message. Raises ProtocolViolation."""
     try:
         return _decode_json(text.decode())
-    except (ValueError, RecursionError):  # whose own texts may quote all of the message
+    except (ValueError, RecursionError):  # their texts may quote the whole message
         raise ProtocolViolation(f"a message {word!r} that is not JSON") from None
 
 
 class SupervisorMessages:
-    """Decodes what a worker receives: bytes in, messages out.
+    """Decodes the messages that a worker receives: bytes in, messages out.
 
-    The supervisor is trusted. This finds what is no message at all, so that a worker can drain instead of guessing.
+    The supervisor is trusted. Only invalid messages are detected, so that the worker can drain.
     """
 
     def __init__(self, longest: int = LONGEST_TO_WORKER) -> None:
         self._framing = Framing(longest)
 
     def feed(self, data: bytes) -> Iterator[tuple[str, Any]]:
-        """Yield the word and the value of each message that is complete now. Raises ProtocolViolation."""
+        """Add received bytes, and yield the word and value of each complete message. Raises ProtocolViolation."""
         self._framing.feed(data)
         while (line := self._framing.next()) is not None:
             word, text = split_word(line)
@@ -142,7 +144,7 @@ class SupervisorMessages:
             yield word, decode_value(word, text)
 
 
-# What a log or a terminal could act on: C0 and C1 control characters and DEL (ECMA-48), but for a line's end and a tab.
+# Characters that a terminal or log reader may interpret: C0, C1 and DEL (ECMA-48), except line feed and tab.
 _CONTROLS = {
     code: chr(code).encode("unicode_escape").decode()
     for code in (*range(0x20), *range(0x7F, 0xA0))
@@ -152,10 +154,10 @@ _LAYOUT = re.compile("[\n\t]")
 
 
 def escape_controls(text: str) -> str:
-    r"""Return a text without anything that a terminal or a log reader acts on, but for `\n` and tabs.
+    r"""Escape characters that a terminal or log reader may interpret, except `\n` and tabs.
 
-    Takes linear time, and about 0.1 µs for each character that is escaped. A text with a character that is not
-    printable and not ASCII, such as U+202E, is returned in ASCII.
+    Takes linear time, about 0.1 µs for each escaped character. In a text with a non-printable character outside of
+    ASCII, such as U+202E, all non-ASCII characters are escaped.
     """
     if text.isprintable():
         return text

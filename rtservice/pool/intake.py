@@ -1,34 +1,35 @@
-"""Takes what a worker sends in bounded portions, so that no worker keeps the supervisor from its other work."""
+"""Process what a worker sends in bounded portions, so that no worker can block the supervisor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
-# What is taken in one turn of the reactor, and in one beat, in the units of `cost`: about 30 µs each. A worker that
-# sends more is not read until the next turn, or the next beat; its pipe is full then, and it drops records.
+# Limits for one turn of the reactor and for one heartbeat, in units of `cost`: about 30 µs each. If a worker sends
+# more, reading pauses until the next turn or heartbeat. Its pipe is full then, and it drops log records.
 A_TURN, A_BEAT = 100, 5000
 
 
 class Item(Protocol):
-    """Something that was received."""
+    """A received item. `cost` is in units of about 30 µs."""
 
     @property
     def cost(self) -> int: ...
 
 
 class Decoder(Protocol):
-    """Bytes in, items out. `next` gives None when there is no complete one."""
+    """Decodes bytes to items. `next` returns None if no item is complete."""
 
     def feed(self, data: bytes) -> None: ...
     def next(self) -> Any: ...
 
 
 class Intake:
-    """One pipe of a worker.
+    """Input from one pipe of a worker.
 
-    `take` is called with each item, and `fail` once with whatever `next` or `take` raises, after which nothing more is
-    taken. `pause` and `resume` have the pipe not be read, and be read again.
+    `take` is called with each item. `fail` is called once with an exception that `next` or `take` raises, after which
+    nothing more is processed. `pause` and `resume` are called to pause and resume reading from the pipe. `a_turn` and
+    `a_beat` are the limits for one turn and one heartbeat, in units of `cost`.
     """
 
     def __init__(
@@ -51,27 +52,27 @@ class Intake:
         self._resume = resume
         self._a_turn = a_turn
         self._a_beat = a_beat
-        self._spent = 0  # in this beat
+        self._spent = 0  # cost since the last heartbeat
         self._paused = False
         self._closed = False
         self._done: Callable[[], None] | None = None
-        self._call: Any = None  # the delayed call that goes on
+        self._call: Any = None  # the delayed call that continues
 
     def feed(self, data: bytes) -> None:
-        """Take some of what was received, and the rest later."""
+        """Process received bytes, up to the limits, and the rest later."""
         if not self._closed:
             self._decoder.feed(data)
             if not self._paused:
                 self._go_on()
 
     def beat(self) -> None:
-        """Go on, if the last beat was too short. To be called once per beat."""
+        """Begin a new heartbeat interval, and continue with waiting items. Call it once per heartbeat."""
         self._spent = 0
         if self._paused and self._call is None and not self._closed:
             self._go_on()
 
     def finish(self, done: Callable[[], None]) -> None:
-        """Take the rest, turn by turn, and call `done`. Nothing is fed any more."""
+        """Process the rest, turn by turn, then call `done`. `feed` must not be called any more."""
         self._done = done
         if self._closed:
             self._finished()
@@ -79,7 +80,7 @@ class Intake:
             self._go_on()
 
     def close(self) -> None:
-        """Take no more. What was received and not taken is dropped."""
+        """Stop, and drop items that are not processed."""
         self._closed = True
         if self._call is not None:
             self._call.cancel()

@@ -1,4 +1,4 @@
-"""Lines that a worker prints: bytes in, bounded lines out."""
+"""Split the output that a worker prints into bounded lines."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import NamedTuple
 
 from rtservice.pool.control import escape_controls
 
-# Bytes of a line. The rest of a longer one is the next line.
+# Limit of a line in bytes. The rest of a longer line becomes the next line.
 LONGEST_PRINTED = 8192
 
 
 class Line(NamedTuple):
-    """A printed line: escaped, and without its end. `cost` is as of `worker_messages`."""
+    """A printed line, escaped and without its line feed. `cost` is in the units of `worker_messages`."""
 
     text: str
     cost: int
 
 
 class PrintedLines:
-    """Splits what is printed into lines, in whatever pieces it comes."""
+    """Splits printed bytes, which arrive in pieces, into lines."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -30,7 +30,7 @@ class PrintedLines:
         self._buffer += data
 
     def end(self) -> None:
-        """What has no end yet is a line, too."""
+        """End the output: an incomplete last line counts as a line."""
         self._ended = True
 
     def next(self) -> Line | None:

@@ -1,4 +1,4 @@
-"""A worker's log record as an event of the supervisor's log."""
+"""Convert log records of workers to events of the supervisor's log."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rtservice.pool.worker_messages import Record
 
 
 class WorkerError(Exception):
-    """An exception that was logged by a worker. Its text is the last line of the traceback there."""
+    """An exception that a worker logged. Its text is the last line of the worker's traceback."""
 
 
 class WorkerFailure(Failure):
-    """A failure that was logged by a worker: the text of its traceback, and nothing that was an object there."""
+    """A failure that a worker logged: only the text of its traceback."""
 
     def __init__(self, traceback: str) -> None:
         super().__init__(WorkerError(traceback.rstrip("\n").rpartition("\n")[2]))
@@ -35,7 +35,7 @@ class WorkerFailure(Failure):
 
 
 def as_event(record: Record, slot: int) -> LogEvent:
-    """Return the event of a record. Its only format string is constant; its text was made by the worker."""
+    """Return the event of a record. Its format string is constant; the worker has formatted the text."""
     event: LogEvent = {
         **record.fields,
         "slot": slot,

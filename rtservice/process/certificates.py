@@ -1,4 +1,4 @@
-"""The certificates of listeners: log their expiry, describe them for the status page, and renew them."""
+"""The certificates of listeners: log their expiry, describe them for the status page, and reload them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from rtservice.net.crl import RevocationLists
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
 from rtservice.net.port import Port
-from rtservice.net.tls import Certificate, Files, LoadedTLS, Made, Steps, fingerprinting
+from rtservice.net.tls import Certificate, CertificateContext, Files, LoadedTLS, Steps, fingerprinting
 
-# Of one certificate, in its line of the log, and characters of a name (255 bytes in RFC 1035, section 2.3.4); and of a
-# directory of them.
+# Limits of a log line about a certificate: names, and characters of a name (255 bytes in RFC 1035, section 2.3.4).
 _NAMES_SHOWN, _LONGEST_NAME = 5, 255
+# Certificates on the status page.
 _CERTIFICATES_SHOWN = 100
 
-# How often files are read that change while they are read, so that some do not fit together.
+# Attempts to read files that change while they are read, and so do not match each other.
 _READINGS = 3
 
 _DAY = 86400
 
 
 def days_left(until: float, now: float) -> int:
-    """Return the whole days from one time to another, both in seconds; negative once it has passed.
+    """Return the full days from `now` until a time, both in seconds; negative if it has passed.
 
-    The one number that the log, the status page and its JSON have: what is left of a day does not count.
+    The log, the status page and its JSON use this number. A part of a day does not count.
     """
     return int((until - now) // _DAY)
 
@@ -41,7 +41,7 @@ def _in_days(days: int) -> str:
 
 
 def _some_of(names: tuple[str, ...]) -> str:
-    """The first of a certificate's names, which can be thousands."""
+    """Return the first names of a certificate for display. A certificate can have thousands."""
     more = len(names) - _NAMES_SHOWN
     shown = ", ".join(
         name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…" for name in names[:_NAMES_SHOWN]
@@ -50,13 +50,13 @@ def _some_of(names: tuple[str, ...]) -> str:
 
 
 def logging_certificates(log: Logger, listeners: list[Listener]) -> Steps[None]:
-    """Log when each certificate that is shown, and each revocation list, expires, and warnings of TLS, in steps."""
+    """Log the expiry of each certificate and revocation list, and TLS warnings, in steps."""
     for warning in dict.fromkeys(warning for listener in listeners for warning in listener.warnings):
         log.warn("{warning}", warning=warning)
     for lists in dict.fromkeys(listener.revocation for listener in listeners if listener.revocation is not None):
         _log_revocation(log, lists, time.time())
-    # Two listeners may show the same one.
-    for certificate in dict.fromkeys(one for listener in listeners for one in listener.certificates):
+    # Two listeners may have the same certificate.
+    for certificate in dict.fromkeys(found for listener in listeners for found in listener.certificates):
         _log_certificate(log, certificate, time.time())
         yield
 
@@ -90,15 +90,22 @@ def _log_revocation(log: Logger, lists: RevocationLists, now: float) -> None:
 
 
 def certificates_of(listeners: list[Listener], now: float | None = None) -> list[dict[str, Any]]:
-    """The certificates that listeners show, as plain data: of many, those that end first, and the first of each."""
+    """Return the certificates of listeners as plain data.
+
+    If there are more than `_CERTIFICATES_SHOWN`: those that expire first, and the first to expire of each listener.
+    """
     now = time.time() if now is None else now
-    all_of = [(one.not_after, number, one) for number, each in enumerate(listeners) for one in each.certificates]
-    # Chosen before anything is escaped: thousands of texts would take longer than other clients may wait.
-    chosen = nsmallest(_CERTIFICATES_SHOWN, all_of, key=lambda one: one[:2])
-    there = {number for _, number, _ in chosen}
+    by_expiry = [
+        (certificate.not_after, number, certificate)
+        for number, listener in enumerate(listeners)
+        for certificate in listener.certificates
+    ]
+    # Selected before texts are escaped: thousands of texts would block the reactor for too long.
+    chosen = nsmallest(_CERTIFICATES_SHOWN, by_expiry, key=lambda entry: entry[:2])
+    present = {number for _, number, _ in chosen}
     for number, listener in enumerate(listeners):
-        if listener.certificates and number not in there:
-            first = min(listener.certificates, key=lambda one: one.not_after)
+        if listener.certificates and number not in present:
+            first = min(listener.certificates, key=lambda certificate: certificate.not_after)
             chosen.append((first.not_after, number, first))
     return [
         {
@@ -116,14 +123,15 @@ def certificates_of(listeners: list[Listener], now: float | None = None) -> list
 def renewing(
     served: Iterable[tuple[Listener, Port | None]], read: dict[object, Files] | None = None
 ) -> Steps[Callable[[], Steps[None]]]:
-    """Read and check the certificates of listeners again, in steps; gives what puts them in force, for new connections.
+    """Read and check the certificates of listeners again, in steps. Returns a function that applies them.
 
-    That gives more steps, which free what was in force before: 0.1 ms for each certificate that was renewed.
+    The function applies all certificates at once, for new connections, and returns more steps, which free the old
+    contexts: 0.1 ms for each renewed certificate.
 
-    With each listener is the port that accepts on it, if that is in this process. `read` takes what was read, by the
-    sources of the listeners, for a process that has not the rights to. All are put in force at once, or
-    none: raises ListenError, and nothing has changed. Files that do not fit together are read again when they have
-    changed meanwhile, since a renewal may be under way.
+    `served` pairs each listener with the port that accepts on it, or None if that is in another process. `read` gets
+    the files that were read, by the source of the listener, for a process without permission to read them. Raises
+    ListenError, after which nothing has changed. Files that do not match each other are read again if they have changed
+    meanwhile, since a renewal may be in progress.
     """
     pairs = list(served)
     for reading in range(_READINGS):
@@ -151,7 +159,7 @@ def renewing(
                     port.tls = listener.tls
         return free(before)
 
-    def free(before: list[Made]) -> Steps[None]:
+    def free(before: list[CertificateContext]) -> Steps[None]:
         while before:
             before.pop()
             yield

@@ -1,4 +1,4 @@
-"""Reap orphans as process 1, which inherits those of its PID namespace (pid_namespaces(7)).
+"""Reap orphaned processes in process 1, which inherits those of its PID namespace (pid_namespaces(7)).
 
 Twisted reaps workers and other children of the reactor.
 """
@@ -16,30 +16,30 @@ from twisted.internet.task import LoopingCall
 
 from rtservice.process.signals import is_first_process
 
-# Seconds that a child is left to the code that started it: hosted code that polls would miss its status otherwise.
+# Seconds until an ended child is reaped. Hosted code that started the child and polls it needs its status.
 PATIENCE = 5.0
 
-# Seconds between two looks: one system call, as long as no child has ended.
+# Seconds between two checks. A check is one system call if no child has ended.
 _BEAT = 2.0
 
-# Each thread's `children` here are those that it has started (proc_tid_children(5)).
+# `children` in the directory of each thread lists the children that it has started (proc_tid_children(5)).
 _TASKS = Path("/proc/self/task")
 
 
 class Overdue:
-    """Finds children that have ended and that nobody has waited for in `PATIENCE` seconds."""
+    """Finds children that ended and that no code has waited for within `PATIENCE` seconds."""
 
     def __init__(self) -> None:
         self._since: dict[int, float] = {}
 
     def update(self, now: float, ended: Iterable[int]) -> list[int]:
-        """Take the children that nobody has waited for at a time in seconds; return those that are overdue."""
+        """Record the ended children that were not waited for at `now`, in seconds. Return those that are overdue."""
         self._since = {pid: self._since.get(pid, now) for pid in ended}
         return [pid for pid, since in self._since.items() if now - since >= PATIENCE]
 
 
 def _has_ended(kind: int, number: int) -> int:
-    """The process id of a child that has ended and that nobody has waited for; it stays so. 0 when there is none."""
+    """Return the process id of an ended child without reaping it, or 0. Arguments are those of waitid(2)."""
     with suppress(ChildProcessError):
         found = os.waitid(kind, number, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return found.si_pid if found is not None else 0
@@ -47,7 +47,7 @@ def _has_ended(kind: int, number: int) -> int:
 
 
 def ended_children() -> Iterator[int]:
-    """Yield the process ids of children that have ended; without /proc, the first of them alone."""
+    """Yield the process ids of children that ended; without /proc, only one of them."""
     first = _has_ended(os.P_ALL, 0)
     if not first:
         return
@@ -61,7 +61,7 @@ def ended_children() -> Iterator[int]:
 
 
 class Reaper:
-    """Waits for orphans, while this is process 1. Twisted's own children, such as workers, are left to Twisted."""
+    """Reaps orphans if this is process 1. Twisted reaps its own children, such as workers."""
 
     def __init__(self, ended: Callable[[], Iterable[int]] = ended_children) -> None:
         self._ended = ended
@@ -69,13 +69,13 @@ class Reaper:
         self._beating = LoopingCall(self._beat)
 
     def start(self, reactor: Any) -> None:
-        """Begin, if this is process 1."""
+        """Start the checks if this is process 1."""
         if is_first_process():
             self._beating.clock = reactor
             self._beating.start(_BEAT, now=False)
 
     def stop(self) -> None:
-        """Reap no more."""
+        """Stop the checks."""
         if self._beating.running:
             self._beating.stop()
 

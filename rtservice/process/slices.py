@@ -1,4 +1,4 @@
-"""Long work in slices, with a pause after each in which the reactor serves clients."""
+"""Run long work in slices, with a pause after each in which the reactor handles other events."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rtservice.net.tls import Steps
 
 _Result = TypeVar("_Result")
 
-# Seconds that a slice may take, beyond which it goes only as far as the step that it is in; and seconds until the next,
-# so that the work never takes more than about half of the process's time.
+# Seconds of a slice, which ends with the step in progress, and seconds until the next slice. So the work takes at most
+# about half of the process's time.
 SLICE, PAUSE = 0.002, 0.002
 
 
@@ -26,10 +26,11 @@ def in_slices(
     pause: float = PAUSE,
     seconds: Callable[[], float] = perf_counter,
 ) -> Deferred[_Result]:
-    """Take the steps of some work; fires with its result, or with what it raises.
+    """Run the steps of some work in slices. The Deferred fires with its result or its exception.
 
-    The first slice is done before this returns, and may be all. `clock` is an IReactorTime that calls the others;
-    `seconds` is what a slice is measured by. To cancel the Deferred ends the work where it is: its generator is closed.
+    The first slice runs before this returns, and may complete the work. `clock` is an IReactorTime that schedules the
+    others. `size` and `pause` are in seconds; `seconds` measures slices. Cancelling the Deferred stops the work: its
+    generator is closed.
     """
     due: list[Any] = []
 

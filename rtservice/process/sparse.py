@@ -1,4 +1,4 @@
-"""Rate limit for log records of events whose number a peer decides."""
+"""Rate limit for log records of events that peers can cause."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 
 class Sparse:
-    """Admits the first `most` events of each `seconds`, and counts the others.
+    """Admits the first `most` events in each period of `seconds`, and counts the others.
 
-    The time begins with the first event after the last one is over.
+    A period begins with the first event after the end of the previous one.
     """
 
     def __init__(self, most: int, seconds: float) -> None:
@@ -19,7 +19,7 @@ class Sparse:
         self._missed = 0
 
     def admit(self, now: float) -> bool:
-        """Whether an event is to be logged that happens now, in seconds of any clock."""
+        """Return whether to log an event that happens at `now`, in seconds of any clock."""
         if now >= self._end:
             self._end = now + self.seconds
             self._admitted = 0
@@ -30,6 +30,6 @@ class Sparse:
         return False
 
     def take_missed(self) -> int:
-        """How many were not admitted since this was last asked, for a line that sums them up."""
+        """Return the number of events not admitted since the last call, for a summary in the log."""
         missed, self._missed = self._missed, 0
         return missed

@@ -11,23 +11,24 @@ from typing import Any
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-# Seconds that all clients wait for, after which an operator wants to know why.
+# Seconds after which a blocked reactor is logged: all clients wait.
 BLOCKED = 1.0
 
-# Seconds between two signs of life of the reactor, and two looks of the thread. Both together take 0.01 % of a core.
+# Seconds between two heartbeats of the reactor, and between two checks of the thread. Together they take 0.01 % of a
+# core.
 _BEAT = BLOCKED / 4
 
 # Seconds between two log records: a protocol that blocks does so for every client.
 _REPORT_EVERY = 10.0
 
-# Frames that a record shows, from the innermost.
+# Frames in a log record, from the innermost.
 _FRAMES = 12
 
 
 class StallDetector:
-    """Logs the stack of a reactor's thread that has not come back to the reactor for `seconds`, while it has not.
+    """Logs the stack of the reactor's thread when the reactor has been blocked for `seconds`.
 
-    What holds Python's own lock for all that time, as a regular expression can, is seen when it lets go.
+    Code that holds Python's global lock all the time, such as a regular expression, is detected when it releases it.
     """
 
     def __init__(self, log: Logger, seconds: float = BLOCKED) -> None:
@@ -39,15 +40,15 @@ class StallDetector:
         self._stopped = threading.Event()
 
     def start(self, reactor: Any) -> None:
-        """Watch this reactor, whose thread this is called in."""
+        """Start to watch this reactor. Call it in the reactor's thread."""
         self._reactor_thread = threading.get_ident()
         self._beating.clock = reactor
         self._beating.start(_BEAT)
-        # A thread that is a daemon does not keep a process that is to end.
+        # A daemon thread does not delay the exit of the process.
         threading.Thread(target=self._watch, name="rtservice blocked", daemon=True).start()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._stopped.set()
         if self._beating.running:
             self._beating.stop()
@@ -62,7 +63,7 @@ class StallDetector:
             if now - seen < self._seconds or now - reported < _REPORT_EVERY:
                 continue
             frame = sys._current_frames().get(self._reactor_thread)
-            # In the reactor's own wait it is not blocked: the whole process did not run.
+            # In the reactor's wait the reactor is not blocked: the whole process was suspended.
             if frame is None or frame.f_code.co_name == "doPoll" or self._seen != seen:
                 continue
             stack = "".join(traceback.format_stack(frame, limit=_FRAMES)).rstrip()

@@ -13,18 +13,18 @@ from rtservice.net.address import escaped
 
 _log = Logger()
 
-# systemd ignores a datagram of more than 4096 bytes (NOTIFY_BUFFER_MAX); a character takes four at most.
+# systemd ignores datagrams of more than 4096 bytes (NOTIFY_BUFFER_MAX). A character has at most four bytes.
 _STATUS_CHARACTERS = 1000
 
 
 class Notifier:
-    """Tells the manager how the service stands, in one datagram for each call; without a socket, tells nobody.
+    """Sends the state of the service to the service manager, in one datagram for each call. No effect without a socket.
 
-    Nothing here blocks or raises. A manager that is busy loses a status, an extension or a sign of life, which are said
-    again soon, but no change of state: that is sent before whatever comes next.
+    No method blocks or raises. If the manager is busy, a status, an extension of a timeout or a watchdog notification
+    is lost, which are repeated soon. A change of state is kept, and sent before the next notification.
 
-    `watchdog_interval` is how often `watchdog` is to be called, in seconds: half of the time after which the manager
-    takes the process for stuck. None where nobody watches.
+    `watchdog_interval` is the interval in seconds at which to call `watchdog`: half of the manager's watchdog timeout.
+    None without a watchdog.
     """
 
     def __init__(self, sock: socket.socket | None = None, *, watchdog_interval: float | None = None) -> None:
@@ -34,32 +34,32 @@ class Notifier:
 
     @property
     def connected(self) -> bool:
-        """Whether somebody is told."""
+        """Whether there is a socket to a service manager."""
         return self._socket is not None
 
     def ready(self, status: str) -> None:
-        """The service is up, or has reloaded."""
+        """Report that the service has started or a reload has ended, with one line of status."""
         self._send("READY=1", _status(status), keep=True)
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`."""
+        """Send one line of status, for `systemctl status`."""
         self._send(_status(text))
 
     def reloading(self) -> None:
-        """A reload begins; `ready` ends it, also one that failed."""
-        # Type=notify-reload takes a message with an earlier time for the answer to an earlier signal.
+        """Report that a reload begins. `ready` ends it, also after a failure."""
+        # Type=notify-reload compares the time with that of its signal.
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}", keep=True)
 
     def stopping(self, status: str) -> None:
-        """The drain begins."""
+        """Report that the graceful shutdown begins, with one line of status."""
         self._send("STOPPING=1", _status(status), keep=True)
 
     def extend_timeout(self, seconds: float) -> None:
-        """Ask for `seconds` from now, should the timeout of the start or the stop in progress end earlier."""
+        """Extend the timeout of the start or stop in progress to at least `seconds` from now."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
 
     def watchdog(self) -> None:
-        """The reactor turns."""
+        """Send a watchdog notification: the reactor runs."""
         self._send("WATCHDOG=1")
 
     def _send(self, *assignments: str, keep: bool = False) -> None:
@@ -74,7 +74,7 @@ class Notifier:
             if not keep:
                 del datagrams[-1]
         except OSError as error:
-            # Its receiver is gone, and cannot be found again after a chroot or as another user.
+            # The receiver is gone, and cannot be reached again after a chroot or as another user.
             _log.warn("the service manager is told no more: {problem}", problem=error.strerror)
             self._socket.close()
             self._socket = None
@@ -86,14 +86,14 @@ def _status(text: str) -> str:
 
 
 def from_environment(environ: MutableMapping[str, str]) -> Notifier:
-    """The notifier for NOTIFY_SOCKET, connected; its variables are taken out of `environ`, so that no child has them.
+    """Return the notifier connected to NOTIFY_SOCKET. Removes its variables from `environ`, so that no child has them.
 
-    It is to be made while the process still has its first root, user and process id. Whether WATCHDOG_USEC means this
-    process (WATCHDOG_PID, sd_watchdog_enabled(3)) is decided here: a daemon that forks later gives the signs of life in
-    its parent's stead, which systemd takes with NotifyAccess=all, as it does all else from a process that it did not
-    start. Type=notify wants `--nodaemon`: it counts the parent's exit as the service's.
+    Call it before the process changes its root directory, user and process id. Whether WATCHDOG_USEC applies to this
+    process (WATCHDOG_PID, sd_watchdog_enabled(3)) is determined here: a daemon that forks later sends the watchdog
+    notifications for its parent, which systemd accepts with NotifyAccess=all, as all messages from a process that it
+    did not start. Type=notify needs `--nodaemon`: it treats the parent's exit as the end of the service.
 
-    A socket that cannot be used is a warning in the log: it is no reason not to serve.
+    If the socket cannot be used, a warning is logged, and the service starts nevertheless.
     """
     address = environ.pop("NOTIFY_SOCKET", "")
     microseconds = environ.pop("WATCHDOG_USEC", "")
@@ -103,7 +103,7 @@ def from_environment(environ: MutableMapping[str, str]) -> Notifier:
     if address[0] not in "/@":
         _log.warn("NOTIFY_SOCKET {address!r} is neither a path nor an abstract name (@…)", address=address)
         return Notifier()
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # close-on-exec, as all of Python's
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # close-on-exec, as all sockets of Python
     sock.setblocking(False)
     try:
         sock.connect(os.fsencode(address if address[0] == "/" else "\0" + address[1:]))
@@ -114,6 +114,6 @@ def from_environment(environ: MutableMapping[str, str]) -> Notifier:
             "NOTIFY_SOCKET {address!r} cannot be used: {problem}", address=address, problem=error.strerror or error
         )
         return Notifier()
-    # systemd writes decimal digits; 0 and anything else mean that nobody watches.
+    # systemd writes decimal digits. 0 and other texts mean that there is no watchdog.
     interval = int(microseconds) / 1_000_000 / 2 if watched and microseconds.isdecimal() else 0
     return Notifier(sock, watchdog_interval=interval or None)

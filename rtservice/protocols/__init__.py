@@ -1,1 +1,1 @@
-"""The protocols that ship with rtservice: ordinary Twisted protocols and factories."""
+"""The protocols included in rtservice: ordinary Twisted protocols and factories."""

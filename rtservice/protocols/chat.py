@@ -1,15 +1,15 @@
-"""Chat rooms: an example of a protocol whose connections know each other, with a bound on everything.
+"""Chat rooms: an example of a protocol whose connections exchange data, with bounds on all resources.
 
-How the work is divided, so that no member can stall the others:
+Work is divided so that no member can delay the others:
 
-- An event of a connection only stores what was received. Lines are handled, and sent to the members of a room, in
-  *turns*: calls that the factory schedules for the next iteration of the reactor while there is work. The work of one
-  turn is bounded by LINES_PER_TURN and DELIVERIES_PER_TURN, and rooms take it in rotation.
-- What is said in a room goes to the end of its log. A *round* sends the begin of the log, one piece of at most CHUNK
-  bytes, to all members, in as many turns as that takes. So lines have the same order for all members of a room, and
-  many short lines cost each member one write.
-- A room whose log is full takes no line until a round has made room. Meanwhile the lines of its members wait, one of
-  each member in rotation, and who has more input waiting than INPUT_LIMIT is not read from.
+- An event of a connection only stores the input. Lines are handled, and sent to the members of a room, in *turns*:
+  calls that the factory schedules for the next iteration of the reactor while there is work. LINES_PER_TURN and
+  DELIVERIES_PER_TURN bound the work of one turn, and the rooms are served in rotation.
+- A line is appended to the log of its room. A *round* sends the beginning of the log, at most CHUNK bytes, to all
+  members, in as many turns as necessary. So all members of a room get lines in the same order, and many short lines
+  cost one write for each member.
+- A room with a full log accepts no line until a round has made space. Meanwhile the lines of its members wait, one of
+  each member in rotation, and reading from a member pauses while more than INPUT_LIMIT bytes of its input wait.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from rtservice.counted import counted
 from rtservice.interfaces import IDrainable, IMetrics, IOneProcess
 from rtservice.protocols.names import Names
 
-# Bounds on one turn. A line counts for one, and for one more for every 256 bytes; commands that cost more add that to
+# Bounds on one turn. A line counts as one, and one more for every 256 bytes; commands that cost more add to
 # `Member.work`. Each takes 5 to 15 µs, so a turn takes 1 to 3 ms.
 LINES_PER_TURN = 128
 
-# A write to one member counts for one, and for one more for every 4 KiB. Each takes 10 to 20 µs with the system call.
+# A write to one member counts as one, and one more for every 4 KiB. Each takes 10 to 20 µs with the system call.
 DELIVERIES_PER_TURN = 192
 
-# Deliveries to one room until it is the turn of the next one.
+# Deliveries to one room before the next room is served.
 DELIVERIES_PER_ROOM = 32
 
-# What a delivery counts that cuts the member off, and how many members are closed in one turn of a graceful shutdown:
-# closing a connection takes 50 to 100 µs.
-CUT_OFF_COST = 8
-GOODBYES_PER_TURN = 32
+# Cost of a delivery that aborts a member's connection, and members closed in one turn of a graceful shutdown: closing a
+# connection takes 50 to 100 µs.
+ABORT_COST = 8
+CLOSES_PER_TURN = 32
 
-# Bytes sent to each member in a round. A smaller `max_unsent` makes it a quarter of that.
+# Bytes sent to each member in a round; at most a quarter of `max_unsent`.
 CHUNK = 16 * 1024
 
-# A member is not read from while it has a line waiting and more than this many bytes behind it.
+# Reading from a member pauses while a line and more than this many bytes after it wait.
 INPUT_LIMIT = 16 * 1024
 
 # Names in the answer to /who or /rooms.
 NAMES_LISTED = 1000
 
-_HELP = "/join ROOM, /leave, /rooms, /who, /nick NAME, /quit; anything else is said in your room"
+_HELP = "/join ROOM, /leave, /rooms, /who, /nick NAME, /quit; other lines are sent to your room"
 
 
 class Room:
-    """Members, what was said and not sent to all of them yet, and whose lines wait.
+    """A room: its members, the lines that are not sent to all of them yet, and the members whose lines wait.
 
-    The lobby is one too: members wait there for their turn when the next line says nothing in a room.
+    The lobby is a Room too: a member whose next line adds nothing to the log of a room waits there for its turn.
     """
 
     def __init__(self, name: str, chunk: int) -> None:
@@ -65,34 +65,34 @@ class Room:
         self.members: dict[Member, None] = {}
         self.speakers: OrderedDict[Member, None] = (
             OrderedDict()
-        )  # whose next line is to be handled as soon as the room is not full
+        )  # members with a waiting line, which is handled while the room is not full
         self.listening = False  # in the factory's rotation of rooms with speakers
         self.sending = False  # in the factory's rotation of rooms with a round
         self.rest: Any = None  # the delayed call that begins the next round
-        self.next_round = 0.0  # when it would begin if there were no bursts
+        self.next_round = 0.0  # time of the next round at the maximum rate, without bursts
         self._log = bytearray()
-        self._start = 0  # the position of its first byte among all that was ever said
-        self._piece = b""  # the begin of the log, which this round sends
-        self._round: deque[Member] = deque()  # members that it has not been sent to
+        self._start = 0  # position of the log's first byte since the room was created
+        self._piece = b""  # the beginning of the log, which this round sends
+        self._round: deque[Member] = deque()  # members to which it is not sent yet
 
     @property
     def full(self) -> bool:
-        """Whether members have to wait until they can say something."""
+        """Whether the lines of members must wait."""
         return len(self._log) - len(self._piece) >= self._chunk
 
     @property
     def silent(self) -> bool:
-        """Whether everything that was said is sent."""
+        """Whether the log is empty: all lines are sent."""
         return not self._log
 
     def add(self, member: Member) -> None:
-        """Let a member hear what is said from now on."""
+        """Add a member. It gets all lines from now on."""
         self.members[member] = None
         member.room = self
         member.heard = self._start + len(self._log)
 
     def remove(self, member: Member) -> None:
-        """Remove a member; what was said before is sent to it."""
+        """Remove a member, and send it the lines so far."""
         if not member.closing:
             self.catch_up(member)
         del self.members[member]
@@ -103,21 +103,21 @@ class Room:
             self._piece = b""
 
     def say(self, text: str) -> None:
-        """Add a line to what is sent to all members."""
+        """Append a line to the log."""
         self._log += text.encode() + b"\r\n"
 
     def catch_up(self, member: Member) -> None:
-        """Send a member all that was said, before something that is for this member alone."""
-        said = bytes(memoryview(self._log)[max(0, member.heard - self._start) :])
+        """Send a member all lines so far, before a line that only this member gets."""
+        missed = bytes(memoryview(self._log)[max(0, member.heard - self._start) :])
         member.heard = self._start + len(self._log)
-        member.work += len(said) // 4096
-        if said:
-            member.hear(said)
+        member.work += len(missed) // 4096
+        if missed:
+            member.deliver(missed)
 
     def send(self, work: int) -> int:
-        """Go on with the round, or begin one. Return the work done, which may be a little more than `work`."""
+        """Continue the round, or begin one. Return the deliveries counted, which may slightly exceed `work`."""
         if not self._piece and self._log:
-            # Whole lines, and at least one.
+            # Complete lines, and at least one.
             end = self._log.rfind(b"\n", 0, self._chunk) + 1 or self._log.find(b"\n") + 1
             self._piece = bytes(memoryview(self._log)[:end])
             self._round = deque(self.members)
@@ -128,13 +128,13 @@ class Room:
             if member.room is not self or member.heard >= end:  # it left, joined later, or caught up
                 done += 1
                 continue
-            piece = self._piece[member.heard - self._start :]  # the same object for all that miss nothing of it
+            piece = self._piece[member.heard - self._start :]  # the whole piece is the same object for all members
             member.heard = end
-            done += cost if member.hear(piece) else CUT_OFF_COST
+            done += cost if member.deliver(piece) else ABORT_COST
         return done
 
     def end_round(self) -> int:
-        """End the round if the piece is sent to all members; return how many bytes of the log are done with."""
+        """End the round if the piece is sent to all members. Return the number of bytes removed from the log."""
         if self._round:
             return 0
         size = len(self._piece)
@@ -146,32 +146,32 @@ class Room:
 
 @implementer(IDrainable, IPushProducer)
 class Member(Protocol):
-    """One client: first it gives its nickname, then it joins a room and talks."""
+    """One client: sends its nickname first, then joins a room and sends lines."""
 
     factory: ChatFactory
-    transport: Any  # Twisted's interfaces split in five what every stream transport has
+    transport: Any  # Twisted divides the methods of a stream transport among five interfaces
 
     def connectionMade(self) -> None:
         self.nick = ""
         self.room: Room | None = None
-        self.heard = 0  # how much of what was ever said in its room is sent to it
-        self.line: str | None = None  # the next one to be handled
-        self.waits_in: Room | None = None  # where it is among the speakers
-        self.work = 0  # how many lines the one that is handled counts for
-        self.parting = False  # the service is about to end
-        self._input = bytearray()  # what follows that line
-        self._searched = 0  # how much of it has no line feed
-        self._size = 0  # of the next line, as it was received
+        self.heard = 0  # position in its room up to which lines are sent to it
+        self.line: str | None = None  # the next line to handle
+        self.waits_in: Room | None = None  # the room whose `speakers` contain it
+        self.work = 0  # cost of the current line, in lines
+        self.draining = False  # the graceful shutdown has begun
+        self._input = bytearray()  # input after `line`
+        self._searched = 0  # bytes of it that contain no line feed
+        self._size = 0  # bytes of the next line as received
         self._reading = True
-        self._full = False  # the transport wants no more for now
-        self._overflow = 0  # bytes that it got nevertheless
+        self._full = False  # the transport has paused this producer
+        self._overflow = 0  # bytes written while paused
         self._gone = False
         self.transport.registerProducer(self, True)
         if len(self.factory.members) >= self.factory.max_members:
             self.close("the chat is full")
             return
         self.factory.members.add(self)
-        self.tell("your nickname?")
+        self.notify("your nickname?")
 
     def connectionLost(self, reason: Any = None) -> None:
         self._gone = True
@@ -182,7 +182,7 @@ class Member(Protocol):
 
     @property
     def closing(self) -> bool:
-        """Whether nothing is sent to it and nothing heard from it any more."""
+        """Whether the connection closes or has ended."""
         return self._gone or bool(self.transport.disconnecting)
 
     # --- input ---
@@ -196,10 +196,10 @@ class Member(Protocol):
         self._go_on()
 
     def _find_line(self) -> None:
-        """Make the next line of the input `line`, if it is complete; close if it breaks the rules."""
+        """Move the next complete line of the input to `line`. Close if the line is too long or not UTF-8."""
         end = self._input.find(b"\n", self._searched)
         if (len(self._input) if end < 0 else end) > self.factory.max_line:
-            self.close(f"a line may have {counted(self.factory.max_line, 'byte')}")
+            self.close(f"the line is too long; the maximum is {counted(self.factory.max_line, 'byte')}")
             return
         if end < 0:
             self._searched = len(self._input)
@@ -210,15 +210,15 @@ class Member(Protocol):
         try:
             text = line.decode()
         except UnicodeDecodeError:
-            self.close("only UTF-8 is spoken here")
+            self.close("the line is not UTF-8")
             return
-        # Terminals of other members must show the text, and not obey it.
+        # Terminals of other members could interpret control characters.
         if not text.isprintable():
             text = "".join(char for char in text if char.isprintable())
         self.line = text.strip()
 
     def _go_on(self) -> None:
-        """Queue the next line if there is one, and read if there is room for more."""
+        """Queue the next line, if any, and pause or resume reading."""
         if self.closing:
             return
         if self.line is not None and self.waits_in is None and not self._full:
@@ -232,20 +232,20 @@ class Member(Protocol):
                 self.transport.pauseProducing()
 
     def place(self) -> Room:
-        """The room that has to have space for what the next line says; the lobby if it needs no space."""
+        """Return the room whose log must have space for the next line; the lobby if it needs no space."""
         lobby = self.factory.lobby
         if not self.nick or self.line is None:
             return lobby
         word, _, rest = self.line.partition(" ")
         if word == "/join":
             return self.factory.rooms.get(self.factory.room_names.normalise(rest.strip()), lobby)
-        # Leaving is always possible: a room has space for as many such lines as it has members.
+        # /leave never waits: it adds at most one line for each member to the log.
         return lobby if self.room is None or (word.startswith("/") and word != "/nick") else self.room
 
     def speak(self) -> int:
-        """Handle the next line, in a turn of the factory; return how many lines it counts for."""
+        """Handle the next line, in a turn of the factory. Return its cost, in lines."""
         self.work = 1
-        # One that does not read keeps its line until it has read.
+        # The line of a member that does not read waits until it has read.
         if not self.closing and not self._full and self.line is not None:
             line, self.line = self.line, None
             self.work += self._size // 256
@@ -262,7 +262,7 @@ class Member(Protocol):
             word, _, rest = text[1:].partition(" ")
             self._command(word, rest.strip())
         elif self.room is None:
-            self.tell("you are in no room: /join ROOM")
+            self.notify("you are in no room: /join ROOM")
         elif text:
             self.factory.messages += 1
             self._say(self.room, f"{self.nick}: {text}")
@@ -285,12 +285,12 @@ class Member(Protocol):
             case "quit":
                 self.close("goodbye")
             case _:
-                self.tell(_HELP)
+                self.notify(_HELP)
 
     def _list(self, names: list[str], total: int, nothing: str) -> None:
         self.work += len(names) // 16
         more = f" and {total - len(names)} more" if total > len(names) else ""
-        self.tell(" ".join(sorted(names)) + more or nothing)
+        self.notify(" ".join(sorted(names)) + more or nothing)
 
     # --- names and rooms ---
 
@@ -299,7 +299,7 @@ class Member(Protocol):
         names = self.factory.nicks
         nick, problem = self._new_name(wanted, names, self.nick)
         if problem:
-            self.tell(problem)
+            self.notify(problem)
             return
         before, self.nick = self.nick, nick
         names.discard(before)
@@ -307,7 +307,7 @@ class Member(Protocol):
         if self.room is not None:
             self._say(self.room, f"* {before} is now {nick}")
         elif not before:
-            self.tell(f"hello {nick}; {_HELP}")
+            self.notify(f"hello {nick}; {_HELP}")
 
     def _join(self, wanted: str) -> None:
         self.work += 4
@@ -318,21 +318,21 @@ class Member(Protocol):
             if not problem and len(rooms) >= self.factory.max_rooms:
                 problem = f"there {'is' if len(rooms) == 1 else 'are'} {counted(len(rooms), 'room')} already"
             if problem:
-                self.tell(problem)
+                self.notify(problem)
                 return
             room = self.factory.add_room(name)
         elif room is self.room:
-            self.tell(f"you are in {room.name} already")
+            self.notify(f"you are in {room.name} already")
             return
         self._leave()
         room.add(self)
         self._say(room, f"* {self.nick} has joined {room.name}")
 
     def _new_name(self, wanted: str, names: Names, instead_of: str = "") -> tuple[str, str]:
-        """Return the name in the form in which it is shown, and what is wrong with it, if something is."""
+        """Return the name in its normal form, and the error text, or "" if it is valid and free."""
         name = names.normalise(wanted)
         if not name:
-            return "", f"a name has up to {self.factory.max_name} letters of one script, digits and . _ -"
+            return "", f"a name consists of up to {self.factory.max_name} letters of one script, digits and . _ -"
         taken = name if name == instead_of else names.like(name, instead_of)
         if taken:
             return "", f"{name} is taken" if taken == name else f"{name} looks like {taken}, which is taken"
@@ -341,7 +341,7 @@ class Member(Protocol):
     def _leave(self) -> None:
         room = self.room
         if room is not None:
-            if not self.parting:
+            if not self.draining:
                 self._say(room, f"* {self.nick} has left {room.name}")
             room.remove(self)
             if not room.members:
@@ -350,15 +350,15 @@ class Member(Protocol):
     # --- output ---
 
     def _say(self, room: Room, text: str) -> None:
-        """Send a line to everybody in the room, also to this member: so it knows that the line has arrived."""
+        """Send a line to all members of the room, including this one: it confirms that the line was accepted."""
         room.say(text)
-        self.factory.said(room)
+        self.factory.schedule_round(room)
 
-    def hear(self, piece: bytes) -> bool:
-        """Send what was said in the room. A member that is too far behind is cut off, which returns False."""
+    def deliver(self, piece: bytes) -> bool:
+        """Send lines of the room. Return False after aborting a connection with more than `max_unsent` bytes unsent."""
         if self.closing:
             return True
-        # A transport of Twisted's own does not say how much is unsent, but says when that is more than its buffer size.
+        # Twisted's transports have no attribute `unsent`, but pause the producer above their buffer size.
         if max(getattr(self.transport, "unsent", 0), self._overflow) + len(piece) > self.factory.max_unsent:
             self.factory.too_slow += 1
             self.transport.abortConnection()
@@ -366,8 +366,8 @@ class Member(Protocol):
         self._send(piece)
         return True
 
-    def tell(self, text: str) -> None:
-        """Send a line to this member alone, after all that was said in its room."""
+    def notify(self, text: str) -> None:
+        """Send a line to this member only, after all lines of its room so far."""
         if self.room is not None:
             self.room.catch_up(self)
         if not self.closing:
@@ -379,39 +379,39 @@ class Member(Protocol):
         self.transport.write(data)
 
     def pauseProducing(self) -> None:
-        """The member does not read: its lines wait, since their answers would. Called by the transport."""
+        """Delay the member's lines, since it does not read the answers. Called by the transport."""
         self._full = True
         self._go_on()
 
     def resumeProducing(self) -> None:
-        """Everything is sent. Called by the transport."""
+        """Continue with the member's lines: all output is sent. Called by the transport."""
         self._full = False
         self._overflow = 0
         self._go_on()
 
     def stopProducing(self) -> None:
-        """The connection has ended, which connectionLost tells. Called by the transport."""
+        """Do nothing: connectionLost handles the end. Called by the transport."""
 
     # --- the end ---
 
-    def close(self, why: str) -> None:
-        """Say why, and close when that is sent."""
-        self.tell(why)
+    def close(self, reason: str) -> None:
+        """Send the reason, and close once it is sent."""
+        self.notify(reason)
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
     def drain(self) -> None:
-        self.parting = True
-        self.factory.part(self)
+        self.draining = True
+        self.factory.schedule_close(self)
 
 
 @implementer(IOneProcess, IMetrics)
 class ChatFactory(Factory[Member]):
-    """Rooms in which people talk, line by line, under nicknames.
+    """Chat rooms: members send lines of text under nicknames.
 
-    Everything has a bound: lines of `max_line` bytes, `max_members` in all, `max_rooms` rooms, names of `max_name`
-    characters, `max_rate` bytes per second said in one room. What is said faster waits. A member with more than
-    `max_unsent` bytes unsent is cut off: one that reads as fast as `max_rate` never is.
+    Bounds, each 1 or more: `max_line` bytes of a line, `max_members` in total, `max_rooms`, `max_name` characters of a
+    name, `max_rate` bytes per second in one room, above which lines wait. The connection of a member with more than
+    `max_unsent` bytes unsent is aborted; this never happens to a client that reads at `max_rate`.
 
     Raises ValueError for a bound below 1.
     """
@@ -430,7 +430,7 @@ class ChatFactory(Factory[Member]):
     ) -> None:
         for name, value in list(locals().items()):
             if name.startswith("max_") and value < 1:
-                raise ValueError(f"{name.replace('_', '-')} is {value}, and has to be 1 or more")
+                raise ValueError(f"{name.replace('_', '-')} is {value}; it must be 1 or more")
         self.max_line = max_line
         self.max_members = max_members
         self.max_rooms = max_rooms
@@ -444,11 +444,11 @@ class ChatFactory(Factory[Member]):
         self.room_names = Names(max_name)
         self.lobby = Room("", self.chunk)
         self.messages = self.too_slow = 0
-        self.clock: Any = None  # an IReactorTime, from startFactory on
+        self.clock: Any = None  # an IReactorTime, set by startFactory
         self._listening: deque[Room] = deque()  # rooms with speakers that are not full
-        self._sending: deque[Room] = deque()  # rooms with something to send
-        self._parting: deque[Member] = deque()  # members to be closed, since the service is about to end
-        self._turn: Any = None  # the delayed call that is the next turn
+        self._sending: deque[Room] = deque()  # rooms with lines to send
+        self._draining: deque[Member] = deque()  # members to close in the graceful shutdown
+        self._turn: Any = None  # the delayed call of the next turn
 
     def startFactory(self) -> None:
         from twisted.internet import reactor
@@ -465,20 +465,20 @@ class ChatFactory(Factory[Member]):
     # --- members and rooms ---
 
     def add_room(self, name: str) -> Room:
-        """Make a room of this name, which has to be free."""
+        """Create a room with this name, which must be free."""
         self.room_names.add(name)
         room = self.rooms[name] = Room(name, self.chunk)
         return room
 
     def remove_room(self, room: Room) -> None:
-        """Forget a room that the last member has left."""
+        """Remove an empty room."""
         del self.rooms[room.name]
         self.room_names.discard(room.name)
         self._stop_rest(room)
-        self._listen(room)  # who waited to join it makes a new one
+        self._listen(room)  # a member that waited to join it creates a new room
 
     def forget(self, member: Member) -> None:
-        """A member has gone."""
+        """Remove a member whose connection has ended."""
         self.members.discard(member)
         self.nicks.discard(member.nick)
         if member.waits_in is not None:
@@ -488,16 +488,16 @@ class ChatFactory(Factory[Member]):
     # --- turns ---
 
     def queue(self, member: Member) -> None:
-        """Have the next line of a member handled when it is its turn."""
+        """Schedule the next line of a member."""
         member.waits_in = room = member.place()
         room.speakers[member] = None
         self._listen(room)
 
-    def said(self, room: Room) -> None:
-        """Something was said in a room: have it sent."""
+    def schedule_round(self, room: Room) -> None:
+        """Schedule a round for the lines of a room."""
         if room.sending or room.rest is not None or room.silent:
             return
-        # Bursts of one piece are free.
+        # A burst of one piece is not delayed.
         wait = room.next_round - self.chunk / self.max_rate - self.clock.seconds()
         if wait > 0:
             room.rest = self.clock.callLater(wait, self._rested, room)
@@ -506,9 +506,9 @@ class ChatFactory(Factory[Member]):
             self._sending.append(room)
             self._schedule()
 
-    def part(self, member: Member) -> None:
-        """Close a member, since the service is about to end."""
-        self._parting.append(member)
+    def schedule_close(self, member: Member) -> None:
+        """Schedule the close of a member in the graceful shutdown."""
+        self._draining.append(member)
         self._schedule()
 
     def _listen(self, room: Room) -> None:
@@ -519,7 +519,7 @@ class ChatFactory(Factory[Member]):
 
     def _rested(self, room: Room) -> None:
         room.rest = None
-        self.said(room)
+        self.schedule_round(room)
 
     def _stop_rest(self, room: Room) -> None:
         if room.rest is not None:
@@ -532,17 +532,17 @@ class ChatFactory(Factory[Member]):
 
     def _take_turn(self) -> None:
         self._turn = None
-        for _ in range(min(GOODBYES_PER_TURN, len(self._parting))):
-            member = self._parting.popleft()
+        for _ in range(min(CLOSES_PER_TURN, len(self._draining))):
+            member = self._draining.popleft()
             if not member.closing:
-                member.close("this chat is about to end; come again")
+                member.close("the chat shuts down")
         self._hear_lines()
         self._send_rounds()
-        if self._listening or self._sending or self._parting:
+        if self._listening or self._sending or self._draining:
             self._schedule()
 
     def _hear_lines(self) -> None:
-        """Handle lines: one of each room in rotation, and in each room one of each member."""
+        """Handle lines: one of each room in rotation, and within a room one of each member."""
         left = LINES_PER_TURN
         while left > 0 and self._listening:
             room = self._listening.popleft()
@@ -554,7 +554,7 @@ class ChatFactory(Factory[Member]):
                 self._listen(room)
 
     def _send_rounds(self) -> None:
-        """Send what was said: some deliveries of each room in rotation."""
+        """Send lines: up to DELIVERIES_PER_ROOM deliveries of each room in rotation."""
         left = DELIVERIES_PER_TURN
         while left > 0 and self._sending:
             room = self._sending.popleft()
@@ -566,7 +566,7 @@ class ChatFactory(Factory[Member]):
             room.sending = False
             room.next_round = max(room.next_round, self.clock.seconds()) + sent / self.max_rate
             self._listen(room)
-            self.said(room)
+            self.schedule_round(room)
 
     def metrics(self) -> dict[str, int | float]:
         return {

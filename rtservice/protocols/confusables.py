@@ -1,6 +1,6 @@
-"""Characters that look alike, and the skeleton of a name: what remains of it when they are made equal.
+"""Characters that look alike, and the skeleton of a name: the name with these characters replaced by a prototype.
 
-UTS #39 (Unicode Security Mechanisms), section 4: two names are confusable when their skeletons are equal.
+UTS #39 (Unicode Security Mechanisms), section 4: two names are confusable if their skeletons are equal.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import unicodedata
 
 # From confusables.txt, version 17.0.0 (https://www.unicode.org/Public/security/17.0.0/confusables.txt),
-# (c) Unicode, Inc., https://www.unicode.org/license.txt, cut down to what a name of `rtservice.protocols.names` can
-# hold: letters of its scripts, the marks that they decompose to, and ASCII digits. Hangul is left out.
-# Each word is a prototype, a colon, and the characters that are replaced by the prototype.
+# (c) Unicode, Inc., https://www.unicode.org/license.txt, limited to the characters of names of
+# `rtservice.protocols.names`: letters of its scripts, the marks in their decompositions, and ASCII digits, without
+# Hangul. Each word is a prototype, a colon, and the characters that are replaced by the prototype.
 _CONFUSABLES = (
     "':ꞌ /:ノ丿 2:ƧꙄꝚ 3:ƷȜЗӠꝪꞫ 5:Ƽ 6:б 8:Ȣȣ 9:Ꝯ ?:Ɂʔॽ A:ΑА AA:Ꜳ AE:ÆӔ AO:Ꜵ AU:Ꜷ AV:ꜸꜺ AY:Ꜽ B:ΒВꞴ C:С E:ΕЕ "
     "F:ϜꞘ G:Ԍ H:ΗН J:ͿЈꞲ K:ΚК M:ΜϺМ N:Ν O:0ΟОՕଠዐ OE:Œ OO:ꚘꝎ P:ΡР R:Ʀ S:ЅՏ T:ΤТ T3:Ꜩ U:Սሀ V:Ѵ W:Ԝ X:ΧХꞳ Y:ΥУҮ "
@@ -65,5 +65,5 @@ _PROTOTYPES = str.maketrans(
 
 
 def skeleton(name: str) -> str:
-    """Return what two names that look alike have in common. The length is bounded by that of the name."""
+    """Return the skeleton of a name, which is equal for names that look alike. Its length is bounded by the name's."""
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).translate(_PROTOTYPES))

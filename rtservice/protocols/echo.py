@@ -1,4 +1,4 @@
-"""The default protocol: greet each client, then send back everything that it sends."""
+"""The default protocol: greets each client, then echoes everything that it sends."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Framing = Literal["raw", "line", "netstring", "int32"]
 
 @implementer(IHalfCloseableProtocol)
 class Echo(Protocol):
-    """Bytes in, the same bytes out, in order, until the client has finished sending."""
+    """Echoes all received bytes in order, until the client's FIN."""
 
     factory: EchoFactory
-    transport: Any  # Twisted's interfaces split in five what every stream transport has
+    transport: Any  # Twisted divides the methods of a stream transport among five interfaces
     log: ClassVar[Logger] = Logger()
 
     def connectionMade(self) -> None:
-        # The transport is its own producer: it stops reading while more than its buffer size is unsent, so a client
-        # that sends and never reads costs a bounded amount of memory.
+        # Back-pressure: the transport, registered as its own producer, pauses reading while more than its buffer size
+        # is unsent. So a client that sends and never reads costs bounded memory.
         self.transport.registerProducer(self.transport, True)
         if not self.factory.greeting:
             return
@@ -47,32 +47,32 @@ class Echo(Protocol):
         self.transport.write(data)
 
     def readConnectionLost(self) -> None:
-        """The client has finished sending (FIN): what is still unsent goes out, then the connection closes."""
+        """Send unsent output, then close: the client has sent FIN."""
         self.close()
 
     def writeConnectionLost(self) -> None:
-        """Nothing more can be sent, so nothing more is worth reading."""
+        """Close: nothing more can be echoed."""
         self.close()
 
     def close(self) -> None:
-        """Send what is buffered, then close."""
-        # Twisted's transports keep a connection open whose producer is registered and paused.
+        """Send unsent output, then close."""
+        # Twisted's transports do not close while a paused producer is registered.
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
     def refuse(self, problem: str) -> None:
-        """Close because of what the client sent, and say why in the log.
+        """Close after an error of the client, and log the reason.
 
-        `problem` must not hold bytes of the client's.
+        `problem` must not contain bytes of the client.
         """
         self.log.warn("closing {peer}: {problem}", peer=self.transport.getPeer(), problem=problem)
         self.close()
 
 
 class FramedEcho(Echo):
-    """Each message of a framing comes back with its framing, as it was received.
+    """Echoes complete messages with their framing, unchanged.
 
-    A message that breaks the rules of the framing closes the connection; what precedes it is echoed.
+    An invalid message closes the connection; the messages before it are echoed.
     """
 
     framing: ClassVar[type[framings.Framing]]
@@ -93,22 +93,19 @@ class FramedEcho(Echo):
 
 
 class EchoLines(FramedEcho):
-    r"""Lines end with `\n`; a `\r` before it comes back too, so that clients of either habit get their own bytes back.
-
-    The greeting ends with `\r\n`, which both understand.
-    """
+    r"""Echoes lines that end with `\n` or `\r\n`, with their own terminator. The greeting ends with `\r\n`."""
 
     framing = framings.Lines
 
 
 class EchoNetstrings(FramedEcho):
-    """Messages are netstrings."""
+    """Echoes netstrings."""
 
     framing = framings.Netstrings
 
 
 class EchoInt32(FramedEcho):
-    """Messages come behind their length as 32 bits in network byte order."""
+    """Echoes messages that follow their length as 32 bits in network byte order."""
 
     framing = framings.Int32
 
@@ -122,14 +119,14 @@ PROTOCOLS: dict[Framing, type[Echo]] = {
 
 
 class EchoFactory(Factory[Echo]):
-    """Greets each client, then sends back everything it sends.
+    """Greets each client, then echoes everything that it sends.
 
-    `greeting` is sent once to each client, as one message of the framing; empty means none. `greet` says when: as soon
-    as it connects, or before the answer to its first data. `framing` is how messages are told apart: `raw` has no
-    messages, bytes come back as they came. In the others a message of more than `max_message` bytes (1 or more) closes
-    its connection with a logged reason; its framing does not count.
+    `greeting` is sent once to each client, as one message of the framing; empty disables it. `greet` selects the time:
+    when the client connects, or before its first data is echoed. `framing` divides the stream into messages; `raw` has
+    no messages. With the others, a message of more than `max_message` bytes (1 or more), without its framing, closes
+    the connection, and the reason is logged.
 
-    Raises ValueError when the greeting cannot be one message of the framing, or no message could be sent.
+    Raises ValueError if the greeting is not one valid message of the framing, or if `max_message` is below 1.
     """
 
     noisy = False
@@ -142,11 +139,11 @@ class EchoFactory(Factory[Echo]):
         max_message: int = 64 * 1024,
     ) -> None:
         if max_message < 1:
-            raise ValueError(f"the longest message is {counted(max_message, 'byte')}, and has to be 1 or more")
+            raise ValueError(f"max-message is {counted(max_message, 'byte')}; it must be 1 or more")
         if framing == "line" and b"\n" in greeting:
-            raise ValueError("the greeting of the framing `line` is one line: it cannot hold a line feed")
+            raise ValueError("the greeting contains a line feed; with the framing `line` it must be one line")
         if framing != "raw" and len(greeting) > max_message:
-            raise ValueError(f"the greeting is {counted(len(greeting), 'byte')}, above the {max_message} of a message")
+            raise ValueError(f"the greeting is {counted(len(greeting), 'byte')}; the maximum is {max_message}")
         self.greeting = greeting
         self.greet = greet
         self.max_message = max_message

@@ -1,8 +1,8 @@
-"""How messages are told apart in a stream: bytes in, the bytes of all complete messages out. No I/O.
+"""Split a byte stream into messages, without I/O: bytes in, the bytes of all complete messages out.
 
-The work for a read is linear in its size, whatever it holds, and so is the memory: a message that arrives in many
-pieces is neither copied nor searched again for each of them. `twisted.protocols.basic` has receivers with the same
-rules whose work is quadratic: 64 KiB of empty netstrings took 170 ms, 64 KiB of empty lines 44 ms.
+Time and memory for a read are linear in its size, for any content: a message that arrives in many pieces is neither
+copied nor searched again for each piece. The receivers of `twisted.protocols.basic` have the same rules and quadratic
+time: 64 KiB of empty netstrings took 170 ms, 64 KiB of empty lines 44 ms.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from struct import Struct
 
 from rtservice.counted import counted
 
-# Payloads of up to this many bytes are recognised by a regular expression. Longer messages are so few in one read that
-# a loop in Python is fast enough for them.
+# Payloads of up to this many bytes are matched by a regular expression. For longer ones, of which one read contains
+# few, a loop in Python is fast enough.
 _SHORT = 63
 
 
@@ -23,8 +23,8 @@ class Framing:
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
-        self.problem = ""  # what is wrong with the stream; nothing is taken from it any more
-        self._begun = bytearray()  # of a message that is not complete
+        self.problem = ""  # the error in the stream, after which input is ignored
+        self._begun = bytearray()  # the beginning of an incomplete message
 
     @staticmethod
     def frame(message: bytes) -> bytes:
@@ -32,9 +32,9 @@ class Framing:
         raise NotImplementedError
 
     def take(self, data: bytes) -> bytes:
-        """Return all messages that these bytes complete, with their framing, as they were received.
+        """Add received bytes. Return the messages that are complete now, with their framing, unchanged.
 
-        Sets `problem` when the bytes after these messages cannot be one.
+        Sets `problem` if the bytes after these messages cannot be a message.
         """
         raise NotImplementedError
 
@@ -70,10 +70,10 @@ class Lines(Framing):
         return complete
 
     def _end(self, data: bytes, start: int) -> int:
-        """Return where the complete lines after `start` end that are not too long."""
+        """Return the end of the complete lines from `start` on. Stops at a line that is too long."""
         while start < len(data):
-            # The last line feed within the longest line from here on: every line before it is short enough. Two steps
-            # pass more than `longest` bytes.
+            # The last line feed within `longest` bytes from here: all lines up to it are short enough. Two steps
+            # advance by more than `longest` bytes.
             found = data.rfind(b"\n", start, start + self.longest + 1)
             if found < 0:
                 found = data.find(b"\n", start, start + self.longest + 2)
@@ -83,7 +83,7 @@ class Lines(Framing):
         return start
 
     def _check(self, data: bytes | bytearray, start: int, end: int) -> bool:
-        """Whether what is between these places may be a line, or the begin of one where `data` ends."""
+        """Return whether `data` from `start` to `end` may be a line, or if `data` ends there, the beginning of one."""
         over = end - start - self.longest
         if over > 1 or (over == 1 and end < len(data) and data[end - 1 : end] != b"\r"):
             self.problem = f"a line longer than the {counted(self.longest, 'byte')} of --max-message"
@@ -95,12 +95,12 @@ class _Prefixed(Framing):
 
     def __init__(self, longest: int) -> None:
         super().__init__(longest)
-        self._needed = 0  # bytes of the message that has begun, with its framing; 0 when that is not known yet
+        self._needed = 0  # bytes of the incomplete message with its framing; 0 if not known yet
         self._skip_short = self._short_messages(min(longest, _SHORT)).match
 
     @staticmethod
     def _short_messages(longest: int) -> re.Pattern[bytes]:
-        """Return a pattern of one or more messages, all that follow each other, of at most `longest` bytes."""
+        """Return a pattern that matches one or more consecutive messages of at most `longest` bytes each."""
         raise NotImplementedError
 
     def take(self, data: bytes) -> bytes:
@@ -117,7 +117,7 @@ class _Prefixed(Framing):
         if self._needed and len(data) < missing:
             begun += data
             return b""
-        # The length of the message has not come yet, or the message is complete now.
+        # The length of the message is not known yet, or the message is complete now.
         begun += data
         data = bytes(begun)
         begun.clear()
@@ -126,7 +126,7 @@ class _Prefixed(Framing):
         return data if end == len(data) else data[:end]
 
     def _end(self, data: bytes, start: int) -> int:
-        """Return where the complete messages after `start` end; sets `_needed` for the one that follows."""
+        """Return the end of the complete messages from `start` on. Sets `_needed` for the next message."""
         skip_short, size = self._skip_short, self._size
         length = len(data)
         while True:
@@ -144,16 +144,16 @@ class _Prefixed(Framing):
             start += needed
 
     def _size(self, data: bytes, start: int) -> int:
-        """Return the size of the message at `start`, with its framing; 0 if that is not known or a problem is found."""
+        """Return the size of the message at `start` with its framing; 0 if it is not known yet or invalid."""
         raise NotImplementedError
 
     def _ends_well(self, data: bytes, end: int) -> bool:
-        """Whether a message may end here; sets `problem` if not."""
+        """Return whether a message may end at `end`. Sets `problem` if not."""
         return True
 
 
 class Netstrings(_Prefixed):
-    """Netstrings: http://cr.yp.to/proto/netstrings.txt."""
+    """Netstrings (http://cr.yp.to/proto/netstrings.txt)."""
 
     _length = re.compile(rb"(?:0|[1-9][0-9]*)?")
 
@@ -172,7 +172,7 @@ class Netstrings(_Prefixed):
         return b"%d:%s," % (len(message), message)
 
     def _size(self, data: bytes, start: int) -> int:
-        # One digit more than a length can have is enough to see that there are too many.
+        # One digit more than the maximum is enough to detect too many.
         match = self._length.match(data, start, start + self._digits + 1)
         assert match is not None  # it may be empty
         digits, end = match[0], match.end()
@@ -192,7 +192,7 @@ class Netstrings(_Prefixed):
 
 
 class Int32(_Prefixed):
-    """Messages behind their length as 32 bits in network byte order."""
+    """Messages that follow their length as 32 bits in network byte order."""
 
     _prefix = Struct("!I")
 

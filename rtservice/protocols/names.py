@@ -1,11 +1,10 @@
-"""Names that people can tell apart: which characters a name has, and which names are too much like one that is taken.
+"""Distinguishable names: the valid characters of a name, and the check against similar names that are taken.
 
-A name is compared in the form NFKC (UAX #15), and is made of letters, ASCII digits and `. _ -`. Its letters are of one
-of the scripts below. Han, Hiragana, Katakana, Bopomofo and Hangul count as one script, since Chinese, Japanese and
-Korean names mix them. That is stricter than the "highly restrictive" level of UTS #39, section 5.2, which adds Latin
-to these.
+A name is compared in the form NFKC (UAX #15), and consists of letters of one script, ASCII digits and `. _ -`. Han,
+Hiragana, Katakana, Bopomofo and Hangul count as one script, since Chinese, Japanese and Korean names mix them. This is
+stricter than the "highly restrictive" level of UTS #39, section 5.2, which adds Latin to these.
 
-A name is refused when it equals a taken one but for case, or looks like one: `rtservice.protocols.confusables`.
+A name is rejected if it equals a taken one except for case, or looks like one (`rtservice.protocols.confusables`).
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from functools import lru_cache
 
 from rtservice.protocols.confusables import skeleton
 
-# Default_Ignorable_Code_Point of DerivedCoreProperties.txt, Unicode 17.0: characters that show nothing where a font
-# does not support them. Some are letters, such as the Hangul fillers.
+# Default_Ignorable_Code_Point of DerivedCoreProperties.txt, Unicode 17.0: characters that are invisible if a font does
+# not support them. Some are letters, such as the Hangul fillers.
 _DEFAULT_IGNORABLE = (
     (0x00AD, 0x00AD),  # soft hyphen
     (0x034F, 0x034F),  # combining grapheme joiner
@@ -38,8 +37,8 @@ _DEFAULT_IGNORABLE = (
     (0xE0000, 0xE0FFF),  # tags, variation selectors supplement
 )
 
-# The recommended scripts of UAX #31, table 5, by the first word of their letters' names: the standard library does not
-# have the property Script. For these words it agrees with Scripts.txt for every letter that `_script` takes.
+# The recommended scripts of UAX #31, table 5, by the first word of their letters' names, since the standard library
+# does not have the property Script. This agrees with Scripts.txt for every letter that `_script` accepts.
 _SCRIPTS = {
     **dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "HANGUL"), "CJK"),
     **{
@@ -56,19 +55,19 @@ _NO_SCRIPT = frozenset("0123456789._-")
 
 
 def default_ignorable(character: str) -> bool:
-    """Whether the character has the property Default_Ignorable_Code_Point."""
+    """Return whether a character has the property Default_Ignorable_Code_Point."""
     code = ord(character)
     return any(first <= code <= last for first, last in _DEFAULT_IGNORABLE)
 
 
 @lru_cache(maxsize=1024)
 def _script(character: str) -> str:
-    """Return the script of a letter that names can have; empty for any other character."""
+    """Return the script of a letter that names can contain; empty for any other character."""
     if (
         character in "\u30fc\u3005"
     ):  # the prolonged sound mark, as in \u30ab\u30fc, and the iteration mark, as in \u4f50\u3005\u6728
         return "CJK"
-    # Neither modifier letters, such as the Arabic tatweel, nor letters of which Hangul syllables consist.
+    # Excludes modifier letters, such as the Arabic tatweel, and the letters of which Hangul syllables consist.
     if unicodedata.category(character) not in ("Lu", "Ll", "Lt", "Lo") or default_ignorable(character):
         return ""
     name = unicodedata.name(character, "")
@@ -78,18 +77,18 @@ def _script(character: str) -> str:
 
 
 class Names:
-    """The names that are taken, of people or of rooms; each has at most `longest` characters."""
+    """The taken names of members or of rooms, each of at most `longest` characters."""
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
-        self._taken: dict[str, str] = {}  # by all that another name could have in common with it
+        self._taken: dict[str, str] = {}  # by each of its `_keys`
 
     def __contains__(self, name: str) -> bool:
         return self._taken.get(name.casefold()) == name
 
     def normalise(self, name: str) -> str:
-        """Return the form in which a name is shown and compared; empty for what cannot be a name."""
-        # NFKC makes up to 18 characters of one, and may join a letter with its marks.
+        """Return the normal form of a name, which is shown and compared; empty if it is invalid."""
+        # NFKC replaces a character by up to 18, and may compose a letter and its marks.
         if len(name) > 4 * self._longest:
             return ""
         name = unicodedata.normalize("NFKC", name)
@@ -99,15 +98,15 @@ class Names:
         return "" if len(scripts) > 1 or "" in scripts else name
 
     def like(self, name: str, instead_of: str = "") -> str:
-        """Return a taken name that is the same as this one or too much like it; empty if there is none.
+        """Return a taken name that equals this one or looks like it; empty if there is none.
 
-        `instead_of` is a name that this one would replace.
+        `instead_of` is a taken name to ignore, since this one would replace it.
         """
         found = (self._taken.get(key, "") for key in _keys(name))
         return next((taken for taken in found if taken and taken != instead_of), "")
 
     def add(self, name: str) -> None:
-        """Take a name that `like` finds nothing for."""
+        """Take a name for which `like` returns an empty text."""
         self._taken |= dict.fromkeys(_keys(name), name)
 
     def discard(self, name: str) -> None:
@@ -118,9 +117,9 @@ class Names:
 
 
 def _keys(name: str) -> Iterator[str]:
-    """Yield what two names have in common if they look alike, or are the same but for case, or both."""
+    """Yield keys of a name. Two names with a common key look alike or differ only in case."""
     folded = name.casefold()
     yield folded
     yield skeleton(name).casefold()
     yield skeleton(folded).casefold()
-    yield skeleton(name.upper()).casefold()  # small letters that look like capitals of another script
+    yield skeleton(name.upper()).casefold()  # for small letters that look like capitals of another script

@@ -1,4 +1,4 @@
-"""Listeners from settings: find what is wrong with them, and bind their sockets."""
+"""Listeners from settings: check them, and bind their sockets."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rtservice.observe.logfile import check_file
 from rtservice.startup.outputs import opening
 from rtservice.suggestions import did_you_mean
 
-# Of a listener of --status, whose clients wait for a fraction of a second when there are many.
+# Backlog of the listener of --status. When there are many clients, they wait for a fraction of a second.
 _STATUS_BACKLOG = 1024
 
 
 def open_listeners(
     loaded: LoadedSettings, resolve_path: Callable[[str], str], slots: int
 ) -> tuple[list[Listener], list[tuple[str, Any]], list[Listener]]:
-    """Every listener, bound, the endpoints that can only be bound later, and the listeners of --status.
+    """Bind the listeners. Return them, Twisted's endpoints with their descriptions, and the listeners of --status.
 
-    Raises SettingError.
+    The endpoints are bound later. `slots` is the number of worker slots, 0 without workers. Raises SettingError.
     """
     wanted, status = read_listeners(loaded, resolve_path, slots)
     endpoints = [
@@ -35,60 +35,61 @@ def open_listeners(
     check_places(wanted, status)
     opened: list[Listener] = []
     try:
-        for setting, one in wanted:
+        for setting, listener in wanted:
             with naming(setting):
-                opened += one.open()
-        for setting, one in status:
+                opened += listener.open()
+        for setting, listener in status:
             with naming(setting):
-                return opened, endpoints, one.open()
+                return opened, endpoints, listener.open()
     except BaseException:
-        for listener in opened:
-            listener.close()
+        for bound in opened:
+            bound.close()
         raise
     return opened, endpoints, []
 
 
-# Settings, as errors begin, with what they want to listen on.
-_Listeners = list[tuple[str, listeners.Wanted]]
+# Settings, as error messages name them, with their parsed listeners.
+_Listeners = list[tuple[str, listeners.ListenerSpec]]
 
 
 def read_listeners(
     loaded: LoadedSettings, resolve_path: Callable[[str], str], slots: int
 ) -> tuple[_Listeners, _Listeners]:
-    """What is to be listened on by this package, and for --status, with nothing opened. Raises SettingError."""
-    in_force = loaded.settings
+    """Parse the listeners of this package and those of --status, without opening them. Raises SettingError."""
+    current = loaded.settings
     wanted: _Listeners = []
-    for description in in_force.listen:
+    for description in current.listen:
         with naming(setting := described(loaded, "listen", description)):
             if parse(description).ours:
-                one = listeners.read_description(
-                    description, backlog=in_force.backlog, resolve_path=resolve_path, slots=slots
+                listener = listeners.read_description(
+                    description, backlog=current.backlog, resolve_path=resolve_path, slots=slots
                 )
-                wanted.append((setting, one))
-    if not in_force.listen:
-        one = listeners.read_port(in_force.port, interface=in_force.interface, backlog=in_force.backlog, slots=slots)
-        wanted.append((_port_and_interface(loaded), one))
+                wanted.append((setting, listener))
+    if not current.listen:
+        listener = listeners.read_port(current.port, interface=current.interface, backlog=current.backlog, slots=slots)
+        wanted.append((_port_and_interface(loaded), listener))
     status: _Listeners = []
-    if in_force.status:
-        with naming(setting := described(loaded, "status", in_force.status)):
-            read = parse(in_force.status)
+    if current.status:
+        with naming(setting := described(loaded, "status", current.status)):
+            read = parse(current.status)
             if not read.ours:
                 raise ListenError(unknown_type(read, proxy=False))
             if read.proxied:
-                raise ListenError("the status server takes no PROXY headers; leave proxy: out")
-            one = listeners.read_description(
-                in_force.status, backlog=_STATUS_BACKLOG, resolve_path=resolve_path, loopback=True
+                raise ListenError("the status server does not accept PROXY headers; remove proxy:")
+            listener = listeners.read_description(
+                current.status, backlog=_STATUS_BACKLOG, resolve_path=resolve_path, loopback=True
             )
-            status.append((setting, one))
+            status.append((setting, listener))
     return wanted, status
 
 
 def described(loaded: LoadedSettings, name: str, description: str) -> str:
+    """Return a setting and its listen description for error messages, without values that may be secret."""
     return f"{loaded.where(name)} {printable(hide_in_description(description))}"
 
 
 def _other_endpoints(loaded: LoadedSettings, slots: int) -> Iterator[tuple[str, Any]]:
-    """The descriptions that are Twisted's or a plugin's to understand, with their endpoints. Raises SettingError."""
+    """Yield the descriptions of types of Twisted and its plugins, with their endpoints. Raises SettingError."""
     for description in loaded.settings.listen:
         with naming(described(loaded, "listen", description)):
             if not parse(description).ours:
@@ -96,30 +97,30 @@ def _other_endpoints(loaded: LoadedSettings, slots: int) -> Iterator[tuple[str, 
 
 
 def check_places(wanted: _Listeners, status: _Listeners, *, look_up: bool = True) -> None:
-    """Find two listeners that exclude each other, before any is bound. Raises SettingError."""
+    """Find conflicts between listeners before any is bound. Raises SettingError."""
     places = []
-    for setting, one in (*wanted, *status):
+    for setting, listener in (*wanted, *status):
         with naming(setting):
-            places.append((setting, one.places(look_up=look_up)))
+            places.append((setting, listener.places(look_up=look_up)))
     if conflict := first_conflict(places):
         raise SettingError(": ".join(conflict))
 
 
 def check_configuration(loaded: LoadedSettings, resolve_path: Callable[[str], str], slots: int) -> None:
-    """Find what open_listeners would, without a socket that listens. Raises SettingError."""
-    in_force = loaded.settings
+    """Find the errors that open_listeners would, without listening. Raises SettingError."""
+    current = loaded.settings
     wanted, status = read_listeners(loaded, resolve_path, slots)
-    for setting, one in wanted:
+    for setting, listener in wanted:
         with naming(setting):
-            one.check()
+            listener.check()
     for _ in _other_endpoints(loaded, slots):
         pass
-    if in_force.access_log not in ("", "-"):
-        with opening(loaded.where("access-log"), in_force.access_log):
-            check_file(resolve_path(in_force.access_log))
-    for setting, one in status:
+    if current.access_log not in ("", "-"):
+        with opening(loaded.where("access-log"), current.access_log):
+            check_file(resolve_path(current.access_log))
+    for setting, listener in status:
         with naming(setting):
-            one.check()
+            listener.check()
     check_places(wanted, status)
 
 
@@ -139,7 +140,7 @@ def naming(setting: str) -> Iterator[None]:
 
 
 def check_other_types(loaded: LoadedSettings, slots: int) -> None:
-    """Find the descriptions of a type that nobody knows, and those that exclude workers. Raises SettingError."""
+    """Reject descriptions of an unknown type, and with workers those of Twisted's types. Raises SettingError."""
     for description in loaded.settings.listen:
         with naming(described(loaded, "listen", description)):
             if not (read := parse(description)).ours:
@@ -147,7 +148,7 @@ def check_other_types(loaded: LoadedSettings, slots: int) -> None:
 
 
 def _check_other_type(description: Description, slots: int) -> None:
-    """Find whether the type of a description is one of Twisted's or of a plugin's; raises ListenError otherwise."""
+    """Check that the type of a description is one of Twisted or its plugins. Raises ListenError, also with workers."""
     from twisted.internet.interfaces import IStreamServerEndpointStringParser
     from twisted.plugin import getPlugins
 
@@ -155,15 +156,15 @@ def _check_other_type(description: Description, slots: int) -> None:
     if description.kind not in others:
         raise ListenError(unknown_type(description, () if slots > 1 else others))
     if slots > 1:
-        raise ListenError(f"with --workers a listener is one of {', '.join(sorted(TYPES))}")
+        raise ListenError(f"the type does not support --workers; accepted are {', '.join(sorted(TYPES))}")
 
 
 def _other_endpoint(description: str, slots: int) -> Any:
-    """An endpoint of a kind that Twisted or one of its plugins knows; raises ListenError, also for several slots."""
+    """Return the endpoint of a type of Twisted or one of its plugins. Raises ListenError, also with workers."""
     read = parse(description)
     _check_other_type(read, slots)
     if read.kind == "tls" and "".join(read.positional[:1]).isdecimal():
-        # A directory that does not exist would be found when clients are there.
+        # A missing directory would be found only when clients connect.
         raise ListenError(f"Twisted's type tls begins with a directory, not with a port{did_you_mean('ssl:…')}")
     from twisted.internet import reactor
     from twisted.internet.endpoints import serverFromString
@@ -171,9 +172,9 @@ def _other_endpoint(description: str, slots: int) -> Any:
     try:
         return serverFromString(reactor, description)
     except ImportError as error:
-        raise ListenError(f"{error}; is an extra of Twisted missing (pip install 'twisted[tls]')?") from error
-    except Exception as error:  # each parser, also those of plugins, raises its own
+        raise ListenError(f"{error}; an extra of Twisted may be missing (pip install 'twisted[tls]')") from error
+    except Exception as error:  # each parser, including those of plugins, raises its own exceptions
         why = hide_values(str(error) or type(error).__name__, values_in_description(description))
-        # Twisted's `tls` takes a directory, and its name is what most programs have for `ssl`.
+        # Twisted's `tls` takes a directory. Most programs use this name for `ssl`.
         hint = did_you_mean("ssl:…" if read.kind == "tls" else None)
         raise ListenError(f"not a usable endpoint description: {why}{hint}") from error

@@ -1,4 +1,4 @@
-"""The user and groups of `--uid` and `--gid`: look them up, assume them, and verify the result."""
+"""The user and groups of `--uid` and `--gid`: resolve them, change to them, and verify the result."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import pwd
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# (uid_t)-1 is no user: setresuid(2) takes it for "leave unchanged". The same holds for groups.
+# The highest id. (uid_t)-1 means "unchanged" in setresuid(2). The same applies to groups.
 _MOST = 2**32 - 2
 
 
 class CredentialsError(Exception):
-    """The process cannot run as this user or group; the text begins with the option that says so."""
+    """The process cannot run as this user or group. The text begins with the option."""
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """What to run as: `uid` and `gid`, each None to keep what the process has.
+    """The user, group and supplementary groups to run as; None keeps the process's own.
 
-    `groups` are the supplementary groups, the group itself among them; None to keep those that the process has.
+    `groups` are the supplementary groups, including the group itself.
     """
 
     uid: int | None = None
@@ -31,9 +31,9 @@ class Credentials:
         return self.uid is not None or self.gid is not None
 
     def assume(self) -> None:
-        """Change the real, effective and saved ids of this process for good, and verify them.
+        """Change the real, effective and saved ids of this process permanently, and verify them.
 
-        Raises CredentialsError. Groups come first, which takes privileges that are gone once the user has changed.
+        Raises CredentialsError. Groups are changed first, since this needs privileges that the new user does not have.
         """
         groups, gid, uid = self.groups, self.gid, self.uid
         if groups is not None and set(os.getgroups()) != set(groups):
@@ -50,13 +50,13 @@ class Credentials:
         except OSError as error:
             raise CredentialsError(
                 f"--{option} {getattr(self, option)}: {(error.strerror or str(error)).lower()}; "
-                "it takes root, or its capabilities setuid and setgid, and an id that the user namespace maps"
+                "this needs root or the capabilities setuid and setgid, and an id that the user namespace maps"
             ) from None
 
     def _verify(self) -> None:
-        # A sandbox may answer that a call succeeded, and do nothing.
+        # A sandbox may report success without changing anything.
         for what, wanted, ids in (("uid", self.uid, os.getresuid()), ("gid", self.gid, os.getresgid())):
-            # Real, effective and saved: from any of them the others can be set again (setresuid(2)).
+            # Real, effective and saved: each allows the others to be set again (setresuid(2)).
             if wanted is not None and set(ids) != {wanted}:
                 raise CredentialsError(
                     f"--{what} {wanted}: the process still runs as {what} {max(set(ids) - {wanted})}"
@@ -66,21 +66,21 @@ class Credentials:
             if kept:
                 raise CredentialsError(
                     f"--uid {self.uid}: the process still has the supplementary group {min(kept)}, "
-                    "which is not this user's"
+                    "which this user does not have"
                 )
 
 
 def resolve(uid: int | None, gid: int | None) -> Credentials:
-    """What the ids of `--uid` and `--gid` stand for; raises CredentialsError.
+    """Return the credentials for `--uid` and `--gid`. Raises CredentialsError.
 
-    The group of a user is that of its passwd entry, unless `gid` is given, and so are its supplementary groups. A user
-    without an entry, as in most containers, has no supplementary groups; its group is that of the same number, unless
-    that is somebody's: a system group of this number may have rights that nobody meant.
-    The entries are those of now, also if the root directory changes later.
+    The group and supplementary groups of a user are those of its passwd entry; `gid` overrides the group. A user
+    without an entry, as in most containers, has no supplementary groups. Its group has the same number as the user,
+    unless a group with this number exists: a system group may have rights that the operator did not intend. Entries are
+    read now, before the root directory may change.
     """
     for option, number in (("uid", uid), ("gid", gid)):
         if number is not None and not 0 <= number <= _MOST:
-            raise CredentialsError(f"--{option} {number}: not a number from 0 to {_MOST}")
+            raise CredentialsError(f"--{option} {number}: out of range; accepted are 0 to {_MOST}")
     if uid is None:
         return Credentials(None, gid)
     try:
@@ -91,13 +91,13 @@ def resolve(uid: int | None, gid: int | None) -> Credentials:
             name = _group_name(uid)
             if name is not None:
                 raise CredentialsError(
-                    f"--uid {uid}: no such user, and the group {uid} is {name}; --gid {uid} takes it, or another"
+                    f"--uid {uid}: no such user, and the group {uid} is {name}; choose the group with --gid"
                 ) from None
         groups: tuple[int, ...] = (gid,)
     else:
         gid = entry.pw_gid if gid is None else gid
         groups = tuple(sorted(set(os.getgrouplist(entry.pw_name, gid))))
-    # One who is this user already keeps its groups, which take privileges to change.
+    # A process of this user keeps its groups, since changing them needs privileges.
     return Credentials(uid, gid, None if set(os.getresuid()) == {uid} else groups)
 
 

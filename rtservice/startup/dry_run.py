@@ -1,4 +1,4 @@
-"""Try a change of this process in a child process, and report the problem that it would cause."""
+"""Try a change of this process in a child process, and return the error that it would cause."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import contextlib
 import os
 from collections.abc import Callable
 
-_LONGEST = 4096  # bytes of a problem: fewer than a pipe takes at once
+_LONGEST = 4096  # limit of the text in bytes: a pipe accepts as many at once
 
 
 def problem_of(change: Callable[[], str | None]) -> str | None:
-    """Call `change` in a forked child, and return what it returns: None when all is well, or one line.
+    """Call `change` in a forked child, and return its result: None on success, or one line with the error.
 
-    Chroots, users and groups cannot be taken back; whether they can be had depends on capabilities, sandboxes and user
-    namespaces, of which only an attempt knows. To be called while the process has one thread. Raises OSError when no
-    child can be made.
+    Changes of root directory, user and group cannot be undone. Whether they succeed depends on capabilities, sandboxes
+    and user namespaces, which only an attempt shows. Call it while the process has one thread. Raises OSError if fork()
+    fails.
     """
     receiver, sender = os.pipe()
     try:
@@ -24,16 +24,16 @@ def problem_of(change: Callable[[], str | None]) -> str | None:
     finally:
         os.close(sender)
         with open(receiver, "rb") as file:
-            said = file.read()
-    with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored, and it is gone already
+            answer = file.read()
+    with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored, and the kernel has reaped the child
         os.waitpid(child, 0)
-    if not said:  # killed, most likely by a filter of system calls
-        return "a child process that tried it was killed"
-    return said[1:].decode(errors="replace") or None
+    if not answer:  # usually killed by a system call filter
+        return "the child process that tried the change was killed"
+    return answer[1:].decode(errors="replace") or None
 
 
 def _answer(change: Callable[[], str | None], sender: int) -> None:
-    """End this child with the answer. Nothing of its parent runs in it: no atexit handler, no flush of a buffer."""
+    """Send the result, and exit this child without running the parent's atexit handlers or flushing its buffers."""
     try:
         try:
             problem = change()

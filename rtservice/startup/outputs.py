@@ -1,4 +1,4 @@
-"""The files and streams that the main process writes lines to: its log and the access log."""
+"""The files and streams to which the main process writes lines: its log and the access log."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import SettingError
 from rtservice.observe import logs
-from rtservice.observe.lines import LineWriter, Output, say_aside
+from rtservice.observe.lines import LineWriter, Output, write_to_stderr
 from rtservice.observe.logfile import LogFile
 from rtservice.observe.logs import Format, Log
 from rtservice.process import signals
 
 
 class Outputs:
-    """The files that this process writes lines to, opened before privileges are dropped. Raises SettingError.
+    """Opens the log and the access log before privileges are dropped. The constructor raises SettingError.
 
-    `format` is what twistd is to log with, unless it was told that: its own observers write each record by itself, wait
-    for a pipe that nobody reads, and are at a loss when a disk is full. The lines are the same, in the same file. What
-    else `--logger` or `--syslog` asks for is left alone.
+    `format` is the log format to set in twistd, or None if `--logger` or `--syslog` selects another one, which stays.
+    twistd's own observers write each record separately, block on a pipe that is not read, and fail when a disk is full.
+    The lines and the file are the same.
     """
 
     def __init__(self, loaded: LoadedSettings, twistd: Any, resolve_path: Callable[[str], str], log: Log) -> None:
         self.format: Format | None = None
         self.access: LineWriter | None = None
         self._lines: list[LineWriter] = []
-        # Who reads standard output reads standard error, most likely.
-        self._aside: Callable[[str], None] | None = say_aside
+        # If the log is standard output, its reader probably reads standard error too.
+        self._aside: Callable[[str], None] | None = write_to_stderr
         chosen = twistd.get("logger")
         main: LineWriter | None = None
         if isinstance(chosen, Format) or ("logger" in twistd and chosen is None and not twistd["syslog"]):
@@ -41,7 +41,7 @@ class Outputs:
             if file == "-":
                 self._aside = None
             with opening("--logfile", file):
-                # The mode that twistd gives it.
+                # The mode that twistd uses.
                 output = self._output(file, twistd, rotated=loaded.settings.log_files, mode=0o666)
                 main = log_format.lines = self._start(output)
             if isinstance(output, LogFile) and output.beyond:
@@ -54,7 +54,7 @@ class Outputs:
         if file:
             with opening(loaded.where("access-log"), file):
                 path = file if file == "-" else resolve_path(file)
-                # One batch after the other, and one rotation for both.
+                # One writer if both are one file: no mixed batches, and one rotation.
                 shared = main is not None and _same_file(1 if file == "-" else path, main.fileno())
                 self.access = main if shared else self._start(self._output(path, twistd))
         before = signals.handler(signal.SIGUSR1)
@@ -62,14 +62,14 @@ class Outputs:
         signal.signal(signal.SIGUSR1, self._signalled)
 
     def dropped(self) -> int:
-        """How many lines nobody took."""
+        """Return the number of dropped lines."""
         return sum(lines.dropped for lines in self._lines)
 
     def _output(self, file: str, twistd: Any, **how: int) -> Output:
         if file != "-":
             return LogFile(os.path.abspath(file), **how)
         if "nodaemon" in twistd and not twistd["nodaemon"]:
-            raise SettingError("a daemon has no standard output")
+            raise SettingError("a daemon has no standard output; use a file, or --nodaemon")
         return logs.standard_output()
 
     def _start(self, output: Output) -> LineWriter:
@@ -83,21 +83,21 @@ class Outputs:
     def _signalled(self, number: int, frame: Any) -> None:
         from twisted.internet import reactor
 
-        for lines in self._lines:  # in a call for each, so that none depends on another
+        for lines in self._lines:  # separate calls: an error in one does not affect the others
             reactor.callFromThread(lines.reopen)  # type: ignore[attr-defined]  # the module stands for the object
         if self._before is not None:
             self._before(number, frame)
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write the remaining lines."""
         for lines in self._lines:
             lines.finish()
 
 
-def _same_file(one: str | int, other: int) -> bool:
-    """Whether a path or a descriptor is the file of a descriptor."""
+def _same_file(file: str | int, other: int) -> bool:
+    """Return whether a path or descriptor is the same file as a descriptor."""
     try:
-        return os.path.samestat(os.stat(one), os.fstat(other))
+        return os.path.samestat(os.stat(file), os.fstat(other))
     except OSError:
         return False
 

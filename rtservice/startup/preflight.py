@@ -1,4 +1,4 @@
-"""Checks before anything is bound: directories, the pidfile, root and user, descriptors."""
+"""Checks before anything is bound: directories, pidfile, root directory, user, descriptors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from rtservice.startup.dry_run import problem_of
 
 
 def open_standard_descriptors() -> None:
-    """Open those of 0 to 2 that are closed; twistd replaces them all when it daemonizes, and must not find ours."""
+    """Open /dev/null for those of descriptors 0 to 2 that are closed.
+
+    twistd replaces all three when it daemonizes. Without this they could be sockets of the service.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
 
 
 def reason(error: OSError) -> str:
+    """Return the system's text for an error, for use within a sentence."""
     text = error.strerror or str(error)
     return text[:1].lower() + text[1:]
 
 
 def install_reactor(log: Log) -> None:
-    """Make our reactor the process's, unless it has one: chosen by the user, or by `twist`, which imports it early."""
+    """Install rtservice's reactor, unless the user has chosen one, or `twist`, which imports it early."""
     if "twisted.internet.reactor" in sys.modules:
         return
     try:
@@ -43,19 +47,22 @@ def install_reactor(log: Log) -> None:
 
 
 def path_resolver(twistd: Any) -> Callable[[str], str]:
-    """Paths as twistd will see them once it has changed its root and its directory, which it has not yet."""
+    """Return a function that resolves paths as after twistd's later change of root and working directory."""
     root = twistd.get("chroot")
     directory = twistd.get("rundir") or "."
     if root is None:
         return lambda path: os.path.abspath(os.path.join(directory, path))
-    # twistd starts in / of the new root unless --rundir says otherwise.
+    # twistd starts in / of the new root unless --rundir is given.
     return lambda path: os.path.join(
         os.path.abspath(root), os.path.normpath(os.path.join("/", directory, path)).lstrip("/")
     )
 
 
 def check_working_directory() -> None:
-    """Reject one that is gone: relative paths, the pidfile's for one, begin nowhere then. Raises SettingError."""
+    """Reject a working directory that was removed: relative paths, such as the pidfile's, need it.
+
+    Raises SettingError.
+    """
     try:
         os.getcwd()
     except OSError as error:
@@ -65,11 +72,11 @@ def check_working_directory() -> None:
 
 
 def check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
-    """Find where twistd itself would fail, with a traceback, when everything is bound already. Raises SettingError."""
+    """Check directories and pidfile, with which twistd would fail later, with a traceback. Raises SettingError."""
     rundir = twistd.get("rundir")
     if twistd.get("chroot") is not None:
         _check_directory(f"--chroot {printable(twistd['chroot'])}", twistd["chroot"])
-    elif rundir == ".":  # twistd's default, into which it changes, too
+    elif rundir == ".":  # the default, to which twistd changes too
         _check_directory("the working directory", rundir, "; change to another, or name one with --rundir")
     elif rundir is not None:
         _check_directory(f"--rundir {printable(rundir)}", rundir)
@@ -85,7 +92,7 @@ def check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
 
 
 def _check_directory(name: str, path: str, hint: str = "") -> None:
-    """Find why a directory could not be the working directory of this process. Raises SettingError."""
+    """Check that a directory can be the working directory of this process. Raises SettingError."""
     try:
         problem = "" if stat.S_ISDIR(os.stat(path).st_mode) else "not a directory"
     except FileNotFoundError:
@@ -99,13 +106,13 @@ def _check_directory(name: str, path: str, hint: str = "") -> None:
 
 
 def check_pidfile(given: str | None, resolve_path: Callable[[str], str]) -> None:
-    """Reject what is at the path of the pidfile, if twistd would wait for ever there, or fail. Raises SettingError."""
+    """Reject a pidfile on which twistd would block forever or fail. Raises SettingError."""
     if not given:
         return
     name = f"--pidfile {printable(given)}"
     path = resolve_path(given)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device: to open one may take for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device may block forever
             raise SettingError(f"{name}: not a regular file")
         with open(path, "rb") as file:
             content = file.read(64)
@@ -114,13 +121,13 @@ def check_pidfile(given: str | None, resolve_path: Callable[[str], str]) -> None
     except OSError as error:
         raise SettingError(f"{name}: {reason(error)}") from None
     if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", content):
-        raise SettingError(f"{name}: it holds no process id; remove it unless a service uses it")
+        raise SettingError(f"{name}: the file does not contain a process id; remove it unless a service uses it")
 
 
 def check_changes(twistd: Any, credentials: Credentials, slots: int) -> None:
-    """Find whether root and user can be changed as twistd is told to. Raises SettingError.
+    """Check that root directory and user can be changed as twistd's options require. Raises SettingError.
 
-    Nothing is bound yet, and nothing of this can be taken back: a child process tries.
+    A child process tries it, since the changes cannot be undone.
     """
     root, rundir = twistd.get("chroot"), twistd.get("rundir")
     if root is None and not credentials:
@@ -128,7 +135,7 @@ def check_changes(twistd: Any, credentials: Credentials, slots: int) -> None:
 
     def change() -> str | None:
         if root is not None:
-            name, what = f"--chroot {printable(root)}", "it takes root, or its capability sys_chroot"
+            name, what = f"--chroot {printable(root)}", "this needs root or the capability sys_chroot"
             try:
                 os.chroot(root)
                 name, what = f"--rundir {printable(rundir)}", "in the new root"
@@ -151,15 +158,15 @@ def check_changes(twistd: Any, credentials: Credentials, slots: int) -> None:
         raise SettingError(problem)
 
 
-# Descriptors that a start takes after everything is bound, at the most at once: those by which the reactor hears of
-# signals, the pidfile, the pipe of a daemon; and some for clients. Each worker has four pipes, and eight for a moment.
+# Descriptors that a start needs after everything is bound: those by which the reactor receives signals, the pidfile,
+# the pipe of a daemon, and some for clients. Each worker needs four pipes, and eight for a moment.
 _DESCRIPTORS_LEFT, _WORKER_DESCRIPTORS, _SPAWN_DESCRIPTORS = 8, 4, 5
 
 
 def check_descriptors(slots: int, limit: int) -> None:
-    """Find whether there are enough descriptors for what remains. Raises SettingError.
+    """Check that enough descriptors are left for the rest of the start. Raises SettingError.
 
-    Twisted's reactor would go on without hearing of signals, and a worker could not be spawned.
+    Without this, Twisted's reactor would continue without receiving signals, and workers could not be spawned.
     """
     wanted = _DESCRIPTORS_LEFT + (_SPAWN_DESCRIPTORS + slots * _WORKER_DESCRIPTORS if slots > 1 else 0)
     held: list[int] = []
@@ -171,7 +178,7 @@ def check_descriptors(slots: int, limit: int) -> None:
             raise
         raise SettingError(
             f"the limit of descriptors (ulimit -n, LimitNOFILE=) is {limit}; "
-            f"this service takes {limit + wanted - len(held)} at the least"
+            f"this service needs at least {limit + wanted - len(held)}"
         ) from None
     finally:
         for descriptor in held:
@@ -179,16 +186,16 @@ def check_descriptors(slots: int, limit: int) -> None:
 
 
 def credentials_of(twistd: Any, log: Log) -> Credentials:
-    """What --uid and --gid have the process run as.
+    """Return the credentials of --uid and --gid.
 
-    Rejects what cannot be, or would keep root within reach of hosted code. Raises SettingError.
+    Raises SettingError if they are invalid, or if hosted code could regain root.
     """
     uid, gid = twistd.get("uid"), twistd.get("gid")
     if twistd.get("euid") and (uid is not None or gid is not None):
-        # The real user stays root, in workers too: seteuid(0), one call in hosted code, takes everything back.
+        # The real user stays root, also in workers, and hosted code can regain root with seteuid(0).
         raise SettingError(
-            "--euid: any code that is served could become root again, since only the effective user changes; "
-            "leave it out, and --uid gives root up for good"
+            "--euid: only the effective user changes, and hosted code could become root again; "
+            "remove it, and --uid drops root permanently"
         )
     if gid is not None and uid is None and os.geteuid() == 0:
         log.warn(

@@ -87,8 +87,8 @@ def test_passed_sockets_are_chosen_by_name_and_by_index(opened, pass_sockets) ->
 @pytest.mark.parametrize(
     ("description", "problem"),
     [
-        ("systemd:index=1", "index 1 is not there: 1 socket was passed"),
-        ("systemd:name=web", "no socket named 'web' was passed; there are: rt"),
+        ("systemd:index=1", "index 1 is too high: 1 socket was passed; indexes begin with 0"),
+        ("systemd:name=web", "no socket named 'web' was passed; accepted are rt"),
         ("systemd:domain=INET6", "descriptor 300 is of domain INET, not 'INET6'"),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_descriptor_that_is_closed_is_refused(pass_sockets) -> None:
 def test_more_descriptors_than_there_can_be_are_refused_and_cost_nothing(pass_sockets) -> None:
     pass_sockets(tcp_socket())
     activation._initial_environment()["LISTEN_FDS"] = "9" * 18  # type: ignore[index]  # it is the test's own
-    assert refusal("systemd:") == f"LISTEN_FDS is {'9' * 18}, which is more than a process can have"
+    assert refusal("systemd:") == f"LISTEN_FDS is {'9' * 18}, which is more than the descriptor limit of a process"
 
 
 @pytest.mark.parametrize(
@@ -181,13 +181,13 @@ def test_more_descriptors_than_there_can_be_are_refused_and_cost_nothing(pass_so
         (
             socket.AddressFamily.AF_VSOCK,
             0,
-            "a socket of AF_VSOCK; what can be served is of AF_INET, AF_INET6 or AF_UNIX",
+            "a socket of AF_VSOCK; accepted are AF_INET, AF_INET6 and AF_UNIX",
         ),
-        (socket.AddressFamily.AF_TIPC, 0, "a socket of AF_TIPC; what can be served is of AF_INET, AF_INET6 or AF_UNIX"),
+        (socket.AddressFamily.AF_TIPC, 0, "a socket of AF_TIPC; accepted are AF_INET, AF_INET6 and AF_UNIX"),
         # AF_SMC, of which Python knows no name.
-        (43, 0, "a socket of address family 43; what can be served is of AF_INET, AF_INET6 or AF_UNIX"),
-        (socket.AF_INET, 132, "a socket of protocol 132, and neither TCP nor MPTCP"),  # IPPROTO_SCTP
-        (socket.AF_INET6, 256, "a socket of protocol 256, and neither TCP nor MPTCP"),  # IPPROTO_SMC
+        (43, 0, "a socket of address family 43; accepted are AF_INET, AF_INET6 and AF_UNIX"),
+        (socket.AF_INET, 132, "a socket of protocol 132; accepted are TCP and MPTCP"),  # IPPROTO_SCTP
+        (socket.AF_INET6, 256, "a socket of protocol 256; accepted are TCP and MPTCP"),  # IPPROTO_SMC
     ],
 )
 def test_a_listening_socket_of_a_foreign_family_or_protocol_is_refused(family, proto, problem) -> None:

@@ -136,7 +136,7 @@ def test_a_description_is_read(text: str, parts: tuple[object, ...]) -> None:
         ("tcp:1:interface=::1:interface=::1", "interface= is given twice"),
         ("unix:/a:mode=1:mode=2", "mode= is given twice"),
         ("tcp:8080\\", "it ends with a backslash"),
-        ("a=b", "it does not begin with a type such as tcp: or unix:"),
+        ("a=b", "the type is missing; begin with a type such as tcp: or unix:"),
     ],
 )
 def test_what_can_be_read_in_two_ways_or_in_none_is_refused_with_what_to_write(text: str, problem: str) -> None:

@@ -35,18 +35,27 @@ from tests.support.listeners import FILES, described, refusal, unix_socket
         ("unix:/tmp/x:mode=9", "mode '9' is not an octal"),
         ("unix:/no/such/place/x", "cannot open the directory '/no/such/place'"),
         ("systemd:", "no sockets were passed"),
-        ("systemd:index=0:name=web", "only one of index= and name="),
+        ("systemd:index=0:name=web", "index= and name= are both given"),
         ("systemd:index=x", "index 'x' is not a whole number"),
-        ("systemd:bogus=1", "unknown keyword 'bogus'; known are domain, index, name"),
-        ("proxy:", "proxy: goes before tcp:, tcp6:, ssl:, unix: and systemd:, not before ''"),
-        ("proxy:exotic:1", "proxy: goes before tcp:, tcp6:, ssl:, unix: and systemd:, not before 'exotic'"),
-        ("haproxy:proxy:tcp:1", "haproxy: goes before tcp:, tcp6:, ssl:, unix: and systemd:, not before 'proxy'"),
+        ("systemd:bogus=1", "unknown keyword 'bogus'; accepted are domain, index, name"),
+        ("proxy:", "proxy: is before ''; accepted after it are tcp:, tcp6:, ssl:, unix: and systemd:"),
+        ("proxy:exotic:1", "proxy: is before 'exotic'; accepted after it are tcp:, tcp6:, ssl:, unix: and systemd:"),
+        (
+            "haproxy:proxy:tcp:1",
+            "haproxy: is before 'proxy'; accepted after it are tcp:, tcp6:, ssl:, unix: and systemd:",
+        ),
         ("proxy:tcp:x", "port 'x' is not a whole number"),
         ("proxy:unix:", "path of the socket is missing"),
-        ("ssl:proxy:tcp:1", "ssl: goes before tcp:, tcp6:, unix: and systemd:, not before 'proxy'; proxy:ssl: is"),
-        ("ssl:ssl:1", "ssl: goes before tcp:, tcp6:, unix: and systemd:, not before 'ssl'"),
+        (
+            "ssl:proxy:tcp:1",
+            "ssl: is before 'proxy'; accepted after it are tcp:, tcp6:, unix: and systemd:, and proxy: before it",
+        ),
+        ("ssl:ssl:1", "ssl: is before 'ssl'; accepted after it are tcp:, tcp6:, unix: and systemd:"),
         ("ssl:exotic:x", "port 'exotic' is not a whole number"),
-        ("ssl:unix:/tmp/x:bogus=1", "unknown keyword 'bogus'; known are address, mode, backlog, lockfile, privateKey"),
+        (
+            "ssl:unix:/tmp/x:bogus=1",
+            "unknown keyword 'bogus'; accepted are address, mode, backlog, lockfile, privateKey",
+        ),
         ("unix:/tmp/x:privateKey=a", "unknown keyword 'privateKey'"),
         (f"unix:/tmp/{'x' * 103}", "the path is longer than 107 bytes"),
         (f"unix:{__file__}", "exists and is not a socket"),
@@ -116,7 +125,7 @@ def test_a_host_name_of_which_one_address_is_missing_is_refused(start, check, sl
         start(slots=slots)
     assert re.fullmatch(
         r"cannot listen on \[2001:db8::10\]:\d+: cannot assign requested address; "
-        "'both.example' stands for it, and every address of a host name is served, or none",
+        "'both.example' resolves to it, and each address of a host name must be local",
         str(caught.value),
     )
     assert len(os.listdir("/proc/self/fd")) == before

@@ -175,7 +175,7 @@ def test_two_whose_names_differ_in_a_dot_or_in_their_case_contradict_each_other(
         (tmp_path / f"{number}.pem").write_text(
             odd_certificate(certificates["server.pem"], alternative=dns(name)) + key
         )
-    with pytest.raises(TLSError, match=re.escape("are both for 'ok.example': one of them has to go")):
+    with pytest.raises(TLSError, match=re.escape("are both for 'ok.example'; remove one of them")):
         DirectoryTLS(str(tmp_path)).load()
 
 

@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from rtservice.net.description import ListenError
-from rtservice.net.listeners import Wanted, read_description, read_port
+from rtservice.net.listeners import ListenerSpec, read_description, read_port
 from rtservice.net.places import FilePlace, PassedPlace, Place, TCPPlace, exclude, first_conflict
 from tests.support.ipv6 import has_ipv6, needs_ipv6
 
@@ -69,11 +69,11 @@ def test_the_conflict_is_named_with_both_settings_and_what_to_do() -> None:
     assert first_conflict([("--a", [PassedPlace(1, any4), PassedPlace(2, any4)]), ("--b", [six])]) is None
 
 
-def described(*descriptions: str, slots: int = 0, **how) -> list[Wanted]:
+def described(*descriptions: str, slots: int = 0, **how) -> list[ListenerSpec]:
     return [read_description(description, backlog=5, slots=slots, **how) for description in descriptions]
 
 
-def conflict(wanted: list[Wanted], *, look_up: bool = True) -> bool:
+def conflict(wanted: list[ListenerSpec], *, look_up: bool = True) -> bool:
     return first_conflict(("x", one.places(look_up=look_up)) for one in wanted) is not None
 
 

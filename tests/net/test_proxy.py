@@ -239,9 +239,17 @@ INVALID = {
     "v2 UDP4, no addresses": (v2(0x21, 0x12), 16, "v2 header of 0 bytes for 0x12, whose addresses are 12 bytes"),
     "v2 one byte more": (v2(0x21, 0x11, inet() + b"\0"), None, "with 1 byte after its last TLV, too few for another"),
     "v2 two bytes more": (v2(0x21, 0x11, inet() + tlv(4) + b"\4\0"), None, "with 2 bytes after its last TLV"),
-    "v2 a TLV overruns": (v2(0x21, 0x11, inet() + b"\1\0\3h2"), None, "a TLV of type 0x01 that goes 1 byte beyond it"),
-    "v2 a TLV overruns by far": (v2(0x21, 0x11, inet() + b"\4\xff\xff"), None, "0x04 that goes 65535 bytes beyond it"),
-    "v2 the second TLV overruns": (v2(0x21, 0x22, inet6() + tlv(4) + b"\4\0\1"), None, "that goes 1 byte beyond it"),
+    "v2 a TLV overruns": (
+        v2(0x21, 0x11, inet() + b"\1\0\3h2"),
+        None,
+        "a TLV of type 0x01 that extends 1 byte beyond it",
+    ),
+    "v2 a TLV overruns by far": (
+        v2(0x21, 0x11, inet() + b"\4\xff\xff"),
+        None,
+        "0x04 that extends 65535 bytes beyond it",
+    ),
+    "v2 the second TLV overruns": (v2(0x21, 0x22, inet6() + tlv(4) + b"\4\0\1"), None, "that extends 1 byte beyond it"),
     "v2 CRC32C of no byte": (v2(0x21, 0x11, inet() + tlv(3)), None, "with a CRC32C of 0 bytes instead of 4"),
     "v2 CRC32C of 5 bytes": (v2(0x21, 0x11, inet() + tlv(3, bytes(5))), None, "with a CRC32C of 5 bytes instead of 4"),
     "v2 CRC32C of 0": (

@@ -324,7 +324,7 @@ def test_without_pyopenssl_the_start_says_how_to_get_it(certificates, monkeypatc
     monkeypatch.setitem(sys.modules, "OpenSSL", None)
     monkeypatch.delitem(sys.modules, "rtservice.net.pyopenssl", raising=False)
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
-    with pytest.raises(ListenError, match=r"library=pyopenssl is not there: pip install 'twisted\[tls\]' \("):
+    with pytest.raises(ListenError, match=r"library=pyopenssl is not installed; pip install 'twisted\[tls\]' \("):
         open_description(f"ssl:0:{files}:library=pyopenssl", backlog=1)
 
 

@@ -216,8 +216,8 @@ def test_another_user_can_add_as_many_slots_as_there_are_spares(opened, connect,
     finally:
         os.seteuid(0)
     assert str(refused.value) == (
-        f"{listener.name} has no reserve socket left: 8 more than at the start were bound before privileges were "
-        "dropped; start with more --workers"
+        f"{listener.name} has no reserve socket left: 8 were bound at the start, before privileges were dropped; "
+        "restart with more --workers"
     )
     count = 40 * len(listener.slot_sockets)
     connect(listener, count)

@@ -143,7 +143,7 @@ def test_two_files_for_one_name_are_both_named(put) -> None:
     put("a")
     put("again")
     assert refusal(put.directory) == (
-        f"'{put.directory}/a.pem' and '{put.directory}/again.pem' are both for 'a.example': one of them has to go"
+        f"'{put.directory}/a.pem' and '{put.directory}/again.pem' are both for 'a.example'; remove one of them"
     )
 
 
@@ -194,7 +194,7 @@ def refusal(directory: object, **policy) -> str:
 
 def test_a_directory_that_is_missing_or_empty_or_none_is_named(tmp_path) -> None:
     assert refusal(tmp_path / "none") == f"cannot read the directory '{tmp_path}/none': no such file or directory"
-    assert refusal(tmp_path) == f"no certificate, a file called *.pem, in the directory '{tmp_path}'"
+    assert refusal(tmp_path) == f"no certificate in the directory '{tmp_path}'; add a file NAME.pem"
     (tmp_path / "file").touch()
     assert refusal(tmp_path / "file") == f"cannot read the directory '{tmp_path}/file': not a directory"
 
@@ -204,7 +204,7 @@ def test_a_certificate_without_a_key_is_named(put) -> None:
     put("www")
     (put.directory / "www.key").unlink()
     path = f"{put.directory}/www"
-    assert refusal(put.directory) == f"no private key for '{path}.pem': it holds none, and there is no '{path}.key'"
+    assert refusal(put.directory) == f"no private key for '{path}.pem'; add the key to it, or as '{path}.key'"
 
 
 def test_a_key_of_another_certificate_is_named(named, put) -> None:

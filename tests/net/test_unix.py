@@ -37,7 +37,7 @@ def test_a_stale_unix_socket_is_taken_over(opened, tmp_path) -> None:
 def test_a_unix_socket_that_somebody_answers_on_is_refused(opened, tmp_path) -> None:
     path = tmp_path / "s"
     opened(f"unix:{path}")
-    with pytest.raises(ListenError, match="another process answers on it"):
+    with pytest.raises(ListenError, match="stop the process that listens on it"):
         opened(f"unix:{path}")
     assert path.exists()
 

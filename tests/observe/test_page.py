@@ -149,12 +149,12 @@ def test_the_page_follows_clients_that_come_and_leave(service: Callable[..., Any
     one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
     browser.open(page_of(one))
     browser.wait(f"{FIGURE.format('connections')} === '0'")
-    assert "nobody is connected" in browser.value("document.querySelector('#connections').innerText")
+    assert "no connections" in browser.value("document.querySelector('#connections').innerText")
     with ExitStack() as clients:
         sockets = [clients.enter_context(one.connect()) for _ in range(7)]
         assert {client.recv(100) for client in sockets} == {b"Hello from the server!"}
         browser.wait(f"{FIGURE.format('connections')} === '7' && {ROWS} === 7")
-        browser.wait("GRAPHS[1].title === 'connects / s' && series(GRAPHS[1], 0).some(([, value]) => value > 1)")
+        browser.wait("GRAPHS[1].title === 'new connections / s' && series(GRAPHS[1], 0).some(([, value]) => value > 1)")
         host, port = sockets[3].getsockname()
         assert f"{host}:{port}" in browser.value("document.querySelector('#connections').innerText")
         sockets[3].sendall(b"x" * 5000)

@@ -212,13 +212,13 @@ def test_nobody_is_asked_for_no_connections(one: Service) -> None:
 @pytest.mark.parametrize(
     ("query", "problem"),
     [
-        ("sort=x", "sort 'x' is none of peer, listener,"),
+        ("sort=x", "sort 'x' is unknown; accepted are peer, listener,"),
         ("sort=--age", "sort '--age' is none"),
         ("sort=%1b", r"sort '\x1b' is none"),
         ("limit=-1", "limit '-1' is not a whole number"),
         ("limit=99999999999999999", "is not a whole number"),
-        ("offset=400&limit=101", "are together 501, more than 500"),
-        ("limit=1&page=2", "'page' is none of sort, offset, limit"),
+        ("offset=400&limit=101", "offset + limit is 501, above the maximum of 500"),
+        ("limit=1&page=2", "unknown parameter 'page'; accepted are sort, offset, limit"),
         ("&".join(f"a{number}=1" for number in range(11)), "Max number of fields exceeded"),
     ],
 )

@@ -165,5 +165,5 @@ def test_a_full_room_drains_while_it_is_flooded(service, crowd) -> None:
     den.begin({"send": "a\n", "times": 32_768, "senders": MEMBERS})
     innocent = Innocent(one.port)
     one.process.send_signal(signal.SIGTERM)
-    innocent.wait_for(b"this chat is about to end")
+    innocent.wait_for(b"the chat shuts down")
     assert one.process.wait(DEADLINE) == 0

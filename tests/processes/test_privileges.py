@@ -88,8 +88,8 @@ def test_a_user_is_looked_up_before_the_root_changes(service, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--uid=-1"], ["--uid -1: not a number from 0 to"]),
-        (["--uid=54321", "--gid=4294967295"], ["--gid 4294967295: not a number from 0 to"]),
+        (["--uid=-1"], ["--uid -1: out of range; accepted are 0 to"]),
+        (["--uid=54321", "--gid=4294967295"], ["--gid 4294967295: out of range; accepted are 0 to"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -103,9 +103,9 @@ def test_a_user_that_cannot_be_is_one_line(run, tmp_path, options, words, check)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--chroot=."], ["--chroot .: operation not permitted; it takes root"]),
-        (["--uid=54321"], ["--uid 54321: operation not permitted; it takes root"]),
-        (["--gid=54321"], ["--gid 54321: operation not permitted; it takes root"]),
+        (["--chroot=."], ["--chroot .: operation not permitted; this needs root"]),
+        (["--uid=54321"], ["--uid 54321: operation not permitted; this needs root"]),
+        (["--gid=54321"], ["--gid 54321: operation not permitted; this needs root"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -152,6 +152,6 @@ def test_supplementary_groups_that_are_kept_refuse_the_start(environment, tmp_pa
     assert "INJECTED" in (tmp_path / "trace").read_text(), result
     assert result.returncode == 1
     assert result.stderr == (
-        "rtservice: --uid 65534: the process still has the supplementary group 4, which is not this user's\n"
+        "rtservice: --uid 65534: the process still has the supplementary group 4, which this user does not have\n"
     )
     assert not (tmp_path / "s").exists()

@@ -39,7 +39,11 @@ def test_a_check_serves_nothing_and_says_that_all_is_valid(run, tmp_path, twistd
         ("", {"RTSERVICE_PORT": "http"}, "RTSERVICE_PORT: 'http' is not a whole number"),
         ("", {"RTSERVICE_CONFIG": ""}, "RTSERVICE_CONFIG: the value is empty"),
         ("framing = 'line'\ngreeting = 'a\\n'", {}, "line feed"),
-        ("workers = 2\nlisten = ['stdio:']", {}, "rt.toml: listen stdio:: with --workers a listener is one of "),
+        (
+            "workers = 2\nlisten = ['stdio:']",
+            {},
+            "rt.toml: listen stdio:: the type does not support --workers; accepted are ",
+        ),
     ],
 )
 @pytest.mark.parametrize("check", [["--check"], []], ids=["check", "serve"])

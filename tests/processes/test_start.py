@@ -106,7 +106,9 @@ def test_a_pidfile_without_a_process_id_is_one_line_and_stays(run, tmp_path, con
     data = os.fsencode(content)
     (tmp_path / "d.pid").write_bytes(data)
     assert_refused(
-        run("--pidfile=d.pid", "rtservice", "--check"), "--pidfile", "d.pid: it holds no process id; remove it"
+        run("--pidfile=d.pid", "rtservice", "--check"),
+        "--pidfile",
+        "d.pid: the file does not contain a process id; remove it",
     )
     assert (tmp_path / "d.pid").read_bytes() == data
 
@@ -136,7 +138,7 @@ def test_too_few_descriptors_are_one_line(environment, tmp_path, limit, workers)
 
 def test_as_many_descriptors_as_the_line_says_are_enough(environment, tmp_path, service) -> None:
     result = run_in_shell('ulimit -n 12; exec "$@"', tmp_path, environment, "-n", "--pidfile=", "rtservice", "--port=0")
-    enough = re.search(r"is 12; this service takes (\d+) at the least", result.stderr)
+    enough = re.search(r"is 12; this service needs at least (\d+)", result.stderr)
     assert enough, result
     one = service("--port=0", launcher=["sh", "-c", f'ulimit -n {enough[1]}; exec "$@"', "sh"])
     with one.connect() as client:

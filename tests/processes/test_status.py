@@ -124,7 +124,7 @@ def test_it_can_be_a_unix_socket(service: Callable[..., Any], tmp_path: Any) -> 
 @pytest.mark.parametrize(
     ("description", "problem"),
     [
-        ("proxy:tcp:1", "the status server takes no PROXY headers; leave proxy: out"),
+        ("proxy:tcp:1", "the status server does not accept PROXY headers; remove proxy:"),
         ("onion:1", "unknown type 'onion'; accepted are 8080, "),
         ("tcp:x", "port 'x' is not a whole number"),
         ("unix:/nowhere/at/all", "No such file or directory"),

@@ -144,7 +144,7 @@ def test_a_name_is_taken_once_and_free_again() -> None:
     factory = ChatFactory(max_name=5)
     ann, other = Client(factory, "ann"), Client(factory)
     other.says("ann", "a b", "toolong", "\x1b[2J", "")
-    wrong = "* a name has up to 5 letters of one script, digits and . _ -"
+    wrong = "* a name consists of up to 5 letters of one script, digits and . _ -"
     assert other.hears() == ["* ann is taken", wrong, wrong, wrong, wrong]
     ann.goes()
     other.says("ann")
@@ -160,7 +160,11 @@ def test_nothing_reaches_others_that_a_terminal_would_obey() -> None:
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    [(b"x" * 101, "a line may have 100 bytes"), (b"\xff\n", "only UTF-8"), (b"/quit\n", "goodbye")],
+    [
+        (b"x" * 101, "the line is too long; the maximum is 100 bytes"),
+        (b"\xff\n", "the line is not UTF-8"),
+        (b"/quit\n", "goodbye"),
+    ],
 )
 def test_a_client_is_told_why_it_is_closed_and_not_heard_any_more(data, words) -> None:
     factory = ChatFactory(max_line=100)
@@ -581,10 +585,10 @@ def test_stopping_the_factory_leaves_no_delayed_calls() -> None:
     ("taken", "wanted", "problem"),
     [
         ("anna", "Anna", "Anna looks like anna, which is taken"),
-        ("anna", "аnnа", "a name has up to 20 letters of one script, digits and . _ -"),
+        ("anna", "аnnа", "a name consists of up to 20 letters of one script, digits and . _ -"),
         ("coco", "сосо", "сосо looks like coco, which is taken"),
         ("bob", "b0b", "b0b looks like bob, which is taken"),
-        ("ann", "ann\u3164", "a name has up to 20 letters of one script, digits and . _ -"),
+        ("ann", "ann\u3164", "a name consists of up to 20 letters of one script, digits and . _ -"),
         ("ab", "ａｂ", "ab is taken"),
     ],
 )
@@ -646,7 +650,7 @@ def test_everybody_is_told_that_the_end_is_near() -> None:
     ann.protocol.drain()
     ann.clock.settle()
     assert ann.closing
-    assert "about to end" in ann.hears()[-1]
+    assert "the chat shuts down" in ann.hears()[-1]
 
 
 @pytest.mark.parametrize("bound", ["max_line", "max_members", "max_rooms", "max_name", "max_unsent", "max_rate"])

@@ -130,7 +130,7 @@ def test_the_transport_is_its_own_producer_until_the_client_has_finished(framing
     ("settings", "problem"),
     [
         ({"framing": "line", "greeting": b"two\nlines"}, "line feed"),
-        ({"framing": "int32", "greeting": b"12345", "max_message": 4}, "5 bytes, above the 4"),
+        ({"framing": "int32", "greeting": b"12345", "max_message": 4}, "5 bytes; the maximum is 4"),
     ],
 )
 def test_a_greeting_that_is_no_message_of_the_framing_is_refused(settings, problem) -> None:

@@ -32,7 +32,9 @@ def test_what_a_change_raises_is_a_problem(error) -> None:
 
 
 def test_a_child_that_is_killed_is_a_problem() -> None:
-    assert problem_of(lambda: os.kill(os.getpid(), signal.SIGKILL)) == "a child process that tried it was killed"
+    assert (
+        problem_of(lambda: os.kill(os.getpid(), signal.SIGKILL)) == "the child process that tried the change was killed"
+    )
 
 
 def test_children_that_nobody_waits_for_answer_too() -> None:

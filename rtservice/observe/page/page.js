@@ -1,16 +1,16 @@
-// Asks for status.json once a second, and shows it. All text goes through textContent: some of it is a peer's.
+// Fetches status.json once a second, and shows it. All text is set as textContent, since some of it comes from peers.
 "use strict";
 
-const EVERY = 1000, LATE = 5000;  // ms between two questions; ms that an answer may take
-const SHOWN = [60, 300];  // seconds that a graph spans, at the least and at the most
+const EVERY = 1000, LATE = 5000;  // ms between two requests; timeout of a request in ms
+const SHOWN = [60, 300];  // minimum and maximum span of a graph, in seconds
 const PAGE = 25;
 const byId = (id) => document.getElementById(id);
 
-const histories = {};  // by worker: what it had counted when
-const peaks = {};  // by graph: what it came to at each look
+const histories = {};  // counts of each worker over time
+const peaks = {};  // values of each graph over time
 let order = "-age", offset = 0, answered = Date.now(), asking = null;
 
-// --- numbers for people ---
+// --- number formats ---
 
 const whole = (n) => Math.round(n).toLocaleString("en");
 
@@ -33,13 +33,13 @@ const millis = (seconds) => `${(seconds * 1000).toFixed(seconds < 0.01 ? 2 : 0)}
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 const listed = (counts) => Object.entries(counts).map(([name, n]) => `${whole(n)} ${name}`).join(", ") || "–";
 
-// --- what one answer comes to ---
+// --- history ---
 
 function counted(worker, now) {
   const listeners = Object.values(worker.counters.listeners);
-  const of = (word) => sum(listeners.map((one) => one[word]));
+  const of = (word) => sum(listeners.map((listener) => listener[word]));
   return {
-    time: worker.counted ?? now, open: sum(listeners.flatMap((one) => Object.values(one.phase))),
+    time: worker.counted ?? now, open: sum(listeners.flatMap((listener) => Object.values(listener.phase))),
     opened: of("opened"), moved: of("in") + of("out"), cpu: worker.counters.cpu_seconds || 0,
     looks: sum(worker.counters.lag.buckets), late: worker.counters.lag.seconds,
   };
@@ -48,7 +48,7 @@ function counted(worker, now) {
 function remember(workers, now) {
   for (const worker of workers) {
     const history = histories[worker.worker] ??= [];
-    // Workers count once a second, by their own clock.
+    // Each worker updates its counts once a second, at its own time.
     if (worker.counted === null || worker.counted !== history.at(-1)?.time) history.push(counted(worker, now));
     while (history.length && history[0].time < now - SHOWN[1] - 10) history.shift();
   }
@@ -56,10 +56,10 @@ function remember(workers, now) {
 
 const rate = (word) => (now, before) => Math.max(0, now[word] - before[word]) / Math.max(0.001, now.time - before.time);
 
-// What each shows of a worker: `of` two neighbours of its history, and of all workers together.
+// For each graph: `of` computes the value of a worker from two neighbours of its history, `all` that of all workers.
 const GRAPHS = [
   {title: "connections", of: (now) => now.open, show: whole, all: sum},
-  {title: "connects / s", of: rate("opened"), show: whole, all: sum},
+  {title: "new connections / s", of: rate("opened"), show: whole, all: sum},
   {title: "bytes / s", of: rate("moved"), show: bytes, all: sum},
   {
     title: "reactor lag", show: millis, all: (values) => Math.max(0, ...values),
@@ -95,7 +95,7 @@ function draw(graph, workers, end) {
   const top = Math.max(1e-9, ...lines.flatMap(([, values]) => values.map(([, value]) => value)));
   const now = graph.show(latest);
   const svg = make("svg", {viewBox: "0 0 300 60", preserveAspectRatio: "none", role: "img",
-    "aria-label": `${graph.title}: ${now} now, ${most} at the most`});
+    "aria-label": `${graph.title}: now ${now}, maximum ${most}`});
   for (const [worker, values] of lines) {
     const points = values.filter(([time]) => time >= end - wide)
       .map(([time, value]) => `${(300 - 300 * (end - time) / wide).toFixed(1)},${(58 - 55 * value / top).toFixed(1)}`);
@@ -105,7 +105,7 @@ function draw(graph, workers, end) {
     make("figcaption", {}, make("span", {}, graph.title), make("span", {}, `max ${most}`)), make("strong", {}, now), svg);
 }
 
-// Columns are [title, cell, "number" or "text" or "", what it is sorted by].
+// Columns are [title, cell, "number" or "text" or "", key to sort by].
 function table(id, columns, rows, none) {
   const heads = columns.map(([title, , kind = "", key]) => {
     const head = make("th", {class: kind, scope: "col"});
@@ -129,42 +129,44 @@ function table(id, columns, rows, none) {
 }
 
 function showWorkers(status) {
-  const now = (one) => histories[one.worker].at(-1), before = (one) => histories[one.worker].at(-2);
+  const now = (worker) => histories[worker.worker].at(-1), before = (worker) => histories[worker.worker].at(-2);
+  const cpu = (worker) => `${whole(100 * rate("cpu")(now(worker), before(worker)))} %`;
+  const descriptors = ({descriptors, descriptor_limit}) => `${whole(descriptors || 0)} of ${whole(descriptor_limit || 0)}`;
   table("workers", [
-    ["worker", (one) => one.worker],
-    ["phase", (one) => make("td", {class: ["ready", "serving"].includes(one.phase) ? "good" : "wait"}, one.phase)],
-    ["pid", (one) => one.pid ?? "–", "number"],
-    ["age", (one) => span(one.age), "number"],
-    ["connections", (one) => whole(counted(one).open), "number"],
-    ["CPU", (one) => before(one) ? `${whole(100 * rate("cpu")(now(one), before(one)))} %` : "–", "number"],
-    ["memory", (one) => bytes(one.counters.memory || 0), "number"],
-    ["descriptors", (one) => `${whole(one.counters.descriptors || 0)} of ${whole(one.counters.descriptor_limit || 0)}`, "number"],
-    ["starts", (one) => whole(status.starts[one.worker] || 1), "number"],
-    ["exits", (one) => listed(status.exits[one.worker] || {}), "text"],
+    ["worker", (worker) => worker.worker],
+    ["phase", ({phase}) => make("td", {class: ["ready", "serving"].includes(phase) ? "good" : "wait"}, phase)],
+    ["pid", (worker) => worker.pid ?? "–", "number"],
+    ["age", (worker) => span(worker.age), "number"],
+    ["connections", (worker) => whole(counted(worker).open), "number"],
+    ["CPU", (worker) => before(worker) ? cpu(worker) : "–", "number"],
+    ["memory", (worker) => bytes(worker.counters.memory || 0), "number"],
+    ["descriptors", (worker) => descriptors(worker.counters), "number"],
+    ["starts", (worker) => whole(status.starts[worker.worker] || 1), "number"],
+    ["exits", (worker) => listed(status.exits[worker.worker] || {}), "text"],
   ], status.workers);
 }
 
 function showListeners(status) {
   const all = {};
   for (const worker of status.workers) {
-    for (const [name, one] of Object.entries(worker.counters.listeners)) {
-      const to = all[name] ??= {name, open: 0, opened: 0, in: 0, out: 0, closed: {}, refused: {}, handshake_failed: {}};
-      to.open += sum(Object.values(one.phase));
-      for (const word of ["opened", "in", "out"]) to[word] += one[word];
+    for (const [name, counts] of Object.entries(worker.counters.listeners)) {
+      const total = all[name] ??= {name, open: 0, opened: 0, in: 0, out: 0, closed: {}, refused: {}, handshake_failed: {}};
+      total.open += sum(Object.values(counts.phase));
+      for (const word of ["opened", "in", "out"]) total[word] += counts[word];
       for (const word of ["closed", "refused", "handshake_failed"]) {
-        for (const [label, n] of Object.entries(one[word])) to[word][label] = (to[word][label] || 0) + n;
+        for (const [label, n] of Object.entries(counts[word])) total[word][label] = (total[word][label] || 0) + n;
       }
     }
   }
   table("listeners", [
-    ["listener", (one) => one.name],
-    ["connections", (one) => whole(one.open), "number"],
-    ["opened", (one) => whole(one.opened), "number"],
-    ["received", (one) => bytes(one.in), "number"],
-    ["sent", (one) => bytes(one.out), "number"],
-    ["closed", (one) => listed(one.closed), "text"],
-    ["refused", (one) => listed(one.refused), "text"],
-    ["handshakes failed", (one) => listed(one.handshake_failed), "text"],
+    ["listener", (listener) => listener.name],
+    ["connections", (listener) => whole(listener.open), "number"],
+    ["opened", (listener) => whole(listener.opened), "number"],
+    ["received", (listener) => bytes(listener.in), "number"],
+    ["sent", (listener) => bytes(listener.out), "number"],
+    ["closed", (listener) => listed(listener.closed), "text"],
+    ["refused", (listener) => listed(listener.refused), "text"],
+    ["handshakes failed", (listener) => listed(listener.handshake_failed), "text"],
   ], Object.values(all));
 }
 
@@ -175,24 +177,24 @@ function showProtocol(status) {
   }
   byId("counting").hidden = !Object.keys(all).length;
   table("protocol", [
-    ["it counts", (one) => one[0]],
-    ["", (one) => one[1].toLocaleString("en"), "number"],
+    ["metric", ([name]) => name],
+    ["value", ([, n]) => n.toLocaleString("en"), "number"],
   ], Object.entries(all).sort(([a], [b]) => a < b ? -1 : 1));
 }
 
 function showConnections(status) {
   const {rows, missing, most} = status.connections, several = status.workers.length > 1;
   table("connections", [
-    ["peer", (one) => one.peer, "", "peer"],
-    ["listener", (one) => one.listener, "", "listener"],
-    ...(several ? [["worker", (one) => one.worker, "number"]] : []),
-    ["phase", (one) => one.phase, "", "phase"],
-    ["age", (one) => span(one.age), "number", "age"],
-    ["idle", (one) => span(one.idle), "number", "idle"],
-    ["received", (one) => bytes(one.bytes_in), "number", "bytes_in"],
-    ["sent", (one) => bytes(one.bytes_out), "number", "bytes_out"],
-  ], rows, "nobody is connected");
-  const open = sum(status.workers.map((one) => counted(one).open));
+    ["peer", (row) => row.peer, "", "peer"],
+    ["listener", (row) => row.listener, "", "listener"],
+    ...(several ? [["worker", (row) => row.worker, "number"]] : []),
+    ["phase", (row) => row.phase, "", "phase"],
+    ["age", (row) => span(row.age), "number", "age"],
+    ["idle", (row) => span(row.idle), "number", "idle"],
+    ["received", (row) => bytes(row.bytes_in), "number", "bytes_in"],
+    ["sent", (row) => bytes(row.bytes_out), "number", "bytes_out"],
+  ], rows, "no connections");
+  const open = sum(status.workers.map((worker) => counted(worker).open));
   const unheard = missing.length ? `; no answer from worker ${missing.join(", ")}` : "";
   byId("shown").textContent = (rows.length ? `${whole(offset + 1)} to ${whole(offset + rows.length)} of ${whole(Math.max(open, offset + rows.length))}` : "") + unheard;
   byId("earlier").disabled = offset === 0;
@@ -202,15 +204,15 @@ function showConnections(status) {
 function showCertificates(status) {
   byId("certified").hidden = !status.certificates.length;
   table("certificates", [
-    ["names", (one) => one.names || "–", "text"],
-    ["listener", (one) => one.listener],
-    ["days left", (one) => {
-      const days = one.days_left, early = one.not_before > status.time;
+    ["names", (certificate) => certificate.names || "–", "text"],
+    ["listener", (certificate) => certificate.listener],
+    ["days left", (certificate) => {
+      const days = certificate.days_left, early = certificate.not_before > status.time;
       const shown = early ? "not valid yet" : days < 0 ? "expired" : days === 0 ? "less than 1" : whole(days);
       return make("td", {class: `number ${early || days < 7 ? "bad" : days < 21 ? "wait" : "good"}`}, shown);
     }, "number"],
-    ["until", (one) => new Date(one.not_after * 1000).toISOString().slice(0, 10)],
-    ["file", (one) => one.path, "text"],
+    ["until", (certificate) => new Date(certificate.not_after * 1000).toISOString().slice(0, 10)],
+    ["file", (certificate) => certificate.path, "text"],
   ], status.certificates);
 }
 
@@ -221,7 +223,7 @@ function show(status) {
   byId("state").className = `state ${status.ready ? "good" : "wait"}`;
   byId("uptime").textContent = `for ${span(status.time - status.started)}`;
   byId("version").textContent = `version ${status.version}`;
-  const numbers = status.workers.map((one) => one.worker);
+  const numbers = status.workers.map((worker) => worker.worker);
   byId("graphs").replaceChildren(...GRAPHS.map((graph) => draw(graph, numbers, status.time)));
   byId("legend").replaceChildren(...(numbers.length < 2 ? [] : numbers.map((number) => make("span", {},
     make("svg", {viewBox: "0 0 14 5", "aria-hidden": "true"}, make("line", {class: colour(number), x2: 14, y1: 2.5, y2: 2.5})),
@@ -231,10 +233,10 @@ function show(status) {
   showProtocol(status);
   showConnections(status);
   showCertificates(status);
-  table("settings", [["setting", (one) => one[0]], ["value", (one) => one[1], "text"]], Object.entries(status.settings));
+  table("settings", [["setting", ([name]) => name], ["value", ([, value]) => value, "text"]], Object.entries(status.settings));
 }
 
-// --- asking ---
+// --- requests ---
 
 async function ask() {
   asking?.abort();
@@ -242,7 +244,7 @@ async function ask() {
   const timer = setTimeout(() => mine.abort(), LATE);
   try {
     const answer = await fetch(`status.json?sort=${order}&offset=${offset}&limit=${PAGE}`, {signal: mine.signal, cache: "no-store"});
-    if (!answer.ok) throw new Error(`it answered ${answer.status}`);
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
     show(await answer.json());
     answered = Date.now();
     byId("broken").hidden = true;
@@ -250,7 +252,7 @@ async function ask() {
   } catch (problem) {
     if (mine !== asking) return;
     byId("broken").textContent =
-      `No answer from the server for ${span((Date.now() - answered) / 1000)}: what is below is old (${problem.message})`;
+      `No answer from the server for ${span((Date.now() - answered) / 1000)}: the data below is old (${problem.message})`;
     byId("broken").hidden = false;
     document.body.classList.add("stale");
   } finally {

@@ -1,0 +1,178 @@
+"""Phrases that the style guide rejects do not occur in the package, its examples and its documentation.
+
+The check covers docstrings, comments and string constants (help, error and log texts) of `rtservice/`, and the text of
+`etc/`, `docs/` and the README. It cannot judge whether a sentence is clear; it finds stylised phrases that have a plain
+replacement.
+"""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rtservice
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(rtservice.__file__).parent
+
+# Rejected phrases, as regular expressions, and what to write instead.
+REJECTED = {
+    r"a place to send clients to": "ready for traffic",
+    r"again and again": "repeatedly",
+    r"alas": "leave it out",
+    r"all the same": "nevertheless, or leave it out",
+    r"as (?:it|they) likes?": "in any number, for any time",
+    r"as it is(?= said|[.,;:)]|$)": "unchanged",
+    r"at the (?:least|most)": "at least, at most",
+    r"be it": "also if it is",
+    r"(?:can|cannot|could|may|to) be had": "is available, can be resolved, can be bound",
+    r"for ever": "forever",
+    r"for good": "permanently",
+    r"for want of": "if … is missing",
+    r"from (?:then|here|now) on, and": "split the sentence",
+    r"gives what": "returns",
+    r"go(?:es|ne)? mad": "is faulty",
+    r"goes? on with": "continues with",
+    r"has not the (?:rights?|permission)": "has no permission",
+    r"hears? of": "receives, is notified of",
+    r"in force": "current, applied",
+    r"in the place of": "instead of, replaces",
+    r"in vain": "without success",
+    r"(?:is|are|was|were|be) said": "is logged, is reported",
+    r"(?:is|are|was|were|be|been) told": "is notified, is configured to; connectionLost is called",
+    r"knocks?": "connects",
+    r"knows? of": "detects, has a reference to",
+    r"(?:no|any|some|every)body": "no client, no process, every connection",
+    r"(?:no|any|some|every)body's": "of another user, of all processes",
+    r"of (?:its|his|their|our) own": "separate; its, their",
+    r"of ours": "of rtservice",
+    r"on (?:its|their) way": "in progress, in flight",
+    r"out of (?:its|their) mind": "is faulty",
+    r"says? (?:goodbye|so)": "closes; reports this",
+    r"signs? of life": "heartbeat, watchdog notification",
+    r"the same in steps": "do the work of … in steps",
+    r"twice over": "twice",
+    r"what there is": "all of it",
+    r"what is not there": "missing",
+    r"whoever": "the client, the user, the process that",
+    r"who is here": "open connections",
+}
+_REJECTED = {
+    re.compile(rf"\b(?:{phrase})\b" if phrase[-1] != ")" else rf"\b{phrase}", re.IGNORECASE): plain
+    for phrase, plain in REJECTED.items()
+}
+
+# Places where a phrase is right: a file relative to the root of the repository, and the words around the phrase.
+ALLOWED = {
+    ("etc/logrotate.d/rtservice", "nobody"),  # the user
+    # Log texts, which are reworded together with the names of their events.
+    ("rtservice/net/port.py", "accepts nobody for now"),
+    ("rtservice/process/systemd.py", "is told no more"),
+    ("rtservice/startup/preflight.py", "no reactor of ours"),
+}
+
+# Parts that are being reworked.
+NOT_YET = (
+    "docs/",
+    "rtservice/config/",
+    "rtservice/hosting.py",
+    "rtservice/pool/pool.py",
+    "rtservice/pool/query.py",
+    "rtservice/pool/rollout.py",
+    "rtservice/pool/slot.py",
+    "rtservice/pool/start_message.py",
+    "rtservice/pool/worker.py",
+    "rtservice/pool/worker_messages.py",
+    "rtservice/pool/worker_process.py",
+    "rtservice/process/admission.py",
+    "rtservice/process/counters.py",
+    "rtservice/process/foreign.py",
+    "rtservice/process/registry.py",
+    "rtservice/process/server.py",
+    "rtservice/process/service.py",
+    "rtservice/process/status_server.py",
+    "rtservice/startup/reload.py",
+    "rtservice/startup/start.py",
+    "rtservice/tap.py",
+)
+
+
+def texts_of_code(source: str) -> Iterator[str]:
+    """Yield each string constant of a Python source, and each block of consecutive comment lines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+    block: list[str] = []
+    last = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            if token.start[0] != last + 1:
+                yield " ".join(block)
+                block = []
+            block.append(token.string.lstrip("#"))
+            last = token.start[0]
+    yield " ".join(block)
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """Yield the texts of a file. Of a page, code blocks are included: they show output of the service."""
+    content = path.read_text(errors="replace")
+    if path.suffix == ".py":
+        yield from texts_of_code(content)
+    else:
+        yield re.sub(r"^\s*(?:#|//|[*]) ?", "", content, flags=re.MULTILINE)
+
+
+def rejected_in(text: str) -> Iterator[tuple[str, str]]:
+    """Yield each rejected phrase in a text, with the words around it, and its plain replacement."""
+    joined = " ".join(text.split())
+    for phrase, plain in _REJECTED.items():
+        for match in phrase.finditer(joined):
+            yield joined[max(0, match.start() - 40) : match.end() + 40], plain
+
+
+def checked_files() -> list[tuple[str, Path]]:
+    """Return the checked files, each with its name relative to the root of the repository."""
+    named = [(f"rtservice/{path.relative_to(PACKAGE)}", path) for path in PACKAGE.rglob("*")]
+    named += [(str(path.relative_to(ROOT)), path) for part in ("etc", "docs") for path in (ROOT / part).rglob("*")]
+    named.append(("README.md", ROOT / "README.md"))
+    return sorted(
+        (name, path)
+        for name, path in named
+        if path.is_file() and path.suffix not in (".png", ".svg", ".pyc") and not name.startswith(NOT_YET)
+    )
+
+
+@pytest.mark.parametrize(("name", "path"), [pytest.param(name, path, id=name) for name, path in checked_files()])
+def test_a_file_has_no_rejected_phrase(name: str, path: Path) -> None:
+    allowed = [words for file, words in ALLOWED if file == name]
+    found = [
+        f"…{words}…: write {plain}"
+        for text in texts_of(path)
+        for words, plain in rejected_in(text)
+        if not any(excuse in words for excuse in allowed)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""Nobody is there."""\n',
+        "# One that\n# nobody\n# has read.\n",
+        "x = 1  # a sign of life\n",
+        'raise ValueError(f"{1} is told that")\n',
+        'help = "a file, whoever\\n  wrote it"\n',
+    ],
+)
+def test_a_rejected_phrase_is_found_in_each_kind_of_text(source: str) -> None:
+    assert [found for text in texts_of_code(source) for found in rejected_in(text)]
+
+
+def test_a_phrase_is_found_across_lines_but_not_within_words() -> None:
+    assert list(rejected_in("the settings in\n    force"))
+    assert not list(rejected_in("the setting is enforced, and a knob may be italic"))
