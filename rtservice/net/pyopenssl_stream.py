@@ -392,7 +392,7 @@ class PyOpenSSLStream(BoundedStream):
 
     def failed(self, problem: SSL.Error) -> None:
         """Note why TLS has failed."""
-        # For the record, in the words of `ssl`: see end_reason of process/registry.
+        # For the record, in the words of `ssl`: see end_reason of process/endings.
         error = ssl.SSLError()
         words = problem.args and problem.args[0]
         error.reason = words[0][-1].upper().replace(" ", "_") if words else type(problem).__name__
