@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rtservice.config.schema import Settings
 from rtservice.observe.logs import LevelName
-from rtservice.process.registry import Limits
+from rtservice.process.admission import Limits
 from rtservice.process.server import RuntimeSettings, default_max_connections, raise_descriptor_limit
 
 

@@ -393,7 +393,7 @@ class PyOpenSSLStream(BoundedStream):
 
     def failed(self, problem: SSL.Error) -> None:
         """Keep the reason why TLS has failed, for the log."""
-        # As an error of `ssl`, whose reasons logs show: see end_reason of process/registry.
+        # As an error of `ssl`, whose reasons logs show: see end_reason of process/endings.
         error = ssl.SSLError()
         words = problem.args and problem.args[0]
         error.reason = words[0][-1].upper().replace(" ", "_") if words else type(problem).__name__

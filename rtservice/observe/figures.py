@@ -1,4 +1,4 @@
-"""Convert flat counters to nested plain data for the status page and the metrics."""
+"""The state of the service as plain data: flat counters become nested data for the status page and the metrics."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ PHASES = ("proxy", "tls", "open", "closing")
 
 @dataclass(frozen=True, kw_only=True)
 class StatusSource:
-    """The data of a site.
+    """The callables from which the status server has what it shows.
 
-    - `standing` returns whether the service is ready for traffic, and its state in one line.
-    - `overview` returns the complete state.
-    - `rows` takes one of `columns` to sort by, with the prefix `-` for descending order, and a number of connections.
-      It returns these connections, each with the number of its worker as first value, and the workers that did not
-      answer.
-    - `settings` returns the current settings.
-    - `durations` and `lags` are the upper bounds of histogram buckets, in seconds.
-    - `refresh` updates counts of `overview` that take more than one turn of the reactor, and fires when this is done.
-    - `hosts` returns the accepted host names, in lower case, beside localhost and IP addresses; `*` accepts any.
+    `standing` returns whether the service is ready for traffic, and one line of status. `overview` returns the whole
+    state; the `counters` of a worker there are keyed by name, label and listener. `rows` takes one of `columns`, with
+    `-` before it for descending order, and a number of connections. It returns these connections, each after the
+    number of its worker, and the numbers of the workers that did not answer. `settings` returns the current settings as
+    text. `refresh` fires when `overview` has a new count of what takes more than one turn of the reactor to count.
+    `hosts` returns the host names, in lower case, that requests may name in addition to localhost and IP addresses;
+    `*` among them allows any. `durations` and `lags` are the upper bounds of buckets, in seconds.
     """
 
     version: str
@@ -39,7 +37,7 @@ class StatusSource:
     lags: tuple[float, ...]
 
     def figures(self) -> dict[str, Any]:
-        """Return the overview, with the counters of each worker in the form of `grouped`."""
+        """Return the overview, with the counters of each worker as `grouped` returns them."""
         overview = self.overview()
         names = overview["listeners"]
         workers = [
@@ -53,32 +51,36 @@ class StatusSource:
             "supervisor": None if supervisor is None else self.grouped(supervisor, ()),
         }
 
-    def grouped(self, counters: Mapping[str, float], listeners: list[str] | tuple[str, ...]) -> dict[str, Any]:
-        r"""Return flat counters (`word\tlabel\tlistener`) as a tree, in seconds and bytes. Missing counters are 0."""
+    def grouped(
+        self, counters: Mapping[tuple[str, str, str], float], listeners: list[str] | tuple[str, ...]
+    ) -> dict[str, Any]:
+        """Return counters, keyed by name, label and listener, as a tree, in seconds and bytes.
+
+        Each of `listeners` has all its counters there. Those that are missing are 0.
+        """
         found: dict[str, Any] = {
             "lag": {"buckets": [0] * (len(self.lags) + 1), "seconds": 0.0},
             "listeners": {name: self._listener() for name in listeners},
             "protocol": {},
         }
-        for key, count in counters.items():
-            # Skips counters with invalid names, which a faulty worker may send.
-            word, label, listener = (*key.split("\t", 2), "", "")[:3]
+        for (name, label, listener), count in counters.items():
+            # An invalid counter of a worker is left out, and all others are shown.
             with suppress(LookupError, TypeError, ValueError):
-                self._place(found, word, label, listener, count)
+                self._insert(found, name, label, listener, count)
         return found
 
-    def _place(self, found: dict[str, Any], word: str, label: str, listener: str, count: float) -> None:
-        place = found["listeners"].setdefault(listener, self._listener()) if listener else found
-        if word == "cpu_us":
+    def _insert(self, found: dict[str, Any], name: str, label: str, listener: str, count: float) -> None:
+        group = found["listeners"].setdefault(listener, self._listener()) if listener else found
+        if name == "cpu_us":
             found["cpu_seconds"] = count / 1e6
-        elif word in ("lag", "duration"):
-            place[word]["buckets"][int(label)] = count
-        elif word in ("lag_us", "duration_us"):
-            place[word.removesuffix("_us")]["seconds"] = count / 1e6
+        elif name in ("lag", "duration"):
+            group[name]["buckets"][int(label)] = count
+        elif name in ("lag_us", "duration_us"):
+            group[name.removesuffix("_us")]["seconds"] = count / 1e6
         elif label:
-            place[word][label] = count
-        elif type(place.get(word, 0)) is int:
-            place[word] = count
+            group[name][label] = count
+        elif type(group.get(name, 0)) is int:
+            group[name] = count
 
     def _listener(self) -> dict[str, Any]:
         return {

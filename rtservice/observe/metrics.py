@@ -1,4 +1,4 @@
-"""Metrics of the service for Prometheus. Needs `prometheus_client`: the extra `metrics`."""
+"""The state of the service as metrics for Prometheus. Needs `prometheus_client`: the extra `metrics`."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 @dataclass(frozen=True)
 class Format:
-    """A text format of metrics: its media type, the encoder of a registry, and the last bytes of an exposition."""
+    """A text format of metrics: its media type, its encoder, and the bytes after the last family."""
 
     content_type: str
     _encode: Callable[[Any], bytes]
     end: bytes = b""
 
     def encode(self, family: Metric) -> bytes:
-        """Encode one family of metrics, without the end."""
+        """Return one family of metrics, encoded, without the end."""
         return self._encode(_Family(family)).removesuffix(self.end)
 
 
 class _Family:
-    """A registry of one family, with the part of the interface that encoders use."""
+    """A registry of one family: encoders call only `collect`."""
 
     def __init__(self, family: Metric) -> None:
         self._family = family
@@ -60,10 +60,10 @@ OPEN_METRICS = Format(
 
 
 def choose_format(accept: bytes) -> Format:
-    """Return the format for the value of an Accept header (RFC 9110, section 12.5.1).
+    """Return the format for a client with this Accept header (RFC 9110, section 12.5.1).
 
-    Malformed and unknown parts are ignored. Clients that do not prefer OpenMetrics 1.0.0 get text. The function
-    `choose_encoder` of prometheus_client raises for a malformed version.
+    Malformed and unknown parts of it are ignored. A client that does not prefer OpenMetrics 1.0.0 gets text.
+    `choose_encoder` of prometheus_client raises for an invalid version.
     """
     text = open_metrics = 0.0
     for accepted in accept.decode("latin-1").lower().split(","):
@@ -80,14 +80,14 @@ def choose_format(accept: bytes) -> Format:
 
 
 def families(source: StatusSource) -> Iterator[Metric]:
-    """Yield a snapshot of the service as families of metrics, each of which can be encoded separately."""
+    """Return the state of the service as families of metrics."""
     return iter(_Figures(source).collect())
 
 
 class _Figures(Collector):
-    """A snapshot of the service for one scrape.
+    """Collects the state of the service for one scrape.
 
-    Labels are listeners, workers and a few fixed words. They contain no data of peers.
+    The values of labels are listeners, workers and a bounded number of names. None comes from a peer.
     """
 
     def __init__(self, source: StatusSource) -> None:
@@ -105,60 +105,66 @@ class _Figures(Collector):
 
     def _service(self, figures: dict[str, Any]) -> Iterator[Metric]:
         versions = {"version": figures["version"], **_VERSIONS}
-        build = GaugeMetricFamily("rtservice_build_info", "Versions in labels; always 1.", labels=[*versions])
+        build = GaugeMetricFamily("rtservice_build_info", "Versions; the value is always 1.", labels=[*versions])
         build.add_metric(list(versions.values()), 1)
         yield build
-        state = GaugeMetricFamily("rtservice_state", "1 for the current state of the service.", labels=["state"])
+        state = GaugeMetricFamily("rtservice_state", "1 for the current state, 0 for others.", labels=["state"])
         for name in _STATES:
             state.add_metric([name], name == figures["state"])
         yield state
         yield GaugeMetricFamily(
-            "rtservice_ready", "1 if the service is ready for traffic, as /readyz reports.", figures["ready"]
+            "rtservice_ready",
+            "1 when ready for traffic, as /readyz reports, otherwise 0.",
+            figures["ready"],
         )
         yield GaugeMetricFamily(
-            "rtservice_start_time_seconds", "Start time of the service, since the epoch.", figures["started"]
+            "rtservice_start_time_seconds", "Start of the service, in seconds since the epoch.", figures["started"]
         )
-        ready = GaugeMetricFamily("rtservice_worker_ready", "1 if the worker accepts connections.", labels=["worker"])
+        ready = GaugeMetricFamily(
+            "rtservice_worker_ready", "1 when the worker accepts, otherwise 0.", labels=["worker"]
+        )
         for worker in figures["workers"]:
             ready.add_metric([str(worker["worker"])], worker["phase"] in ("ready", "serving"))
         yield ready
-        starts = CounterMetricFamily("rtservice_worker_starts", "Worker processes spawned.", labels=["worker"])
+        starts = CounterMetricFamily("rtservice_worker_starts", "Processes started.", labels=["worker"])
         for number, count in figures["starts"].items():
             starts.add_metric([str(number)], count)
         yield starts
-        exits = CounterMetricFamily("rtservice_worker_exits", "Worker processes ended.", labels=["worker", "reason"])
+        exits = CounterMetricFamily(
+            "rtservice_worker_exits", "Processes ended, by reason.", labels=["worker", "reason"]
+        )
         for number, reasons in figures["exits"].items():
             for reason, count in reasons.items():
                 exits.add_metric([str(number), reason], count)
         yield exits
         expiry = GaugeMetricFamily(
             "rtservice_certificate_expiry_timestamp_seconds",
-            "Earliest expiry of a certificate of the listener, since the epoch.",
+            "Expiry of the listener's certificate that expires first, in seconds since the epoch.",
             labels=["listener"],
         )
-        earliest: dict[str, float] = {}
+        first: dict[str, float] = {}
         for certificate in figures["certificates"]:
-            listener, not_after = certificate["listener"], certificate["not_after"]
-            earliest[listener] = min(not_after, earliest.get(listener, not_after))
-        for listener, not_after in earliest.items():
-            expiry.add_metric([listener], not_after)
+            listener, expires = certificate["listener"], certificate["not_after"]
+            first[listener] = min(expires, first.get(listener, expires))
+        for listener, expires in first.items():
+            expiry.add_metric([listener], expires)
         yield expiry
 
     def _connections(self, workers: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
         labels = ["listener", "worker"]
-        now = GaugeMetricFamily("rtservice_connections", "Current connections.", labels=[*labels, "phase"])
-        opened = CounterMetricFamily("rtservice_connections_opened", "Connections accepted.", labels=labels)
+        now = GaugeMetricFamily("rtservice_connections", "Open connections, by phase.", labels=[*labels, "phase"])
+        opened = CounterMetricFamily("rtservice_connections_opened", "Accepted connections.", labels=labels)
         closed = CounterMetricFamily(
-            "rtservice_connections_closed", "Connections ended, by reason.", labels=[*labels, "reason"]
+            "rtservice_connections_closed", "Ended connections, by reason.", labels=[*labels, "reason"]
         )
         refused = CounterMetricFamily(
             "rtservice_connections_refused",
-            "Connections closed right after accept, by the limit that they exceed.",
+            "Connections refused after they were accepted, by the setting that refuses them.",
             labels=[*labels, "reason"],
         )
         failed = CounterMetricFamily(
             "rtservice_handshake_failures",
-            "Connections ended in their PROXY header or TLS handshake.",
+            "Connections that ended before their PROXY header and TLS handshake were complete, by kind.",
             labels=[*labels, "kind"],
         )
         received = CounterMetricFamily("rtservice_received_bytes", "Bytes received.", labels=labels)
@@ -174,47 +180,48 @@ class _Figures(Collector):
                 opened.add_metric(where, counts["opened"])
                 received.add_metric(where, counts["in"])
                 sent.add_metric(where, counts["out"])
-                for family, word in ((closed, "closed"), (refused, "refused"), (failed, "handshake_failed")):
-                    for label, count in counts[word].items():
+                for family, name in ((closed, "closed"), (refused, "refused"), (failed, "handshake_failed")):
+                    for label, count in counts[name].items():
                         family.add_metric([*where, label], count)
                 _add_histogram(durations, where, counts["duration"], self._source.durations)
         yield from (now, opened, closed, refused, failed, received, sent, durations)
 
     def _processes(self, workers: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
         lag = HistogramMetricFamily(
-            "rtservice_reactor_lag_seconds", "Delay of calls that the reactor has scheduled.", labels=["worker"]
+            "rtservice_reactor_lag_seconds", "Delay of the reactor's timed calls.", labels=["worker"]
         )
         for worker, counters in workers:
             _add_histogram(lag, [worker], counters["lag"], self._source.lags)
         yield lag
-        words: tuple[tuple[str, type[CounterMetricFamily | GaugeMetricFamily], str, str], ...] = (
+        gauges_and_counters: tuple[tuple[str, type[CounterMetricFamily | GaugeMetricFamily], str, str], ...] = (
             ("cpu_seconds", CounterMetricFamily, "process_cpu_seconds", "User and system CPU time."),
             ("memory", GaugeMetricFamily, "process_resident_memory_bytes", "Resident memory."),
             ("descriptors", GaugeMetricFamily, "process_open_fds", "Open file descriptors."),
             ("descriptor_limit", GaugeMetricFamily, "process_max_fds", "Limit of open file descriptors."),
-            ("dropped", CounterMetricFamily, "log_records_dropped", "Log records dropped: the reader was too slow."),
+            ("dropped", CounterMetricFamily, "log_records_dropped", "Log records that could not be written in time."),
         )
-        for word, kind, name, text in words:
+        for key, kind, name, text in gauges_and_counters:
             family = kind(f"rtservice_{name}", text, labels=["worker"])
             for worker, counters in workers:
-                family.add_metric([worker], counters.get(word, 0))
+                family.add_metric([worker], counters.get(key, 0))
             yield family
 
 
 def _protocol(workers: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
-    """Yield the metrics of the hosted factory, with its names (`rtservice.interfaces.IMetrics`)."""
+    """Return the metrics of the hosted factory: see IMetrics."""
     families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
     taken: dict[str, str] = {}
     for worker, counters in workers:
         for name, count in counters["protocol"].items():
-            # For Prometheus `x` and `x_total` are the same name, and it would reject the whole scrape. A faulty worker
-            # may report both.
+            # `x` and `x_total` are one name to Prometheus, and it would reject the whole scrape. A compromised worker
+            # may report the other name.
             if taken.setdefault(name.removesuffix("_total"), name) != name:
                 continue
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            with suppress(ValueError):  # an invalid name of a faulty worker
+            with suppress(ValueError):  # an invalid name of a compromised worker
                 family = families.setdefault(
-                    name, kind(f"rtservice_protocol_{name}", "Counted by the hosted protocol.", labels=["worker"])
+                    name,
+                    kind(f"rtservice_protocol_{name}", "Metric of the hosted protocol.", labels=["worker"]),
                 )
                 family.add_metric([worker], count)
     yield from families.values()

@@ -36,6 +36,7 @@ from rtservice.pool.control import (
 from rtservice.pool.intake import Intake
 from rtservice.pool.printed import Line, PrintedLines
 from rtservice.pool.published import as_event
+from rtservice.pool.worker_counters import SlotCounters
 from rtservice.pool.worker_messages import (
     Access,
     Beat,
@@ -48,7 +49,17 @@ from rtservice.pool.worker_messages import (
     WorkerMessages,
 )
 from rtservice.process.certificates import certificates_of, logging_certificates
-from rtservice.process.counters import Lag, SlotNames, add, is_total, process_counters
+from rtservice.process.counters import (
+    DRAIN_ABORTED,
+    DRAIN_ENDED,
+    DROPPED,
+    MEMORY,
+    OPEN_CONNECTIONS,
+    CounterKey,
+    Lag,
+    add,
+    process_counters,
+)
 from rtservice.process.orphans import Reaper
 from rtservice.process.registry import first_rows
 from rtservice.process.server import StartError, one_line, traceback_level
@@ -153,7 +164,7 @@ class WorkerProcess(ProcessProtocol):
         self.plan = plan
         self.phase = Phase.STARTING
         self.began = self.heard = supervisor.reactor.seconds()
-        self.counters: dict[str, float] = {}
+        self.counters: dict[CounterKey, float] = {}
         self.counted: float | None = None  # when, as time.time()
         self.problem = ""  # why it could not start, in its own words
         self.age = plan.max_age * random.uniform(0.9, 1.1)  # at which it is replaced: not all at once
@@ -333,10 +344,10 @@ class WorkerProcess(ProcessProtocol):
                 # Of all that it sends, only this says that its reactor is alive.
                 self.heard = supervisor.reactor.seconds()
                 self.counted = time.time()
-                supervisor.names_of(self.slot).admit(message.counters)
-                for name, count in message.counters.items():
-                    # A total that falls would be the whole service's.
-                    self.counters[name] = max(count, self.counters.get(name, 0)) if is_total(name) else count
+                supervisor.counters_of(self.slot).admit(message.counters)
+                for key, count in message.counters.items():
+                    # A total that decreases would decrease the total of the service.
+                    self.counters[key] = max(count, self.counters.get(key, 0)) if key.is_total else count
             case Rows():
                 self._asked_at.pop(message.number, None)
                 supervisor.answered(self, message.number, message.rows)
@@ -444,8 +455,8 @@ class WorkerPool(Service):
         self.reactor: Any = None
         self.slots = [Slot(number) for number in range(slots)]
         self.exit_status = 0
-        self._ended: dict[int, dict[str, float]] = {}  # what ended workers counted, by slot, under the names shown
-        self._names: dict[int, SlotNames] = {}  # by slot
+        self._ended: dict[int, dict[CounterKey, float]] = {}  # by slot: the totals of its ended workers
+        self._slot_counters: dict[int, SlotCounters] = {}  # by slot
         self._starts: dict[int, int] = {}  # by slot
         self._exits: dict[int, dict[str, int]] = {}  # by slot and reason
         self._pending_queries: dict[int, PendingQuery] = {}
@@ -481,7 +492,7 @@ class WorkerPool(Service):
         self._ending = False  # the reactor is told to stop
         self._stopped: Deferred[None] | None = None
         self._stop_began = 0.0
-        self._drained_before: dict[str, float] = {}  # the totals when the stop began
+        self._drained_before: dict[CounterKey, float] = {}  # the totals when the stop began
         self._accepting: list[int] = []  # the slots among which new clients are spread
 
     # --- start ---
@@ -637,12 +648,11 @@ class WorkerPool(Service):
         """Keep what a worker counted until its end, and how it ended."""
         number = worker.slot.number
         ended = self._ended.setdefault(number, {})
-        for name, count in worker.counters.items():
-            word, *place = name.split("\t", 2)
-            if word == "phase" and place and count:  # who was there still
-                add(ended, {f"closed\tworker ended\t{place[-1]}": count})
-            elif is_total(name):
-                self.names_of(worker.slot).add(ended, {name: count})
+        for key, count in worker.counters.items():
+            if key.name == "phase" and count:  # these connections were open until then
+                add(ended, {CounterKey("closed", "worker ended", key.listener): count})
+            elif key.is_total:
+                self.counters_of(worker.slot).add(ended, {key: count})
         how = "failed" if worker.problem or not reason.check(ProcessDone) else "ended"
         if (killed := getattr(reason.value, "signal", None)) is not None:
             # Real-time signals have no names in Python, but for the first and the last.
@@ -651,9 +661,9 @@ class WorkerPool(Service):
         for question in list(self._pending_queries):
             self.answered(worker, question, [])
 
-    def names_of(self, slot: Slot) -> SlotNames:
-        """The names of counters of a slot."""
-        return self._names.setdefault(slot.number, SlotNames())
+    def counters_of(self, slot: Slot) -> SlotCounters:
+        """Return what bounds the counters of a slot."""
+        return self._slot_counters.setdefault(slot.number, SlotCounters())
 
     def _respawn_later(self, slot: Slot, worker: WorkerProcess | None) -> None:
         if worker is not None and self.reactor.seconds() - worker.began >= _HEALTHY:
@@ -724,7 +734,7 @@ class WorkerPool(Service):
         return True
 
     def _has_grown(self, worker: WorkerProcess) -> bool:
-        memory = worker.counters.get("memory", 0)
+        memory = worker.counters.get(MEMORY, 0)
         if not worker.plan.max_memory or memory <= worker.plan.max_memory:
             return False
         self.log.info("{worker} has {memory} MiB of memory", worker=str(worker), memory=int(memory) >> 20)
@@ -740,7 +750,7 @@ class WorkerPool(Service):
     def status(self) -> str:
         """One line on how it stands."""
         ready = sum(slot.ready for slot in self.slots)
-        count = sum(worker.counters.get("open", 0) for worker in self._workers())
+        count = sum(worker.counters.get(OPEN_CONNECTIONS, 0) for worker in self._workers())
         state = "draining" if self._stopped is not None else "serving" if self._serving else "starting"
         return f"{state}: {ready} of {counted(len(self.slots), 'worker')} ready, {counted(count, 'connection')} open"
 
@@ -759,9 +769,9 @@ class WorkerPool(Service):
         return self._serving and self._stopped is None and any(slot.ready for slot in self.slots)
 
     @property
-    def totals(self) -> dict[str, float]:
+    def totals(self) -> dict[CounterKey, float]:
         """What ended workers counted, all together."""
-        totals: dict[str, float] = {}
+        totals: dict[CounterKey, float] = {}
         for counters in self._ended.values():
             add(totals, counters)
         return totals
@@ -785,7 +795,7 @@ class WorkerPool(Service):
             "listeners": [listener.name for listener in self._listeners],
             "certificates": certificates_of(self._listeners, now),
             "workers": [self._seen_worker(number, slots.get(number)) for number in sorted(slots | self._ended)],
-            "supervisor": {**self._lag.counters(), **process_counters(), "dropped": self._dropped()},
+            "supervisor": {**self._lag.counters(), **process_counters(), DROPPED: self._dropped()},
             "starts": self._starts,
             "exits": self._exits,
         }
@@ -794,7 +804,7 @@ class WorkerPool(Service):
         """One slot: its totals of all times, and who is there."""
         counters = dict(self._ended.get(number, {}))
         for worker in slot.workers() if slot is not None else ():
-            self.names_of(worker.slot).add(counters, worker.counters)
+            self.counters_of(worker.slot).add(counters, worker.counters)
         current = slot.worker if slot is not None else None
         return {
             "worker": number,
@@ -1052,7 +1062,7 @@ class WorkerPool(Service):
                 self._slices.cancel()
             self._notifier.stopping(self.status)
             self._stop_began = self.reactor.seconds()
-            self._drained_before = dict(self.totals)
+            self._drained_before = self.totals
             for listener in self._listeners:
                 self._remove_file(listener)
             for slot in self.slots:
@@ -1075,7 +1085,7 @@ class WorkerPool(Service):
 
     def _all_gone(self, result: None) -> None:
         ended, aborted = (
-            self.totals.get(name, 0) - self._drained_before.get(name, 0) for name in ("drain_ended", "drain_aborted")
+            self.totals.get(key, 0) - self._drained_before.get(key, 0) for key in (DRAIN_ENDED, DRAIN_ABORTED)
         )
         self.log.info(
             "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",

@@ -36,6 +36,7 @@ from rtservice.pool.control import (
     encode,
 )
 from rtservice.pool.start_message import adopt_listener
+from rtservice.pool.worker_counters import encode_counters
 from rtservice.pool.worker_messages import (
     LONGEST_PROBLEM,
     MOST_COUNTERS,
@@ -45,6 +46,7 @@ from rtservice.pool.worker_messages import (
     finished_record,
     shortened,
 )
+from rtservice.process.counters import CounterKey
 from rtservice.process.server import Server
 from rtservice.process.signals import inherit_nothing
 from rtservice.process.slices import in_slices
@@ -95,7 +97,7 @@ class Worker(Protocol):
         self._lines_size = 0
         self._records: list[list[Any]] = []  # finished
         self._dropped_before = 0
-        self._told: dict[str, float] = {}  # the counters that the supervisor has
+        self._told: dict[CounterKey, float] = {}  # the counters that the supervisor has
         self.status = 0
 
     # --- messages ---
@@ -253,12 +255,12 @@ class Worker(Protocol):
     def _beat(self) -> None:
         assert self._server is not None
         counters, told = self._server.counters(), self._told
-        changed = {name: count for name, count in counters.items() if told.get(name) != count}
-        # What is not there any more is a phase that no connection is in.
+        changed = {key: count for key, count in counters.items() if told.get(key) != count}
+        # A counter that has disappeared is that of a phase without connections.
         changed |= dict.fromkeys(told.keys() - counters.keys(), 0)
-        names = list(changed)
-        for place in range(0, len(names) or 1, MOST_COUNTERS):
-            self._send_message("beat", {name: changed[name] for name in names[place : place + MOST_COUNTERS]})
+        encoded = list(encode_counters(changed).items())
+        for start in range(0, len(encoded) or 1, MOST_COUNTERS):
+            self._send_message("beat", dict(encoded[start : start + MOST_COUNTERS]))
         self._told = counters
 
     def _drain(self, finish: list[str]) -> None:

@@ -32,7 +32,8 @@ from rtservice.pool.control import (
     shown,
     split_word,
 )
-from rtservice.process.counters import PHASES, CounterNames, check_count
+from rtservice.pool.worker_counters import CounterDecoder
+from rtservice.process.counters import PHASES, CounterKey
 
 # Characters of a log record's text, traceback and namespace.
 LONGEST_TEXT, LONGEST_TRACEBACK, LONGEST_NAMESPACE = 16 * 1024, 48 * 1024, 200
@@ -101,7 +102,7 @@ class Failed:
 class Beat:
     """Its heartbeat, with the counters that have changed."""
 
-    counters: dict[str, float]
+    counters: dict[CounterKey, float]
 
     @property
     def cost(self) -> int:
@@ -165,7 +166,7 @@ class WorkerMessages:
     def __init__(self, *, slot: int, listeners: Collection[str], access: bool) -> None:
         self._framing = Framing(max(LONGEST_FROM_WORKER.values()))
         self._listeners = frozenset(listeners)
-        self._names = CounterNames(self._listeners)
+        self._counters = CounterDecoder(self._listeners)
         self._access = access
         self._line_end = f" worker={slot}\n"
         self._started = ""  # `ready` or `failed`, once that was said
@@ -237,12 +238,9 @@ class WorkerMessages:
         if type(value) is not dict or len(value) > MOST_COUNTERS:
             raise ProtocolViolation(f"a heartbeat that is not an object of {MOST_COUNTERS} counters at most")
         try:
-            for name, count in value.items():
-                self._names.check(name)
-                check_count(name, count)
+            return Beat(self._counters.decode(value))
         except ValueError as problem:
             raise ProtocolViolation(f"a heartbeat with {problem}") from None
-        return Beat(value)
 
     def _rows(self, value: Any) -> Rows:
         if type(value) is not dict or value.keys() != {"id", "rows"}:

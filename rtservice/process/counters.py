@@ -1,27 +1,31 @@
-r"""The counters of a process, as a flat dict of names to numbers. All numbers but one are integers.
+"""The counters of a process: their keys and meaning, and those of the reactor, the process and the hosted factory.
 
-A name is a word, or `word\tlabel\tlistener` where there is one number for each. The words:
+Counters are a flat dict of CounterKey to number. All values are integers, except those of `protocol`. These are the
+names, with the fields of the key that each uses:
 
-    open                how many connections are open; of workers, what the supervisor's STATUS line adds up
-    ended, aborted      connections that have ended, and those of them that were cut
-    drain_ended, …      the same within a drain
-    phase               connections in each phase now (label), by listener
-    opened              accepted, by listener
-    closed              by reason (label) and listener: together with those in a phase these are `opened`
-    handshake_failed    ended before a PROXY header and a TLS handshake were done, by kind (label) and listener
-    refused             closed as soon as accepted, by reason (label) and listener
-    in, out             bytes, by listener, those of connections that are open too
-    duration            connections by the bucket (label) of their duration, by listener
-    duration_us         the sum of durations, in microseconds, by listener
-    lag, lag_us         the same of how late the reactor calls what is due
-    cpu_us              processor time, in microseconds
-    memory              resident bytes
+    open                open connections
+    ended, aborted      connections that have ended, and those among them that were aborted
+    drain_ended, drain_aborted
+                        connections that ended by themselves during a graceful shutdown, and that were aborted in it
+    phase               open connections by phase (label) and listener
+    opened              accepted connections, by listener: the sum of `phase` and `closed`
+    closed              ended connections by reason (label) and listener
+    handshake_failed    connections that ended before their PROXY header and TLS handshake were complete, by kind
+                        (label) and listener
+    refused             clients that were closed when they were accepted, by reason (label) and listener
+    in, out             bytes received and sent, by listener, those of open connections included
+    duration            ended connections by bucket of their duration (label) and listener
+    duration_us         the sum of these durations in microseconds, by listener
+    lag, lag_us         the same for the lag of the reactor: how late it runs what is due
+    cpu_us              CPU time in microseconds
+    memory              resident memory in bytes
     descriptors, descriptor_limit
-    dropped             log records that nobody took
-    protocol            what the hosted factory counts, by its own names (label); may have fractions
+                        open file descriptors, and their limit; -1 is no limit
+    dropped             log records that could not be written in time
+    protocol            counters of the hosted factory, by name (label); may have fractions
 
-All but GAUGES, and those of the factory's whose names do not end in `_total`, are totals, which never fall while the
-process lives.
+Totals never decrease while the process runs. All are totals except GAUGES, and except the factory's counters whose
+names do not end in `_total`.
 """
 
 from __future__ import annotations
@@ -30,161 +34,69 @@ import os
 import re
 import resource
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from rtservice.net.phases import Phase
 
 Name = TypeVar("Name")
 Number = TypeVar("Number", int, float)
 
 GAUGES = frozenset(("open", "memory", "phase", "descriptors", "descriptor_limit"))
 
+PHASES = tuple(phase.value for phase in Phase)
+
 # Upper bounds of the buckets, in seconds; the last bucket has none.
 DURATIONS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0)
 LAGS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 
-# Seconds between two looks at the reactor's lag. One takes some 30 µs.
+# Seconds between two measurements of the reactor's lag. One takes about 30 µs.
 _LAG_EVERY = 0.1
 
-# Different reasons, and kinds of failed handshakes, that are told apart: OpenSSL has hundreds of words, and a peer has
-# a say in which of them it gets.
-_WORDS = 50
+# Labels of one name and listener, and the label that counts all further ones. OpenSSL has hundreds of reasons for a
+# failed handshake, and the peer influences which of them occur.
+MOST_LABELS, OTHER = 50, "other"
 
-# Of a factory's own counters: each is a number for each worker, which is kept for as long as the service runs.
-_MOST_OF_FACTORY, _LONGEST_NAME = 100, 100
+# Counters of a hosted factory, and characters of their names. Each is a number per worker, which is kept for as long
+# as the service runs.
+MOST_OF_FACTORY, _LONGEST_NAME = 100, 100
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _TOTAL = "_total"
-_LARGEST = 1e300  # so that a sum of them is a number too
+LARGEST_OF_FACTORY = 1e300  # a sum of many is finite
 
 
-# --- what a worker may report ---
+class CounterKey(NamedTuple):
+    """The key of a counter. `label` and `listener` are empty where the name has none."""
 
-PHASES = ("proxy", "tls", "open", "closing")
+    name: str
+    label: str = ""
+    listener: str = ""
 
-_PLAIN = (
-    *("open", "ended", "aborted", "drain_ended", "drain_aborted"),
-    *("cpu_us", "memory", "descriptors", "descriptor_limit", "dropped"),
-)
-_FREE = frozenset(("closed", "handshake_failed", "refused"))  # whose labels are words that are not known before
-_OTHER = "other"
-_LONGEST_LABEL = 64
-
-# A slot's labels, over all the workers that it ever had. Each worker has up to _WORDS, and of the factory's names
-# _MOST_OF_FACTORY; a reload may bring other ones.
-_SLOT_WORDS, _SLOT_NAMES = 2 * _WORDS, 3 * _MOST_OF_FACTORY
-
-_LARGEST_COUNT = 2**63 - 1
+    @property
+    def is_total(self) -> bool:
+        """Whether the counter never decreases."""
+        return self.label.endswith(_TOTAL) if self.name == "protocol" else self.name not in GAUGES
 
 
-class CounterNames:
-    """The names of counters that one worker may report, of these listeners. It has few labels of its own choice."""
-
-    def __init__(self, listeners: Collection[str]) -> None:
-        self._listeners = frozenset(listeners)
-        self._known = {*_PLAIN, "lag_us\t\t", *(f"lag\t{bucket}\t" for bucket in range(len(LAGS) + 1))}
-        for listener in self._listeners:
-            self._known.update(f"{word}\t\t{listener}" for word in ("opened", "in", "out", "duration_us"))
-            self._known.update(f"duration\t{bucket}\t{listener}" for bucket in range(len(DURATIONS) + 1))
-            self._known.update(f"phase\t{phase}\t{listener}" for phase in PHASES)
-        self._labels: dict[tuple[str, str], int] = {}  # how many there are, by word and listener
-
-    def check(self, name: str) -> None:
-        """Raise ValueError, with a short text, for a name that is none of these."""
-        if name in self._known:
-            return
-        word, label, listener = (*name.split("\t", 2), "", "")[:3]
-        if word == "protocol" and not listener:
-            most, valid = _MOST_OF_FACTORY, len(label) <= _LONGEST_NAME and _NAME.fullmatch(label) is not None
-        else:
-            most, valid = _WORDS + 1, word in _FREE and listener in self._listeners
-            valid = valid and 0 < len(label) <= _LONGEST_LABEL and label.isprintable()
-        if not valid:
-            raise ValueError(f"an unknown counter {name[:40]!a}")
-        place = word, listener
-        count = self._labels[place] = self._labels.get(place, 0) + 1
-        if count > most:
-            raise ValueError(f"more than {most} labels of {word!r}")
-        self._known.add(name)
+# Keys without label and listener that more than one module uses.
+OPEN_CONNECTIONS, ENDED, ABORTED = CounterKey("open"), CounterKey("ended"), CounterKey("aborted")
+DRAIN_ENDED, DRAIN_ABORTED = CounterKey("drain_ended"), CounterKey("drain_aborted")
+MEMORY, DROPPED = CounterKey("memory"), CounterKey("dropped")
 
 
-def check_count(name: str, count: Any) -> None:
-    """Raise ValueError for the value of a counter that cannot be."""
-    if name.startswith("protocol\t"):
-        valid = type(count) in (int, float) and abs(count) <= _LARGEST  # NaN is not
-    else:  # an unlimited number of descriptors is -1
-        valid = type(count) is int and (-1 if name in GAUGES else 0) <= count <= _LARGEST_COUNT
-    if not valid:
-        raise ValueError(f"an impossible count of {name[:40]!a}")
-
-
-class SlotNames:
-    """The names under which the counters of a slot are shown, of all workers that it ever had.
-
-    The first labels are shown as they are. Later ones are counted as `other`, and a factory's later names not at all:
-    otherwise each worker that is replaced could add more.
-    """
-
-    def __init__(self) -> None:
-        self._shown: dict[str, str] = {}
-        self._labels: dict[tuple[str, str], int] = {}
-
-    def shown(self, name: str) -> str:
-        """Return the name under which a valid counter is shown; empty for one that is not. It never changes."""
-        found = self._shown.get(name)
-        if found is not None:
-            return found
-        word, label, listener = (*name.split("\t", 2), "", "")[:3]
-        if word == "protocol":
-            most, instead = _SLOT_NAMES, ""
-        elif word in _FREE and label != _OTHER:
-            most, instead = _SLOT_WORDS, f"{word}\t{_OTHER}\t{listener}"
-        else:
-            return name
-        place = word, listener
-        if self._labels.get(place, 0) >= most:
-            return instead
-        self._labels[place] = self._labels.get(place, 0) + 1
-        self._shown[name] = name
-        return name
-
-    def admit(self, names: Iterable[str]) -> None:
-        """Have these names be shown as soon as they are reported, if there are not too many."""
-        for name in names:
-            self.shown(name)
-
-    def add(self, to: dict[str, float], counters: Mapping[str, float]) -> None:
-        """Add a worker's counters to others, under the names that are shown."""
-        for name, count in counters.items():
-            if name := self.shown(name):
-                to[name] = to.get(name, 0) + count
-
-
-# --- what is counted ---
-
-
-def is_total(name: str) -> bool:
-    """Whether a counter is one that never falls."""
-    word, _, label = name.partition("\t")
-    return label.partition("\t")[0].endswith(_TOTAL) if word == "protocol" else word not in GAUGES
-
-
-def add(to: dict[Name, Number], more: Mapping[Name, Number]) -> None:
-    """Add counters to others."""
-    for name, count in more.items():
-        to[name] = to.get(name, 0) + count
-
-
-def _count(counts: dict[str, int], word: str) -> None:
-    if word not in counts and len(counts) >= _WORDS:
-        word = _OTHER
-    counts[word] = counts.get(word, 0) + 1
+def add(totals: dict[Name, Number], counters: Mapping[Name, Number]) -> None:
+    """Add counters to totals, in place."""
+    for key, count in counters.items():
+        totals[key] = totals.get(key, 0) + count
 
 
 class Histogram:
-    """How many values were in each bucket, and their sum."""
+    """Counts values by bucket, and their sum."""
 
     __slots__ = ("_bounds", "counts", "sum_us")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
+        """`bounds` are the upper bounds of all buckets but the last, in seconds, in ascending order."""
         self._bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum_us = 0
@@ -194,109 +106,73 @@ class Histogram:
         self.counts[bisect_left(self._bounds, seconds)] += 1
         self.sum_us += int(seconds * 1e6)
 
-    def counters(self, word: str, listener: str = "") -> dict[str, int]:
-        """As said above; buckets that are empty are left out."""
-        found = {f"{word}\t{place}\t{listener}": count for place, count in enumerate(self.counts) if count}
-        found[f"{word}_us\t\t{listener}"] = self.sum_us
-        return found
-
-
-class ListenerStats:
-    """What one listener's connections came to: a few additions for each connection, none for a message."""
-
-    __slots__ = ("bytes_in", "bytes_out", "closed", "durations", "handshake_failed", "opened", "refused")
-
-    def __init__(self) -> None:
-        self.opened = self.bytes_in = self.bytes_out = 0
-        self.closed: dict[str, int] = {}
-        self.handshake_failed: dict[str, int] = {}
-        self.refused: dict[str, int] = {}
-        self.durations = Histogram(DURATIONS)
-
-    def ended(self, reason: str, phase: str, seconds: float, bytes_in: int, bytes_out: int) -> None:
-        """A connection has ended, in this phase; `reason` may have more of it in parentheses."""
-        reason, _, more = reason.partition(" (")
-        _count(self.closed, reason)
-        if phase in ("proxy", "tls"):
-            _count(self.handshake_failed, more.removesuffix(")") or reason)
-        self.bytes_in += bytes_in
-        self.bytes_out += bytes_out
-        self.durations.add(seconds)
-
-    def refuse(self, why: str) -> None:
-        """One was refused."""
-        _count(self.refused, why)
-
-    def counters(self, listener: str) -> dict[str, int]:
-        """As said above."""
-        found = {
-            f"opened\t\t{listener}": self.opened,
-            f"in\t\t{listener}": self.bytes_in,
-            f"out\t\t{listener}": self.bytes_out,
-            **self.durations.counters("duration", listener),
-        }
-        for word, counts in (
-            ("closed", self.closed),
-            ("handshake_failed", self.handshake_failed),
-            ("refused", self.refused),
-        ):
-            for label, count in counts.items():
-                found[f"{word}\t{label}\t{listener}"] = count
+    def counters(self, name: str, listener: str = "") -> dict[CounterKey, int]:
+        """Return the counters `name`, labelled by the number of the bucket, without empty ones, and `name`_us."""
+        found = {CounterKey(name, str(bucket), listener): count for bucket, count in enumerate(self.counts) if count}
+        found[CounterKey(f"{name}_us", "", listener)] = self.sum_us
         return found
 
 
 class Lag:
-    """How late the reactor calls what is due."""
+    """Measures how late the reactor runs what is due."""
 
     def __init__(self) -> None:
         self.histogram = Histogram(LAGS)
         self._call: Any = None
 
     def start(self, clock: Any) -> None:
-        """Look from now on, by this clock (an IReactorTime)."""
-        self._call = clock.callLater(_LAG_EVERY, self._look, clock, clock.seconds() + _LAG_EVERY)
+        """Measure from now on, by this clock (an IReactorTime)."""
+        self._call = clock.callLater(_LAG_EVERY, self._measure, clock, clock.seconds() + _LAG_EVERY)
 
-    def _look(self, clock: Any, due: float) -> None:
+    def _measure(self, clock: Any, due: float) -> None:
         self.histogram.add(max(0.0, clock.seconds() - due))
         self.start(clock)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop measuring."""
         if self._call is not None and self._call.active():
             self._call.cancel()
 
-    def counters(self) -> dict[str, int]:
-        """As said above."""
+    def counters(self) -> dict[CounterKey, int]:
+        """Return the counters `lag` and `lag_us`."""
         return self.histogram.counters("lag")
 
 
-def factory_counters(counted: Mapping[str, float]) -> tuple[dict[str, float], str]:
-    """What a factory's `IMetrics.metrics` gave, as said above, and what is wrong with what is left out of it."""
-    found: dict[str, float] = {}
+def is_factory_name(name: object) -> bool:
+    """Return whether a hosted factory may give a counter this name."""
+    return isinstance(name, str) and len(name) <= _LONGEST_NAME and _NAME.fullmatch(name) is not None
+
+
+def factory_counters(metrics: Mapping[str, float]) -> tuple[dict[CounterKey, float], str]:
+    """Return the `protocol` counters of what a factory's `IMetrics.metrics` returned.
+
+    Invalid ones are left out. The second value says what is wrong with the last of these; it is empty if all are valid.
+    """
+    found: dict[CounterKey, float] = {}
     problem = ""
-    for name, value in counted.items():
-        if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+    for name, value in metrics.items():
+        if not is_factory_name(name):
             problem = f"{name!a:.100} is no name of letters, digits and underscores, {_LONGEST_NAME} at the most"
-        elif name + _TOTAL in counted:
+        elif name + _TOTAL in metrics:
             problem = f"{name!r} and {name + _TOTAL!r} are one name to Prometheus"
-        elif not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        elif not isinstance(value, int | float) or not abs(value) <= LARGEST_OF_FACTORY:
             problem = f"{name!r} is {value!a:.100}, and not a number"
-        elif len(found) == _MOST_OF_FACTORY:
-            problem = f"there are more than {_MOST_OF_FACTORY}"
+        elif len(found) == MOST_OF_FACTORY:
+            problem = f"there are more than {MOST_OF_FACTORY}"
         else:
-            found[f"protocol\t{name}\t"] = +value  # of True, 1
+            found[CounterKey("protocol", name)] = +value  # True becomes 1
     return found, problem
 
 
-def process_counters() -> dict[str, int]:
-    """Those of this process; without /proc the memory is 0, and so are the descriptors."""
+def process_counters() -> dict[CounterKey, int]:
+    """Return CPU time, memory and descriptors of this process. Without /proc, memory and descriptors are 0."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return {
-        "cpu_us": int((used.ru_utime + used.ru_stime) * 1e6),
-        "memory": _memory(),
-        "descriptors": _descriptors(),
-        "descriptor_limit": limit,
+        CounterKey("cpu_us"): int((used.ru_utime + used.ru_stime) * 1e6),
+        MEMORY: _memory(),
+        CounterKey("descriptors"): _descriptors(),
+        CounterKey("descriptor_limit"): limit,
     }
 
 
@@ -310,7 +186,7 @@ def _memory() -> int:
 
 def _descriptors() -> int:
     try:
-        # Linux 6.2 has it as the size of the directory, proc(5); to list it takes 1 ms for 2,000.
+        # Since Linux 6.2 it is the size of the directory, proc(5). To list the directory takes 1 ms for 2,000.
         return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
     except OSError:
         return 0

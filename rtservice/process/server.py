@@ -21,12 +21,23 @@ from rtservice.counted import counted
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
+from rtservice.net.phases import OPEN
 from rtservice.net.port import HANDSHAKE_TIMEOUT, Port
 from rtservice.net.tls import Steps, fingerprinting
+from rtservice.process.admission import Limits
 from rtservice.process.certificates import certificates_of, logging_certificates, renewing
-from rtservice.process.counters import Lag, factory_counters, process_counters
+from rtservice.process.counters import (
+    DRAIN_ABORTED,
+    DRAIN_ENDED,
+    DROPPED,
+    CounterKey,
+    Lag,
+    factory_counters,
+    process_counters,
+)
+from rtservice.process.foreign import ForeignFactory
 from rtservice.process.orphans import Reaper
-from rtservice.process.registry import Limits, Record, Registry
+from rtservice.process.registry import ConnectionRecorder, Registry
 from rtservice.process.signals import Repeats, release
 from rtservice.process.slices import in_slices
 from rtservice.process.stall import StallDetector
@@ -169,7 +180,7 @@ class Server(Service):
         reload: Callable[[], Steps[None]] | None = None,
         stop: Callable[[], None] | None = None,
         announce: bool = True,
-        record: Record | None = None,
+        record: ConnectionRecorder | None = None,
         status_server: StatusServer | None = None,
         dropped: Callable[[], int] = lambda: 0,
         leave: Callable[[], None] = lambda: None,
@@ -199,7 +210,7 @@ class Server(Service):
         ]
         self._slices: Deferred[None] | None = None  # a reload, or a look at the certificates, that is under way
         self._dropped = dropped
-        self._counted: dict[str, float] = {}  # by the factory
+        self._counted: dict[CounterKey, float] = {}  # by the factory
         self._miscounted = ""  # what was wrong with that
         self._leave = leave
         self._signals = 0
@@ -230,7 +241,8 @@ class Server(Service):
         for description, endpoint in endpoints:
             failures: list[Failure] = []
             self._awaited += 1
-            started = maybeDeferred(endpoint.listen, self.connections.wrap(self.factory, description))
+            factory = ForeignFactory(self.factory, description, self.connections, self._log)
+            started = maybeDeferred(endpoint.listen, factory)
             started.addCallback(self._listening, description)
             started.addErrback(failures.append)
             if failures:
@@ -399,16 +411,16 @@ class Server(Service):
     def status(self) -> str:
         """One line on how it stands."""
         phases = self.connections.phases()
-        unfinished = sum(phases.values()) - phases["open"]
+        unfinished = sum(phases.values()) - phases[OPEN]
         more = f", {unfinished} in a handshake or closing" if unfinished else ""
-        return f"{self.state.value}: {counted(phases['open'], 'connection')} open{more}"
+        return f"{self.state.value}: {counted(phases[OPEN], 'connection')} open{more}"
 
     @property
     def ready(self) -> bool:
         """Whether it is a place to send clients to."""
         return self.state is State.SERVING and not self._ending
 
-    def counters(self) -> dict[str, float]:
+    def counters(self) -> dict[CounterKey, float]:
         """What this process has counted: see `process.counters`."""
         self._ask_factory()
         return {
@@ -416,9 +428,9 @@ class Server(Service):
             **self.connections.counters(),
             **self._lag.counters(),
             **process_counters(),
-            "drain_ended": self.drain_ended,
-            "drain_aborted": self.drain_aborted,
-            "dropped": self._dropped(),
+            DRAIN_ENDED: self.drain_ended,
+            DRAIN_ABORTED: self.drain_aborted,
+            DROPPED: self._dropped(),
         }
 
     def _ask_factory(self) -> None:
@@ -484,7 +496,7 @@ class Server(Service):
         if self._notifier.connected:
             self._notifier.status(self.status)
         if self.state is State.DRAINING:
-            self.connections.tell_drain()
+            self.connections.notify_drain()
             self._notifier.extend_timeout(_FLUSH_LIMIT)
         elif self.live.watch_certificates and self._slices is None:
             self._take(self._look_at_certificates(), "a look at the certificates")
@@ -689,7 +701,7 @@ class Server(Service):
                 self._remove_file(listener)
                 port.finish().addCallback(self._finished, listener)
         self._tell_factory()
-        connections.tell_drain()
+        connections.notify_drain()
         await self._wait(self.live.drain_timeout)
         for port in connections.ports:
             port.stopListening()

@@ -13,7 +13,8 @@ from twisted.python.failure import Failure
 from rtservice.net.connection import LocalClose
 from rtservice.net.listener import Listener
 from rtservice.net.port import ACCEPTS_PER_EVENT, Port
-from rtservice.process.registry import Limits, Registry
+from rtservice.process.admission import Limits
+from rtservice.process.registry import Registry
 
 # Connections of the status server: a scraper, a load balancer's probes, a few people. It has the fewest where
 # descriptors are scarce.

@@ -25,11 +25,14 @@ from rtservice.net.handshakes import ProxyHandshake
 from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
-from rtservice.process.registry import Limits, Registry, end_reason
+from rtservice.process.admission import Limits
+from rtservice.process.endings import end_reason
+from rtservice.process.registry import Registry
 from tests.support.clients import is_closed
 from tests.support.deadline import DEADLINE
 from tests.support.proxy_headers import tlv, v2
 from tests.support.recording import Recording
+from tests.support.registry_world import refused
 from tests.support.reset import reset
 from tests.support.timed_reactor import Timed
 
@@ -645,7 +648,7 @@ def test_a_limit_per_peer_counts_clients_and_not_the_proxy(serve, connect):
     socks[2].sendall(V2)
     assert (yield deferToThread(is_closed, socks[2]))
     yield exchange(one, socks[3], V1.replace(b"192.0.2.1", b"192.0.2.2"))
-    assert one.register.refused["max-connections-per-peer"] == 1
+    assert refused(one.register) == {"max-connections-per-peer": 1}
     assert len(one.register.open) == 3
     assert len(one.factory.built) == 3
     # One of the two leaves, and there is room for another.
@@ -661,7 +664,7 @@ def test_who_is_not_believed_is_closed_before_a_byte_is_read(serve, connect, rea
         sock = connect(one.address)
         sock.sendall(header)
         assert (yield deferToThread(is_closed, sock))
-    assert one.register.refused["proxy-from"] == 2
+    assert refused(one.register) == {"proxy-from": 2}
     assert not one.register.open
     assert reads.count == 0
     assert not one.ended  # it was refused, and never was one

@@ -20,31 +20,31 @@ from twisted.logger import Logger, formatEvent
 import rtservice.observe
 from rtservice.observe.figures import StatusSource
 from rtservice.observe.site import make_site
-from rtservice.process.counters import DURATIONS, LAGS
+from rtservice.process.counters import DURATIONS, LAGS, CounterKey
 from rtservice.process.registry import COLUMNS
 from tests.support.repository import ETC
 
 COUNTERS = {
-    "open": 1,
-    "memory": 50 << 20,
-    "cpu_us": 1_500_000,
-    "descriptors": 9,
-    "descriptor_limit": 1024,
-    "lag\t0\t": 7,
-    "lag\t10\t": 1,
-    "lag_us\t\t": 6_000_000,
-    "opened\t\ttcp:a": 3,
-    "closed\tpeer finished\ttcp:a": 2,
-    "phase\topen\ttcp:a": 1,
-    "in\t\ttcp:a": 10,
-    "out\t\ttcp:a": 76,
-    "duration\t0\ttcp:a": 1,
-    "duration\t8\ttcp:a": 1,
-    "duration_us\t\ttcp:a": 40_000_000_000,
-    "handshake_failed\tHTTP_REQUEST\ttcp:a": 1,
-    "refused\tmax-connections\ttcp:a": 4,
-    "protocol\tsaid_total\t": 5,
-    "protocol\tseconds_per_word\t": 0.25,
+    CounterKey("open"): 1,
+    CounterKey("memory"): 50 << 20,
+    CounterKey("cpu_us"): 1_500_000,
+    CounterKey("descriptors"): 9,
+    CounterKey("descriptor_limit"): 1024,
+    CounterKey("lag", "0"): 7,
+    CounterKey("lag", "10"): 1,
+    CounterKey("lag_us"): 6_000_000,
+    CounterKey("opened", "", "tcp:a"): 3,
+    CounterKey("closed", "peer finished", "tcp:a"): 2,
+    CounterKey("phase", "open", "tcp:a"): 1,
+    CounterKey("in", "", "tcp:a"): 10,
+    CounterKey("out", "", "tcp:a"): 76,
+    CounterKey("duration", "0", "tcp:a"): 1,
+    CounterKey("duration", "8", "tcp:a"): 1,
+    CounterKey("duration_us", "", "tcp:a"): 40_000_000_000,
+    CounterKey("handshake_failed", "HTTP_REQUEST", "tcp:a"): 1,
+    CounterKey("refused", "max-connections", "tcp:a"): 4,
+    CounterKey("protocol", "said_total"): 5,
+    CounterKey("protocol", "seconds_per_word"): 0.25,
 }
 
 ROW = [0, "192.0.2.1:5", "tcp:a", "open", 2.5, None, 10, 22]
@@ -70,7 +70,7 @@ class Service:
             "listeners": ["tcp:a", "ssl:b"],
             "certificates": [{"listener": "ssl:b", "path": "/c.pem", "names": "b", "not_after": 2000}],
             "workers": [worker],
-            "supervisor": {"memory": 1},
+            "supervisor": {CounterKey("memory"): 1},
             "starts": {0: 2},
             "exits": {0: {"SIGKILL": 1}},
         }
@@ -282,14 +282,16 @@ def test_alerts_and_the_dashboard_name_metrics_that_there_are(one: Service, file
 
 
 NO_COUNTERS = [
-    *("lag\t99\t", "lag\tx\t", "duration\t-99\ttcp:a", "lag", "listeners", "x\ty\tz", "opened\tx\ttcp:a", "\t\t"),
-    *("closed\t\ttcp:a", "seconds\tx\t", "protocol\t{}\t", "protocol", "protocol\tsaid\t"),
+    *(CounterKey("lag", "99"), CounterKey("lag", "x"), CounterKey("duration", "-99", "tcp:a"), CounterKey("lag")),
+    *(CounterKey("listeners"), CounterKey("x", "y", "z"), CounterKey("opened", "x", "tcp:a"), CounterKey("")),
+    *(CounterKey("closed", "", "tcp:a"), CounterKey("seconds", "x"), CounterKey("protocol", "{}")),
+    *(CounterKey("protocol"), CounterKey("protocol", "said")),
 ]
 
 
-@pytest.mark.parametrize("name", NO_COUNTERS)
-def test_a_counter_that_is_none_harms_no_other(one: Service, monkeypatch, name: str) -> None:
-    monkeypatch.setitem(COUNTERS, name, 5)
+@pytest.mark.parametrize("key", NO_COUNTERS, ids=str)
+def test_an_invalid_counter_harms_no_other(one: Service, monkeypatch, key: CounterKey) -> None:
+    monkeypatch.setitem(COUNTERS, key, 5)
     status, _, body = get(one, "/metrics")
     assert status == 200
     assert 'rtservice_connections_opened_total{listener="tcp:a",worker="0"} 3.0' in body
@@ -298,7 +300,7 @@ def test_a_counter_that_is_none_harms_no_other(one: Service, monkeypatch, name: 
 
 @pytest.mark.parametrize("name", ["said", "seconds_per_word_total"])
 def test_a_counter_with_the_name_of_another_one_does_not_spoil_a_scrape(one: Service, monkeypatch, name: str) -> None:
-    monkeypatch.setitem(COUNTERS, f"protocol\t{name}\t", 7)
+    monkeypatch.setitem(COUNTERS, CounterKey("protocol", f"{name}"), 7)
     _, _, body = get(one, "/metrics")
     assert f"rtservice_protocol_{name}{{" not in body
     assert 'rtservice_protocol_said_total{worker="0"} 5.0' in body

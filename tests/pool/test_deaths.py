@@ -6,6 +6,7 @@ import pytest
 
 from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT
 from rtservice.pool.pool import Phase, backoff
+from rtservice.process.counters import ENDED
 
 
 def test_the_back_off_doubles_from_a_tenth_of_a_second_to_half_a_minute() -> None:
@@ -102,7 +103,7 @@ def test_last_words_are_read_before_a_slot_gets_its_next_worker(world) -> None:
     for descriptor in sorted(second.pipes):
         second.loses(descriptor)
     assert one.logged("worker 1 (pid 1001) printed: Fatal Python error")
-    assert one.service.totals == {"ended": 3}
+    assert one.service.totals == {ENDED: 3}
 
 
 def test_a_child_that_holds_the_pipes_of_a_dead_worker_does_not_keep_its_slot(world) -> None:

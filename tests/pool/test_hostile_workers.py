@@ -10,6 +10,7 @@ from twisted.python.log import textFromEventDict
 
 from rtservice.pool.control import BEAT, CONTROL_OUT, encode
 from rtservice.pool.pool import Phase
+from rtservice.process.counters import ENDED, OPEN_CONNECTIONS
 
 RUBBISH = [
     b"\xff\xfe rubbish \x00\n",
@@ -206,9 +207,9 @@ def test_labels_of_workers_that_come_and_go_are_few(world) -> None:
         one.pass_time(35)
         one.processes[-1].says("ready")
     [shown] = one.service.overview()["workers"]
-    labels = [name for name in shown["counters"] if name.startswith("closed")]
-    assert len(labels) == 101
-    assert sum(shown["counters"][name] for name in labels) == shown["counters"]["ended"] == 1000
+    closed = [count for key, count in shown["counters"].items() if key.name == "closed"]
+    assert len(closed) == 101
+    assert sum(closed) == shown["counters"][ENDED] == 1000
 
 
 def test_a_worker_that_floods_is_paused_until_the_next_look(world) -> None:
@@ -234,7 +235,7 @@ def test_what_is_printed_is_taken_some_lines_at_a_time_and_silences_no_heartbeat
     assert second.paused == {1}
     assert len([text for text in one.texts() if "printed" in text]) == 100
     second.says("beat", {"open": 7})
-    assert second.protocol.counters == {"open": 7}
+    assert second.protocol.counters == {OPEN_CONNECTIONS: 7}
     one.reactor.advance(0)  # all turns until a beat ends it
     assert len([text for text in one.texts() if "printed" in text]) == 5000
     assert second.paused == {1}

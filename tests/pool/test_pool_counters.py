@@ -1,16 +1,17 @@
 """Counters of workers, and their sums."""
 
 from rtservice.pool.pool import WorkerPool
-from rtservice.process.counters import add
+from rtservice.process.counters import CounterKey, add
 
 
-def counted(service: WorkerPool) -> dict[str, int]:
-    """What all workers have counted, those that have ended too."""
+def counted(service: WorkerPool) -> dict[str, float]:
+    """The counters of all workers, of those that have ended too, by name. None here has a label or a listener."""
     counters = dict(service.totals)
     for slot in service.slots:
         for worker in slot.workers():
             add(counters, worker.counters)
-    return counters
+    assert all(key == CounterKey(key.name) for key in counters)
+    return {key.name: count for key, count in counters.items()}
 
 
 def test_totals_are_of_all_workers_and_never_fall(world) -> None:

@@ -38,7 +38,7 @@ from rtservice.pool.worker_messages import (
     encode_records,
     finished_record,
 )
-from rtservice.process.counters import LAGS, PHASES
+from rtservice.process.counters import LAGS, PHASES, CounterKey
 from tests.support.unprintable import Unprintable
 
 TCP = "tcp:127.0.0.1:1"
@@ -101,7 +101,17 @@ LINE = "start=1 peer=x worker=1\n"
         (encode("leave"), Leave()),
         (encode("failed", "no certificate\x1b"), Failed(r"no certificate\x1b")),
         (encode("beat", {}), Beat({})),
-        (encode("beat", {"open": 1, "descriptor_limit": -1}), Beat({"open": 1, "descriptor_limit": -1})),
+        (
+            encode("beat", {"open": 1, "descriptor_limit": -1, f"closed\tidle\t{TCP}": 2, "protocol\trooms\t": 1.5}),
+            Beat(
+                {
+                    CounterKey("open"): 1,
+                    CounterKey("descriptor_limit"): -1,
+                    CounterKey("closed", "idle", TCP): 2,
+                    CounterKey("protocol", "rooms"): 1.5,
+                }
+            ),
+        ),
         (encode("rows", {"id": 3, "rows": [ROW, ROW]}), Rows(3, [ROW, ROW])),
         (encode("access", [LINE]), Access([LINE])),
         (record(), Records([Record(LogLevel.info, "its.own", 1.5, "it went", "", {})], 2)),
@@ -190,6 +200,8 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
     "a bucket too many": (encode("beat", {f"lag\t{len(LAGS) + 1}\t": 1}), "an unknown counter"),
     "a negative bucket": (encode("beat", {"lag\t-1\t": 1}), "an unknown counter"),
     "a name for Prometheus": (encode("beat", {'protocol\ta"}\t': 1}), "an unknown counter"),
+    "a key with tabs for nothing": (encode("beat", {"open\t\t": 1}), "an unknown counter"),
+    "a key without its last tab": (encode("beat", {"protocol\ta": 1}), "an unknown counter"),
     "a listener of a protocol": (encode("beat", {f"protocol\ta\t{TCP}": 1}), "an unknown counter"),
     "very many labels": (
         encode("beat", {f"closed\t{n}\t{TCP}": 1 for n in range(52)}),
@@ -204,7 +216,8 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
     "null as a count": (encode("beat", {"open": None}), "an impossible count of 'open'"),
     "a fraction as a count": (encode("beat", {"open": 1.5}), "an impossible count of 'open'"),
     "a negative count": (encode("beat", {"ended": -1}), "an impossible count of 'ended'"),
-    "a negative lag": (encode("beat", {"lag_us\t\t": -1}), "an impossible count of"),
+    "a negative lag": (encode("beat", {"lag_us": -1}), "an impossible count of"),
+    "a negative phase": (encode("beat", {f"phase\topen\t{TCP}": -1}), "an impossible count of"),
     "a negative gauge": (encode("beat", {"memory": -2}), "an impossible count of 'memory'"),
     "a large count": (encode("beat", {"ended": 2**63}), "an impossible count of 'ended'"),
     "a large float": (b'beat {"protocol\\ta\\t": 1e301}\n', "an impossible count of"),

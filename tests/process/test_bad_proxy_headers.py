@@ -4,6 +4,7 @@ from ipaddress import ip_network
 
 import pytest
 
+from rtservice.process.counters import CounterKey
 from tests.support.registry_world import IPV4, World, is_closed
 
 
@@ -56,7 +57,7 @@ def test_bad_proxy_headers_are_a_few_lines_and_a_sum_whatever_their_number(world
         one.client(port=port, first=b"junk").close()
     one.advance(10)
     assert bad_headers(one)[11:] == ["1 more bad PROXY header on test"]
-    assert one.connections.counters()["handshake_failed\tinvalid PROXY header\ttest"] == 506
+    assert one.connections.counters()[CounterKey("handshake_failed", "invalid PROXY header", "test")] == 506
 
 
 def test_the_sum_is_logged_at_the_end_at_the_latest(world) -> None:

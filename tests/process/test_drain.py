@@ -13,6 +13,7 @@ from zope.interface import implementer
 
 from rtservice.interfaces import IDrainable
 from rtservice.net.listeners import open_description
+from rtservice.net.phases import CLOSING, OPEN, TLS
 from rtservice.process.server import State
 from tests.support.fake_reactor import FakeReactor
 from tests.support.served import Endpoint, Held, Told, last, server
@@ -80,12 +81,12 @@ def test_each_drainable_protocol_is_told_once_also_one_that_opens_later(timed) -
     held = [
         Held(service, protocol=protocols[0]),
         Held(service, protocol=deaf),
-        Held(service, "tls", protocol=somebody_else),
+        Held(service, TLS, protocol=somebody_else),
     ]
     service.stopService()
     assert protocols[0].drains == 1
     held.append(Held(service, protocol=protocols[1]))
-    held[2].phase, held[2].protocol = "open", protocols[2]
+    held[2].phase, held[2].protocol = OPEN, protocols[2]
     clock.pump([1] * 10)
     assert [protocol.drains for protocol in protocols] == [1, 1, 1]
     assert deaf.drains == 0
@@ -110,7 +111,7 @@ def test_a_protocol_that_fails_in_drain_loses_its_connection_alone(timed) -> Non
 
 def test_after_the_drain_timeout_what_is_buffered_is_sent_for_as_long_as_it_moves(timed) -> None:
     service, clock, events = timed(drain_timeout=10)
-    reading, silent, shaking, closing = (Held(service, phase) for phase in ("open", "open", "tls", "closing"))
+    reading, silent, shaking, closing = (Held(service, phase) for phase in (OPEN, OPEN, TLS, CLOSING))
     reading.unsent = silent.unsent = 1000
     done = service.stopService()
     clock.pump([0.5] * 19)
@@ -154,7 +155,7 @@ def test_what_still_moves_half_a_minute_after_the_drain_timeout_is_cut_off(timed
 @pytest.mark.parametrize("after", [0, 5, 12], ids=["at-once", "while-waiting", "while-flushing"])
 def test_hurry_ends_a_drain(timed, after) -> None:
     service, clock, events = timed(drain_timeout=10)
-    held = [Held(service, phase) for phase in ("open", "tls", "closing")]
+    held = [Held(service, phase) for phase in (OPEN, TLS, CLOSING)]
     held[0].unsent = 1
     done = service.stopService()
     clock.pump([1] * after)

@@ -8,6 +8,7 @@ from twisted.logger import formatEvent
 from zope.interface import implementer
 
 from rtservice.interfaces import IMetrics
+from rtservice.process.counters import OPEN_CONNECTIONS, CounterKey
 from rtservice.process.server import Server, State
 from tests.support.served import server
 
@@ -35,8 +36,8 @@ class Counting(Factory):
         return self.counts
 
 
-def of_factory(service: Server) -> dict[str, float]:
-    return {name: count for name, count in service.counters().items() if name.startswith("protocol")}
+def of_factory(service: Server) -> dict[CounterKey, float]:
+    return {key: count for key, count in service.counters().items() if key.name == "protocol"}
 
 
 def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> None:
@@ -45,7 +46,7 @@ def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> 
     service.stopService()
     assert service.state is State.STOPPED
     service.factory.counts = {"a_total": 3}
-    assert of_factory(service) == {"protocol\ta_total\t": 2, "protocol\tb\t": 0.5}
+    assert of_factory(service) == {CounterKey("protocol", "a_total"): 2, CounterKey("protocol", "b"): 0.5}
     not_started, _ = server(factory=Counting(RuntimeError("not yet")))
     assert of_factory(not_started) == {}
 
@@ -60,12 +61,12 @@ def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> 
 )
 def test_a_factory_that_counts_badly_is_logged_once_and_keeps_what_it_had(timed, counts, said) -> None:
     service, _, events = timed(factory=Counting({"a_total": 1}))
-    assert of_factory(service) == {"protocol\ta_total\t": 1}
+    assert of_factory(service) == {CounterKey("protocol", "a_total"): 1}
     before = len(events)
     for each in (counts, counts, {"a_total": 2}, counts):
         service.factory.counts = each
         service.counters()
     told = [str(formatEvent(event)) for event in events[before:]]
     assert [one[: len(said)] for one in told] == [said, said]  # once more after it was well
-    assert of_factory(service).get("protocol\ta_total\t", 2) == 2
-    assert service.counters()["open"] == 0
+    assert of_factory(service).get(CounterKey("protocol", "a_total"), 2) == 2
+    assert service.counters()[OPEN_CONNECTIONS] == 0

@@ -16,18 +16,21 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 
-from rtservice.process.registry import (
-    Limits,
-    Registry,
-)
+from rtservice.process.admission import Limits
+from rtservice.process.foreign import ForeignFactory
+from rtservice.process.registry import Registry
 from rtservice.protocols.echo import EchoFactory
-from tests.support.registry_world import still_open
+from tests.support.registry_world import refused, still_open
+
+
+def wrap(factory: Any, connections: Registry, name: str = "x") -> ForeignFactory:
+    return ForeignFactory(factory, name, connections, Logger())
 
 
 def test_a_wrapped_connection_is_registered_counted_and_recorded() -> None:
     events: list[dict] = []
     connections = Registry(Logger(observer=events.append), Limits(max_connections=10))
-    factory = connections.wrap(EchoFactory(), "stdio:")
+    factory = wrap(EchoFactory(), connections, "stdio:")
     protocol = factory.buildProtocol(IPv4Address("TCP", "192.0.2.1", 1))
     assert protocol is not None
     transport = StringTransportWithDisconnection(peerAddress=IPv4Address("TCP", "192.0.2.1", 1))
@@ -46,7 +49,7 @@ def test_a_wrapped_connection_is_registered_counted_and_recorded() -> None:
 
 def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
     connections = Registry(Logger(observer=lambda event: None), Limits(max_connections=10))
-    protocol = connections.wrap(Factory.forProtocol(Protocol), "x").buildProtocol(None)
+    protocol = wrap(Factory.forProtocol(Protocol), connections).buildProtocol(None)
     protocol.makeConnection(StringTransportWithDisconnection())
     assert not IHalfCloseableProtocol.providedBy(protocol)
 
@@ -56,7 +59,7 @@ def test_a_client_that_a_factory_gives_no_protocol_is_not_left_in_silence(build)
     """Twisted's wrappers would keep it connected."""
     factory = Factory()
     factory.buildProtocol = build
-    protocol = Registry(Logger(), Limits(max_connections=10)).wrap(factory, "x").buildProtocol(None)
+    protocol = wrap(factory, Registry(Logger(), Limits(max_connections=10))).buildProtocol(None)
     transport = StringTransportWithDisconnection()
     transport.protocol = Protocol()
     protocol.makeConnection(transport)
@@ -65,11 +68,11 @@ def test_a_client_that_a_factory_gives_no_protocol_is_not_left_in_silence(build)
 
 @pytest.fixture
 def listen():
-    """Serves a factory through a register on a port of Twisted's own; gives the port's number."""
+    """Serves a factory through a Registry on a port of Twisted's own; gives the port's number."""
     ports = []
 
     def start(connections: Registry) -> int:
-        ports.append(reactor.listenTCP(0, connections.wrap(EchoFactory(), "twisted"), interface="127.0.0.1"))
+        ports.append(reactor.listenTCP(0, wrap(EchoFactory(), connections), interface="127.0.0.1"))
         return ports[-1].getHost().port
 
     yield start
@@ -97,12 +100,12 @@ def test_limits_hold_for_foreign_transports_too(listen, limit):
         connections.when_empty = lambda: reactor.callLater(0, empty.callback, None)
         return empty.addTimeout(20, reactor)
 
-    for refused in (1, 2):
+    for count in (1, 2):
         clients = []
         for _ in range(3):
             clients.append((yield deferToThread(attempt)))
         assert [answer for _, answer in clients] == [b"Hello from the server!"] * 2 + [b""]
-        assert connections.refused[limit.replace("_", "-")] == refused
+        assert refused(connections)[limit.replace("_", "-")] == count
         assert len(connections.open) == 2
         empty = missed()
         for client, _ in clients:
@@ -111,7 +114,7 @@ def test_limits_hold_for_foreign_transports_too(listen, limit):
 
 
 def wrapped(connections: Registry) -> tuple[Any, StringTransportWithDisconnection]:
-    protocol = connections.wrap(EchoFactory(), "x").buildProtocol(None)
+    protocol = wrap(EchoFactory(), connections).buildProtocol(None)
     transport = StringTransportWithDisconnection()
     transport.protocol = protocol
     protocol.makeConnection(transport)

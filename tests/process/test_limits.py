@@ -2,14 +2,9 @@
 
 import ssl
 from ipaddress import ip_network
-from typing import Any
 
 import pytest
-from twisted.internet.address import IPv4Address, IPv6Address
 
-from rtservice.process.registry import (
-    peer_group,
-)
 from tests.support.registry_world import IPV4, header, is_closed, is_served
 
 # --- limits ---
@@ -30,7 +25,7 @@ def test_at_the_limit_every_listener_pauses_and_a_free_place_is_the_next_ones(wo
     one.leave(inside.pop())
     assert is_served(waiting) + is_served(waiting_too) == 1
     assert len(one.connections.open) == 3
-    assert one.connections.refused["max-connections"] == 0
+    assert one.refused["max-connections"] == 0
     assert len([line for line in one.lines if "--max-connections 3 reached" in line]) == 1
 
 
@@ -40,7 +35,7 @@ def test_at_the_limit_a_client_is_closed_at_once_and_counted_with_reject(world) 
     assert all(map(is_served, inside))
     assert is_closed(one.client())
     assert is_closed(one.client(None))
-    assert one.connections.refused == {"max-connections": 2, "max-connections-per-peer": 0, "proxy-from": 0}
+    assert one.refused == {"max-connections": 2}
     one.leave(inside[0])
     assert is_served(one.client())
     assert (one.connections.ended, len(one.reasons)) == (1, 1)  # a refused client has no record, and is no end
@@ -61,29 +56,6 @@ def test_a_connection_takes_a_place_from_its_first_moment_to_its_last(world) -> 
     assert is_served(one.client())
 
 
-@pytest.mark.parametrize(
-    ("host", "other", "prefix", "same"),
-    [
-        ("192.0.2.1", "192.0.2.1", 64, True),
-        ("192.0.2.1", "192.0.2.2", 64, False),
-        ("192.0.2.1", "::ffff:192.0.2.1", 64, True),
-        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", 1, False),
-        ("2001:db8::1", "2001:db8::2", 64, True),
-        ("2001:db8::1", "2001:db8:0:1::1", 64, False),
-        ("2001:db8::1", "2001:db8:0:1::1", 48, True),
-        ("2001:db8::1", "2001:db8::2", 128, False),
-        ("2001:db8::1", "fe80::1", 1, False),
-        ("fe80::1%lo", "fe80::2", 64, True),
-        ("::1", "0.0.0.1", 128, False),
-    ],
-)
-def test_who_counts_as_one_peer(host, other, prefix, same) -> None:
-    def group(name: str) -> Any:
-        return peer_group((IPv6Address if ":" in name else IPv4Address)("TCP", name, 1), prefix)
-
-    assert (group(host) == group(other)) is same
-
-
 @pytest.mark.parametrize("at_limit", ["pause", "reject"])
 def test_a_peer_has_so_many_and_others_are_not_touched(world, at_limit) -> None:
     one = world(max_connections_per_peer=2, at_limit=at_limit)
@@ -92,7 +64,7 @@ def test_a_peer_has_so_many_and_others_are_not_touched(world, at_limit) -> None:
     assert is_closed(one.client())
     assert is_closed(one.client(f"::ffff:{IPV4}"))
     assert is_served(one.client("192.0.2.2"))
-    assert one.connections.refused["max-connections-per-peer"] == 2
+    assert one.refused["max-connections-per-peer"] == 2
     one.leave(mine[0])
     assert is_served(one.client())
     assert is_closed(one.client())
@@ -122,7 +94,7 @@ def test_a_peer_that_has_gone_is_not_remembered(world) -> None:
     for host in (IPV4, "2001:db8::1", None):
         one.leave(one.client(host))
     assert not one.connections.open
-    assert one.connections._peers == {}
+    assert one.connections._admission._peers == {}
     assert one.connections.ended == 6
 
 
@@ -175,7 +147,7 @@ def test_whose_headers_are_believed(world, host, networks, believed) -> None:
     one = world(proxy_from=tuple(map(ip_network, networks.split())))
     client = one.client(host, one.add_port(proxied=True), header("192.0.2.9"))
     assert (is_served if believed else is_closed)(client)
-    assert one.connections.refused["proxy-from"] == (not believed)
+    assert one.refused["proxy-from"] == (not believed)
     assert one.reasons == []
     if not believed:
         assert (
@@ -254,7 +226,7 @@ def test_refusals_are_all_counted_and_logged_once_in_ten_seconds(world) -> None:
         "refused 192.0.2.4:1 on test: --max-connections are open (1000 more since the last such line)",
         "refused 192.0.2.5:1 on test: --max-connections are open (0 more since the last such line)",
     ]
-    assert one.connections.refused["max-connections"] == 1003
+    assert one.refused["max-connections"] == 1003
 
 
 def test_each_reason_has_its_own_line(world) -> None:
@@ -267,5 +239,5 @@ def test_each_reason_has_its_own_line(world) -> None:
     assert [line.partition(": ")[2] for line in one.lines] == [
         "--max-connections-per-peer are open from its address",
         "--max-connections are open",
-        "its address is not in --proxy-from, so no PROXY header of its is believed",
+        "its address is not in --proxy-from, so its PROXY header is not trusted",
     ]

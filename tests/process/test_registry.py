@@ -1,26 +1,20 @@
-"""The register: names of peers, reasons of ends, counters and the list of connections."""
+"""The registry: names of peers, counters and the list of connections."""
 
-import errno
 from ipaddress import ip_network
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
-from rtservice.net.address import escaped
-from rtservice.process.registry import (
-    COLUMNS,
-    Limits,
-    Registry,
-    end_reason,
-    first_rows,
-    peer_name,
-)
+from rtservice.net.address import escaped, peer_name
+from rtservice.net.phases import OPEN
+from rtservice.process.admission import Limits
+from rtservice.process.counters import OPEN_CONNECTIONS, CounterKey
+from rtservice.process.registry import COLUMNS, Registry, first_rows
 from tests.support.registry_world import header
 
 
@@ -51,25 +45,6 @@ def test_nothing_that_a_terminal_acts_on_gets_through() -> None:
     assert escaped(everything).isprintable()
 
 
-@pytest.mark.parametrize(
-    ("error", "peer_finished", "code", "reason"),
-    [
-        (ConnectionDone(), True, None, "peer finished"),
-        (ConnectionDone(), False, None, "closed"),
-        (ConnectionAborted(), False, None, "aborted"),
-        (ConnectionLost(), False, errno.ECONNRESET, "reset by peer"),
-        (ConnectionLost(), True, errno.EPIPE, "reset by peer"),
-        (ConnectionLost(), False, errno.ETIMEDOUT, "timed out"),
-        (ConnectionLost(), False, errno.EHOSTUNREACH, "lost"),
-        (ConnectionLost(), False, None, "lost"),
-        (ZeroDivisionError(), False, None, "failed"),
-    ],
-)
-def test_an_end_has_one_of_a_few_reasons(error, peer_finished, code, reason) -> None:
-    problem = None if code is None else OSError(code, "of the test")
-    assert end_reason(Failure(error), peer_finished=peer_finished, problem=problem) == reason
-
-
 # --- what is counted and who is shown ---
 
 
@@ -77,14 +52,14 @@ def test_what_an_open_connection_moved_is_counted_and_stays_so(world) -> None:
     one = world()
     client = one.client(first=b"hello")
     open_now = one.connections.counters()
-    assert (open_now["opened\t\ttest"], open_now["phase\topen\ttest"]) == (1, 1)
-    assert (open_now["in\t\ttest"], open_now["out\t\ttest"]) == (5, 27)
+    assert (open_now[CounterKey("opened", "", "test")], open_now[CounterKey("phase", "open", "test")]) == (1, 1)
+    assert (open_now[CounterKey("in", "", "test")], open_now[CounterKey("out", "", "test")]) == (5, 27)
     client.recv(100)
     one.leave(client)
     gone = one.connections.counters()
-    assert "phase\topen\ttest" not in gone
-    assert gone["closed\tpeer finished\ttest"] == 1
-    assert (gone["in\t\ttest"], gone["out\t\ttest"]) == (5, 27)
+    assert CounterKey("phase", "open", "test") not in gone
+    assert gone[CounterKey("closed", "peer finished", "test")] == 1
+    assert (gone[CounterKey("in", "", "test")], gone[CounterKey("out", "", "test")]) == (5, 27)
 
 
 def test_whoever_was_opened_is_there_or_closed_also_when_refused_once_known(world) -> None:
@@ -94,11 +69,12 @@ def test_whoever_was_opened_is_there_or_closed_also_when_refused_once_known(worl
     one.client(port=proxied, first=header("198.51.100.1"))
     one.client(port=proxied, first=b"no header")
     found = one.connections.counters()
-    now = sum(count for name, count in found.items() if name.startswith("phase\t"))
-    closed = sum(count for name, count in found.items() if name.startswith("closed\t"))
-    assert (found["opened\t\ttest"], now, closed) == (3, 1, 2)
-    assert found["closed\trefused\ttest"] == found["refused\tmax-connections-per-peer\ttest"] == 1
-    assert found["handshake_failed\tinvalid PROXY header\ttest"] == 1
+    now = sum(count for key, count in found.items() if key.name == "phase")
+    closed = sum(count for key, count in found.items() if key.name == "closed")
+    assert (found[CounterKey("opened", "", "test")], now, closed) == (3, 1, 2)
+    assert found[CounterKey("closed", "refused", "test")] == 1
+    assert found[CounterKey("refused", "max-connections-per-peer", "test")] == 1
+    assert found[CounterKey("handshake_failed", "invalid PROXY header", "test")] == 1
 
 
 def test_connections_are_shown_in_the_order_that_is_asked_for(world) -> None:
@@ -135,7 +111,8 @@ def test_without_an_idle_timeout_nobody_knows_who_is_idle(world) -> None:
 class Stranger:
     """An open connection whose peer has a very long name."""
 
-    opened, phase, bytes_in, bytes_out = 0.0, "open", 0, 0
+    port = SimpleNamespace(name="test")
+    opened, phase, bytes_in, bytes_out = 0.0, OPEN, 0, 0
 
     def getPeer(self) -> UNIXAddress:
         return UNIXAddress("/" + "\U0001f600" * 100)
@@ -143,7 +120,7 @@ class Stranger:
 
 def test_a_row_is_short_whatever_a_client_calls_itself(world) -> None:
     one = world()
-    one.connections._add(Stranger(), "test")
+    one.connections.add(Stranger())
     [row] = now(one.connections.rows("age", 10))
     assert row[0].isascii()
     assert len(row[0]) == 64
@@ -152,7 +129,8 @@ def test_a_row_is_short_whatever_a_client_calls_itself(world) -> None:
 class Many:
     """An open connection of many."""
 
-    phase = "open"
+    port = SimpleNamespace(name="test")
+    phase = OPEN
     seen = -1
 
     def __init__(self, number: int) -> None:
@@ -165,13 +143,13 @@ class Many:
 
 @pytest.fixture
 def many(monkeypatch) -> tuple[Registry, Clock, list[Many]]:
-    """A register with 95 connections, of which 10 are looked at in one turn of its clock."""
+    """A Registry with 95 connections, of which 10 are looked at in one turn of its clock."""
     monkeypatch.setattr("rtservice.process.registry.SLICE", 10)
     connections, clock = Registry(Logger(observer=lambda event: None), Limits(max_connections=1000)), Clock()
     connections.start(clock)
     opened = [Many(number) for number in range(1, 96)]
-    for one in opened:
-        connections._add(one, "test")
+    for connection in opened:
+        connections.add(connection)
     return connections, clock, opened
 
 
@@ -202,18 +180,18 @@ def test_many_connections_are_counted_over_several_turns_and_no_total_falls(many
     connections.refresh().addCallback(done.append)
     clock.advance(0.01)
     last = opened[94]
-    tally = connections.open.pop(last)  # which is closed before its turn
-    tally.ended("closed", "open", 1.0, last.bytes_in, last.bytes_out)
+    stats = connections.open.pop(last)  # which is closed before its turn
+    stats.add_closed("closed", OPEN, 1.0, last.bytes_in, last.bytes_out)
     assert turns(clock, done) >= 9
     found = connections.counters()
-    assert found["open"] == 94
-    assert found["phase\topen\ttest"] == 95
-    assert found["in\t\ttest"] == sum(range(1, 96))
+    assert found[OPEN_CONNECTIONS] == 94
+    assert found[CounterKey("phase", "open", "test")] == 95
+    assert found[CounterKey("in", "", "test")] == sum(range(1, 96))
     del done[:]
     clock.pump([0.01] * 20)  # counters() has begun another count
     again = connections.counters()
-    assert again["phase\topen\ttest"] == 94
-    assert again["in\t\ttest"] == sum(range(1, 96))
+    assert again[CounterKey("phase", "open", "test")] == 94
+    assert again[CounterKey("in", "", "test")] == sum(range(1, 96))
     assert connections.phases() == {"proxy": 0, "tls": 0, "open": 94, "closing": 0}
 
 
@@ -232,4 +210,4 @@ def test_few_connections_are_counted_at_once(world) -> None:
     one = world()
     one.client(first=b"hello")
     assert now(one.connections.refresh()) is None
-    assert one.connections.counters()["in\t\ttest"] == 5
+    assert one.connections.counters()[CounterKey("in", "", "test")] == 5

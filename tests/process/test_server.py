@@ -8,12 +8,13 @@ import pytest_twisted
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.internet.threads import deferToThread
-from twisted.logger import formatEvent
+from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.interfaces import IDrainable
 from rtservice.net.listeners import open_description
+from rtservice.process.foreign import ForeignFactory
 from rtservice.process.server import State
 from tests.support.served import server
 
@@ -25,7 +26,7 @@ def test_a_factory_is_stopped_when_the_last_protocol_on_a_transport_of_others_ha
     factory.protocol = type("Telling", (Protocol,), {"connectionLost": lambda one, reason: told.append("lost")})
     factory.stopFactory = lambda: told.append("stopped")
     service, _, _ = timed(factory=factory, drain_timeout=30)
-    protocol = service.connections.wrap(factory, "x:1").buildProtocol(None)
+    protocol = ForeignFactory(factory, "x:1", service.connections, Logger()).buildProtocol(None)
     transport = StringTransportWithDisconnection()
     transport.protocol = protocol
     protocol.makeConnection(transport)

@@ -13,7 +13,7 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import formatEvent
 
 from rtservice.net.listeners import open_description
-from rtservice.process.registry import Limits
+from rtservice.process.admission import Limits
 from rtservice.process.server import RuntimeSettings, Server, State
 from rtservice.process.slices import in_slices
 from tests.support.served import Held, last, server

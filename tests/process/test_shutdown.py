@@ -77,12 +77,12 @@ def test_a_protocol_that_wants_to_know_of_the_drain_is_told_once(world) -> None:
     late = one.client(port=one.add_port(proxied=True))
     one.connections.when_empty = lambda: None
     for _ in range(3):
-        one.connections.tell_drain()
+        one.connections.notify_drain()
         one.clock.turn()
     assert first.recv(100) == b"bye"
     late.sendall(header("192.0.2.9"))
     one.clock.turn()
-    one.connections.tell_drain()
+    one.connections.notify_drain()
     one.clock.turn()
     assert late.recv(100) == b"bye"
     assert len(one.connections.open) == 2
@@ -94,7 +94,7 @@ def test_a_protocol_below_a_layer_that_wraps_it_is_told(world) -> None:
     (connection,) = one.connections.open
     layer = ProtocolWrapper(WrappingFactory(one.factory), connection.protocol)
     connection.protocol = layer  # as startTLS does it with pyOpenSSL's contexts
-    one.connections.tell_drain()
+    one.connections.notify_drain()
     one.clock.turn()
     assert client.recv(100) == b"bye"
 
@@ -104,7 +104,7 @@ def test_a_protocol_that_fails_in_drain_loses_its_own_connection(world) -> None:
     one.client()
     one.factory.protocol = Polite
     bystander = one.client()
-    one.connections.tell_drain()
+    one.connections.notify_drain()
     one.clock.turn()
     assert bystander.recv(100) == b"bye"
     assert len(one.connections.open) == 1
@@ -115,7 +115,7 @@ def test_a_protocol_that_fails_in_drain_loses_its_own_connection(world) -> None:
 def test_a_protocol_that_knows_nothing_of_a_drain_is_left_alone(world) -> None:
     one = world()
     client = one.client()
-    one.connections.tell_drain()
+    one.connections.notify_drain()
     one.clock.turn()
     assert is_served(client)
     assert len(one.connections.open) == 1

@@ -160,7 +160,7 @@ VIOLATIONS = {
     "level": "a log record of an unknown level 'loud'",
     "answer": "an answer without a question",
     "legacy": "a log record with a field 'format'",
-    "negative": r"a heartbeat with an impossible count of 'lag_us\\t\\t'",
+    "negative": r"a heartbeat with an impossible count of 'lag_us'",
     "drain": "an unknown message 'drain'",
 }
 

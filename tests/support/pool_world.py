@@ -8,6 +8,7 @@ from twisted.logger import Logger, formatEvent
 from rtservice.net.tls import Steps
 from rtservice.pool.control import BEAT
 from rtservice.pool.pool import Phase, WorkerPool, WorkerSpec
+from rtservice.pool.worker_counters import encode_counters
 from tests.support.fake_listener import Slots
 from tests.support.fake_processes import Process, SpawningReactor
 from tests.support.notifier import Notifier
@@ -78,7 +79,7 @@ class World:
         for _ in range(int(seconds / BEAT)):
             for process in self.alive():
                 if process not in silent and process.protocol.phase is not Phase.STARTING:
-                    process.says("beat", {"open": 0, **process.protocol.counters})
+                    process.says("beat", {"open": 0, **encode_counters(process.protocol.counters)})
             self.reactor.advance(BEAT)
 
     def texts(self) -> list[str]:

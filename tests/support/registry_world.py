@@ -3,6 +3,7 @@
 import select
 import socket
 import ssl
+from collections import Counter
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,10 +13,8 @@ from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 
 from rtservice.net.port import Port
-from rtservice.process.registry import (
-    Limits,
-    Registry,
-)
+from rtservice.process.admission import Limits
+from rtservice.process.registry import Registry
 from rtservice.protocols.echo import EchoFactory
 from tests.support.fake_reactor import FakeReactor
 
@@ -68,7 +67,7 @@ IPV4 = "192.0.2.1"
 
 
 class World:
-    """A register, its ports and its clients, on a clock that stands still until `advance`."""
+    """A Registry, its ports and its clients, on a clock that stands still until `advance`."""
 
     def __init__(self, factory: Factory | None = None, **limits: Any) -> None:
         self.events: list[dict[str, Any]] = []
@@ -129,10 +128,24 @@ class World:
         """Why connections ended, from their records."""
         return [event["reason"] for event in self.events if "reason" in event]
 
+    @property
+    def refused(self) -> dict[str, int]:
+        """How many clients were refused, by reason."""
+        return refused(self.connections)
+
     def close(self) -> None:
         self.connections.stop()
         for sock in (*self.clients, *(port.socket for port in self.connections.ports)):
             sock.close()
+
+
+def refused(registry: Registry) -> dict[str, int]:
+    """How many clients were refused on all listeners together, by reason."""
+    found: Counter[str] = Counter()
+    for key, count in registry.counters().items():
+        if key.name == "refused":
+            found[key.label] += count
+    return found
 
 
 def is_served(client: socket.socket) -> bool:

@@ -9,7 +9,8 @@ from twisted.internet.protocol import Factory
 from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 
-from rtservice.process.registry import Limits
+from rtservice.net.phases import OPEN, Phase
+from rtservice.process.admission import Limits
 from rtservice.process.server import RuntimeSettings, Server
 from rtservice.protocols.echo import EchoFactory
 
@@ -52,7 +53,7 @@ class Held:
     error = None
     port = SimpleNamespace(name="test")
 
-    def __init__(self, service: Server, phase: str = "open", protocol: Any = None) -> None:
+    def __init__(self, service: Server, phase: Phase = OPEN, protocol: Any = None) -> None:
         self.service = service
         self.phase = phase
         self.protocol = protocol
