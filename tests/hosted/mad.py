@@ -85,7 +85,7 @@ ATTACKS = {
     "level": lambda: record(level="loud"),
     "answer": lambda: say("rows", {"id": 1, "rows": [["a", "b", "open", 1, None, 1, 1]] * 500}),
     "legacy": lambda: record(fields={"format": "%(a)2000000000d", "a": 1}),
-    "negative": lambda: say("beat", {"lag_us\t\t": -5}),
+    "negative": lambda: say("beat", {"lag_us": -5}),
     "drain": lambda: say("drain", []),
     # no violations
     "records": flood_of_records,
