@@ -26,7 +26,8 @@ from twisted.internet.protocol import Factory
 from rtservice import references
 from rtservice.config.schema import SHIPPED
 from rtservice.config.sources import LoadedSettings
-from rtservice.config.values import ESCAPED, FLAG, TEXT, BadValueError, Kind, SettingError, as_text, printable
+from rtservice.config.values import ESCAPED, FLAG, TEXT, BadValueError, Kind, SettingError, as_text
+from rtservice.escaping import escaped
 from rtservice.hidden import hide_values
 from rtservice.interfaces import IOneProcess, Secret
 from rtservice.references import OptionValue, UnresolvedError
@@ -79,7 +80,7 @@ def make_factory(loaded: LoadedSettings, *, options: Iterable[OptionValue], dire
 
 
 def _where(loaded: LoadedSettings) -> str:
-    return f"{loaded.where('protocol')} {printable(loaded.settings.protocol)}"
+    return f"{loaded.where('protocol')} {escaped(loaded.settings.protocol)}"
 
 
 def listing() -> str:
@@ -115,7 +116,7 @@ def _find(name: str) -> Any:
         known = f"not one of {', '.join(_installed())}, nor package.module:name"
         raise SettingError(f"{known}{did_you_mean(_named_or_path(path) or nearest(path, _installed()))}")
     if not all(part.isidentifier() for part in (*module.split("."), *attributes.split("."))):
-        raise SettingError(f"{printable(path)} is not package.module:name{did_you_mean(_without_file(path))}")
+        raise SettingError(f"{escaped(path)} is not package.module:name{did_you_mean(_without_file(path))}")
     found: Any = _imported(module, attributes)
     where = module
     for part in attributes.split("."):
@@ -199,11 +200,11 @@ def told(error: BaseException) -> str:
     """An exception in one line, with where it was raised."""
     text = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, SyntaxError):
-        return printable(f"{text} ({error.filename}, line {error.lineno})")
+        return escaped(f"{text} ({error.filename}, line {error.lineno})")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     # In a file of theirs, if there is one on the way.
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
-    return printable(" ".join(f"{text}{where}".split()))
+    return escaped(" ".join(f"{text}{where}".split()))
 
 
 # --- options ---
@@ -384,7 +385,7 @@ def _make(maker: Any, given: Iterable[OptionValue], directory: str, *, open_valu
     try:
         factory = maker(**arguments)
     except BaseException as error:
-        said = printable(str(error)) if isinstance(error, ValueError) and str(error) else told(error)
+        said = escaped(str(error)) if isinstance(error, ValueError) and str(error) else told(error)
         # ValueError is how Python says that an argument is not acceptable.
         why = said if isinstance(error, ValueError) else f"it cannot be made: {said}"
         secrets = [one.text for one in given if one.referred or not open_values]

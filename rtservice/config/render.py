@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rtservice.config.schema import SHIPPED, TOPICS, Setting, Settings, all_settings
 from rtservice.config.sources import LoadedSettings, variable
-from rtservice.config.values import PROTOCOL_OPTION, SettingError, as_text, printable
+from rtservice.config.values import PROTOCOL_OPTION, SettingError, as_text
+from rtservice.escaping import escaped
 from rtservice.hidden import HIDDEN
 
 
@@ -15,10 +16,10 @@ def shown(setting: Setting, in_force: Settings) -> str:
     """
     value = getattr(in_force, setting.field)
     if setting.kind is PROTOCOL_OPTION and in_force.protocol not in SHIPPED:
-        return printable(", ".join(dict.fromkeys(option.partition("=")[0] for option in value)))
+        return escaped(", ".join(dict.fromkeys(option.partition("=")[0] for option in value)))
     if setting.kind.show is not None and setting.kind is not PROTOCOL_OPTION:
         value = tuple(map(setting.kind.show, value))
-    return printable(as_text(value))
+    return escaped(as_text(value))
 
 
 def as_toml(loaded: LoadedSettings) -> str:

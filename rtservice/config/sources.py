@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rtservice.config.schema import Setting, Settings, all_settings
-from rtservice.config.values import OPTION_NAME, Kind, SettingError, as_text, printable
+from rtservice.config.values import OPTION_NAME, Kind, SettingError, as_text
+from rtservice.escaping import escaped
 from rtservice.suggestions import did_you_mean, nearest
 from rtservice.utf8 import NotUTF8Error, decode_utf8
 
@@ -88,7 +89,7 @@ def load_settings(
         ("command line", _parsed(options, _option)),
     ]
     if config is not None:
-        file = printable(config)
+        file = escaped(config)
         layers.insert(0, (file, _parsed(_without_table(_read(config), file), str, prefix=f"{file}: ")))
     values: dict[str, Any] = {}
     sources = {setting.name: "default" for setting in all_settings()}
@@ -156,10 +157,10 @@ def _without_table(given: dict[str, Any], file: str) -> dict[str, Any]:
             raise SettingError(f"{file}: protocol: {key!r} is not an option's name")
         for one in value if isinstance(value, list) else [value]:
             if type(one) not in (str, bool, int, float):
-                raise SettingError(f"{file}: protocol: {printable(key)}: {_type(one)} is not a string or a number")
+                raise SettingError(f"{file}: protocol: {escaped(key)}: {_type(one)} is not a string or a number")
             options += [f"{key}={as_text(one)}"] if key != "name" else []
         if value == []:  # which the command line could not say either
-            raise SettingError(f"{file}: protocol: {printable(key)}: an array without anything in it")
+            raise SettingError(f"{file}: protocol: {escaped(key)}: an array without anything in it")
     return {**settings, "protocol-option": options} if options else settings
 
 
@@ -179,7 +180,7 @@ def _read(config: str) -> dict[str, Any]:
     # tomllib's own error is a ValueError; int() has another for thousands of digits, and arrays may nest too deeply.
     except (ValueError, RecursionError) as error:
         problem = f"is not TOML: {error}"
-    raise SettingError(f"{printable(config)}: {problem}")
+    raise SettingError(f"{escaped(config)}: {problem}")
 
 
 def _parsed(given: Mapping[str, Any], key_of: Callable[[str], str], *, prefix: str = "") -> dict[str, Any]:
@@ -187,7 +188,7 @@ def _parsed(given: Mapping[str, Any], key_of: Callable[[str], str], *, prefix: s
     settings = {key_of(setting.name): setting for setting in all_settings()}
     values = {}
     for key, value in given.items():
-        where = prefix + printable(key)
+        where = prefix + escaped(key)
         if key not in settings:
             # Without what all keys of a layer share, which would make them all alike.
             meant = nearest(key.removeprefix(_PREFIX), [setting.name for setting in all_settings()])

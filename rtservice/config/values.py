@@ -280,8 +280,3 @@ def _escape(character: str) -> str:
 
 
 _SHORT = {code[0]: f"\\{letter.decode()}" for letter, code in _ESCAPED.items()}
-
-
-def printable(text: str) -> str:
-    """The text, quoted if it would not be one line or cannot be shown."""
-    return text if text.isprintable() else repr(text)

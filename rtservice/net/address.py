@@ -7,12 +7,9 @@ from typing import Any
 
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 
+from rtservice.escaping import escaped
+
 Address = IPv4Address | IPv6Address | UNIXAddress
-
-
-def escaped(text: str) -> str:
-    r"""Escape non-printable characters as `\xHH`, `\uHHHH` or `\n`, in a text that may contain bytes of a peer."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def peer_name(address: Any) -> str:

@@ -25,6 +25,7 @@ from twisted.logger import (
 from twisted.python.reflect import safe_str
 from zope.interface import implementer
 
+from rtservice.escaping import escaped
 from rtservice.observe.lines import LineWriter, Stream
 
 LevelName = Literal["debug", "info", "warn", "error", "critical"]
@@ -210,19 +211,14 @@ def _json_line(event: LogEvent) -> str:
 _COLOURS = {"debug": "2", "warn": "33", "error": "31", "critical": "1;31"}  # ECMA-48, section 8.3.117 (SGR)
 
 
-def _escaped(text: str) -> str:
-    """Escape characters that a terminal could interpret."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def _text_line(event: LogEvent, coloured: bool = False) -> str:
     """Return time, level, namespace and message. Further lines of the message and a traceback are indented."""
     message, traceback = message_and_traceback(event)
-    first, *more = [_escaped(line) for line in f"{message}\n{traceback}".rstrip("\n").split("\n")]
+    first, *more = [escaped(line) for line in f"{message}\n{traceback}".rstrip("\n").split("\n")]
     level = event.get("log_level")
     name = "info" if level is None else level.name
     when = utc_time(event.get("log_time") or time.time())
-    source = _escaped(str(event.get("log_namespace", "-")))
+    source = escaped(str(event.get("log_namespace", "-")))
     if "slot" in event:
         source += f" worker {event['slot']}"
     if not coloured:

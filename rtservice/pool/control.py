@@ -22,7 +22,6 @@ A worker runs hosted code, so its messages are not trusted: `worker_messages.py`
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -142,26 +141,3 @@ class SupervisorMessages:
             if word not in TO_WORKER:
                 raise ProtocolViolation(f"an unknown message {shown(word)}")
             yield word, decode_value(word, text)
-
-
-# Characters that a terminal or log reader may interpret: C0, C1 and DEL (ECMA-48), except line feed and tab.
-_CONTROLS = {
-    code: chr(code).encode("unicode_escape").decode()
-    for code in (*range(0x20), *range(0x7F, 0xA0))
-    if chr(code) not in "\n\t"
-}
-_LAYOUT = re.compile("[\n\t]")
-
-
-def escape_controls(text: str) -> str:
-    r"""Escape characters that a terminal or log reader may interpret, except `\n` and tabs.
-
-    Takes linear time, about 0.1 µs for each escaped character. In a text with a non-printable character outside of
-    ASCII, such as U+202E, all non-ASCII characters are escaped.
-    """
-    if text.isprintable():
-        return text
-    text = text.translate(_CONTROLS)
-    if _LAYOUT.sub("", text).isprintable():
-        return text
-    return text.encode("ascii", "backslashreplace").decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rtservice.pool.control import escape_controls
+from rtservice.escaping import escaped
 
 # Limit of a line in bytes. The rest of a longer line becomes the next line.
 LONGEST_PRINTED = 8192
@@ -47,5 +47,5 @@ class PrintedLines:
             return None
         del buffer[:rest]
         self._searched = 0
-        line = escape_controls(text.decode("utf-8", "backslashreplace"))
+        line = escaped(text.decode("utf-8", "backslashreplace"), keep="\t")
         return Line(line, 1 + len(text) // 1024 + max(0, len(line) - len(text)) // 64)

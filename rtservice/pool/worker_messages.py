@@ -22,13 +22,13 @@ from typing import Any, ClassVar, NamedTuple
 from twisted.logger import LogEvent, LogLevel
 from twisted.python.reflect import safe_str
 
+from rtservice.escaping import escaped
 from rtservice.pool.control import (
     LONGEST_FROM_WORKER,
     Framing,
     ProtocolViolation,
     decode_value,
     encode,
-    escape_controls,
     shown,
     split_word,
 )
@@ -218,7 +218,7 @@ class WorkerMessages:
 
     def _failed(self, value: Any) -> Failed:
         self._start("failed", _is_text(value, LONGEST_PROBLEM))
-        return Failed(escape_controls(value))
+        return Failed(escaped(value, keep="\n\t"))
 
     def _start(self, word: str, valid: bool) -> None:
         if self._started:
@@ -300,15 +300,13 @@ class WorkerMessages:
         if len(text) > LONGEST_TEXT or len(traceback) > LONGEST_TRACEBACK:
             raise ProtocolViolation("a log record whose text is too long")
         self._check_fields(fields)
-        if not namespace.isprintable():
-            namespace = escape_controls(namespace).replace("\n", "\\n")
         size = len(text) + len(traceback)
         cost = 1 + size // 1024
         if traceback or not text.isprintable():
-            text, traceback = escape_controls(text), escape_controls(traceback)
+            text, traceback = escaped(text, keep="\n\t"), escaped(traceback, keep="\n\t")
             cost += (len(text) + len(traceback) - size) // 64
             cost += (text.count("\n") + traceback.count("\n")) // 32  # each is one more line of a text log
-        return Record(level, namespace, when, text, traceback, fields), cost
+        return Record(level, escaped(namespace), when, text, traceback, fields), cost
 
     def _check_fields(self, fields: Any) -> None:
         """Raise ProtocolViolation for anything but a bounded number of plain values under harmless names."""

@@ -10,7 +10,7 @@ from typing import Any
 from twisted.logger import Logger
 
 from rtservice.counted import counted
-from rtservice.net.address import escaped
+from rtservice.escaping import escaped
 from rtservice.net.crl import RevocationLists
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener

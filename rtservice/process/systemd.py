@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 
 from twisted.logger import Logger
 
-from rtservice.net.address import escaped
+from rtservice.escaping import escaped
 
 _log = Logger()
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rtservice.config.sources import LoadedSettings
-from rtservice.config.values import SettingError, printable
+from rtservice.config.values import SettingError
+from rtservice.escaping import escaped
 from rtservice.hidden import hide_in_description, hide_values, values_in_description
 from rtservice.net import listeners
 from rtservice.net.description import TYPES, Description, ListenError, parse, unknown_type
@@ -85,7 +86,7 @@ def read_listeners(
 
 def described(loaded: LoadedSettings, name: str, description: str) -> str:
     """Return a setting and its listen description for error messages, without values that may be secret."""
-    return f"{loaded.where(name)} {printable(hide_in_description(description))}"
+    return f"{loaded.where(name)} {escaped(hide_in_description(description))}"
 
 
 def _other_endpoints(loaded: LoadedSettings, slots: int) -> Iterator[tuple[str, Any]]:
@@ -126,7 +127,7 @@ def check_configuration(loaded: LoadedSettings, resolve_path: Callable[[str], st
 
 def _port_and_interface(loaded: LoadedSettings) -> str:
     given = loaded.settings
-    interface = f" {loaded.where('interface')} {printable(given.interface)}" if given.interface else ""
+    interface = f" {loaded.where('interface')} {escaped(given.interface)}" if given.interface else ""
     return f"{loaded.where('port')} {given.port}{interface}"
 
 

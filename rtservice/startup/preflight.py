@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rtservice.config.values import SettingError, printable
+from rtservice.config.values import SettingError
+from rtservice.escaping import escaped
 from rtservice.observe.logs import Log
 from rtservice.startup.credentials import Credentials, CredentialsError, resolve
 from rtservice.startup.dry_run import problem_of
@@ -75,20 +76,20 @@ def check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
     """Check directories and pidfile, with which twistd would fail later, with a traceback. Raises SettingError."""
     rundir = twistd.get("rundir")
     if twistd.get("chroot") is not None:
-        _check_directory(f"--chroot {printable(twistd['chroot'])}", twistd["chroot"])
+        _check_directory(f"--chroot {escaped(twistd['chroot'])}", twistd["chroot"])
     elif rundir == ".":  # the default, to which twistd changes too
         _check_directory("the working directory", rundir, "; change to another, or name one with --rundir")
     elif rundir is not None:
-        _check_directory(f"--rundir {printable(rundir)}", rundir)
+        _check_directory(f"--rundir {escaped(rundir)}", rundir)
     given = twistd.get("pidfile")
     if given:
         check_pidfile(given, resolve_path)
         path = resolve_path(given)
         directory = os.path.dirname(path)
         if not os.path.isdir(directory):
-            raise SettingError(f"--pidfile {printable(given)}: no such directory: {printable(directory)}")
+            raise SettingError(f"--pidfile {escaped(given)}: no such directory: {escaped(directory)}")
         if not os.access(path if os.path.exists(path) else directory, os.W_OK):
-            raise SettingError(f"--pidfile {printable(given)}: permission denied")
+            raise SettingError(f"--pidfile {escaped(given)}: permission denied")
 
 
 def _check_directory(name: str, path: str, hint: str = "") -> None:
@@ -109,7 +110,7 @@ def check_pidfile(given: str | None, resolve_path: Callable[[str], str]) -> None
     """Reject a pidfile on which twistd would block forever or fail. Raises SettingError."""
     if not given:
         return
-    name = f"--pidfile {printable(given)}"
+    name = f"--pidfile {escaped(given)}"
     path = resolve_path(given)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device may block forever
@@ -135,13 +136,13 @@ def check_changes(twistd: Any, credentials: Credentials, slots: int) -> None:
 
     def change() -> str | None:
         if root is not None:
-            name, what = f"--chroot {printable(root)}", "this needs root or the capability sys_chroot"
+            name, what = f"--chroot {escaped(root)}", "this needs root or the capability sys_chroot"
             try:
                 os.chroot(root)
-                name, what = f"--rundir {printable(rundir)}", "in the new root"
+                name, what = f"--rundir {escaped(rundir)}", "in the new root"
                 os.chdir("/" if rundir == "." else rundir)  # as twistd does
                 if not twistd.get("nodaemon") or slots > 1:
-                    name, what = f"--chroot {printable(root)}", "/dev/null, which daemons and workers need, is missing"
+                    name, what = f"--chroot {escaped(root)}", "/dev/null, which daemons and workers need, is missing"
                     os.close(os.open(os.devnull, os.O_RDWR))
             except FileNotFoundError:
                 return f"{name}: no such {'file or ' if 'dev' in what else ''}directory; {what}"

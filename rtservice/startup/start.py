@@ -17,7 +17,7 @@ from typing import Any
 from twisted.python.failure import Failure
 
 from rtservice import hosting
-from rtservice.config.values import printable
+from rtservice.escaping import escaped
 from rtservice.observe.logs import Log
 from rtservice.pool.pool import WorkerPool
 from rtservice.process import signals
@@ -113,7 +113,7 @@ class StartReporter:
             self._answer(b"0")
         else:
             with contextlib.suppress(OSError):  # nobody reads it any more
-                os.write(self._terminal or 2, f"rtservice: {printable(problem)}\n".encode())
+                os.write(self._terminal or 2, f"rtservice: {escaped(problem)}\n".encode())
             # The command returns when all is cleaned up: who tries again at once finds no pidfile and no port in use.
             atexit.register(self._answer, b"1 rtservice did not start")
         if self._terminal is not None:
@@ -161,7 +161,7 @@ def unexpected(error: BaseException) -> str:
         return "interrupted"
     if not isinstance(error, OSError) or error.errno is None:
         return f"cannot start: {hosting.told(error)}"
-    where = "" if error.filename is None else f"{printable(str(error.filename))}: "
+    where = "" if error.filename is None else f"{escaped(str(error.filename))}: "
     more = ""
     if error.errno == errno.EMFILE:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

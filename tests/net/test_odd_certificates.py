@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rtservice.net.address import escaped
+from rtservice.escaping import escaped
 from rtservice.net.der import time as der_time
 from rtservice.net.listener import Listener
 from rtservice.net.tls import DirectoryTLS, ServerTLS, TLSError, finish

@@ -11,7 +11,6 @@ from rtservice.pool.control import (
     SupervisorMessages,
     decode_value,
     encode,
-    escape_controls,
     shown,
 )
 
@@ -113,30 +112,6 @@ def test_very_many_short_messages_cost_time_in_proportion() -> None:
     began = time.process_time()
     assert sum(1 for _ in receiver.feed(b"hurry null\n" * 100_000)) == 100_000
     assert time.process_time() - began < 5
-
-
-@pytest.mark.parametrize(
-    ("text", "escaped"),
-    [
-        ("plain ü 日本 \u20ac", "plain ü 日本 \u20ac"),
-        ("two\n\tlines", "two\n\tlines"),
-        ("\x1b[31mred\x07\r\x00\x7f", r"\x1b[31mred\x07\r\x00\x7f"),
-        ("é\x9b2J", r"é\x9b2J"),
-        ("é\u202eright to left", r"\xe9\u202eright to left"),
-        ("\ud800", r"\ud800"),
-        ("\u2028", r"\u2028"),
-        ("", ""),
-    ],
-)
-def test_what_a_terminal_acts_on_is_escaped(text: str, escaped: str) -> None:
-    assert escape_controls(text) == escaped
-    assert escape_controls(escaped) == escaped
-
-
-def test_every_character_is_printable_or_escaped_but_for_line_ends_and_tabs() -> None:
-    strange = [chr(code) for code in range(0x110000) if not chr(code).isprintable() and chr(code) not in "\n\t"]
-    assert escape_controls("".join(strange)).isprintable()
-    assert all(escape_controls(char).isprintable() for char in strange[::100])
 
 
 def test_foreign_text_is_shown_short_and_in_ascii() -> None:

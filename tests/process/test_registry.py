@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import Logger
 
-from rtservice.net.address import escaped, peer_name
+from rtservice.net.address import peer_name
 from rtservice.net.phases import OPEN
 from rtservice.process.admission import Limits
 from rtservice.process.counters import OPEN_CONNECTIONS, CounterKey
@@ -38,11 +38,6 @@ def now(result: Deferred) -> Any:
 )
 def test_a_peer_is_named_and_what_it_controls_is_escaped(address, name) -> None:
     assert peer_name(address) == name
-
-
-def test_nothing_that_a_terminal_acts_on_gets_through() -> None:
-    everything = "".join(map(chr, [*range(0x500), 0x202E, 0x2028]))
-    assert escaped(everything).isprintable()
 
 
 # --- what is counted and who is shown ---

@@ -74,7 +74,7 @@ def test_a_pidfile_with_a_process_id_is_left_to_twistd(tmp_path, content) -> Non
     [
         (KeyboardInterrupt(), "interrupted"),
         (OSError(errno.EFBIG, "File too large"), "cannot start: file too large"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x\ny"), r"cannot start: '/x\ny': permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x\ny"), r"cannot start: /x\ny: permission denied"),
         (OSError("of Python's own"), "cannot start: OSError: of Python's own"),
         (MemoryError(), "cannot start: MemoryError"),
         (SystemExit("two\nlines"), "cannot start: SystemExit: two lines"),

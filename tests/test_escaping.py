@@ -1,0 +1,60 @@
+"""Escaped text has nothing that a terminal or a reader of logs acts on."""
+
+import sys
+import time
+import unicodedata
+
+import pytest
+
+from rtservice.escaping import escaped
+
+EVERYTHING = "".join(map(chr, range(sys.maxunicode + 1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", ""),
+        ("plain ü 日本 \u20ac", "plain ü 日本 \u20ac"),
+        ("two\n\tlines", r"two\n\tlines"),
+        ("\x1b[31mred\x07\r\x00\x7f", r"\x1b[31mred\x07\r\x00\x7f"),
+        ("é\x9b2J", r"é\x9b2J"),
+        ("é\u202eright to left", r"é\u202eright to left"),
+        ("\u2028", r"\u2028"),
+        ("\ud800", r"\ud800"),
+        ("\udcff", r"\udcff"),
+        ("\U000e0001", r"\U000e0001"),
+        ("a\xa0b", r"a\xa0b"),
+        (r"a\x1b", r"a\x1b"),
+    ],
+)
+def test_what_is_not_printable_is_shown_as_a_python_escape(text: str, shown: str) -> None:
+    assert escaped(text) == shown
+    assert escaped(shown) == shown
+
+
+def test_every_character_is_printable_or_escaped() -> None:
+    assert escaped(EVERYTHING).isprintable()
+    assert escaped("".join(filter(str.isprintable, EVERYTHING))) == "".join(filter(str.isprintable, EVERYTHING))
+
+
+def test_controls_formats_surrogates_and_separators_are_escaped() -> None:
+    for char in EVERYTHING:
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            assert escaped(char).isascii()
+            assert escaped(char).isprintable()
+
+
+def test_characters_are_kept_only_when_named() -> None:
+    assert escaped("a\n\tb\x1b", keep="\n\t") == "a\n\tb\\x1b"
+    assert escaped("a\n\tb", keep="\t") == "a\\n\tb"
+    kept = escaped(EVERYTHING, keep="\n\t")
+    assert (kept.count("\n"), kept.count("\t")) == (1, 1)
+    assert kept.replace("\n", "").replace("\t", "").isprintable()
+
+
+@pytest.mark.parametrize("part", ["\0", "\u202e", "aé\u202e日", "\U000e0001\ud800"])
+def test_a_long_text_takes_time_in_proportion(part: str) -> None:
+    began = time.process_time()
+    assert escaped(part * (4_000_000 // len(part))).isprintable()
+    assert time.process_time() - began < 30
