@@ -1,4 +1,4 @@
-"""Redaction: the placeholder for a text that may be a secret, and the parts of a text that it replaces."""
+"""Redaction: replace parts of a text that may be secret with a placeholder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OPEN_KEYWORDS = frozenset(("port", "interface", "address", "backlog", "host", "
 # Shorter values are no secrets, and would be replaced within unrelated words.
 _SHORTEST_SECRET = 4
 
-# From `://` to the last @ before the path (RFC 3986, section 3.2.1). Descriptions may have backslashes in between.
+# From `://` to the last @ before the path (RFC 3986, section 3.2.1). Descriptions may have backslashes before slashes.
 _USERINFO = re.compile(r"(:\\?/\\?/)[^/\s]*@")
 
 _KEYWORD = re.compile(r"((?:^|:)((?:\\.|[^:=\\])*)=)((?:\\.|[^:\\])*)", re.DOTALL)

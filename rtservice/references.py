@@ -54,17 +54,17 @@ def resolve(option: str, environment: Mapping[str, str], directory: str) -> Opti
     if text.startswith("$"):
         if not _VARIABLE.fullmatch(text):
             raise UnresolvedError(
-                f"option {name}: what follows $ is not the name of a variable; $$ begins a value that begins with $"
+                f"option {name}: no name of a variable follows $; write $$ for a value that begins with $"
             )
         if text[1:] not in environment:
-            raise UnresolvedError(f"option {name}: the environment has no variable {text[1:]}")
+            raise UnresolvedError(f"option {name}: the environment variable {text[1:]} is not set")
         return OptionValue(name, environment[text[1:]], referred=True)
     return OptionValue(name, text)
 
 
 def _read(name: str, path: str, directory: str) -> tuple[str, str]:
     if not path:
-        raise UnresolvedError(f"option {name}: no path follows @; @@ begins a value that begins with @")
+        raise UnresolvedError(f"option {name}: no path follows @; write @@ for a value that begins with @")
     path = os.path.normpath(os.path.join(directory, path))
     try:
         # A pipe would block a start or reload, and be empty at the next reload.
@@ -75,8 +75,8 @@ def _read(name: str, path: str, directory: str) -> tuple[str, str]:
     except OSError as error:
         problem = (error.strerror or str(error)).lower()
         raise UnresolvedError(f"option {name}: cannot read the file {path!r}: {problem}") from None
-    except ValueError:  # a NUL in the path
-        raise UnresolvedError(f"option {name}: {path!r} cannot be the path of a file") from None
+    except ValueError:  # a NUL byte in the path
+        raise UnresolvedError(f"option {name}: {path!r} is not a path: it contains a NUL byte") from None
     if len(content) > _LONGEST:
         raise UnresolvedError(f"option {name}: the file {path!r} is longer than {_LONGEST} bytes")
     if content.endswith(b"\n"):

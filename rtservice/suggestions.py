@@ -1,4 +1,4 @@
-"""Suggestions for a name that does not exist: the nearest known name, for "did you mean NAME?"."""
+"""Suggestions for unknown names: "did you mean NAME?"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decode text files that users provide: UTF-8, with or without a byte order mark."""
+"""Decode text files of users: UTF-8, with or without a byte order mark."""
 
 from __future__ import annotations
 
