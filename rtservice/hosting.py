@@ -1,4 +1,4 @@
-"""Resolve `--protocol` and the texts of its options to a factory. No reactor is needed."""
+"""Resolve `--protocol` and its options to a factory. No reactor is needed."""
 
 from __future__ import annotations
 
@@ -24,57 +24,73 @@ from twisted.internet.interfaces import IProtocol, IProtocolFactory
 from twisted.internet.protocol import Factory
 
 from rtservice import references
-from rtservice.config.schema import SHIPPED
+from rtservice.config.schema import Setting
 from rtservice.config.sources import LoadedSettings
-from rtservice.config.values import ESCAPED, FLAG, TEXT, BadValueError, Kind, SettingError, as_text
+from rtservice.config.values import (
+    ESCAPED,
+    FLAG,
+    TEXT,
+    BadValueError,
+    Kind,
+    SettingError,
+    as_text,
+    one_of,
+    whole_number,
+    word_for,
+)
 from rtservice.escaping import escaped
 from rtservice.hidden import hide_values
 from rtservice.interfaces import IOneProcess, Secret
+from rtservice.protocols.echo import EchoFactory
 from rtservice.references import OptionValue, UnresolvedError
 from rtservice.suggestions import did_you_mean, nearest
 from rtservice.utf8 import NotUTF8Error, decode_utf8
 
-# Entry points of this group have names under which installed packages offer their protocols.
+# Installed packages offer protocols as entry points of this group.
 GROUP = "rtservice.protocols"
 
-# Options of the echo exchange that are settings of their own, too.
-ECHO_SETTINGS = ("greeting", "greet", "framing", "max-message")
+# The protocols of this package. None of their options is a secret. They are not entry points: reading those of all
+# installed packages would take a tenth of a worker's start.
+SHIPPED = {"echo": "rtservice.protocols.echo:EchoFactory", "chat": "rtservice.protocols.chat:ChatFactory"}
 
 
 def resolve_options(loaded: LoadedSettings, environment: Mapping[str, str], directory: str) -> tuple[OptionValue, ...]:
-    """The options of the protocol with what their files and variables hold now; see `references.resolve`.
+    """Return the options of the protocol with the current content of files and variables; see `references.resolve`.
 
     Raises SettingError.
     """
     try:
-        return tuple(references.resolve(one, environment, directory) for one in loaded.settings.protocol_option)
+        return tuple(references.resolve(option, environment, directory) for option in loaded.settings.protocol_option)
     except UnresolvedError as problem:
         raise SettingError(f"{_where(loaded)}: {problem}") from None
 
 
 def make_factory(loaded: LoadedSettings, *, options: Iterable[OptionValue], directory: str, processes: int = 1) -> Any:
-    """The factory of these settings, for one of so many processes that serve.
+    """Create the factory that these settings name, for one of `processes` that serve.
 
-    `options` are those of `resolve_options`. Relative paths among their values begin in `directory`. Raises
-    SettingError, with no value of an option that may be a secret.
+    `options` are those of `resolve_options`. Relative paths in their values start in `directory`. Raises SettingError,
+    whose text has no value that may be a secret.
     """
-    wanted = loaded.settings
+    protocol = loaded.settings.protocol
     where = _where(loaded)
     given = list(options)
-    for name in ECHO_SETTINGS:
-        if loaded.sources[name] == "default":
+    for setting, value in loaded.settings.aliases.items():
+        if loaded.sources[setting.name] == "default":
             continue
-        if wanted.protocol != "echo":
-            raise SettingError(f"{loaded.where(name)}: an option of the protocol echo, and not of {where}")
-        given.append(OptionValue(name, as_text(getattr(wanted, name.replace("-", "_")))))
-        where = loaded.where("greeting")  # what else is wrong with them, together, is wrong with the greeting
+        if setting.protocol != protocol:
+            raise SettingError(
+                f"{loaded.where(setting.name)}: an option of the protocol {setting.protocol}, and not of {where}"
+            )
+        given.append(OptionValue(setting.name, as_text(value)))
+        # The factory may reject aliases that do not fit together. That error names the first one that it declares.
+        where = loaded.where(next(alias.name for alias in loaded.settings.aliases if alias.protocol == protocol))
     try:
-        factory = _make(_find(wanted.protocol), given, directory, open_values=wanted.protocol in SHIPPED)
+        factory = _make(_find(protocol), given, directory, open_values=protocol in SHIPPED)
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from None
     if processes > 1 and IOneProcess.providedBy(factory):
         raise SettingError(
-            f"{where}: its connections have to be in one process: --workers has to be 1, not {processes}"
+            f"{where}: this protocol needs all connections in one process; --workers has to be 1, not {processes}"
         )
     return factory
 
@@ -84,7 +100,7 @@ def _where(loaded: LoadedSettings) -> str:
 
 
 def listing() -> str:
-    """What can be named, with a line for each and a line for each option."""
+    """Return the names that `--protocol` accepts: a line for each protocol and a line for each of its options."""
     lines = [f"rtservice: --protocol is one of these, or package.module:name of a {_ACCEPTED}"]
     for name in _installed():
         try:
@@ -106,7 +122,7 @@ def _installed() -> list[str]:
 
 
 def _find(name: str) -> Any:
-    """What a name stands for. Raises SettingError."""
+    """Return the object that a name stands for. Raises SettingError."""
     path = SHIPPED.get(name, name)
     if ":" not in path:
         for entry in importlib.metadata.entry_points(group=GROUP, name=name):
@@ -125,17 +141,17 @@ def _find(name: str) -> Any:
         except AttributeError:
             near = nearest(part, _public_names(found))
             meant = near and f"{module}:{f'{where}.{near}'.removeprefix(f'{module}.')}"
-            raise SettingError(f"there is no {part!r} in {where}{did_you_mean(meant)}") from None
-        except BaseException as error:  # a property of theirs
-            raise SettingError(f"{where}.{part} cannot be had: {told(error)}") from error
+            raise SettingError(f"{where} has no attribute {part!r}{did_you_mean(meant)}") from None
+        except BaseException as error:  # a property may raise anything
+            raise SettingError(f"{where}.{part} cannot be read: {told(error)}") from error
         where += f".{part}"
-    if not callable(found) or _is_no_stream(found):
+    if not callable(found) or _is_unusable(found):
         raise SettingError(f"{path} is not a {_ACCEPTED}")
     return found
 
 
 def _named_or_path(name: str) -> str | None:
-    """What a name without a colon may have been meant as: `shout:Shout` for `shout.Shout` or for a file's path."""
+    """Return what a name without a colon may mean: `shout:Shout` for `shout.Shout` or for the path of a file."""
     if (meant := _without_file(name)) is not None:
         return meant
     module, _, attribute = name.rpartition(".")
@@ -143,7 +159,7 @@ def _named_or_path(name: str) -> str | None:
 
 
 def _without_file(path: str) -> str | None:
-    """The module and the name that were meant by a file's path: `shout:Shout` for `./shout.py:Shout`."""
+    """Return what the path of a file may mean: `shout:Shout` for `./shout.py:Shout`; None if it is no such path."""
     file, _, attributes = path.partition(":")
     module = os.path.basename(file).removesuffix(".py")
     if not (file.endswith(".py") or "/" in file) or not module.isidentifier():
@@ -154,20 +170,20 @@ def _without_file(path: str) -> str | None:
 def _public_names(found: Any) -> list[str]:
     try:
         return [name for name in dir(found) if not name.startswith("_")]
-    except Exception:  # a __dir__ of theirs
+    except Exception:  # from a __dir__ of the object
         return []
 
 
 def _near_module(missing: str) -> str | None:
-    """A module beside the place of one that does not exist, with a similar name."""
+    """Return an existing module of the same package whose name is similar to a missing one, or None."""
     package, dot, name = missing.rpartition(".")
     path = getattr(sys.modules.get(package), "__path__", None) if package else None
     near = nearest(name, sorted(found.name for found in pkgutil.iter_modules(path)))
     return near and f"{package}{dot}{near}"
 
 
-def _is_no_stream(found: Any) -> bool:
-    """Whether it is a class, and can be seen to be neither a factory nor a protocol of streams."""
+def _is_unusable(found: Any) -> bool:
+    """Return whether it is a class that is neither a factory nor a stream protocol."""
     return isinstance(found, type) and not (_is_protocol(found) or _is_factory(found))
 
 
@@ -187,22 +203,22 @@ def _imported(module: str, attributes: str) -> types.ModuleType:
             raise SettingError(f"{module} cannot be imported: {told(error)}") from error
         top = module.partition(".")[0]
         here = error.name == top and any(Path(path).exists() for path in (top, f"{top}.py"))
-        hint = "; it is in the current directory, where PYTHONPATH=. has it found" if here else ""
+        hint = "; it is in the current directory: set PYTHONPATH=. to find it" if here else ""
         meant = _without_file(f"{module}:{attributes}")
         if meant is None and not here and (near := _near_module(error.name)):
             meant = f"{near}{module.removeprefix(error.name)}:{attributes}"
         raise SettingError(f"there is no module {error.name}{hint}{did_you_mean(meant)}") from None
-    except BaseException as error:  # whatever a module does when it is imported, sys.exit() included
+    except BaseException as error:  # a module may raise anything, SystemExit included
         raise SettingError(f"{module} cannot be imported: {told(error)}") from error
 
 
 def told(error: BaseException) -> str:
-    """An exception in one line, with where it was raised."""
+    """Return an exception as one line, with the file and line that raised it."""
     text = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, SyntaxError):
         return escaped(f"{text} ({error.filename}, line {error.lineno})")
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-    # In a file of theirs, if there is one on the way.
+    # The last frame outside importlib, unless that is this file.
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
     return escaped(" ".join(f"{text}{where}".split()))
 
@@ -212,21 +228,21 @@ def told(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """A keyword argument, as users name and type it; `kind` is None for what no text can be."""
+    """A keyword argument of a factory, as users name it. `kind` is None if its type cannot be given as text."""
 
     name: str
     kind: Kind | None
     annotation: str
-    many: type | None = None  # list or tuple, of one for each time that it is given
+    many: type | None = None  # list or tuple, if it may be given several times
     default: Any = inspect.Parameter.empty
 
     @property
     def required(self) -> bool:
-        """Whether it has to be given."""
+        """Whether it must be given."""
         return self.default is inspect.Parameter.empty
 
     def __str__(self) -> str:
-        accepts = self.kind.accepts if self.kind else f"{self.annotation}, which no text can be"
+        accepts = self.kind.accepts if self.kind else f"{self.annotation}, cannot be given as text"
         more = ", repeatable" if self.many else ""
         default = "required" if self.required else f"default: {_shown(self.default)}"
         return f"{self.name}=…: {accepts}{more} [{default}]"
@@ -241,15 +257,15 @@ def _shown(default: Any) -> str:
 
 
 def _parameters(maker: Any) -> list[inspect.Parameter]:
-    """What something is called with, as far as it says."""
+    """Return the parameters of a callable; none if it has no signature."""
     try:
         return list(inspect.signature(maker).parameters.values())
-    except (TypeError, ValueError):  # some that are written in C
+    except (TypeError, ValueError):  # some callables written in C
         return []
 
 
 def _options(maker: Any) -> dict[str, Option]:
-    """The options of something that is called with keywords, by keyword."""
+    """Return the options of a callable by keyword."""
     return {
         parameter.name: _option(parameter, maker)
         for parameter in _parameters(maker)
@@ -258,13 +274,17 @@ def _options(maker: Any) -> dict[str, Option]:
 
 
 def _nameless(maker: Any) -> list[str]:
-    """What it has to be given, and not by a name."""
-    return [one.name for one in _parameters(maker) if one.kind is one.POSITIONAL_ONLY and one.default is one.empty]
+    """Return the required parameters that cannot be passed by name."""
+    return [
+        parameter.name
+        for parameter in _parameters(maker)
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty
+    ]
 
 
 def _takes_any(maker: Any) -> bool:
-    """Whether it takes keywords that it does not name."""
-    return any(one.kind is one.VAR_KEYWORD for one in _parameters(maker))
+    """Return whether it accepts any keyword."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(maker))
 
 
 def _option(parameter: inspect.Parameter, maker: Any) -> Option:
@@ -289,52 +309,41 @@ def _evaluated(annotation: Any, maker: Any) -> Any:
     function = inspect.unwrap(_called(maker))
     try:
         return eval(annotation, getattr(function, "__globals__", {}))
-    except Exception:  # a name that is there for type checkers alone
+    except Exception:  # a name that only type checkers import
         return object
 
 
 def _called(maker: Any) -> Any:
-    """The function that is called with the arguments of something that is called."""
+    """Return the function that receives the arguments of a callable."""
     if isinstance(maker, type):
-        for one in maker.__mro__:
+        for base in maker.__mro__:
             for name in ("__init__", "__new__"):
-                if name in vars(one) and one is not object:
-                    return getattr(one, name)
-    return maker if hasattr(maker, "__globals__") else getattr(type(maker), "__call__", maker)  # noqa: B004  # its function
+                if name in vars(base) and base is not object:
+                    return getattr(base, name)
+    return maker if hasattr(maker, "__globals__") else getattr(type(maker), "__call__", maker)  # noqa: B004  # not a test
 
 
 def _without_none(hint: Any) -> Any:
-    """`X` of an `X | None`, which is None when it is not given, and of an annotated X."""
+    """Return `X` for `X | None` and for `Annotated[X, …]`, and any other hint unchanged."""
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        others = [one for one in typing.get_args(hint) if one is not type(None)]
+        others = [member for member in typing.get_args(hint) if member is not type(None)]
         if len(others) == 1:
             return others[0]
     return hint
 
 
 def _kind(hint: Any) -> Kind | None:
-    """What a text has to be for a parameter of this type."""
+    """Return the kind of the texts for a parameter of this type, or None if it has none."""
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return _words({member.name.lower(): member for member in hint})
+        return word_for({member.name.lower(): member for member in hint})
     if typing.get_origin(hint) is Literal:
-        return _words({as_text(value): value for value in typing.get_args(hint)})
+        return one_of(hint)
     try:
         return _KINDS.get(hint)
-    except TypeError:  # not hashable, and so none of them
+    except TypeError:  # not hashable, so it is none of them
         return None
-
-
-def _words(values: dict[str, Any]) -> Kind:
-    accepts = f"one of {', '.join(values)}"
-
-    def parse(text: str) -> Any:
-        if text not in values:
-            raise BadValueError(text, f"is not {accepts}")
-        return values[text]
-
-    return Kind(accepts, parse)
 
 
 def _parse_whole(text: str) -> int:
@@ -360,7 +369,7 @@ def _parse_path(text: str) -> Path:
 
 
 _KINDS: dict[Any, Kind] = {
-    # An argument of which nothing is said is a text: the type of its default would be a guess.
+    # An argument without annotation is a text: the type of its default would be a guess.
     inspect.Parameter.empty: TEXT,
     Any: TEXT,
     str: TEXT,
@@ -377,7 +386,7 @@ _KINDS: dict[Any, Kind] = {
 
 
 def _make(maker: Any, given: Iterable[OptionValue], directory: str, *, open_values: bool) -> Any:
-    """A factory by what a name stands for; errors show values if they are open. Raises SettingError."""
+    """Create the factory from a callable; errors show values if `open_values`. Raises SettingError."""
     given = list(given)
     arguments = _arguments(maker, given, directory, open_values)
     if _is_protocol(maker):
@@ -386,17 +395,17 @@ def _make(maker: Any, given: Iterable[OptionValue], directory: str, *, open_valu
         factory = maker(**arguments)
     except BaseException as error:
         said = escaped(str(error)) if isinstance(error, ValueError) and str(error) else told(error)
-        # ValueError is how Python says that an argument is not acceptable.
-        why = said if isinstance(error, ValueError) else f"it cannot be made: {said}"
-        secrets = [one.text for one in given if one.referred or not open_values]
+        # ValueError means that an argument has an unacceptable value.
+        why = said if isinstance(error, ValueError) else f"cannot be created: {said}"
+        secrets = [option.text for option in given if option.referred or not open_values]
         raise SettingError(hide_values(why, secrets)) from error
     if not IProtocolFactory.providedBy(factory) and not hasattr(factory, "buildProtocol"):
-        raise SettingError(f"it gives no factory, but {type(factory).__name__}")
+        raise SettingError(f"returned {type(factory).__name__}, which is not a factory")
     return factory
 
 
 class _HostedProtocol(Factory[Any]):
-    """Makes a protocol of a class, with the same arguments for each connection."""
+    """A factory for a protocol class: each connection gets a protocol with the same arguments."""
 
     noisy = False
 
@@ -412,23 +421,24 @@ def _arguments(maker: Any, given: Iterable[OptionValue], directory: str, open_va
     options = _options(maker)
     takes_any = _takes_any(maker)
     arguments: dict[str, Any] = {}
-    for one in given:
-        name = one.name
+    for given_option in given:
+        name = given_option.name
         keyword = name.replace("-", "_")
         option = options.get(keyword)
         if option is None:
             if not (takes_any and keyword.isidentifier()):
-                known = [one.name for one in options.values()]
-                raise SettingError(f"no option {name!r}; {_what_there_is(options)}{did_you_mean(nearest(name, known))}")
+                known = [option.name for option in options.values()]
+                accepted = f"accepted are {', '.join(known)}" if known else "it has no options"
+                raise SettingError(f"no option {name!r}; {accepted}{did_you_mean(nearest(name, known))}")
             option = Option(name, TEXT, "")
         if option.kind is None:
-            raise SettingError(f"option {name}: it is {option.annotation}, which no text can be; {_ADVICE}")
+            raise SettingError(f"option {name}: its type {option.annotation} cannot be given as text; {_ADVICE}")
         if keyword in arguments and option.many is None:
             raise SettingError(f"option {name} is given twice")
         try:
-            value = _value(option.kind, one)
+            value = _value(option.kind, given_option)
         except BadValueError as error:
-            problem = str(error) if open_values and not one.referred else f"the value {error.problem}"
+            problem = str(error) if open_values and not given_option.referred else f"the value {error.problem}"
             raise SettingError(f"option {name}: {problem}") from None
         except SettingError as error:
             raise SettingError(f"option {name}: {error}") from None
@@ -436,13 +446,13 @@ def _arguments(maker: Any, given: Iterable[OptionValue], directory: str, open_va
             value = Path(os.path.normpath(os.path.join(directory, value)))
         arguments[keyword] = value if option.many is None else (*arguments.get(keyword, ()), value)
     for parameter in _nameless(maker):
-        raise SettingError(f"it needs {parameter}, which cannot be given by its name; {_ADVICE}")
+        raise SettingError(f"its argument {parameter} cannot be passed by name; {_ADVICE}")
     for keyword, option in options.items():
         if option.required and keyword not in arguments:
             raise SettingError(
-                f"option {option.name} is missing, {option.kind.accepts}"
+                f"option {option.name} is missing; accepted is {option.kind.accepts}"
                 if option.kind is not None
-                else f"it needs {option.name}, which no text can be: {option.annotation}; {_ADVICE}"
+                else f"its argument {option.name} of the type {option.annotation} cannot be given as text; {_ADVICE}"
             )
     return {keyword: _as_many(options.get(keyword), value) for keyword, value in arguments.items()}
 
@@ -451,7 +461,7 @@ def _value(kind: Kind, given: OptionValue) -> Any:
     """Raises SettingError."""
     if not given.referred:
         return kind.parse(given.text)
-    if kind is ESCAPED:  # a file of bytes has them as they are
+    if kind is ESCAPED:  # a file holds the bytes without escapes
         return given.text.encode("utf-8", "surrogateescape")
     try:
         text = decode_utf8(given.text.encode("utf-8", "surrogateescape"))
@@ -467,14 +477,36 @@ def _as_many(option: Option | None, value: Any) -> Any:
     return option.many(value) if option is not None and option.many is not None else value
 
 
-def _what_there_is(options: dict[str, Option]) -> str:
-    return f"it has {', '.join(one.name for one in options.values())}" if options else "it has none"
-
-
 def _first_line(found: Any) -> str:
-    return next(iter(_docstring_lines(found)), "(it says nothing about itself)")
+    return next(iter(_docstring_lines(found)), "(no description)")
 
 
 def _docstring_lines(found: Any) -> Iterator[str]:
-    # Not inspect.getdoc, which gives that of a base class.
+    # inspect.getdoc would return the docstring of a base class.
     yield from (line.strip() for line in (found.__doc__ or "").splitlines() if line.strip())
+
+
+# --- aliases ---
+
+
+def _aliases(protocol: str, factory: Any) -> Iterator[Setting]:
+    """Yield the settings that a factory declares as aliases of options of the protocol."""
+    options = _options(factory)
+    for alias in factory.aliases:
+        option = options[alias.name.replace("-", "_")]
+        kind = option.kind if alias.bounds is None else whole_number(*alias.bounds)
+        assert kind is not None
+        yield Setting(
+            name=alias.name,
+            topic=f"The {protocol} protocol",
+            kind=kind,
+            default=option.default,
+            help=alias.help,
+            metavar=alias.metavar or kind.metavar,
+            protocol=protocol,
+        )
+
+
+# Only shipped protocols have aliases: the command line is parsed before --protocol is known and any other protocol is
+# imported, and an installed package must not add options to it.
+ALIASES = tuple(_aliases("echo", EchoFactory))

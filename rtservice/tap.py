@@ -21,10 +21,11 @@ from twisted.python import usage
 from twisted.python.components import Componentized
 
 from rtservice import __version__, hosting
-from rtservice.config.render import as_toml, shown
+from rtservice.config.render import as_toml, shown_settings
 from rtservice.config.schema import Setting, Settings, all_settings, changes
 from rtservice.config.sources import CONFIG_VARIABLE, LoadedSettings, load_settings, variable
-from rtservice.config.values import FLAG, SettingError, as_text
+from rtservice.config.usage import Entry, usage_text
+from rtservice.config.values import FLAG, SettingError
 from rtservice.net.description import ListenError, parse
 from rtservice.net.listener import Listener
 from rtservice.net.tls import Files, Steps, TLSError, ignore_bad_names
@@ -62,18 +63,16 @@ from rtservice.startup.preflight import (
 from rtservice.startup.start import ExitWithStatus, StartReporter, unexpected
 from rtservice.suggestions import did_you_mean, nearest
 
-
-def _help(setting: Setting) -> str:
-    default = as_text(setting.default)
-    return setting.help.replace("`", "") + (f" [default: {default}]" if default else "")
+# Every setting of the command line: those of the schema, and the options of shipped protocols that are settings too.
+_SETTINGS = tuple(all_settings(hosting.ALIASES))
 
 
 class _Printed(SystemExit):
-    """The end of a command that was to print this; with a line in the place of its status when it could not."""
+    """Exit after printing a text: with status 0, or with an error line if the text cannot be written."""
 
     def __init__(self, text: str) -> None:
         try:
-            # In the encoding of TOML, whatever that of the terminal is. Python's own is None when it is closed.
+            # In UTF-8, the encoding of TOML, also if the terminal has another. sys.stdout is None if it is closed.
             with open(1, "wb", closefd=False) as output:
                 output.write(text.encode())
         except OSError as error:
@@ -83,42 +82,45 @@ class _Printed(SystemExit):
 
 
 class Options(usage.Options):
-    """The command line, made from the schema in `settings`, and what it gives with the environment and the file.
+    """The command line of `twistd rtservice`, made from the schema, and the settings that result from all sources.
 
-    `options["check"]` is true when nothing is to be served.
+    `options["check"]` is true if the settings are only to be checked.
     """
 
     synopsis = "[options]"
-    longdesc = (
-        "Serves a Twisted protocol over TCP and UNIX sockets; by default, greets each client and echoes it. What is "
-        "not given here is taken from the environment (RTSERVICE_MAX_CONNECTIONS=100), then from the file of --config "
-        "(max-connections = 100)."
-    )
-
     optFlags: ClassVar = [
-        ["check", None, "Validate everything, certificates and addresses included, serve nothing, and exit."],
-        ["print-config", None, "Print the settings as a TOML file, each with where it came from, and exit."],
+        ["check", None, "Check the settings, certificates and addresses, serve nothing, and exit."],
+        ["print-config", None, "Print the settings as a TOML file, with the source of each, and exit."],
     ]
     optParameters: ClassVar = [
-        ["config", None, None, "A TOML file of settings, named as they are here [default: RTSERVICE_CONFIG]"],
+        ["config", None, None, "TOML file of settings. Default: the variable RTSERVICE_CONFIG."],
         *(
-            [setting.name, setting.short or None, None, _help(setting)]
-            for setting in all_settings()
+            [setting.name, setting.short or None, None, setting.help.replace("`", "")]
+            for setting in _SETTINGS
             if not setting.repeatable and setting.kind is not FLAG
         ),
     ]
 
     loaded: LoadedSettings
     start: StartReporter
-    directory: str  # in which relative paths of a protocol's options begin
+    directory: str  # in which relative paths in options of the protocol start
 
     def opt_version(self) -> None:
         """Print the version and exit."""
         print(f"rtservice {__version__}")
         raise SystemExit(0)
 
+    def getUsage(self, width: int | None = None) -> str:
+        """Return the help; `width` is that of the terminal, by default COLUMNS or else 80."""
+        if width is None:
+            columns = os.environ.get("COLUMNS", "")
+            width = int(columns) if re.fullmatch("[0-9]{1,6}", columns) else 80
+        names = {"config": " FILE", "check": "", "print-config": "", "version": "", "help": ""}
+        entries = [Entry(f"--{name}{metavar}", self.docs[name].strip()) for name, metavar in names.items()]
+        return usage_text(_SETTINGS, entries, width)
+
     def parseOptions(self, options: Iterable[str] | None = None) -> None:
-        """As in Twisted, but a mistake is one line and not the whole help with a line below it."""
+        """Parse as Twisted does, but report a mistake as one line, without the whole help."""
         try:
             super().parseOptions(options)
         except usage.UsageError as error:
@@ -128,12 +130,12 @@ class Options(usage.Options):
             raise SystemExit(f"rtservice: {error}") from None
 
     def _hint(self, problem: str) -> str:
-        """What may have been meant by an option that does not exist."""
+        """Return the end of an error message that suggests an option in place of an unknown one, or an empty text."""
         match = re.fullmatch(r"option -{1,2}([\w-]+) not recognized", problem)
         if match is None:
             return ""
         name = match[1]
-        # `twistd`, or `twist`.
+        # The options of `twistd` or `twist`.
         command: Any = self.parent
         others = [] if command is None else [_option_name(option) for option in command.longOpt]
         letters = "" if command is None else command.shortOpt.replace(":", "")
@@ -142,18 +144,22 @@ class Options(usage.Options):
         ours = [_option_name(option) for option in self.longOpt]
         meant = nearest(name, (*others, *ours))
         hint = did_you_mean(meant and f"--{meant}")
-        return f"{hint} It stands before the word rtservice" if meant in others else hint
+        return f"{hint} Put it before the word rtservice" if meant in others else hint
 
     def parseArgs(self, *args: str) -> None:
+        """Reject arguments that are no options."""
         if args and self.get("protocol-option"):  # most often the second half of a value
-            raise usage.UsageError("unexpected argument, which is not shown; quote options of a protocol with blanks")
+            raise usage.UsageError(
+                "unexpected argument, not shown as it may be a secret; put quotes around an option with blanks"
+            )
         if args:
             raise usage.UsageError(f"unexpected argument {args[0]!r}")
 
     def postOptions(self) -> None:
+        """Load the settings. Exit if the command only prints something."""
         twistd: Any = self.parent or {}
         self.start = StartReporter(twistd)
-        if self.parent is not None:  # the command is this process's, and not that of a program that makes a service
+        if self.parent is not None:  # not used by a program that calls makeService itself
             self.start.watch()
         check_working_directory()
         self._environment = dict(os.environ)
@@ -161,43 +167,43 @@ class Options(usage.Options):
             if path is not None:
                 if not path:
                     raise SettingError(f"{name}: the value is empty")
-                # A daemon changes its directory, and reads the file again on SIGHUP.
+                # A daemon changes its working directory, and a reload reads the file again.
                 self["config"] = os.path.abspath(path)
                 break
-        # Before twistd opens it, which it does next, and before it is relative to another directory.
+        # twistd opens the pidfile next. A relative path is checked before the working directory changes.
         check_pidfile(twistd.get("pidfile"), os.path.abspath)
-        # Where files are that options of a protocol name; a daemon reads them again for new workers.
+        # Relative paths of `--protocol-option key=@FILE` start here. The files are read again for new workers.
         self._started_in = os.path.abspath(".")
-        # Where twistd is going to be.
+        # The working directory of twistd later on.
         self.directory = os.path.abspath(twistd.get("rundir") or ".")
         self.loaded = self.reloaded()
         if self.settings().protocol == "help":
             raise _Printed(hosting.listing())
         if self["print-config"]:
-            raise _Printed(as_toml(self.loaded))
+            raise _Printed(as_toml(self.loaded, hosting.SHIPPED))
 
     def settings(self) -> Settings:
-        """The settings that the process starts with."""
+        """Return the settings that the process starts with."""
         return self.loaded.settings
 
     def reloaded(self) -> LoadedSettings:
-        """The settings with what the file says now; raises SettingError."""
-        given = {one.name: self[one.name] for one in all_settings() if self.get(one.name) is not None}
-        return load_settings(given, self._environment, self["config"])
+        """Load the settings with the current content of the file. Raises SettingError."""
+        given = {setting.name: self[setting.name] for setting in _SETTINGS if self.get(setting.name) is not None}
+        return load_settings(given, self._environment, self["config"], hosting.ALIASES)
 
     def make_factory(self, loaded: LoadedSettings, processes: int = 1) -> Any:
-        """The factory of these settings, for one of so many processes; raises SettingError."""
+        """Create the factory of these settings, for one of `processes` that serve. Raises SettingError."""
         return hosting.make_factory(
             loaded, options=self.protocol_options(loaded), directory=self.directory, processes=processes
         )
 
     def protocol_options(self, loaded: LoadedSettings) -> tuple[OptionValue, ...]:
-        """The options of the protocol with what their files hold now; raises SettingError."""
+        """Return the options of the protocol with the current content of files. Raises SettingError."""
         return hosting.resolve_options(loaded, self._environment, self._started_in)
 
 
 def _option_name(option: str) -> str:
-    """An option as it is typed, of what usage.Options has for getopt."""
+    """Return the name of an option, as users type it, from an entry of usage.Options for getopt."""
     return option.removesuffix("=").replace("_", "-")
 
 
@@ -205,7 +211,7 @@ def _flag(setting: Setting) -> Callable[[Options], None]:
     def opt(self: Options) -> None:
         self[setting.name] = "true"
 
-    opt.__doc__ = _help(setting)
+    opt.__doc__ = setting.help.replace("`", "")
     return opt
 
 
@@ -213,11 +219,11 @@ def _repeatable(setting: Setting) -> Callable[[Options, str], None]:
     def opt(self: Options, text: str) -> None:
         self[setting.name] = (*self.get(setting.name, ()), text)
 
-    opt.__doc__ = _help(setting)
+    opt.__doc__ = setting.help.replace("`", "")
     return opt
 
 
-for _setting in all_settings():
+for _setting in _SETTINGS:
     if _setting.repeatable or _setting.kind is FLAG:
         _opt = _repeatable(_setting) if _setting.repeatable else _flag(_setting)
         for _name in filter(None, (_setting.field, _setting.short)):
@@ -428,7 +434,7 @@ def _spec(
 _OF_LISTENERS = ("listen", "port", "interface", "status")
 
 # What a factory is made of.
-_OF_FACTORIES = ("protocol", "protocol-option", *hosting.ECHO_SETTINGS)
+_OF_FACTORIES = ("protocol", "protocol-option", *(alias.name for alias in hosting.ALIASES))
 
 
 class _Settings:
@@ -441,7 +447,7 @@ class _Settings:
 
     def shown(self) -> dict[str, str]:
         """Each setting in force, without what may be a secret."""
-        return {one.name: shown(one, self._in_force) for one in all_settings()}
+        return shown_settings(self._in_force, hosting.SHIPPED)
 
     def status_hosts(self) -> frozenset[str]:
         """The host names that clients of the status server may name, in lower case."""

@@ -28,7 +28,7 @@ def shown(text: str) -> list[str]:
 
 SOURCES = {
     "docs": "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))),
-    "help": "\n".join(setting.help for setting in all_settings()),
+    "help": "\n".join(f"{setting.help}\n{setting.details}" for setting in all_settings()),
     "errors": FORMS,
     **{
         str(path.relative_to(ROOT)): path.read_text(errors="replace")

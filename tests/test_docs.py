@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import importlib.util
+import itertools
 import os
 import re
 import select
@@ -12,41 +13,42 @@ import sys
 import pytest
 
 from rtservice.config.render import reference
-from rtservice.config.schema import TOPICS, all_settings
+from rtservice.config.schema import all_settings
 from rtservice.config.sources import variable
 from rtservice.config.values import as_text
+from rtservice.hosting import ALIASES
 from rtservice.testing import DEADLINE
 from tests.support.repository import PACKAGE, ROOT
 from tests.test_imports import MAY_IMPORT
 
+SETTINGS = tuple(all_settings(ALIASES))
+
+
 # --- the reference of settings ---
 
 
-def test_each_setting_is_in_one_topic_of_the_reference() -> None:
-    listed = [name for names in TOPICS.values() for name in names]
-    assert sorted(listed) == sorted(setting.name for setting in all_settings())
+def test_the_settings_of_a_topic_follow_each_other() -> None:
+    topics = [setting.topic for setting in SETTINGS]
+    assert all(topics)
+    assert len([topic for topic, _ in itertools.groupby(topics)]) == len(set(topics))
 
 
 def test_the_reference_describes_each_setting_as_the_schema_does() -> None:
-    page = reference()
-    for topic in TOPICS:
+    page = reference(SETTINGS)
+    for topic in {setting.topic for setting in SETTINGS}:
         assert f"\n## {topic}\n" in f"\n{page}"
-    for setting in all_settings():
+    for setting in SETTINGS:
+        assert page.count(f"```{{confval}} {setting.name}\n") == 1
         described = page.partition(f"```{{confval}} {setting.name}\n")[2].partition("\n```\n")[0]
         default = as_text(setting.default)
         assert setting.kind.accepts in described
         assert (f":default: `{default}`" in described) == bool(default)
         assert f"\n{setting.help}\n" in described
+        assert setting.details in described
         assert f"`--{setting.name}`" in described
         assert f"`{variable(setting.name)}`" in described
-        assert f"after a {setting.takes}." in described
+        assert f"after a {setting.applied_by}." in described
         assert not setting.short or f"`-{setting.short}`" in described
-
-
-def test_a_setting_without_a_topic_is_found(monkeypatch) -> None:
-    monkeypatch.setitem(TOPICS, "TLS", ())
-    with pytest.raises(KeyError, match="watch-certificates"):
-        reference()
 
 
 def test_the_page_of_settings_is_generated() -> None:

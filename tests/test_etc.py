@@ -8,8 +8,9 @@ import tomllib
 
 import pytest
 
-from rtservice.config.schema import Settings, all_settings
+from rtservice.config.schema import all_settings
 from rtservice.config.sources import load_settings
+from rtservice.hosting import ALIASES
 from rtservice.tap import Options
 from tests.support.repository import ETC
 
@@ -73,10 +74,11 @@ def test_what_the_example_shows_behind_a_hash_is_the_default(tmp_path) -> None:
     text = (ETC / "rtservice.toml").read_text()
     hidden = "\n".join(line.removeprefix("#") for line in text.splitlines() if re.match("#[a-z0-9-]+ = ", line))
     (tmp_path / "hidden.toml").write_text(hidden)
-    assert load_settings({}, {}, str(tmp_path / "hidden.toml")).settings == Settings()
+    defaults = load_settings({}, {}, None, ALIASES).settings
+    assert load_settings({}, {}, str(tmp_path / "hidden.toml"), ALIASES).settings == defaults
     # All of them are there, so that nobody has to look elsewhere.
     shown = {*tomllib.loads(hidden), *tomllib.loads(text), "listen", "interface"}
-    assert shown == {setting.name for setting in all_settings()}
+    assert shown == {setting.name for setting in all_settings(ALIASES)}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")

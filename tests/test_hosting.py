@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 from rtservice.config.sources import load_settings
 from rtservice.config.values import SettingError
-from rtservice.hosting import ECHO_SETTINGS, listing, make_factory, resolve_options
+from rtservice.hosting import ALIASES, listing, make_factory, resolve_options
 from rtservice.interfaces import IOneProcess, Secret
 from rtservice.protocols.echo import EchoFactory
 
@@ -150,7 +150,7 @@ def made(
     **settings: str,
 ) -> Any:
     given = {"protocol": protocol, "protocol-option": options, **settings}
-    loaded = load_settings(given, {}, None)
+    loaded = load_settings(given, {}, None, ALIASES)
     options = resolve_options(loaded, environment or {}, directory)
     return make_factory(loaded, options=options, directory=directory, processes=processes)
 
@@ -196,10 +196,16 @@ def test_options_become_keyword_arguments_of_the_types_that_the_callable_says() 
         (["text=x", "some=1", "some=x"], "option some: the value is not a whole number"),
         (["text=x", "text=y"], "option text is given twice"),
         (["text=x", r"raw=\q"], "option raw: "),
-        (["text=x", "other=1"], "option other: it is object, which no text can be"),
-        ([], "option text is missing, a string"),
-        (["text=x", "wohle=1"], "no option 'wohle'; it has text, raw, whole, number, flag, path, color, word, some"),
-        (["text=x", "Whole_=1"], "no option 'Whole_'; it has text, raw, whole, number, flag, path, color, word, some"),
+        (["text=x", "other=1"], "option other: its type object cannot be given as text"),
+        ([], "option text is missing; accepted is a string"),
+        (
+            ["text=x", "wohle=1"],
+            "no option 'wohle'; accepted are text, raw, whole, number, flag, path, color, word, some",
+        ),
+        (
+            ["text=x", "Whole_=1"],
+            "no option 'Whole_'; accepted are text, raw, whole, number, flag, path, color, word, some",
+        ),
     ],
 )
 def test_a_mistake_in_an_option_names_it_and_what_there_is(options, words) -> None:
@@ -209,7 +215,7 @@ def test_a_mistake_in_an_option_names_it_and_what_there_is(options, words) -> No
 def test_annotations_that_are_texts_are_understood_and_one_that_cannot_be_harms_no_other() -> None:
     for name in ("Late", "Inherits"):
         assert made(f"mine:{name}", "count=7").count == 7
-        assert "option what: it is object" in problem(f"mine:{name}", "what=x")
+        assert "option what: its type object" in problem(f"mine:{name}", "what=x")
 
 
 @pytest.mark.parametrize("name", ["caller", "New"])
@@ -220,17 +226,17 @@ def test_whatever_is_called_says_what_its_options_are(name) -> None:
 
 def test_sequences_and_annotated_types_are_understood_and_tuples_of_so_many_are_not() -> None:
     assert made("mine:Several", "more=1", "more=2", "odd=3").given == ([1, 2], 3)
-    assert "option pair: it is tuple" in problem("mine:Several", "pair=1")
+    assert "option pair: its type tuple" in problem("mine:Several", "pair=1")
 
 
 def test_what_has_no_name_cannot_be_given() -> None:
     assert problem("mine:Nameless").endswith(
-        "it needs name, which cannot be given by its name; name a function that returns the factory"
+        "its argument name cannot be passed by name; name a function that returns the factory"
     )
 
 
 def test_what_is_not_in_an_object_is_said_in_one_line() -> None:
-    assert problem("mine:caller.nothing").endswith("there is no 'nothing' in mine.caller")
+    assert problem("mine:caller.nothing").endswith("mine.caller has no attribute 'nothing'")
     assert problem("mine:caller.inner").endswith(
         "mine:caller.inner is not a Factory class, a function that returns a factory, or a Protocol class"
     )
@@ -249,8 +255,8 @@ def test_a_protocol_class_is_made_for_each_connection_with_its_options() -> None
 def test_a_function_gives_the_factory_and_says_what_is_wrong() -> None:
     assert made("mine:make", "limit=7").limit == 7
     assert problem("mine:make", "limit=11") == "--protocol mine:make: 11 is too many"
-    assert "it cannot be made: OSError: no way (" in problem("mine:make", "limit=-1")
-    assert problem("mine:make_nothing").endswith("it gives no factory, but NoneType")
+    assert "cannot be created: OSError: no way (" in problem("mine:make", "limit=-1")
+    assert problem("mine:make_nothing").endswith("returned NoneType, which is not a factory")
 
 
 def test_a_secret_is_converted_and_given_like_any_other_type(tmp_path) -> None:
@@ -263,7 +269,9 @@ def test_a_secret_is_converted_and_given_like_any_other_type(tmp_path) -> None:
     ).given
     assert isinstance(password, Secret)
     assert [one.reveal() for one in (password, *others, again)] == ["hunter2", "one", "$two", "three"]
-    assert "option password is missing, a secret, best given as @/path/to/file or $VARIABLE" in problem("mine:Door")
+    assert "option password is missing; accepted is a secret, best given as @/path/to/file or $VARIABLE" in problem(
+        "mine:Door"
+    )
 
 
 @pytest.mark.parametrize("raises", ["ValueError", "Conversion", "KeyError", "SystemExit"])
@@ -285,7 +293,7 @@ def test_bytes_of_a_file_are_taken_as_they_are_and_texts_are_utf_8(tmp_path) -> 
     assert given["text"] == "grüß\n"
     for option, words in (
         ("text=@raw", f"option text: the value of '{tmp_path}/raw' is not UTF-8: line 1, the byte at offset 2"),
-        ("path=@nul", "the value holds a NUL"),
+        ("path=@nul", "the value contains a NUL"),
     ):
         (tmp_path / "nul").write_bytes(b"a\0")
         assert words in problem("mine:Everything", option, directory=str(tmp_path))
@@ -306,7 +314,7 @@ def test_a_file_or_a_variable_that_is_not_there_is_named_with_the_option(tmp_pat
         f"--protocol mine:Door: option password: cannot read the file '{tmp_path}/pw': no such file or directory"
     )
     assert problem("mine:Door", "password=$PW") == (
-        "--protocol mine:Door: option password: the environment has no variable PW"
+        "--protocol mine:Door: option password: the environment variable PW is not set"
     )
 
 
@@ -322,13 +330,16 @@ def test_a_callable_that_takes_any_keyword_gets_texts() -> None:
     ("name", "words"),
     [
         ("mien", "not one of echo, "),
-        ("mine:Nothing", "there is no 'Nothing' in mine"),
+        ("mine:Nothing", "mine has no attribute 'Nothing'"),
         ("mine:", "mine: is not package.module:name"),
         ("my-module:x", "is not package.module:name"),
         ("nowhere.at_all:x", "there is no module nowhere"),
         ("mine:Color", "mine:Color is not a Factory class, a function"),
         ("mine:sys", "mine:sys is not a Factory class, a function"),
-        ("mine:Needs", "it needs realm, which no text can be: Factory; name a function that returns the factory"),
+        (
+            "mine:Needs",
+            "its argument realm of the type Factory cannot be given as text; name a function that returns the factory",
+        ),
     ],
 )
 def test_a_name_that_cannot_be_served_says_why(name, words) -> None:
@@ -361,7 +372,7 @@ def test_a_module_of_the_current_directory_is_pointed_to(tmp_path, monkeypatch) 
 
 @pytest.mark.parametrize("name", ["greeting", "greet", "framing", "max-message"])
 def test_the_exchange_has_its_options_by_both_names_and_other_protocols_refuse_them(name) -> None:
-    assert name in ECHO_SETTINGS
+    assert (name, "echo") in {(alias.name, alias.protocol) for alias in ALIASES}
     value = {"greeting": "hi", "greet": "first-data", "framing": "line", "max-message": "50"}[name]
     ours = vars(made("echo", **{name: value}))
     assert ours == vars(made("echo", f"{name}={value}")) != vars(made("echo"))
@@ -373,7 +384,9 @@ def test_the_exchange_has_its_options_by_both_names_and_other_protocols_refuse_t
 
 def test_what_the_exchange_refuses_is_a_settings_error() -> None:
     assert problem("echo", "max-message=0").startswith("--protocol echo: max-message is 0 bytes")
-    assert problem("echo", framing="line", greeting=r"a\n").startswith("--greeting: the greeting of the framing `line`")
+    assert problem("echo", framing="line", greeting=r"a\n").startswith(
+        "--greeting: the greeting contains a line feed; with the framing `line`"
+    )
 
 
 def test_what_has_to_be_in_one_process_is_refused_with_several() -> None:
@@ -431,9 +444,9 @@ def test_installed_packages_offer_protocols_by_name(offer, others) -> None:
     assert "mine-everything: Takes one of each.\n    --protocol-option text=…: a string [required]\n" in listed
     assert "    --protocol-option color=…: one of red, blue [default: red]\n" in listed
     assert "    --protocol-option some=…: a whole number, repeatable [default: none]\n" in listed
-    assert "    --protocol-option other=…: object, which no text can be [default: none]\n" in listed
-    assert "mine-answer: (it says nothing about itself)\n" in listed
-    assert "mine-gone: there is no 'Gone' in mine" in listed
+    assert "    --protocol-option other=…: object, cannot be given as text [default: none]\n" in listed
+    assert "mine-answer: (no description)\n" in listed
+    assert "mine-gone: mine has no attribute 'Gone'" in listed
 
 
 @pytest.mark.parametrize(
@@ -471,7 +484,7 @@ def test_a_module_whose_names_cannot_be_listed_is_no_traceback(monkeypatch) -> N
         raise RuntimeError
 
     monkeypatch.setattr(sys.modules["mine"], "__dir__", refuse, raising=False)
-    assert problem("mine:Nothing").endswith("there is no 'Nothing' in mine")
+    assert problem("mine:Nothing").endswith("mine has no attribute 'Nothing'")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from zope.interface.interface import InterfaceClass, Method
 
 from rtservice import interfaces, testing
 from rtservice.config.render import reference
+from rtservice.config.schema import all_settings
+from rtservice.hosting import ALIASES
 from rtservice.observe import metrics
 from rtservice.observe.figures import StatusSource
 
@@ -86,7 +88,7 @@ def _metrics() -> str:
 
 
 _GENERATED: dict[str, Callable[[], str]] = {
-    "settings": reference,
+    "settings": lambda: reference(all_settings(ALIASES)),
     "interfaces": _interfaces,
     "fixtures": _fixtures,
     "metrics": _metrics,

@@ -1,1 +1,1 @@
-"""Settings: value types, the schema, where values come from, and how they are shown."""
+"""Settings: value types, the schema, where values come from, and their representation as text."""

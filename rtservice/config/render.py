@@ -1,40 +1,49 @@
-"""Settings as text: for --print-config, the status page and the reference."""
+"""Settings as text: `--print-config`, the status page, and the reference of the documentation."""
 
 from __future__ import annotations
 
-from rtservice.config.schema import SHIPPED, TOPICS, Setting, Settings, all_settings
+from collections.abc import Collection, Iterable
+
+from rtservice.config.schema import Setting, Settings
 from rtservice.config.sources import LoadedSettings, variable
 from rtservice.config.values import PROTOCOL_OPTION, SettingError, as_text
 from rtservice.escaping import escaped
 from rtservice.hidden import HIDDEN
 
 
-def shown(setting: Setting, in_force: Settings) -> str:
-    """The value of a setting as everybody may see it who can see the service: of options that may be secret, the names.
+def shown_settings(settings: Settings, open_protocols: Collection[str]) -> dict[str, str]:
+    """Return every setting by its name, as clients of the status server may see it.
 
-    It is for people, and not to be read back.
+    Options of the protocol are shown by their names alone, unless it is one of `open_protocols`, which have no secret
+    options. The texts are for people and cannot be read back.
     """
-    value = getattr(in_force, setting.field)
-    if setting.kind is PROTOCOL_OPTION and in_force.protocol not in SHIPPED:
-        return escaped(", ".join(dict.fromkeys(option.partition("=")[0] for option in value)))
-    if setting.kind.show is not None and setting.kind is not PROTOCOL_OPTION:
-        value = tuple(map(setting.kind.show, value))
+    return {
+        setting.name: _shown(setting, value, settings.protocol in open_protocols) for setting, value in settings.items()
+    }
+
+
+def _shown(setting: Setting, value: object, open_options: bool) -> str:
+    if isinstance(value, tuple) and setting.kind.show is not None:
+        if setting.kind is not PROTOCOL_OPTION:
+            value = tuple(map(setting.kind.show, value))
+        elif not open_options:
+            return escaped(", ".join(dict.fromkeys(option.partition("=")[0] for option in value)))
     return escaped(as_text(value))
 
 
-def as_toml(loaded: LoadedSettings) -> str:
-    """A TOML file of these settings, each with where it came from; `load_settings` reads the same settings from it.
+def as_toml(loaded: LoadedSettings, open_protocols: Collection[str]) -> str:
+    """Return these settings as a TOML file with the source of each; `load_settings` reads the same settings from it.
 
-    Values that may be secret are marked, and `load_settings` does not take the mark: what is printed on a terminal ends
-    in logs, tickets and mail. Raises SettingError when a text is not UTF-8, which TOML is.
+    A value that may be a secret is replaced by a placeholder, which `load_settings` rejects: what is printed on a
+    terminal ends in logs, tickets and mail. `open_protocols` have no secret options. Raises SettingError if a text is
+    not UTF-8, which TOML requires.
     """
     lines = []
-    open_options = loaded.settings.protocol in SHIPPED
-    for setting in all_settings():
+    open_options = loaded.settings.protocol in open_protocols
+    for setting, value in loaded.settings.items():
         # One file cannot have both.
         if setting.name in ("port", "interface") and loaded.settings.listen:
             continue
-        value = getattr(loaded.settings, setting.field)
         comment = loaded.sources[setting.name]
         show = setting.kind.show
         if show is not None and not (setting.kind is PROTOCOL_OPTION and open_options):
@@ -64,19 +73,20 @@ def _toml_string(text: str) -> str:
     return f'"{"".join(characters)}"'
 
 
-def reference() -> str:
-    """Return the reference of all settings as MyST Markdown: a section for each topic, a directive for each setting.
+def by_topic(settings: Iterable[Setting]) -> dict[str, list[Setting]]:
+    """Group settings by their topics, in the order of their first settings."""
+    topics: dict[str, list[Setting]] = {}
+    for setting in settings:
+        topics.setdefault(setting.topic, []).append(setting)
+    return topics
 
-    Raises KeyError when a setting is in no topic, or a topic has a name that is no setting.
-    """
-    settings = {setting.name: setting for setting in all_settings()}
-    lines = []
-    for topic, names in TOPICS.items():
-        lines.append(f"## {topic}\n")
-        lines += [_described(settings.pop(name)) for name in names]
-    if settings:
-        raise KeyError(f"in no topic: {', '.join(settings)}")
-    return "\n".join(lines)
+
+def reference(settings: Iterable[Setting]) -> str:
+    """Return the reference as MyST Markdown: a section for each topic, a directive for each setting."""
+    sections = (
+        f"## {topic}\n\n" + "\n".join(map(_described, of_topic)) for topic, of_topic in by_topic(settings).items()
+    )
+    return "\n".join(sections)
 
 
 def _described(setting: Setting) -> str:
@@ -90,9 +100,10 @@ def _described(setting: Setting) -> str:
             *([f":default: `{default}`"] if default else []),
             "",
             setting.help,
+            *(["", setting.details] if setting.details else []),
             "",
             f"Command line {option}; environment `{variable(setting.name)}`; file `{setting.name}`. "
-            f"A change takes effect after a {setting.takes}.",
+            f"A change takes effect after a {setting.applied_by}.",
             "```",
             "",
         )

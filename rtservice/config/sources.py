@@ -1,4 +1,4 @@
-"""Where settings come from: the command line, the environment and a TOML file, in this order of precedence.
+"""Load settings from the command line, the environment and a TOML file, in this order of precedence.
 
 Each error names the source of the value.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,13 @@ from rtservice.utf8 import NotUTF8Error, decode_utf8
 
 @dataclass(frozen=True)
 class LoadedSettings:
-    """The settings in force, and by name where each came from.
-
-    That is `command line`, `environment`, the file's name, or `default`.
-    """
+    """Settings with the source of each by name: `command line`, `environment`, the path of the file, or `default`."""
 
     settings: Settings
     sources: Mapping[str, str]
 
     def where(self, name: str) -> str:
-        """What a user would change a setting at, as errors begin: `--port`, `RTSERVICE_PORT`, `/etc/rt.toml: port`."""
+        """Return where a user changes this setting: `--port`, `RTSERVICE_PORT` or `/etc/rt.toml: port`."""
         source = self.sources[name]
         if source in ("command line", "default"):
             return _option(name)
@@ -40,8 +37,8 @@ class LoadedSettings:
 
 _PREFIX = "RTSERVICE_"
 
-# What Kubernetes puts into every container for a Service called rtservice, or rtservice-something, and Docker for a
-# link: addresses, one as RTSERVICE_PORT=tcp://10.0.0.1:8080. Nobody has set that, and no setting looks like it.
+# Variables that Kubernetes sets in every container for a Service named rtservice or rtservice-NAME, and Docker for a
+# link: addresses, such as RTSERVICE_PORT=tcp://10.0.0.1:8080. No value of a setting looks like that.
 _INJECTED = re.compile(
     r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)=.*|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*|PORT=(tcp|udp|sctp)://.*)",
     re.ASCII | re.DOTALL,
@@ -49,7 +46,7 @@ _INJECTED = re.compile(
 
 
 def variable(name: str) -> str:
-    """The environment's variable of a setting."""
+    """Return the environment variable of a setting."""
     return _PREFIX + name.upper().replace("-", "_")
 
 
@@ -61,21 +58,28 @@ def _option(name: str) -> str:
 
 
 def load_settings(
-    command_line: Mapping[str, Any], environment: Mapping[str, str], config: str | None
+    command_line: Mapping[str, Any],
+    environment: Mapping[str, str],
+    config: str | None,
+    aliases: Iterable[Setting] = (),
 ) -> LoadedSettings:
-    """The settings: the command line's over the environment's over those of the TOML file `config` over the defaults.
+    """Load the settings of the schema and the aliases.
 
-    The command line maps settings' names to texts, and of repeatable settings to sequences of them. Of the environment
-    the `RTSERVICE_` variables count, but for what Kubernetes makes of a Service of that name; a repeatable setting's
-    holds texts with white space between them, or a JSON array of strings. The file's keys are the settings' names.
+    `command_line` maps the names of settings to texts, and those of repeatable settings to sequences of texts. In the
+    environment, variables that begin with `RTSERVICE_` are read, except those that Kubernetes sets; a variable for a
+    repeatable setting holds texts separated by white space, or a JSON array of strings. `config` is the path of a TOML
+    file, whose keys are the names of settings.
 
-    `listen` and `port` with `interface` both say where to listen: one layer gives one of them, and the highest layer
-    that gives any is followed. The options of a protocol are those of all layers, each the highest one's. A table
-    `[protocol]` in the file has them, and the protocol's `name`.
+    The command line takes precedence over the environment, that over the file, and that over the defaults. `listen`
+    excludes `port` and `interface`: one source may give only one of the two ways, and the source of the highest
+    precedence that gives either decides. The options of the protocol are collected from all sources; for each option
+    the source of the highest precedence decides. In the file, a table `[protocol]` may hold them with the `name` of the
+    protocol.
 
-    Raises SettingError, whose text begins with where the mistake is.
+    Raises SettingError; its text begins with the place of the mistake.
     """
-    repeatable = {variable(setting.name) for setting in all_settings() if setting.repeatable}
+    settings = tuple(all_settings(aliases))
+    repeatable = {variable(setting.name) for setting in settings if setting.repeatable}
     variables = {
         name: _texts(name, value) if name in repeatable else value
         for name, value in environment.items()
@@ -85,54 +89,55 @@ def load_settings(
     }
     options = {_option(name): text for name, text in command_line.items()}
     layers = [
-        ("environment", _parsed(variables, variable)),
-        ("command line", _parsed(options, _option)),
+        ("environment", _parsed(variables, settings, variable)),
+        ("command line", _parsed(options, settings, _option)),
     ]
     if config is not None:
         file = escaped(config)
-        layers.insert(0, (file, _parsed(_without_table(_read(config), file), str, prefix=f"{file}: ")))
+        layers.insert(0, (file, _parsed(_without_table(_read(config), file), settings, str, prefix=f"{file}: ")))
     values: dict[str, Any] = {}
-    sources = {setting.name: "default" for setting in all_settings()}
+    sources = {setting.name: "default" for setting in settings}
     for source, given in layers:
         if given.get("listen"):
-            beaten = ["port", "interface"]
+            overridden = ["port", "interface"]
         elif "port" in given or "interface" in given:
-            beaten = ["listen"]
+            overridden = ["listen"]
         else:
-            beaten = []
-        for name in beaten:
+            overridden = []
+        for name in overridden:
             values.pop(name, None)
             sources[name] = "default"
         if "protocol-option" in given:
             given["protocol-option"] = _joined(values.get("protocol-option", ()), given["protocol-option"])
         values |= given
         sources |= dict.fromkeys(given, source)
-    return LoadedSettings(Settings(**{name.replace("-", "_"): value for name, value in values.items()}), sources)
+    own = {setting.field: values[setting.name] for setting in all_settings() if setting.name in values}
+    of_aliases = {setting: values.get(setting.name, setting.default) for setting in settings if setting.protocol}
+    return LoadedSettings(Settings(**own, aliases=of_aliases), sources)
 
 
-# What a JSON array of strings cannot begin with.
+# An address such as `[::1]:8080`. No JSON array of strings begins like this.
 _BRACKETED_ADDRESS = re.compile(r"\s*\[[0-9A-Fa-f]*\\?:")
 
 
 def _texts(name: str, value: str) -> list[str]:
-    """The texts of a variable that holds several: a JSON array of strings, or texts with white space between them.
+    """Split the value of a variable: a JSON array of strings, or texts separated by white space. Raises SettingError.
 
-    JSON, and not the quotes of a shell: these are in use, and so are backslashes, and nothing that begins with [ was
-    right before, but for an IPv6 address in brackets.
+    Quotes and backslashes are ordinary characters in values, so the quoting of a shell is not understood.
     """
     if not value.lstrip().startswith("[") or _BRACKETED_ADDRESS.match(value):
         return value.split()
     try:
         texts = json.loads(value)
-    except (ValueError, RecursionError):  # whose text may have some of the value
+    except (ValueError, RecursionError):  # whose text may quote the value
         texts = None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise SettingError(f"{name}: begins with [ and is not a JSON array of strings; the text is not shown")
+        raise SettingError(f"{name}: begins with [ but is not a JSON array of strings; the text is not shown")
     return texts
 
 
 def _joined(lower: tuple[str, ...], higher: tuple[str, ...]) -> tuple[str, ...]:
-    """Options of a protocol from two layers."""
+    """Combine the options of the protocol from two sources; each option comes from the higher source that gives it."""
     names = {_option_name(option) for option in higher}
     return *(option for option in lower if _option_name(option) not in names), *higher
 
@@ -142,66 +147,70 @@ def _option_name(option: str) -> str:
 
 
 def _without_table(given: dict[str, Any], file: str) -> dict[str, Any]:
-    """A file's settings with what a table `[protocol]` says as `protocol` and `protocol-option`."""
+    """Return the settings of a file with the table `[protocol]` turned into `protocol` and `protocol-option`."""
     table = given.get("protocol")
     if not isinstance(table, dict):
         return given
     if "protocol-option" in given:
-        raise SettingError(f"{file}: protocol-option: [protocol] has the options already; give one of them")
+        raise SettingError(f"{file}: protocol-option: cannot be combined with a table [protocol]; give one of them")
     settings = {key: value for key, value in given.items() if key != "protocol"}
     if "name" in table:
         settings["protocol"] = table["name"]
     options = []
     for key, value in table.items():
         if not OPTION_NAME.fullmatch(key):
-            raise SettingError(f"{file}: protocol: {key!r} is not an option's name")
-        for one in value if isinstance(value, list) else [value]:
-            if type(one) not in (str, bool, int, float):
-                raise SettingError(f"{file}: protocol: {escaped(key)}: {_type(one)} is not a string or a number")
-            options += [f"{key}={as_text(one)}"] if key != "name" else []
-        if value == []:  # which the command line could not say either
-            raise SettingError(f"{file}: protocol: {escaped(key)}: an array without anything in it")
+            raise SettingError(
+                f"{file}: protocol: {key!r} is not an option name; accepted are letters, digits, - and _"
+            )
+        for entry in value if isinstance(value, list) else [value]:
+            if type(entry) not in (str, bool, int, float):
+                raise SettingError(f"{file}: protocol: {escaped(key)}: {_type(entry)} is not a string or a number")
+            options += [f"{key}={as_text(entry)}"] if key != "name" else []
+        if value == []:  # the command line has no way to give it
+            raise SettingError(f"{file}: protocol: {escaped(key)}: an empty array; give at least one value")
     return {**settings, "protocol-option": options} if options else settings
 
 
 def _read(config: str) -> dict[str, Any]:
-    import tomllib  # no worker reads a file
+    import tomllib  # workers read no file, and start faster without it
 
     try:
-        # A pipe would give nothing to a reload, and so the defaults to everything, or keep the whole service waiting.
+        # A pipe is empty for a reload, which would then use all defaults; or the reload would wait for a writer.
         with open(config, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return tomllib.loads(decode_utf8(file.read()))
-            problem = "is not a regular file, which a reload could read again"
+            problem = "is not a regular file; a reload must be able to read it again"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     except NotUTF8Error as error:
         problem = str(error)
-    # tomllib's own error is a ValueError; int() has another for thousands of digits, and arrays may nest too deeply.
+    # ValueError is tomllib's own error, and that of int() for thousands of digits.
     except (ValueError, RecursionError) as error:
         problem = f"is not TOML: {error}"
     raise SettingError(f"{escaped(config)}: {problem}")
 
 
-def _parsed(given: Mapping[str, Any], key_of: Callable[[str], str], *, prefix: str = "") -> dict[str, Any]:
-    """The values of one layer by settings' names; errors begin with `prefix` and the key."""
-    settings = {key_of(setting.name): setting for setting in all_settings()}
+def _parsed(
+    given: Mapping[str, Any], known: Sequence[Setting], key_of: Callable[[str], str], *, prefix: str = ""
+) -> dict[str, Any]:
+    """Return the values that one source gives, by the names of settings. Errors begin with `prefix` and the key."""
+    settings = {key_of(setting.name): setting for setting in known}
     values = {}
     for key, value in given.items():
         where = prefix + escaped(key)
         if key not in settings:
-            # Without what all keys of a layer share, which would make them all alike.
-            meant = nearest(key.removeprefix(_PREFIX), [setting.name for setting in all_settings()])
+            # A prefix that all names share would make them all similar.
+            meant = nearest(key.removeprefix(_PREFIX), [setting.name for setting in known])
             raise SettingError(f"{where}: no such setting{did_you_mean(meant and key_of(meant))}")
         try:
             values[settings[key].name] = _value(settings[key], value)
-        except ValueError as error:  # also Python's own, of an integer that is too long to be shown
+        except ValueError as error:  # also that of str() for an integer of thousands of digits
             raise SettingError(f"{where}: {error}") from None
     if values.get("listen"):
         for name in ("port", "interface"):
             if name in values:
                 raise SettingError(
-                    f"{prefix}{key_of(name)}: {key_of('listen')} says already where to listen; give one of them"
+                    f"{prefix}{key_of(name)}: cannot be combined with {key_of('listen')}; give one of them"
                 )
     return values
 
@@ -212,11 +221,11 @@ def _value(setting: Setting, given: Any) -> Any:
     if isinstance(given, str):
         given = [given]
     if not isinstance(given, list | tuple):
-        raise SettingError(f"{_shown(setting.kind, given)} is not {setting.kind.accepts} or an array of such")
+        raise SettingError(f"{_shown(setting.kind, given)} is not {setting.kind.accepts}, or an array of them")
     values = []
-    for number, one in enumerate(given, 1):
+    for number, text in enumerate(given, 1):
         try:
-            values.append(_one_value(setting.kind, one))
+            values.append(_one_value(setting.kind, text))
         except SettingError as error:
             if setting.kind.show is None or len(given) == 1:
                 raise
@@ -233,7 +242,7 @@ def _one_value(kind: Kind, given: Any) -> Any:
 
 
 def _shown(kind: Kind, given: Any) -> str:
-    """A value of another type as TOML has it, near enough; only its type where that may be a secret."""
+    """Return a value of a wrong type roughly as TOML writes it, or only its type where the value may be a secret."""
     if kind.show is not None or isinstance(given, list | dict):
         return _type(given)
     return str(given).lower() if isinstance(given, bool) else str(given)

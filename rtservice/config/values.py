@@ -1,10 +1,10 @@
-"""Value types: how the text of a setting becomes a value, and a value a text."""
+"""Value types: parse the text of a setting to a value, and format a value as text."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, get_args
@@ -14,19 +14,16 @@ from rtservice.references import is_reference
 
 LogLevelName = Literal["debug", "info", "warn", "error", "critical"]
 AtLimit = Literal["pause", "reject"]
-Takes = Literal["restart", "reload"]
+AppliedBy = Literal["restart", "reload"]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class SettingError(ValueError):
-    """A setting's value is not acceptable; the text names the value and what is accepted.
-
-    A value that may be a secret is not in it.
-    """
+    """The value of a setting is not accepted. The text names the value, if it is no secret, and what is accepted."""
 
 
 class BadValueError(SettingError):
-    """A text is not a value of its kind. `problem` is the reason without the text, for one that may be a secret."""
+    """A text is not a value of its kind. `problem` is the reason without the text, which may be a secret."""
 
     def __init__(self, text: str, problem: str) -> None:
         super().__init__(f"{text!r} {problem}")
@@ -35,46 +32,48 @@ class BadValueError(SettingError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a setting's value can be, in words, and how its text becomes a value; `parse` raises SettingError.
+    """A type of values.
 
-    `toml` has the types that a TOML file may give it beside a string. `show` gives a text as it may be shown, for one
-    that can hold a secret.
+    `accepts` describes the accepted texts, for errors and the reference. `parse` returns the value of a text and raises
+    SettingError. `toml` are the types that a TOML file may use instead of a string. `show` is given if a text can hold
+    a secret, and returns the text without it. `metavar` stands for the value in `--help`.
     """
 
     accepts: str
     parse: Callable[[str], Any]
     toml: tuple[type, ...] = ()
     show: Callable[[str], str] | None = None
+    metavar: str = "TEXT"
 
 
 def whole_number(low: int, high: int) -> Kind:
-    """Whole numbers from `low` to `high`, both included."""
+    """Return the kind of whole numbers from `low` to `high`, both included."""
     accepts = f"a whole number from {low} to {high}"
 
     def parse(text: str) -> int:
-        # int() would also take "1_000", " 8 " and digits of other scripts.
+        # int() also accepts "1_000", " 8 " and digits of other scripts.
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
             raise BadValueError(text, f"is not {accepts}")
         return int(text)
 
-    return Kind(accepts, parse, (int,))
+    return Kind(accepts, parse, (int,), metavar="N")
 
 
 def seconds(low: float, high: float) -> Kind:
-    """A time in seconds from `low` to `high`, with or without decimals."""
+    """Return the kind of times from `low` to `high` seconds, with or without decimals."""
     accepts = f"a number of seconds from {as_text(low)} to {as_text(high)}"
 
     def parse(text: str) -> float:
-        # As many decimals as a float of TOML has.
+        # No more decimals than the text of a float has.
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,30})?", text) or not low <= float(text) <= high:
             raise BadValueError(text, f"is not {accepts}")
         return float(text)
 
-    return Kind(accepts, parse, (int, float))
+    return Kind(accepts, parse, (int, float), metavar="SECONDS")
 
 
 def either(word: str, value: Any, kind: Kind) -> Kind:
-    """The values of `kind`, and a word that stands for one more."""
+    """Return `kind` with one more text, `word`, which means `value`."""
     accepts = f"{word} or {kind.accepts}"
 
     def parse(text: str) -> Any:
@@ -85,20 +84,24 @@ def either(word: str, value: Any, kind: Kind) -> Kind:
         except SettingError:
             raise BadValueError(text, f"is not {accepts}") from None
 
-    return Kind(accepts, parse, kind.toml)
+    return Kind(accepts, parse, kind.toml, metavar=kind.metavar)
 
 
 def one_of(literal: Any) -> Kind:
-    """The words of a Literal type."""
-    words = get_args(literal)
-    accepts = f"one of {', '.join(words)}"
+    """Return the kind of the values of a Literal type, each written as `as_text` does."""
+    return word_for({as_text(value): value for value in get_args(literal)})
 
-    def parse(text: str) -> str:
-        if text not in words:
+
+def word_for(values: Mapping[str, Any]) -> Kind:
+    """Return the kind of these words, each of which stands for a value."""
+    accepts = f"one of {', '.join(values)}"
+
+    def parse(text: str) -> Any:
+        if text not in values:
             raise BadValueError(text, f"is not {accepts}")
-        return text
+        return values[text]
 
-    return Kind(accepts, parse)
+    return Kind(accepts, parse, metavar="|".join(values))
 
 
 def _parse_flag(text: str) -> bool:
@@ -108,6 +111,7 @@ def _parse_flag(text: str) -> bool:
 
 
 def parse_networks(value: str) -> tuple[Network, ...]:
+    """Parse addresses and networks separated by commas; an IPv6 address may be in brackets. Raises SettingError."""
     networks = []
     for part in value.split(","):
         part = part.strip()
@@ -116,7 +120,7 @@ def parse_networks(value: str) -> tuple[Network, ...]:
             part = bracketed[1] + (bracketed[2] or "")
         try:
             network = ipaddress.ip_network(part, strict=False)
-            # An address may carry a scope, a network of peers may not: `fe80::1%eth0`.
+            # ip_network accepts a scope, as in `fe80::1%eth0`, which no network of peers has.
             if "%" in part:
                 raise ValueError
         except ValueError:
@@ -129,7 +133,7 @@ def parse_networks(value: str) -> tuple[Network, ...]:
 
 @dataclass(frozen=True)
 class LevelRule:
-    """The least level of the records of a namespace and what is below it."""
+    """The lowest level that is logged for a namespace and the namespaces below it."""
 
     namespace: str
     level: LogLevelName
@@ -142,6 +146,7 @@ _OURS = "rtservice"
 
 
 def parse_levels(value: str) -> tuple[LevelRule, ...]:
+    """Parse levels separated by commas, each with or without `NAMESPACE=`. Raises SettingError."""
     levels: dict[str, LevelRule] = {_OURS: LevelRule(_OURS, "info")}
     given = set()
     for part in value.split(","):
@@ -160,7 +165,7 @@ def parse_levels(value: str) -> tuple[LevelRule, ...]:
 
 def _parse_text(value: str) -> str:
     if "\0" in value:
-        raise BadValueError(value, "holds a NUL byte")
+        raise BadValueError(value, "contains a NUL byte")
     return value
 
 
@@ -175,17 +180,17 @@ _ESCAPED = {b"r": b"\r", b"n": b"\n", b"t": b"\t", b"0": b"\0", b"e": b"\x1b", b
 
 
 def _parse_escaped(value: str) -> bytes:
-    r"""UTF-8, with the escapes ``\r \n \t \0 \e \\ \xHH``."""
+    r"""Return the bytes of a text in UTF-8, with the escapes `\r \n \t \0 \e \\ \xHH`. Raises BadValueError."""
 
     def unescape(match: re.Match[bytes]) -> bytes:
         code = match[1]
         if code[:1] == b"x" and len(code) == 3:
             return bytes.fromhex(code[1:].decode())
         if code not in _ESCAPED:
-            raise BadValueError(value, r"has an unknown escape; known are \r \n \t \0 \e \\ \xHH")
+            raise BadValueError(value, r"has an unknown escape; accepted are \r \n \t \0 \e \\ \xHH")
         return _ESCAPED[code]
 
-    # What was typed and is not UTF-8 came as surrogates, and goes back to the very bytes.
+    # Python decodes bytes of the command line that are not UTF-8 to surrogates.
     return _ESCAPE.sub(unescape, value.encode("utf-8", "surrogateescape"))
 
 
@@ -193,16 +198,14 @@ OPTION_NAME = re.compile(r"[A-Za-z_][\w-]*")
 
 
 def _parse_protocol_option(value: str) -> str:
-    # Nothing of it is in these errors: it may be the second half of a value with a blank.
+    # The error does not show the text: it may be the second half of a secret with a blank.
     if not OPTION_NAME.fullmatch(value.partition("=")[0]) or "=" not in value:
-        raise SettingError("not an option's name, = and its value; the text is not shown")
+        raise SettingError("not of the form key=value; the text is not shown")
     name, _, text = value.partition("=")
     if text == HIDDEN:
-        raise SettingError(
-            f"{name}={HIDDEN}: {_WAS_HIDDEN}, as {name}=@/path/to/file or {name}=$VARIABLE if it is secret"
-        )
+        raise SettingError(f"{name}={HIDDEN}: {_WAS_HIDDEN}, or {name}=@/path/to/file or {name}=$VARIABLE for a secret")
     if "\0" in text:
-        raise SettingError(f"the value of {name} holds a NUL byte")
+        raise SettingError(f"the value of {name} contains a NUL byte")
     return value
 
 
@@ -217,8 +220,9 @@ def _parse_description(value: str) -> str:
     return _parse_non_empty(value)
 
 
-_WAS_HIDDEN = f"{HIDDEN} is what --print-config shows in the place of a value; give the value"
-_HOST_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1123, section 2.1, and the underscore of Docker
+_WAS_HIDDEN = f"{HIDDEN} is the placeholder of --print-config; give the value itself"
+# RFC 1123, section 2.1. Docker also uses the underscore.
+_HOST_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z){_HOST_LABEL}(\.{_HOST_LABEL})*")
 
 
@@ -243,26 +247,28 @@ def _is_ipv6(text: str) -> bool:
     return True
 
 
-FLAG = Kind("true or false", _parse_flag, (bool,))
+FLAG = Kind("true or false", _parse_flag, (bool,), metavar="")
 TEXT = Kind("a string", _parse_text)
 NON_EMPTY = Kind("a string", _parse_non_empty)
 ESCAPED = Kind("a string", _parse_escaped)
-LEVELS = Kind("a string of levels, such as info,twisted=warn", parse_levels)
-HOSTS = Kind("a string of host names, such as status.example.com,web-1, or *", _parse_hosts)
-PROTOCOL_OPTION = Kind("a string such as max-message=5", _parse_protocol_option, show=_show_protocol_option)
-DESCRIPTION = Kind("a string", _parse_description, show=hide_in_description)
-NETWORKS = Kind("a string of networks, such as 10.0.0.0/8,2001:db8::/32", parse_networks)
+LEVELS = Kind("a string of levels, such as info,twisted=warn", parse_levels, metavar="LEVELS")
+HOSTS = Kind("a string of host names, such as status.example.com,web-1, or *", _parse_hosts, metavar="HOSTS")
+PROTOCOL_OPTION = Kind(
+    "a string such as max-message=5", _parse_protocol_option, show=_show_protocol_option, metavar="KEY=VALUE"
+)
+DESCRIPTION = Kind("a string", _parse_description, show=hide_in_description, metavar="LISTENER")
+NETWORKS = Kind("a string of networks, such as 10.0.0.0/8,2001:db8::/32", parse_networks, metavar="NETWORKS")
 
 
 def as_text(value: Any) -> str:
-    """A parsed value as a user would write it; the inverse of each kind's `parse`."""
+    """Return a parsed value as a user writes it: the inverse of each kind's `parse`."""
     match value:
         case None:
             return "auto"
         case bool():
             return str(value).lower()
         case float():
-            # Without an exponent, which the command line does not take.
+            # Without an exponent, which `seconds` does not accept.
             return format(Decimal(repr(value)), "f").removesuffix(".0")
         case bytes():
             return "".join(map(_escape, value.decode("utf-8", "surrogateescape")))

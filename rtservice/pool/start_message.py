@@ -8,7 +8,6 @@ import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rtservice.config.schema import all_settings
 from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import as_text
 from rtservice.net.listener import Listener
@@ -32,9 +31,8 @@ def describe(
     workers import it, with their rights, and anew for each of them.
     """
     texts: dict[str, str | tuple[str, ...]] = {}
-    for setting in all_settings():
-        value = getattr(loaded.settings, setting.field)
-        # It gets sockets; and an option of the echo exchange that nobody has given is none of other protocols.
+    for setting, value in loaded.settings.items():
+        # A worker gets sockets and resolved options. An alias with its default is not given to other protocols.
         if setting.name not in ("listen", "port", "interface", "protocol-option") and value != setting.default:
             texts[setting.name] = value if setting.repeatable else as_text(value)
     described = [_described(listener, (read or {}).get(listener.source)) for listener in listeners]

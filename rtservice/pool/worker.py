@@ -205,7 +205,7 @@ class Worker(Protocol):
             self._failed(repr(error))
 
     def _serve(self, given: dict[str, Any]) -> Steps[None]:
-        self._settings = load_settings(given["settings"], {}, None).settings
+        self._settings = load_settings(given["settings"], {}, None, hosting.ALIASES).settings
         loaded = LoadedSettings(self._settings, given["sources"])
         self._slot, self._slots = given["slot"], given["slots"]
         self._levels.change(levels(self._settings))

@@ -11,6 +11,7 @@ from zope.interface import implementer
 
 from rtservice.counted import counted
 from rtservice.protocols import framings
+from rtservice.protocols.alias import Alias
 
 Greet = Literal["connect", "first-data"]
 Framing = Literal["raw", "line", "netstring", "int32"]
@@ -130,6 +131,20 @@ class EchoFactory(Factory[Echo]):
     """
 
     noisy = False
+
+    aliases: ClassVar = (
+        Alias(
+            "greeting", r"(echo) Greeting sent to each client; empty disables it. Escapes: `\r \n \t \0 \e \\ \xHH`."
+        ),
+        Alias("greet", "(echo) When to greet: on `connect`, or before the answer to the `first-data`."),
+        Alias("framing", "(echo) Unit that is echoed: `raw` bytes, or each `line`, `netstring` or `int32` message."),
+        Alias(
+            "max-message",
+            "(echo) Longest message of a framing, in bytes. A longer one closes its connection.",
+            metavar="BYTES",
+            bounds=(1, 2**30),
+        ),
+    )
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 
 from rtservice.config.schema import Settings
 from rtservice.config.sources import load_settings
+from rtservice.hosting import ALIASES
 from rtservice.net.listener import Listener
 from rtservice.net.listeners import open_description
 from rtservice.net.tls import Steps, TLSError, finish
@@ -34,7 +35,7 @@ from rtservice.process_settings import runtime_settings, share
 from tests.support.fake_reactor import FakeReactor
 from tests.support.unprintable import Unprintable
 
-DEFAULTS = load_settings({}, {}, None)
+DEFAULTS = load_settings({}, {}, None, ALIASES)
 
 
 def start(**given: Any) -> bytes:
@@ -159,10 +160,10 @@ def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeyp
 def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
     given = {"max-connections": "7", "greeting": r"\x00\xff", "proxy-from": ("10.0.0.0/8,::1",), "log-level": "debug"}
     in_force = load_settings(
-        {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None
+        {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None, ALIASES
     )
     described = json.loads(json.dumps(describe(in_force, [], options=(), directory="/")))
-    assert load_settings(described["settings"], {}, None).settings == in_force.settings
+    assert load_settings(described["settings"], {}, None, ALIASES).settings == in_force.settings
     assert described["sources"] == in_force.sources
 
 

@@ -73,7 +73,7 @@ def test_a_start_that_is_not_done_is_cancelled_by_a_stop(service) -> None:
     [
         ("import nowhere_at_all", "bad:x", "bad cannot be imported: ModuleNotFoundError: No module named 'nowhere_at"),
         ("1 / 0", "bad:x", "bad cannot be imported: ZeroDivisionError: division by zero ("),
-        ("", "bad:x", "there is no 'x' in bad"),
+        ("", "bad:x", "bad has no attribute 'x'"),
         ("", "nowhere:x", "there is no module nowhere"),
     ],
 )
@@ -303,5 +303,5 @@ def test_a_chat_does_not_start_with_workers(run) -> None:
     result = run(*RTSERVICE, "--protocol=chat", TCP, "--workers=2")
     assert result.returncode == 1
     assert result.stderr.endswith(
-        "--protocol chat: its connections have to be in one process: --workers has to be 1, not 2\n"
+        "--protocol chat: this protocol needs all connections in one process; --workers has to be 1, not 2\n"
     )

@@ -145,7 +145,7 @@ def test_any_text_can_be_given(service, workers, text) -> None:
     ("option", "problem"),
     [
         ("password=@pw", "option password: cannot read the file '{0}/pw': no such file or directory"),
-        ("password=$PW", "option password: the environment has no variable PW"),
+        ("password=$PW", "option password: the environment variable PW is not set"),
     ],
 )
 def test_what_is_not_there_is_one_line_and_nothing_is_started(
@@ -200,7 +200,10 @@ def test_printed_settings_mark_what_may_be_secret_and_are_refused_until_it_is_gi
     again = run(*RTSERVICE, "--config=again.toml", "--check")
     assert again.returncode == 1
     (line,) = again.stderr.splitlines()
-    assert "again.toml: protocol-option: number 1 of 3: text=<hidden>: <hidden> is what --print-config shows" in line
+    assert (
+        "again.toml: protocol-option: number 1 of 3: text=<hidden>: <hidden> is the placeholder of --print-config"
+        in line
+    )
 
 
 def test_a_key_in_the_description_of_another_listener_is_shown_nowhere(service, run, tmp_path) -> None:

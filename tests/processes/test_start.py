@@ -151,7 +151,7 @@ def test_as_many_descriptors_as_the_line_says_are_enough(environment, tmp_path, 
     [
         ("interrupted:X", 1, "--protocol interrupted:X: interrupted cannot be imported: KeyboardInterrupt ("),
         ("interrupted:X", 2, "--protocol interrupted:X: interrupted cannot be imported: KeyboardInterrupt ("),
-        ("unfit:Interrupts", 2, "--protocol unfit:Interrupts: it cannot be made: KeyboardInterrupt ("),
+        ("unfit:Interrupts", 2, "--protocol unfit:Interrupts: cannot be created: KeyboardInterrupt ("),
         ("unfit:Exits", 1, "Exits did not start: SystemExit: 0\n"),
         ("unfit:Exits", 2, "Exits did not start: SystemExit: 0\n"),
         ("unfit:Gives", 1, "Gives did not start: TypeError: "),
