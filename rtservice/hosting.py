@@ -143,7 +143,7 @@ def _find(name: str) -> Any:
             meant = near and f"{module}:{f'{where}.{near}'.removeprefix(f'{module}.')}"
             raise SettingError(f"{where} has no attribute {part!r}{did_you_mean(meant)}") from None
         except BaseException as error:  # a property may raise anything
-            raise SettingError(f"{where}.{part} cannot be read: {told(error)}") from error
+            raise SettingError(f"{where}.{part} cannot be read: {error_line(error)}") from error
         where += f".{part}"
     if not callable(found) or _is_unusable(found):
         raise SettingError(f"{path} is not a {_ACCEPTED}")
@@ -200,7 +200,7 @@ def _imported(module: str, attributes: str) -> types.ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise SettingError(f"{module} cannot be imported: {told(error)}") from error
+            raise SettingError(f"{module} cannot be imported: {error_line(error)}") from error
         top = module.partition(".")[0]
         here = error.name == top and any(Path(path).exists() for path in (top, f"{top}.py"))
         hint = "; it is in the current directory: set PYTHONPATH=. to find it" if here else ""
@@ -209,10 +209,10 @@ def _imported(module: str, attributes: str) -> types.ModuleType:
             meant = f"{near}{module.removeprefix(error.name)}:{attributes}"
         raise SettingError(f"there is no module {error.name}{hint}{did_you_mean(meant)}") from None
     except BaseException as error:  # a module may raise anything, SystemExit included
-        raise SettingError(f"{module} cannot be imported: {told(error)}") from error
+        raise SettingError(f"{module} cannot be imported: {error_line(error)}") from error
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return an exception as one line, with the file and line that raised it."""
     text = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, SyntaxError):
@@ -273,7 +273,7 @@ def _options(maker: Any) -> dict[str, Option]:
     }
 
 
-def _nameless(maker: Any) -> list[str]:
+def _positional_only(maker: Any) -> list[str]:
     """Return the required parameters that cannot be passed by name."""
     return [
         parameter.name
@@ -282,7 +282,7 @@ def _nameless(maker: Any) -> list[str]:
     ]
 
 
-def _takes_any(maker: Any) -> bool:
+def _accepts_any_keyword(maker: Any) -> bool:
     """Return whether it accepts any keyword."""
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(maker))
 
@@ -306,14 +306,14 @@ def _option(parameter: inspect.Parameter, maker: Any) -> Option:
 def _evaluated(annotation: Any, maker: Any) -> Any:
     if not isinstance(annotation, str):
         return annotation
-    function = inspect.unwrap(_called(maker))
+    function = inspect.unwrap(_called_function(maker))
     try:
         return eval(annotation, getattr(function, "__globals__", {}))
     except Exception:  # a name that only type checkers import
         return object
 
 
-def _called(maker: Any) -> Any:
+def _called_function(maker: Any) -> Any:
     """Return the function that receives the arguments of a callable."""
     if isinstance(maker, type):
         for base in maker.__mro__:
@@ -394,7 +394,7 @@ def _make(maker: Any, given: Iterable[OptionValue], directory: str, *, open_valu
     try:
         factory = maker(**arguments)
     except BaseException as error:
-        said = escaped(str(error)) if isinstance(error, ValueError) and str(error) else told(error)
+        said = escaped(str(error)) if isinstance(error, ValueError) and str(error) else error_line(error)
         # ValueError means that an argument has an unacceptable value.
         why = said if isinstance(error, ValueError) else f"cannot be created: {said}"
         secrets = [option.text for option in given if option.referred or not open_values]
@@ -419,14 +419,14 @@ class _HostedProtocol(Factory[Any]):
 
 def _arguments(maker: Any, given: Iterable[OptionValue], directory: str, open_values: bool) -> dict[str, Any]:
     options = _options(maker)
-    takes_any = _takes_any(maker)
+    accepts_any = _accepts_any_keyword(maker)
     arguments: dict[str, Any] = {}
     for given_option in given:
         name = given_option.name
         keyword = name.replace("-", "_")
         option = options.get(keyword)
         if option is None:
-            if not (takes_any and keyword.isidentifier()):
+            if not (accepts_any and keyword.isidentifier()):
                 known = [option.name for option in options.values()]
                 accepted = f"accepted are {', '.join(known)}" if known else "it has no options"
                 raise SettingError(f"no option {name!r}; {accepted}{did_you_mean(nearest(name, known))}")
@@ -445,7 +445,7 @@ def _arguments(maker: Any, given: Iterable[OptionValue], directory: str, open_va
         if isinstance(value, Path):
             value = Path(os.path.normpath(os.path.join(directory, value)))
         arguments[keyword] = value if option.many is None else (*arguments.get(keyword, ()), value)
-    for parameter in _nameless(maker):
+    for parameter in _positional_only(maker):
         raise SettingError(f"its argument {parameter} cannot be passed by name; {_ADVICE}")
     for keyword, option in options.items():
         if option.required and keyword not in arguments:
@@ -458,7 +458,7 @@ def _arguments(maker: Any, given: Iterable[OptionValue], directory: str, open_va
 
 
 def _value(kind: Kind, given: OptionValue) -> Any:
-    """Raises SettingError."""
+    """Return the value of an option. Raises SettingError."""
     if not given.referred:
         return kind.parse(given.text)
     if kind is ESCAPED:  # a file holds the bytes without escapes
@@ -507,6 +507,7 @@ def _aliases(protocol: str, factory: Any) -> Iterator[Setting]:
         )
 
 
-# Only shipped protocols have aliases: the command line is parsed before --protocol is known and any other protocol is
-# imported, and an installed package must not add options to it.
+# Only shipped protocols have aliases. The options of the command line are declared before it is parsed, and any other
+# protocol is imported after that, with workers even in another process. And a package that happens to be installed must
+# not add options to the command.
 ALIASES = tuple(_aliases("echo", EchoFactory))

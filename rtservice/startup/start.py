@@ -160,7 +160,7 @@ def unexpected(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if not isinstance(error, OSError) or error.errno is None:
-        return f"cannot start: {hosting.told(error)}"
+        return f"cannot start: {hosting.error_line(error)}"
     where = "" if error.filename is None else f"{escaped(str(error.filename))}: "
     more = ""
     if error.errno == errno.EMFILE:
