@@ -20,12 +20,16 @@ from twisted.logger import ILogObserver, globalLogPublisher
 from twisted.python import usage
 from twisted.python.components import Componentized
 
-from rtservice import __version__, hosting
+from rtservice import __version__
 from rtservice.config.render import as_toml, shown_settings
 from rtservice.config.schema import Setting, Settings, all_settings, changes
 from rtservice.config.sources import CONFIG_VARIABLE, LoadedSettings, load_settings, variable
 from rtservice.config.usage import Entry, usage_text
 from rtservice.config.values import FLAG, SettingError
+from rtservice.hosting.aliases import ALIASES
+from rtservice.hosting.factory import make_factory, resolve_options
+from rtservice.hosting.listing import listing
+from rtservice.hosting.names import SHIPPED
 from rtservice.net.description import ListenError, parse
 from rtservice.net.listener import Listener
 from rtservice.net.tls import Files, Steps, TLSError, ignore_bad_names
@@ -64,7 +68,7 @@ from rtservice.startup.start import ExitWithStatus, StartReporter, unexpected
 from rtservice.suggestions import did_you_mean, nearest
 
 # Every setting of the command line: those of the schema, and the options of shipped protocols that are settings too.
-_SETTINGS = tuple(all_settings(hosting.ALIASES))
+_SETTINGS = tuple(all_settings(ALIASES))
 
 
 class _Printed(SystemExit):
@@ -178,9 +182,9 @@ class Options(usage.Options):
         self.directory = os.path.abspath(twistd.get("rundir") or ".")
         self.loaded = self.reloaded()
         if self.settings().protocol == "help":
-            raise _Printed(hosting.listing())
+            raise _Printed(listing())
         if self["print-config"]:
-            raise _Printed(as_toml(self.loaded, hosting.SHIPPED))
+            raise _Printed(as_toml(self.loaded, SHIPPED))
 
     def settings(self) -> Settings:
         """Return the settings that the process starts with."""
@@ -189,17 +193,17 @@ class Options(usage.Options):
     def reloaded(self) -> LoadedSettings:
         """Load the settings with the current content of the file. Raises SettingError."""
         given = {setting.name: self[setting.name] for setting in _SETTINGS if self.get(setting.name) is not None}
-        return load_settings(given, self._environment, self["config"], hosting.ALIASES)
+        return load_settings(given, self._environment, self["config"], ALIASES)
 
     def make_factory(self, loaded: LoadedSettings, processes: int = 1) -> Any:
         """Create the factory of these settings, for one of `processes` that serve. Raises SettingError."""
-        return hosting.make_factory(
+        return make_factory(
             loaded, options=self.protocol_options(loaded), directory=self.directory, processes=processes
         )
 
     def protocol_options(self, loaded: LoadedSettings) -> tuple[OptionValue, ...]:
         """Return the options of the protocol with the current content of files. Raises SettingError."""
-        return hosting.resolve_options(loaded, self._environment, self._started_in)
+        return resolve_options(loaded, self._environment, self._started_in)
 
 
 def _option_name(option: str) -> str:
@@ -434,7 +438,7 @@ def _spec(
 _OF_LISTENERS = ("listen", "port", "interface", "status")
 
 # What a factory is made of.
-_OF_FACTORIES = ("protocol", "protocol-option", *(alias.name for alias in hosting.ALIASES))
+_OF_FACTORIES = ("protocol", "protocol-option", *(alias.name for alias in ALIASES))
 
 
 class _Settings:
@@ -447,7 +451,7 @@ class _Settings:
 
     def shown(self) -> dict[str, str]:
         """Each setting in force, without what may be a secret."""
-        return shown_settings(self._in_force, hosting.SHIPPED)
+        return shown_settings(self._in_force, SHIPPED)
 
     def status_hosts(self) -> frozenset[str]:
         """The host names that clients of the status server may name, in lower case."""

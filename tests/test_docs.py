@@ -16,7 +16,7 @@ from rtservice.config.render import reference
 from rtservice.config.schema import all_settings
 from rtservice.config.sources import variable
 from rtservice.config.values import as_text
-from rtservice.hosting import ALIASES
+from rtservice.hosting.aliases import ALIASES
 from rtservice.testing import DEADLINE
 from tests.support.repository import PACKAGE, ROOT
 from tests.test_imports import MAY_IMPORT
@@ -99,7 +99,9 @@ def test_the_list_of_source_files_has_the_directions_of_the_imports() -> None:
 
 
 def test_other_files_that_the_list_of_source_files_names_exist() -> None:
-    named = re.findall(r"`((?:config|net|observe|pool|process|protocols|startup)/[\w/]*(?:\.py)?)`", _tables_of_files())
+    named = re.findall(
+        r"`((?:config|hosting|net|observe|pool|process|protocols|startup)/[\w/]*(?:\.py)?)`", _tables_of_files()
+    )
     assert len(set(named)) > 15
     assert [name for name in named if not (PACKAGE / name).exists()] == []
 

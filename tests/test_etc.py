@@ -10,7 +10,7 @@ import pytest
 
 from rtservice.config.schema import all_settings
 from rtservice.config.sources import load_settings
-from rtservice.hosting import ALIASES
+from rtservice.hosting.aliases import ALIASES
 from rtservice.tap import Options
 from tests.support.repository import ETC
 

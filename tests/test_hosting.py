@@ -16,7 +16,9 @@ from zope.interface import implementer
 
 from rtservice.config.sources import load_settings
 from rtservice.config.values import SettingError
-from rtservice.hosting import ALIASES, listing, make_factory, resolve_options
+from rtservice.hosting.aliases import ALIASES
+from rtservice.hosting.factory import make_factory, resolve_options
+from rtservice.hosting.listing import listing
 from rtservice.interfaces import IOneProcess, Secret
 from rtservice.protocols.echo import EchoFactory
 

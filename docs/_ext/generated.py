@@ -15,7 +15,7 @@ from zope.interface.interface import InterfaceClass, Method
 from rtservice import interfaces, testing
 from rtservice.config.render import reference
 from rtservice.config.schema import all_settings
-from rtservice.hosting import ALIASES
+from rtservice.hosting.aliases import ALIASES
 from rtservice.observe import metrics
 from rtservice.observe.figures import StatusSource
 

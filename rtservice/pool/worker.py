@@ -17,11 +17,12 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import LogEvent, Logger, LogLevel, globalLogBeginner, globalLogPublisher
 from twisted.python.failure import Failure
 
-from rtservice import hosting
 from rtservice.config.schema import Settings
 from rtservice.config.sources import LoadedSettings, load_settings
 from rtservice.config.values import SettingError
 from rtservice.counted import counted
+from rtservice.hosting.aliases import ALIASES
+from rtservice.hosting.factory import make_factory
 from rtservice.net.listener import Listener
 from rtservice.net.tls import Steps, TLSError, ignore_bad_names
 from rtservice.observe.logs import AccessLog, Levels, Log, message_and_traceback
@@ -205,7 +206,7 @@ class Worker(Protocol):
             self._failed(repr(error))
 
     def _serve(self, given: dict[str, Any]) -> Steps[None]:
-        self._settings = load_settings(given["settings"], {}, None, hosting.ALIASES).settings
+        self._settings = load_settings(given["settings"], {}, None, ALIASES).settings
         loaded = LoadedSettings(self._settings, given["sources"])
         self._slot, self._slots = given["slot"], given["slots"]
         self._levels.change(levels(self._settings))
@@ -213,7 +214,7 @@ class Worker(Protocol):
         self._kinds = [listener["kind"] for listener in given["listeners"]]
         # Before the first step: a supervisor that dies meanwhile leaves all of them behind.
         self._files = [tuple(listener["file"]) for listener in given["listeners"] if listener["file"] is not None]
-        factory = hosting.make_factory(
+        factory = make_factory(
             loaded,
             options=[OptionValue(*option) for option in given["options"]],
             directory=given["directory"],

@@ -16,8 +16,8 @@ from typing import Any
 
 from twisted.python.failure import Failure
 
-from rtservice import hosting
 from rtservice.escaping import escaped
+from rtservice.hosting.error_line import error_line
 from rtservice.observe.logs import Log
 from rtservice.pool.pool import WorkerPool
 from rtservice.process import signals
@@ -160,7 +160,7 @@ def unexpected(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if not isinstance(error, OSError) or error.errno is None:
-        return f"cannot start: {hosting.error_line(error)}"
+        return f"cannot start: {error_line(error)}"
     where = "" if error.filename is None else f"{escaped(str(error.filename))}: "
     more = ""
     if error.errno == errno.EMFILE:

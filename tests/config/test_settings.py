@@ -24,7 +24,8 @@ from rtservice.config.values import (
     seconds,
     whole_number,
 )
-from rtservice.hosting import ALIASES, SHIPPED
+from rtservice.hosting.aliases import ALIASES
+from rtservice.hosting.names import SHIPPED
 from rtservice.tap import Options, _Settings
 
 SETTINGS = tuple(all_settings(ALIASES))

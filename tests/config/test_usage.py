@@ -6,7 +6,7 @@ import pytest
 
 from rtservice.config.schema import all_settings
 from rtservice.config.values import FLAG, as_text
-from rtservice.hosting import ALIASES
+from rtservice.hosting.aliases import ALIASES
 from rtservice.tap import Options
 
 SETTINGS = tuple(all_settings(ALIASES))

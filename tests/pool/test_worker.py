@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 
 from rtservice.config.schema import Settings
 from rtservice.config.sources import load_settings
-from rtservice.hosting import ALIASES
+from rtservice.hosting.aliases import ALIASES
 from rtservice.net.listener import Listener
 from rtservice.net.listeners import open_description
 from rtservice.net.tls import Steps, TLSError, finish

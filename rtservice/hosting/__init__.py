@@ -1,0 +1,1 @@
+"""From `--protocol` and its options to a factory. No reactor is needed."""
