@@ -1,4 +1,4 @@
-"""The files in etc/ are what systemd accepts, start what this package installs, and give away little."""
+"""systemd accepts the files in etc/, and they start what this package installs with few rights."""
 
 import re
 import shlex
@@ -29,11 +29,11 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path) -> None:
     units = []
     for unit in (*SERVICES, "rtservice.socket"):
         text = (ETC / unit).read_text()
-        # The one thing that is not on this machine is the installed program.
+        # Only the installed program is missing on this machine.
         (tmp_path / unit).write_text(text.replace("/opt/rtservice/bin/twistd", shutil.which("true") or "/bin/true"))
         units.append(str(tmp_path / unit))
     result = analyze("verify", "--man=no", *units)
-    # Units of the host itself may be complained about; ours must not.
+    # systemd may also warn about units of this machine.
     ours = [line for line in result.stderr.splitlines() if "rtservice" in line]
     assert ours == []
     assert result.returncode == 0, result.stderr
@@ -41,7 +41,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path) -> None:
 
 @needs_systemd
 @pytest.mark.parametrize(("unit", "most"), [("rtservice.service", 0.5), ("rtservice-standalone.service", 1.5)])
-def test_a_unit_is_exposed_no_more_than_its_work_asks_for(unit, most) -> None:
+def test_the_exposure_level_of_a_unit_is_low(unit, most) -> None:
     result = analyze("security", "--offline=true", "--no-pager", str(ETC / unit))
     level = re.search(r"Overall exposure level for \S+: (\d+\.\d)", result.stdout)
     assert level is not None, result.stderr
@@ -51,7 +51,7 @@ def test_a_unit_is_exposed_no_more_than_its_work_asks_for(unit, most) -> None:
 @pytest.mark.parametrize(
     ("unit", "listen"), [("rtservice.service", ("systemd:name=rtservice",)), ("rtservice-standalone.service", ())]
 )
-def test_a_service_is_started_with_options_and_a_file_that_are_right(unit, listen) -> None:
+def test_the_options_and_the_file_of_a_unit_are_valid(unit, listen) -> None:
     text = (ETC / unit).read_text().replace("/etc/rtservice/rtservice.toml", str(ETC / "rtservice.toml"))
     command = re.search(r"^ExecStart=(.*)$", text.replace("\\\n", ""), re.MULTILINE)
     assert command is not None
@@ -70,13 +70,13 @@ def test_the_systemd_timeout_leaves_time_for_the_drain_of_the_example() -> None:
         assert int(timeout[1]) == drain + 15
 
 
-def test_what_the_example_shows_behind_a_hash_is_the_default(tmp_path) -> None:
+def test_a_commented_setting_of_the_example_shows_the_default(tmp_path) -> None:
     text = (ETC / "rtservice.toml").read_text()
     hidden = "\n".join(line.removeprefix("#") for line in text.splitlines() if re.match("#[a-z0-9-]+ = ", line))
     (tmp_path / "hidden.toml").write_text(hidden)
     defaults = load_settings({}, {}, None, ALIASES).settings
     assert load_settings({}, {}, str(tmp_path / "hidden.toml"), ALIASES).settings == defaults
-    # All of them are there, so that nobody has to look elsewhere.
+    # The example lists every setting.
     shown = {*tomllib.loads(hidden), *tomllib.loads(text), "listen", "interface"}
     assert shown == {setting.name for setting in all_settings(ALIASES)}
 

@@ -1,4 +1,4 @@
-"""Which parts of a text are hidden."""
+"""Secret parts of texts are hidden."""
 
 import pytest
 
@@ -39,11 +39,11 @@ def test_user_and_password_of_a_url_are_hidden(text, shown) -> None:
         (r"via:redis\://u\:hunter2@db:tcp:80", r"via:redis\://<hidden>@db:tcp:80"),
     ],
 )
-def test_a_description_of_another_type_is_shown_without_what_its_keywords_hold(description, shown) -> None:
+def test_values_in_descriptions_of_other_types_are_hidden(description, shown) -> None:
     assert hide_in_description(description) == shown
 
 
-def test_values_that_a_description_hides_are_hidden_in_what_others_say_of_it() -> None:
+def test_hidden_values_of_a_description_are_hidden_in_foreign_errors() -> None:
     description = r"x:80:a=hunter\:2:b=:c=80:interface=::1:d=hunter\:234"
     values = values_in_description(description)
     assert values == ["hunter:2", "", "80", "hunter:234"]
@@ -52,5 +52,5 @@ def test_values_that_a_description_hides_are_hidden_in_what_others_say_of_it() -
     assert hide_values(said, values) == "80 is no port: '<hidden>', '<hidden>'"
 
 
-def test_the_types_that_are_shown_whole_are_those_of_ours() -> None:
+def test_only_our_types_are_shown_completely() -> None:
     assert OPEN_TYPES == TYPES

@@ -1,4 +1,4 @@
-"""From names and texts to factories, without a reactor."""
+"""Names and texts of options become factories, without a reactor."""
 
 import importlib.metadata
 import re
@@ -54,7 +54,7 @@ class Everything(Factory):
 
 
 class Late(Factory):
-    """Its annotations are texts, and one of them is for type checkers alone."""
+    """Has annotations as strings, one of which only type checkers can evaluate."""
 
     def __init__(self, count: "int" = 1, what: "Unknown | None" = None) -> None:  # noqa: F821  # as said
         self.count = count
@@ -106,9 +106,9 @@ caller.inner = None
 
 class New(Factory):
     def __new__(cls, count: "int") -> "New":
-        one = super().__new__(cls)
-        one.count = count
-        return one
+        made = super().__new__(cls)
+        made.count = count
+        return made
 
 
 class Several(Factory):
@@ -131,12 +131,12 @@ def make(limit: int = 5) -> Factory:
 
 
 def make_nothing() -> None:
-    """Gives no factory."""
+    """Returns no factory."""
 
 
 @pytest.fixture(autouse=True)
 def _module(monkeypatch) -> Iterator[None]:
-    """What is above, as the module `mine`."""
+    """Provide the definitions above as the module `mine`."""
     module = types.ModuleType("mine")
     vars(module).update({name: value for name, value in globals().items() if not name.startswith("__")})
     monkeypatch.setitem(sys.modules, "mine", module)
@@ -164,7 +164,7 @@ def problem(protocol: str, *options: str, **more: Any) -> str:
     return str(caught.value)
 
 
-def test_options_become_keyword_arguments_of_the_types_that_the_callable_says() -> None:
+def test_options_become_keyword_arguments_of_the_annotated_types() -> None:
     given = made(
         "mine:Everything",
         *("text=a=b", r"raw=\x00\n", "whole=-7", "number=2.5e3", "flag=true", "path=sub/../file", "color=blue"),
@@ -181,7 +181,7 @@ def test_options_become_keyword_arguments_of_the_types_that_the_callable_says() 
         "word": "two",
         "some": [1, 2],
         "both": ("x", ""),
-        "plain": "6",  # nothing is said of its type, and its default's would be a guess
+        "plain": "6",  # without annotation; the type of its default would be a guess
         "other": None,
     }
 
@@ -210,58 +210,58 @@ def test_options_become_keyword_arguments_of_the_types_that_the_callable_says() 
         ),
     ],
 )
-def test_a_mistake_in_an_option_names_it_and_what_there_is(options, words) -> None:
+def test_a_mistake_in_an_option_names_it_and_what_is_accepted(options, words) -> None:
     assert problem("mine:Everything", *options).startswith(f"--protocol mine:Everything: {words}")
 
 
-def test_annotations_that_are_texts_are_understood_and_one_that_cannot_be_harms_no_other() -> None:
+def test_annotations_as_strings_are_evaluated_and_unknown_ones_are_ignored() -> None:
     for name in ("Late", "Inherits"):
         assert made(f"mine:{name}", "count=7").count == 7
         assert "option what: its type object" in problem(f"mine:{name}", "what=x")
 
 
 @pytest.mark.parametrize("name", ["caller", "New"])
-def test_whatever_is_called_says_what_its_options_are(name) -> None:
+def test_every_kind_of_callable_has_its_options_listed(name) -> None:
     assert made(f"mine:{name}", "count=7").count == 7
     assert "option count: the value is not a whole number" in problem(f"mine:{name}", "count=x")
 
 
-def test_sequences_and_annotated_types_are_understood_and_tuples_of_so_many_are_not() -> None:
+def test_sequences_and_annotated_types_are_accepted_but_not_tuples_of_fixed_length() -> None:
     assert made("mine:Several", "more=1", "more=2", "odd=3").given == ([1, 2], 3)
     assert "option pair: its type tuple" in problem("mine:Several", "pair=1")
 
 
-def test_what_has_no_name_cannot_be_given() -> None:
+def test_a_positional_only_argument_is_rejected() -> None:
     assert problem("mine:Nameless").endswith(
         "its argument name cannot be passed by name; name a function that returns the factory"
     )
 
 
-def test_what_is_not_in_an_object_is_said_in_one_line() -> None:
+def test_a_missing_attribute_is_reported_in_one_line() -> None:
     assert problem("mine:caller.nothing").endswith("mine.caller has no attribute 'nothing'")
     assert problem("mine:caller.inner").endswith(
         "mine:caller.inner is not a Factory class, a function that returns a factory, or a Protocol class"
     )
 
 
-def test_a_protocol_class_is_made_for_each_connection_with_its_options() -> None:
+def test_each_connection_gets_a_protocol_with_the_options() -> None:
     factory = made("mine:Answer", "text=no", "times=2")
-    one, other = factory.buildProtocol(None), factory.buildProtocol(None)
-    assert one is not other
-    assert one.factory is factory
-    assert (one.answer, other.answer) == (b"nono", b"nono")
+    first, second = factory.buildProtocol(None), factory.buildProtocol(None)
+    assert first is not second
+    assert first.factory is factory
+    assert (first.answer, second.answer) == (b"nono", b"nono")
     assert factory.logPrefix() == "Answer"
     assert made("mine:Answer").buildProtocol(None).answer == b"yes"
 
 
-def test_a_function_gives_the_factory_and_says_what_is_wrong() -> None:
+def test_a_function_returns_the_factory_or_raises_an_error_that_is_shown() -> None:
     assert made("mine:make", "limit=7").limit == 7
     assert problem("mine:make", "limit=11") == "--protocol mine:make: 11 is too many"
     assert "cannot be created: OSError: no way (" in problem("mine:make", "limit=-1")
     assert problem("mine:make_nothing").endswith("returned NoneType, which is not a factory")
 
 
-def test_a_secret_is_converted_and_given_like_any_other_type(tmp_path) -> None:
+def test_a_secret_is_an_accepted_type(tmp_path) -> None:
     (tmp_path / "pw").write_text("hunter2\n")
     password, others, again = made(
         "mine:Door",
@@ -270,7 +270,7 @@ def test_a_secret_is_converted_and_given_like_any_other_type(tmp_path) -> None:
         environment={"ONE": "one"},
     ).given
     assert isinstance(password, Secret)
-    assert [one.reveal() for one in (password, *others, again)] == ["hunter2", "one", "$two", "three"]
+    assert [secret.reveal() for secret in (password, *others, again)] == ["hunter2", "one", "$two", "three"]
     assert "option password is missing; accepted is a secret, best given as @/path/to/file or $VARIABLE" in problem(
         "mine:Door"
     )
@@ -278,7 +278,7 @@ def test_a_secret_is_converted_and_given_like_any_other_type(tmp_path) -> None:
 
 @pytest.mark.parametrize("raises", ["ValueError", "Conversion", "KeyError", "SystemExit"])
 @pytest.mark.parametrize("password", ["password=hunter2", "password=@pw", "password=$PW"])
-def test_what_a_factory_says_as_it_is_made_has_no_value_in_it(tmp_path, raises, password) -> None:
+def test_secret_values_are_hidden_in_the_errors_of_a_factory(tmp_path, raises, password) -> None:
     (tmp_path / "pw").write_text("hunter2")
     said = problem(
         "mine:Careless", password, f"raises={raises}", directory=str(tmp_path), environment={"PW": "hunter2"}
@@ -287,7 +287,7 @@ def test_what_a_factory_says_as_it_is_made_has_no_value_in_it(tmp_path, raises, 
     assert "<hidden>" in said
 
 
-def test_bytes_of_a_file_are_taken_as_they_are_and_texts_are_utf_8(tmp_path) -> None:
+def test_a_file_gives_bytes_unchanged_and_text_as_utf_8(tmp_path) -> None:
     (tmp_path / "raw").write_bytes(b"\\q\xff\0\r\n")
     (tmp_path / "text").write_bytes("grüß\n\n".encode())
     given = made("mine:Everything", "text=@text", "raw=@raw", directory=str(tmp_path)).given
@@ -301,7 +301,7 @@ def test_bytes_of_a_file_are_taken_as_they_are_and_texts_are_utf_8(tmp_path) -> 
         assert words in problem("mine:Everything", option, directory=str(tmp_path))
 
 
-def test_a_value_from_a_file_is_not_shown_for_what_ships_either(tmp_path) -> None:
+def test_a_value_from_a_file_is_hidden_for_shipped_protocols_too(tmp_path) -> None:
     (tmp_path / "size").write_text("hunter2")
     assert problem("echo", "max-message=@size", directory=str(tmp_path)).endswith(
         "option max-message: the value is not a whole number"
@@ -311,7 +311,7 @@ def test_a_value_from_a_file_is_not_shown_for_what_ships_either(tmp_path) -> Non
     assert made("echo", "max-message=@size", directory=str(tmp_path)).max_message == 77
 
 
-def test_a_file_or_a_variable_that_is_not_there_is_named_with_the_option(tmp_path) -> None:
+def test_a_missing_file_or_variable_is_named_with_the_option(tmp_path) -> None:
     assert problem("mine:Door", "password=@pw", directory=str(tmp_path)) == (
         f"--protocol mine:Door: option password: cannot read the file '{tmp_path}/pw': no such file or directory"
     )
@@ -320,11 +320,11 @@ def test_a_file_or_a_variable_that_is_not_there_is_named_with_the_option(tmp_pat
     )
 
 
-def test_a_greeting_of_its_own_setting_is_never_the_name_of_a_file() -> None:
+def test_an_alias_never_reads_a_file() -> None:
     assert made("echo", greeting="@home").greeting == b"@home"
 
 
-def test_a_callable_that_takes_any_keyword_gets_texts() -> None:
+def test_a_callable_that_accepts_any_keyword_gets_texts() -> None:
     assert made("mine:Anything", "some-thing=1").keywords == {"some_thing": "1"}
 
 
@@ -344,7 +344,7 @@ def test_a_callable_that_takes_any_keyword_gets_texts() -> None:
         ),
     ],
 )
-def test_a_name_that_cannot_be_served_says_why(name, words) -> None:
+def test_an_unusable_name_is_rejected_with_the_reason(name, words) -> None:
     assert words in problem(name)
 
 
@@ -357,15 +357,13 @@ def test_a_name_that_cannot_be_served_says_why(name, words) -> None:
         ("import sys; sys.exit('a\\nb')", "broken cannot be imported: SystemExit: a b ("),
     ],
 )
-def test_a_module_that_fails_to_be_imported_is_named_with_its_error_and_line(
-    tmp_path, monkeypatch, source, words
-) -> None:
+def test_a_failed_import_is_reported_with_its_error_and_line(tmp_path, monkeypatch, source, words) -> None:
     (tmp_path / "broken.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     assert words in problem("broken:x")
 
 
-def test_a_module_of_the_current_directory_is_pointed_to(tmp_path, monkeypatch) -> None:
+def test_a_module_in_the_current_directory_is_suggested(tmp_path, monkeypatch) -> None:
     (tmp_path / "hidden_here.py").write_text("")
     monkeypatch.chdir(tmp_path)
     assert "PYTHONPATH=." in problem("hidden_here:x")
@@ -373,7 +371,7 @@ def test_a_module_of_the_current_directory_is_pointed_to(tmp_path, monkeypatch) 
 
 
 @pytest.mark.parametrize("name", ["greeting", "greet", "framing", "max-message"])
-def test_the_exchange_has_its_options_by_both_names_and_other_protocols_refuse_them(name) -> None:
+def test_aliases_work_by_both_names_and_other_protocols_reject_them(name) -> None:
     assert (name, "echo") in {(alias.name, alias.protocol) for alias in ALIASES}
     value = {"greeting": "hi", "greet": "first-data", "framing": "line", "max-message": "50"}[name]
     ours = vars(made("echo", **{name: value}))
@@ -384,19 +382,19 @@ def test_the_exchange_has_its_options_by_both_names_and_other_protocols_refuse_t
     assert refused == f"--{name}: an option of the protocol echo, and not of --protocol mine:Answer"
 
 
-def test_what_the_exchange_refuses_is_a_settings_error() -> None:
+def test_an_error_of_the_echo_factory_names_the_setting() -> None:
     assert problem("echo", "max-message=0").startswith("--protocol echo: max-message is 0 bytes")
     assert problem("echo", framing="line", greeting=r"a\n").startswith(
         "--greeting: the greeting contains a line feed; with the framing `line`"
     )
 
 
-def test_what_has_to_be_in_one_process_is_refused_with_several() -> None:
+def test_a_protocol_for_one_process_is_rejected_with_workers() -> None:
     assert IProtocolFactory.providedBy(made("mine:Alone"))
     assert problem("mine:Alone", processes=2).endswith("--workers has to be 1, not 2")
 
 
-def test_the_list_has_a_line_for_each_and_for_each_option() -> None:
+def test_the_listing_has_a_line_for_each_protocol_and_each_option() -> None:
     lines = listing().splitlines()
     assert "echo: Greets each client, then sends back everything it sends." in lines
     assert "    --protocol-option max-message=…: a whole number [default: 65536]" in lines
@@ -404,7 +402,7 @@ def test_the_list_has_a_line_for_each_and_for_each_option() -> None:
 
 @pytest.fixture
 def offer(tmp_path, monkeypatch) -> Callable[[str, str], None]:
-    """Installs a distribution of a name with entry points, whatever else is installed."""
+    """Install a distribution with entry points."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def offer(name: str, entry_points: str) -> None:
@@ -425,7 +423,7 @@ def known(said: str) -> list[str]:
 
 @pytest.mark.parametrize("others", ["", "aaa = nowhere:X\nmine-other = mine:Late\nzzz = mine:Gone\nchat = nowhere:X\n"])
 def test_installed_packages_offer_protocols_by_name(offer, others) -> None:
-    """And what other packages have to offer changes nothing of it."""
+    """Other packages do not change the result."""
     before = set(known(problem("no-such-name")))
     if others:
         offer("others", others)
@@ -435,7 +433,7 @@ def test_installed_packages_offer_protocols_by_name(offer, others) -> None:
         "mine-gone = mine:Gone\necho = mine:Answer\n",
     )
     assert made("mine-answer").logPrefix() == "Answer"
-    assert isinstance(made("echo"), EchoFactory)  # nobody else takes the name of what ships
+    assert isinstance(made("echo"), EchoFactory)  # a package cannot take the name of a shipped protocol
     names = known(problem("no-such-name"))
     assert names[:2] == ["echo", "chat"]
     assert names[2:] == sorted(set(names[2:]))
@@ -473,15 +471,15 @@ def test_installed_packages_offer_protocols_by_name(offer, others) -> None:
         ("mine:_Zzzzzz", None),
     ],
 )
-def test_a_name_that_does_not_exist_is_answered_with_the_one_that_was_meant(monkeypatch, name, meant) -> None:
-    # What is installed here may be nearer.
+def test_an_unknown_name_suggests_a_known_one(monkeypatch, name, meant) -> None:
+    # A package installed on this machine may have a more similar name.
     nothing = importlib.metadata.EntryPoints()
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **given: nothing)
     said = problem(name)
     assert re.findall("did you mean (.*?)[?]", said) == ([] if meant is None else [meant]), said
 
 
-def test_a_module_whose_names_cannot_be_listed_is_no_traceback(monkeypatch) -> None:
+def test_a_module_whose_names_cannot_be_listed_is_reported_in_one_line(monkeypatch) -> None:
     def refuse() -> list[str]:
         raise RuntimeError
 
@@ -493,7 +491,7 @@ def test_a_module_whose_names_cannot_be_listed_is_no_traceback(monkeypatch) -> N
     ("option", "meant"),
     [("max_mesage=5", "max-message"), ("maxmessage=5", "max-message"), ("Greeting=x", "greeting"), ("zzz=x", None)],
 )
-def test_an_option_that_does_not_exist_is_answered_with_the_one_that_was_meant(option, meant) -> None:
+def test_an_unknown_option_suggests_a_known_one(option, meant) -> None:
     said = problem("echo", option)
     assert re.findall("; did you mean (.*?)[?]$", said) == ([] if meant is None else [meant]), said
 
@@ -508,13 +506,13 @@ def test_an_option_that_does_not_exist_is_answered_with_the_one_that_was_meant(o
         ("a\nb\ngrün".encode("latin-1"), "is not UTF-8: line 3, the byte at offset 6"),
     ],
 )
-def test_a_text_of_a_file_is_utf_8_with_or_without_a_mark(tmp_path, content, words) -> None:
+def test_text_of_a_file_is_utf_8_with_or_without_a_byte_order_mark(tmp_path, content, words) -> None:
     (tmp_path / "text").write_bytes(content)
     if words is None:
         assert made("mine:Everything", "text=@text", directory=str(tmp_path)).given["text"] == "grün"
     else:
         said = problem("mine:Everything", "text=@text", directory=str(tmp_path))
         assert said == f"--protocol mine:Everything: option text: the value of '{tmp_path}/text' {words}"
-    # Bytes are what they are.
+    # Bytes are unchanged.
     raw = made("mine:Everything", "text=x", "raw=@text", directory=str(tmp_path)).given["raw"]
     assert raw == content.removesuffix(b"\n").removesuffix(b"\r")

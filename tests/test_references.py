@@ -1,4 +1,4 @@
-"""A value that is a file's or a variable's: found, or named in one line with what it was looked for in."""
+"""Option values from files and variables, and the errors for those that cannot be read."""
 
 import os
 
@@ -19,7 +19,7 @@ from rtservice.references import OptionValue, UnresolvedError, is_reference, res
         ("$$$", "$$"),
     ],
 )
-def test_a_text_is_itself_and_doubling_gives_the_sign(text, value) -> None:
+def test_text_is_unchanged_and_a_doubled_sign_escapes_it(text, value) -> None:
     found = resolve(f"x={text}", {}, "/")
     assert found == OptionValue("x", value)
     assert not is_reference(text)
@@ -40,14 +40,14 @@ def test_a_text_is_itself_and_doubling_gives_the_sign(text, value) -> None:
         (b"\xff", "\udcff"),
     ],
 )
-def test_a_file_is_its_content_without_the_end_of_its_last_line(tmp_path, content, value) -> None:
+def test_a_file_gives_its_content_without_the_last_line_end(tmp_path, content, value) -> None:
     (tmp_path / "pw").write_bytes(content)
     for path in (tmp_path / "pw", "pw", "./no/../pw"):
         assert resolve(f"x=@{path}", {}, str(tmp_path)) == OptionValue("x", value, referred=True)
     assert is_reference("@pw")
 
 
-def test_a_link_is_followed_and_the_content_is_that_of_now(tmp_path) -> None:
+def test_a_link_is_followed_and_the_current_content_is_read(tmp_path) -> None:
     (tmp_path / "pw").symlink_to("target")
     for content in ("one", "two"):
         (tmp_path / "target").write_text(content)
@@ -55,7 +55,7 @@ def test_a_link_is_followed_and_the_content_is_that_of_now(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("value", ["hunter2", "", "$X", "@/etc/passwd", "a\n"])
-def test_a_variable_is_its_value(value) -> None:
+def test_a_variable_gives_its_value(value) -> None:
     assert resolve("x=$The_1", {"The_1": value}, "/") == OptionValue("x", value, referred=True)
     assert is_reference("$The_1")
 
@@ -79,7 +79,7 @@ def test_a_variable_is_its_value(value) -> None:
         ("$hunter2!", "no name of a variable follows $; write $$ for"),
     ],
 )
-def test_what_cannot_be_had_is_one_line_with_the_option_and_no_value(tmp_path, text, problem) -> None:
+def test_an_error_is_one_line_that_names_the_option_and_no_value(tmp_path, text, problem) -> None:
     (tmp_path / "pw").write_text("hunter2")
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
@@ -93,5 +93,5 @@ def test_what_cannot_be_had_is_one_line_with_the_option_and_no_value(tmp_path, t
     assert "hunter2" not in said
 
 
-def test_a_value_is_not_in_its_representation() -> None:
+def test_the_representation_hides_the_value() -> None:
     assert "hunter2" not in repr(OptionValue("x", "hunter2"))

@@ -1,4 +1,4 @@
-"""What users type: addresses in every form, names that were meant, and two listeners on one address."""
+"""Addresses in every accepted form, suggestions for mistyped names, and conflicts between listeners."""
 
 import re
 import signal
@@ -28,7 +28,7 @@ def line(result: subprocess.CompletedProcess) -> str:
 
 
 @needs_ipv6
-def test_addresses_are_served_as_they_are_typed_and_as_the_log_prints_them(service, certificates) -> None:
+def test_addresses_are_accepted_in_every_form_including_that_of_the_log(service, certificates) -> None:
     pair = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     typed = {
         "[::1]:0": "tcp:[::1]:",
@@ -53,16 +53,16 @@ def test_addresses_are_served_as_they_are_typed_and_as_the_log_prints_them(servi
 
 
 def printed_count(printed: list[str], name: str) -> int:
-    return sum(one.startswith(name) for one in printed)
+    return sum(address.startswith(name) for address in printed)
 
 
 def serve_all(names: list[str]) -> bool:
-    """Whether each listener greets, as far as it speaks without TLS."""
+    """Return whether each listener without TLS greets."""
     addresses = [re.fullmatch(r"tcp:\[?(.*?)\]?:(\d+)", name) for name in names]
     return all(greets(found[1].replace("0.0.0.0", "127.0.0.1"), int(found[2])) for found in addresses if found)
 
 
-def test_two_listeners_on_one_address_are_one_line_before_anything_is_bound(run, tmp_path) -> None:
+def test_two_listeners_on_one_address_are_reported_before_anything_is_bound(run, tmp_path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "link").symlink_to("sub")
     port = free_port()
@@ -91,11 +91,11 @@ def test_two_listeners_on_one_address_are_one_line_before_anything_is_bound(run,
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_reload_finds_two_listeners_on_one_address_and_what_is_no_description(service, tmp_path, workers) -> None:
+def test_a_reload_reports_conflicting_listeners_and_invalid_descriptions(service, tmp_path, workers) -> None:
     port = free_port()
     config = tmp_path / "rt.toml"
     config.write_text(f"workers = {workers}\nlisten = ['unix:s']\n", encoding="utf-8-sig")
-    one = service("--config=rt.toml")
+    running = service("--config=rt.toml")
     ours = f"nothing is reloaded: {config}: listen"
     for listen, said in (
         (
@@ -107,14 +107,14 @@ def test_a_reload_finds_two_listeners_on_one_address_and_what_is_no_description(
         ("['::1:80']", f"{ours} ::1:80: '::1:80' may be an IPv6 address or one with a port"),
     ):
         config.write_text(f"workers = {workers}\nlisten = {listen}\n")
-        one.process.send_signal(signal.SIGHUP)
-        one.wait_line(re.escape(said))
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_line(re.escape(said))
     config.write_text(f"workers = {workers}\nlisten = ['unix:s', 'tcp:{port}', 'tcp6:{port}']\n")
-    one.process.send_signal(signal.SIGHUP)
-    one.wait_line("a restart is needed for what changed of listen")
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_line("a restart is needed for what changed of listen")
 
 
-def test_what_was_meant_is_said_in_one_line(run, tmp_path) -> None:
+def test_a_suggestion_is_part_of_one_error_line(run, tmp_path) -> None:
     (tmp_path / "wide.toml").write_bytes("port = 1".encode("utf-16"))
     (tmp_path / "key.pem").write_bytes("key".encode("utf-16"))
     for arguments, said in (

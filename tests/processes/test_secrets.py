@@ -1,4 +1,4 @@
-"""Options that may be secret, in real processes: where they come from, and that they are shown nowhere."""
+"""Secret options in real processes: their sources, and that they are shown nowhere."""
 
 import json
 import os
@@ -19,7 +19,7 @@ STATUS = "--status=tcp:0"
 with_and_without_workers = pytest.mark.parametrize("workers", [1, 2])
 
 
-# Whatever is printed must have none of these.
+# No output may contain these.
 LITERAL, FILED, CARRIED, NEWER = (f"hunter2-{word}" for word in ("literal", "filed", "carried", "newer"))
 
 
@@ -29,22 +29,22 @@ def keeper(tmp_path: Path, environment: dict[str, str]) -> None:
     environment["PYTHONPATH"] = str(tmp_path)
 
 
-def told(one) -> dict[str, object]:
-    with one.connect() as client, client.makefile("rb") as lines:
+def told(running) -> dict[str, object]:
+    with running.connect() as client, client.makefile("rb") as lines:
         return json.loads(lines.readline())
 
 
-def assert_nothing_shown(one) -> None:
-    shown = [line for line in one.lines if "hunter2" in line]
+def assert_nothing_shown(running) -> None:
+    shown = [line for line in running.lines if "hunter2" in line]
     assert not shown, shown
 
 
-def asked(one, path: str) -> str:
-    port = one.wait_line(r"status on tcp:").rpartition(":")[2]
+def asked(running, path: str) -> str:
+    port = running.wait_line(r"status on tcp:").rpartition(":")[2]
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
             return answer.read().decode()
-    except urllib.error.HTTPError as error:  # /metrics without its extra
+    except urllib.error.HTTPError as error:  # /metrics, if its extra is not installed
         return error.read().decode()
 
 
@@ -52,87 +52,87 @@ def asked(one, path: str) -> str:
 def test_a_value_reaches_the_protocol_and_is_shown_nowhere(service, tmp_path, workers) -> None:
     (tmp_path / "pw").write_text(f"{FILED}\n")
     (tmp_path / "rt.toml").write_text(f"[protocol]\nname = 'keeper:Keeper'\npassword = '@pw'\ntext = '{LITERAL}'\n")
-    one = service(
+    running = service(
         *("--config=rt.toml", TCP, STATUS, f"--workers={workers}", "--log-level=debug,twisted=debug"),
         RTSERVICE_PROTOCOL_OPTION=json.dumps(["raw=$CARRIED", "number=7"]),
         CARRIED=CARRIED,
     )
-    given = told(one)
+    given = told(running)
     assert (given["password"], given["text"], given["raw"]) == (FILED, LITERAL, CARRIED)
-    # What the protocol starts would inherit it.
+    # Child processes of the protocol would inherit it.
     assert given["environment"] == []
-    one.wait_line("made with <hidden>")
-    settings = json.loads(asked(one, "/status.json"))["settings"]
+    running.wait_line("made with <hidden>")
+    settings = json.loads(asked(running, "/status.json"))["settings"]
     assert settings["protocol-option"] == "password, text, raw, number"
-    assert not any("hunter2" in asked(one, path) for path in ("/", "/status.json", "/metrics", "/nowhere"))
-    for pid in children(one.process.pid):
+    assert not any("hunter2" in asked(running, path) for path in ("/", "/status.json", "/metrics", "/nowhere"))
+    for pid in children(running.process.pid):
         assert b"hunter2" not in Path(f"/proc/{pid}/cmdline").read_bytes()
         assert b"RTSERVICE_PROTOCOL_OPTION" not in Path(f"/proc/{pid}/environ").read_bytes()
-    # What a reload says.
+    # The log of a reload.
     (tmp_path / "rt.toml").write_text(f"[protocol]\nname = 'keeper:Keeper'\npassword = '{NEWER}'\ntext = 'x'\n")
-    one.reload()
-    one.wait_line("a restart is needed for what changed of protocol-option")
+    running.reload()
+    running.wait_line("a restart is needed for what changed of protocol-option")
     (tmp_path / "rt.toml").write_text(
         f"[protocol]\nname = 'keeper:Keeper'\npassword = 'x'\nnumber = '{NEWER}'\n'{NEWER}"
     )
-    assert "nothing is reloaded" in one.reload()
-    assert one.stop() == 0
-    assert_nothing_shown(one)
+    assert "nothing is reloaded" in running.reload()
+    assert running.stop() == 0
+    assert_nothing_shown(running)
 
 
-def test_new_workers_get_what_the_file_holds_now(service, tmp_path) -> None:
+def test_new_workers_get_the_current_content_of_the_file(service, tmp_path) -> None:
     (tmp_path / "pw").write_text(FILED)
-    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, "--workers=2")
-    assert told(one)["password"] == FILED
+    running = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, "--workers=2")
+    assert told(running)["password"] == FILED
     (tmp_path / "pw").write_text(NEWER)
-    assert "reloaded" in one.reload()
-    assert told(one)["password"] == NEWER
+    assert "reloaded" in running.reload()
+    assert told(running)["password"] == NEWER
     (tmp_path / "pw").unlink()
-    line = one.reload()
+    line = running.reload()
     assert "nothing is reloaded: --protocol keeper:Keeper: option password: cannot read the file" in line
     assert f"'{tmp_path}/pw': no such file or directory" in line
-    assert told(one)["password"] == NEWER
-    assert one.stop() == 0
-    assert_nothing_shown(one)
+    assert told(running)["password"] == NEWER
+    assert running.stop() == 0
+    assert_nothing_shown(running)
 
 
-def test_one_process_keeps_what_the_file_held_at_its_start(service, tmp_path) -> None:
+def test_a_single_process_keeps_the_content_from_its_start(service, tmp_path) -> None:
     (tmp_path / "pw").write_text(FILED)
-    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP)
+    running = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP)
     (tmp_path / "pw").unlink()
-    assert "reloaded" in one.reload()
-    assert told(one)["password"] == FILED
+    assert "reloaded" in running.reload()
+    assert told(running)["password"] == FILED
 
 
 @with_and_without_workers
-def test_a_path_begins_where_the_command_was_typed(service, tmp_path, workers) -> None:
+def test_a_relative_path_starts_in_the_directory_of_the_command(service, tmp_path, workers) -> None:
     (tmp_path / "pw").write_text(FILED)
     (tmp_path / "elsewhere").mkdir()
-    one = service(
+    running = service(
         *("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, f"--workers={workers}"),
         twistd=("--rundir=elsewhere",),
     )
-    assert told(one)["password"] == FILED
-    one.reload()
-    assert told(one)["password"] == FILED
+    assert told(running)["password"] == FILED
+    running.reload()
+    assert told(running)["password"] == FILED
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user")
-def test_a_file_that_only_root_may_read_is_read_before_root_is_given_up(service, tmp_path) -> None:
+def test_a_file_of_root_is_read_before_privileges_are_dropped(service, tmp_path) -> None:
     (tmp_path / "pw").write_text(FILED)
     (tmp_path / "pw").chmod(0o600)
-    one = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, twistd=("--uid=nobody",))
-    assert told(one)["password"] == FILED
+    running = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, twistd=("--uid=nobody",))
+    assert told(running)["password"] == FILED
 
 
 @pytest.mark.parametrize(("workers", "text"), [(1, "@@pw"), (2, "$$PW"), (2, "@@@pw"), (1, "a b"), (2, "'\"")])
-def test_any_text_can_be_given(service, workers, text) -> None:
-    one = service(
+def test_any_text_reaches_the_protocol(service, workers, text) -> None:
+    running = service(
         *("--protocol=keeper:Keeper", TCP, f"--workers={workers}"),
         RTSERVICE_PROTOCOL_OPTION=json.dumps([f"password={text}", f"text={text}"]),
     )
     expected = text[1:] if text[:2] in ("@@", "$$") else text
-    given = told(one)
+    given = told(running)
     assert (given["password"], given["text"]) == (expected, expected)
 
 
@@ -148,9 +148,7 @@ def test_any_text_can_be_given(service, workers, text) -> None:
         ("password=$PW", "option password: the environment variable PW is not set"),
     ],
 )
-def test_what_is_not_there_is_one_line_and_nothing_is_started(
-    run, tmp_path, workers, daemon, check, option, problem
-) -> None:
+def test_a_missing_file_or_variable_is_one_error_line(run, tmp_path, workers, daemon, check, option, problem) -> None:
     twistd = ["--pidfile=d.pid", "--logfile=d.log"] if daemon else ["-n", "--pidfile="]
     result = run(
         *(*twistd, "rtservice", "--protocol=keeper:Keeper", f"--protocol-option={option}", "--listen=unix:s"),
@@ -174,9 +172,7 @@ def test_what_is_not_there_is_one_line_and_nothing_is_started(
         ("echo", ["max-message=@pw"], "option max-message: the value is not a whole number"),
     ],
 )
-def test_a_value_that_is_wrong_is_not_in_the_line_that_says_so(
-    run, tmp_path, environment, workers, check, protocol, options, problem
-) -> None:
+def test_an_error_hides_the_wrong_value(run, tmp_path, environment, workers, check, protocol, options, problem) -> None:
     (tmp_path / "pw").write_text(FILED)
     environment["CARRIED"] = CARRIED
     given = [f"--protocol-option={option}" for option in options]
@@ -187,8 +183,8 @@ def test_a_value_that_is_wrong_is_not_in_the_line_that_says_so(
     assert "hunter2" not in result.stdout + result.stderr
 
 
-def test_printed_settings_mark_what_may_be_secret_and_are_refused_until_it_is_given(run, tmp_path) -> None:
-    # Of the files nothing is read.
+def test_printed_settings_hide_secrets_and_are_rejected_until_they_are_filled_in(run, tmp_path) -> None:
+    # No file is read.
     options = [f"--protocol-option={option}" for option in (f"text={LITERAL}", "password=@no/such", "raw=$NO_SUCH")]
     printed = run(*RTSERVICE, "--protocol=keeper:Keeper", *options, "--print-config")
     assert (printed.returncode, printed.stderr) == (0, "")
@@ -206,19 +202,19 @@ def test_printed_settings_mark_what_may_be_secret_and_are_refused_until_it_is_gi
     )
 
 
-def test_a_key_in_the_description_of_another_listener_is_shown_nowhere(service, run, tmp_path) -> None:
+def test_a_key_in_a_description_of_another_type_is_shown_nowhere(service, run, tmp_path) -> None:
     copy_plugin("keyed_endpoint", tmp_path)
-    one = service(f"--listen=keyed:0:key={LITERAL}", STATUS)
-    line = one.wait_line(r"listening on keyed:0:key=<hidden> \(")
+    running = service(f"--listen=keyed:0:key={LITERAL}", STATUS)
+    line = running.wait_line(r"listening on keyed:0:key=<hidden> \(")
     port = re.search(r"127\.0\.0\.1.*?(\d+)\)", line)
     assert port is not None
     with socket.create_connection(("127.0.0.1", int(port[1])), timeout=30) as client:
         assert client.recv(100) == b"Hello from the server!"
-        assert "keyed:0:key=<hidden>" in asked(one, "/status.json")
-        assert "hunter2" not in asked(one, "/status.json") + asked(one, "/metrics")
-    one.wait_line("on keyed:0:key=<hidden>: .*bytes out")
-    one.stop()
-    assert_nothing_shown(one)
+        assert "keyed:0:key=<hidden>" in asked(running, "/status.json")
+        assert "hunter2" not in asked(running, "/status.json") + asked(running, "/metrics")
+    running.wait_line("on keyed:0:key=<hidden>: .*bytes out")
+    running.stop()
+    assert_nothing_shown(running)
     result = run(*RTSERVICE, f"--listen=keyed:none:key={LITERAL}")
     assert result.returncode == 1
     assert "--listen keyed:none:key=<hidden>: not a usable endpoint description: no port, but <hidden>" in result.stderr

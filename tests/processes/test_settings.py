@@ -1,4 +1,4 @@
-"""Settings from a file and the environment, in real processes: printed, checked, served with."""
+"""Settings from a file and the environment, in real processes."""
 
 import socket
 
@@ -7,7 +7,7 @@ import pytest
 from tests.support.commands import RTSERVICE
 
 
-def test_what_is_printed_can_be_read_back(run, tmp_path, environment) -> None:
+def test_printed_settings_can_be_read_back(run, tmp_path, environment) -> None:
     environment |= {"RTSERVICE_BACKLOG": "7", "RTSERVICE_GREETING": r"grüß\e", "PYTHONIOENCODING": "ascii"}
     (tmp_path / "rt.toml").write_text("max-connections = 5\n")
     printed = run(*RTSERVICE, "--config=rt.toml", "--print-config", "--listen=unix:s", "--greet=first-data")
@@ -24,7 +24,7 @@ def test_what_is_printed_can_be_read_back(run, tmp_path, environment) -> None:
 
 
 @pytest.mark.parametrize("twistd", [("--nodaemon", "--pidfile="), ()], ids=["fore", "daemon"])
-def test_a_check_serves_nothing_and_says_that_all_is_valid(run, tmp_path, twistd) -> None:
+def test_a_check_binds_nothing_and_reports_valid_settings(run, tmp_path, twistd) -> None:
     result = run(*twistd, "rtservice", "--check", "--listen=unix:s")
     assert (result.returncode, result.stdout, result.stderr) == (0, "rtservice: the configuration is valid\n", "")
     assert list(tmp_path.iterdir()) == []
@@ -47,7 +47,9 @@ def test_a_check_serves_nothing_and_says_that_all_is_valid(run, tmp_path, twistd
     ],
 )
 @pytest.mark.parametrize("check", [["--check"], []], ids=["check", "serve"])
-def test_a_mistake_is_one_line_and_a_status(run, tmp_path, environment, content, variables, problem, check) -> None:
+def test_a_mistake_is_one_line_and_a_non_zero_exit_status(
+    run, tmp_path, environment, content, variables, problem, check
+) -> None:
     (tmp_path / "rt.toml").write_text(content)
     environment |= {"RTSERVICE_CONFIG": "rt.toml", **variables}
     result = run(*RTSERVICE, *check)
@@ -57,10 +59,10 @@ def test_a_mistake_is_one_line_and_a_status(run, tmp_path, environment, content,
     assert result.stderr.count("\n") == 1
 
 
-def test_a_service_runs_with_a_file_and_the_command_line_says_where(service, tmp_path, read_all) -> None:
+def test_the_command_line_precedes_the_file_in_a_running_service(service, tmp_path, read_all) -> None:
     (tmp_path / "rt.toml").write_text("listen = ['unix:s']\ngreeting = 'from the file'\n")
-    one = service("--config=rt.toml", "--port=0", "--interface=127.0.0.1")
-    with one.connect() as client:
+    running = service("--config=rt.toml", "--port=0", "--interface=127.0.0.1")
+    with running.connect() as client:
         client.shutdown(socket.SHUT_WR)
         assert read_all(client) == b"from the file"
     assert not (tmp_path / "s").exists()
