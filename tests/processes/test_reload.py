@@ -558,7 +558,7 @@ def test_what_takes_a_restart_is_named_each_time_and_not_applied(configured) -> 
         ("max-connections = 1\nat-limit = 'reject'\nprot = 1", "prot: no such setting; did you mean port?"),
         ("max-connections = 1\nat-limit = 'reject'\nport =", "is not TOML"),
         ("max-connections = 1\nat-limit = 'reject'\nframing = 'line'\ngreeting = 'a\\nb'", "greeting: "),
-        ("max-connections = 1\nat-limit = 'reject'\nport = 1\nlisten = '1'", "port: listen says already"),
+        ("max-connections = 1\nat-limit = 'reject'\nport = 1\nlisten = '1'", "port: cannot be combined with listen"),
         ("max-connections = 1\nat-limit = 'reject'\n\udcff", "is not UTF-8"),
         (None, "cannot be read: No such file or directory"),
     ],

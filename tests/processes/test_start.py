@@ -37,7 +37,7 @@ from tests.support.refused import assert_refused
         (["--listen", "tcp:"], ["--listen tcp:", "port is missing"]),
         (["--listen", "tcp:1:bogus=2"], ["--listen tcp:1:bogus=2", "'bogus'"]),
         (["--listen", "unix:/no/such/place/s"], ["--listen unix:/no/such/place/s", "'/no/such/place'"]),
-        (["--listen", "tcp:1\nx"], [r"--listen 'tcp:1\nx': port"]),
+        (["--listen", "tcp:1\nx"], [r"--listen tcp:1\nx: port"]),
         (["--listen", "systemd:index=0"], ["--listen systemd:index=0", "no sockets were passed"]),
     ],
     ids=" ".join,
