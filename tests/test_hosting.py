@@ -396,7 +396,7 @@ def test_a_protocol_for_one_process_is_rejected_with_workers() -> None:
 
 def test_the_listing_has_a_line_for_each_protocol_and_each_option() -> None:
     lines = listing().splitlines()
-    assert "echo: Greets each client, then sends back everything it sends." in lines
+    assert "echo: Greets each client, then echoes everything that it sends." in lines
     assert "    --protocol-option max-message=…: a whole number [default: 65536]" in lines
 
 

@@ -254,7 +254,7 @@ class Settings:
     )
     max_worker_memory: int = _setting(
         0,
-        # A worker starts with about 50 MiB, and would be replaced again and again.
+        # A worker starts with about 50 MiB, and would be replaced repeatedly.
         either("0", 0, whole_number(64, 1024 * 1024)),
         _WORKERS,
         "Replace a worker whose resident memory exceeds this many MiB, 64 or more; `0` disables it.",
