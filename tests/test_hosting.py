@@ -373,7 +373,7 @@ def test_the_exchange_has_its_options_by_both_names_and_other_protocols_refuse_t
 
 def test_what_the_exchange_refuses_is_a_settings_error() -> None:
     assert problem("echo", "max-message=0").startswith("--protocol echo: max-message is 0 bytes")
-    assert problem("echo", framing="line", greeting=r"a\n").startswith("--greeting: the greeting of the framing `line`")
+    assert problem("echo", framing="line", greeting=r"a\n").startswith("--greeting: the greeting contains a line feed")
 
 
 def test_what_has_to_be_in_one_process_is_refused_with_several() -> None:
@@ -383,7 +383,7 @@ def test_what_has_to_be_in_one_process_is_refused_with_several() -> None:
 
 def test_the_list_has_a_line_for_each_and_for_each_option() -> None:
     lines = listing().splitlines()
-    assert "echo: Greets each client, then sends back everything it sends." in lines
+    assert "echo: Greets each client, then echoes everything that it sends." in lines
     assert "    --protocol-option max-message=…: a whole number [default: 65536]" in lines
 
 
