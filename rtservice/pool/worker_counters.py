@@ -99,7 +99,7 @@ def _is_valid_count(key: CounterKey, count: Any) -> bool:
 class SlotCounters:
     """Bounds the counters that are shown for a slot, over all workers that it has had.
 
-    Each worker may bring labels of its own. The first ones of a slot are shown under their own keys. Later labels are
+    Each worker may have different labels. The first ones of a slot are shown under their own keys. Later labels are
     counted as `other`, and later names of a hosted factory are not shown.
     """
 

@@ -213,8 +213,8 @@ def test_nobody_is_asked_for_no_connections(one: Service) -> None:
     ("query", "problem"),
     [
         ("sort=x", "sort 'x' is unknown; accepted are peer, listener,"),
-        ("sort=--age", "sort '--age' is none"),
-        ("sort=%1b", r"sort '\x1b' is none"),
+        ("sort=--age", "sort '--age' is unknown"),
+        ("sort=%1b", r"sort '\x1b' is unknown"),
         ("limit=-1", "limit '-1' is not a whole number"),
         ("limit=99999999999999999", "is not a whole number"),
         ("offset=400&limit=101", "offset + limit is 501, above the maximum of 500"),

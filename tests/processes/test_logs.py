@@ -335,8 +335,11 @@ def test_sigusr1_ends_no_process_wherever_it_logs_to(start, tmp_path, twistd, gr
             ("-n", "rtservice", "--check", "--access-log=no/such"),
             "--access-log no/such: cannot be written: No such file or directory",
         ),
-        (("--logfile=x", "rtservice", "--access-log=-"), "--access-log -: a daemon has no standard output"),
-        (("--logfile=-", "rtservice"), "--logfile -: a daemon has no standard output"),
+        (
+            ("--logfile=x", "rtservice", "--access-log=-"),
+            "--access-log -: a daemon has no standard output; use a file, or --nodaemon",
+        ),
+        (("--logfile=-", "rtservice"), "--logfile -: a daemon has no standard output; use a file, or --nodaemon"),
         (("-n", "--logfile=no/such", "rtservice"), "--logfile no/such: cannot be written: No such file or directory"),
         (
             ("-n", "rtservice", "--log-level=loud"),

@@ -217,7 +217,7 @@ def test_starting_twice_is_refused_and_the_first_goes_on(service, run, read_all)
 def test_a_unix_socket_in_use_is_refused_and_a_stale_one_taken_over(service, run, tmp_path, read_all) -> None:
     path = tmp_path / "s"
     first = service("--listen", f"unix:{path}")
-    assert_refused(run("-n", "--pidfile=", "rtservice", "--listen", f"unix:{path}"), str(path), "answers on it")
+    assert_refused(run("-n", "--pidfile=", "rtservice", "--listen", f"unix:{path}"), str(path), "is in use")
     first.process.kill()
     first.process.wait()
     assert path.exists()
