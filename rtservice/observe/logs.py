@@ -76,14 +76,13 @@ class Log(Logger):
     def emit(self, level: Any, format: str | None = None, **fields: Any) -> None:
         """Log as in Twisted, without its search for the level, which was half of the cost of a record."""
         if self.levels.allow("rtservice", level):
-            fields.update(
-                log_logger=self,
-                log_level=level,
-                log_namespace="rtservice",
-                log_source=None,
-                log_format=format,
-                log_time=time.time(),
-            )
+            # One by one: update() with keywords makes another dictionary first.
+            fields["log_logger"] = self
+            fields["log_level"] = level
+            fields["log_namespace"] = "rtservice"
+            fields["log_source"] = None
+            fields["log_format"] = format
+            fields["log_time"] = time.time()
             self.observer(fields)
 
 
