@@ -271,7 +271,7 @@ PROXY_HEADERS_SUPPRESSED = Event(
     _info,
     "invalid PROXY headers on {listener} not logged: {count}",
     fields=("listener", "count"),
-    meaning="The number of invalid PROXY headers that have no record of their own.",
+    meaning="Number of invalid PROXY headers without a record `proxy.header_invalid`.",
 )
 TLS_THREAD_FAILED = Event(
     "tls.thread_failed",
@@ -438,7 +438,7 @@ TASK_CANCELLED = Event(
     _info,
     "{task} cancelled: the service stops",
     fields=("task",),
-    meaning="A background task was under way when the service was told to stop.",
+    meaning="A background task was in progress when the stop signal arrived.",
 )
 TASK_FAILED = Event(
     "task.failed",

@@ -28,7 +28,7 @@ EXCEPTIONS = {
 }
 
 # Not converted yet.
-LATER = {"process/registry.py", "process/server.py", "pool/pool.py", "pool/worker.py", "tap.py"}
+LATER = {"process/server.py", "pool/pool.py", "pool/worker.py", "tap.py"}
 
 
 def calls() -> Iterator[tuple[str, ast.Call, ast.Attribute]]:

@@ -181,7 +181,7 @@ def _encoded(value: object) -> str:
 
 
 def _json_line(event: LogEvent) -> str:
-    """Return one JSON object: `time`, `level`, `namespace`, `message`, `event`, `slot`, other fields, and `traceback`."""
+    """Return a JSON object: `time`, `level`, `namespace`, `message`, `event`, `slot`, other fields, `traceback`."""
     message, traceback = message_and_traceback(event)
     level = event.get("log_level")
     shown: dict[str, Any] = {

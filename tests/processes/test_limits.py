@@ -118,7 +118,7 @@ def test_whoever_is_too_many_is_closed_at_once_with_reject(service, clients) -> 
     inside = [client for client, first in zip(many, answers, strict=True) if first]
     for client in inside:
         exchange(client)
-    one.wait_line(r"refused 127.0.0.1:\d+ on tcp:127.0.0.1:\d+: --max-connections are open$")
+    one.wait_line(r"refused 127.0.0.1:\d+ on tcp:127.0.0.1:\d+: --max-connections reached$")
     assert len([line for line in one.lines if "refused" in line]) == 1
     inside[0].close()
     one.wait_line("4 bytes in")
