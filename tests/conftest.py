@@ -32,6 +32,17 @@ if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
 
 # It imports what knows of a reactor; two of these are fixtures.
 from rtservice.testing import Service, hosted, serve  # noqa: E402, F401  # as said
+from tests.support import checked_events  # noqa: E402  # after the reactor is chosen
+
+checked_events.install()
+
+
+@pytest.fixture(autouse=True)
+def logs_what_it_declares() -> Iterator[None]:
+    """Check that events that are logged in this process have the fields that they declare."""
+    checked_events.found.clear()
+    yield
+    assert checked_events.found == []
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from rtservice.config.render import reference
 from rtservice.config.schema import all_settings
 from rtservice.config.sources import variable
 from rtservice.config.values import as_text
+from rtservice.events import EVENTS
 from rtservice.hosting.aliases import ALIASES
 from rtservice.testing import DEADLINE
 from tests.support.repository import PACKAGE, ROOT
@@ -143,6 +144,13 @@ def test_the_messages_in_troubleshooting_are_those_of_the_code() -> None:
             if len(words) > 8 and words not in code:
                 missing.append((message, words))
     assert missing == []
+
+
+def test_the_events_in_troubleshooting_exist() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    named = re.findall(r"`[^`]+` \(`([a-z_]+\.[a-z_]+)`\)", page)
+    assert len(named) > 5
+    assert [name for name in named if name not in EVENTS] == []
 
 
 # --- the runner of commands ---

@@ -69,10 +69,6 @@ _REJECTED = {
 # Places where a phrase is right: a file relative to the root of the repository, and the words around the phrase.
 ALLOWED = {
     ("etc/logrotate.d/rtservice", "nobody"),  # the user
-    # Log texts, which are reworded together with the names of their events.
-    ("rtservice/net/port.py", "accepts nobody for now"),
-    ("rtservice/process/systemd.py", "is told no more"),
-    ("rtservice/startup/preflight.py", "no reactor of ours"),
 }
 
 # Parts that are being reworked.

@@ -15,6 +15,7 @@ from zope.interface.interface import InterfaceClass, Method
 from rtservice import interfaces, testing
 from rtservice.config.render import reference
 from rtservice.config.schema import all_settings
+from rtservice.events import AREAS, EVENTS, FIELDS
 from rtservice.hosting.aliases import ALIASES
 from rtservice.observe import metrics
 from rtservice.observe.figures import StatusSource
@@ -62,6 +63,37 @@ def _restructured(*parts: str) -> str:
     return "\n\n".join(("```{eval-rst}", *parts, "```"))
 
 
+def _events() -> str:
+    """A table of events for each area, and the fields of all."""
+    parts = []
+    for area, words in AREAS.items():
+        rows = [
+            f"| `{event.name}` | {event.level.name} | {', '.join(f'`{field}`' for field in event.fields)} | "
+            f"{event.meaning}<br>`{_in_one_line(event.text)}` |"
+            for event in EVENTS.values()
+            if event.name.partition(".")[0] in words
+        ]
+        parts.append(
+            "\n".join((f"## {area}\n", "| event | level | fields | meaning and text |", "|---|---|---|---|", *rows))
+        )
+    fields = [f"| `{name}` | {_type_names(field.types)} | {field.meaning} |" for name, field in FIELDS.items()]
+    parts.append("\n".join(("## Fields\n", "| field | type | meaning |", "|---|---|---|", *fields)))
+    return "\n\n".join(parts)
+
+
+_TYPES = {str: "text", int: "integer", float: "number", type(None): "null"}
+
+
+def _type_names(types: tuple[type, ...]) -> str:
+    return " or ".join(
+        _TYPES[kind] for kind in types if kind is not int or float not in types
+    )  # an integer is a number
+
+
+def _in_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("|", "\\|")
+
+
 def _metrics() -> str:
     """A table of every metric of /metrics; those of a hosted protocol have names of its own."""
     source: Any = StatusSource(
@@ -92,6 +124,7 @@ _GENERATED: dict[str, Callable[[], str]] = {
     "interfaces": _interfaces,
     "fixtures": _fixtures,
     "metrics": _metrics,
+    "events": _events,
 }
 
 

@@ -21,6 +21,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementedBy, implementer
 from zope.interface.declarations import Provides
 
+from rtservice.events import CONNECTION_FAILED, FACTORY_FAILED, PRODUCER_FAILED, PROTOCOL_FAILED
 from rtservice.net.address import Address, address_of, peer_name
 from rtservice.net.phases import CLOSING, OPEN, Phase, next_phase
 from rtservice.net.proxy import Header
@@ -359,7 +360,7 @@ class Connection:
             protocol = factory.buildProtocol(self._peer)
         except BaseException:
             reason = Failure()
-            _log.failure("{factory} failed in buildProtocol", reason, factory=log_prefix(factory))
+            FACTORY_FAILED.failure(_log, reason, factory=log_prefix(factory), method="buildProtocol")
             self._give_up(reason)
             return None
         if protocol is None:
@@ -716,13 +717,23 @@ class Connection:
     def _protocol_failed(self, method: str) -> None:
         """Log an exception that a protocol raised, and end its connection. Other connections continue."""
         reason = Failure()
-        _log.failure("{protocol} failed in {method}", reason, protocol=log_prefix(self.protocol), method=method)
+        self._log_protocol_failure(self.protocol, method, reason)
         self._give_up(reason)
+
+    def _log_protocol_failure(self, protocol: Any, method: str, reason: Failure) -> None:
+        PROTOCOL_FAILED.failure(
+            _log,
+            reason,
+            protocol=log_prefix(protocol),
+            method=method,
+            peer=peer_name(self._peer),
+            listener=self.port.name,
+        )
 
     def _failed(self) -> None:
         """Log an exception, usually of a producer, and end the connection, as the reactor does for doRead."""
         reason = Failure()
-        _log.failure("{connection} failed", reason, connection=self)
+        CONNECTION_FAILED.failure(_log, reason, peer=peer_name(self._peer), listener=self.port.name)
         self.connectionLost(reason)
 
     def _give_up(self, reason: Failure) -> None:
@@ -764,7 +775,7 @@ class Connection:
             try:
                 protocol.connectionLost(reason)
             except BaseException:
-                _log.failure("{protocol} failed in connectionLost", protocol=log_prefix(protocol))
+                self._log_protocol_failure(protocol, "connectionLost", Failure())
         self.port.connection_closed(self, reason)
 
     # --- producers and consumers ---
@@ -775,7 +786,7 @@ class Connection:
             try:
                 producer.stopProducing()
             except BaseException:
-                _log.failure("a producer failed in stopProducing")
+                PRODUCER_FAILED.failure(_log, peer=peer_name(self._peer), listener=self.port.name)
 
     def registerProducer(self, producer: Any, streaming: bool, *, below: bool = False) -> None:
         if self._stage is not None and not below and not self._stage.may_register(producer, streaming):

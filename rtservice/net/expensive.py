@@ -15,6 +15,7 @@ from twisted.internet.defer import DeferredLock
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
+from rtservice.events import TLS_THREAD_FAILED
 from rtservice.net.tls_bounds import MAX_INLINE_CERTIFICATES
 
 _log = Logger()
@@ -53,4 +54,4 @@ def shake_in_thread(
             return deferToThreadPool(reactor, reactor.getThreadPool(), shake).addCallback(done)
         return None
 
-    _turn.run(begin).addErrback(lambda reason: _log.failure("a handshake in a thread failed", reason))
+    _turn.run(begin).addErrback(lambda reason: TLS_THREAD_FAILED.failure(_log, reason))

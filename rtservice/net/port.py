@@ -15,7 +15,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from rtservice.net.address import Address, address_of
+from rtservice.events import ACCEPT_PAUSED, CONNECTION_FAILED
+from rtservice.net.address import Address, address_of, peer_name
 from rtservice.net.bpf import accept_new_clients, drop_new_clients
 from rtservice.net.connection import Connection, log_prefix
 from rtservice.net.handshakes import ProxyHandshake, TLSHandshake
@@ -233,7 +234,7 @@ class Port:
                 self._begin(connection)
             except BaseException:  # usually of a producer of the protocol; the port continues
                 reason = Failure()
-                _log.failure("{connection} failed as it began", reason, connection=connection)
+                CONNECTION_FAILED.failure(_log, reason, peer=peer_name(connection.getPeer()), listener=self.name)
                 connection.connectionLost(reason)
 
     def start_tls(self, connection: Connection, context: Any, *, server_side: bool) -> None:
@@ -256,7 +257,7 @@ class Port:
         """Pause accepting for a short time: clients stay in the backlog. Open connections continue."""
         if problem.errno != self._shortage:
             self._shortage = problem.errno or 0
-            _log.error("{listener} accepts nobody for now: {problem}", listener=self.name, problem=problem.strerror)
+            ACCEPT_PAUSED.log(_log, listener=self.name, problem=problem.strerror)
         self.reactor.removeReader(self)
         self._resting = self.reactor.callLater(_SHORTAGE_PAUSE, self._rested)
 

@@ -7,6 +7,7 @@ import socket
 
 from twisted.logger import Logger
 
+from rtservice.events import LISTENER_ADDRESS_SKIPPED
 from rtservice.net.description import ListenError, address_name
 from rtservice.net.listener import RESERVE_SOCKETS, Listener
 from rtservice.net.places import TCPPlace
@@ -119,7 +120,7 @@ def _may_be_missing(error: OSError, family: socket.AddressFamily, host: str, int
         return True
     if _has_ipv6():
         return False
-    _log.warn("{interface}: its address {host} is not served: this host has no IPv6", interface=interface, host=host)
+    LISTENER_ADDRESS_SKIPPED.log(_log, host=host, interface=interface)
     return True
 
 

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 from twisted.logger import Logger
 
+from rtservice.events import OUTPUT_FAILED, OUTPUT_NOT_REPLACED, OUTPUT_RECOVERED, OUTPUT_REPLACED, Event
+
 # Seconds that a line may wait for others, to be written with one system call. Errors do not wait.
 _DELAY = 0.1
 
@@ -322,26 +324,28 @@ class LineWriter:
             count = self.dropped - self._counted
             if self._writing.end() or count:
                 self._counted = self.dropped
-                _log.warn("{output} is written again; lines dropped: {count}", output=self._output.title, count=count)
+                OUTPUT_RECOVERED.log(_log, output=self._output.title, count=count)
         return True
 
     def _report_failure(self, problem: str) -> None:
         if self._writing.begin(self._clock()):
-            self._report("{output} cannot be written: {problem}", problem=problem)
+            OUTPUT_FAILED.log(_log, output=self._output.title, problem=problem)
+            self._say(OUTPUT_FAILED, problem)
 
     def _report_trouble(self) -> None:
         """Report that the output could not be reopened, or that a retry succeeded."""
         trouble = self._output.trouble
         if trouble:
             if self._opening.begin(self._clock()):
-                self._report("{output} {problem}", problem=trouble)
+                OUTPUT_NOT_REPLACED.log(_log, output=self._output.title, problem=trouble)
+                self._say(OUTPUT_NOT_REPLACED, trouble)
         elif self._opening.end():
-            _log.warn("{output} is the file at its path again", output=self._output.title)
+            OUTPUT_REPLACED.log(_log, output=self._output.title)
 
-    def _report(self, text: str, **fields: str) -> None:
-        _log.error(text, output=self._output.title, **fields)
+    def _say(self, event: Event, problem: str) -> None:
+        """Write the text of an event aside, since the log may be what fails."""
         if self._aside is not None:
-            self._aside(f"rtservice: {text.format(output=self._output.title, **fields)}\n")
+            self._aside(f"rtservice: {event.text.format(output=self._output.title, problem=problem)}\n")
 
     def fileno(self) -> int:
         """Return the descriptor of the output."""

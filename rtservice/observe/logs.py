@@ -77,14 +77,13 @@ class Log(Logger):
     def emit(self, level: Any, format: str | None = None, **fields: Any) -> None:
         """Log as in Twisted, without its search for the level, which was half of the cost of a record."""
         if self.levels.allow("rtservice", level):
-            fields.update(
-                log_logger=self,
-                log_level=level,
-                log_namespace="rtservice",
-                log_source=None,
-                log_format=format,
-                log_time=time.time(),
-            )
+            # One by one: update() with keywords makes another dictionary first.
+            fields["log_logger"] = self
+            fields["log_level"] = level
+            fields["log_namespace"] = "rtservice"
+            fields["log_source"] = None
+            fields["log_format"] = format
+            fields["log_time"] = time.time()
             self.observer(fields)
 
 
@@ -156,6 +155,10 @@ def message_and_traceback(event: LogEvent) -> tuple[str, str]:
         return message, f"(no traceback: {safe_str(error)})"
 
 
+# Fields that stand before all others.
+_FIRST = ("event", "slot")
+
+
 def _as_json_value(thing: object) -> str:
     return thing.decode("utf-8", "backslashreplace") if isinstance(thing, bytes) else safe_str(thing)
 
@@ -179,7 +182,7 @@ def _encoded(value: object) -> str:
 
 
 def _json_line(event: LogEvent) -> str:
-    """Return one JSON object: `time`, `level`, `namespace`, `message`, the event's own fields, and `traceback`."""
+    """Return a JSON object: `time`, `level`, `namespace`, `message`, `event`, `slot`, other fields, `traceback`."""
     message, traceback = message_and_traceback(event)
     level = event.get("log_level")
     shown: dict[str, Any] = {
@@ -190,10 +193,11 @@ def _json_line(event: LogEvent) -> str:
     }
     legacy = "isError" in event and "system" in event
     template = event.get("log_format")
-    if "slot" in event:
-        shown["slot"] = event["slot"]
+    for name in _FIRST:
+        if name in event:
+            shown[name] = event[name]
     for name, value in event.items():
-        if name[:4] == "log_" or (legacy and name in _LEGACY) or name == "slot" or template == f"{{{name}}}":
+        if name[:4] == "log_" or (legacy and name in _LEGACY) or name in _FIRST or template == f"{{{name}}}":
             continue
         # A field of the event may have the name of a standard field.
         shown[f"{name}_" if name in ("time", "level", "namespace", "message", "traceback") else name] = value

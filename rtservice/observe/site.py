@@ -15,6 +15,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web import http
 
+from rtservice.events import STATUS_ANSWER_FAILED, STATUS_NO_METRICS
 from rtservice.observe.channel import Channel, Turns
 from rtservice.observe.figures import StatusSource
 from rtservice.observe.renderings import Renderings, Slices
@@ -49,15 +50,13 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-_NO_METRICS = "metrics need prometheus_client; pip install 'rtservice[metrics]'"
-
 
 def make_site(source: StatusSource, clock: Any) -> Site:
     """Return a factory that serves the data of `source`. `clock` is an IReactorTime."""
     try:
         from rtservice.observe import metrics
     except ImportError:
-        _log.warn("{problem}", problem=_NO_METRICS)
+        STATUS_NO_METRICS.log(_log)
         return Site(source, clock, None)
     return Site(source, clock, metrics)
 
@@ -105,12 +104,7 @@ class Site(Factory):
         unreported, self._reported, self._unreported = self._unreported, now, 0
         frames = extract_tb(getattr(problem, "__traceback__", None))
         where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        _log.error(
-            "status: an answer failed: {problem}{where}{more}",
-            problem=f"{problem!a:.200}",
-            where=where,
-            more=f" ({unreported} more since the last such line)" if unreported else "",
-        )
+        STATUS_ANSWER_FAILED.log(_log, problem=f"{problem!a:.200}{where}", suppressed=unreported)
 
     def exposition(self, kind: Any) -> Deferred[bytes | None]:
         """Return the metrics in a format (metrics.Format); None if that failed."""
@@ -238,7 +232,7 @@ class _Request(http.Request):
 
     def _metrics(self, site: Site, query: bytes) -> None:
         if site.metrics is None:
-            self._answer(501, _NO_METRICS)
+            self._answer(501, STATUS_NO_METRICS.text)
             return
         kind = site.metrics.choose_format(b",".join(self.requestHeaders.getRawHeaders(b"Accept", [])))
         self._answer_later(site.exposition(kind), lambda body: self._answer(200, body, kind.content_type))

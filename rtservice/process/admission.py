@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 from twisted.logger import Logger
 
+from rtservice.events import CONNECTION_LIMIT_REACHED, CONNECTION_REFUSED
 from rtservice.net.address import peer_name
 from rtservice.net.phases import OPEN, PROXY, Phase
 from rtservice.process.log_rate import LogRateLimit
 
 # The reasons for which a client is refused, named after their settings, with the text of the log line.
 REFUSALS = {
-    "max-connections": "--max-connections are open",
-    "max-connections-per-peer": "--max-connections-per-peer are open from its address",
+    "max-connections": "--max-connections reached",
+    "max-connections-per-peer": "--max-connections-per-peer reached for its address",
     "proxy-from": "its address is not in --proxy-from, so its PROXY header is not trusted",
 }
 
@@ -138,21 +139,20 @@ class RefusalLog:
 
     def refused(self, peer: Any, listener: str, reason: str, now: float) -> None:
         """Log that a client was refused, at `now` in seconds. `reason` is a key of REFUSALS."""
-        is_first = reason not in self._rates
         if self._admit(reason, now):
-            more = self._rates[reason].take_suppressed()
-            self._log.warn(
-                "refused {peer} on {listener}: {why}{more}",
+            CONNECTION_REFUSED.log(
+                self._log,
                 peer=peer_name(peer),
                 listener=listener,
-                why=REFUSALS[reason],
-                more="" if is_first else f" ({more} more since the last such line)",
+                setting=reason,
+                problem=REFUSALS[reason],
+                suppressed=self._rates[reason].take_suppressed(),
             )
 
     def paused(self, limit: int, now: float) -> None:
         """Log that listeners stop accepting, at `now` in seconds."""
         if self._admit("pause", now):
-            self._log.warn("--max-connections {limit} reached: clients wait until a place is free", limit=limit)
+            CONNECTION_LIMIT_REACHED.log(self._log, limit=limit)
 
     def _admit(self, subject: str, now: float) -> bool:
         rate = self._rates.get(subject)

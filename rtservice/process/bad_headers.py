@@ -7,7 +7,7 @@ from typing import Any
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-from rtservice.counted import counted
+from rtservice.events import PROXY_HEADER_INVALID, PROXY_HEADERS_SUPPRESSED
 from rtservice.net.address import peer_name
 from rtservice.net.proxy import ProxyError
 from rtservice.process.log_rate import LogRateLimit
@@ -45,8 +45,8 @@ class BadHeaderLog:
         if rate is None:
             rate = self._rates[listener] = LogRateLimit(_MOST, _PERIOD)
         if rate.admit(now):
-            self._log.info(
-                "bad PROXY header from {peer} on {listener}: {problem}; it begins {beginning}",
+            PROXY_HEADER_INVALID.log(
+                self._log,
                 peer=peer_name(peer),
                 listener=listener,
                 problem=str(problem),
@@ -57,8 +57,4 @@ class BadHeaderLog:
 
     def _sum_up(self, listener: str) -> None:
         self._summaries.pop(listener, None)
-        self._log.info(
-            "{headers} on {listener}",
-            headers=counted(self._rates[listener].take_suppressed(), "more bad PROXY header"),
-            listener=listener,
-        )
+        PROXY_HEADERS_SUPPRESSED.log(self._log, listener=listener, count=self._rates[listener].take_suppressed())

@@ -11,6 +11,15 @@ from twisted.logger import Logger
 
 from rtservice.counted import counted
 from rtservice.escaping import escaped
+from rtservice.events import (
+    CERTIFICATE_EXPIRED,
+    CERTIFICATE_LOADED,
+    CERTIFICATE_NOT_YET_VALID,
+    REVOCATION_EXPIRED,
+    REVOCATION_LOADED,
+    REVOCATION_UNDATED,
+    TLS_GROUPS_LIMITED,
+)
 from rtservice.net.crl import RevocationLists
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
@@ -36,8 +45,8 @@ def days_left(until: float, now: float) -> int:
     return int((until - now) // _DAY)
 
 
-def _in_days(days: int) -> str:
-    return f"in {counted(days, 'day')}" if days else "in less than 1 day"
+def _in_words(days: int) -> str:
+    return counted(days, "day") if days else "less than 1 day"
 
 
 def _some_of(names: tuple[str, ...]) -> str:
@@ -52,7 +61,7 @@ def _some_of(names: tuple[str, ...]) -> str:
 def logging_certificates(log: Logger, listeners: list[Listener]) -> Steps[None]:
     """Log the expiry of each certificate and revocation list, and TLS warnings, in steps."""
     for warning in dict.fromkeys(warning for listener in listeners for warning in listener.warnings):
-        log.warn("{warning}", warning=warning)
+        TLS_GROUPS_LIMITED.log(log, warning=warning)
     for lists in dict.fromkeys(listener.revocation for listener in listeners if listener.revocation is not None):
         _log_revocation(log, lists, time.time())
     # Two listeners may have the same certificate.
@@ -62,31 +71,24 @@ def logging_certificates(log: Logger, listeners: list[Listener]) -> Steps[None]:
 
 
 def _log_certificate(log: Logger, certificate: Certificate, now: float) -> None:
-    days = days_left(certificate.not_after, now)
+    path, names = escaped(certificate.path), _some_of(certificate.names) or "no name"
+    until, days = certificate.not_after, days_left(certificate.not_after, now)
     if certificate.not_before > now:
-        state, write = "is not valid yet", log.warn
+        CERTIFICATE_NOT_YET_VALID.log(log, path=path, names=names, not_after=until, days_left=days)
     elif days < 0:
-        state, write = "has expired", log.warn
+        CERTIFICATE_EXPIRED.log(log, path=path, names=names, not_after=until, days_left=days)
     else:
-        state, write = f"expires {_in_days(days)}", log.info
-    write(
-        "certificate {path} for {names}: {state}",
-        path=escaped(certificate.path),
-        names=_some_of(certificate.names) or "no name",
-        state=state,
-        not_after=certificate.not_after,
-        days_left=days,
-    )
+        CERTIFICATE_LOADED.log(log, path=path, names=names, left=_in_words(days), not_after=until, days_left=days)
 
 
 def _log_revocation(log: Logger, lists: RevocationLists, now: float) -> None:
-    if lists.next_update is None:
-        state, write = "has no next update", log.info
-    elif lists.next_update >= now:
-        state, write = f"next update {_in_days(days_left(lists.next_update, now))}", log.info
+    path, until = escaped(lists.path), lists.next_update
+    if until is None:
+        REVOCATION_UNDATED.log(log, path=path, next_update=until)
+    elif until >= now:
+        REVOCATION_LOADED.log(log, path=path, left=_in_words(days_left(until, now)), next_update=until)
     else:
-        state, write = "next update has passed: clients of its authority are refused", log.warn
-    write("revocation list {path}: {state}", path=escaped(lists.path), state=state, next_update=lists.next_update)
+        REVOCATION_EXPIRED.log(log, path=path, next_update=until)
 
 
 def certificates_of(listeners: list[Listener], now: float | None = None) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
 from zope.interface import alsoProvides
 
+from rtservice.events import FACTORY_FAILED
 from rtservice.net.address import peer_name
 from rtservice.net.connection import LocalClose
 from rtservice.net.phases import OPEN
@@ -126,7 +127,7 @@ class ForeignFactory(WrappingFactory):
         try:
             protocol = self.wrappedFactory.buildProtocol(addr)
         except Exception:
-            self._log.failure("{factory} failed in buildProtocol", factory=type(self.wrappedFactory).__name__)
+            FACTORY_FAILED.failure(self._log, factory=type(self.wrappedFactory).__name__, method="buildProtocol")
             return _RefusedProtocol()
         # To return None would leave the client of some transports connected, without an answer.
         return _RefusedProtocol() if protocol is None else ForeignConnection(self, protocol)

@@ -11,6 +11,8 @@ from typing import Any
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from rtservice.events import REACTOR_BLOCKED
+
 # Seconds after which a blocked reactor is logged: all clients wait.
 BLOCKED = 1.0
 
@@ -69,8 +71,5 @@ class StallDetector:
             stack = "".join(traceback.format_stack(frame, limit=_FRAMES)).rstrip()
             del frame
             reported = now
-            self._log.error(  # which is written at once: the reactor may never come back
-                "the reactor is blocked: nothing was served for {seconds:.1f} s. It is here:\n{stack}",
-                seconds=now - seen,
-                stack=stack,
-            )
+            # Errors are written at once: the reactor may never come back.
+            REACTOR_BLOCKED.log(self._log, seconds=now - seen, stack=stack)

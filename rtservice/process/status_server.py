@@ -10,6 +10,7 @@ from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 
+from rtservice.events import LISTENER_FILE_KEPT, STATUS_LISTENING
 from rtservice.net.connection import LocalClose
 from rtservice.net.listener import Listener
 from rtservice.net.port import ACCEPTS_PER_EVENT, Port
@@ -90,7 +91,7 @@ class StatusServer:
             )
             self._ports.append(port)
             port.startListening()
-            self._log.info("status on {listener}", listener=listener.name)
+            STATUS_LISTENING.log(self._log, listener=listener.name)
 
     def _opened(self, connection: Any) -> None:
         if self._is_full():
@@ -157,9 +158,7 @@ class StatusServer:
             try:
                 listener.close()
             except OSError as problem:
-                self._log.warn(
-                    "{listener}: its socket file stays: {problem}", listener=listener.name, problem=problem.strerror
-                )
+                LISTENER_FILE_KEPT.log(self._log, listener=listener.name, problem=problem.strerror)
 
 
 def _importance(connection: Any, now: float) -> tuple[int, float]:

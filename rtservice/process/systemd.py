@@ -10,6 +10,7 @@ from collections.abc import MutableMapping
 from twisted.logger import Logger
 
 from rtservice.escaping import escaped
+from rtservice.events import SYSTEMD_DISCONNECTED, SYSTEMD_UNUSABLE
 
 _log = Logger()
 
@@ -75,7 +76,7 @@ class Notifier:
                 del datagrams[-1]
         except OSError as error:
             # The receiver is gone, and cannot be reached again after a chroot or as another user.
-            _log.warn("the service manager is told no more: {problem}", problem=error.strerror)
+            SYSTEMD_DISCONNECTED.log(_log, problem=error.strerror)
             self._socket.close()
             self._socket = None
         self._unsent = datagrams
@@ -101,7 +102,7 @@ def from_environment(environ: MutableMapping[str, str]) -> Notifier:
     if not address:
         return Notifier()
     if address[0] not in "/@":
-        _log.warn("NOTIFY_SOCKET {address!r} is neither a path nor an abstract name (@…)", address=address)
+        SYSTEMD_UNUSABLE.log(_log, address=address, problem="neither a path nor an abstract name (@…)")
         return Notifier()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # close-on-exec, as all sockets of Python
     sock.setblocking(False)
@@ -110,9 +111,7 @@ def from_environment(environ: MutableMapping[str, str]) -> Notifier:
     except OSError as error:
         sock.close()
         # A path that is too long has no errno.
-        _log.warn(
-            "NOTIFY_SOCKET {address!r} cannot be used: {problem}", address=address, problem=error.strerror or error
-        )
+        SYSTEMD_UNUSABLE.log(_log, address=address, problem=error.strerror or str(error))
         return Notifier()
     # systemd writes decimal digits. 0 and other texts mean that there is no watchdog.
     interval = int(microseconds) / 1_000_000 / 2 if watched and microseconds.isdecimal() else 0

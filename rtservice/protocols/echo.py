@@ -10,6 +10,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from rtservice.counted import counted
+from rtservice.events import ECHO_MESSAGE_REJECTED
 from rtservice.protocols import framings
 from rtservice.protocols.alias import Alias
 
@@ -66,7 +67,8 @@ class Echo(Protocol):
 
         `problem` must not contain bytes of the client.
         """
-        self.log.warn("closing {peer}: {problem}", peer=self.transport.getPeer(), problem=problem)
+        fields = getattr(self.transport, "log_fields", None) or {"peer": str(self.transport.getPeer())}
+        ECHO_MESSAGE_REJECTED.log(self.log, peer=fields["peer"], problem=problem)
         self.close()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import SettingError
+from rtservice.events import LOG_FILES_KEPT
 from rtservice.observe import logs
 from rtservice.observe.lines import LineWriter, Output, write_to_stderr
 from rtservice.observe.logfile import LogFile
@@ -45,11 +46,7 @@ class Outputs:
                 output = self._output(file, twistd, rotated=loaded.settings.log_files, mode=0o666)
                 main = log_format.lines = self._start(output)
             if isinstance(output, LogFile) and output.beyond:
-                log.warn(
-                    "{file} and older files are left alone: --log-files is {count}",
-                    file=output.beyond,
-                    count=loaded.settings.log_files,
-                )
+                LOG_FILES_KEPT.log(log, file=output.beyond, count=loaded.settings.log_files)
         file = loaded.settings.access_log
         if file:
             with opening(loaded.where("access-log"), file):

@@ -12,6 +12,7 @@ from typing import Any
 
 from rtservice.config.values import SettingError
 from rtservice.escaping import escaped
+from rtservice.events import PRIVILEGES_KEPT, START_REACTOR_UNAVAILABLE
 from rtservice.observe.logs import Log
 from rtservice.startup.credentials import Credentials, CredentialsError, resolve
 from rtservice.startup.dry_run import problem_of
@@ -40,9 +41,7 @@ def install_reactor(log: Log) -> None:
     try:
         from rtservice.net import reactor
     except ImportError as error:  # no epoll(7)
-        log.warn(
-            "{platform} has no reactor of ours ({error}): serving on Twisted's", platform=sys.platform, error=error
-        )
+        START_REACTOR_UNAVAILABLE.log(log, platform=sys.platform, problem=str(error))
     else:
         reactor.install()
 
@@ -199,9 +198,7 @@ def credentials_of(twistd: Any, log: Log) -> Credentials:
             "remove it, and --uid drops root permanently"
         )
     if gid is not None and uid is None and os.geteuid() == 0:
-        log.warn(
-            "--gid {gid} without --uid: what is served runs as root, with the supplementary groups of root", gid=gid
-        )
+        PRIVILEGES_KEPT.log(log, gid=gid)
     try:
         return resolve(uid, gid)
     except CredentialsError as error:

@@ -17,6 +17,7 @@ from typing import Any
 from twisted.python.failure import Failure
 
 from rtservice.escaping import escaped
+from rtservice.events import PRIVILEGES_DROPPED, START_EXCEPTION
 from rtservice.hosting.error_line import error_line
 from rtservice.observe.logs import Log
 from rtservice.pool.pool import WorkerPool
@@ -100,7 +101,7 @@ class StartReporter:
         except CredentialsError as error:
             return str(error)
         if self._credentials and self._log is not None:
-            self._log.info("set uid/gid {uid}/{gid}", uid=self._credentials.uid, gid=self._credentials.gid)
+            PRIVILEGES_DROPPED.log(self._log, uid=self._credentials.uid, gid=self._credentials.gid)
         return None
 
     def report(self, problem: str | None) -> None:
@@ -133,7 +134,7 @@ class StartReporter:
             return
         problem = unexpected(error)
         if self._log is not None:
-            self._log.failure("the start failed", Failure(error, kind, traceback), traceback_level(error))
+            START_EXCEPTION.failure(self._log, Failure(error, kind, traceback), level=traceback_level(error))
         self.abandon(problem)
 
     def _answer(self, word: bytes) -> None:

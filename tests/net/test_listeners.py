@@ -151,7 +151,7 @@ def test_a_host_name_on_a_host_without_ipv6_is_served_on_ipv4_with_a_warning(bot
     listener.close()
     assert listener.name.startswith("tcp:127.0.0.1:")
     assert [(event["log_level"].name, formatEvent(event)) for event in events] == [
-        ("warn", f"both.example: its address {address} is not served: this host has no IPv6")
+        ("warn", f"address {address} of both.example skipped: this host has no IPv6")
         for address in ("::1", "2001:db8::10")
     ]
     check_port(0, interface=both_example)

@@ -18,7 +18,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted, ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.threads import deferToThread
-from twisted.logger import Logger, LogLevel, formatEvent
+from twisted.logger import Logger, LogLevel
 
 from rtservice.net.connection import Connection
 from rtservice.net.handshakes import ProxyHandshake
@@ -505,7 +505,8 @@ def test_who_sends_no_header_is_closed_without_a_word(serve, connect, data):
     # What was found, and what was sent, is logged.
     detail, record = one.events
     assert (detail["log_level"], record["log_level"]) == (LogLevel.info, LogLevel.info)
-    assert formatEvent(detail).endswith(f"; it begins {repr(data[:64])[1:]}")
+    assert (detail["event"], record["event"]) == ("proxy.header_invalid", "connection.closed")
+    assert detail["beginning"] == repr(data[:64])[1:]
     assert record["reason"] == why
     assert not one.factory.built
     assert not one.register.open

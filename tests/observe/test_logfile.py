@@ -232,9 +232,9 @@ def test_lines_are_kept_while_their_file_is_removed_and_no_other_can_be_opened(t
     assert sorted(said()) == sorted(
         [
             f"{directory}/log cannot be written: No such file or directory",
-            f"{directory}/log cannot be reopened: No such file or directory; {STILL}",
+            f"{directory}/log: cannot be reopened: No such file or directory; {STILL}",
             f"{directory}/log is the file at its path again",
-            f"{directory}/log is written again; lines dropped: 0",
+            f"{directory}/log is written again, lines dropped: 0",
         ]
     )
     assert reactor.getDelayedCalls() == []
@@ -255,7 +255,7 @@ def test_a_file_that_cannot_be_opened_keeps_the_old_one_until_it_can(
         under_test.put(f"{number}\n", at_once=True)
     reactor.pump([0.1] * 50)
     assert (tmp_path / "moved").read_text() == "0\n1\n2\n"
-    report = f"{path} cannot be reopened: {os.strerror(problem)}; {STILL}"
+    report = f"{path}: cannot be reopened: {os.strerror(problem)}; {STILL}"
     assert said() == [report]
     assert told == [f"rtservice: {report}\n"]
     faults.failing.clear()
@@ -424,7 +424,7 @@ def test_what_cannot_be_renamed_stops_a_rotation_and_loses_nothing(tmp_path, ope
     under_test.put("3\n", at_once=True)
     assert (tmp_path / "log").read_text() == "2\n3\n"
     assert len(said()) == 1
-    assert f"{tmp_path}/log cannot be rotated: " in said()[0]
+    assert f"{tmp_path}/log: cannot be rotated: " in said()[0]
     for name in {at, "log.3"}:
         (tmp_path / name).rename(tmp_path / f"{name}.away")
     reactor.pump([0.1] * 100)  # tried again

@@ -15,6 +15,7 @@ from twisted.logger import Logger, LogLevel, formatEventAsClassicLogText, global
 from twisted.python import log as legacy
 from twisted.python.failure import Failure
 
+from rtservice.events import ACCEPT_PAUSED
 from rtservice.observe import lines, logs
 from rtservice.observe.lines import LineWriter, Stream
 from rtservice.observe.logs import AccessLog, Levels, Log, Observer, utc_time
@@ -126,6 +127,22 @@ def test_json_has_the_fields_of_an_event_beside_what_every_record_has() -> None:
     assert values["e"] == "[[...]]"
     # What is nothing but the message is there once.
     assert "record" not in json.loads(logs._json_line(event("{record}", record="all of it")))
+
+
+def test_json_has_the_name_and_the_fields_of_an_event() -> None:
+    records: list = []
+    ACCEPT_PAUSED.log(Logger("rtservice.net.port", observer=records.append), listener="tcp:1", problem="no memory")
+    read = json.loads(logs._json_line({**records[0], "slot": 3}))
+    del read["time"]
+    assert read == {
+        **{"level": "error", "namespace": "rtservice.net.port", "message": "accepting on tcp:1 paused: no memory"},
+        **{"event": "accept.paused", "slot": 3, "listener": "tcp:1", "problem": "no memory"},
+    }
+    assert list(read)[3:5] == ["event", "slot"]
+
+
+def test_json_has_a_field_event_of_a_hosted_protocol_as_it_was() -> None:
+    assert json.loads(logs._json_line(event("hi", event={"a": 1})))["event"] == {"a": 1}
 
 
 def test_json_has_a_traceback_as_a_field() -> None:
@@ -322,7 +339,7 @@ def test_what_is_not_taken_for_a_while_is_kept_whole(problem, said, reactor) -> 
     reactor.advance(0.1)
     assert (output.taken, under_test.dropped) == (b"abc\ndef\n", 0)
     assert reactor.getDelayedCalls() == []
-    full = ["an output cannot be written: No space left on device", "an output is written again; lines dropped: 0"]
+    full = ["an output cannot be written: No space left on device", "an output is written again, lines dropped: 0"]
     assert said() == (full if problem == errno.ENOSPC else [])
 
 
@@ -346,7 +363,7 @@ def test_what_is_not_taken_at_all_is_bounded_counted_and_said_when_it_works_agai
     reactor.advance(0.1)
     assert output.taken.count(line.encode()) + under_test.dropped == 5000
     assert output.taken.endswith(b"last\n")
-    assert said()[1:] == [f"an output is written again; lines dropped: {under_test.dropped}"]
+    assert said()[1:] == [f"an output is written again, lines dropped: {under_test.dropped}"]
     assert under_test.dropped >= 3900
 
 

@@ -93,7 +93,7 @@ def test_limits_hold(hosted_one, certificates) -> None:
         # Its first place is its own until it is idle.
         with contextlib.suppress(OSError):
             connect(one, certificates).close()
-        one.wait_line("refused .*--max-connections are open")
+        one.wait_line("refused .*--max-connections reached")
         first.sendall(says)
         receive(first, hears)
         while first.recv(65536):

@@ -8,10 +8,12 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from twisted.logger import LogLevel
+from twisted.logger import Logger, LogLevel
 
+from rtservice.events import DRAIN_DONE
 from rtservice.pool import worker_messages
 from rtservice.pool.control import LONGEST_FROM_WORKER, ProtocolViolation, encode
+from rtservice.pool.published import as_event
 from rtservice.pool.worker_messages import (
     DEEPEST,
     LATEST,
@@ -565,6 +567,15 @@ def test_plain_fields_arrive_as_they_are_but_for_the_one_that_is_the_text() -> N
     message = sent(event, "the text")
     assert message.fields == {
         **{"peer": "ü", "n": 1, "f": 1.5, "b": True, "none": None, "list": [1, ["a"]], "raw": r"\xff"},
+    }
+
+
+def test_an_event_of_a_worker_arrives_with_its_name_and_its_fields() -> None:
+    records: list[Any] = []
+    DRAIN_DONE.log(Logger("rtservice", observer=records.append), ended=1, aborted=2, seconds=0.5)
+    arrived = as_event(sent(records[0], "the text"), 3)
+    assert {name: value for name, value in arrived.items() if name[:4] != "log_"} == {
+        **{"event": "drain.done", "slot": 3, "ended": 1, "aborted": 2, "seconds": 0.5},
     }
 
 

@@ -45,8 +45,8 @@ def logged(monkeypatch: pytest.MonkeyPatch, *listeners: Listener) -> list[str]:
         (DAY + 0.5, 1, "info: certificate /c for a: expires in 1 day"),
         (DAY - 0.5, 0, "info: certificate /c for a: expires in less than 1 day"),
         (0.5, 0, "info: certificate /c for a: expires in less than 1 day"),
-        (-0.5, -1, "warn: certificate /c for a: has expired"),
-        (-DAY - 0.5, -2, "warn: certificate /c for a: has expired"),
+        (-0.5, -1, "warn: certificate /c for a: expired"),
+        (-DAY - 0.5, -2, "warn: certificate /c for a: expired"),
         (253402300799 - NOW, 2912063, "info: certificate /c for a: expires in 2912063 days"),
     ],
 )
@@ -65,7 +65,7 @@ def test_a_revocation_list_has_days_of_the_same_kind(monkeypatch) -> None:
 
 def test_a_certificate_that_is_not_valid_yet_is_a_warning(monkeypatch) -> None:
     one = listener(Certificate("/c", ("a",), int(NOW + DAY), int(NOW + 9 * DAY)))
-    assert logged(monkeypatch, one) == ["warn: certificate /c for a: is not valid yet"]
+    assert logged(monkeypatch, one) == ["warn: certificate /c for a: not valid yet"]
     assert certificates_of([one], NOW)[0]["not_before"] > NOW
 
 

@@ -26,7 +26,7 @@ def test_at_the_limit_every_listener_pauses_and_a_free_place_is_the_next_ones(wo
     assert is_served(waiting) + is_served(waiting_too) == 1
     assert len(one.connections.open) == 3
     assert one.refused["max-connections"] == 0
-    assert len([line for line in one.lines if "--max-connections 3 reached" in line]) == 1
+    assert [event["limit"] for event in one.events if event["event"] == "connection.limit_reached"] == [3]
 
 
 def test_at_the_limit_a_client_is_closed_at_once_and_counted_with_reject(world) -> None:
@@ -217,14 +217,15 @@ def test_refusals_are_all_counted_and_logged_once_in_ten_seconds(world) -> None:
         one.client("192.0.2.2").close()
     one.advance(9.9)
     one.client("192.0.2.3")
-    assert one.lines == ["refused 192.0.2.2:1 on test: --max-connections are open"]
+    assert one.lines == ["refused 192.0.2.2:1 on test: --max-connections reached"]
     one.advance(0.1)
     one.client("192.0.2.4")
     one.advance(10)
     one.client("192.0.2.5")
-    assert one.lines[1:] == [
-        "refused 192.0.2.4:1 on test: --max-connections are open (1000 more since the last such line)",
-        "refused 192.0.2.5:1 on test: --max-connections are open (0 more since the last such line)",
+    assert [(event["event"], event["peer"], event["setting"], event["suppressed"]) for event in one.events] == [
+        ("connection.refused", "192.0.2.2:1", "max-connections", 0),
+        ("connection.refused", "192.0.2.4:1", "max-connections", 1000),
+        ("connection.refused", "192.0.2.5:1", "max-connections", 0),
     ]
     assert one.refused["max-connections"] == 1003
 
@@ -236,8 +237,6 @@ def test_each_reason_has_its_own_line(world) -> None:
     one.client(port=one.add_port(proxied=True))
     one.apply(max_connections=9)
     one.client(port=one.connections.ports[1])
-    assert [line.partition(": ")[2] for line in one.lines] == [
-        "--max-connections-per-peer are open from its address",
-        "--max-connections are open",
-        "its address is not in --proxy-from, so its PROXY header is not trusted",
-    ]
+    settings = [event["setting"] for event in one.events if event["event"] == "connection.refused"]
+    assert settings == ["max-connections-per-peer", "max-connections", "proxy-from"]
+    assert len(settings) == len(one.events)

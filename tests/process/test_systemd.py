@@ -141,4 +141,4 @@ def test_a_manager_that_goes_away_is_one_warning(manager, logged) -> None:
     manager.close()
     for _ in range(3):
         notifier.watchdog()
-    assert logged() == ["the service manager is told no more: Connection refused"]
+    assert logged() == ["notifications to the service manager stopped: Connection refused"]

@@ -210,7 +210,7 @@ def test_a_file_that_the_user_may_not_open_is_reported_everywhere_and_opened_whe
         assert greets(tmp_path)
     moved = public / "log.moved"
     for name in ("log", "access"):
-        report = f"{public}/{name} cannot be reopened: Permission denied; {STILL}"
+        report = f"{public}/{name}: cannot be reopened: Permission denied; {STILL}"
         wait_for(lambda report=report: report in moved.read_text() and report in errors.read_text())
         assert (moved.read_text().count(report), errors.read_text().count(report)) == (1, 1)
     wait_for(lambda: (public / "access.moved").read_text().count("\n") >= 4)
@@ -378,7 +378,7 @@ def test_older_files_beyond_the_option_are_left_alone_and_named_once(start, tmp_
     wait_for(lambda: "listening on" in (tmp_path / "log.1").read_text())
     process.terminate()
     assert process.wait(DEADLINE) == 0
-    assert text_of(tmp_path, "log").count(f"{log}.31 and older files are left alone: --log-files is 30") == 1
+    assert text_of(tmp_path, "log").count(f"{log}.31 and older files not rotated: --log-files is 30") == 1
     # The one that was the 30th has made room.
     numbers = {int(path.read_text()) for path in tmp_path.glob("log.*") if path.name != "log.1"}
     assert numbers == {*range(1, 61)} - {30}

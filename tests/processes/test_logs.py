@@ -72,7 +72,7 @@ def test_a_full_disk_delays_nobody_and_what_was_dropped_is_said_once_there_is_ro
         wait_for(lambda: f"{file} cannot be written: No space left on device" in output.read_text())
     if small_disk is not None:
         (small_disk / "full").unlink()
-        wait_for(lambda: f"{file} is written again; lines dropped: 0" in main.read_text())
+        wait_for(lambda: f"{file} is written again, lines dropped: 0" in main.read_text())
         if what == "--logfile":
             assert f"{file} cannot be written: No space left on device" in main.read_text()
     assert end(process) == 0
@@ -118,7 +118,7 @@ def test_a_pipe_that_nobody_reads_delays_nobody_and_every_record_is_there_or_cou
     process.terminate()
     received += process.stdout.read()
     assert process.wait(DEADLINE) == 0
-    dropped = int(re.search(rb"is written again; lines dropped: (\d+)", received)[1])
+    dropped = int(re.search(rb"is written again, lines dropped: (\d+)", received)[1])
     assert b"standard output cannot be written: the reader is too slow" not in received.split(b"lines dropped")[1]
     records = sum(b"bytes in" in line for line in received.splitlines())
     assert dropped > 100

@@ -112,7 +112,7 @@ def test_connections_of_the_whole_service_are_divided_among_its_workers(workers,
     served = fill(7)
     shares = sorted(len(accepted_by(pid, served)) for pid in one.settled(2))
     assert shares == [3, 4]
-    one.wait_line(r"worker \d\] refused 127\.0\.0\.1:\d+ on tcp:.*: --max-connections are open")
+    one.wait_line(r"worker \d\] refused 127\.0\.0\.1:\d+ on tcp:.*: --max-connections reached")
     for client in served:
         client.close()
     wait_for(lambda: len(one.lines("bytes in")) == 7)
