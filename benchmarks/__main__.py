@@ -118,7 +118,7 @@ def prepare(options: argparse.Namespace, directory: Path) -> Bench:
     print(report.machine())
     print(", ".join(f"{name} {version}" for name, version in report.versions().items()))
     print(f"server on CPU {cores.server}, load on CPU {cores.load}")
-    print(f"{options.rounds} rounds of {options.seconds:g} s for each server")
+    print(f"rounds: {options.rounds}, each with {options.seconds:g} s per server")
     print(*(f"{mark} {meaning}" for mark, meaning in report.LEGEND.items()), sep="\n")
     if cores.shared:
         print("server and load share one core: rates and latencies are not meaningful")
