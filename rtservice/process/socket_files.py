@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from twisted.logger import Logger
 
+from rtservice.events import LISTENER_FILE_KEPT
 from rtservice.net.listener import Listener
 
 
@@ -16,7 +17,7 @@ def remove_files(listeners: Iterable[Listener], log: Logger) -> None:
             listener.remove_file()
         except OSError as problem:
             # After privileges were dropped the directory may not be ours; the next start takes the file over.
-            log.warn("{listener}: its socket file stays: {problem}", listener=listener.name, problem=problem.strerror)
+            LISTENER_FILE_KEPT.log(log, listener=listener.name, problem=problem.strerror)
 
 
 def close_listeners(listeners: Iterable[Listener], log: Logger) -> None:

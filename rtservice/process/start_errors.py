@@ -7,6 +7,8 @@ from typing import Any
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
+from rtservice.events import START_EXCEPTION
+
 
 class StartError(SystemExit, Exception):
     """The service cannot start. The text gives the reason, which has been reported.
@@ -36,5 +38,5 @@ def traceback_level(error: BaseException | None) -> Any:
 
 def log_start_failure(log: Logger, subject: str, failure: Failure) -> str:
     """Log the traceback of a failed start, and return `<subject>: <exception>` in one line."""
-    log.failure("the start failed", failure, traceback_level(failure.value))
+    START_EXCEPTION.failure(log, failure, level=traceback_level(failure.value))
     return f"{subject}: {one_line(failure)}"
