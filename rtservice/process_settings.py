@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rtservice.config.schema import Settings
 from rtservice.observe.logs import LevelName
 from rtservice.process.admission import Limits
@@ -32,6 +34,11 @@ def runtime_settings(settings: Settings, *, slot: int = 0, slots: int = 1, besid
         drain_timeout=settings.drain_timeout,
         watch_certificates=settings.watch_certificates and slots == 1,
     )
+
+
+def process_count(settings: Settings) -> int:
+    """Return the number of processes that serve: `--workers`, or the CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if settings.workers is None else settings.workers
 
 
 def levels(settings: Settings) -> dict[str, LevelName]:

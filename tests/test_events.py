@@ -28,7 +28,15 @@ EXCEPTIONS = {
 }
 
 # Not converted yet.
-LATER = {"process/server.py", "pool/pool.py", "pool/worker.py", "tap.py"}
+LATER = {
+    "process/server.py",
+    "process/service.py",
+    "process/endpoints.py",
+    "pool/pool.py",
+    "pool/worker_process.py",
+    "pool/worker.py",
+    "startup/reload.py",
+}
 
 
 def calls() -> Iterator[tuple[str, ast.Call, ast.Attribute]]:

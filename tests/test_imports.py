@@ -1,6 +1,7 @@
 """Imports point one way: the house can be read from the bottom up."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     },
     "startup": {
         "events",
+        "process_settings",
         "process",
         "pool",
         "net",
@@ -46,6 +48,7 @@ MAY_IMPORT = {
         "config",
         "escaping",
         "hidden",
+        "references",
         "suggestions",
         "hosting",
     },
@@ -56,8 +59,6 @@ MAY_IMPORT = {
         "first",
         "hosting",
         "config",
-        "references",
-        "hidden",
         "suggestions",
         "process_settings",
         "observe",
@@ -112,15 +113,41 @@ def modules_imported(path: Path) -> set[str]:
     return found & known
 
 
-def test_no_modules_of_net_import_each_other_in_a_circle() -> None:
+@pytest.mark.parametrize("part", ["net", "process", "pool", "startup"])
+def test_no_modules_of_a_part_import_each_other_in_a_circle(part) -> None:
     imports = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): modules_imported(path)
-        for path in (PACKAGE / "net").glob("*.py")
+        for path in (PACKAGE / part).glob("*.py")
     }
     while imports:
         free = {module for module, needed in imports.items() if not needed & imports.keys()}
         assert free, f"a circle is among {sorted(imports)}"
         imports = {module: needed for module, needed in imports.items() if module not in free}
+
+
+# Statements of a method, its docstring aside, from which on a second one that reads the same is a twin.
+TWIN = 3
+
+
+def methods(path: Path) -> Iterator[tuple[str, str]]:
+    """The methods of a module that are long enough to be twins: each name, and the normalised text of its body."""
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = method.body[ast.get_docstring(method) is not None :]
+                if sum(isinstance(inner, ast.stmt) for outer in body for inner in ast.walk(outer)) >= TWIN:
+                    # Private attributes and logs have other names in each class: `self.log` reads like `self._log`.
+                    yield f"{node.name}.{method.name}", "\n".join(map(ast.unparse, body)).replace("self._", "self.")
+
+
+def test_no_method_exists_twice_in_process_and_pool() -> None:
+    seen: dict[str, str] = {}
+    for path in sorted([*(PACKAGE / "process").glob("*.py"), *(PACKAGE / "pool").glob("*.py")]):
+        for name, body in methods(path):
+            assert body not in seen, f"{name} and {seen[body]}"
+            seen[body] = name
 
 
 def test_no_class_is_assigned_to_an_object() -> None:

@@ -260,25 +260,29 @@ _URGENT = frozenset((LogLevel.error, LogLevel.critical))
 class Format:
     """A log format for `twistd --logger`: a call without arguments returns an observer.
 
-    The observer writes to `lines`, or to standard output if that is None. The caller with access to twistd's other
-    options sets `lines` and `levels`, since twistd does not pass them.
+    The observer writes to standard output, or to the lines given to `write_to`, since twistd does not pass its other
+    options.
     """
 
     def __init__(self, line: Callable[[LogEvent], str], coloured: Callable[[LogEvent], str] | None = None) -> None:
-        self.lines: LineWriter | None = None
-        self.levels = Levels({})
+        self._lines: LineWriter | None = None
+        self._levels = Levels({})
         self._line = line
         self._coloured = coloured
+
+    def write_to(self, lines: LineWriter, levels: Levels) -> None:
+        """Have the observers that are made from now on write what `levels` allow to `lines`."""
+        self._lines, self._levels = lines, levels
 
     def __call__(self) -> Observer:
         # twistd imports the reactor at this moment too.
         from twisted.internet import reactor
 
-        lines = self.lines or LineWriter(standard_output())
-        if self.lines is None:
+        lines = self._lines or LineWriter(standard_output())
+        if self._lines is None:
             lines.start(reactor)
         colour = self._coloured is not None and os.isatty(lines.fileno()) and not os.environ.get("NO_COLOR")
-        return Observer(self._coloured if self._coloured is not None and colour else self._line, lines, self.levels)
+        return Observer(self._coloured if self._coloured is not None and colour else self._line, lines, self._levels)
 
 
 def standard_output() -> Stream:

@@ -6,7 +6,7 @@ readable in a trace.
     to a worker     start {…}   settings, listeners and certificates: see `start_message.py`
                     share N     current number of workers, among which limits are divided
                     drain […]   begin the graceful shutdown; types of sockets whose backlog is served first
-                    hurry       end the drain
+                    abort_drain end the drain now
                     rows {…}    list open connections: `id`, `sort`, `count`
     from a worker   ready       every listener accepts
                     failed "…"  the start failed, and the reason
@@ -31,7 +31,7 @@ CONTROL_IN, CONTROL_OUT, FIRST_SOCKET = 3, 4, 5
 # Seconds between two heartbeats of a worker.
 BEAT = 1.0
 
-TO_WORKER = frozenset(("start", "share", "drain", "hurry", "rows"))
+TO_WORKER = frozenset(("start", "share", "drain", "abort_drain", "rows"))
 
 # Limit of a message to a worker, in bytes: a large directory of certificates fits.
 LONGEST_TO_WORKER = 64 * 1024 * 1024

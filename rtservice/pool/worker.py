@@ -1,4 +1,4 @@
-"""The entry point of a worker process, which the supervisor spawns: make the server, and run it."""
+"""The entry point of a worker process: receive what to serve from the supervisor, make a Server, and run it."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ from rtservice.pool.worker_messages import (
     shortened,
 )
 from rtservice.process.counters import CounterKey
+from rtservice.process.meter import ProcessMeter
 from rtservice.process.server import Server
 from rtservice.process.signals import inherit_nothing
 from rtservice.process.slices import in_slices
@@ -55,24 +56,24 @@ from rtservice.process_settings import levels, runtime_settings
 from rtservice.references import OptionValue
 
 _log = Logger()
-# Seconds that what is for the log waits for more of it, but for errors, and how many characters of the access log are
-# sent together, which JSON may double: UNIX clients can have very long names.
+# Seconds that log records, but for errors, wait to be sent together, and how many characters of the access log are sent
+# together, which JSON may double: UNIX clients can have very long names.
 _TOGETHER, _LINES_SIZE = 0.1, 48 * 1024
 
-# Levels that may wait.
+# Levels of records that may wait.
 _CALM = frozenset((LogLevel.debug, LogLevel.info))
 
-# Seconds of a slice of the start, between which messages are read: nobody else is served yet.
+# Seconds of a slice of the start, between which messages are read: no client is served yet.
 _START_SLICE = 0.05
 
 _EVERY_EVENT_HAS = frozenset(("log_namespace", "log_level", "log_time"))
 
-# Seconds that its last words may take to reach the supervisor.
-_LAST_WORDS = 5.0
+# Seconds that the last messages may take to reach the supervisor.
+_LAST_MESSAGES = 5.0
 
 
 class Worker(Protocol):
-    """Its supervisor's messages in, a Server's life out."""
+    """Receives the messages of the supervisor, and is the Host of a Server."""
 
     transport: Any
 
@@ -86,19 +87,24 @@ class Worker(Protocol):
         self._settings = Settings()
         self._slot, self._slots = 0, 1
         self._loading: Deferred[None] | None = None
-        self._finish: list[str] | None = None  # whose queues are to be served, in a drain that came while it loads
+        self._finish: list[str] | None = (
+            None  # kinds of sockets whose queues to serve, of a drain that came while it loads
+        )
         self._beating = LoopingCall(self._beat)
         self._ending = False
-        self._begun = False  # it was told what to serve
-        self._deaf = False  # the supervisor sends what cannot be
-        self._full = False  # the supervisor does not read as fast as is written
+        self._begun = False  # it has received `start`
+        self._ready = False  # it has sent `ready`
+        self._draining = False
+        self._deaf = False  # the supervisor has violated the protocol
+        self._full = False  # the supervisor does not read as fast as this process writes
         self._dropped = 0  # records, since then
         self._levels = Levels({})
         self._lines: list[str] = []  # for the access log
         self._lines_size = 0
         self._records: list[list[Any]] = []  # finished
         self._dropped_before = 0
-        self._told: dict[CounterKey, float] = {}  # the counters that the supervisor has
+        self._sent: dict[CounterKey, float] = {}  # the counters that the supervisor has
+        self._meter = ProcessMeter(lambda: self._dropped_before + self._dropped)
         self.status = 0
 
     # --- messages ---
@@ -113,7 +119,7 @@ class Worker(Protocol):
             for word, value in self._messages.feed(data):
                 self._received(word, value)
         except Exception as problem:
-            # It cannot be told what to do any more. Clients may finish what they do, and the next worker hears better.
+            # Its later messages cannot be understood either. Clients may finish, and another worker takes over.
             self._deaf = True
             _log.error("the supervisor sent what cannot be: draining: {problem}", problem=ascii(problem)[:200])
             self._drain([])
@@ -134,18 +140,18 @@ class Worker(Protocol):
             if "own" in value:  # the supervisor has removed the files; what has their names is a successor's
                 self._files.clear()
             self._drain(value)
-        elif word == "hurry":
+        elif word == "abort_drain":
             self._abort_drain()
         elif word == "rows" and self._server is not None:
             rows = self._server.connections.rows(value["sort"], value["count"])
             rows.addErrback(self._no_rows)
-            rows.addCallback(self._tell_rows, value["id"])
+            rows.addCallback(self._send_rows, value["id"])
 
     def _no_rows(self, failure: Failure) -> list[list[Any]]:
         self._log.failure("listing the connections failed", failure)
-        return []  # without an answer the supervisor would think that this process does not read
+        return []  # without an answer this process counts as one that does not read its messages
 
-    def _tell_rows(self, rows: list[list[Any]], number: int) -> None:
+    def _send_rows(self, rows: list[list[Any]], number: int) -> None:
         while len(message := encode("rows", {"id": number, "rows": rows})) > LONGEST_FROM_WORKER["rows"]:
             rows = rows[: len(rows) // 2]
         self.transport.write(message)
@@ -174,20 +180,20 @@ class Worker(Protocol):
         self._full = True
 
     def _orphaned(self) -> None:
-        """The supervisor is dead: serve who is here or in a queue, and leave nothing behind."""
+        """The supervisor is dead: serve the clients that are connected or queued, and remove the socket files."""
         for path, inode in self._files:
             with contextlib.suppress(OSError):
                 if os.stat(path).st_ino == inode:
                     os.unlink(path)
-        self._full = True  # nobody reads the log
+        self._full = True  # the log is not read
         self._drain(["slot", "own"])
 
-    # --- its life ---
+    # --- start and stop ---
 
     def _not_loaded(self, failure: Failure) -> None:
         if not failure.check(CancelledError):  # it was told to end
             _log.failure("a worker cannot start", failure)
-            self._failed(repr(failure.value))
+            self._fail(repr(failure.value))
 
     def _loaded(self, result: object) -> None:
         self._loading = None
@@ -198,12 +204,12 @@ class Worker(Protocol):
         try:
             yield from self._serve(given)
         except (SettingError, TLSError, OSError) as error:
-            self._failed(str(error))
+            self._fail(str(error))
         except GeneratorExit:  # it was told to end
             raise
-        except BaseException as error:  # SystemExit too: without a word of why, the supervisor has no reason to show
+        except BaseException as error:  # SystemExit too: the supervisor needs a reason to show
             _log.failure("a worker cannot start")
-            self._failed(repr(error))
+            self._fail(repr(error))
 
     def _serve(self, given: dict[str, Any]) -> Steps[None]:
         self._settings = load_settings(given["settings"], {}, None, ALIASES).settings
@@ -212,7 +218,7 @@ class Worker(Protocol):
         self._levels.change(levels(self._settings))
         self._log = Log(self._levels, globalLogPublisher)
         self._kinds = [listener["kind"] for listener in given["listeners"]]
-        # Before the first step: a supervisor that dies meanwhile leaves all of them behind.
+        # Before the first step: a supervisor that dies meanwhile does not remove any of them.
         self._files = [tuple(listener["file"]) for listener in given["listeners"] if listener["file"] is not None]
         factory = make_factory(
             loaded,
@@ -225,64 +231,87 @@ class Worker(Protocol):
         self._server = Server(
             factory,
             listeners=self._listeners,
-            endpoints=[],
-            live=runtime_settings(self._settings, slot=self._slot, slots=self._slots),
+            settings=runtime_settings(self._settings, slot=self._slot, slots=self._slots),
             log=self._log,
-            report=self._started,
-            stop=self._end,
-            announce=False,
             record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
-            dropped=lambda: self._dropped_before + self._dropped,
         )
+        self._server.prepare(self)
+        self._meter.start(self._reactor)
         self._beating.clock = self._reactor
         self._beating.start(BEAT)
-        self._server.startService()
+        self._server.start(self._reactor)
 
-    def _started(self, problem: str | None) -> None:
-        if problem is None:
-            self._send_message("ready")
+    def accepting(self) -> None:
+        """Nothing: the supervisor logs the listeners."""
+
+    def ready(self) -> None:
+        """Tell the supervisor that every listener accepts."""
+        self._ready = True
+        self._send_message("ready")
+
+    def failed(self, problem: str) -> None:
+        """End this process: its server cannot serve. The supervisor starts another one."""
+        if self._draining or self._ending:
+            return
+        self._log.critical("cannot start: {problem}", problem=problem)
+        if self._ready:
+            self._end()
         else:
-            self._failed(problem)
+            self._fail(problem)
 
-    def _failed(self, problem: str) -> None:
+    def draining(self) -> None:
+        """Nothing: the supervisor has sent `drain`."""
+
+    def reloaded(self) -> None:
+        """Nothing: a reload replaces this process."""
+
+    def extend_timeout(self, seconds: float) -> None:
+        """Nothing: the supervisor asks the service manager for time."""
+
+    def _fail(self, problem: str) -> None:
         self.status = 1
         self._send_message("failed", shortened(problem, LONGEST_PROBLEM))
         self._end()
 
     def leave(self) -> None:
-        """Ask to be replaced. Called for SIGTERM: a supervisor that wants it to end says so."""
+        """Ask to be replaced. Called for SIGTERM: the supervisor itself sends `drain`."""
         self._send_message("leave")
 
     def _beat(self) -> None:
         assert self._server is not None
-        counters, told = self._server.counters(), self._told
-        changed = {key: count for key, count in counters.items() if told.get(key) != count}
+        counters, sent = self._server.counters() | self._meter.counters(), self._sent
+        changed = {key: count for key, count in counters.items() if sent.get(key) != count}
         # A counter that has disappeared is that of a phase without connections.
-        changed |= dict.fromkeys(told.keys() - counters.keys(), 0)
+        changed |= dict.fromkeys(sent.keys() - counters.keys(), 0)
         encoded = list(encode_counters(changed).items())
         for start in range(0, len(encoded) or 1, MOST_COUNTERS):
             self._send_message("beat", dict(encoded[start : start + MOST_COUNTERS]))
-        self._told = counters
+        self._sent = counters
 
     def _drain(self, finish: list[str]) -> None:
-        if self._loading is not None and finish:  # somebody may be in a queue that only this process serves
+        if self._loading is not None and finish:  # clients may be in a queue that only this process serves
             self._finish = finish
             return
         if self._server is None:
             self._give_up()
             return
+        if self._draining:
+            return
+        self._draining = True
+        if not self._ready:
+            self._fail(self._server.unready)
         for kind, listener in zip(self._kinds, self._listeners, strict=True):
             listener.shared = kind not in finish
-        self._server.stopService().addBoth(self._drained)
+        self._server.drain().addBoth(self._drained)
 
     def _abort_drain(self) -> None:
         if self._server is None:
             self._give_up()
         else:
-            self._server.abort_drain()
+            self._server.abort()
 
     def _give_up(self) -> None:
-        """End before anything is served."""
+        """End before any client is served."""
         self._finish = None
         if self._loading is not None:
             self._loading.cancel()
@@ -300,7 +329,7 @@ class Worker(Protocol):
             self._send()
 
     def _send(self) -> None:
-        """Send what waits for more."""
+        """Send the records and lines that wait to be sent together."""
         if self._records:
             records, self._records = self._records, []
             self.transport.write(encode_records(records))
@@ -314,28 +343,29 @@ class Worker(Protocol):
         if self._beating.running:
             self._beat()
             self._beating.stop()
+        self._meter.stop()
         self._end()
 
     def _end(self) -> None:
         if not self._ending:
             self._send()
             self._ending = True
-            if self.transport.disconnected:  # there is nobody to tell
+            if self.transport.disconnected:  # the supervisor is dead
                 self._stop()
                 return
             self.transport.unregisterProducer()
-            self._reactor.callLater(_LAST_WORDS, self._stop)
-            self.transport.loseConnection()  # which sends what is written
+            self._reactor.callLater(_LAST_MESSAGES, self._stop)
+            self.transport.loseConnection()  # after what is written is sent
 
     def _stop(self) -> None:
-        with contextlib.suppress(Exception):  # it is stopping already
+        with contextlib.suppress(Exception):  # the reactor may be stopping already
             self._reactor.stop()
 
-    # --- its log ---
+    # --- log ---
 
     def observe(self, event: LogEvent) -> None:
         """Send a record to the supervisor. Called in any thread."""
-        if not event.keys() >= _EVERY_EVENT_HAS:  # one that was not made by a Logger
+        if not event.keys() >= _EVERY_EVENT_HAS:  # it was not made by a Logger
             event = {"log_namespace": "-", "log_level": LogLevel.info, "log_time": time.time(), **event}
         if not self._levels.allow(event["log_namespace"], event["log_level"]):
             return
@@ -354,14 +384,14 @@ class Worker(Protocol):
 
 
 def main() -> int:
-    """Serve until the supervisor says otherwise; gives the exit status."""
-    # Before anything can hang or crash. What it writes goes to the supervisor's log.
+    """Serve until the supervisor sends `drain` or dies; return the exit status."""
+    # Before anything can hang or crash. Its output goes to the supervisor's log.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     inherit_nothing()
     ignore_bad_names()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are for the supervisor, whose group or terminal is ours too
+        signal.signal(number, signal.SIG_IGN)  # they are for the supervisor, which is in the same process group
     try:
         from rtservice.net.reactor import install
     except ImportError:  # no epoll(7)
@@ -371,7 +401,7 @@ def main() -> int:
     from twisted.internet import reactor as installed
     from twisted.internet.stdio import StandardIO
 
-    reactor: Any = installed  # the module stands for the object
+    reactor: Any = installed  # typed as a module
     worker = Worker(reactor)
     for descriptor in (CONTROL_IN, CONTROL_OUT):
         os.set_inheritable(descriptor, False)

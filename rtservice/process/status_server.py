@@ -1,4 +1,4 @@
-"""The listeners of `--status`: few connections, served until the end of a shutdown. `observe.site` answers requests."""
+"""The status server: listeners and connections of `--status`, served until the end of a shutdown."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 
-from rtservice.events import LISTENER_FILE_KEPT, STATUS_LISTENING
+from rtservice.events import STATUS_LISTENING
 from rtservice.net.connection import LocalClose
 from rtservice.net.listener import Listener
 from rtservice.net.port import ACCEPTS_PER_EVENT, Port
 from rtservice.process.admission import Limits
 from rtservice.process.registry import Registry
+from rtservice.process.socket_files import close_listeners
 
 # Connections of the status server: a scraper, a load balancer's probes, a few people. It has the fewest where
 # descriptors are scarce.
@@ -31,29 +32,29 @@ _IDLE_TIMEOUT = 30.0
 
 
 class StatusServer:
-    """Serves `factory` on listeners of its own, with limits of its own; without any, it does nothing and is false.
+    """Serves a factory on listeners apart from the service, with limits apart. Without listeners it is false.
 
-    Its connections count nowhere in the service's own. When there are `CONNECTIONS`, the one that most likely waits for
-    nothing makes room for a new one: one that is closing, or else the oldest whose request is not finished after
-    `_SLOW`, or else the oldest that is idle, or else the oldest whose request is not complete, or else the oldest. A
-    protocol says so with `idle`, `complete` and `since` (a time.monotonic); without these it has not been idle since
-    its connection was opened. New clients wait in the kernel until one has stayed for `_STAY`. So no number of clients
-    that hold connections, or come and go, keeps out a new one.
+    Its connections are not counted among those of the service. When there are `CONNECTIONS`, one makes room for a new
+    one: one that is closing, or else the oldest whose request is not finished after `_SLOW`, or else the oldest that is
+    idle, or else the oldest whose request is not complete, or else the oldest. A protocol tells this with the
+    attributes `idle`, `complete` and `since` (a time.monotonic); without these it has not been idle since its
+    connection was opened. New clients wait in the kernel until one has stayed for `_STAY`. So no number of clients that
+    hold connections, or come and go, keeps out a new one.
 
-    `descriptors` is the most that it may use; None is any number. It then has fewer connections, if need be.
+    `descriptors` is the largest number of descriptors that it may use, which can limit its connections; None is any
+    number.
     """
 
     def __init__(self, log: Logger, listeners: list[Listener] | None = None, descriptors: int | None = None) -> None:
         self._log = log
         self.listeners = listeners or []
-        self.factory: Any = None
         self._most = CONNECTIONS
         if descriptors is not None:
             self._most = max(_FEWEST, min(CONNECTIONS, descriptors - self._beside_connections()))
         # One that makes room is closed in the next turn of the reactor, and counts until then.
         limits = Limits(max_connections=2**31, at_limit="reject", idle_timeout=_IDLE_TIMEOUT)
         # Clients that ask each second must not fill the log.
-        self._connections = Registry(Logger(observer=_nobody), limits)  # type: ignore[arg-type]  # a function is one
+        self._connections = Registry(Logger(observer=_discard), limits)  # type: ignore[arg-type]  # a function is one
         self._leaving: set[Any] = set()
         self._ports: list[Port] = []
         self._reactor: Any = None
@@ -66,14 +67,14 @@ class StatusServer:
 
     @property
     def descriptors(self) -> int:
-        """The most descriptors that it uses at once."""
+        """The largest number of descriptors that it uses at once."""
         return self._most + self._beside_connections() if self else 0
 
     def _beside_connections(self) -> int:
         return len(self.listeners) * (1 + ACCEPTS_PER_EVENT)  # of which each makes another leave, a turn later
 
-    def start(self, reactor: Any) -> None:
-        """Serve."""
+    def start(self, reactor: Any, factory: Any) -> None:
+        """Accept on the listeners, and serve `factory`."""
         if not self:
             return
         self._reactor = reactor
@@ -82,7 +83,7 @@ class StatusServer:
             port = Port(
                 reactor,
                 listener.socket,
-                self.factory,
+                factory,
                 name=listener.name,
                 tls=listener.tls,
                 opened=self._opened,
@@ -108,13 +109,13 @@ class StatusServer:
         return len(self._connections.open) - len(self._leaving) >= self._most
 
     def _staying(self) -> list[Any]:
-        return [one for one in self._connections.open if one not in self._leaving]
+        return [connection for connection in self._connections.open if connection not in self._leaving]
 
     def _make_room(self) -> None:
         now = monotonic()
         staying = self._staying()
-        candidates = [one for one in staying if now - one.opened >= _STAY] or staying
-        leaves = min(candidates, key=lambda one: _importance(one, now))
+        candidates = [connection for connection in staying if now - connection.opened >= _STAY] or staying
+        leaves = min(candidates, key=lambda connection: _importance(connection, now))
         self._leaving.add(leaves)
         self._made_room = now
         leaves.error = LocalClose("made room")
@@ -123,13 +124,13 @@ class StatusServer:
         self._reactor.callLater(0, leaves.connectionLost, Failure(ConnectionDone()))
 
     def _pause_or_resume(self) -> None:
-        """Accept while there is room, or somebody who makes some."""
+        """Accept while there is room, or a connection that makes room."""
         if self._resuming is not None:
             self._resuming.cancel()
             self._resuming = None
         seconds = 0.0
         if self._is_full():
-            oldest = min(one.opened for one in self._staying())
+            oldest = min(connection.opened for connection in self._staying())
             # One after the other, so that a crowd that comes back at once takes little of each turn of the reactor.
             seconds = max(oldest + _STAY, self._made_room + _STAY / self._most) - monotonic()
         if seconds > 0:
@@ -144,25 +145,21 @@ class StatusServer:
         self._pause_or_resume()
 
     def served(self) -> list[tuple[Listener, Port]]:
-        """Its listeners, each with the port that accepts on it, once it serves."""
+        """Return the listeners, each with the port that accepts on it, once it accepts."""
         return list(zip(self.listeners, self._ports, strict=False))
 
     def stop(self) -> None:
-        """Serve no more, and close the sockets."""
+        """Abort the connections, and close the sockets."""
         for port in self._ports:
             port.stopListening()
         self._connections.abort_all("cut off")
         self._connections.stop()
         listeners, self.listeners = self.listeners, []
-        for listener in listeners:
-            try:
-                listener.close()
-            except OSError as problem:
-                LISTENER_FILE_KEPT.log(self._log, listener=listener.name, problem=problem.strerror)
+        close_listeners(listeners, self._log)
 
 
 def _importance(connection: Any, now: float) -> tuple[int, float]:
-    """The order in which connections make room for others."""
+    """Return the place of a connection in the order in which they make room for others."""
     if connection.phase == "closing":
         return 0, connection.opened
     protocol: Any = connection.protocol
@@ -176,5 +173,5 @@ def _importance(connection: Any, now: float) -> tuple[int, float]:
     return (1 if now - since >= _SLOW else 3), since
 
 
-def _nobody(event: object) -> None:
-    """Takes records that nobody wants."""
+def _discard(event: object) -> None:
+    """Discard a log record."""

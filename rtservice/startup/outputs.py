@@ -21,9 +21,9 @@ from rtservice.process import signals
 class Outputs:
     """Opens the log and the access log before privileges are dropped. The constructor raises SettingError.
 
-    `format` is the log format to set in twistd, or None if `--logger` or `--syslog` selects another one, which stays.
-    twistd's own observers write each record separately, block on a pipe that is not read, and fail when a disk is full.
-    The lines and the file are the same.
+    `format` makes the observer that twistd is to log with; None leaves the choice to twistd, as for `--syslog`. It
+    writes the same lines to the same file as twistd's own observers, which make a system call for each record, block
+    on a pipe that is not read, and raise when a disk is full.
     """
 
     def __init__(self, loaded: LoadedSettings, twistd: Any, resolve_path: Callable[[str], str], log: Log) -> None:
@@ -37,14 +37,14 @@ class Outputs:
         if isinstance(chosen, Format) or ("logger" in twistd and chosen is None and not twistd["syslog"]):
             log_format = chosen or logs.classic
             self.format = None if chosen else log_format
-            log_format.levels = log.levels
             file = twistd["logfile"] or ("-" if twistd["nodaemon"] else "twistd.log")
             if file == "-":
                 self._aside = None
             with opening("--logfile", file):
                 # The mode that twistd uses.
                 output = self._output(file, twistd, rotated=loaded.settings.log_files, mode=0o666)
-                main = log_format.lines = self._start(output)
+                main = self._start(output)
+            log_format.write_to(main, log.levels)
             if isinstance(output, LogFile) and output.beyond:
                 LOG_FILES_KEPT.log(log, file=output.beyond, count=loaded.settings.log_files)
         file = loaded.settings.access_log
@@ -91,10 +91,10 @@ class Outputs:
             lines.finish()
 
 
-def _same_file(file: str | int, other: int) -> bool:
-    """Return whether a path or descriptor is the same file as a descriptor."""
+def _same_file(file: str | int, descriptor: int) -> bool:
+    """Whether a path or a descriptor is the file of a descriptor."""
     try:
-        return os.path.samestat(os.stat(file), os.fstat(other))
+        return os.path.samestat(os.stat(file), os.fstat(descriptor))
     except OSError:
         return False
 

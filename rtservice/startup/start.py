@@ -20,48 +20,49 @@ from rtservice.escaping import escaped
 from rtservice.events import PRIVILEGES_DROPPED, START_EXCEPTION
 from rtservice.hosting.error_line import error_line
 from rtservice.observe.logs import Log
-from rtservice.pool.pool import WorkerPool
 from rtservice.process import signals
-from rtservice.process.server import Server, traceback_level
+from rtservice.process.service import ServiceProcess
+from rtservice.process.start_errors import traceback_level
 from rtservice.startup.credentials import Credentials, CredentialsError
 from rtservice.startup.outputs import Outputs
-from rtservice.startup.preflight import (
-    reason,
-)
+from rtservice.startup.preflight import reason
 
 
 class StartReporter:
-    """A start, from the options to the service that serves. What fails meanwhile ends the process with one line.
+    """Reports the outcome of a start, which begins with the options and ends when the service serves or fails.
 
-    What Twisted does between `makeService` and the reactor may raise, too, and would be a traceback: `watch` has it
-    reported like all else, and the sockets of `service` closed.
+    A failure ends the process with one line. What Twisted does between `makeService` and the reactor may raise, too,
+    and would be a traceback: after `watch`, that is reported the same way, and the service is abandoned.
     """
-
-    service: Server | WorkerPool | None = None
 
     def __init__(self, twistd: Any) -> None:
         self._twistd = twistd
+        self._service: ServiceProcess | None = None
         self._credentials = Credentials()
         self._log: Log | None = None
         self._pipe: int | None = None
         self._terminal: int | None = None
         self._hook: Callable[..., object] | None = None
         self._forks = 0  # that are still to come
-        self.over = False  # it went well, or has been reported
+        self.over = False  # it has succeeded, or its failure is reported
 
     def watch(self) -> None:
-        """Report what nobody catches, until the start is over."""
+        """Report exceptions that are not caught, until the start is over."""
         self._hook, sys.excepthook = sys.excepthook, self._uncaught
 
     def prepare(self, credentials: Credentials, log: Log) -> None:
-        """Keep the terminal, which is not 2 any more once twistd has daemonized, and have `check` change the user."""
+        """Keep the terminal, since descriptor 2 is another file in a daemon, and have `check` change the user."""
         self._log = log
         self._terminal = os.dup(2)
         self._credentials = credentials
         for option in ("uid", "gid"):
-            # Twistd fails for a user without a passwd entry, and believes what a system call says.
+            # Twistd fails for a user without a passwd entry, and does not verify the result.
             if option in self._twistd:
                 self._twistd[option] = None
+
+    def take(self, service: ServiceProcess) -> None:
+        """Abandon this service if the start fails from now on."""
+        self._service = service
 
     def expect_forks(self) -> None:
         """Prepare for the two forks by which twistd becomes a daemon. Nothing else is to fork before them."""
@@ -69,9 +70,9 @@ class StartReporter:
         os.register_at_fork(after_in_parent=self._forked, after_in_child=self._forked_off)
 
     def _forked(self) -> None:
-        """This process waits for the daemon now, at a pipe of which it has both ends, or exits.
+        """Close the writing end of the pipe at which this process waits for the daemon; or it exits.
 
-        Twisted leaves it the end to write to: it would wait for ever for a daemon that is killed before it serves.
+        Twisted leaves it open: this process would wait for ever for a daemon that is killed before it serves.
         """
         if self._forks:
             self._forks = 0
@@ -82,19 +83,19 @@ class StartReporter:
 
     @staticmethod
     def _next_descriptor() -> int:
-        """A number above those of all descriptors that matter: they are given from the lowest one on."""
+        """Return a number above those of all open descriptors that matter; the kernel assigns the lowest free one."""
         descriptor = os.dup(2)
         os.close(descriptor)
         return descriptor
 
     def _forked_off(self) -> None:
-        """This process is, or will be, the daemon."""
+        """Hold signals in the child: it is the daemon, or its parent."""
         if self._forks:
             self._forks -= 1
             signals.hold()
 
     def check(self) -> str | None:
-        """Drop privileges; called when all is bound and nothing is served. Returns what is wrong, if anything is."""
+        """Drop privileges, after all sockets are bound and before anything is served; return the problem, if any."""
         self._take_pipe()
         try:
             self._credentials.assume()
@@ -105,7 +106,7 @@ class StartReporter:
         return None
 
     def report(self, problem: str | None) -> None:
-        """The start is over, and went well or not."""
+        """End the start: with None it has succeeded, otherwise `problem` is printed."""
         self.over = True
         if self._hook is not None and sys.excepthook == self._uncaught:  # hosted code may have put its own in front
             sys.excepthook = self._hook
@@ -113,23 +114,23 @@ class StartReporter:
         if problem is None:
             self._answer(b"0")
         else:
-            with contextlib.suppress(OSError):  # nobody reads it any more
+            with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(self._terminal or 2, f"rtservice: {escaped(problem)}\n".encode())
-            # The command returns when all is cleaned up: who tries again at once finds no pidfile and no port in use.
+            # The command returns when all is cleaned up: a retry at once finds no pidfile and no port in use.
             atexit.register(self._answer, b"1 rtservice did not start")
         if self._terminal is not None:
             os.close(self._terminal)
             self._terminal = None
 
     def abandon(self, problem: str) -> None:
-        """Report the problem, and leave nothing behind."""
-        if self.service is not None:
-            self.service.exit_status = self.service.exit_status or 1
-            self.service.abandon()
+        """Report the problem, and remove the sockets and their files."""
+        if self._service is not None:
+            self._service.exit_status = self._service.exit_status or 1
+            self._service.abandon()
         self.report(problem)
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if self.over and self._hook is not None:  # what hosted code has put in front calls this still
+        if self.over and self._hook is not None:  # an excepthook of hosted code calls this one still
             self._hook(kind, error, traceback)
             return
         problem = unexpected(error)
@@ -144,20 +145,20 @@ class StartReporter:
             os.close(self._pipe)
 
     def _take_pipe(self) -> None:
-        # When twistd daemonizes, the command that was typed waits at this pipe for a word. Twistd would say too early
-        # that all is well, and of an error the first 98 bytes.
+        # When twistd daemonizes, the command on the terminal waits at this pipe for a word. Twistd would report success
+        # too early, and of an error the first 98 bytes.
         if self._twistd.get("statusPipe") is not None:
             self._pipe, self._twistd["statusPipe"] = self._twistd["statusPipe"], None
 
 
 def _is_written(descriptor: int) -> bool:
-    """Whether it is the end of a pipe that is written to; raises OSError."""
+    """Whether a descriptor is the writing end of a pipe; raises OSError."""
     how = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     return how == os.O_WRONLY and stat.S_ISFIFO(os.fstat(descriptor).st_mode)
 
 
 def unexpected(error: BaseException) -> str:
-    """What nobody expected to be raised in a start, in one line."""
+    """Return an unexpected exception of a start in one line."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if not isinstance(error, OSError) or error.errno is None:
@@ -171,20 +172,29 @@ def unexpected(error: BaseException) -> str:
 
 
 class ExitWithStatus:
-    """Ends the process with the status of its service, if that is not 0: twistd's is 0, whatever stops its reactor."""
+    """Ends the process with the exit status of its service, unless that is 0: twistd exits with 0 in any case.
 
-    service: Server | WorkerPool | None = None
-    outputs: Outputs | None = None
+    It is to be registered with atexit before hosted code is imported, so that it is called last.
+    """
 
     def __init__(self, start: StartReporter) -> None:
         self._start = start
+        self._service: ServiceProcess | None = None
+        self._outputs: Outputs | None = None
+
+    def take(self, service: ServiceProcess, outputs: Outputs) -> None:
+        """Use the exit status of this service from now on, after these outputs are written."""
+        self._service, self._outputs = service, outputs
+        self._start.take(service)
 
     def __call__(self) -> None:
-        if self.service is not None and not self._start.over:
-            # Somebody has ended the process, or its reactor, in a way that nobody was told of.
+        if self._service is None or self._outputs is None:
+            return
+        if not self._start.over:
+            # The process or its reactor was ended without a report, as by hosted code that calls sys.exit().
             self._start.abandon("the process ended before it served")
-        if self.service is not None and self.outputs is not None and self.service.exit_status:
-            self.outputs.finish()
+        if self._service.exit_status:
+            self._outputs.finish()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(self.service.exit_status)
+            os._exit(self._service.exit_status)

@@ -6,7 +6,8 @@ from twisted.scripts.twistd import ServerOptions
 from rtservice.config.values import (
     SettingError,
 )
-from rtservice.tap import Options, _Settings
+from rtservice.startup.reload import CurrentSettings
+from rtservice.tap import Options
 from tests.support.settings import alias, make_settings
 
 
@@ -49,12 +50,12 @@ def test_a_reload_reads_the_same_file_from_any_working_directory(config, tmp_pat
     monkeypatch.chdir("/")
     monkeypatch.delenv("RTSERVICE_MAX_MESSAGE")
     config("backlog = 2\nmax-connections = 2")
-    again = options.reloaded().settings
+    again = options.source.read().settings
     assert (again.backlog, again.max_connections, alias(again, "max-message")) == (2, 9, 5)
     assert options.settings().backlog == 1
     config("backlog = 'x'")
     with pytest.raises(SettingError, match=r"rt\.toml: backlog: 'x' is not a whole number"):
-        options.reloaded()
+        options.source.read()
 
 
 @pytest.mark.parametrize(
@@ -120,4 +121,4 @@ def test_the_host_name_of_the_status_description_is_allowed(arguments, hosts) ->
     """`*` in a description means every address, and allows no name: an attacker can point a name at an address."""
     options = Options()
     options.parseOptions(arguments)
-    assert _Settings(options, log=None).status_hosts() == hosts
+    assert CurrentSettings(options.loaded, options.source, resolve_path=str).status_hosts() == hosts

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rtservice.pool import pool as supervisor_module
+from rtservice.pool import pool as pool_module
 from tests.support.pool_world import World
 
 
@@ -20,12 +20,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
         made.append(one)
         monkeypatch.setattr("twisted.internet.reactor", one.reactor)
         monkeypatch.setattr(signal, "signal", one.handlers.__setitem__)
-        monkeypatch.setattr(supervisor_module, "globalLogPublisher", one.events.append)
+        monkeypatch.setattr(pool_module, "globalLogPublisher", one.events.append)
         return one
 
     # In the middle of what chance may choose.
-    monkeypatch.setattr(supervisor_module.random, "random", lambda: 0.5)
-    monkeypatch.setattr(supervisor_module.random, "uniform", lambda low, high: (low + high) / 2)
+    monkeypatch.setattr(pool_module.random, "random", lambda: 0.5)
+    monkeypatch.setattr(pool_module.random, "uniform", lambda low, high: (low + high) / 2)
     yield make
     for one in made:
         assert not [event["log_failure"] for event in one.events if "log_failure" in event]

@@ -14,7 +14,13 @@ from rtservice.pool.control import (
     shown,
 )
 
-SENT = [("start", {"a": [1, "ü\n", None]}), ("share", 3), ("drain", ["slot", "own"]), ("hurry", None), ("rows", {})]
+SENT = [
+    ("start", {"a": [1, "ü\n", None]}),
+    ("share", 3),
+    ("drain", ["slot", "own"]),
+    ("abort_drain", None),
+    ("rows", {}),
+]
 BYTES = b"".join(encode(word, value) for word, value in SENT)
 
 
@@ -90,8 +96,8 @@ def test_a_line_that_does_not_end_is_refused_before_it_does_and_takes_no_more_me
 
 
 def test_what_came_before_rubbish_is_heard() -> None:
-    found = SupervisorMessages(1000).feed(b"hurry null\nrubbish\n")
-    assert next(found) == ("hurry", None)
+    found = SupervisorMessages(1000).feed(b"abort_drain null\nrubbish\n")
+    assert next(found) == ("abort_drain", None)
     with pytest.raises(ProtocolViolation, match="rubbish"):
         next(found)
 
@@ -110,7 +116,7 @@ def test_a_very_long_message_costs_time_in_proportion() -> None:
 def test_very_many_short_messages_cost_time_in_proportion() -> None:
     receiver = SupervisorMessages(1000)
     began = time.process_time()
-    assert sum(1 for _ in receiver.feed(b"hurry null\n" * 100_000)) == 100_000
+    assert sum(1 for _ in receiver.feed(b"abort_drain null\n" * 100_000)) == 100_000
     assert time.process_time() - began < 5
 
 

@@ -5,7 +5,8 @@ import signal
 import pytest
 
 from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT
-from rtservice.pool.pool import Phase, backoff
+from rtservice.pool.rollout import backoff
+from rtservice.pool.worker_process import Phase
 from rtservice.process.counters import ENDED
 
 
@@ -29,14 +30,14 @@ def test_a_worker_that_dies_is_replaced_after_its_back_off(world) -> None:
     for _ in range(4):
         one.processes[-1].dies(9)
         count = len(one.processes)
-        waits.append(round(one.service.slots[1].respawn.getTime() - one.reactor.seconds(), 3))
+        waits.append(round(one.pool.slots[1].respawn.getTime() - one.reactor.seconds(), 3))
         one.reactor.advance(waits[-1] - 0.01)
         assert len(one.processes) == count
         one.reactor.advance(0.02)
         one.processes[-1].says("ready")
     assert waits == [0.1, 0.2, 0.4, 0.8]
     assert one.processes[-1].told[0] == ("start", {"slot": 1, "slots": 2, "generation": 1})
-    assert one.service.slots[1].ready
+    assert one.pool.slots[1].ready
     assert first.signals == second.signals == []
 
 
@@ -62,7 +63,7 @@ def test_a_respawn_for_which_there_is_no_process_is_tried_again(world) -> None:
     one.reactor.refuse = None
     one.pass_time(5)
     one.processes[-1].says("ready")
-    assert [slot.ready for slot in one.service.slots] == [True, True]
+    assert [slot.ready for slot in one.pool.slots] == [True, True]
 
 
 def test_a_signal_that_has_no_name_is_one_like_any_other(world) -> None:
@@ -103,7 +104,7 @@ def test_last_words_are_read_before_a_slot_gets_its_next_worker(world) -> None:
     for descriptor in sorted(second.pipes):
         second.loses(descriptor)
     assert one.logged("worker 1 (pid 1001) printed: Fatal Python error")
-    assert one.service.totals == {ENDED: 3}
+    assert one.pool.totals.ended() == {ENDED: 3}
 
 
 def test_a_child_that_holds_the_pipes_of_a_dead_worker_does_not_keep_its_slot(world) -> None:

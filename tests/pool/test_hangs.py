@@ -20,7 +20,7 @@ def test_a_worker_that_is_not_heard_prints_its_stack_and_is_killed(world) -> Non
     second.dies(9)
     one.pass_time(1)
     one.processes[-1].says("ready")
-    assert one.service.slots[1].ready
+    assert one.pool.slots[1].ready
     assert one.logged('printed:   File "x.py", line 1 in loop')
 
 

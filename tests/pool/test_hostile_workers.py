@@ -9,7 +9,7 @@ from twisted.logger import LegacyLogObserverWrapper, LogLevel, formatEvent
 from twisted.python.log import textFromEventDict
 
 from rtservice.pool.control import BEAT, CONTROL_OUT, encode
-from rtservice.pool.pool import Phase
+from rtservice.pool.worker_process import Phase
 from rtservice.process.counters import ENDED, OPEN_CONNECTIONS
 
 RUBBISH = [
@@ -43,13 +43,13 @@ def test_rubbish_costs_the_worker_that_sends_it_its_life_and_nobody_else(world, 
     one.pass_time(1)
     one.processes[-1].says("ready")
     assert first.signals == []
-    assert one.service.status == "serving: 2 of 2 workers ready, 0 connections open"
+    assert one.pool.status == "serving: 2 of 2 workers ready, 0 connections open"
 
 
 def test_a_record_that_cannot_be_handled_costs_only_its_worker(world, monkeypatch) -> None:
     one = world()
     first, second = one.serve()
-    monkeypatch.setattr(one.service, "publish", lambda event: 1 / 0)
+    monkeypatch.setattr(one.pool, "publish", lambda event: 1 / 0)
     second.logs("hello")
     monkeypatch.undo()
     assert second.killed
@@ -97,7 +97,7 @@ def test_a_worker_that_violates_again_and_again_is_replaced_with_back_off(world)
     for _ in range(4):
         one.processes[-1].writes(b"rubbish\n")
         one.processes[-1].dies(9)
-        waits.append(round(one.service.slots[1].respawn.getTime() - one.reactor.seconds(), 3))
+        waits.append(round(one.pool.slots[1].respawn.getTime() - one.reactor.seconds(), 3))
         one.reactor.advance(waits[-1])
         one.processes[-1].says("ready")
     assert waits == [0.1, 0.2, 0.4, 0.8]
@@ -130,7 +130,7 @@ def test_a_worker_that_wants_to_leave_again_and_again_is_replaced_with_back_off(
         counts.append(len(one.processes))
     assert counts[0] == 2
     assert 5 < counts[-1] < 15  # and not 100
-    assert one.service.slots[0].ready
+    assert one.pool.slots[0].ready
 
 
 def test_a_worker_that_wants_to_leave_too_soon_leaves_later(world) -> None:

@@ -4,10 +4,10 @@ from rtservice.pool.pool import WorkerPool
 from rtservice.process.counters import CounterKey, add
 
 
-def counted(service: WorkerPool) -> dict[str, float]:
+def counted(pool: WorkerPool) -> dict[str, float]:
     """The counters of all workers, of those that have ended too, by name. None here has a label or a listener."""
-    counters = dict(service.totals)
-    for slot in service.slots:
+    counters = pool.totals.ended()
+    for slot in pool.slots:
         for worker in slot.workers():
             add(counters, worker.counters)
     assert all(key == CounterKey(key.name) for key in counters)
@@ -19,13 +19,13 @@ def test_totals_are_of_all_workers_and_never_fall(world) -> None:
     first, second = one.serve()
     first.says("beat", {"open": 2, "memory": 10, "ended": 5, "aborted": 1})
     second.says("beat", {"open": 1, "memory": 20, "ended": 7})
-    assert counted(one.service) == {"open": 3, "memory": 30, "ended": 12, "aborted": 1}
+    assert counted(one.pool) == {"open": 3, "memory": 30, "ended": 12, "aborted": 1}
     first.dies(9)
-    assert counted(one.service) == {"open": 1, "memory": 20, "ended": 12, "aborted": 1}
+    assert counted(one.pool) == {"open": 1, "memory": 20, "ended": 12, "aborted": 1}
     one.pass_time(1)
     one.processes[-1].says("ready")
     one.processes[-1].says("beat", {"open": 1, "memory": 10, "ended": 2})
-    assert counted(one.service)["ended"] == 14
+    assert counted(one.pool)["ended"] == 14
 
 
 def test_a_worker_that_counts_backwards_does_not_turn_the_totals_back(world) -> None:
@@ -33,4 +33,4 @@ def test_a_worker_that_counts_backwards_does_not_turn_the_totals_back(world) -> 
     [only] = one.serve()
     only.says("beat", {"ended": 5, "open": 3})
     only.says("beat", {"ended": 4, "open": 1})
-    assert counted(one.service) == {"ended": 5, "open": 1}
+    assert counted(one.pool) == {"ended": 5, "open": 1}

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from rtservice.pool.control import BEAT, FIRST_SOCKET
-from rtservice.process.server import StartError
+from rtservice.process.start_errors import StartError
 
 
 def test_every_slot_gets_a_process_with_its_own_sockets_and_what_to_serve(world) -> None:
@@ -29,13 +29,13 @@ def test_it_serves_once_all_are_ready_and_says_so_once(world) -> None:
     assert one.reports == [None]
     assert one.notifier.said == ["READY"]
     assert one.logged("listening on tcp:127.0.0.1:1")
-    assert one.service.status == "serving: 2 of 2 workers ready, 0 connections open"
+    assert one.pool.status == "serving: 2 of 2 workers ready, 0 connections open"
 
 
 def test_the_status_counts_workers_and_connections(world) -> None:
     one = world(3)
     one.service.startService()
-    assert one.service.status == "starting: 0 of 3 workers ready, 0 connections open"
+    assert one.pool.status == "starting: 0 of 3 workers ready, 0 connections open"
     first, second, third = one.processes
     for process in one.processes:
         process.says("ready")
@@ -46,7 +46,7 @@ def test_the_status_counts_workers_and_connections(world) -> None:
     assert one.notifier.statuses[-1] == "serving: 2 of 3 workers ready, 5 connections open"
     one.send(signal.SIGTERM)
     one.reactor.advance(0)
-    assert one.service.status == "draining: 0 of 3 workers ready, 5 connections open"
+    assert one.pool.status == "draining: 0 of 3 workers ready, 5 connections open"
 
 
 def test_a_worker_that_cannot_start_ends_the_start_with_its_reason(world) -> None:
@@ -59,7 +59,7 @@ def test_a_worker_that_cannot_start_ends_the_start_with_its_reason(world) -> Non
     assert one.service.exit_status == 1
     assert one.reactor.stopped
     one.reactor.advance(0)
-    assert one.processes[0].words() == ["start", "hurry", "drain"]
+    assert one.processes[0].words() == ["start", "abort_drain", "drain"]
     one.processes[0].dies()
     assert one.done == [None]
 

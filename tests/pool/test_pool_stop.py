@@ -62,13 +62,13 @@ def test_workers_that_do_not_end_are_killed_after_one_deadline_for_all(world) ->
     assert all(process.killed for process in one.processes)
 
 
-def test_a_second_signal_hurries_and_kills_who_does_not(world) -> None:
+def test_a_second_signal_aborts_the_drain_and_kills_workers_that_go_on(world) -> None:
     one = world()
     first, second = one.serve()
     one.send(signal.SIGINT)
     one.reactor.advance(1)
     one.send(signal.SIGTERM)
-    assert first.words() == second.words() == ["start", "drain", "hurry"]
+    assert first.words() == second.words() == ["start", "drain", "abort_drain"]
     first.dies()
     one.pass_time(6)
     assert second.killed
@@ -83,7 +83,7 @@ def test_two_signals_in_one_turn_of_the_reactor_are_two(world) -> None:
     one.send(signal.SIGTERM)
     one.send(signal.SIGINT)
     one.reactor.advance(0)
-    assert sorted(only.words()) == ["drain", "hurry", "start"]
+    assert sorted(only.words()) == ["abort_drain", "drain", "start"]
     one.pass_time(6)
     assert only.killed
 
@@ -96,7 +96,7 @@ def test_a_signal_that_is_sent_again_at_once_is_one(world) -> None:
         one.reactor.advance(0.125)
     assert only.words() == ["start", "drain"]
     one.send(signal.SIGTERM)
-    assert only.words() == ["start", "drain", "hurry"]
+    assert only.words() == ["start", "drain", "abort_drain"]
 
 
 def test_a_stop_from_elsewhere_drains_as_well(world) -> None:
@@ -106,7 +106,7 @@ def test_a_stop_from_elsewhere_drains_as_well(world) -> None:
     one.reactor.advance(0)
     assert only.words() == ["start", "drain"]
     one.send(signal.SIGTERM)
-    assert only.words() == ["start", "drain", "hurry"]
+    assert only.words() == ["start", "drain", "abort_drain"]
     only.dies()
     assert one.done == [None]
 

@@ -1,6 +1,6 @@
 """Workers are replaced at a maximum age and size."""
 
-from rtservice.pool import pool as supervisor_module
+from rtservice.pool import worker_process as worker_module
 from rtservice.pool.control import BEAT
 
 
@@ -21,7 +21,7 @@ def test_workers_of_an_age_are_replaced_one_at_a_time(world) -> None:
 def test_the_age_differs_by_a_tenth_from_worker_to_worker(world, monkeypatch) -> None:
     one = world(1, max_age=100.0)
     asked = []
-    monkeypatch.setattr(supervisor_module.random, "uniform", lambda *bounds: asked.append(bounds) or 0.9)
+    monkeypatch.setattr(worker_module.random, "uniform", lambda *bounds: asked.append(bounds) or 0.9)
     one.serve()
     assert asked == [(0.9, 1.1)]
     one.pass_time(89)

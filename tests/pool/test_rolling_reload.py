@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 
-from rtservice.pool import pool as supervisor_module
 from rtservice.pool.control import BEAT, FIRST_SOCKET
+from rtservice.process import service as service_module
 from rtservice.process.slices import in_slices
 from tests.support.pool_world import roll
 
@@ -14,7 +14,7 @@ from tests.support.pool_world import roll
 def test_a_reload_replaces_one_after_the_other_and_each_serves_before_the_old_one_drains(world) -> None:
     one = world()
     first, second = one.serve()
-    one.next_plan = one.planned(2)
+    one.next_spec = one.specified(2)
     one.send(signal.SIGHUP)
     assert one.notifier.said == ["READY", "RELOADING"]
     assert len(one.processes) == 3
@@ -55,7 +55,7 @@ def test_an_old_worker_that_does_not_end_is_killed_after_its_deadlines(world) ->
 def test_a_successor_that_fails_leaves_the_old_one_and_ends_the_reload(world) -> None:
     one = world()
     first, second = one.serve()
-    one.next_plan = one.planned(2)
+    one.next_spec = one.specified(2)
     one.send(signal.SIGHUP)
     one.processes[-1].says("failed", "bad code")
     one.processes[-1].dies(1)
@@ -74,13 +74,13 @@ def test_a_reload_for_which_there_is_no_process_leaves_the_old_ones(world) -> No
     one.send(signal.SIGHUP)
     assert one.notifier.said == ["READY", "RELOADING", "READY"]
     assert one.logged("workers are not replaced: no worker can be spawned: python: Resource temporarily unavailable")
-    assert [slot.ready for slot in one.service.slots] == [True, True]
+    assert [slot.ready for slot in one.pool.slots] == [True, True]
 
 
 def test_a_reload_that_finds_a_mistake_touches_nobody(world) -> None:
     one = world()
     one.serve()
-    one.next_plan = None
+    one.next_spec = None
     one.send(signal.SIGHUP)
     assert one.notifier.said == ["READY", "RELOADING", "READY"]
     assert len(one.processes) == 2
@@ -89,13 +89,13 @@ def test_a_reload_that_finds_a_mistake_touches_nobody(world) -> None:
 def test_a_reload_during_a_reload_replaces_all_again_by_the_newest(world) -> None:
     one = world()
     one.serve()
-    one.next_plan = one.planned(2)
+    one.next_spec = one.specified(2)
     one.send(signal.SIGHUP)
     one.processes[-1].says("ready")
-    one.next_plan = one.planned(3)
+    one.next_spec = one.specified(3)
     one.send(signal.SIGHUP)
     roll(one)
-    assert [slot.worker.plan.start(0, 0)["generation"] for slot in one.service.slots] == [3, 3]
+    assert [slot.worker.spec.start(0, 0)["generation"] for slot in one.pool.slots] == [3, 3]
     assert one.notifier.said == ["READY", "RELOADING", "RELOADING", "READY"]
     assert len(one.alive()) == 2
 
@@ -103,14 +103,14 @@ def test_a_reload_during_a_reload_replaces_all_again_by_the_newest(world) -> Non
 def test_a_second_reload_repairs_what_the_first_would_have_broken(world) -> None:
     one = world()
     one.serve()
-    one.next_plan = one.planned(2)
+    one.next_spec = one.specified(2)
     one.send(signal.SIGHUP)
     bad = one.processes[-1]
-    one.next_plan = one.planned(3)
+    one.next_spec = one.specified(3)
     one.send(signal.SIGHUP)
     bad.dies(1)
     roll(one)
-    assert [slot.worker.plan.start(0, 0)["generation"] for slot in one.service.slots] == [3, 3]
+    assert [slot.worker.spec.start(0, 0)["generation"] for slot in one.pool.slots] == [3, 3]
     assert one.notifier.said[-1] == "READY"
 
 
@@ -119,39 +119,39 @@ def test_a_reload_that_is_asked_for_before_all_are_ready_comes_then(world) -> No
     one.service.startService()
     one.send(signal.SIGHUP)
     assert one.reloads == 0
-    one.next_plan = one.planned(2)
+    one.next_spec = one.specified(2)
     for process in list(one.processes):
         process.says("ready")
     assert one.reloads == 1
     roll(one)
     assert one.reloads == 1
-    assert [slot.worker.plan.start(0, 0)["generation"] for slot in one.service.slots] == [2, 2]
+    assert [slot.worker.spec.start(0, 0)["generation"] for slot in one.pool.slots] == [2, 2]
 
 
 @pytest.fixture
 def slow(monkeypatch):
     """Makes each step of a reload a slice."""
-    monkeypatch.setattr(supervisor_module, "in_slices", partial(in_slices, size=0.0, pause=0.1))
+    monkeypatch.setattr(service_module, "in_slices", partial(in_slices, size=0.0, pause=0.1))
 
 
 def test_a_reload_that_is_read_in_slices_leaves_the_workers_alone_until_all_is_read(world, slow) -> None:
     one = world()
     one.serve()
-    one.reload_steps, one.next_plan = 10, one.planned(2)
+    one.reload_steps, one.next_spec = 10, one.specified(2)
     one.send(signal.SIGHUP)
     for _ in range(9):
         one.reactor.advance(0.1)
         assert (one.reloads, len(one.processes)) == (1, 2)
     one.reactor.advance(0.1)
     roll(one)
-    assert [slot.worker.plan.start(0, 0)["generation"] for slot in one.service.slots] == [2, 2]
+    assert [slot.worker.spec.start(0, 0)["generation"] for slot in one.pool.slots] == [2, 2]
     assert [word for word in one.notifier.said if word != "EXTEND"] == ["READY", "RELOADING", "READY"]
 
 
 def test_all_signals_while_a_reload_is_read_are_one_more_reload(world, slow) -> None:
     one = world()
     one.serve()
-    one.reload_steps, one.next_plan = 10, one.planned(2)
+    one.reload_steps, one.next_spec = 10, one.specified(2)
     one.send(signal.SIGHUP)
     one.reactor.advance(0.1)
     for _ in range(3):
@@ -160,19 +160,19 @@ def test_all_signals_while_a_reload_is_read_are_one_more_reload(world, slow) -> 
     for _ in range(9):
         one.reactor.advance(0.1)
     assert one.reloads == 2
-    one.next_plan = one.planned(3)
+    one.next_spec = one.specified(3)
     for _ in range(10):
         one.reactor.advance(0.1)
     roll(one)
     assert one.reloads == 2
-    assert [slot.worker.plan.start(0, 0)["generation"] for slot in one.service.slots] == [3, 3]
+    assert [slot.worker.spec.start(0, 0)["generation"] for slot in one.pool.slots] == [3, 3]
 
 
 @pytest.mark.parametrize("turns", [0, 1, 5])
 def test_a_stop_while_a_reload_is_read_gives_it_up(world, slow, turns) -> None:
     one = world()
     processes = one.serve()
-    one.reload_steps, one.next_plan = 10, one.planned(2)
+    one.reload_steps, one.next_spec = 10, one.specified(2)
     one.send(signal.SIGHUP)
     for _ in range(turns):
         one.reactor.advance(0.1)
@@ -222,7 +222,7 @@ def test_a_worker_has_the_more_time_to_start_the_more_certificates_it_loads(worl
 def test_a_worker_that_dies_while_its_successor_starts_leaves_it_the_slot(world) -> None:
     one = world()
     first, second = one.serve()
-    one.next_plan = one.planned(2)
+    one.next_spec = one.specified(2)
     one.send(signal.SIGHUP)
     successor = one.processes[-1]
     first.dies(9)
@@ -231,7 +231,7 @@ def test_a_worker_that_dies_while_its_successor_starts_leaves_it_the_slot(world)
     roll(one)
     one.pass_time(1)
     assert not successor.killed
-    assert one.service.slots[0].worker is successor.protocol
+    assert one.pool.slots[0].worker is successor.protocol
     assert second not in one.alive()
     assert len(one.processes) == 4
     assert one.notifier.said == ["READY", "RELOADING", "READY"]
@@ -245,7 +245,7 @@ def test_a_worker_and_its_successor_that_both_die_are_replaced_like_any_other(wo
     one.processes[-1].dies(9)
     one.pass_time(1)
     one.processes[-1].says("ready")
-    assert one.service.slots[0].ready
+    assert one.pool.slots[0].ready
     assert len(one.alive()) == 1
 
 
@@ -280,7 +280,7 @@ def test_a_worker_that_still_starts_by_the_old_plan_is_replaced_too(world) -> No
     [first] = one.serve()
     first.dies(9)
     one.pass_time(1)
-    one.next_plan = one.planned(2)
+    one.next_spec = one.specified(2)
     one.send(signal.SIGHUP)
     assert one.processes[1].told[0][1]["generation"] == 1
     roll(one)

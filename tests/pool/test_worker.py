@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.protocol import Factory
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from rtservice.config.schema import Settings
 from rtservice.config.sources import load_settings
 from rtservice.hosting.aliases import ALIASES
+from rtservice.interfaces import IStartable
 from rtservice.net.listener import Listener
 from rtservice.net.listeners import open_description
 from rtservice.net.tls import Steps, TLSError, finish
@@ -29,8 +32,8 @@ from rtservice.pool.worker import Worker
 from rtservice.pool.worker_counters import encode_counters
 from rtservice.pool.worker_messages import Record, Records, WorkerMessages
 from rtservice.process.counters import PHASES, CounterKey
-from rtservice.process.server import State
 from rtservice.process.slices import in_slices
+from rtservice.process.state import State
 from rtservice.process_settings import runtime_settings, share
 from tests.support.fake_reactor import FakeReactor
 from tests.support.unprintable import Unprintable
@@ -56,8 +59,8 @@ def test_the_shares_of_a_total_are_the_total_or_one_each(total, slots) -> None:
 
 @pytest.mark.parametrize("slots", [1, 3, 4])
 def test_limits_are_divided_among_workers_as_the_documentation_says(slots) -> None:
-    in_force = dataclasses.replace(Settings(), max_connections=10, max_connections_per_peer=10)
-    limits = [runtime_settings(in_force, slot=slot, slots=slots).limits for slot in range(slots)]
+    current = dataclasses.replace(Settings(), max_connections=10, max_connections_per_peer=10)
+    limits = [runtime_settings(current, slot=slot, slots=slots).limits for slot in range(slots)]
     assert sum(one.max_connections for one in limits) == 10
     assert {one.max_connections_per_peer for one in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
 
@@ -72,9 +75,9 @@ def test_the_descriptor_limit_is_each_process_s_own() -> None:
 
 
 def test_certificates_are_watched_by_the_supervisor_where_there_is_one() -> None:
-    in_force = dataclasses.replace(Settings(), watch_certificates=True)
-    assert runtime_settings(in_force).watch_certificates
-    assert not runtime_settings(in_force, slot=0, slots=2).watch_certificates
+    current = dataclasses.replace(Settings(), watch_certificates=True)
+    assert runtime_settings(current).watch_certificates
+    assert not runtime_settings(current, slot=0, slots=2).watch_certificates
 
 
 # --- from a supervisor's listeners to a worker's ---
@@ -159,12 +162,12 @@ def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeyp
 
 def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
     given = {"max-connections": "7", "greeting": r"\x00\xff", "proxy-from": ("10.0.0.0/8,::1",), "log-level": "debug"}
-    in_force = load_settings(
+    current = load_settings(
         {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None, ALIASES
     )
-    described = json.loads(json.dumps(describe(in_force, [], options=(), directory="/")))
-    assert load_settings(described["settings"], {}, None, ALIASES).settings == in_force.settings
-    assert described["sources"] == in_force.sources
+    described = json.loads(json.dumps(describe(current, [], options=(), directory="/")))
+    assert load_settings(described["settings"], {}, None, ALIASES).settings == current.settings
+    assert described["sources"] == current.sources
 
 
 def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tmp_path) -> None:
@@ -256,6 +259,41 @@ def test_a_worker_that_cannot_start_says_why_and_ends(connected, given, reason) 
     assert reactor.stops == 1
 
 
+@implementer(IStartable)
+class SlowFactory(Factory):
+    """Never finishes its start."""
+
+    noisy = False
+
+    def start(self) -> Deferred[None]:
+        return Deferred()
+
+
+def test_a_worker_that_fails_after_it_was_ready_ends_and_reports_no_failed_start(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
+    made.dataReceived(start())
+    channel.said()
+    made.failed("unix:/s accepts no more: broken")
+    assert [word for word, _ in channel.said()] == ["records"]
+    assert [record.text for record in channel.records] == ["cannot start: unix:/s accepts no more: broken"]
+    assert reactor.stops
+    assert made.status == 0
+
+
+def test_a_worker_that_drains_before_its_factory_has_started_reports_a_failed_start(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    monkeypatch.setattr(worker, "make_factory", lambda *given, **more: SlowFactory())
+    made.dataReceived(start())
+    assert "ready" not in [word for word, _ in channel.said()]
+    made.dataReceived(encode("drain", ["slot"]))
+    assert ("failed", "told to stop before every listener was ready") in channel.said()
+    assert made.status == 1
+    assert reactor.stops
+
+
 # --- messages while it loads certificates ---
 
 
@@ -294,7 +332,7 @@ def test_a_worker_loads_its_certificates_in_slices_and_serves_then(loading) -> N
 
 
 @pytest.mark.parametrize(
-    "message", [encode("hurry"), encode("drain", []), b"garbage\n"], ids=["hurry", "drain", "garbage"]
+    "message", [encode("abort_drain"), encode("drain", []), b"garbage\n"], ids=["abort_drain", "drain", "garbage"]
 )
 @pytest.mark.parametrize("slices", [0, 5])
 def test_a_worker_that_is_to_end_at_once_does_not_load_on(loading, message, slices) -> None:
@@ -316,13 +354,13 @@ def test_a_worker_that_has_a_queue_to_serve_loads_on_and_then_drains(loading) ->
     assert made._server.state in (State.DRAINING, State.STOPPED)
     reactor.pump([1] * 5)
     assert reactor.stops
-    made.dataReceived(encode("hurry"))  # it is too late, and harms nobody
+    made.dataReceived(encode("abort_drain"))  # it is too late, and harms nobody
 
 
-def test_a_worker_in_a_hurry_gives_up_what_it_would_have_loaded_for_a_queue(loading) -> None:
+def test_an_aborted_drain_gives_up_what_would_have_been_loaded_for_a_queue(loading) -> None:
     made, _, reactor = loading
     made.dataReceived(encode("drain", ["slot"]))
-    made.dataReceived(encode("hurry"))
+    made.dataReceived(encode("abort_drain"))
     reactor.pump([1] * 6)
     assert reactor.stops
     assert made._server is None
@@ -341,7 +379,7 @@ def test_a_worker_that_loads_removes_all_files_when_its_supervisor_dies(connecte
     assert made._server is None
     made._orphaned()
     assert list(tmp_path.iterdir()) == [successors]
-    made.dataReceived(encode("hurry"))
+    made.dataReceived(encode("abort_drain"))
     reactor.pump([1] * 6)
 
 
@@ -349,7 +387,7 @@ def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading)
     made, _, reactor = loading
     made.dataReceived(encode("share", 5))
     reactor.pump([0.1] * 10)
-    assert made._server.live == runtime_settings(Settings(), slot=0, slots=5)
+    assert made._server.settings == runtime_settings(Settings(), slot=0, slots=5)
     made.dataReceived(encode("drain", []))
     reactor.pump([1] * 5)
 
@@ -375,7 +413,8 @@ def test_a_worker_that_drains_removes_no_file_that_its_supervisor_has_removed(co
     made, channel, _ = connected
     (tmp_path / "s").touch()  # a successor's; an inode number is used again
     made._files = [(f"{tmp_path}/s", (tmp_path / "s").stat().st_ino)]
-    made._server = SimpleNamespace(stopService=Deferred)
+    made._ready = True
+    made._server = SimpleNamespace(drain=Deferred)
     made.dataReceived(encode("drain", finish))
     channel.loseConnection()
     assert os.listdir(tmp_path) == (["s"] if "own" in finish else [])

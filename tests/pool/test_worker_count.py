@@ -19,7 +19,7 @@ def test_a_slot_is_added_with_a_socket_and_all_are_told_of_their_share(world) ->
     assert third.told[0] == ("start", {"slot": 2, "slots": 3, "generation": 1})
     assert first.told[1:] == second.told[1:] == [("share", 3)]
     third.says("ready")
-    assert one.service.status.startswith("serving: 3 of 3 workers ready")
+    assert one.pool.status.startswith("serving: 3 of 3 workers ready")
 
 
 def test_several_slots_are_added_in_a_row(world) -> None:
@@ -29,7 +29,7 @@ def test_several_slots_are_added_in_a_row(world) -> None:
         one.send(signal.SIGTTIN)
     assert [process.descriptors[FIRST_SOCKET] for process in one.processes] == [100, 101, 102, 103, 104]
     roll(one)
-    assert one.service.status.startswith("serving: 5 of 5 workers ready")
+    assert one.pool.status.startswith("serving: 5 of 5 workers ready")
 
 
 def test_a_slot_that_is_wanted_before_all_are_ready_comes_then(world) -> None:
@@ -38,14 +38,14 @@ def test_a_slot_that_is_wanted_before_all_are_ready_comes_then(world) -> None:
     one.send(signal.SIGTTIN)
     assert len(one.processes) == 2
     roll(one)
-    assert one.service.status.startswith("serving: 3 of 3 workers ready")
+    assert one.pool.status.startswith("serving: 3 of 3 workers ready")
 
 
 def test_a_slot_that_cannot_have_its_sockets_is_given_up_whole(world) -> None:
     one = world()
     another: Any = Slots(2)
     another.problem = ListenError("cannot listen on 127.0.0.1:1: permission denied")
-    one.service._listeners.append(another)
+    one.pool.listeners.append(another)
     one.serve()
     one.send(signal.SIGTTIN)
     assert one.listener.done == ["add", "drop"]
@@ -54,7 +54,7 @@ def test_a_slot_that_cannot_have_its_sockets_is_given_up_whole(world) -> None:
     another.problem = None
     one.send(signal.SIGTTIN)
     roll(one)
-    assert one.service.status.startswith("serving: 3 of 3")
+    assert one.pool.status.startswith("serving: 3 of 3")
 
 
 def test_the_last_slot_leaves_in_order_and_nothing_of_its_queue_is_lost(world) -> None:
@@ -70,7 +70,7 @@ def test_the_last_slot_leaves_in_order_and_nothing_of_its_queue_is_lost(world) -
     assert one.listener.done == ["leave out", "drop"]
     assert first.told[1:] == second.told[1:] == [("share", 2)]
     assert len(one.processes) == 3
-    assert one.service.status.startswith("serving: 2 of 2")
+    assert one.pool.status.startswith("serving: 2 of 2")
 
 
 def test_several_slots_leave_in_a_row_and_the_last_one_stays(world) -> None:
@@ -81,7 +81,7 @@ def test_several_slots_leave_in_a_row_and_the_last_one_stays(world) -> None:
     roll(one)
     assert one.listener.done == ["leave out", "drop"] * 2
     assert one.logged("SIGTTOU: the last worker stays")
-    assert one.service.status == "serving: 1 of 1 worker ready, 0 connections open"
+    assert one.pool.status == "serving: 1 of 1 worker ready, 0 connections open"
     assert one.alive() == [one.processes[0]]
 
 
@@ -106,14 +106,14 @@ def test_a_slot_that_was_removed_and_added_again_is_removed_and_added(world) -> 
     one.send(signal.SIGTTIN)
     roll(one)
     assert one.listener.done == ["leave out", "drop", "add"]
-    assert one.service.status.startswith("serving: 2 of 2")
+    assert one.pool.status.startswith("serving: 2 of 2")
 
 
 def test_slots_wait_for_a_reload_and_a_reload_passes_over_a_slot_that_leaves(world) -> None:
     one = world(3)
     one.serve()
     one.send(signal.SIGTTOU)
-    one.next_plan = one.planned(2)
+    one.next_spec = one.specified(2)
     one.send(signal.SIGHUP)
     one.send(signal.SIGTTIN)
     assert one.listener.done == ["leave out"]

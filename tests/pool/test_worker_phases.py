@@ -2,7 +2,9 @@
 
 import pytest
 
-from rtservice.pool.pool import Phase, WorkerProcess
+from rtservice.pool.worker_counters import SlotCounters
+from rtservice.pool.worker_messages import WorkerMessages
+from rtservice.pool.worker_process import Phase, WorkerProcess
 
 
 def test_a_worker_goes_through_its_phases_and_no_other_way(world) -> None:
@@ -18,7 +20,8 @@ def test_a_worker_goes_through_its_phases_and_no_other_way(world) -> None:
     one.service.startService()
     for before in Phase:
         for after in Phase:
-            worker = WorkerProcess(one.service, one.service.slots[0], one.plan)
+            messages = WorkerMessages(slot=0, listeners=(), access=False)
+            worker = WorkerProcess(one.pool, 0, one.spec, messages=messages, shown=SlotCounters())
             worker.phase = before
             if (before, after) in allowed:
                 worker.move(after)

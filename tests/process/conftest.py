@@ -1,15 +1,27 @@
 """A register and a server with a clock that the test moves."""
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from twisted.internet.protocol import Factory
 
-from rtservice.process.server import Server, State
+from rtservice.process.service import ServiceProcess
+from rtservice.process.state import State
 from tests.support.fake_reactor import FakeReactor
 from tests.support.registry_world import World
 from tests.support.served import server
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Restores the signal handlers of this process, which a service replaces."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -26,15 +38,15 @@ def world() -> Iterator[Callable[..., World]]:
 
 
 @pytest.fixture
-def timed(monkeypatch) -> Callable[..., tuple[Server, FakeReactor, list[dict[str, Any]]]]:
+def timed(monkeypatch) -> Callable[..., tuple[ServiceProcess, FakeReactor, list[dict[str, Any]]]]:
     """Makes a server that serves, on the clock of a reactor of the test's."""
 
-    def start(*listeners: Any, **live: Any) -> tuple[Server, FakeReactor, list[dict[str, Any]]]:
+    def start(*listeners: Any, **given: Any) -> tuple[ServiceProcess, FakeReactor, list[dict[str, Any]]]:
         clock = FakeReactor()
         monkeypatch.setattr("twisted.internet.reactor", clock)
-        service, events = server(listeners, **live)
+        service, events = server(listeners, **given)
         service.startService()
-        assert service.state is State.SERVING
+        assert service.backend.state is State.SERVING
         return service, clock, events
 
     return start

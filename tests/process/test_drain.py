@@ -14,7 +14,7 @@ from zope.interface import implementer
 from rtservice.interfaces import IDrainable
 from rtservice.net.listeners import open_description
 from rtservice.net.phases import CLOSING, OPEN, TLS
-from rtservice.process.server import State
+from rtservice.process.state import State
 from tests.support.fake_reactor import FakeReactor
 from tests.support.served import Endpoint, Held, Told, last, server
 
@@ -59,7 +59,7 @@ def test_a_listener_that_somebody_else_holds_keeps_its_queue(timed, tmp_path) ->
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     listener.shared = True
     service, _, _ = timed(listener, drain_timeout=30)
-    (port,) = service.connections.ports
+    (port,) = service.backend.connections.ports
     other = listener.socket.dup()
     with socket.socket(socket.AF_UNIX) as client, other:
         client.connect(f"{tmp_path}/s")
@@ -68,7 +68,7 @@ def test_a_listener_that_somebody_else_holds_keeps_its_queue(timed, tmp_path) ->
         assert not port.listening
         assert listener.socket.fileno() == -1  # also while connections go on
         held.closes()
-        assert service.state is State.STOPPED
+        assert service.backend.state is State.STOPPED
         near, _ = other.accept()
         near.close()
 
@@ -153,13 +153,13 @@ def test_what_still_moves_half_a_minute_after_the_drain_timeout_is_cut_off(timed
 
 
 @pytest.mark.parametrize("after", [0, 5, 12], ids=["at-once", "while-waiting", "while-flushing"])
-def test_hurry_ends_a_drain(timed, after) -> None:
+def test_an_abort_ends_a_drain(timed, after) -> None:
     service, clock, events = timed(drain_timeout=10)
     held = [Held(service, phase) for phase in (OPEN, TLS, CLOSING)]
     held[0].unsent = 1
     done = service.stopService()
     clock.pump([1] * after)
-    service.abort_drain()
+    service.backend.abort()
     assert held[0].asked[-1] == "abort: cut off"
     clock.advance(0)
     assert done.called
@@ -167,19 +167,18 @@ def test_hurry_ends_a_drain(timed, after) -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_a_signal_that_is_sent_again_at_once_neither_hurries_nor_leaves(timed, monkeypatch) -> None:
+def test_a_signal_that_is_sent_again_at_once_neither_aborts_nor_leaves(timed, monkeypatch) -> None:
     handlers: dict[int, Callable] = {}
     left: list[bool] = []
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    service, clock, _ = timed(
-        drain_timeout=30, reload=lambda: None, stop=lambda: service.stopService(), leave=lambda: left.append(True)
-    )
+    service, clock, _ = timed(drain_timeout=30, leave=lambda: left.append(True))
+    clock.stop = service.stopService
     clock.callFromThread = lambda call, *arguments: call(*arguments)
     held = Held(service)
     for _ in range(4):
         handlers[signal.SIGTERM](signal.SIGTERM, None)
         clock.advance(0.125)
-    assert service.state is State.DRAINING
+    assert service.backend.state is State.DRAINING
     assert held.asked == []
     handlers[signal.SIGTERM](signal.SIGTERM, None)
     assert held.asked == ["abort: cut off"]
@@ -199,12 +198,12 @@ def test_a_service_that_is_stopped_before_it_serves_never_does(monkeypatch, tmp_
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     service, events = server([listener], drain_timeout=30)
     service.startService()
-    assert service.state is State.STARTING
+    assert service.backend.state is State.STARTING
     assert service.stopService().called
-    assert service.state is State.STOPPED
+    assert service.backend.state is State.STOPPED
     (serve,) = waiting
     serve()
-    assert service.connections.ports == []
+    assert service.backend.connections.ports == []
     assert not (tmp_path / "s").exists()
     assert not any("listening" in str(formatEvent(event)) for event in events)
     assert clock.getDelayedCalls() == []
@@ -214,7 +213,7 @@ def test_a_service_that_never_started_closes_its_listeners(tmp_path) -> None:
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     service, events = server([listener])
     assert service.stopService().called
-    assert service.state is State.STOPPED
+    assert service.backend.state is State.STOPPED
     assert not (tmp_path / "s").exists()
     assert events == []
 
@@ -225,8 +224,8 @@ def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_
     monkeypatch.setattr("twisted.internet.reactor", clock)
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     reports: list[Any] = []
-    service, _ = server([listener], [(f"x:{i}", Endpoint(result)) for i, result in enumerate(results)], 30)
-    service._report = reports.append
+    endpoints = [(f"x:{i}", Endpoint(result)) for i, result in enumerate(results)]
+    service, _ = server([listener], endpoints, 30, report=reports.append)
     service.startService()
     held = Held(service)
     for result in results:
@@ -237,7 +236,7 @@ def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_
     assert held.asked == ["abort: cut off"]
     clock.advance(0)
     assert done.called
-    assert service.state is State.STOPPED
+    assert service.backend.state is State.STOPPED
     assert not (tmp_path / "s").exists()
 
 

@@ -9,7 +9,8 @@ from zope.interface import implementer
 
 from rtservice.interfaces import IMetrics
 from rtservice.process.counters import OPEN_CONNECTIONS, CounterKey
-from rtservice.process.server import Server, State
+from rtservice.process.service import ServiceProcess
+from rtservice.process.state import State
 from tests.support.served import server
 
 
@@ -36,16 +37,16 @@ class Counting(Factory):
         return self.counts
 
 
-def of_factory(service: Server) -> dict[CounterKey, float]:
-    return {key: count for key, count in service.counters().items() if key.name == "protocol"}
+def of_factory(service: ServiceProcess) -> dict[CounterKey, float]:
+    return {key: count for key, count in service.backend.counters().items() if key.name == "protocol"}
 
 
 def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> None:
     service, _, _ = timed(factory=Counting({"a_total": 1}))
-    service.factory.counts = {"a_total": 2, "b": 0.5}
+    service.backend.factory.counts = {"a_total": 2, "b": 0.5}
     service.stopService()
-    assert service.state is State.STOPPED
-    service.factory.counts = {"a_total": 3}
+    assert service.backend.state is State.STOPPED
+    service.backend.factory.counts = {"a_total": 3}
     assert of_factory(service) == {CounterKey("protocol", "a_total"): 2, CounterKey("protocol", "b"): 0.5}
     not_started, _ = server(factory=Counting(RuntimeError("not yet")))
     assert of_factory(not_started) == {}
@@ -64,9 +65,9 @@ def test_a_factory_that_counts_badly_is_logged_once_and_keeps_what_it_had(timed,
     assert of_factory(service) == {CounterKey("protocol", "a_total"): 1}
     before = len(events)
     for each in (counts, counts, {"a_total": 2}, counts):
-        service.factory.counts = each
-        service.counters()
+        service.backend.factory.counts = each
+        service.backend.counters()
     told = [str(formatEvent(event)) for event in events[before:]]
     assert [one[: len(said)] for one in told] == [said, said]  # once more after it was well
     assert of_factory(service).get(CounterKey("protocol", "a_total"), 2) == 2
-    assert service.counters()[OPEN_CONNECTIONS] == 0
+    assert service.backend.counters()[OPEN_CONNECTIONS] == 0

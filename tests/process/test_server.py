@@ -15,7 +15,7 @@ from zope.interface import implementer
 from rtservice.interfaces import IDrainable
 from rtservice.net.listeners import open_description
 from rtservice.process.foreign import ForeignFactory
-from rtservice.process.server import State
+from rtservice.process.state import State
 from tests.support.served import server
 
 
@@ -26,7 +26,7 @@ def test_a_factory_is_stopped_when_the_last_protocol_on_a_transport_of_others_ha
     factory.protocol = type("Telling", (Protocol,), {"connectionLost": lambda one, reason: told.append("lost")})
     factory.stopFactory = lambda: told.append("stopped")
     service, _, _ = timed(factory=factory, drain_timeout=30)
-    protocol = ForeignFactory(factory, "x:1", service.connections, Logger()).buildProtocol(None)
+    protocol = ForeignFactory(factory, "x:1", service.backend.connections, Logger()).buildProtocol(None)
     transport = StringTransportWithDisconnection()
     transport.protocol = protocol
     protocol.makeConnection(transport)
@@ -41,7 +41,7 @@ def test_a_listener_that_breaks_ends_the_service_unless_that_is_about_to_end(tim
     service, _, events = timed(listener)
     if ending:
         service.stopService()
-    for port in service.connections.ports:
+    for port in service.backend.connections.ports:
         port.connectionLost(Failure(OSError("broken")))
     assert service.exit_status == (0 if ending else 1)
     assert any("accepts no more: broken" in str(formatEvent(event)) for event in events) is not ending
@@ -71,24 +71,24 @@ def test_a_socket_file_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch
 
     monkeypatch.setattr(type(listener._file), "remove", refuse)
     yield service.stopService()
-    assert any("its socket file stays: Permission denied" in str(formatEvent(event)) for event in events)
+    assert [event["problem"] for event in events if event.get("event") == "listener.file_kept"] == ["Permission denied"]
 
 
 @pytest.mark.parametrize("now", State)
 @pytest.mark.parametrize("then", State)
 def test_a_process_goes_one_way(now, then) -> None:
     service, _ = server()
-    service.state = now
+    service.backend.state = now
     forward = [State.STARTING, State.SERVING, State.DRAINING, State.STOPPED]
     steps = forward.index(then) - forward.index(now)
     # One at a time; a start that is broken off has nothing to drain, if it came to nothing.
     if steps == 1 or (now is State.STARTING and steps > 0):
-        service._move(then)
-        assert service.state is then
+        service.backend._move(then)
+        assert service.backend.state is then
     else:
         with pytest.raises(RuntimeError, match=f"^a process that is {now.value} cannot become {then.value}$"):
-            service._move(then)
-        assert service.state is now
+            service.backend._move(then)
+        assert service.backend.state is now
 
 
 @pytest_twisted.inlineCallbacks
@@ -96,22 +96,22 @@ def test_a_process_starts_serves_drains_and_stops_with_its_last_connection(tmp_p
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
     address = listener.socket.getsockname()
     service, events = server([listener], drain_timeout=30)
-    assert service.state is State.STARTING
+    assert service.backend.state is State.STARTING
     service.startService()
-    assert service.state is State.SERVING
+    assert service.backend.state is State.SERVING
     with socket.create_connection(address, timeout=20) as client:
         answer = yield deferToThread(client.recv, 100)
         assert answer == b"Hello from the server!"
         done = service.stopService()
         again = service.stopService()
-        assert service.state is State.DRAINING
+        assert service.backend.state is State.DRAINING
         client.sendall(b"still here")
         answer = yield deferToThread(client.recv, 100)
         assert answer == b"still here"
         assert (done.called, again.called) == (False, False)
     yield done
     yield again
-    assert service.state is State.STOPPED
+    assert service.backend.state is State.STOPPED
     assert str(formatEvent(events[-1])).startswith("drained: 1 ended, 0 aborted, ")
     yield service.stopService()
 
@@ -128,10 +128,10 @@ def test_a_protocol_can_say_goodbye_also_to_who_was_still_in_the_queue():
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
     address = listener.socket.getsockname()
     service, events = server([listener], drain_timeout=30)
-    service.factory = Factory.forProtocol(Polite)
+    service.backend.factory = Factory.forProtocol(Polite)
     service.startService()
     with socket.create_connection(address, timeout=20) as early:
-        while not service.connections.open:
+        while not service.backend.connections.open:
             yield deferToThread(lambda: None)
         with socket.create_connection(address, timeout=20) as queued:
             done = service.stopService()

@@ -1,5 +1,6 @@
 """A reload of a serving process, in slices."""
 
+import signal
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -14,18 +15,20 @@ from twisted.logger import formatEvent
 
 from rtservice.net.listeners import open_description
 from rtservice.process.admission import Limits
-from rtservice.process.server import RuntimeSettings, Server, State
+from rtservice.process.server import RuntimeSettings
+from rtservice.process.service import ServiceProcess
 from rtservice.process.slices import in_slices
+from rtservice.process.state import State
 from tests.support.served import Held, last, server
 
 
 def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     service, clock, events = timed(listener, drain_timeout=30)
-    (port,) = service.connections.ports
+    (port,) = service.backend.connections.ports
     held = [Held(service) for _ in range(3)]
     assert port in clock.getReaders()
-    service.apply(
+    service.backend.apply(
         RuntimeSettings(limits=Limits(max_connections=3, idle_timeout=60), handshake_timeout=3, drain_timeout=2)
     )
     assert port.handshake_timeout == 3
@@ -34,7 +37,7 @@ def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
     assert held[0].asked == []
     clock.pump([5] * 2)
     assert [one.asked for one in held] == [["close: idle"]] * 3
-    service.apply(RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=5))
+    service.backend.apply(RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=5))
     assert port in clock.getReaders()
     service.stopService()
     assert last(events) == "draining: 3 connections have 5 s to end"
@@ -42,15 +45,12 @@ def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
         one.closes()
 
 
-def reloading(monkeypatch, steps, *listeners, **how) -> tuple[Server, list[dict[str, Any]], Callable[[], None]]:
+def reloading(monkeypatch, steps, *listeners, **how) -> tuple[ServiceProcess, list[dict[str, Any]], Callable[[], None]]:
     """A server on these listeners that reloads by these steps, each of which is a slice; and what a SIGHUP does."""
-    service, events = server(listeners, **how)
-    service._reload = steps
-    monkeypatch.setattr("rtservice.process.server.in_slices", partial(in_slices, size=0.0, pause=0.0))
-    # The tests' own process keeps its handlers.
-    monkeypatch.setattr("rtservice.process.server.signal.signal", lambda number, handler: None)
+    service, events = server(listeners, reload=SimpleNamespace(steps=steps), **how)
+    monkeypatch.setattr("rtservice.process.service.in_slices", partial(in_slices, size=0.0, pause=0.0))
     service.startService()
-    return service, events, lambda: service._hung_up(1, None)
+    return service, events, lambda: signal.raise_signal(signal.SIGHUP)
 
 
 @pytest_twisted.inlineCallbacks
@@ -116,9 +116,10 @@ def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
     from twisted.internet import reactor
 
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
-    closed = []
+    begun, closed = [], []
 
     def steps():
+        begun.append(True)
         try:
             while True:
                 yield
@@ -130,9 +131,9 @@ def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
     yield deferLater(reactor, 0, hang_up)
     yield service.stopService()
     assert closed == [True]
-    assert service.state is State.STOPPED
+    assert service.backend.state is State.STOPPED
     lines = [str(formatEvent(event)) for event in events]
-    assert lines.count("SIGHUP: reloading") == 1
+    assert begun == [True]
     assert "a reload is given up: the service stops" in lines
 
 
@@ -149,14 +150,16 @@ def test_a_reload_that_fails_in_a_way_nobody_thought_of_is_logged_and_the_next_o
         if len(tries) == 1:
             raise LookupError("nobody thought of this")
 
-    service, events, hang_up = reloading(monkeypatch, steps, listener)
-    service._notifier = SimpleNamespace(
+    notifier = SimpleNamespace(
         reloading=lambda: told.append("reloading"),
         ready=lambda status: told.append("ready"),
         stopping=lambda status: told.append("stopping"),
         extend_timeout=lambda seconds: None,
         connected=False,
+        watchdog_interval=None,
     )
+    service, events, hang_up = reloading(monkeypatch, steps, listener, notifier=notifier)
+    assert told.pop() == "ready"
     for count in (1, 2):
         hang_up()
         while told.count("ready") < count:

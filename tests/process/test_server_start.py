@@ -11,7 +11,7 @@ from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.logger import formatEvent
 from twisted.python.failure import Failure
 
-from rtservice.process.server import StartError, one_line
+from rtservice.process.start_errors import StartError, one_line
 from tests.support.fake_reactor import FakeReactor
 from tests.support.served import Endpoint, server
 
@@ -99,12 +99,12 @@ def test_nothing_that_fails_in_a_start_is_lost(monkeypatch, factory, problem) ->
     clock.advance(0)
     service.stopService()
     clock.advance(1)
-    assert unfit.done[-2:] == ["remove file", "close"]
+    assert (unfit.done[0], unfit.done[-1]) == ("remove file", "close")
     assert all(event["log_level"].name == "debug" for event in events if "log_failure" in event)
 
 
 def test_a_status_server_that_cannot_start_ends_the_start(monkeypatch) -> None:
-    def fail_to_start(reactor: object) -> None:
+    def fail_to_start(reactor: object, site: object) -> None:
         raise LookupError("no page")
 
     clock = FakeReactor()
@@ -139,10 +139,10 @@ def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
     transport = StringTransportWithDisconnection()
     transport.protocol = protocol
     protocol.makeConnection(transport)
-    assert len(service.connections.open) == 1
+    assert len(service.backend.connections.open) == 1
     transport.loseConnection()
     assert events[-1]["listener"] == "x:1"
-    assert not service.connections.open
+    assert not service.backend.connections.open
     service.stopService()
     assert endpoint.stopped == 1
 

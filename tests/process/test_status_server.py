@@ -43,19 +43,21 @@ class Says(Protocol):
 
 
 @pytest.fixture
-def status_server() -> Iterator[Callable[[int], tuple[StatusServer, Callable[[], Deferred[socket.socket]]]]]:
-    """A StatusServer that serves on loopback with so many connections, and what connects a client to it."""
+def status_server() -> Iterator[
+    Callable[[int], tuple[StatusServer, list[Says], Callable[[], Deferred[socket.socket]]]]
+]:
+    """Starts a StatusServer for so many connections; returns it, its protocols, and what connects a client to it."""
     started: list[StatusServer] = []
     clients: list[socket.socket] = []
 
-    def start(most: int) -> tuple[StatusServer, Callable[[], Deferred[socket.socket]]]:
+    def start(most: int) -> tuple[StatusServer, list[Says], Callable[[], Deferred[socket.socket]]]:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         listener = Listener(listening, "test")
         one = StatusServer(Logger(observer=lambda event: None), [listener], most + 1 + ACCEPTS_PER_EVENT)
-        one.factory = Factory.forProtocol(Says)
-        one.factory.made = []
-        one.start(reactor)
+        factory = Factory.forProtocol(Says)
+        factory.made = protocols = []
+        one.start(reactor, factory)
         started.append(one)
 
         def connect() -> socket.socket:
@@ -64,7 +66,7 @@ def status_server() -> Iterator[Callable[[int], tuple[StatusServer, Callable[[],
             assert client.recv(4, socket.MSG_WAITALL) == b"here"
             return client
 
-        return one, lambda: deferToThread(connect)
+        return one, protocols, lambda: deferToThread(connect)
 
     yield start
     for one in started:
@@ -96,7 +98,7 @@ def is_closed(client: socket.socket) -> Any:
 @pytest_twisted.inlineCallbacks
 def test_the_oldest_unfinished_request_makes_room_then_the_oldest_that_is_idle(status_server, monkeypatch) -> Any:
     monkeypatch.setattr("rtservice.process.status_server._STAY", 0)
-    _, connect = status_server(4)
+    _, _, connect = status_server(4)
     clients = []
     for _ in range(4):
         clients.append((yield connect()))
@@ -116,7 +118,7 @@ def test_the_oldest_unfinished_request_makes_room_then_the_oldest_that_is_idle(s
 
 @pytest_twisted.inlineCallbacks
 def test_who_has_come_only_now_stays_for_a_moment_and_others_wait(status_server) -> Any:
-    _, connect = status_server(4)
+    _, _, connect = status_server(4)
     began = monotonic()
     clients = []
     for _ in range(12):
@@ -131,29 +133,29 @@ def test_who_has_come_only_now_stays_for_a_moment_and_others_wait(status_server)
 def test_a_request_of_just_now_does_not_make_room_for_one_more_that_is_idle(status_server, monkeypatch) -> Any:
     monkeypatch.setattr("rtservice.process.status_server._STAY", 0)
     monkeypatch.setattr("rtservice.process.status_server._SLOW", 1000)
-    one, connect = status_server(4)
+    _, protocols, connect = status_server(4)
     clients = []
     for _ in range(4):
         clients.append((yield connect()))
-    for protocol in one.factory.made:
+    for protocol in protocols:
         protocol.since = monotonic()
     for number in (2, 1, 3):
         yield say(clients[number], b"idle")
-        one.factory.made[number].since = monotonic()
+        protocols[number].since = monotonic()
     for number in (2, 1):
         yield connect()
-        one.factory.made[-1].since = monotonic()
+        protocols[-1].since = monotonic()
         assert (yield is_closed(clients[number]))
     assert (yield say(clients[0], b"more")) == b"ok"
 
 
 @pytest_twisted.inlineCallbacks
 def test_one_that_leaves_lets_another_in_at_once(status_server) -> Any:
-    one, connect = status_server(4)
+    _, protocols, connect = status_server(4)
     clients = []
     for _ in range(4):
         clients.append((yield connect()))
-    left = one.factory.made[2].left = Deferred()
+    left = protocols[2].left = Deferred()
     clients[2].close()
     yield left
     clients.append((yield connect()))
@@ -163,10 +165,10 @@ def test_one_that_leaves_lets_another_in_at_once(status_server) -> Any:
 
 @pytest_twisted.inlineCallbacks
 def test_each_of_hundreds_that_come_and_stay_is_served(status_server) -> Any:
-    one, connect = status_server(10)
+    server, _, connect = status_server(10)
     for _ in range(200):
         yield connect()
-        assert len(one._connections.open) <= 10 + ACCEPTS_PER_EVENT
+        assert len(server._connections.open) <= 10 + ACCEPTS_PER_EVENT
 
 
 @pytest.mark.parametrize("descriptors", [64, 128, 256, 320, 1024, 1 << 20])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rtservice.net.description import ListenError
+from rtservice.net.tls import fingerprint
 
 
 class Slots:
@@ -14,10 +15,15 @@ class Slots:
     revocation = None
     warnings = ()
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, files: tuple[str, ...] = ()) -> None:
         self.slot_sockets = slots
+        self.files = files
+        self.initial_fingerprint = fingerprint(files)
         self.done: list[str] = []
         self.problem: ListenError | None = None
+
+    def tls_files(self) -> tuple[str, ...]:
+        return self.files
 
     def of_slot(self, slot: int) -> "Slots":
         assert slot < self.slot_sockets

@@ -1,4 +1,4 @@
-"""A WorkerPool with a fake reactor, listener and notifier."""
+"""A WorkerPool in a ServiceProcess, with a fake reactor, listener and notifier."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,54 +7,62 @@ from twisted.logger import Logger, formatEvent
 
 from rtservice.net.tls import Steps
 from rtservice.pool.control import BEAT
-from rtservice.pool.pool import Phase, WorkerPool, WorkerSpec
+from rtservice.pool.pool import WorkerPool
 from rtservice.pool.worker_counters import encode_counters
+from rtservice.pool.worker_process import Phase, WorkerSpec
+from rtservice.process.service import ServiceProcess
+from rtservice.process.status_server import StatusServer
 from tests.support.fake_listener import Slots
 from tests.support.fake_processes import Process, SpawningReactor
+from tests.support.launch import launch
 from tests.support.notifier import Notifier
 
-PLAN: dict[str, Any] = {"drain_timeout": 10.0, "hang_timeout": 30.0, "max_age": 0.0, "max_memory": 0}
+SPEC: dict[str, Any] = {"drain_timeout": 10.0, "hang_timeout": 30.0, "max_age": 0.0, "max_memory": 0}
 
 
 class World:
-    """A supervisor and all that is around it."""
+    """A pool in its process and all that is around it; it is also the Reload of the process."""
 
-    def __init__(self, slots: int, problem: str | None = None, **plan: Any) -> None:
+    def __init__(self, slots: int, problem: str | None = None, watched: tuple[str, ...] = (), **spec: Any) -> None:
         self.reactor = SpawningReactor()
         self.events: list[Any] = []
         self.reports: list[str | None] = []
         self.notifier: Any = Notifier()
-        self.listener: Any = Slots(slots)
-        self.plan = self.planned(**plan)
-        self.next_plan: WorkerSpec | None = self.plan
+        self.listener: Any = Slots(slots, watched)
+        self.spec = self.specified(watch_certificates=bool(watched), **spec)
+        self.next_spec: WorkerSpec | None = self.spec
         self.reloads = 0
         self.reload_steps = 0  # each of which takes a slice, if there are any
         self.handlers: dict[int, Callable[[int, Any], Any]] = {}
-        self.service = WorkerPool(
-            listeners=[self.listener],
-            slots=slots,
-            plan=self.plan,
-            command=["python", "-m", "worker"],
-            log=Logger(observer=self.events.append),
-            notifier=self.notifier,
-            report=self.reports.append,
-            check=lambda: problem,
-            reload=self._reload,
+        log = Logger(observer=self.events.append)
+        self.pool = WorkerPool(
+            listeners=[self.listener], slots=slots, spec=self.spec, command=["python", "-m", "worker"], log=log
+        )
+        self.service = ServiceProcess(
+            self.pool,
+            self,
+            log=log,
+            launch=launch(check=lambda: problem, report=self.reports.append, notifier=self.notifier),
+            status_server=StatusServer(log),
         )
         self.done: list[Any] = []
         self.reactor.before_stop = lambda: self.service.stopService().addBoth(self.done.append)
 
-    def planned(self, generation: int = 1, **plan: Any) -> WorkerSpec:
+    def specified(self, generation: int = 1, **spec: Any) -> WorkerSpec:
         def start(slot: int, slots: int) -> Any:
             return {"slot": slot, "slots": slots, "generation": generation}
 
-        return WorkerSpec(start=start, **{**PLAN, **plan})
+        return WorkerSpec(start=start, **{**SPEC, **spec})
 
-    def _reload(self) -> Steps[WorkerSpec | None]:
+    def steps(self) -> Steps[None]:
         self.reloads += 1
         for _ in range(self.reload_steps):
             yield
-        return self.next_plan
+        if self.next_spec is not None:
+            self.pool.apply(self.next_spec)
+
+    def renewal(self) -> None:
+        """Only a reload does it."""
 
     @property
     def processes(self) -> list[Process]:

@@ -1,4 +1,4 @@
-"""A Server with fake listeners, endpoints and a clock that the test moves."""
+"""A Server in a ServiceProcess, with fake listeners, endpoints and a clock that the test moves."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,12 @@ from twisted.python.failure import Failure
 
 from rtservice.net.phases import OPEN, Phase
 from rtservice.process.admission import Limits
+from rtservice.process.endpoints import Endpoints
 from rtservice.process.server import RuntimeSettings, Server
+from rtservice.process.service import ServiceProcess
+from rtservice.process.status_server import StatusServer
 from rtservice.protocols.echo import EchoFactory
+from tests.support.launch import launch
 
 
 class Endpoint:
@@ -34,14 +38,19 @@ class Endpoint:
 
 
 def server(
-    listeners=(), endpoints=(), drain_timeout=0.0, factory=None, **more: Any
-) -> tuple[Server, list[dict[str, Any]]]:
+    listeners=(), endpoints=(), drain_timeout=0.0, factory=None, reload: Any = None, **given: Any
+) -> tuple[ServiceProcess, list[dict[str, Any]]]:
+    """A service whose backend is a Server, and its log. `given` are fields of Launch."""
     events: list[dict[str, Any]] = []
     log = Logger(observer=events.append)
-    live = RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=drain_timeout)
-    factory = factory or EchoFactory()
-    made = Server(factory, listeners=list(listeners), endpoints=list(endpoints), live=live, log=log, **more)
-    return made, events
+    made = Server(
+        factory or EchoFactory(),
+        listeners=list(listeners),
+        settings=RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=drain_timeout),
+        log=log,
+        endpoints=Endpoints(list(endpoints), "--listen", log),
+    )
+    return ServiceProcess(made, reload, log=log, launch=launch(**given), status_server=StatusServer(log)), events
 
 
 class Held:
@@ -53,12 +62,13 @@ class Held:
     error = None
     port = SimpleNamespace(name="test")
 
-    def __init__(self, service: Server, phase: Phase = OPEN, protocol: Any = None) -> None:
+    def __init__(self, service: ServiceProcess, phase: Phase = OPEN, protocol: Any = None) -> None:
         self.service = service
+        self.connections = service.backend.connections
         self.phase = phase
         self.protocol = protocol
         self.asked: list[str] = []
-        service.connections.opened(self)
+        self.connections.opened(self)
 
     def getPeer(self) -> None:
         return None
@@ -75,7 +85,7 @@ class Held:
         self.abort("abort")
 
     def closes(self, reason: Exception | None = None) -> None:
-        self.service.connections.closed(self, Failure(reason or ConnectionDone()))
+        self.connections.closed(self, Failure(reason or ConnectionDone()))
 
 
 class Told:

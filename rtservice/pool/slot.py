@@ -1,0 +1,36 @@
+"""A slot: the place of one worker, with its sockets. Workers replace each other in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rtservice.pool.worker_process import Phase, WorkerProcess
+
+
+class Slot:
+    """The worker in charge, its successor while that starts, and former workers that still drain."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.worker: WorkerProcess | None = None
+        self.successor: WorkerProcess | None = None
+        self.old: list[WorkerProcess] = []
+        self.deaths = 0  # in a row
+        self.respawn: Any = None  # the delayed call that spawns the next worker
+        self.leaving = False
+        # Replacements in a row that its workers have caused, and the time before which there is no other.
+        self.replacements = 0
+        self.replace_after = 0.0
+
+    def workers(self) -> list[WorkerProcess]:
+        """Return every process of the slot."""
+        return [worker for worker in (self.worker, self.successor, *self.old) if worker is not None]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the worker in charge serves."""
+        return self.worker is not None and self.worker.phase is Phase.READY
+
+    def accepts(self, now: float) -> bool:
+        """Whether new clients are served at once here."""
+        return self.ready and not self.leaving and self.worker is not None and not self.worker.is_silent(now)

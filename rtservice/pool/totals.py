@@ -1,0 +1,74 @@
+"""What the workers of each slot have counted in all, and how often they started and ended."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from twisted.internet.error import ProcessDone
+from twisted.python.failure import Failure
+
+from rtservice.pool.slot import Slot
+from rtservice.pool.worker_counters import SlotCounters
+from rtservice.pool.worker_process import WorkerProcess
+from rtservice.process.counters import CounterKey, add
+
+_SIGNALS = frozenset(signal.Signals)
+
+
+class Totals:
+    """Counters by the number of the slot, which outlive its workers and the slot."""
+
+    def __init__(self) -> None:
+        self.starts: dict[int, int] = {}
+        self.exits: dict[int, dict[str, int]] = {}  # then by reason
+        self._ended: dict[int, dict[CounterKey, float]] = {}  # of workers that have ended
+        self._shown: dict[int, SlotCounters] = {}
+
+    def counters_of(self, slot: int) -> SlotCounters:
+        """Return what bounds the counters of a slot."""
+        return self._shown.setdefault(slot, SlotCounters())
+
+    def count_start(self, slot: int) -> None:
+        """Count a worker that was spawned."""
+        add(self.starts, {slot: 1})
+
+    def count_end(self, worker: WorkerProcess, reason: Failure) -> None:
+        """Add the counters of a worker that has ended, and count the reason."""
+        ended = self._ended.setdefault(worker.slot, {})
+        for key, count in worker.counters.items():
+            if key.name == "phase" and count:  # these connections were open until then
+                add(ended, {CounterKey("closed", "worker ended", key.listener): count})
+            elif key.is_total:
+                self.counters_of(worker.slot).add(ended, {key: count})
+        how = "failed" if worker.problem or not reason.check(ProcessDone) else "ended"
+        if (killed := getattr(reason.value, "signal", None)) is not None:
+            # Real-time signals have no names in Python, but for the first and the last.
+            how = signal.Signals(killed).name if killed in _SIGNALS else f"signal {killed}"
+        add(self.exits.setdefault(worker.slot, {}), {how: 1})
+
+    def ended(self) -> dict[CounterKey, float]:
+        """Return what the ended workers of all slots have counted."""
+        totals: dict[CounterKey, float] = {}
+        for counters in self._ended.values():
+            add(totals, counters)
+        return totals
+
+    def snapshot(self, slots: list[Slot], now: float) -> list[dict[str, Any]]:
+        """Return the state of each slot that there is or was as plain data; `now` is of the reactor's clock."""
+        by_number = {slot.number: slot for slot in slots}
+        return [self._of_slot(number, by_number.get(number), now) for number in sorted(by_number | self._ended)]
+
+    def _of_slot(self, number: int, slot: Slot | None, now: float) -> dict[str, Any]:
+        counters = dict(self._ended.get(number, {}))
+        for worker in slot.workers() if slot is not None else ():
+            self.counters_of(number).add(counters, worker.counters)
+        current = slot.worker if slot is not None else None
+        return {
+            "worker": number,
+            "pid": current.transport.pid if current is not None else None,
+            "phase": current.phase.value if current is not None else "gone" if slot is None else "waiting",
+            "age": now - current.began if current is not None else None,
+            "counted": current.counted if current is not None else None,
+            "counters": counters,
+        }

@@ -1,0 +1,366 @@
+"""A worker process as its supervisor sees it: phases, messages in both directions, deadlines, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import LogEvent, Logger, LogLevel
+from twisted.python.failure import Failure
+
+from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT, ProtocolViolation, encode
+from rtservice.pool.intake import Intake
+from rtservice.pool.printed import Line, PrintedLines
+from rtservice.pool.published import as_event
+from rtservice.pool.worker_counters import SlotCounters
+from rtservice.pool.worker_messages import (
+    Access,
+    Beat,
+    Failed,
+    Leave,
+    Message,
+    Ready,
+    Records,
+    Rows,
+    WorkerMessages,
+)
+from rtservice.process.counters import CounterKey
+
+# Seconds that a worker has, after its own deadlines, before it is killed.
+KILL_AFTER = 40.0
+
+# How many questions of a worker may be without an answer. One more is not sent: a worker that does not read its channel
+# must not cost memory.
+_MOST_ASKED = 16
+
+# Seconds until a worker is killed whose drain is aborted, or whose control channel is closed.
+_ABORT = 5.0
+
+# Seconds that the pipes of a process that is dead are read on, should another process hold them open.
+_PIPES = 1.0
+
+# Seconds after the hang timeout until the supervisor stops notifying the watchdog: it should have killed the worker.
+_DEAF = 30.0
+
+# Seconds without a heartbeat after which new clients are left to the other workers, and the worker is not asked for its
+# connections: it may be stopped, and what is not accepted has to wait.
+_SILENT = 3 * BEAT
+
+
+class Phase(Enum):
+    """The phase of a worker process."""
+
+    STARTING = "starting"  # spawned; it has not sent `ready`
+    READY = "ready"  # every listener accepts
+    DRAINING = "draining"  # told to end
+    GONE = "gone"  # reaped
+
+
+_MOVES = {
+    Phase.STARTING: {Phase.READY, Phase.DRAINING, Phase.GONE},
+    Phase.READY: {Phase.DRAINING, Phase.GONE},
+    Phase.DRAINING: {Phase.GONE},
+    Phase.GONE: set[Phase](),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """What a generation of workers is started with.
+
+    `start` makes the value of a worker's `start` message, of its slot and the number of slots. `drain_timeout`,
+    `hang_timeout` and `max_age` are in seconds, `max_memory` in bytes; 0 of the last three is no limit. With
+    `watch_certificates`, workers are replaced when certificate files have changed.
+    """
+
+    start: Callable[[int, int], Any]
+    drain_timeout: float
+    hang_timeout: float
+    max_age: float
+    max_memory: int
+    watch_certificates: bool = False
+
+
+class Supervisor(Protocol):
+    """What a worker process reports to."""
+
+    reactor: Any
+    log: Logger
+
+    @property
+    def start_deadline(self) -> float:
+        """Seconds from its spawning after which a worker that is not ready is killed."""
+
+    def worker_ready(self, worker: WorkerProcess) -> None:
+        """It serves."""
+
+    def worker_leaves(self, worker: WorkerProcess) -> None:
+        """It was asked to end, and can be replaced first."""
+
+    def worker_gone(self, worker: WorkerProcess, reason: Failure) -> None:
+        """Its process has ended, and everything that it sent is handled."""
+
+    def answered(self, worker: WorkerProcess, number: int, rows: list[list[Any]]) -> None:
+        """It has answered the question of this number: these are its connections."""
+
+    def publish(self, event: LogEvent) -> None:
+        """It has logged a record."""
+
+    def access(self, lines: list[str]) -> None:
+        """It has lines for the access log."""
+
+
+class WorkerProcess(ProcessProtocol):
+    """One process of a slot, from its spawning to its end.
+
+    `messages` decodes what it sends, and `shown` bounds which of its counters are shown.
+    """
+
+    transport: Any  # IProcessTransport leaves out half of what Twisted's processes have
+
+    def __init__(
+        self, supervisor: Supervisor, slot: int, spec: WorkerSpec, *, messages: WorkerMessages, shown: SlotCounters
+    ) -> None:
+        self.supervisor = supervisor
+        self.slot = slot  # its number
+        self.spec = spec
+        self.phase = Phase.STARTING
+        self.began: float = supervisor.reactor.seconds()
+        self.heard: float = self.began  # when the last heartbeat came
+        self.counters: dict[CounterKey, float] = {}
+        self.counted: float | None = None  # when, as time.time()
+        self.problem = ""  # the text of its `failed` message
+        self.age = spec.max_age * random.uniform(0.9, 1.1)  # at which it is replaced: not all at once
+        self.wants_to_leave = False
+        self._messages = messages
+        self._shown = shown
+        self._asked_at: dict[int, float] = {}  # time of each question that it has not answered, by number
+        self._intakes: dict[int, Intake] = {}  # by descriptor
+        self._printed = {1: PrintedLines(), 2: PrintedLines()}
+        self._dumped = False
+        self._aborted = False
+        self._listens = True
+        self._exited = False
+        self._end_call: Any = None
+        self._reason: Failure | None = None  # why its process has ended
+        self._pid = 0
+
+    def connectionMade(self) -> None:
+        self._pid = self.transport.pid
+        self._intakes = {
+            CONTROL_OUT: self._intake(CONTROL_OUT, self._messages, self._received),
+            # The levels that twistd gives to both.
+            1: self._intake(1, self._printed[1], lambda line: self._prints(LogLevel.info, line)),
+            2: self._intake(2, self._printed[2], lambda line: self._prints(LogLevel.error, line)),
+        }
+
+    def _intake(self, descriptor: int, decoder: Any, take: Callable[[Any], None]) -> Intake:
+        def switch(method: str) -> None:
+            pipe = self.transport.pipes.get(descriptor)
+            if pipe is not None:
+                getattr(pipe, method)()
+
+        return Intake(
+            self.supervisor.reactor,
+            decoder,
+            take=take,
+            fail=self._violates,
+            pause=lambda: switch("stopReading"),
+            resume=lambda: switch("startReading"),
+        )
+
+    def move(self, phase: Phase) -> None:
+        """Enter a phase; raises RuntimeError for one that cannot follow."""
+        if phase not in _MOVES[self.phase]:
+            raise RuntimeError(f"a worker that is {self.phase.value} cannot become {phase.value}")
+        self.phase = phase
+
+    def __str__(self) -> str:
+        return f"worker {self.slot} (pid {self._pid})"
+
+    def _log_error(self, text: str, **fields: object) -> None:
+        self._log(LogLevel.error, text, **fields)
+
+    def _log(self, level: Any, text: str, **fields: object) -> None:
+        self.supervisor.log.emit(level, "{worker} " + text, worker=str(self), slot=self.slot, **fields)
+
+    # --- from the supervisor to the worker ---
+
+    def send(self, word: str, value: object = None) -> None:
+        """Send a message of the control protocol."""
+        if self._listens:
+            self.transport.writeToChild(CONTROL_IN, encode(word, value))
+
+    def ask(self, number: int, sort: str, count: int) -> bool:
+        """Ask for its open connections; returns whether to wait for the answer."""
+        if not self._listens or len(self._asked_at) >= _MOST_ASKED:
+            return False
+        self._asked_at[number] = self.supervisor.reactor.seconds()
+        self._messages.ask(number, count)
+        self.send("rows", {"id": number, "sort": sort, "count": count})
+        return True
+
+    def abort_drain(self) -> None:
+        """Have it end its drain now; it is killed if it does not."""
+        if not self._aborted:
+            self._aborted = True
+            self.send("abort_drain")
+        self.end_in(_ABORT)
+
+    def drain(self, finish: tuple[str, ...] = ()) -> None:
+        """Have it serve the queues of these kinds of its sockets, and end."""
+        if self.phase in (Phase.STARTING, Phase.READY):
+            self.move(Phase.DRAINING)
+            self.send("drain", finish)
+            self.end_in(self.spec.drain_timeout + KILL_AFTER)
+
+    def give_up(self) -> None:
+        """Have a successor end; the worker that it would have replaced serves the queues.
+
+        Until it closes its copies of the sockets, clients are neither served nor refused: it may load certificates for
+        seconds. SIGTERM ends an interpreter that does not read messages yet, and is harmless to one that does.
+        """
+        self.drain()
+        self.signal(signal.SIGTERM)
+
+    def end_in(self, seconds: float) -> None:
+        """Kill it after so many seconds, if it has not ended; an earlier deadline that is set already stays."""
+        reactor = self.supervisor.reactor
+        if self._end_call is not None and self._end_call.active():
+            if self._end_call.getTime() <= reactor.seconds() + seconds:
+                return
+            self._end_call.cancel()
+        self._end_call = reactor.callLater(seconds, self._end)
+
+    def _end(self) -> None:
+        self.signal(signal.SIGKILL)
+        if self._exited:
+            for descriptor in (1, 2, CONTROL_IN, CONTROL_OUT):
+                self.transport.closeChildFD(descriptor)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        with contextlib.suppress(ProcessExitedAlready):  # its pipes are still read
+            self.transport.signalProcess(number)
+
+    def extend_deadline(self, seconds: float) -> None:
+        """Extend its deadlines by so many seconds, in which this process did not run and received nothing."""
+        self.heard += seconds
+        self.began += seconds
+        self._asked_at = {number: when + seconds for number, when in self._asked_at.items()}
+
+    def check_health(self, now: float) -> None:
+        """Kill it if it hangs. Called once in a beat."""
+        for intake in self._intakes.values():
+            intake.beat()
+        hang_timeout = self.spec.hang_timeout
+        if self.phase is Phase.STARTING:
+            if now - self.began >= self.supervisor.start_deadline:
+                self._log_error(
+                    "is not ready after {seconds:g} s, and is killed", seconds=self.supervisor.start_deadline
+                )
+                self.signal(signal.SIGKILL)
+        elif self._dumped:
+            self.signal(signal.SIGKILL)
+        elif hang_timeout and now - self.heard >= hang_timeout:
+            self._log_error(
+                "gave no sign of life for {seconds:.1f} s: it is to print its stack, and is killed",
+                seconds=now - self.heard,
+            )
+            self._dumped = True  # it has until the next check
+            self.signal(signal.SIGUSR2)
+        elif hang_timeout and self._asked_at and now - min(self._asked_at.values()) >= hang_timeout:
+            # It sends heartbeats, and does not read its messages.
+            self._log_error("has not answered for {seconds:.1f} s, and is killed", seconds=hang_timeout)
+            self.signal(signal.SIGKILL)
+
+    def is_silent(self, now: float) -> bool:
+        """Whether it has sent no heartbeat for some seconds."""
+        return now - self.heard >= _SILENT
+
+    def is_deaf(self, now: float) -> bool:
+        """Whether it still runs although it should have been killed."""
+        hang_timeout = self.spec.hang_timeout
+        return self.phase is not Phase.STARTING and hang_timeout > 0 and now - self.heard >= hang_timeout + _DEAF
+
+    # --- from the worker to the supervisor ---
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        self._intakes[childFD].feed(data)
+
+    def _violates(self, problem: Exception) -> None:
+        """Kill it: it sent what it must not send, or what this process cannot handle."""
+        if isinstance(problem, ProtocolViolation):
+            self._log_error("violated the control protocol, and is killed: {problem}", problem=str(problem))
+        else:
+            self._log_error("sent what cannot be handled, and is killed: {problem}", problem=ascii(problem)[:200])
+        self._intakes[CONTROL_OUT].close()
+        self.transport.closeChildFD(CONTROL_OUT)
+        self.signal(signal.SIGKILL)
+
+    def _received(self, message: Message) -> None:
+        supervisor = self.supervisor
+        match message:
+            case Access():
+                supervisor.access(message.lines)
+            case Records():
+                for record in message.records:
+                    supervisor.publish(as_event(record, self.slot))
+            case Beat():
+                # Of all messages, only this one shows that its reactor runs.
+                self.heard = supervisor.reactor.seconds()
+                self.counted = time.time()
+                self._shown.admit(message.counters)
+                for key, count in message.counters.items():
+                    # A total that decreases would decrease the total of the service.
+                    self.counters[key] = max(count, self.counters.get(key, 0)) if key.is_total else count
+            case Rows():
+                self._asked_at.pop(message.number, None)
+                supervisor.answered(self, message.number, message.rows)
+            case Failed():
+                self.problem = message.problem
+            case Leave():
+                supervisor.worker_leaves(self)
+            case Ready():
+                if self.phase is Phase.STARTING:  # or it was told to drain before
+                    self.heard = supervisor.reactor.seconds()
+                    self.move(Phase.READY)
+                    supervisor.worker_ready(self)
+
+    def _prints(self, level: Any, line: Line) -> None:
+        """Log a line that it, or its interpreter, has printed: most often the traceback that it died with."""
+        self._log(level, "printed: {line}", line=line.text)
+
+    def childConnectionLost(self, childFD: int) -> None:
+        if childFD in (CONTROL_IN, CONTROL_OUT):  # it is about to end, or is broken
+            self._listens = False
+            self.end_in(_ABORT)
+
+    def processExited(self, reason: Failure) -> None:
+        self._exited = True
+        self.end_in(_PIPES)
+
+    def processEnded(self, reason: Failure) -> None:
+        self._reason = reason
+        for lines in self._printed.values():
+            lines.end()
+        self._finish(list(self._intakes.values()))
+
+    def _finish(self, intakes: list[Intake]) -> None:
+        """Handle what was received and not yet handled, then report the end of the process."""
+        if intakes:
+            intakes[0].finish(lambda: self._finish(intakes[1:]))
+        else:
+            if self._end_call is not None and self._end_call.active():
+                self._end_call.cancel()
+            self.move(Phase.GONE)
+            assert self._reason is not None
+            self.supervisor.worker_gone(self, self._reason)

@@ -1,0 +1,382 @@
+"""The main process: signals, start report, systemd, status server, reloads and exit status, around one backend."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from twisted.application.service import Service
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import LoopingCall
+from twisted.logger import ILogObserver, Logger
+from twisted.python.components import Componentized
+from twisted.python.failure import Failure
+
+from rtservice.net.description import ListenError
+from rtservice.net.tls import Steps, fingerprinting
+from rtservice.process.backend import Backend, ConnectionRows
+from rtservice.process.certificates import certificates_of, logging_certificates
+from rtservice.process.meter import ProcessMeter
+from rtservice.process.orphans import Reaper
+from rtservice.process.signals import Repeats, release
+from rtservice.process.slices import in_slices
+from rtservice.process.socket_files import close_listeners, remove_files
+from rtservice.process.start_errors import StartError, log_start_failure
+from rtservice.process.state import State
+from rtservice.process.status_server import StatusServer
+from rtservice.process.systemd import Notifier
+
+# Signals that a stop may take: one to drain, one to abort the drain.
+_PATIENCE = 2
+
+
+class Reload(Protocol):
+    """Reads settings and certificates again, and applies them to the backend. Problems are logged, not raised."""
+
+    def steps(self) -> Steps[None]:
+        """Reload everything that can change while the service runs, or nothing."""
+
+    def renewal(self) -> Steps[None] | None:
+        """Renew certificates whose files have changed, and nothing else; None where that takes a whole reload."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How the process was started, and what it reports to.
+
+    `check` is called before anything is served; it returns None, or the reason, in one line, why the start must fail.
+    `report` is called once: with None when every listener accepts, or with the reason in one line when the start
+    failed. `leave` ends the process at once, with the `exit_status` of its service. `dropped` returns the number of
+    log lines that were dropped. `log_observer` makes the observer that twistd logs with; None leaves that to twistd.
+    """
+
+    check: Callable[[], str | None]
+    report: Callable[[str | None], None]
+    leave: Callable[[], None]
+    notifier: Notifier
+    dropped: Callable[[], int]
+    log_observer: Callable[[], Any] | None
+
+
+class ServiceProcess(Service):
+    """The service that twistd runs in the process that it was started as. It drives a backend, and is its Host.
+
+    `make_site` makes the factory of the status server, if that has listeners; it is called once, with this service.
+
+    SIGTERM and SIGINT drain, and a second one aborts the drain; a third one ends the process at once, if the backend
+    allows it. SIGHUP reloads, in slices, between which clients are served. The backend may handle more signals.
+    """
+
+    name = "rtservice"
+
+    def __init__(
+        self,
+        backend: Backend,
+        reload: Reload,
+        *,
+        log: Logger,
+        launch: Launch,
+        status_server: StatusServer,
+        make_site: Callable[[ServiceProcess], Any] = lambda service: None,
+    ) -> None:
+        self.backend = backend
+        self.exit_status = 0
+        self.reactor: Any = None  # known from startService on
+        self._reload = reload
+        self._log = log
+        self._launch = launch
+        self._notifier = launch.notifier
+        self._report: Callable[[str | None], None] | None = launch.report
+        self._status_server = status_server
+        self._fingerprint: object = [
+            listener.initial_fingerprint for listener in (*backend.listeners, *status_server.listeners)
+        ]
+        self._slices: Deferred[None] | None = None  # a reload, or a check of the certificates, in progress
+        self._reload_requested = False
+        self._reloading = False  # the service manager was told of a reload, and not of its end
+        self._serves = False  # the backend was ready
+        self._ending = False  # the reactor is told to stop
+        self._signals = 0  # that stop
+        self._stopped: Deferred[None] | None = None
+        self._started = time.time()
+        self._repeats = Repeats(lambda: self.reactor.seconds())
+        self._reaper = Reaper()
+        self._meter = ProcessMeter(launch.dropped)
+        self._ticking = LoopingCall(self._tick)
+        self._watchdog = LoopingCall(self._notify_watchdog)
+        self._site = make_site(self) if status_server else None
+
+    def setServiceParent(self, parent: Any) -> None:
+        # Twistd asks its application for an observer, and makes one if there is none.
+        if self._launch.log_observer is not None and isinstance(parent, Componentized):
+            parent.setComponent(ILogObserver, self._launch.log_observer())
+        super().setServiceParent(parent)
+
+    # --- start ---
+
+    def privilegedStartService(self) -> None:
+        """Bind what the backend binds itself. Raises StartError, with an address that cannot be listened on."""
+        super().privilegedStartService()
+        try:
+            self.backend.prepare(self)
+        except ListenError as error:
+            problem = str(error)
+        else:
+            return
+        raise self._start_error(problem)
+
+    def startService(self) -> None:
+        """Drop privileges, and have the backend serve. The reactor is needed from here on. Raises StartError."""
+        from twisted.internet import reactor
+
+        self.privilegedStartService()  # `twist` does not call it; after twistd has, it does nothing
+        problem = self._launch.check()
+        if problem is not None:
+            raise self._start_error(problem)
+        super().startService()
+        self.reactor = reactor
+        # From here on, since a reload that is requested too early must not be the end, which is the default of SIGHUP.
+        signal.signal(signal.SIGHUP, self._request_reload)
+        for number, action in self.backend.signals.items():
+            self._on_signal(number, action)
+        # Not before the reactor handles signals: a program that reads "listening" may send one, which would end the
+        # process before it can clean up. Clients that are early wait in the sockets' queues.
+        reactor.callWhenRunning(self._serve)
+
+    def _on_signal(self, number: int, action: Callable[[], None]) -> None:
+        signal.signal(number, lambda number, frame: self.reactor.callFromThread(action))
+
+    def _start_error(self, problem: str) -> StartError:
+        """Report the problem and clean up; returns what to raise before the reactor runs."""
+        self._report_failure(problem)
+        self.abandon()
+        return StartError(problem)
+
+    def abandon(self) -> None:
+        """Close the sockets and remove their files: the process ends, and has never served."""
+        self._status_server.stop()
+        close_listeners(self.backend.listeners, self._log)
+
+    def _serve(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive_stop)
+        release()
+        if not self.running:  # stopped before the reactor ran
+            return
+        try:
+            self._reaper.start(self.reactor)
+            self._ticking.clock = self._watchdog.clock = self.reactor
+            self._ticking.start(self.backend.tick_interval, now=False)
+            self._status_server.start(self.reactor, self._site)
+            self._meter.start(self.reactor)
+        except BaseException:  # the reactor would log it, and go on
+            self.failed(log_start_failure(self._log, "the service did not start", Failure()))
+        else:
+            self.backend.start(self.reactor)
+
+    def _report_failure(self, problem: str) -> None:
+        self._log.critical("cannot start: {problem}", problem=problem)
+        self._report_start(problem)
+
+    def _report_start(self, problem: str | None) -> None:
+        report, self._report = self._report, None
+        if report is not None:
+            report(problem)
+
+    # --- reports of the backend ---
+
+    def accepting(self) -> None:
+        """Log the listeners and their certificates."""
+        for listener in self.backend.listeners:
+            self._log.info("listening on {listener}", listener=listener.name)
+        self._take(logging_certificates(self._log, self.backend.listeners), "logging the certificates")
+
+    def ready(self) -> None:
+        """Report to the terminal and to the service manager that the service accepts everywhere."""
+        self._serves = True
+        if self._notifier.watchdog_interval is not None:
+            self._watchdog.start(self._notifier.watchdog_interval)
+        self._notifier.ready(self.backend.status)
+        self._report_start(None)
+        self._reload_if_requested()
+
+    def failed(self, problem: str) -> None:
+        """End the process with exit status 1: it cannot serve all that it was started for."""
+        if not self._ending:
+            self._report_failure(problem)
+            self.exit_status = 1
+            self._stop_reactor()
+            self.backend.abort()  # half a service is not kept running
+
+    def draining(self) -> None:
+        """Report to the service manager that the drain has begun."""
+        self._notifier.stopping(self.backend.status)
+
+    def reloaded(self) -> None:
+        """Report the end of a reload to the service manager, however it went, once it has reached every worker."""
+        if self._reloading and self._slices is None and not self.backend.replacing and not self._ending:
+            self._reloading = False
+            self._notifier.ready(self.backend.status)
+
+    def extend_timeout(self, seconds: float) -> None:
+        """Ask the service manager for `seconds` from now."""
+        self._notifier.extend_timeout(seconds)
+
+    # --- while it serves ---
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether to send new clients here. False from the signal to stop on."""
+        return self.backend.ready and not self._ending
+
+    @property
+    def standing(self) -> tuple[bool, str]:
+        """Whether to send new clients here, and the state in one line, at a constant cost."""
+        return self.is_ready, self.backend.standing
+
+    def overview(self) -> dict[str, Any]:
+        """Return the state of the service as plain data."""
+        now = time.time()
+        return {
+            "state": self.backend.state.value,
+            "ready": self.is_ready,
+            "status": self.backend.status,
+            "time": now,
+            "started": self._started,
+            "listeners": [listener.name for listener in self.backend.listeners],
+            "certificates": certificates_of(self.backend.listeners, now),
+            **self.backend.snapshot(now, self._meter.counters()),
+        }
+
+    def rows(self, sort: str, count: int) -> Deferred[ConnectionRows]:
+        """Return connections: see Backend."""
+        return self.backend.rows(sort, count)
+
+    def refresh(self) -> Deferred[None]:
+        """Have `overview` count all connections that are open now; fires when it does."""
+        return self.backend.refresh()
+
+    def _tick(self) -> None:
+        # A failure must not end the later ones.
+        with self._log.failuresHandled("a periodic check failed"):
+            if self.backend.watches_certificates and self._slices is None and not self._ending:
+                self._take(self._check_certificates(), "a look at the certificates")
+            self.backend.tick()
+            if self._notifier.connected:
+                self._notifier.status(self.backend.status)
+
+    def _notify_watchdog(self) -> None:
+        if self.backend.alive:
+            self._notifier.watchdog()
+
+    # --- reload ---
+
+    def _request_reload(self, number: int, frame: object) -> None:
+        self._reload_requested = True
+        self.reactor.callFromThread(self._reload_if_requested)
+
+    def _reload_if_requested(self) -> None:
+        # One reload for all signals before it: what it reads is newer than them. And one after the other.
+        if self._reload_requested and self._serves and not self._ending and self._slices is None:
+            self._reload_requested = False
+            self._take(self._reload_steps(), "a reload")
+
+    def _reload_steps(self) -> Steps[None]:
+        self._reloading = True
+        self._notifier.reloading()
+        # Before the files are read, so that no change is missed.
+        self._fingerprint = yield from self._fingerprinting()
+        yield from self._reload.steps()
+
+    def _check_certificates(self) -> Steps[None]:
+        """Load certificates if their files have changed since the last time that they were loaded."""
+        found = yield from self._fingerprinting()
+        if found == self._fingerprint:
+            return
+        renewal = self._reload.renewal()
+        if renewal is None:
+            self._log.info("certificates have changed")
+            yield from self._reload_steps()
+        else:
+            self._log.info("certificates have changed: loading them")
+            self._fingerprint = found
+            yield from renewal
+
+    def _fingerprinting(self) -> Steps[object]:
+        found = []
+        for listener in (*self.backend.listeners, *self._status_server.listeners):
+            found.append((yield from fingerprinting(listener.tls_files())))
+        return found
+
+    def _take(self, steps: Steps[None], what: str) -> None:
+        """Take these steps in slices. There is one such work at a time; a reload requested meanwhile follows it."""
+
+        def over(result: object) -> None:
+            self._slices = None
+            if isinstance(result, Failure):
+                if result.check(CancelledError):
+                    self._log.info("{what} is given up: the service stops", what=what)
+                else:
+                    self._log.failure("{what} failed", result, what=what)
+            self.reloaded()  # or the service manager would wait for ever
+            self._reload_if_requested()
+
+        slices = self._slices = in_slices(steps, self.reactor)
+        slices.addBoth(over)  # which may be at once
+
+    # --- stop ---
+
+    def _receive_stop(self, number: int, frame: object) -> None:
+        if self._repeats.is_repeat(number):
+            return
+        self._signals += 1
+        if self.backend.exits_at_once and (self.backend.state is State.STOPPED or self._signals > _PATIENCE):
+            # The process waits for threads, or its reactor is blocked and would not call anything.
+            self._log.error("{signal}: ended as it is", signal=signal.Signals(number).name)
+            self.exit_status = self.exit_status or 128 + number
+            self._launch.leave()
+        self.reactor.callFromThread(self._stop, number)
+
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if not self._ending:
+            self._log.info("{signal}: stopping", signal=name)
+            # Twisted's handler would end the process by the same signal after all is done.
+            self._stop_reactor()
+        else:
+            self._log.info("{signal}: not waiting any longer", signal=name)
+            # As shells do for a process that a signal has ended.
+            self.exit_status = self.exit_status or 128 + number
+            self.backend.abort()
+
+    def _stop_reactor(self) -> None:
+        from twisted.internet import reactor
+
+        self._ending = True  # before stopService is called, which is a turn of the reactor later
+        reactor.callWhenRunning(reactor.stop)
+
+    def stopService(self) -> Deferred[None]:
+        """Drain, close the listening sockets and remove their files. Fires when that is done."""
+        self._ending = True
+        if self._stopped is None:
+            super().stopService()
+            self._stopped = Deferred.fromCoroutine(self._drain())
+        done: Deferred[None] = Deferred()
+        self._stopped.chainDeferred(done)
+        return done
+
+    async def _drain(self) -> None:
+        self._report_start(self.backend.unready)
+        if self._slices is not None:
+            self._slices.cancel()
+        remove_files(self.backend.listeners, self._log)
+        await self.backend.drain()
+        for repeated in (self._ticking, self._watchdog):
+            if repeated.running:
+                repeated.stop()
+        self._meter.stop()
+        self._reaper.stop()
+        self._status_server.stop()

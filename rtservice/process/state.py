@@ -1,0 +1,34 @@
+"""The states of a service, in one process or with workers, and the order in which they follow each other.
+
+STARTING ──→ SERVING ──→ DRAINING ──→ STOPPED
+    ├────────────────────→┘              ↑
+    └────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class State(Enum):
+    """The state of a service."""
+
+    STARTING = "starting"  # sockets are bound, and queue clients
+    SERVING = "serving"  # every listener accepts
+    DRAINING = "draining"  # no new clients; open connections have a limited time to end
+    STOPPED = "stopped"  # no connection, no listener
+
+
+_MOVES = {
+    State.STARTING: {State.SERVING, State.DRAINING, State.STOPPED},
+    State.SERVING: {State.DRAINING},
+    State.DRAINING: {State.STOPPED},
+    State.STOPPED: set[State](),
+}
+
+
+def advance(state: State, following: State) -> State:
+    """Return the state that follows; raises RuntimeError where it cannot follow."""
+    if following not in _MOVES[state]:
+        raise RuntimeError(f"a process that is {state.value} cannot become {following.value}")
+    return following

@@ -1,0 +1,19 @@
+"""A Launch that starts without a check, and reports to nothing but what the test gives."""
+
+from typing import Any
+
+from rtservice.process.service import Launch
+from rtservice.process.systemd import Notifier
+
+
+def launch(**fields: Any) -> Launch:
+    """Return a Launch with these fields."""
+    defaults: dict[str, Any] = {
+        "check": lambda: None,
+        "report": lambda problem: None,
+        "leave": lambda: None,
+        "notifier": Notifier(),
+        "dropped": lambda: 0,
+        "log_observer": None,
+    }
+    return Launch(**{**defaults, **fields})
