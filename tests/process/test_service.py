@@ -1,0 +1,192 @@
+"""What the main process does for any backend."""
+
+import signal
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger, formatEvent
+
+from rtservice.process.service import ServiceProcess
+from rtservice.process.state import State
+from rtservice.process.status_server import StatusServer
+from tests.support.fake_reactor import FakeReactor
+from tests.support.launch import launch
+from tests.support.notifier import Notifier
+
+
+class FakeBackend:
+    """A backend that does what the test says."""
+
+    listeners: tuple[Any, ...] = ()
+    signals: dict[int, Callable[[], None]] = {}  # never changed
+    tick_interval = 1.0
+    alive = True
+    replacing = watches_certificates = exits_at_once = False
+    ready = True
+    status = standing = "fine"
+    unready = "told to stop too early"
+
+    def __init__(self) -> None:
+        self.state = State.STARTING
+        self.calls: list[str] = []
+        self.drained: Deferred[None] = Deferred()
+
+    def prepare(self, host: ServiceProcess) -> None:
+        self.host = host
+
+    def start(self, reactor: Any) -> None:
+        self.state = State.SERVING
+        self.host.accepting()
+        self.host.ready()
+
+    def tick(self) -> None:
+        self.calls.append("tick")
+
+    def abort(self) -> None:
+        self.calls.append("abort")
+
+    def drain(self) -> Deferred[None]:
+        self.state = State.DRAINING
+        self.host.draining()
+        return self.drained
+
+
+class Listener:
+    """A listener with a file that the test changes."""
+
+    name = "ssl:1"
+    certificates = warnings = ()
+    revocation = None
+    initial_fingerprint = ()
+
+    def tls_files(self) -> tuple[str, ...]:
+        return ()
+
+
+class Running:
+    """A ServiceProcess that serves with a FakeBackend, and reloads without doing anything."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **backend: Any) -> None:
+        self.clock: Any = FakeReactor()
+        self.clock.callFromThread = lambda call, *arguments: call(*arguments)
+        self.events: list[Any] = []
+        self.reports: list[str | None] = []
+        self.left: list[bool] = []
+        self.reloads: list[str] = []
+        self.alone = False  # whether certificates can be renewed without a reload
+        self.notifier: Any = Notifier()
+        self.handlers: dict[int, Callable[[int, Any], Any]] = {}
+        monkeypatch.setattr("twisted.internet.reactor", self.clock)
+        monkeypatch.setattr(signal, "signal", self.handlers.__setitem__)
+        self.backend: Any = FakeBackend()
+        vars(self.backend).update(backend)
+        log = Logger(observer=self.events.append)
+        self.service = ServiceProcess(
+            self.backend,
+            SimpleNamespace(steps=lambda: self._record("reload"), renewal=self._renewal),
+            log=log,
+            launch=launch(report=self.reports.append, leave=lambda: self.left.append(True), notifier=self.notifier),
+            status_server=StatusServer(log),
+        )
+        self.service.startService()
+
+    def _record(self, what: str):
+        self.reloads.append(what)
+        yield
+
+    def _renewal(self):
+        return self._record("renewal") if self.alone else None
+
+    def send(self, number: int) -> None:
+        self.handlers[number](number, None)
+        self.clock.advance(1)
+
+
+def test_a_start_is_reported_once_and_a_later_failure_ends_the_process(monkeypatch) -> None:
+    one = Running(monkeypatch)
+    assert one.reports == [None]
+    assert one.notifier.said == ["READY"]
+    one.service.failed("a listener is broken")
+    one.service.failed("another one, too")
+    assert one.reports == [None]
+    assert (one.service.exit_status, one.clock.stops, one.backend.calls) == (1, 1, ["abort"])
+    assert [str(formatEvent(event)) for event in one.events] == ["cannot start: a listener is broken"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_third_signal_ends_the_process_only_if_no_other_is_left_behind(monkeypatch, alone) -> None:
+    one = Running(monkeypatch, exits_at_once=alone)
+    one.clock.stop = one.service.stopService
+    for _ in range(3):
+        assert not one.left
+        one.send(signal.SIGTERM)
+    assert one.left == [True] * alone
+    assert one.service.exit_status == 128 + signal.SIGTERM
+    assert "abort" in one.backend.calls
+
+
+def test_the_end_of_a_reload_is_reported_once_the_backend_has_replaced_all(monkeypatch) -> None:
+    one = Running(monkeypatch, replacing=True)
+    one.send(signal.SIGHUP)
+    assert (one.reloads, one.notifier.said) == (["reload"], ["READY", "RELOADING"])
+    one.send(signal.SIGHUP)
+    one.backend.replacing = False
+    for _ in range(2):
+        one.service.reloaded()
+    assert one.notifier.said == ["READY", "RELOADING", "RELOADING", "READY"]
+
+
+def test_readiness_ends_with_the_signal_and_before_the_drain(monkeypatch) -> None:
+    one = Running(monkeypatch)
+    assert one.service.standing == (True, "fine")
+    one.send(signal.SIGTERM)
+    assert one.service.standing == (False, "fine")
+    assert one.backend.state is State.SERVING
+    one.send(signal.SIGHUP)
+    assert one.reloads == []
+
+
+@pytest.mark.parametrize(("alone", "done", "said"), [(True, "renewal", []), (False, "reload", ["RELOADING", "READY"])])
+def test_changed_certificates_are_renewed_alone_or_by_a_reload(monkeypatch, alone, done, said) -> None:
+    listener = Listener()
+    one = Running(monkeypatch, watches_certificates=True, listeners=(listener,))
+    one.alone = alone
+    one.clock.pump([1] * 3)
+    assert one.reloads == []
+    listener.tls_files = lambda: (__file__,)  # type: ignore[method-assign]  # it is the test's own
+    one.clock.pump([1] * 3)
+    assert one.reloads == [done]
+    assert one.notifier.said == ["READY", *said]
+
+
+def test_a_check_that_fails_is_logged_and_does_not_end_the_others(monkeypatch) -> None:
+    one = Running(monkeypatch)
+    one.backend.tick = lambda: 1 / 0
+    one.clock.pump([1] * 2)
+    del one.backend.tick
+    one.clock.pump([1] * 2)
+    assert [event["log_failure"].type for event in one.events if "log_failure" in event] == [ZeroDivisionError] * 2
+    assert one.backend.calls == ["tick"] * 2
+
+
+def test_the_watchdog_is_not_notified_while_the_backend_is_not_alive(monkeypatch) -> None:
+    one = Running(monkeypatch)
+    one.clock.pump([1] * 3)
+    assert one.notifier.signs == 4
+    one.backend.alive = False
+    one.clock.pump([1] * 3)
+    assert one.notifier.signs == 4
+
+
+def test_a_stop_waits_for_the_backend_and_leaves_nothing_to_be_called(monkeypatch) -> None:
+    one = Running(monkeypatch)
+    done, again = one.service.stopService(), one.service.stopService()
+    assert one.notifier.said == ["READY", "STOPPING"]
+    one.clock.pump([1] * 3)
+    assert (done.called, again.called) == (False, False)
+    one.backend.drained.callback(None)
+    assert (done.called, again.called) == (True, True)
+    assert one.clock.getDelayedCalls() == []
