@@ -112,7 +112,7 @@ FIELDS = {
     "stack": Field(_TEXT, "stack of the blocked thread"),
     "status": Field(_TEXT, "state of the service in one line"),
     "suppressed": Field(_INTEGER, "number of records left out since the last one of this kind"),
-    "task": Field(_TEXT, "background task: `reload`, `certificate check` or `certificate log`"),
+    "task": Field(_TEXT, "task: `reload`, `certificate check`, `certificate log` or `periodic check`"),
     "uid": Field((int, _NONE), "user id, or null if it is not changed"),
     "warning": Field(_TEXT, "the whole text; JSON logs have it as `message` only"),
     "worker": Field(_TEXT, "number and process id of a worker, for people: `worker 2 (pid 4711)`"),
@@ -130,6 +130,13 @@ START_FAILED = Event(
     "cannot start: {problem}",
     fields=("problem",),
     meaning="The service cannot start. The same line is on standard error.",
+)
+SERVICE_FAILED = Event(
+    "service.failed",
+    _critical,
+    "cannot serve: {problem}",
+    fields=("problem",),
+    meaning="A listener fails while the service runs, which ends the process with a non-zero exit status.",
 )
 START_EXCEPTION = Event(
     "start.exception",
@@ -438,14 +445,14 @@ TASK_CANCELLED = Event(
     _info,
     "{task} cancelled: the service stops",
     fields=("task",),
-    meaning="A background task was in progress when the stop signal arrived.",
+    meaning="A task was in progress when the stop signal arrived.",
 )
 TASK_FAILED = Event(
     "task.failed",
     _critical,
     "{task} failed",
     fields=("task",),
-    meaning="A bug: an unexpected exception in a background task.",
+    meaning="A bug: an unexpected exception in a task.",
 )
 
 # --- workers ---
@@ -554,12 +561,6 @@ WORKER_TOO_LARGE = Event(
     "{worker} is replaced: {memory} MiB exceed --max-worker-memory",
     fields=("worker", "slot", "pid", "memory"),
     meaning="A worker is replaced because of its memory. No client is refused.",
-)
-WORKER_CHECK_FAILED = Event(
-    "worker.check_failed",
-    _critical,
-    "checking the workers failed",
-    meaning="A bug. The next check follows in a second.",
 )
 WORKER_START_EXCEPTION = Event(
     "worker.start_exception",
@@ -709,7 +710,7 @@ EVENTS = {event.name: event for event in list(globals().values()) if isinstance(
 
 # The areas of the reference, each with the first words of its events.
 AREAS = {
-    "Start": ("start", "privileges", "systemd"),
+    "Start": ("start", "service", "privileges", "systemd"),
     "Listeners": ("listener", "accept"),
     "Connections": ("connection", "proxy"),
     "Hosted protocols": ("protocol", "factory", "echo", "reactor"),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -18,13 +19,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from twisted.internet.defer import Deferred
 
 from rtservice.net.connection import Connection
 from rtservice.net.port import Port
+
+_T = TypeVar("_T")
 
 DEADLINE = 30  # seconds for something that takes a fraction of one; generous, since test machines are busy
 
@@ -77,8 +80,19 @@ def serve() -> Iterator[Callable[..., Port]]:
         blockon(waiting)
 
 
+JSON_LOGGER = "--logger=rtservice.observe.logs.json"
+
+# The ends of a reload.
+_RELOADED = ("reload.done", "reload.failed", "worker.not_replaced")
+
+
 class Service:
-    """A `twistd` process in the foreground. `lines` contains its output so far."""
+    """A `twistd` process in the foreground, which logs as JSON.
+
+    `records` are its log records so far, as dictionaries; `events` are those that have an event. `lines` are all lines
+    of its output: the records as JSON, and what is printed, such as the reason why a start fails. Tests should wait for
+    events, since texts may change.
+    """
 
     def __init__(
         self,
@@ -89,6 +103,8 @@ class Service:
         pass_fds: tuple[int, ...] = (),
     ) -> None:
         self.lines: list[str] = []
+        self.records: list[dict[str, Any]] = []
+        self._ended = False  # all output was read
         self._news = threading.Condition()
         self.process = subprocess.Popen(
             [*(launcher or []), *command],
@@ -107,29 +123,57 @@ class Service:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            record = _record(line)
             with self._news:
                 self.lines.append(line.rstrip("\n"))
+                if record is not None:
+                    self.records.append(record)
                 self._news.notify_all()
         with self._news:
+            self._ended = True
             self.lines.append("<end of output>")
             self._news.notify_all()
 
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The log records so far that have an event."""
+        return [record for record in list(self.records) if "event" in record]
+
+    def wait_event(self, name: str, count: int = 1, **fields: Any) -> dict[str, Any]:
+        """Wait for an event with these fields, the one with number `count`, and return its record.
+
+        The value of a field may be a compiled regular expression, which is searched for in the field's text. The
+        reference of events lists names and fields. `message` is the text of the record, `slot` the number of the worker
+        that logged it. Raises AssertionError if the process ends, or after 30 seconds.
+        """
+        wanted = {"event": name, **fields}
+        return self._wait(lambda: _matching(list(self.records), wanted), count, f"event {wanted}")
+
     def wait_line(self, pattern: str, count: int = 1) -> str:
-        """Wait for the line number `count` that matches a regular expression. Raises AssertionError after DEADLINE."""
+        """Wait for a line of output that matches a regular expression, the one with number `count`, and return it.
+
+        For output that is no event, such as what is printed. Raises AssertionError as `wait_event`.
+        """
+        return self._wait(
+            lambda: [line for line in list(self.lines) if re.search(pattern, line)], count, f"line {pattern!r}"
+        )
+
+    def _wait(self, find: Callable[[], list[_T]], count: int, what: str) -> _T:
         end = time.monotonic() + DEADLINE
         with self._news:
             while True:
-                found = [line for line in self.lines if re.search(pattern, line)]
+                found = find()
                 if len(found) >= count:
                     return found[count - 1]
-                ended = self.lines and self.lines[-1] == "<end of output>"
-                if ended or not self._news.wait(end - time.monotonic()):
-                    raise AssertionError(f"no line {pattern!r} in:\n" + "\n".join(self.lines))
+                if self._ended or not self._news.wait(end - time.monotonic()):
+                    number = f" number {count}" if count > 1 else ""
+                    raise AssertionError(f"no {what}{number} in:\n" + "\n".join(self.lines))
 
     @property
     def port(self) -> int:
         """The TCP port that the service listens on."""
-        return int(self.wait_line(r"listening on (?:tcp|ssl):.*:\d+$").rpartition(":")[2])
+        listening = self.wait_event("listener.listening", listener=re.compile(r"^(tcp|ssl):.*:\d+$"))
+        return int(listening["listener"].rpartition(":")[2])
 
     @property
     def peak_memory(self) -> int:
@@ -141,12 +185,18 @@ class Service:
         """Connect to the service, and return the socket."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
 
-    def reload(self) -> str:
-        """Send SIGHUP, wait for the log line with the result, and return it."""
-        told = r"rtservice.*\] (reloaded[;:] |nothing is reloaded|workers are not replaced: )"
-        before = sum(bool(re.search(told, line)) for line in self.lines)
+    def reload(self) -> dict[str, Any]:
+        """Send SIGHUP, wait for the event that reports the result, and return its record.
+
+        The event is `reload.done`, `reload.failed` or `worker.not_replaced`.
+        """
+
+        def results() -> list[dict[str, Any]]:
+            return [record for record in self.events if record["event"] in _RELOADED]
+
+        before = len(results())
         self.process.send_signal(signal.SIGHUP)
-        return self.wait_line(told, before + 1)
+        return self._wait(results, before + 1, "end of the reload")
 
     def stop(self, sig: int = signal.SIGTERM) -> int:
         """Send a signal, wait until the process has exited, and return its exit status: 0 after a graceful shutdown."""
@@ -169,6 +219,29 @@ class Service:
         self._close(1)
 
 
+def _record(line: str) -> dict[str, Any] | None:
+    """The log record that a line is, if it is one."""
+    if not line.startswith('{"time": '):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:  # it was printed
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _matching(records: list[dict[str, Any]], wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        record
+        for record in records
+        if all(name in record and _is_wanted(record[name], value) for name, value in wanted.items())
+    ]
+
+
+def _is_wanted(value: Any, wanted: Any) -> bool:
+    return bool(wanted.search(str(value))) if isinstance(wanted, re.Pattern) else bool(value == wanted)
+
+
 @pytest.fixture
 def hosted(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     """Serve a protocol in a real `twistd rtservice`: `service = hosted("mine:Factory", "--workers=2")`.
@@ -179,19 +252,19 @@ def hosted(tmp_path: Path) -> Iterator[Callable[..., Service]]:
     started: list[Service] = []
 
     def start(protocol: str, *arguments: str, **env: str) -> Service:
-        twistd = [str(Path(sys.executable).parent / "twistd"), "--nodaemon", "--pidfile=", "rtservice"]
+        twistd = [str(Path(sys.executable).parent / "twistd"), "--nodaemon", "--pidfile=", JSON_LOGGER, "rtservice"]
         where = any(argument.startswith(("--listen", "--port", "-l", "-p")) for argument in arguments)
         listen = [] if where else ["--listen=tcp:0:interface=127.0.0.1"]
         importable = os.pathsep.join(filter(None, sys.path))
-        one = Service(
+        service = Service(
             [*twistd, f"--protocol={protocol}", *listen, *arguments],
             tmp_path,
             {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": importable, **env},
         )
-        started.append(one)
-        one.wait_line("listening on")
-        return one
+        started.append(service)
+        service.wait_event("listener.listening")
+        return service
 
     yield start
-    for one in started:
-        one.kill()
+    for service in started:
+        service.kill()

@@ -55,7 +55,6 @@ MAY_IMPORT = {
     "testing": {"net"},
     "first": {"process"},
     "tap": {
-        "events",
         "first",
         "hosting",
         "config",

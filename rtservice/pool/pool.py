@@ -15,13 +15,28 @@ from twisted.logger import LogEvent, Logger, globalLogPublisher
 from twisted.python.failure import Failure
 
 from rtservice.counted import counted
+from rtservice.events import (
+    DRAIN_DONE,
+    RELOAD_DONE,
+    SLOT_NOT_ADDED,
+    SLOT_NOT_REMOVED,
+    SLOT_REMOVED,
+    WORKER_ENDED,
+    WORKER_KILLED,
+    WORKER_NOT_REPLACED,
+    WORKER_READY,
+    WORKER_RESTARTING,
+    WORKER_SPAWN_FAILED,
+    WORKER_TOO_LARGE,
+    WORKER_TOO_OLD,
+)
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
 from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT, FIRST_SOCKET
 from rtservice.pool.query import Queries
 from rtservice.pool.rollout import Rollout, backoff_of_death, count_replacement
 from rtservice.pool.slot import Slot
-from rtservice.pool.totals import Totals
+from rtservice.pool.totals import Totals, signal_name
 from rtservice.pool.worker_messages import WorkerMessages
 from rtservice.pool.worker_process import KILL_AFTER, WorkerProcess, WorkerSpec
 from rtservice.process.backend import ConnectionRows, Host
@@ -134,7 +149,7 @@ class WorkerPool:
             # Most often it is the user of --uid who may not run the interpreter.
             self._refusal = f"no worker can be spawned: {self._command[0]}: {problem.strerror}"
             if self.state is not State.STARTING:
-                self.log.error("slot {slot}: {problem}", slot=slot.number, problem=self._refusal)
+                WORKER_SPAWN_FAILED.log(self.log, slot=slot.number, problem=self._refusal)
             return None
         self.totals.count_start(slot.number)
         worker.send("start", self._spec.start(slot.number, len(self.slots)))
@@ -157,7 +172,7 @@ class WorkerPool:
             slot.old.append(slot.worker)
             slot.worker.drain()
             slot.worker, slot.successor = worker, None
-        self.log.info("{worker} is ready", worker=str(worker), slot=slot.number)
+        WORKER_READY.log(self.log, **worker.identity)
         if self.state is State.STARTING and all(slot.ready for slot in self.slots):
             self._move(State.SERVING)
             self._host.accepting()
@@ -176,8 +191,7 @@ class WorkerPool:
         slot = self.slots[worker.slot]
         self.totals.count_end(worker, reason)
         self._queries.worker_gone(worker)
-        how = "has ended" if reason.check(ProcessDone) else f"has ended: {reason.getErrorMessage()}"
-        self.log.info("{worker} {how}", worker=str(worker), how=how, slot=slot.number)
+        how = self._log_end(worker, reason)
         if worker in slot.old:
             slot.old.remove(worker)
         elif worker is slot.successor:
@@ -193,8 +207,19 @@ class WorkerPool:
                 self._host.failed(worker.problem or f"{worker} {how}")
             elif slot.worker is None:
                 slot.leaving = False  # its queue was not served to the end, and it leaves once it has a worker
-                self._respawn_later(slot, worker)
+                self._respawn_later(slot, worker, worker.problem or f"{worker} {how}")
         self._reconcile()
+
+    def _log_end(self, worker: WorkerProcess, reason: Failure) -> str:
+        """Log how a worker process has ended; returns it as text."""
+        number: int | None = getattr(reason.value, "signal", None)
+        if number is not None:
+            name = signal_name(number)
+            WORKER_KILLED.log(self.log, **worker.identity, signal=name)
+            return f"was ended by {name}"
+        status: int = getattr(reason.value, "exitCode", None) or 0
+        WORKER_ENDED.log(self.log, **worker.identity, exit_status=status)
+        return f"ended with status {status}"
 
     def answered(self, worker: WorkerProcess, number: int, rows: list[list[Any]]) -> None:
         """Take a worker's answer to a question."""
@@ -210,21 +235,16 @@ class WorkerPool:
         for line in lines:
             self._access(line)
 
-    def _respawn_later(self, slot: Slot, worker: WorkerProcess | None) -> None:
+    def _respawn_later(self, slot: Slot, worker: WorkerProcess | None, problem: str) -> None:
         seconds = backoff_of_death(slot, worker, self.reactor.seconds(), random.random())
-        self.log.error(
-            "slot {slot} gets a new worker in {seconds:.1f} s{problem}",
-            slot=slot.number,
-            seconds=seconds,
-            problem=f": {worker.problem}" if worker is not None and worker.problem else "",
-        )
+        WORKER_RESTARTING.log(self.log, slot=slot.number, seconds=seconds, problem=problem)
         slot.respawn = self.reactor.callLater(seconds, self._respawn, slot)
 
     def _respawn(self, slot: Slot) -> None:
         slot.respawn = None
         slot.worker = self._spawn(slot)
         if slot.worker is None:
-            self._respawn_later(slot, None)
+            self._respawn_later(slot, None, self._refusal)
 
     def _workers(self) -> list[WorkerProcess]:
         return [worker for slot in self.slots for worker in slot.workers()]
@@ -269,7 +289,7 @@ class WorkerPool:
         assert worker is not None
         if not worker.spec.max_age or now - worker.began < worker.age:
             return False
-        self.log.info("{worker} has reached its age", worker=str(worker))
+        WORKER_TOO_OLD.log(self.log, **worker.identity)
         self._replace([slot])
         return True
 
@@ -286,7 +306,7 @@ class WorkerPool:
         memory = worker.counters.get(MEMORY, 0)
         if not worker.spec.max_memory or memory <= worker.spec.max_memory:
             return False
-        self.log.info("{worker} has {memory} MiB of memory", worker=str(worker), memory=int(memory) >> 20)
+        WORKER_TOO_LARGE.log(self.log, **worker.identity, memory=int(memory) >> 20)
         return True
 
     # --- the state of the service ---
@@ -351,10 +371,10 @@ class WorkerPool:
             self._rollout.add(slots)
             self._reconcile()
 
-    def _stop_rollout(self, why: str) -> None:
+    def _stop_rollout(self, problem: str) -> None:
         """Keep the workers that serve, since a new one fails, and replace none for a while."""
         reloaded = self._rollout.fail(self.reactor.seconds())
-        self.log.error("workers are not replaced: {why}", why=why)
+        WORKER_NOT_REPLACED.log(self.log, problem=problem)
         if reloaded:
             self._host.reloaded()
 
@@ -376,7 +396,7 @@ class WorkerPool:
                 return
             self._stop_rollout(self._refusal)
         if self._rollout.end_reload():
-            self.log.info("reloaded: {status}", status=self.status)
+            RELOAD_DONE.log(self.log, status=self.status)
             self._host.reloaded()
         self._adjust()
 
@@ -402,7 +422,7 @@ class WorkerPool:
     def remove_slot(self) -> None:
         """Remove a worker. Called for SIGTTOU."""
         if self._wanted == 1:
-            self.log.warn("SIGTTOU: the last worker stays")
+            SLOT_NOT_REMOVED.log(self.log)
             return
         self._wanted -= 1
         self._reconcile()
@@ -429,7 +449,7 @@ class WorkerPool:
             for listener in added:
                 listener.remove_slot()
             self._wanted = len(self.slots)
-            self.log.error("no worker can be added: {problem}", problem=problem)
+            SLOT_NOT_ADDED.log(self.log, problem=str(problem))
             return
         slot = Slot(len(self.slots))
         self.slots.append(slot)
@@ -446,7 +466,7 @@ class WorkerPool:
         for listener in self.listeners:
             listener.remove_slot()
         self.slots.remove(slot)
-        self.log.info("slot {slot} is gone", slot=slot.number)
+        SLOT_REMOVED.log(self.log, slot=slot.number)
         self._share()
         self._reconcile()
 
@@ -491,8 +511,8 @@ class WorkerPool:
         self._reconcile()
         await self._drained
         ended = self.totals.ended()
-        self.log.info(
-            "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
+        DRAIN_DONE.log(
+            self.log,
             ended=ended.get(DRAIN_ENDED, 0) - before.get(DRAIN_ENDED, 0),
             aborted=ended.get(DRAIN_ABORTED, 0) - before.get(DRAIN_ABORTED, 0),
             seconds=self.reactor.seconds() - began,

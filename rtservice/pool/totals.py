@@ -16,6 +16,11 @@ from rtservice.process.counters import CounterKey, add
 _SIGNALS = frozenset(signal.Signals)
 
 
+def signal_name(number: int) -> str:
+    """Return the name of a signal. Of real-time signals, Python has names for the first and the last only."""
+    return signal.Signals(number).name if number in _SIGNALS else f"signal {number}"
+
+
 class Totals:
     """Counters by the number of the slot, which outlive its workers and the slot."""
 
@@ -43,8 +48,7 @@ class Totals:
                 self.counters_of(worker.slot).add(ended, {key: count})
         how = "failed" if worker.problem or not reason.check(ProcessDone) else "ended"
         if (killed := getattr(reason.value, "signal", None)) is not None:
-            # Real-time signals have no names in Python, but for the first and the last.
-            how = signal.Signals(killed).name if killed in _SIGNALS else f"signal {killed}"
+            how = signal_name(killed)
         add(self.exits.setdefault(worker.slot, {}), {how: 1})
 
     def ended(self) -> dict[CounterKey, float]:

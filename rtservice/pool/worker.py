@@ -20,7 +20,15 @@ from twisted.python.failure import Failure
 from rtservice.config.schema import Settings
 from rtservice.config.sources import LoadedSettings, load_settings
 from rtservice.config.values import SettingError
-from rtservice.counted import counted
+from rtservice.events import (
+    CONNECTION_LIST_FAILED,
+    DRAIN_FAILED,
+    LOG_DROPPED,
+    SERVICE_FAILED,
+    START_FAILED,
+    SUPERVISOR_MESSAGE_FAILED,
+    WORKER_START_EXCEPTION,
+)
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.factory import make_factory
 from rtservice.net.listener import Listener
@@ -121,7 +129,7 @@ class Worker(Protocol):
         except Exception as problem:
             # Its later messages cannot be understood either. Clients may finish, and another worker takes over.
             self._deaf = True
-            _log.error("the supervisor sent what cannot be: draining: {problem}", problem=ascii(problem)[:200])
+            SUPERVISOR_MESSAGE_FAILED.log(_log, problem=ascii(problem)[:200])
             self._drain([])
 
     def _received(self, word: str, value: Any) -> None:
@@ -148,7 +156,7 @@ class Worker(Protocol):
             rows.addCallback(self._send_rows, value["id"])
 
     def _no_rows(self, failure: Failure) -> list[list[Any]]:
-        self._log.failure("listing the connections failed", failure)
+        CONNECTION_LIST_FAILED.failure(self._log, failure)
         return []  # without an answer this process counts as one that does not read its messages
 
     def _send_rows(self, rows: list[list[Any]], number: int) -> None:
@@ -173,8 +181,7 @@ class Worker(Protocol):
         dropped, self._dropped = self._dropped, 0
         self._dropped_before += dropped
         if dropped and self._server is not None:
-            records = f"{counted(dropped, 'record')} {'was' if dropped == 1 else 'were'}"
-            self._log.warn("{records} dropped: too many at once", records=records, count=dropped)
+            LOG_DROPPED.log(self._log, count=dropped)
 
     def stopProducing(self) -> None:
         self._full = True
@@ -192,7 +199,7 @@ class Worker(Protocol):
 
     def _not_loaded(self, failure: Failure) -> None:
         if not failure.check(CancelledError):  # it was told to end
-            _log.failure("a worker cannot start", failure)
+            WORKER_START_EXCEPTION.failure(_log, failure)
             self._fail(repr(failure.value))
 
     def _loaded(self, result: object) -> None:
@@ -208,7 +215,7 @@ class Worker(Protocol):
         except GeneratorExit:  # it was told to end
             raise
         except BaseException as error:  # SystemExit too: the supervisor needs a reason to show
-            _log.failure("a worker cannot start")
+            WORKER_START_EXCEPTION.failure(_log)
             self._fail(repr(error))
 
     def _serve(self, given: dict[str, Any]) -> Steps[None]:
@@ -253,10 +260,11 @@ class Worker(Protocol):
         """End this process: its server cannot serve. The supervisor starts another one."""
         if self._draining or self._ending:
             return
-        self._log.critical("cannot start: {problem}", problem=problem)
         if self._ready:
+            SERVICE_FAILED.log(self._log, problem=problem)
             self._end()
         else:
+            START_FAILED.log(self._log, problem=problem)
             self._fail(problem)
 
     def draining(self) -> None:
@@ -339,7 +347,7 @@ class Worker(Protocol):
 
     def _drained(self, result: object) -> None:
         if isinstance(result, Failure):
-            self._log.failure("a drain failed", result)
+            DRAIN_FAILED.failure(self._log, result)
         if self._beating.running:
             self._beat()
             self._beating.stop()

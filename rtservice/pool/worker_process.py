@@ -13,9 +13,18 @@ from typing import Any, Protocol
 
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.protocol import ProcessProtocol
-from twisted.logger import LogEvent, Logger, LogLevel
+from twisted.logger import LogEvent, Logger
 from twisted.python.failure import Failure
 
+from rtservice.events import (
+    WORKER_HUNG,
+    WORKER_MESSAGE_FAILED,
+    WORKER_PRINTED,
+    WORKER_PRINTED_ERROR,
+    WORKER_START_TIMED_OUT,
+    WORKER_UNRESPONSIVE,
+    WORKER_VIOLATION,
+)
 from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT, ProtocolViolation, encode
 from rtservice.pool.intake import Intake
 from rtservice.pool.printed import Line, PrintedLines
@@ -151,15 +160,15 @@ class WorkerProcess(ProcessProtocol):
         self._exited = False
         self._end_call: Any = None
         self._reason: Failure | None = None  # why its process has ended
-        self._pid = 0
+        self.pid = 0
 
     def connectionMade(self) -> None:
-        self._pid = self.transport.pid
+        self.pid = self.transport.pid
         self._intakes = {
             CONTROL_OUT: self._intake(CONTROL_OUT, self._messages, self._received),
             # The levels that twistd gives to both.
-            1: self._intake(1, self._printed[1], lambda line: self._prints(LogLevel.info, line)),
-            2: self._intake(2, self._printed[2], lambda line: self._prints(LogLevel.error, line)),
+            1: self._intake(1, self._printed[1], self._prints),
+            2: self._intake(2, self._printed[2], self._prints_error),
         }
 
     def _intake(self, descriptor: int, decoder: Any, take: Callable[[Any], None]) -> Intake:
@@ -184,13 +193,12 @@ class WorkerProcess(ProcessProtocol):
         self.phase = phase
 
     def __str__(self) -> str:
-        return f"worker {self.slot} (pid {self._pid})"
+        return f"worker {self.slot} (pid {self.pid})"
 
-    def _log_error(self, text: str, **fields: object) -> None:
-        self._log(LogLevel.error, text, **fields)
-
-    def _log(self, level: Any, text: str, **fields: object) -> None:
-        self.supervisor.log.emit(level, "{worker} " + text, worker=str(self), slot=self.slot, **fields)
+    @property
+    def identity(self) -> dict[str, object]:
+        """The fields of an event by which it names a worker process."""
+        return {"worker": str(self), "slot": self.slot, "pid": self.pid}
 
     # --- from the supervisor to the worker ---
 
@@ -264,22 +272,17 @@ class WorkerProcess(ProcessProtocol):
         hang_timeout = self.spec.hang_timeout
         if self.phase is Phase.STARTING:
             if now - self.began >= self.supervisor.start_deadline:
-                self._log_error(
-                    "is not ready after {seconds:g} s, and is killed", seconds=self.supervisor.start_deadline
-                )
+                WORKER_START_TIMED_OUT.log(self.supervisor.log, **self.identity, seconds=self.supervisor.start_deadline)
                 self.signal(signal.SIGKILL)
         elif self._dumped:
             self.signal(signal.SIGKILL)
         elif hang_timeout and now - self.heard >= hang_timeout:
-            self._log_error(
-                "gave no sign of life for {seconds:.1f} s: it is to print its stack, and is killed",
-                seconds=now - self.heard,
-            )
+            WORKER_HUNG.log(self.supervisor.log, **self.identity, seconds=now - self.heard)
             self._dumped = True  # it has until the next check
             self.signal(signal.SIGUSR2)
         elif hang_timeout and self._asked_at and now - min(self._asked_at.values()) >= hang_timeout:
             # It sends heartbeats, and does not read its messages.
-            self._log_error("has not answered for {seconds:.1f} s, and is killed", seconds=hang_timeout)
+            WORKER_UNRESPONSIVE.log(self.supervisor.log, **self.identity, seconds=hang_timeout)
             self.signal(signal.SIGKILL)
 
     def is_silent(self, now: float) -> bool:
@@ -299,9 +302,9 @@ class WorkerProcess(ProcessProtocol):
     def _violates(self, problem: Exception) -> None:
         """Kill it: it sent what it must not send, or what this process cannot handle."""
         if isinstance(problem, ProtocolViolation):
-            self._log_error("violated the control protocol, and is killed: {problem}", problem=str(problem))
+            WORKER_VIOLATION.log(self.supervisor.log, **self.identity, problem=str(problem))
         else:
-            self._log_error("sent what cannot be handled, and is killed: {problem}", problem=ascii(problem)[:200])
+            WORKER_MESSAGE_FAILED.log(self.supervisor.log, **self.identity, problem=ascii(problem)[:200])
         self._intakes[CONTROL_OUT].close()
         self.transport.closeChildFD(CONTROL_OUT)
         self.signal(signal.SIGKILL)
@@ -335,9 +338,13 @@ class WorkerProcess(ProcessProtocol):
                     self.move(Phase.READY)
                     supervisor.worker_ready(self)
 
-    def _prints(self, level: Any, line: Line) -> None:
-        """Log a line that it, or its interpreter, has printed: most often the traceback that it died with."""
-        self._log(level, "printed: {line}", line=line.text)
+    def _prints(self, line: Line) -> None:
+        """Log a line that it has printed to standard output."""
+        WORKER_PRINTED.log(self.supervisor.log, **self.identity, line=line.text)
+
+    def _prints_error(self, line: Line) -> None:
+        """Log a line that it, or its interpreter, has printed to standard error: often the last traceback."""
+        WORKER_PRINTED_ERROR.log(self.supervisor.log, **self.identity, line=line.text)
 
     def childConnectionLost(self, childFD: int) -> None:
         if childFD in (CONTROL_IN, CONTROL_OUT):  # it is about to end, or is broken

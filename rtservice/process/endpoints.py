@@ -9,6 +9,7 @@ from twisted.internet.defer import maybeDeferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from rtservice.events import LISTENER_LISTENING, LISTENER_STOP_FAILED
 from rtservice.net.description import ListenError
 
 
@@ -52,7 +53,7 @@ class Endpoints:
             port.stopListening()
             return
         self._ports.append(port)
-        self._log.info("listening on {listener}", listener=f"{description} ({port.getHost()})")
+        LISTENER_LISTENING.log(self._log, listener=f"{description} ({port.getHost()})")
         listening()
 
     def _fail_late(
@@ -72,4 +73,4 @@ class Endpoints:
             maybeDeferred(port.stopListening).addErrback(self._not_stopped)
 
     def _not_stopped(self, failure: Failure) -> None:
-        self._log.failure("a listener failed to stop", failure)
+        LISTENER_STOP_FAILED.failure(self._log, failure)

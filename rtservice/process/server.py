@@ -11,10 +11,18 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
-from twisted.logger import Logger, LogLevel
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from rtservice.counted import counted
+from rtservice.events import (
+    CONNECTION_LIMIT_UNREACHABLE,
+    DRAIN_DONE,
+    DRAIN_STARTED,
+    FACTORY_FAILED,
+    FACTORY_METRICS_REJECTED,
+    FACTORY_START_FAILED,
+)
 from rtservice.interfaces import IDrainable, IMetrics, IStartable
 from rtservice.net.listener import Listener
 from rtservice.net.phases import OPEN
@@ -158,7 +166,7 @@ class Server:
     def _factory_failed(self, failure: Failure) -> None:
         if self.state is not State.STARTING:  # the drain has cancelled its start
             return
-        self._log.failure("{factory} failed", failure, LogLevel.debug, factory=self._factory_name)
+        FACTORY_START_FAILED.failure(self._log, failure, factory=self._factory_name)
         self._host.failed(f"{self._factory_name} did not start: {one_line(failure)}")
 
     def _start_failed(self, failure: Failure) -> None:
@@ -259,12 +267,10 @@ class Server:
         except BaseException as error:  # sys.exit() would end the beat of a worker, and so the worker
             problem = repr(error)
             if problem != self._miscounted:
-                self._log.failure("{factory} failed in metrics", factory=self._factory_name)
+                FACTORY_FAILED.failure(self._log, factory=self._factory_name, method="metrics")
         else:
             if problem and problem != self._miscounted:
-                self._log.warn(
-                    "{factory} counts what cannot be shown: {problem}", factory=self._factory_name, problem=problem
-                )
+                FACTORY_METRICS_REJECTED.log(self._log, factory=self._factory_name, problem=problem)
         # It is asked once a second, and a problem is logged once.
         self._miscounted = problem
 
@@ -299,11 +305,8 @@ class Server:
     def _warn_of_descriptors(self) -> None:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit != resource.RLIM_INFINITY and self.settings.limits.max_connections >= limit:
-            self._log.warn(
-                "--max-connections {connections} is never reached: the limit of descriptors is {limit}",
-                connections=self.settings.limits.max_connections,
-                limit=limit,
-            )
+            connections = self.settings.limits.max_connections
+            CONNECTION_LIMIT_UNREACHABLE.log(self._log, connections=connections, limit=limit)
 
     def served(self) -> list[tuple[Listener, Port]]:
         """Return the listeners, each with the port that accepts on it, once they accept."""
@@ -331,21 +334,15 @@ class Server:
                 self._starting.cancel()
             self._host.draining()
             self._host.extend_timeout(self.settings.drain_timeout + _FLUSH_LIMIT)
-            self._log.info(
-                "draining: {connections} {have} {seconds:g} s to end",
-                connections=counted(len(connections.open), "connection"),
-                have="has" if len(connections.open) == 1 else "have",
-                count=len(connections.open),
-                seconds=self.settings.drain_timeout,
-            )
+            DRAIN_STARTED.log(self._log, count=len(connections.open), seconds=self.settings.drain_timeout)
             self._telling.clock = self.reactor
             self._telling.start(_DRAIN_INTERVAL, now=False)
             await self._end_connections()
             self._telling.stop()
             self.drain_aborted = connections.aborted - aborted
             self.drain_ended = connections.ended - ended - self.drain_aborted
-            self._log.info(
-                "drained: {ended} ended, {aborted} aborted, {seconds} s",
+            DRAIN_DONE.log(
+                self._log,
                 ended=self.drain_ended,
                 aborted=self.drain_aborted,
                 seconds=round(self.reactor.seconds() - began, 1),
@@ -368,7 +365,7 @@ class Server:
             try:
                 self.factory.doStop()
             except BaseException:
-                self._log.failure("{factory} failed in stopFactory", factory=self._factory_name)
+                FACTORY_FAILED.failure(self._log, factory=self._factory_name, method="stopFactory")
 
     def _notify_factory(self) -> None:
         try:
@@ -376,7 +373,7 @@ class Server:
             if drainable is not None:
                 drainable.drain()
         except BaseException:  # the drain must go on
-            self._log.failure("{factory} failed in drain", factory=self._factory_name)
+            FACTORY_FAILED.failure(self._log, factory=self._factory_name, method="drain")
 
     async def _end_connections(self) -> None:
         connections = self.connections

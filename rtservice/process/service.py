@@ -15,6 +15,17 @@ from twisted.logger import ILogObserver, Logger
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 
+from rtservice.events import (
+    CERTIFICATES_CHANGED,
+    LISTENER_LISTENING,
+    SERVICE_FAILED,
+    START_FAILED,
+    STOP_FORCED,
+    STOP_REPEATED,
+    STOP_REQUESTED,
+    TASK_CANCELLED,
+    TASK_FAILED,
+)
 from rtservice.net.description import ListenError
 from rtservice.net.tls import Steps, fingerprinting
 from rtservice.process.backend import Backend, ConnectionRows
@@ -178,7 +189,7 @@ class ServiceProcess(Service):
             self.backend.start(self.reactor)
 
     def _report_failure(self, problem: str) -> None:
-        self._log.critical("cannot start: {problem}", problem=problem)
+        START_FAILED.log(self._log, problem=problem)
         self._report_start(problem)
 
     def _report_start(self, problem: str | None) -> None:
@@ -191,8 +202,8 @@ class ServiceProcess(Service):
     def accepting(self) -> None:
         """Log the listeners and their certificates."""
         for listener in self.backend.listeners:
-            self._log.info("listening on {listener}", listener=listener.name)
-        self._take(logging_certificates(self._log, self.backend.listeners), "logging the certificates")
+            LISTENER_LISTENING.log(self._log, listener=listener.name)
+        self._take(logging_certificates(self._log, self.backend.listeners), "certificate log")
 
     def ready(self) -> None:
         """Report to the terminal and to the service manager that the service accepts everywhere."""
@@ -206,7 +217,10 @@ class ServiceProcess(Service):
     def failed(self, problem: str) -> None:
         """End the process with exit status 1: it cannot serve all that it was started for."""
         if not self._ending:
-            self._report_failure(problem)
+            if self._serves:
+                SERVICE_FAILED.log(self._log, problem=problem)
+            else:
+                self._report_failure(problem)
             self.exit_status = 1
             self._stop_reactor()
             self.backend.abort()  # half a service is not kept running
@@ -260,13 +274,14 @@ class ServiceProcess(Service):
         return self.backend.refresh()
 
     def _tick(self) -> None:
-        # A failure must not end the later ones.
-        with self._log.failuresHandled("a periodic check failed"):
+        try:
             if self.backend.watches_certificates and self._slices is None and not self._ending:
-                self._take(self._check_certificates(), "a look at the certificates")
+                self._take(self._check_certificates(), "certificate check")
             self.backend.tick()
             if self._notifier.connected:
                 self._notifier.status(self.backend.status)
+        except BaseException:  # it must not end the later checks
+            TASK_FAILED.failure(self._log, task="periodic check")
 
     def _notify_watchdog(self) -> None:
         if self.backend.alive:
@@ -282,7 +297,7 @@ class ServiceProcess(Service):
         # One reload for all signals before it: what it reads is newer than them. And one after the other.
         if self._reload_requested and self._serves and not self._ending and self._slices is None:
             self._reload_requested = False
-            self._take(self._reload_steps(), "a reload")
+            self._take(self._reload_steps(), "reload")
 
     def _reload_steps(self) -> Steps[None]:
         self._reloading = True
@@ -296,12 +311,11 @@ class ServiceProcess(Service):
         found = yield from self._fingerprinting()
         if found == self._fingerprint:
             return
+        CERTIFICATES_CHANGED.log(self._log)
         renewal = self._reload.renewal()
         if renewal is None:
-            self._log.info("certificates have changed")
             yield from self._reload_steps()
         else:
-            self._log.info("certificates have changed: loading them")
             self._fingerprint = found
             yield from renewal
 
@@ -311,16 +325,16 @@ class ServiceProcess(Service):
             found.append((yield from fingerprinting(listener.tls_files())))
         return found
 
-    def _take(self, steps: Steps[None], what: str) -> None:
+    def _take(self, steps: Steps[None], task: str) -> None:
         """Take these steps in slices. There is one such work at a time; a reload requested meanwhile follows it."""
 
         def over(result: object) -> None:
             self._slices = None
             if isinstance(result, Failure):
                 if result.check(CancelledError):
-                    self._log.info("{what} is given up: the service stops", what=what)
+                    TASK_CANCELLED.log(self._log, task=task)
                 else:
-                    self._log.failure("{what} failed", result, what=what)
+                    TASK_FAILED.failure(self._log, result, task=task)
             self.reloaded()  # or the service manager would wait for ever
             self._reload_if_requested()
 
@@ -335,7 +349,7 @@ class ServiceProcess(Service):
         self._signals += 1
         if self.backend.exits_at_once and (self.backend.state is State.STOPPED or self._signals > _PATIENCE):
             # The process waits for threads, or its reactor is blocked and would not call anything.
-            self._log.error("{signal}: ended as it is", signal=signal.Signals(number).name)
+            STOP_FORCED.log(self._log, signal=signal.Signals(number).name)
             self.exit_status = self.exit_status or 128 + number
             self._launch.leave()
         self.reactor.callFromThread(self._stop, number)
@@ -343,11 +357,11 @@ class ServiceProcess(Service):
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self._ending:
-            self._log.info("{signal}: stopping", signal=name)
+            STOP_REQUESTED.log(self._log, signal=name)
             # Twisted's handler would end the process by the same signal after all is done.
             self._stop_reactor()
         else:
-            self._log.info("{signal}: not waiting any longer", signal=name)
+            STOP_REPEATED.log(self._log, signal=name)
             # As shells do for a process that a signal has ended.
             self.exit_status = self.exit_status or 128 + number
             self.backend.abort()

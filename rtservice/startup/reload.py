@@ -9,6 +9,14 @@ from rtservice.config.render import shown_settings
 from rtservice.config.schema import Settings, all_settings, changes
 from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import SettingError
+from rtservice.events import (
+    CERTIFICATES_REJECTED,
+    RELOAD_DONE,
+    RELOAD_FAILED,
+    RELOAD_STARTED,
+    SETTINGS_NEED_RESTART,
+    SETTINGS_RELOADED,
+)
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.names import SHIPPED
 from rtservice.net.description import ListenError, parse
@@ -69,14 +77,14 @@ class CurrentSettings:
         changed = {setting.field: getattr(wanted, setting.field) for setting in all_settings() if setting.name in live}
         return LoadedSettings(dataclasses.replace(self.current, **changed), self._sources)
 
-    def adopt(self, wanted: Settings, log: Log, what: str) -> None:
+    def adopt(self, wanted: Settings, log: Log) -> None:
         """Use what can change from now on, and log the names of all that has changed."""
         live, restart = changes(self.current, wanted)
         log.levels.change(levels(wanted))
         self.current = self.merged(wanted).settings
-        log.info("{what}; changed: {names}", what=what, names=", ".join(live) or "no setting")
+        SETTINGS_RELOADED.log(log, settings=", ".join(live) or "none")
         if restart:
-            log.warn("a restart is needed for what changed of {names}", names=", ".join(restart))
+            SETTINGS_NEED_RESTART.log(log, settings=", ".join(restart))
 
 
 class ReloadServer:
@@ -90,7 +98,7 @@ class ReloadServer:
 
     def steps(self) -> Steps[None]:
         """Read settings and certificates, and apply them at once when all are found to be right."""
-        self._log.info("SIGHUP: reloading")
+        RELOAD_STARTED.log(self._log)
         settings = self._settings
         try:
             loaded = settings.read()
@@ -99,20 +107,21 @@ class ReloadServer:
                 settings.source.make_factory(loaded)  # it takes a restart, which must not be what finds the mistake
             adopt = yield from renewing(self._served())
         except (SettingError, ListenError) as problem:
-            self._log.error("nothing is reloaded: {problem}", problem=problem)
+            RELOAD_FAILED.log(self._log, problem=str(problem))
             return
         freeing = adopt()
         self._server.apply(runtime_settings(wanted, beside=self._status_server.descriptors))
         yield from logging_certificates(self._log, self._server.listeners)
         yield from freeing
-        settings.adopt(wanted, self._log, "reloaded")
+        settings.adopt(wanted, self._log)
+        RELOAD_DONE.log(self._log, status=self._server.status)
 
     def renewal(self) -> Steps[None]:
         """Renew the certificates alone."""
         try:
             adopt = yield from renewing(self._served())
         except ListenError as problem:
-            self._log.error("the certificates in force stay: {problem}", problem=problem)
+            CERTIFICATES_REJECTED.log(self._log, problem=str(problem))
             return
         freeing = adopt()
         yield from logging_certificates(self._log, self._server.listeners)
@@ -133,7 +142,7 @@ class ReloadWorkers:
 
     def steps(self) -> Steps[None]:
         """Read settings and certificates, and have the pool replace its workers when all are found to be right."""
-        self._log.info("reloading")
+        RELOAD_STARTED.log(self._log)
         listeners = self._pool.listeners
         try:
             wanted = self._settings.read().settings
@@ -143,10 +152,10 @@ class ReloadWorkers:
             adopt = yield from renewing(served, read)
             spec = worker_spec(self._settings.merged(wanted), listeners, self._settings.source, read)
         except (SettingError, ListenError, TLSError) as problem:
-            self._log.error("nothing is reloaded: {problem}", problem=problem)
+            RELOAD_FAILED.log(self._log, problem=str(problem))
             return
         yield from adopt()
-        self._settings.adopt(wanted, self._log, "workers are replaced")
+        self._settings.adopt(wanted, self._log)
         yield from logging_certificates(self._log, listeners)
         self._pool.apply(spec)
 

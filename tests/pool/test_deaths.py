@@ -50,7 +50,8 @@ def test_a_minute_of_health_forgets_the_deaths_before(world) -> None:
         one.processes[-1].says("ready")
     one.pass_time(60)
     one.processes[-1].dies(9)
-    assert one.texts()[-1] == "slot 1 gets a new worker in 0.1 s"
+    assert one.events[-1]["event"] == "worker.restarting"
+    assert one.events[-1]["seconds"] == pytest.approx(0.1, rel=0.26)
 
 
 def test_a_respawn_for_which_there_is_no_process_is_tried_again(world) -> None:
@@ -73,7 +74,7 @@ def test_a_signal_that_has_no_name_is_one_like_any_other(world) -> None:
     for descriptor in sorted(second.pipes):
         second.loses(descriptor)
     assert one.service.overview()["exits"] == {1: {f"signal {signal.SIGRTMIN + 6}": 1}}
-    assert one.logged("slot 1 gets a new worker in")
+    assert one.recorded("worker.restarting", slot=1)
 
 
 def test_nothing_is_sent_to_a_process_that_is_dead_and_whose_output_is_still_read(world) -> None:
@@ -103,7 +104,7 @@ def test_last_words_are_read_before_a_slot_gets_its_next_worker(world) -> None:
     second.says("beat", {"ended": 3})
     for descriptor in sorted(second.pipes):
         second.loses(descriptor)
-    assert one.logged("worker 1 (pid 1001) printed: Fatal Python error")
+    assert one.recorded("worker.printed_error", pid=1001, line="Fatal Python error")
     assert one.pool.totals.ended() == {ENDED: 3}
 
 

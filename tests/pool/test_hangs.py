@@ -12,7 +12,7 @@ def test_a_worker_that_is_not_heard_prints_its_stack_and_is_killed(world) -> Non
     assert second.signals == []
     one.pass_time(1, silent=(second,))
     assert second.signals == [signal.SIGUSR2]
-    assert one.logged("gave no sign of life for 30.0 s")
+    assert one.recorded("worker.hung", seconds=30.0)
     second.writes(b'  File "x.py", line 1 in loop\n', 2)
     one.pass_time(1, silent=(second,))
     assert second.signals == [signal.SIGUSR2, signal.SIGKILL]
@@ -21,7 +21,7 @@ def test_a_worker_that_is_not_heard_prints_its_stack_and_is_killed(world) -> Non
     one.pass_time(1)
     one.processes[-1].says("ready")
     assert one.pool.slots[1].ready
-    assert one.logged('printed:   File "x.py", line 1 in loop')
+    assert one.recorded("worker.printed_error", line='  File "x.py", line 1 in loop')
 
 
 def test_a_worker_that_hangs_while_it_drains_is_killed_as_well(world) -> None:

@@ -33,12 +33,12 @@ def test_rubbish_costs_the_worker_that_sends_it_its_life_and_nobody_else(world, 
     first, second = one.serve()
     second.writes(rubbish)
     assert second.signals == [signal.SIGKILL]
-    [said] = [text for text in one.texts() if "violated the control protocol" in text]
-    assert said.startswith("worker 1 (pid 1001) violated the control protocol, and is killed: ")
-    assert len(said) < 250
+    [violation] = one.recorded("worker.violation")
+    assert (violation["slot"], violation["pid"]) == (1, 1001)
+    assert len(violation["problem"]) < 180
     second.says("beat", {"open": 10})
     second.writes(rubbish)
-    assert len([text for text in one.texts() if "violated" in text]) == 1
+    assert len(one.recorded("worker.violation")) == 1
     second.dies(9)
     one.pass_time(1)
     one.processes[-1].says("ready")
@@ -54,7 +54,7 @@ def test_a_record_that_cannot_be_handled_costs_only_its_worker(world, monkeypatc
     monkeypatch.undo()
     assert second.killed
     assert not first.killed
-    assert one.logged("worker 1 (pid 1001) sent what cannot be handled, and is killed: ZeroDivisionError")
+    assert one.recorded("worker.message_failed", slot=1, pid=1001)[0]["problem"].startswith("ZeroDivisionError")
 
 
 def test_no_format_string_of_a_worker_is_run(world) -> None:
@@ -180,7 +180,7 @@ def test_a_worker_that_does_not_read_its_questions_is_asked_few_and_killed(world
     assert second.signals == []
     one.pass_time(10)
     assert second.signals == [signal.SIGKILL]
-    assert one.logged("worker 1 (pid 1001) has not answered for 30.0 s, and is killed")
+    assert one.recorded("worker.unresponsive", pid=1001, seconds=30.0)
     assert first.signals == []
 
 
@@ -233,14 +233,14 @@ def test_what_is_printed_is_taken_some_lines_at_a_time_and_silences_no_heartbeat
     first, second = one.serve()
     second.writes(b"\n" * 8192, 1)
     assert second.paused == {1}
-    assert len([text for text in one.texts() if "printed" in text]) == 100
+    assert len(one.recorded("worker.printed")) == 100
     second.says("beat", {"open": 7})
     assert second.protocol.counters == {OPEN_CONNECTIONS: 7}
     one.reactor.advance(0)  # all turns until a beat ends it
-    assert len([text for text in one.texts() if "printed" in text]) == 5000
+    assert len(one.recorded("worker.printed")) == 5000
     assert second.paused == {1}
     one.reactor.advance(BEAT)
-    assert len([text for text in one.texts() if "printed" in text]) == 8192
+    assert len(one.recorded("worker.printed")) == 8192
     assert second.paused == first.paused == set()
 
 
@@ -249,10 +249,10 @@ def test_what_a_worker_has_printed_before_it_died_is_in_the_log_before_it_is_rep
     [only] = one.serve()
     only.writes(b"a line\n" * 1000, 2)
     only.dies(9)
-    assert not one.logged("has ended")
+    assert not one.recorded("worker.ended", exit_status=9)
     one.reactor.advance(0)
-    assert len([text for text in one.texts() if "printed" in text]) == 1000
-    assert one.logged("has ended")
+    assert len(one.recorded("worker.printed_error")) == 1000
+    assert one.recorded("worker.ended", exit_status=9)
     one.pass_time(1)
     assert len(one.processes) == 2
 
@@ -268,7 +268,7 @@ def test_what_a_worker_prints_is_logged_by_lines_and_escaped(world) -> None:
     ]
     only.writes(b"no end", 2)
     only.dies(9)
-    assert one.logged("printed: no end")
+    assert one.recorded("worker.printed_error", line="no end")
 
 
 def test_a_line_without_end_that_is_printed_takes_no_more_than_so_much_memory(world) -> None:

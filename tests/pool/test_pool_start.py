@@ -28,7 +28,7 @@ def test_it_serves_once_all_are_ready_and_says_so_once(world) -> None:
     one.processes[0].says("ready")
     assert one.reports == [None]
     assert one.notifier.said == ["READY"]
-    assert one.logged("listening on tcp:127.0.0.1:1")
+    assert one.recorded("listener.listening", listener="tcp:127.0.0.1:1")
     assert one.pool.status == "serving: 2 of 2 workers ready, 0 connections open"
 
 
@@ -81,10 +81,7 @@ def test_a_worker_that_dies_at_the_start_without_a_word_ends_it_too(world) -> No
     one.service.startService()
     one.processes[1].dies(3)
     one.processes[0].dies(3)
-    assert one.reports == [
-        "worker 1 (pid 1001) has ended: A process has ended with a probable error condition: "
-        "process ended with exit code 3."
-    ]
+    assert one.reports == ["worker 1 (pid 1001) ended with status 3"]
     assert one.service.exit_status == 1
     assert len(one.processes) == 2
 
@@ -100,7 +97,7 @@ def test_a_service_that_serves_is_not_ended_by_a_worker_that_cannot_start(world)
     assert not one.reactor.stopped
     assert one.service.exit_status == 0
     assert one.reports == [None]
-    assert one.logged("slot 1 gets a new worker in 30.0 s: no certificate")
+    assert one.recorded("worker.restarting", slot=1, seconds=30.0, problem="no certificate")
 
 
 def test_a_start_for_which_the_system_has_no_process_fails_with_one_line(world) -> None:
@@ -171,4 +168,4 @@ def test_a_worker_that_is_not_ready_within_a_minute_is_killed(world) -> None:
     assert late.signals == []
     one.pass_time(1)
     assert late.signals == [signal.SIGKILL]
-    assert one.logged("is not ready after 60 s, and is killed")
+    assert one.recorded("worker.start_timed_out", seconds=60)

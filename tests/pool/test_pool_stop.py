@@ -4,6 +4,8 @@ import os
 import signal
 from typing import Any
 
+from tests.support.recorded import recorded
+
 
 def test_a_stop_drains_all_and_ends_with_the_last_one(world) -> None:
     one = world()
@@ -21,7 +23,7 @@ def test_a_stop_drains_all_and_ends_with_the_last_one(world) -> None:
     second.says("beat", {"drain_ended": 1, "drain_aborted": 1})
     second.dies()
     assert one.done == [None]
-    assert one.texts()[-1] == "drained: 41 ended, 2 aborted, 3.0 s"
+    assert recorded(one.events[-1:], "drain.done", ended=41, aborted=2, seconds=3.0)
     assert one.notifier.said[:3] == ["READY", "STOPPING", "EXTEND"]
     assert one.service.exit_status == 0
     assert len(one.processes) == 2
@@ -49,7 +51,7 @@ def test_what_was_drained_before_the_stop_is_not_counted_at_its_end(world) -> No
     one.reactor.advance(0)
     one.processes[-1].says("beat", {"drain_ended": 1})
     one.processes[-1].dies()
-    assert one.texts()[-1].startswith("drained: 1 ended, 0 aborted")
+    assert recorded(one.events[-1:], "drain.done", ended=1, aborted=0)
 
 
 def test_workers_that_do_not_end_are_killed_after_one_deadline_for_all(world) -> None:

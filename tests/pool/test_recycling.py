@@ -15,7 +15,7 @@ def test_workers_of_an_age_are_replaced_one_at_a_time(world) -> None:
     assert one.processes[0].words() == ["start", "drain"]
     one.pass_time(2)
     assert len(one.processes) == 5
-    assert one.logged("worker 0 (pid 1000) has reached its age")
+    assert one.recorded("worker.too_old", slot=0, pid=1000)
 
 
 def test_the_age_differs_by_a_tenth_from_worker_to_worker(world, monkeypatch) -> None:

@@ -60,7 +60,7 @@ def test_a_successor_that_fails_leaves_the_old_one_and_ends_the_reload(world) ->
     one.processes[-1].says("failed", "bad code")
     one.processes[-1].dies(1)
     assert one.notifier.said == ["READY", "RELOADING", "READY"]
-    assert one.logged("workers are not replaced: worker 0 (pid 1002) cannot take over: bad code")
+    assert one.recorded("worker.not_replaced", problem="worker 0 (pid 1002) cannot take over: bad code")
     one.pass_time(100)
     assert one.alive() == [first, second]
     assert first.words() == second.words() == ["start"]
@@ -73,7 +73,9 @@ def test_a_reload_for_which_there_is_no_process_leaves_the_old_ones(world) -> No
     one.reactor.refuse = OSError(11, "Resource temporarily unavailable")
     one.send(signal.SIGHUP)
     assert one.notifier.said == ["READY", "RELOADING", "READY"]
-    assert one.logged("workers are not replaced: no worker can be spawned: python: Resource temporarily unavailable")
+    assert one.recorded(
+        "worker.not_replaced", problem="no worker can be spawned: python: Resource temporarily unavailable"
+    )
     assert [slot.ready for slot in one.pool.slots] == [True, True]
 
 
@@ -178,7 +180,7 @@ def test_a_stop_while_a_reload_is_read_gives_it_up(world, slow, turns) -> None:
         one.reactor.advance(0.1)
     one.send(signal.SIGTERM)
     one.reactor.advance(0)
-    assert one.logged("a reload is given up: the service stops")
+    assert one.recorded("task.cancelled", task="reload")
     assert one.notifier.said[-1] == "STOPPING"
     for process in processes:
         process.dies(0)
@@ -215,7 +217,7 @@ def test_a_worker_has_the_more_time_to_start_the_more_certificates_it_loads(worl
     assert not any(process.killed for process in one.processes)
     one.pass_time(2)
     assert all(process.killed for process in one.processes)
-    assert one.logged(f"is not ready after {seconds} s, and is killed")
+    assert one.recorded("worker.start_timed_out", seconds=seconds)
     assert ("EXTEND" in one.notifier.said) is (count > 0)
 
 

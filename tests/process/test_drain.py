@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionAborted
-from twisted.logger import formatEvent
 from zope.interface import implementer
 
 from rtservice.interfaces import IDrainable
@@ -16,7 +15,8 @@ from rtservice.net.listeners import open_description
 from rtservice.net.phases import CLOSING, OPEN, TLS
 from rtservice.process.state import State
 from tests.support.fake_reactor import FakeReactor
-from tests.support.served import Endpoint, Held, Told, last, server
+from tests.support.recorded import recorded
+from tests.support.served import Endpoint, Held, Told, server
 
 
 def test_a_drain_ends_with_the_last_connection_and_counts_what_has_ended_since(timed) -> None:
@@ -24,21 +24,21 @@ def test_a_drain_ends_with_the_last_connection_and_counts_what_has_ended_since(t
     Held(service).closes()
     first, second = Held(service), Held(service)
     done = service.stopService()
-    assert last(events) == "draining: 2 connections have 30 s to end"
+    assert recorded(events[-1:], "drain.started", count=2, seconds=30)
     clock.advance(20)
     first.closes()
     clock.advance(9.5)
     assert (done.called, first.asked, second.asked) == (False, [], [])
     second.closes(ConnectionAborted())  # by its protocol
     assert done.called
-    assert last(events) == "drained: 1 ended, 1 aborted, 29.5 s"
+    assert recorded(events[-1:], "drain.done", ended=1, aborted=1, seconds=29.5)
     assert clock.getDelayedCalls() == []
 
 
 def test_a_drain_without_connections_is_done_at_once(timed) -> None:
     service, clock, events = timed(drain_timeout=30)
     assert service.stopService().called
-    assert last(events) == "drained: 0 ended, 0 aborted, 0.0 s"
+    assert recorded(events[-1:], "drain.done", ended=0, aborted=0, seconds=0.0)
     assert clock.getDelayedCalls() == []
 
 
@@ -106,7 +106,7 @@ def test_a_protocol_that_fails_in_drain_loses_its_connection_alone(timed) -> Non
     clock.advance(0)
     other.closes()
     assert done.called
-    assert last(events) == "drained: 1 ended, 1 aborted, 0.0 s"
+    assert recorded(events[-1:], "drain.done", ended=1, aborted=1, seconds=0.0)
 
 
 def test_after_the_drain_timeout_what_is_buffered_is_sent_for_as_long_as_it_moves(timed) -> None:
@@ -132,7 +132,7 @@ def test_after_the_drain_timeout_what_is_buffered_is_sent_for_as_long_as_it_move
     assert not done.called
     closing.closes()
     assert done.called
-    assert last(events) == "drained: 2 ended, 2 aborted, 17.0 s"
+    assert recorded(events[-1:], "drain.done", ended=2, aborted=2, seconds=17.0)
     assert clock.getDelayedCalls() == []
 
 
@@ -149,7 +149,8 @@ def test_what_still_moves_half_a_minute_after_the_drain_timeout_is_cut_off(timed
     clock.advance(0)
     assert endless.asked == ["close: drained", "abort: cut off"]
     assert done.called
-    assert last(events).startswith("drained: 0 ended, 1 aborted, 30")
+    assert recorded(events[-1:], "drain.done", ended=0, aborted=1)
+    assert events[-1]["seconds"] // 1 == 30
 
 
 @pytest.mark.parametrize("after", [0, 5, 12], ids=["at-once", "while-waiting", "while-flushing"])
@@ -163,7 +164,7 @@ def test_an_abort_ends_a_drain(timed, after) -> None:
     assert held[0].asked[-1] == "abort: cut off"
     clock.advance(0)
     assert done.called
-    assert last(events) == f"drained: 0 ended, 3 aborted, {after:.1f} s"
+    assert recorded(events[-1:], "drain.done", ended=0, aborted=3, seconds=round(after, 1))
     assert clock.getDelayedCalls() == []
 
 
@@ -205,7 +206,7 @@ def test_a_service_that_is_stopped_before_it_serves_never_does(monkeypatch, tmp_
     serve()
     assert service.backend.connections.ports == []
     assert not (tmp_path / "s").exists()
-    assert not any("listening" in str(formatEvent(event)) for event in events)
+    assert not recorded(events, "listener.listening")
     assert clock.getDelayedCalls() == []
 
 

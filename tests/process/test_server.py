@@ -8,7 +8,7 @@ import pytest_twisted
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.internet.threads import deferToThread
-from twisted.logger import Logger, formatEvent
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -16,6 +16,7 @@ from rtservice.interfaces import IDrainable
 from rtservice.net.listeners import open_description
 from rtservice.process.foreign import ForeignFactory
 from rtservice.process.state import State
+from tests.support.recorded import recorded
 from tests.support.served import server
 
 
@@ -44,7 +45,7 @@ def test_a_listener_that_breaks_ends_the_service_unless_that_is_about_to_end(tim
     for port in service.backend.connections.ports:
         port.connectionLost(Failure(OSError("broken")))
     assert service.exit_status == (0 if ending else 1)
-    assert any("accepts no more: broken" in str(formatEvent(event)) for event in events) is not ending
+    assert any("accepts no more: broken" in event.get("problem", "") for event in events) is not ending
 
 
 @pytest_twisted.inlineCallbacks
@@ -52,7 +53,7 @@ def test_stopping_closes_the_socket_and_removes_its_file(tmp_path):
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     service, events = server([listener])
     service.startService()
-    assert formatEvent(events[0]) == f"listening on unix:{tmp_path}/s"
+    assert recorded(events[:1], "listener.listening", listener=f"unix:{tmp_path}/s")
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/s")
         yield service.stopService()
@@ -71,7 +72,7 @@ def test_a_socket_file_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch
 
     monkeypatch.setattr(type(listener._file), "remove", refuse)
     yield service.stopService()
-    assert [event["problem"] for event in events if event.get("event") == "listener.file_kept"] == ["Permission denied"]
+    assert recorded(events, "listener.file_kept", problem="Permission denied")
 
 
 @pytest.mark.parametrize("now", State)
@@ -112,7 +113,7 @@ def test_a_process_starts_serves_drains_and_stops_with_its_last_connection(tmp_p
     yield done
     yield again
     assert service.backend.state is State.STOPPED
-    assert str(formatEvent(events[-1])).startswith("drained: 1 ended, 0 aborted, ")
+    assert recorded(events[-1:], "drain.done", ended=1, aborted=0)
     yield service.stopService()
 
 
@@ -140,4 +141,4 @@ def test_a_protocol_can_say_goodbye_also_to_who_was_still_in_the_queue():
                 end = yield deferToThread(client.recv, 100)
                 assert (answer, end) == (b"bye", b"")
             yield done
-    assert str(formatEvent(events[-1])).startswith("drained: 2 ended, 0 aborted, ")
+    assert recorded(events[-1:], "drain.done", ended=2, aborted=0)

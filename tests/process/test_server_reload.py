@@ -11,7 +11,6 @@ import pytest_twisted
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
-from twisted.logger import formatEvent
 
 from rtservice.net.listeners import open_description
 from rtservice.process.admission import Limits
@@ -19,7 +18,8 @@ from rtservice.process.server import RuntimeSettings
 from rtservice.process.service import ServiceProcess
 from rtservice.process.slices import in_slices
 from rtservice.process.state import State
-from tests.support.served import Held, last, server
+from tests.support.recorded import recorded
+from tests.support.served import Held, server
 
 
 def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
@@ -40,7 +40,7 @@ def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
     service.backend.apply(RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=5))
     assert port in clock.getReaders()
     service.stopService()
-    assert last(events) == "draining: 3 connections have 5 s to end"
+    assert recorded(events[-1:], "drain.started", count=3, seconds=5)
     for one in held:
         one.closes()
 
@@ -132,9 +132,8 @@ def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
     yield service.stopService()
     assert closed == [True]
     assert service.backend.state is State.STOPPED
-    lines = [str(formatEvent(event)) for event in events]
     assert begun == [True]
-    assert "a reload is given up: the service stops" in lines
+    assert recorded(events, "task.cancelled", task="reload")
 
 
 @pytest_twisted.inlineCallbacks

@@ -8,11 +8,11 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import Factory
 from twisted.internet.testing import StringTransportWithDisconnection
-from twisted.logger import formatEvent
 from twisted.python.failure import Failure
 
 from rtservice.process.start_errors import StartError, one_line
 from tests.support.fake_reactor import FakeReactor
+from tests.support.recorded import recorded
 from tests.support.served import Endpoint, server
 
 
@@ -20,7 +20,7 @@ def test_an_endpoint_that_cannot_listen_stops_the_start_with_its_description() -
     service, events = server(endpoints=[("x:1", Endpoint(fail(CannotListenError("x", 1, OSError("no way")))))])
     with pytest.raises(StartError, match=r"--listen x:1: .*no way"):
         service.privilegedStartService()
-    assert "no way" in str(formatEvent(events[-1]))
+    assert "no way" in events[-1]["problem"]
 
 
 def test_a_start_error_is_reported_by_twistd_and_printed_without_traceback() -> None:
@@ -39,7 +39,7 @@ def test_an_endpoint_that_fails_later_stops_the_process_with_a_status(monkeypatc
     assert (service.exit_status, stops) == (0, [])
     result.errback(OSError("too late"))
     assert (service.exit_status, stops) == (1, [1])
-    assert "--listen x:1: too late" in str(formatEvent(events[-1]))
+    assert "--listen x:1: too late" in events[-1]["problem"]
 
 
 class Unfit:
@@ -134,7 +134,7 @@ def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
     service, events = server(endpoints=[("x:1", endpoint)])
     service.startService()  # as `twist` does, without the privileged half
     endpoint.result.callback(endpoint)
-    assert formatEvent(events[-1]) == "listening on x:1 (an address)"
+    assert recorded(events[-1:], "listener.listening", listener="x:1 (an address)")
     protocol = endpoint.factory.buildProtocol(None)
     transport = StringTransportWithDisconnection()
     transport.protocol = protocol
@@ -152,4 +152,4 @@ def test_an_endpoint_that_listens_at_once_needs_no_reactor() -> None:
     endpoint.result = succeed(endpoint)
     service, events = server(endpoints=[("x:1", endpoint)])
     service.privilegedStartService()
-    assert formatEvent(events[-1]) == "listening on x:1 (an address)"
+    assert recorded(events[-1:], "listener.listening", listener="x:1 (an address)")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred
-from twisted.logger import Logger, formatEvent
+from twisted.logger import Logger
 
 from rtservice.process.service import ServiceProcess
 from rtservice.process.state import State
@@ -113,7 +113,7 @@ def test_a_start_is_reported_once_and_a_later_failure_ends_the_process(monkeypat
     one.service.failed("another one, too")
     assert one.reports == [None]
     assert (one.service.exit_status, one.clock.stops, one.backend.calls) == (1, 1, ["abort"])
-    assert [str(formatEvent(event)) for event in one.events] == ["cannot start: a listener is broken"]
+    assert [(event["event"], event["problem"]) for event in one.events] == [("service.failed", "a listener is broken")]
 
 
 @pytest.mark.parametrize("alone", [False, True])

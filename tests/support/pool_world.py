@@ -16,6 +16,7 @@ from tests.support.fake_listener import Slots
 from tests.support.fake_processes import Process, SpawningReactor
 from tests.support.launch import launch
 from tests.support.notifier import Notifier
+from tests.support.recorded import recorded
 
 SPEC: dict[str, Any] = {"drain_timeout": 10.0, "hang_timeout": 30.0, "max_age": 0.0, "max_memory": 0}
 
@@ -93,8 +94,9 @@ class World:
     def texts(self) -> list[str]:
         return [str(formatEvent(event)) for event in self.events]
 
-    def logged(self, text: str) -> bool:
-        return any(text in one for one in self.texts())
+    def recorded(self, name: str, **fields: Any) -> list[dict[str, Any]]:
+        """The records of an event with these fields."""
+        return recorded(self.events, name, **fields)
 
 
 def roll(one: World) -> None:
