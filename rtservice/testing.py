@@ -139,15 +139,15 @@ class Service:
         """The log records so far that have an event."""
         return [record for record in list(self.records) if "event" in record]
 
-    def wait_event(self, name: str, count: int = 1, **fields: Any) -> dict[str, Any]:
-        """Wait for an event with these fields, the one with number `count`, and return its record.
+    def wait_event(self, name: str, number: int = 1, /, **fields: Any) -> dict[str, Any]:
+        """Wait for an event with these fields, and return its record: the first one, or the one of this number.
 
         The value of a field may be a compiled regular expression, which is searched for in the field's text. The
         reference of events lists names and fields. `message` is the text of the record, `slot` the number of the worker
         that logged it. Raises AssertionError if the process ends, or after 30 seconds.
         """
         wanted = {"event": name, **fields}
-        return self._wait(lambda: _matching(list(self.records), wanted), count, f"event {wanted}")
+        return self._wait(lambda: _matching(list(self.records), wanted), number, f"event {wanted}")
 
     def wait_line(self, pattern: str, count: int = 1) -> str:
         """Wait for a line of output that matches a regular expression, the one with number `count`, and return it.

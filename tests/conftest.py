@@ -31,7 +31,7 @@ if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
     reactor.install()
 
 # It imports what knows of a reactor; two of these are fixtures.
-from rtservice.testing import Service, hosted, serve  # noqa: E402, F401  # as said
+from rtservice.testing import JSON_LOGGER, Service, hosted, serve  # noqa: E402, F401  # as said
 from tests.support import checked_events  # noqa: E402  # after the reactor is chosen
 
 checked_events.install()
@@ -61,13 +61,17 @@ def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..
         twistd: tuple[str, ...] = (),
         launcher: list[str] | None = None,
         pass_fds: tuple[int, ...] = (),
-        awaits: str = "listening on",
+        awaits: str = "",
         **env: str,
     ) -> Service:
-        command = [str(BIN / "twistd"), "--nodaemon", "--pidfile=", *twistd, "rtservice", *arguments]
+        logger = () if any(option.startswith("--logger=") for option in twistd) else (JSON_LOGGER,)
+        command = [str(BIN / "twistd"), "--nodaemon", "--pidfile=", *logger, *twistd, "rtservice", *arguments]
         one = Service(command, tmp_path, {**environment, **env}, launcher or [], pass_fds)
         started.append(one)
-        one.wait_line(awaits)
+        if awaits:
+            one.wait_line(awaits)
+        else:
+            one.wait_event("listener.listening")
         return one
 
     yield start

@@ -95,10 +95,10 @@ def test_a_protocol_is_served_by_a_real_twistd_reloaded_and_drained(hosted, tmp_
         client.shutdown(socket.SHUT_WR)
         assert read_all(client) == b"hi"
     (tmp_path / "rt.toml").write_text("idle-timeout = 61")
-    told = one.reload()
-    assert "reloaded" in told
-    # The last word on it: with workers, that they are replaced.
-    assert told.endswith("changed: idle-timeout" if workers == 1 else "2 of 2 workers ready, 0 connections open")
+    done = one.reload()
+    assert done["event"] == "reload.done"
+    assert done["status"] == "serving: " + ("2 of 2 workers ready, " if workers == 2 else "") + "0 connections open"
+    one.wait_event("settings.reloaded", settings="idle-timeout")
     (tmp_path / "rt.toml").write_text("idle-timeout = 'x'")
-    assert "nothing is reloaded" in one.reload()
+    assert one.reload()["event"] == "reload.failed"
     assert one.stop() == 0

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import re
 import socket
 import ssl
 import subprocess
@@ -232,7 +233,11 @@ def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certific
     one = service(description, launcher=program("pass_sockets", "", "tcp,tcp"))
     client = ssl.create_default_context(cafile=certificates["ca.pem"])
     for count in (1, 2):
-        port = int(one.wait_line(r"listening on ssl:127\.0\.0\.1:\d+$", count).rpartition(":")[2])
+        port = int(
+            one.wait_event("listener.listening", count, listener=re.compile("^ssl:127.0.0.1:"))["listener"].rpartition(
+                ":"
+            )[2]
+        )
         with (
             socket.create_connection(("127.0.0.1", port), timeout=30) as sock,
             client.wrap_socket(sock, server_hostname="localhost") as secure,

@@ -123,7 +123,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 def page_of(service: Any) -> str:
     """The address of its status page."""
-    return f"http://{service.wait_line('status on tcp:').rpartition('tcp:')[2]}/"
+    return f"http://{service.wait_event('status.listening')['listener'].rpartition('tcp:')[2]}/"
 
 
 # The large number of a graph, and the rows of a table.

@@ -6,6 +6,7 @@ Autobahn's asks its transport for pyOpenSSL's connection, and has it with `libra
 import base64
 import contextlib
 import os
+import re
 import socket
 import ssl
 import sys
@@ -55,7 +56,7 @@ def hosted_one(request, hosted, tmp_path, certificates):
 
 
 def connect(one, certificates) -> socket.socket:
-    listener = one.wait_line(r"listening on proxy:")
+    listener = one.wait_event("listener.listening", listener=re.compile("^proxy:"))["listener"]
     plain = socket.create_connection(("127.0.0.1", int(listener.rpartition(":")[2])), timeout=30)
     plain.sendall(HELLO)
     return ssl.create_default_context(cafile=certificates["ca.pem"]).wrap_socket(plain, server_hostname="localhost")
@@ -78,7 +79,7 @@ def test_it_is_served_with_everything_that_the_exchange_has(hosted_one, certific
         with connect(one, certificates) as client:
             client.sendall(says)
             receive(client, hears)
-    one.wait_line(r"192\.0\.2\.7:4711 on proxy:.* bytes out", count=4)
+    one.wait_event("connection.closed", 4, peer="192.0.2.7:4711")
     with connect(one, certificates) as client:
         client.sendall(says)
         receive(client, hears)
@@ -93,10 +94,10 @@ def test_limits_hold(hosted_one, certificates) -> None:
         # Its first place is its own until it is idle.
         with contextlib.suppress(OSError):
             connect(one, certificates).close()
-        one.wait_line("refused .*--max-connections reached")
+        one.wait_event("connection.refused", setting="max-connections")
         first.sendall(says)
         receive(first, hears)
         while first.recv(65536):
             pass
-    one.wait_line(", (idle|closed)$")
+    one.wait_event("connection.closed", reason=re.compile("^(idle|closed)$"))
     assert one.stop() == 0

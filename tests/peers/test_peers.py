@@ -1,6 +1,7 @@
 """What other programs see: nc, socat and a plain socket client."""
 
 import os
+import re
 import socket
 import subprocess
 
@@ -88,5 +89,5 @@ def test_a_message_above_the_limit_closes_with_a_logged_reason(service, framing,
         assert receive(client, len(greeting + good)) == greeting + good
         client.sendall(bad)
         assert read_all(client) == b""
-    assert "--max-message" in one.wait_line("closing .*127.0.0.1")
-    one.wait_line("bytes in.*closed$")
+    assert "--max-message" in one.wait_event("echo.message_rejected", peer=re.compile("^127.0.0.1:"))["problem"]
+    one.wait_event("connection.closed", reason="closed")

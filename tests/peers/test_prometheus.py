@@ -64,7 +64,7 @@ def test_prometheus_counts_what_the_clients_counted(
     service: Callable[..., Any], prometheus: Any, wait_for: Any, workers: int
 ) -> None:
     one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--workers", str(workers))
-    ask = prometheus(one.wait_line("status on tcp:").rpartition("tcp:")[2])
+    ask = prometheus(one.wait_event("status.listening")["listener"].rpartition("tcp:")[2])
     wait_for(lambda: ask("rtservice_ready") == 1)
     wait_for(lambda: ask("sum(rtservice_connections_opened_total)") == 0)
     opened = sent = 0

@@ -16,6 +16,7 @@ from tests.support.clients import is_closed
 from tests.support.deadline import DEADLINE
 from tests.support.greeting import GREETING
 from tests.support.ipv6 import needs_ipv6
+from tests.support.listening import port_of
 
 NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 
@@ -138,7 +139,7 @@ PROXIES = [
 
 
 def port(one) -> int:
-    return int(one.wait_line(r"listening on proxy:.*:\d+$").rpartition(":")[2])
+    return port_of(one, "proxy:(tcp|ssl)")
 
 
 def name(sock: socket.socket) -> str:
@@ -172,7 +173,9 @@ def exchange(sock: socket.socket, data: bytes) -> None:
 
 
 def problems(one) -> list[str]:
-    return [line for line in one.lines if re.search(r"#(warn|error|critical)|Traceback|Error", line)]
+    return [
+        record["message"] for record in one.records if record["level"] not in ("debug", "info") or "traceback" in record
+    ]
 
 
 # --- the client is who it is ---
@@ -188,7 +191,7 @@ def test_some_mebibytes_come_back_and_the_record_names_the_client(service, proxi
         with front.connect(source) as client:
             exchange(client, os.urandom(size))
             peer = name(client)
-        record = one.wait_line(re.escape(f"{peer} on proxy:tcp:127.0.0.1:"))
+        record = one.wait_event("connection.closed", peer=peer, listener=re.compile("^proxy:tcp:127.0.0.1:"))
         assert f"{size} bytes in, {size + len(GREETING)} bytes out, " in record
     assert not problems(one)
 
@@ -200,7 +203,7 @@ def test_a_proxy_may_come_over_a_unix_socket(service, proxies, tmp_path, proxy) 
     with front.connect("127.0.0.2") as client:
         exchange(client, os.urandom(1 << 20))
         peer = name(client)
-    one.wait_line(re.escape(f"{peer} on proxy:unix:{tmp_path}/s: "))
+    one.wait_event("connection.closed", peer=peer, listener=f"proxy:unix:{tmp_path}/s")
     assert not problems(one)
 
 
@@ -220,7 +223,7 @@ def test_a_client_that_finishes_first_gets_everything(service, proxies, proxy) -
         answer = receive(client, 2 * len(data))
         sender.join()
     assert answer == GREETING + data
-    one.wait_line("peer finished$")
+    one.wait_event("connection.closed", reason="peer finished")
 
 
 # --- TLS ---
@@ -234,7 +237,9 @@ def test_the_header_comes_before_tls_that_passes_through(service, proxies, certi
     with trusting.wrap_socket(front.connect("127.0.0.2"), server_hostname="localhost") as client:
         greet(client, b"hello")
         peer = name(client)
-    one.wait_line(re.escape(f"{peer} on proxy:ssl:127.0.0.1:") + ".* 5 bytes in, 27 bytes out")
+    one.wait_event(
+        "connection.closed", peer=peer, listener=re.compile("^proxy:ssl:127.0.0.1:"), bytes_in=5, bytes_out=27
+    )
     assert not problems(one)
 
 
@@ -247,7 +252,9 @@ def test_a_proxy_that_ends_tls_tells_of_it(service, haproxy, certificates, trust
     with trusting.wrap_socket(front.connect("127.0.0.2"), server_hostname="localhost") as client:
         greet(client, b"hello")
         peer = name(client)
-    one.wait_line(re.escape(f"{peer} on proxy:tcp:127.0.0.1:") + ".* 5 bytes in, 27 bytes out")
+    one.wait_event(
+        "connection.closed", peer=peer, listener=re.compile("^proxy:tcp:127.0.0.1:"), bytes_in=5, bytes_out=27
+    )
     assert not problems(one)
 
 
@@ -259,7 +266,7 @@ def test_a_proxy_that_ends_tls_tells_of_it(service, haproxy, certificates, trust
 def test_health_checks_with_a_header_pass_and_are_no_errors(service, haproxy, proxy) -> None:
     one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
     front = haproxy(f"127.0.0.1:{port(one)} {proxy} check check-send-proxy inter 50ms fall 1")
-    one.wait_line(r"127\.0\.0\.1:\d+ on proxy:.* 0 bytes in, ", count=5)
+    one.wait_event("connection.closed", 5, peer=re.compile("^127.0.0.1:"), bytes_in=0)
     with front.connect("127.0.0.2") as client:  # refused if a check had failed
         greet(client, b"hello")
     assert not problems(one)
@@ -274,9 +281,9 @@ def test_health_checks_without_a_header_pass_and_leave_no_trace(service, haproxy
     with front.connect("127.0.0.2") as client:
         greet(client, b"hello")
         peer = name(client)
-    one.wait_line(re.escape(f"{peer} on proxy:"))
+    one.wait_event("connection.closed", peer=peer)
     assert not problems(one)
-    assert not [line for line in one.lines if " bytes in, " in line and peer not in line]
+    assert not [event for event in one.events if event["event"] == "connection.closed" and event["peer"] != peer]
 
 
 # --- limits ---
@@ -295,12 +302,12 @@ def test_a_limit_per_peer_counts_the_clients_behind_a_proxy(service, proxies, pr
             greet(last := connect(source), b"hello")
         third = connect("127.0.0.2")
         assert is_closed(third)
-        one.wait_line(re.escape(f"refused {name(third)} on proxy:tcp:127.0.0.1:") + ".*--max-connections-per-peer")
+        one.wait_event("connection.refused", peer=name(third), setting="max-connections-per-peer")
         greet(connect("127.0.0.4"), b"hello")
         # One leaves, and there is room for another.
         peer = name(last)
         last.close()
-        one.wait_line(re.escape(f"{peer} on proxy:"))
+        one.wait_event("connection.closed", peer=peer)
         greet(connect("127.0.0.2"), b"hello")
 
 
@@ -310,12 +317,12 @@ def test_a_proxy_that_is_not_believed_is_refused(service, proxies, proxy) -> Non
     front = proxies(proxy, f"127.0.0.1:{port(one)}")
     with front.connect() as client:
         assert is_closed(client)
-    one.wait_line(r"refused 127\.0\.0\.1:\d+ on proxy:tcp:127\.0\.0\.1:\d+: its address is not in --proxy-from")
+    one.wait_event("connection.refused", peer=re.compile("^127.0.0.1:"), setting="proxy-from")
     # A proxy of our own, from an address that is.
     with socket.create_connection(("127.0.0.1", port(one)), DEADLINE, source_address=("127.0.0.2", 0)) as client:
         client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
         greet(client, b"hello")
-    one.wait_line(r"192\.0\.2\.1:1 on proxy:tcp:")
+    one.wait_event("connection.closed", peer="192.0.2.1:1")
 
 
 @needs_haproxy
@@ -325,4 +332,4 @@ def test_twisteds_spelling_means_the_same(service, haproxy) -> None:
     with front.connect("127.0.0.2") as client:
         greet(client, b"hello")
         peer = name(client)
-    one.wait_line(re.escape(f"{peer} on proxy:tcp:127.0.0.1:"))
+    one.wait_event("connection.closed", peer=peer, listener=re.compile("^proxy:tcp:127.0.0.1:"))

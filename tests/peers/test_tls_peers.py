@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import selectors
 import socket
 import ssl
@@ -94,7 +95,9 @@ def test_openssl_accepts_a_chain_and_alpn_and_shows_its_own_certificate(secure, 
     with Talk(*command) as stranger:
         output = stranger.receive(1 << 20)
     assert GREETING not in output
-    one.wait_line(r"0 bytes in, 0 bytes out, TLS failed \(PEER_DID_NOT_RETURN_A_CERTIFICATE\)$")
+    one.wait_event(
+        "connection.closed", bytes_in=0, bytes_out=0, reason="TLS failed (PEER_DID_NOT_RETURN_A_CERTIFICATE)"
+    )
 
 
 @needs("socat", "socat")
@@ -106,7 +109,7 @@ def test_socat_gets_fifty_mebibytes_back_after_its_half_close_in_bounded_memory(
         ["socat", "-t30", "-", target], input=data, capture_output=True, timeout=60, check=True
     ).stdout
     assert answer == GREETING + data
-    one.wait_line(rf"{len(data)} bytes in, {len(data) + 22} bytes out, peer finished$")
+    one.wait_event("connection.closed", bytes_in=len(data), bytes_out=len(data) + 22, reason="peer finished")
     assert one.peak_memory < 80e6
 
 
@@ -120,7 +123,7 @@ def test_curl_checks_the_certificate_and_sees_its_request_come_back(secure, cert
         assert peer.receive(22 + len(request)) == GREETING + request
     refused = subprocess.run([*common, "--cacert", certificates["other.pem"], url], timeout=DEADLINE)
     assert refused.returncode == 60  # the peer's certificate cannot be authenticated
-    one.wait_line("TLS failed")
+    one.wait_event("connection.closed", reason=re.compile("^TLS failed"))
 
 
 def send_until_it_is_full(peer: ssl.SSLSocket) -> None:
@@ -159,7 +162,7 @@ def test_what_is_not_tls_is_one_record_and_others_are_served(secure, trusting, g
                 bad.shutdown(socket.SHUT_WR)
                 while bad.recv(1000):
                     pass
-        one.wait_line(rf"0 bytes in, 0 bytes out, {reason}$")
+        one.wait_event("connection.closed", bytes_in=0, bytes_out=0, reason=re.compile(rf"^{reason}$"))
         good.sendall(b"hello")
         received = b""
         while len(received) < 27:
@@ -175,7 +178,7 @@ def test_fifty_handshakes_that_stall_are_gone_after_the_timeout_and_others_are_s
     one = secure("--handshake-timeout=1.5")
     with trusting.wrap_socket(one.connect(), server_hostname="localhost") as first:
         assert first.recv(100) == GREETING
-    one.wait_line("bytes in")  # whatever it opens only once is open
+    one.wait_event("connection.closed")  # whatever it opens only once is open
     before = descriptors(one.process.pid)
     with contextlib.ExitStack() as stack:
         stalled = [stack.enter_context(one.connect()) for _ in range(50)]
@@ -186,7 +189,7 @@ def test_fifty_handshakes_that_stall_are_gone_after_the_timeout_and_others_are_s
         for client in stalled:
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(100) == b""
-        one.wait_line("0 bytes in, 0 bytes out, TLS handshake timed out$", count=50)
+        one.wait_event("connection.closed", 50, bytes_in=0, bytes_out=0, reason="TLS handshake timed out")
         wait_for(lambda: descriptors(one.process.pid) <= before)
 
 
@@ -215,7 +218,7 @@ def test_peers_that_do_nothing_cost_no_cpu_time(secure, trusting) -> None:
         while (left := end - time.monotonic()) > 0:
             threading.Event().wait(left)
         assert cpu_seconds(one.process.pid) - before <= 0.05
-        assert not [line for line in one.lines if "bytes in" in line]
+        assert not [event for event in one.events if event["event"] == "connection.closed"]
 
 
 # --- a start that fails ---

@@ -156,10 +156,10 @@ def test_a_file_that_became_a_pipe_is_a_line_at_the_reload_and_the_service_goes_
     )
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    line = one.reload()
-    assert "nothing is reloaded" in line
-    assert name in line
-    assert "not a regular file" in line
+    failed = one.reload()
+    assert failed["event"] == "reload.failed"
+    assert name in failed["problem"]
+    assert "not a regular file" in failed["problem"]
     with one.connect() as client:
         assert client.recv(100)[:1]
     assert one.stop() == 0

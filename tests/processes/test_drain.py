@@ -27,6 +27,7 @@ from tests.support.ipv6 import needs_ipv6
 from tests.support.listen_options import TCP
 from tests.support.processes import freeze
 from tests.support.programs import program
+from tests.support.recorded import recorded
 
 
 def echoed(client: socket.socket, data: bytes) -> None:
@@ -40,10 +41,9 @@ def echoed(client: socket.socket, data: bytes) -> None:
     assert answer == data
 
 
-def last_line(one) -> str:
-    """The last line of ours, without the time."""
-    (*_, last) = (line for line in one.lines if "[rtservice" in line)
-    return last.partition("] ")[2]
+def drained(one, **fields) -> bool:
+    """Whether the last event is the end of a drain, with these fields."""
+    return bool(recorded(one.events[-1:], "drain.done", **fields))
 
 
 class Load:
@@ -139,7 +139,7 @@ def test_clients_that_were_queued_when_the_signal_came_are_served(
         with client:
             assert read_all(client) == GREETING + (b"early" if number < 50 else b"late")
     assert one.process.wait(DEADLINE) == 0
-    assert last_line(one).startswith("drained: 100 ended, 0 aborted, ")
+    assert drained(one, ended=100, aborted=0)
 
 
 @pytest.mark.parametrize("listen", KINDS)
@@ -151,14 +151,14 @@ def test_clients_that_keep_coming_are_served_or_refused_and_never_reset(service,
     outcome = load.stop()
     assert set(outcome) == {"served", "refused"}, outcome
     assert outcome["refused"] == 6
-    assert re.match(r"drained: \d+ ended, 0 aborted, ", last_line(one))
+    assert drained(one, aborted=0)
 
 
 def test_who_comes_during_a_drain_is_refused_and_a_successor_can_have_the_port(service, wait_for) -> None:
     one = service(TCP)
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connection has 30 s to end")
+        one.wait_event("drain.started", count=1, seconds=30)
 
         def refused() -> bool:
             # Or served, when the line was read faster than the next one of the program was run.
@@ -174,7 +174,7 @@ def test_who_comes_during_a_drain_is_refused_and_a_successor_can_have_the_port(s
             echoed(newcomer, b"to the successor")
         echoed(client, b"still here")
     assert one.process.wait(DEADLINE) == 0
-    assert re.match(r"drained: \d ended, 0 aborted, ", last_line(one))
+    assert drained(one, aborted=0)
     assert other.stop() == 0
 
 
@@ -182,13 +182,13 @@ def test_connections_go_on_and_their_own_end_is_the_end_of_the_drain(service, tm
     one = service(TCP, UNIX)
     clients = [greeted(address) for address in [("127.0.0.1", one.port), f"{tmp_path}/s"] * 3]
     one.process.send_signal(signal.SIGTERM)
-    one.wait_line("draining: 6 connections")
+    one.wait_event("drain.started", count=6)
     for client in clients:
         for _ in range(10):
             echoed(client, os.urandom(100_000))
         client.close()
     assert one.process.wait(DEADLINE) == 0
-    assert re.fullmatch(r"drained: 6 ended, 0 aborted, \d+\.\d s", last_line(one))
+    assert drained(one, ended=6, aborted=0)
 
 
 def test_the_drain_timeout_closes_what_is_open_and_that_is_a_complete_drain(service, read_all) -> None:
@@ -197,8 +197,8 @@ def test_the_drain_timeout_closes_what_is_open_and_that_is_a_complete_drain(serv
         echoed(client, b"x")
         assert one.stop() == 0
         assert read_all(client) == b""  # and no reset
-    assert last_line(one).startswith("drained: 1 ended, 0 aborted, ")
-    one.wait_line(r"1 byte in, 23 bytes out, drained$")
+    assert drained(one, ended=1, aborted=0)
+    one.wait_event("connection.closed", bytes_in=1, bytes_out=23, reason="drained")
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -206,19 +206,19 @@ def test_a_second_signal_ends_the_drain_and_shows_in_the_status(service, wait_fo
     one = service(TCP)
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connection")
+        one.wait_event("drain.started", count=1)
 
         def counted() -> bool:
             # Those of the first half second are the first one once more.
             one.process.send_signal(sig)
-            return any(f"{sig.name}: not waiting any longer" in line for line in one.lines)
+            return any(event["event"] == "stop.repeated" and event["signal"] == sig.name for event in one.events)
 
         wait_for(counted)
         assert one.process.wait(DEADLINE) == 128 + sig
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-    assert last_line(one).startswith("drained: 0 ended, 1 aborted, ")
-    one.wait_line(r"0 bytes in, 22 bytes out, cut off$")
+    assert drained(one, ended=0, aborted=1)
+    one.wait_event("connection.closed", bytes_in=0, bytes_out=22, reason="cut off")
     assert not any("Traceback" in line for line in one.lines)
 
 
@@ -231,7 +231,7 @@ def test_two_signals_at_once_are_a_signal_and_a_second(service, wait_for) -> Non
         one.process.send_signal(signal.SIGCONT)
         assert one.process.wait(DEADLINE) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
     assert not any("Traceback" in line for line in one.lines)
-    assert last_line(one).startswith("drained: 0 ended, 1 aborted, ")
+    assert drained(one, ended=0, aborted=1)
 
 
 def stuffed(address) -> tuple[socket.socket, bytes]:
@@ -267,9 +267,9 @@ def test_a_client_that_never_reads_is_aborted_when_it_has_had_its_time(service) 
     client, _ = stuffed(("127.0.0.1", one.port))
     with client:
         assert one.stop() == 0
-    assert last_line(one).startswith("drained: 0 ended, 1 aborted, ")
-    assert float(last_line(one).split()[-2]) < 12
-    one.wait_line(r"bytes out, stopped reading$")
+    assert drained(one, ended=0, aborted=1)
+    assert one.events[-1]["seconds"] < 12
+    one.wait_event("connection.closed", reason="stopped reading")
 
 
 def test_a_slow_reader_gets_all_that_was_echoed_into_a_buffer(service) -> None:
@@ -278,7 +278,7 @@ def test_a_slow_reader_gets_all_that_was_echoed_into_a_buffer(service) -> None:
     with client:
         expected = GREETING + sent[: len(sent) - not_read_by_the_server(client)]
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connection has 0 s")
+        one.wait_event("drain.started", count=1, seconds=0)
         received = bytearray()
         pause = threading.Event()
         while piece := client.recv(len(expected) // 400):  # over more time than a peer that stands still is given
@@ -286,8 +286,8 @@ def test_a_slow_reader_gets_all_that_was_echoed_into_a_buffer(service) -> None:
             pause.wait(0.02)
         assert received == expected
     assert one.process.wait(DEADLINE) == 0
-    assert last_line(one).startswith("drained: 1 ended, 0 aborted, ")
-    one.wait_line(rf" {len(expected)} bytes out, drained$")
+    assert drained(one, ended=1, aborted=0)
+    one.wait_event("connection.closed", bytes_out=len(expected), reason="drained")
 
 
 def test_a_large_greeting_reaches_two_hundred_of_two_hundred_clients_that_finished_first(
@@ -321,13 +321,13 @@ def endpoints(tmp_path, environment) -> None:
 
 def test_a_reactor_that_others_stop_drains_too(service, endpoints) -> None:
     one = service(TCP, "--listen=stopper:")
-    one.wait_line("listening on stopper:")
+    one.wait_event("listener.listening", listener=re.compile("^stopper:"))
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGUSR2)
-        one.wait_line("draining: 1 connection")
+        one.wait_event("drain.started", count=1)
         echoed(client, b"still here")
     assert one.process.wait(DEADLINE) == 0
-    assert last_line(one).startswith("drained: 1 ended, 0 aborted, ")
+    assert drained(one, ended=1, aborted=0)
 
 
 def test_a_service_of_twist_drains_too(environment, tmp_path) -> None:
@@ -338,7 +338,7 @@ def test_a_service_of_twist_drains_too(environment, tmp_path) -> None:
         assert any("listening on" in line for line in process.stdout)
         with greeted(f"{tmp_path}/s") as client:
             process.send_signal(signal.SIGTERM)
-            assert any("draining: 1 connection" in line for line in process.stdout)
+            assert any("open connections: 1" in line for line in process.stdout)
             echoed(client, b"still here")
         output = process.communicate(timeout=DEADLINE)[0]
     assert process.returncode == 0
@@ -367,7 +367,7 @@ def test_listeners_that_fail_late_together_are_one_end_with_a_status(service, en
     with greeted(("127.0.0.1", one.port)):
         one.process.send_signal(signal.SIGUSR2)
         assert one.process.wait(DEADLINE) == 1
-    assert len([line for line in one.lines if "cannot start: --listen broken:: broken by design" in line]) == 1
+    assert len(recorded(one.events, "service.failed", problem="--listen broken:: broken by design")) == 1
     assert not any("Traceback" in line for line in one.lines)
 
 
@@ -402,7 +402,7 @@ def test_restarts_under_load_refuse_and_reset_nobody(service, held, wait_for) ->
     for _ in range(4):
         served_more()
         assert one.stop() == 0
-        assert re.match(r"drained: \d+ ended, 0 aborted, ", last_line(one))
+        assert drained(one, aborted=0)
         one = service("--listen=systemd:", **passing(*held))
     served_more()
     outcome = load.stop()
@@ -430,9 +430,9 @@ def test_the_queue_of_a_held_socket_is_left_to_the_successor(service, held, wait
 
 def test_a_service_without_clients_on_held_sockets_has_nothing_to_wait_for(service, held) -> None:
     one = service("--listen=systemd:", **passing(*held))
-    one.wait_line("listening on", count=2)
+    one.wait_event("listener.listening", 2)
     assert one.stop() == 0
-    assert last_line(one) == "drained: 0 ended, 0 aborted, 0.0 s"
+    assert drained(one, ended=0, aborted=0, seconds=0.0)
 
 
 @pytest.mark.skipif(
@@ -466,13 +466,13 @@ def test_systemd_socket_activate_hands_over_both_sockets_and_the_first_client(
     comer.start()
     activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{address[1]}", "-l", path, *names]
     one = service(*listen, launcher=[*activate, "-E", "PYTHONUNBUFFERED=1"])
-    one.wait_line("listening on", count=2)
+    one.wait_event("listener.listening", 2)
     comer.join(DEADLINE)
     with greeted(address) as second:
         echoed(second, b"over TCP")
         echoed(first[0], b"over UNIX")
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 2 connections")
+        one.wait_event("drain.started", count=2)
         echoed(second, b"still here")
         first[0].close()
     assert one.process.wait(DEADLINE) == 0
@@ -484,13 +484,13 @@ def test_systemd_socket_activate_hands_over_both_sockets_and_the_first_client(
 
 def test_ready_is_said_first_and_when_every_listener_accepts(service, endpoints, manager, tmp_path, wait_for) -> None:
     one = service(TCP, UNIX, "--listen=late:", NOTIFY_SOCKET=manager.address)
-    one.wait_line("listening on unix:")
+    one.wait_event("listener.listening", listener=re.compile("^unix:"))
     with greeted(("127.0.0.1", one.port)):  # some do already; all of them do not
         assert manager.messages == []
         asked = time.monotonic()
         one.process.send_signal(signal.SIGUSR2)
         wait_for(lambda: manager.messages)
-        one.wait_line("listening on late:")
+        one.wait_event("listener.listening", listener=re.compile("^late:"))
         assert manager.messages[0] == "READY=1\nSTATUS=serving: 1 connection open"
         assert manager.times[0] >= asked
         greeted(f"{tmp_path}/s").close()
@@ -550,6 +550,6 @@ def test_signs_of_life_come_at_half_of_the_time_and_stop_with_the_process(servic
 
     with greeted(("127.0.0.1", one.port)):
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connection")
+        one.wait_event("drain.started", count=1)
         next_beats(3)
     assert one.process.wait(DEADLINE) == 0

@@ -54,11 +54,11 @@ def test_signals_that_the_parent_had_blocked_or_ignored_are_taken(service, wait_
         # It is reaped, and replaced.
         victim = next(iter(children(pid)))
         os.kill(victim, signal.SIGKILL)
-        one.wait_line(rf"\(pid {victim}\) has ended: .* signal 9")
+        one.wait_event("worker.killed", pid=victim, signal="SIGKILL")
         os.kill(pid, signal.SIGTTIN)
-        one.wait_line(r"worker 2 \(pid \d+\) is ready")
+        one.wait_event("worker.ready", slot=2)
     assert one.stop(signal.SIGINT) == 0
-    one.wait_line("SIGINT: stopping")
+    one.wait_event("stop.requested", signal="SIGINT")
 
 
 # --- a stop while it starts ---
@@ -134,7 +134,7 @@ def test_process_1_reaps_orphans_and_hosted_code_and_the_supervisor_have_their_s
             assert client.recv(10) == b"7"
     victim = next(iter(children(firsts[1])))
     os.kill(victim, signal.SIGKILL)
-    both[1].wait_line(r"worker \d \(pid \d+\) has ended: .* signal 9")
+    both[1].wait_event("worker.killed", signal="SIGKILL")
     for pid in firsts:
         wait_for(lambda pid=pid: "Z" not in children(pid).values())
     for one, pid in zip(both, firsts, strict=True):

@@ -39,16 +39,18 @@ def test_addresses_are_accepted_in_every_form_including_that_of_the_log(service,
         f"ssl:0:interface=::1:{pair}": "ssl:[::1]:",
     }
     first = service("--workers=2", "--status=[::1]:0", RTSERVICE_LISTEN=" ".join(typed))
-    first.wait_line(r"status on tcp:\[::1\]:\d+$")
+    first.wait_event("status.listening", listener=re.compile(r"^tcp:\[::1\]:\d+$"))
     printed = []
     for name in typed.values():
-        found = first.wait_line(rf"listening on {re.escape(name)}\d+$", printed_count(printed, name) + 1)
+        found = first.wait_event(
+            "listener.listening", printed_count(printed, name) + 1, listener=re.compile(rf"^{re.escape(name)}\d+$")
+        )["listener"]
         printed.append(found.rpartition(" on ")[2])
     assert serve_all(printed)
     assert first.stop() == 0
     second = service(*(f"--listen={name}:{pair}" if name.startswith("ssl") else f"--listen={name}" for name in printed))
     for name in printed:
-        second.wait_line(rf"listening on {re.escape(name)}$")
+        second.wait_event("listener.listening", listener=name)
     assert serve_all(printed)
 
 
@@ -111,7 +113,7 @@ def test_a_reload_reports_conflicting_listeners_and_invalid_descriptions(service
         running.wait_line(re.escape(said))
     config.write_text(f"workers = {workers}\nlisten = ['unix:s', 'tcp:{port}', 'tcp6:{port}']\n")
     running.process.send_signal(signal.SIGHUP)
-    running.wait_line("a restart is needed for what changed of listen")
+    running.wait_event("settings.need_restart", settings="listen")
 
 
 def test_a_suggestion_is_part_of_one_error_line(run, tmp_path) -> None:

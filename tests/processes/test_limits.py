@@ -21,6 +21,7 @@ import pytest
 from rtservice.process.server import raise_descriptor_limit
 from tests.support.deadline import DEADLINE
 from tests.support.greeting import GREETING
+from tests.support.listening import port_of
 from tests.support.processes import cpu_seconds
 from tests.support.programs import program
 
@@ -105,8 +106,8 @@ def test_whoever_is_too_many_waits_in_the_kernel_and_is_served_when_a_place_is_f
             exchange(client)
         assert readable(waiting) == []
         inside.pop(0).close()
-    one.wait_line("--max-connections 5 reached")
-    assert len([line for line in one.lines if "--max-connections 5 reached" in line]) == 1
+    one.wait_event("connection.limit_reached", limit=5)
+    assert len([event for event in one.events if event["event"] == "connection.limit_reached"]) == 1
 
 
 def test_whoever_is_too_many_is_closed_at_once_with_reject(service, clients) -> None:
@@ -118,14 +119,14 @@ def test_whoever_is_too_many_is_closed_at_once_with_reject(service, clients) -> 
     inside = [client for client, first in zip(many, answers, strict=True) if first]
     for client in inside:
         exchange(client)
-    one.wait_line(r"refused 127.0.0.1:\d+ on tcp:127.0.0.1:\d+: --max-connections reached$")
-    assert len([line for line in one.lines if "refused" in line]) == 1
+    one.wait_event("connection.refused", setting="max-connections", suppressed=0)
+    assert len([event for event in one.events if event["event"] == "connection.refused"]) == 1
     inside[0].close()
-    one.wait_line("4 bytes in")
+    one.wait_event("connection.closed", bytes_in=4)
     (late,) = clients(1, one.port)
     assert answer(late) == GREETING
     one.stop()
-    assert len([line for line in one.lines if "bytes in" in line]) == 6
+    assert len([event for event in one.events if event["event"] == "connection.closed"]) == 6
 
 
 def test_one_address_has_so_many_and_another_is_served(service, clients) -> None:
@@ -145,7 +146,7 @@ FEW_DESCRIPTORS = ["bash", "-c", 'ulimit -n 64 && exec "$@"', "bash"]  # soft an
 def test_the_default_limit_is_what_the_descriptors_allow(service, clients) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", launcher=FEW_DESCRIPTORS)
     waiting = clients(60, one.port)
-    one.wait_line("--max-connections 32 reached")
+    one.wait_event("connection.limit_reached", limit=32)
     served = 0
     while served < 32:
         for client in readable(waiting, DEADLINE):
@@ -154,14 +155,14 @@ def test_the_default_limit_is_what_the_descriptors_allow(service, clients) -> No
             exchange(client)
             served += 1
     assert readable(waiting) == []
-    assert not any("accepting on" in line for line in one.lines)
+    assert not any(event["event"] == "accept.paused" for event in one.events)
 
 
 def test_without_descriptors_nothing_spins_and_whoever_waits_is_served_when_there_are_some(service, clients) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=1000", launcher=FEW_DESCRIPTORS)
-    one.wait_line("--max-connections 1000 is never reached: the limit of descriptors is 64$")
+    one.wait_event("connection.limit_unreachable", connections=1000, limit=64)
     waiting = clients(100, one.port)
-    one.wait_line("accepting on .* paused: Too many open files")
+    one.wait_event("accept.paused", problem="Too many open files")
     inside = readable(waiting, DEADLINE)
     assert {client.recv(100) for client in inside} == {GREETING}
     waiting = [client for client in waiting if client not in inside]
@@ -169,7 +170,7 @@ def test_without_descriptors_nothing_spins_and_whoever_waits_is_served_when_ther
     for client in inside:
         exchange(client)
     assert share_of_cpu(one.process.pid, inside[0], waiting) < 0.05
-    assert len([line for line in one.lines if "accepting on" in line]) == 1
+    assert len([event for event in one.events if event["event"] == "accept.paused"]) == 1
     while waiting:
         for _ in range(20):
             inside.pop(0).close()
@@ -204,14 +205,14 @@ def test_a_shortage_in_accept_is_rested_out(service, clients, strace, code) -> N
     for client in clients(3, one.port):
         assert client.recv(100) == GREETING
         exchange(client)
-    assert len([line for line in one.lines if "accepting on" in line]) == 1
+    assert len([event for event in one.events if event["event"] == "accept.paused"]) == 1
 
 
 def test_a_client_that_is_gone_before_it_is_accepted_costs_nobody_else(service, clients, strace) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", launcher=strace("accept4", "error=ECONNABORTED:when=1+3"))
     for client in clients(20, one.port):
         assert client.recv(100) == GREETING
-    assert not any("accepting on" in line for line in one.lines)
+    assert not any(event["event"] == "accept.paused" for event in one.events)
 
 
 def test_a_log_that_cannot_be_written_disturbs_no_client(environment, tmp_path, wait_listening, strace) -> None:
@@ -257,8 +258,8 @@ def test_clients_that_never_finish_a_handshake_are_all_gone_after_its_deadline(
         "--handshake-timeout=4",
         NOTIFY_SOCKET=manager.address,
     )
-    secure = int(one.wait_line("listening on proxy:ssl:").rpartition(":")[2])
-    plain = int(one.wait_line("listening on proxy:tcp:").rpartition(":")[2])
+    secure = port_of(one, "proxy:ssl")
+    plain = port_of(one, "proxy:tcp")
     header = b"PROXY TCP4 192.0.2.9 192.0.2.1 1 2\r\n"
     began = time.monotonic()
     silent = clients(200, secure, header) + clients(200, plain, header[:20])
@@ -274,8 +275,8 @@ def test_clients_that_never_finish_a_handshake_are_all_gone_after_its_deadline(
         for client in silent:
             assert answer(client) == b""
         assert time.monotonic() - began >= 4
-        one.wait_line("TLS handshake timed out$", count=200)
-        one.wait_line("PROXY header timed out$", count=200)
+        one.wait_event("connection.closed", 200, reason="TLS handshake timed out")
+        one.wait_event("connection.closed", 200, reason="PROXY header timed out")
         manager.wait("STATUS=serving: 2 connections open$")
         exchange(secured)
     exchange(honest)
@@ -292,8 +293,8 @@ def test_silence_is_closed_and_whoever_speaks_stays(service, clients) -> None:
     assert time.monotonic() - began >= 1
     assert silent.recv(100) == b""
     exchange(speaking)
-    one.wait_line(", idle$")
-    assert len([line for line in one.lines if "bytes in" in line]) == 1
+    one.wait_event("connection.closed", reason="idle")
+    assert len([event for event in one.events if event["event"] == "connection.closed"]) == 1
 
 
 def test_a_peer_that_stops_reading_is_cut_off(service, clients) -> None:
@@ -303,7 +304,7 @@ def test_a_peer_that_stops_reading_is_cut_off(service, clients) -> None:
     with contextlib.suppress(TimeoutError):
         while True:
             client.sendall(bytes(1 << 20))
-    one.wait_line("stopped reading$")
+    one.wait_event("connection.closed", reason="stopped reading")
     client.settimeout(DEADLINE)
     received = read_until_reset(client)
     assert received.startswith(GREETING)
@@ -333,7 +334,7 @@ def test_setting_the_clock_by_an_hour_moves_no_deadline(service, clients, manage
         NOTIFY_SOCKET=manager.address,
         WATCHDOG_USEC="1000000",
     )
-    proxied = int(one.wait_line("listening on proxy:tcp:").rpartition(":")[2])
+    proxied = port_of(one, "proxy:tcp")
     began = time.monotonic()
     (idle,), (unfinished,) = clients(1, one.port), clients(1, proxied, b"PROXY")
     assert idle.recv(100) == GREETING
@@ -344,7 +345,7 @@ def test_setting_the_clock_by_an_hour_moves_no_deadline(service, clients, manage
     for client, why in ((idle, "idle"), (unfinished, "PROXY header timed out")):
         assert answer(client) == b""
         assert 2 <= time.monotonic() - began < DEADLINE
-        one.wait_line(f"{why}$")
+        one.wait_event("connection.closed", reason=why)
     (late,) = clients(1, one.port)
     assert late.recv(100) == GREETING
     began = time.monotonic()

@@ -71,7 +71,7 @@ class World:
     def __init__(self, service: Any) -> None:
         self.service = service
         self.pid: int = service.process.pid
-        self.site = f"http://{service.wait_line('status on tcp:').rpartition('tcp:')[2]}"
+        self.site = f"http://{service.wait_event('status.listening')['listener'].rpartition('tcp:')[2]}"
         self.innocent = service.connect()
         self.innocent_pid = self.ask_pid(self.innocent)
         self.memory = service.peak_memory
@@ -178,11 +178,11 @@ def test_a_violation_costs_the_worker_its_life_and_is_one_line_and_nobody_else_n
     one = world()
     for count, name in enumerate(names, 1):
         pid = one.attack(name)
-        line = one.service.wait_line(rf"worker \d \(pid {pid}\) violated the control protocol, and is killed: ")
+        line = one.service.wait_event("worker.violation", pid=pid)["message"]
         assert re.search(VIOLATIONS[name], line)
         assert len(line) < 300
-        one.service.wait_line(r"gets a new worker in", count=count)
-    assert len(one.lines("violated")) == len(names)
+        one.service.wait_event("worker.restarting", count)
+    assert len(one.recorded("worker.violation")) == len(names)
     one.victim()[0].close()  # it was replaced
     assert len(one.get("/metrics")) < 100_000
     assert len(one.get("/status.json")) < 100_000
@@ -199,7 +199,7 @@ def test_a_flood_is_taken_slowly_and_the_supervisor_does_all_else(world, wait_fo
         one.get("/status.json?limit=10")
     # Signals are obeyed, and questions answered, meanwhile.
     one.service.process.send_signal(signal.SIGTTIN)
-    wait_for(lambda: one.lines(r"worker 2 \(pid \d+\) is ready"))
+    wait_for(lambda: one.recorded("worker.ready", slot=2))
     assert one.innocent_pid in {worker["pid"] for worker in json.loads(one.get("/status.json"))["workers"]}
     one.check()
 
@@ -211,7 +211,7 @@ def test_a_worker_that_does_not_read_is_asked_few_questions_and_killed(world, wa
     for _ in range(40):
         asked.append(threading.Thread(target=one.get, args=("/status.json?limit=500",), daemon=True))
         asked[-1].start()
-    one.service.wait_line(rf"worker \d \(pid {pid}\) has not answered for 4\.0 s, and is killed")
+    one.service.wait_event("worker.unresponsive", pid=pid, seconds=4.0)
     for thread in asked:
         thread.join(DEADLINE)
     one.victim()[0].close()
@@ -221,7 +221,7 @@ def test_a_worker_that_does_not_read_is_asked_few_questions_and_killed(world, wa
 def test_what_a_worker_logs_reaches_the_log_without_control_characters(world) -> None:
     one = world()
     one.attack("escapes")
-    one.service.wait_line(r"printed: printed \\x1b\[31m\\xff$")
+    one.service.wait_event("worker.printed", line=r"printed \x1b[31m\xff")
     one.service.wait_line(r"\[mad#info worker \d\] by itself \\x1b\[31m \\x1b\]0;$")
     forged = one.service.wait_line(r"\[\\x1b\[31m\\nmad#info worker \d\] \\x1b\[2Jforged\\x07$")
     assert forged
@@ -235,5 +235,5 @@ def test_a_record_that_hosted_code_makes_large_is_its_worker_s_own_affair(world)
     one.attack("large")
     one.service.wait_line("characters left out")
     assert all(len(line) < 20_000 for line in one.service.lines)
-    assert not one.lines("violated")
+    assert not one.recorded("worker.violation")
     one.check()

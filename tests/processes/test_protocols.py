@@ -63,7 +63,7 @@ def test_a_start_that_is_not_done_is_cancelled_by_a_stop(service) -> None:
     one.stop()
     one.wait_line("start is cancelled")
     one.wait_line("stopFactory")
-    assert not any("listening on" in line or "Traceback" in line for line in one.lines)
+    assert not any("listening" in line or "Traceback" in line for line in one.lines)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -110,7 +110,7 @@ def test_workers_serve_new_code_after_a_reload(service, tmp_path, environment, r
     assert exchange(one, b"", read_all) == b"old code"
     source.write_text(source.read_text().replace("old code", "the new code"))
     one.process.send_signal(1)
-    wait_for(lambda: sum("has ended" in line for line in one.lines) == 2)
+    wait_for(lambda: sum(event["event"] == "worker.ended" for event in one.events) == 2)
     assert exchange(one, b"", read_all) == b"the new code"
     source.write_text("1 / 0")
     one.process.send_signal(1)
@@ -146,8 +146,8 @@ def test_a_client_that_gets_no_protocol_is_closed_and_one_that_raises_harms_no_o
             assert read_all(other) == b""
         client.sendall(b"after")
         assert client.recv(100) == b"after"
-    one.wait_line("Builds failed in buildProtocol")
-    one.wait_line("Raises failed in dataReceived")
+    one.wait_event("factory.failed", factory="Builds", method="buildProtocol")
+    one.wait_event("protocol.failed", protocol="Raises", method="dataReceived")
     assert one.stop() == 0
 
 
@@ -157,7 +157,7 @@ def test_a_protocol_that_never_lets_go_does_not_hold_up_a_drain(service, read_al
     with one.connect() as client:
         assert client.recv(1) == b"x"
         assert one.stop() == 0
-    one.wait_line("drained: 1 ended, 0 aborted")
+    one.wait_event("drain.done", ended=1, aborted=0)
 
 
 @pytest.mark.usefixtures("bad")
@@ -167,8 +167,8 @@ def test_what_blocks_the_reactor_is_logged_with_its_stack(service, workers) -> N
     with one.connect() as client:
         client.sendall(b"block")
         assert client.recv(100) == b"block"
-    one.wait_line("reactor blocked: nothing was served for 1")
-    one.wait_line("in sleep_here")
+    blocked = one.wait_event("reactor.blocked")
+    assert "in sleep_here" in blocked["stack"]
     assert one.stop() == 0
 
 
@@ -185,10 +185,10 @@ def test_sys_exit_in_a_factory_ends_nothing_but_what_it_was_asked_for(service, w
         *("--protocol=worse:Exits", TCP, f"--workers={workers}", "--status=tcp:0", "--hang-timeout=2"),
         *("--drain-timeout=0.5",),
     )
-    site = one.wait_line("status on tcp:").rpartition("tcp:")[2]
+    site = one.wait_event("status.listening")["listener"].rpartition("tcp:")[2]
     with urllib.request.urlopen(f"http://{site}/status.json", timeout=30) as answer:
         assert answer.status == 200
-    one.wait_line("Exits failed in metrics")
+    one.wait_event("factory.failed", factory="Exits", method="metrics")
     with one.connect() as first, one.connect() as second:
         assert first.recv(100) == second.recv(100) == b"here"
         one.process.send_signal(signal.SIGTERM)
@@ -196,11 +196,11 @@ def test_sys_exit_in_a_factory_ends_nothing_but_what_it_was_asked_for(service, w
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(100) == b""
         assert one.process.wait(30) == 0
-    one.wait_line("Exits failed in drain")
-    one.wait_line("Leaves failed in drain", count=2)
-    one.wait_line("Exits failed in stopFactory")
-    one.wait_line("drained: ")
-    assert not any("sign of life" in line for line in one.lines)
+    one.wait_event("factory.failed", factory="Exits", method="drain")
+    one.wait_event("protocol.failed", 2, protocol="Leaves", method="drain")
+    one.wait_event("factory.failed", factory="Exits", method="stopFactory")
+    one.wait_event("drain.done")
+    assert not any(event["event"] == "worker.hung" for event in one.events)
 
 
 @pytest.mark.usefixtures("worse")
@@ -225,8 +225,8 @@ def test_a_producer_that_fails_as_its_connection_begins_leaves_the_listener_and_
     with connect() as client:
         assert client.recv(100) == b"good"
     assert one.stop() == 0
-    assert one.wait_line("draining: ").endswith("30 s to end")
-    one.wait_line("drained: . ended, 0 aborted")
+    assert one.wait_event("drain.started")["seconds"] == 30
+    one.wait_event("drain.done", aborted=0)
 
 
 @pytest.mark.usefixtures("worse")
@@ -245,7 +245,7 @@ def test_threads_that_never_end_hold_it_up_until_the_second_signal(service, wait
         client.sendall(b"x")
         assert client.recv(1) == b"x"
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("drained: ")
+        one.wait_event("drain.done")
         # Those of the first half second are the first one once more.
         wait_for(lambda: one.process.send_signal(signal.SIGTERM) or one.process.poll() is not None)
         assert one.process.wait(30) == 128 + signal.SIGTERM
@@ -256,12 +256,12 @@ def test_a_reactor_that_is_blocked_for_ever_is_in_the_log_and_the_third_signal_e
     one = service("--protocol=worse:Threads", TCP)
     with one.connect() as client:
         client.sendall(b"loop")
-        one.wait_line("reactor blocked: ")
-        one.wait_line("in dataReceived")
+        blocked = one.wait_event("reactor.blocked")
+        assert "in dataReceived" in blocked["stack"]
         # Those of half a second are one.
         wait_for(lambda: one.process.send_signal(signal.SIGTERM) or one.process.poll() is not None)
         assert one.process.wait(30) == 128 + signal.SIGTERM
-    one.wait_line("SIGTERM: ended as it is")
+    one.wait_event("stop.forced", signal="SIGTERM")
 
 
 @pytest.mark.usefixtures("worse")

@@ -54,10 +54,10 @@ def test_any_twisted_program_can_choose_it(tmp_path: Path) -> None:
 def test_without_epoll_it_serves_on_twisteds_reactor_and_says_so_once(service, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import select\ndel select.epoll, select.EPOLLIN\n")
     one = service("--port=0", PYTHONPATH=str(tmp_path))
-    one.wait_line("listening on", count=2)
-    said = [line for line in one.lines if "reactor of rtservice not available" in line]
+    one.wait_event("listener.listening", 2)
+    said = [event for event in one.events if event["event"] == "start.reactor_unavailable"]
     assert len(said) == 1
-    assert "using Twisted's" in said[0]
+    assert said[0]["level"] == "warn"
     assert reactor_of(one) == "twisted.internet.pollreactor.PollReactor"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,9 @@ import pytest
 from tests.support.deadline import DEADLINE
 from tests.support.greeting import GREETING
 from tests.support.hosted import copy_plugin
+from tests.support.listening import port_of
 from tests.support.odd_certificates import dns, odd_certificate
+from tests.support.recorded import recorded
 from tests.support.tls_libraries import needs_pyopenssl
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
@@ -90,14 +93,21 @@ def echoes(client: socket.socket, data: bytes = b"still here") -> bool:
     return received == data
 
 
-def hang_up(one, count: int = 1) -> str:
-    """Sends a SIGHUP, and waits for the `count`th line that says how it went."""
-    one.process.send_signal(signal.SIGHUP)
-    return one.wait_line(r"\] (reloaded[;:]|nothing is reloaded)", count)
+def hang_up(one) -> str:
+    """Reloads; gives the settings that have changed, or what was wrong."""
+    done = one.reload()
+    if done["event"] == "reload.failed":
+        assert done["level"] == "error"
+        return done["problem"]
+    return recorded(one.events, "settings.reloaded")[-1]["settings"]
 
 
 def lines(one, word: str) -> list[str]:
     return [line for line in one.lines if word in line]
+
+
+def errors(one) -> list[dict]:
+    return [record for record in one.records if record["level"] in ("error", "critical")]
 
 
 # --- certificates ---
@@ -113,7 +123,7 @@ def test_a_renewed_certificate_is_shown_after_sighup_and_an_open_connection_goes
     with tls_client(one.port) as old:
         put("second")
         assert shown(one.port) == der("first")
-        assert hang_up(one).endswith("reloaded; changed: no setting")
+        assert hang_up(one) == "none"
         assert shown(one.port) == der("second")
         assert old.getpeercert(binary_form=True) == der("first")
         assert echoes(old)
@@ -141,16 +151,15 @@ def test_a_certificate_that_is_wrong_is_one_line_and_the_old_one_stays(
     with tls_client(one.port) as old:
         spoil(put, tmp_path)
         line = hang_up(one)
-        assert "#error] nothing is reloaded: " in line
         assert problem in line
         assert str(tmp_path / "served.") in line
         assert shown(one.port) == der("first")
         assert echoes(old)
         put("second")
-        hang_up(one, 2)
+        hang_up(one)
         assert shown(one.port) == der("second")
     assert one.stop() == 0
-    assert len(lines(one, "error]")) == 1
+    assert len(errors(one)) == 1
     assert not lines(one, "Traceback")
 
 
@@ -158,13 +167,13 @@ def test_a_certificate_that_is_replaced_is_noticed_without_a_signal(service, put
     put("first")
     one = service(TLS, "--watch-certificates")
     (tmp_path / "served.key").write_text("half of a ke")
-    assert "no usable private key" in one.wait_line("the certificates in force stay: ")
+    assert "no usable private key" in one.wait_event("certificates.rejected")["problem"]
     assert shown(one.port) == der("first")
     put("second")
-    one.wait_line("certificate .* expires in", 2)
+    one.wait_event("certificate.loaded", 2)
     assert shown(one.port) == der("second")
     # What is wrong is said once for each change, and not each time that is looked.
-    assert len(lines(one, "in force stay")) <= 2
+    assert len(recorded(one.events, "certificates.rejected")) <= 2
 
 
 @pytest.mark.parametrize("how", ["SIGHUP", "watched"])
@@ -175,7 +184,7 @@ def test_the_certificate_of_the_status_is_renewed_too(service, put, der, wait_fo
     one = service(
         "--listen=tcp:0:interface=127.0.0.1", TLS.replace("--listen", "--status"), f"--workers={workers}", *more
     )
-    port = int(one.wait_line("status on ssl:").rpartition(":")[2])
+    port = int(one.wait_event("status.listening")["listener"].rpartition(":")[2])
     assert shown(port) == der("first")
     put("second")
     if how == "SIGHUP":
@@ -223,7 +232,7 @@ def test_a_client_that_is_revoked_is_refused_after_a_reload(
     more = ["--watch-certificates"] if how == "watched" else []
     policy = f"clientCA={renewed['ca.pem']}:clientCRL={path}:library={library}"
     one = service(f"{TLS}:{policy}", f"--workers={workers}", *more)
-    one.wait_line(r"#info\] revocation list .*/clients.crl: next update in 29 days$")
+    one.wait_event("revocation.loaded", path=re.compile("/clients.crl$"), left="29 days")
     assert [let_in(one.port, renewed, name) for name in ("client", "gone", "stranger")] == [True, True, False]
     revoked(renewed, path, "gone")
     if how == "SIGHUP":
@@ -238,15 +247,13 @@ def test_a_revocation_list_that_is_out_of_date_is_a_warning_and_refuses_all(serv
     path = tmp_path / "clients.crl"
     revoked(renewed, path, period=("-crl_lastupdate", "20200101000000Z", "-crl_nextupdate", "20200201000000Z"))
     one = service(f"{TLS}:clientCA={renewed['ca.pem']}:clientCRL={path}")
-    one.wait_line(
-        r"#warn\] revocation list .*/clients.crl: next update has passed, clients of its authority are refused$"
-    )
+    assert one.wait_event("revocation.expired", path=re.compile("/clients.crl$"))["level"] == "warn"
     assert not let_in(one.port, renewed, "client")
     revoked(renewed, path)
     hang_up(one)
     assert let_in(one.port, renewed, "client")
     path.write_text("junk")
-    assert "no usable revocation list in PEM form" in hang_up(one, 2)
+    assert "no usable revocation list in PEM form" in hang_up(one)
     assert let_in(one.port, renewed, "client")
     assert one.stop() == 0
 
@@ -272,7 +279,7 @@ def test_a_name_that_is_none_is_a_line_in_the_log_and_no_traceback(service, put,
         with socket.create_connection(("127.0.0.1", one.port), timeout=DEADLINE) as client:
             client.sendall(hello(name))
             assert client.recv(1)  # an alert, or a ServerHello
-    one.wait_line("bytes out, ", count=3)
+    one.wait_event("connection.closed", 3)
     assert one.stop() == 0
     assert not [line for line in one.lines if "Traceback" in line or "Exception" in line or "\x1b" in line]
 
@@ -289,7 +296,7 @@ def test_names_come_and_go_with_the_files_of_a_directory(service, put, der, tmp_
     hang_up(one)
     assert [shown(one.port, f"{name}.example") for name in "abc"] == [der("a"), der("a"), der("c")]
     (tmp_path / "names/c.key").unlink()
-    assert "no private key for" in hang_up(one, 2)
+    assert "no private key for" in hang_up(one)
     assert shown(one.port, "c.example") == der("c")
 
 
@@ -297,14 +304,16 @@ def test_the_days_that_certificates_have_are_logged_at_the_start_and_after_a_rel
     renewed.make("short", "server", "ca", days=7)
     put("first")
     one = service(TLS)
-    assert one.wait_line(r"#info\] certificate .*/served.pem for localhost: expires in 89 days$")
+    one.wait_event("certificate.loaded", path=re.compile("/served.pem$"), names="localhost", days_left=89)
     put("short")
     hang_up(one)
-    assert one.wait_line(r"#info\] certificate .*/served.pem for localhost: expires in 6 days$")
+    one.wait_event("certificate.loaded", path=re.compile("/served.pem$"), names="localhost", days_left=6)
     renewed.make("many", "server", "ca", alternative=",".join(f"DNS:n{number}.example" for number in range(500)))
     put("many")
-    hang_up(one, 2)
-    assert one.wait_line(r"served.pem for n0\.example,( n[1-4]\.example,?){4} and 495 more: expires in 89 days$")
+    hang_up(one)
+    one.wait_event(
+        "certificate.loaded", names=re.compile(r"^n0\.example,( n[1-4]\.example,?){4} and 495 more$"), days_left=89
+    )
 
 
 @pytest.fixture
@@ -334,8 +343,8 @@ def test_many_certificates_with_odd_names_are_reloaded_while_clients_are_served(
     fill("a", range(3))
     listen = ("--listen=ssl:0:interface=127.0.0.1:certificates=names", "--listen=unix:s")
     one = service(*listen, f"--workers={workers}")
-    port = int(one.wait_line("listening on ssl:").rpartition(":")[2])
-    assert one.wait_line(r"certificate .*/a2\.pem for a2\.example, müller2\.example: expires in 89 days$")
+    port = port_of(one, "ssl")
+    one.wait_event("certificate.loaded", path=re.compile("/a2.pem$"), names="a2.example, müller2.example", days_left=89)
     assert shown(port, "a1.example") == der_of(tmp_path / "names/a1.pem")
     # Another one is asked for while this one is read, which finds what has changed meanwhile.
     fill("b", range(120))
@@ -344,13 +353,13 @@ def test_many_certificates_with_odd_names_are_reloaded_while_clients_are_served(
         client.connect(str(tmp_path / "s"))
         assert client.recv(100) == GREETING
         one.process.send_signal(signal.SIGHUP)
-        one.wait_line("reloading$")
+        one.wait_event("reload.started")
         for number in range(20):
             assert echoes(client, b"%d" % number)
         fill("a", range(1, 2), serial=2)
         one.process.send_signal(signal.SIGHUP)
-        one.wait_line("reloading$", 2)
-        one.wait_line(r"\] reloaded[;:]", 2 if workers == 1 else 1)  # with more, both may end as one
+        one.wait_event("reload.started", 2)
+        one.wait_event("reload.done", 2 if workers == 1 else 1)  # with more, both may end as one
         for name in ("a1", "b119"):
             wait_for(lambda name=name: shown(port, f"{name}.example") == der_of(tmp_path / f"names/{name}.pem"))
         assert echoes(client)
@@ -358,17 +367,17 @@ def test_many_certificates_with_odd_names_are_reloaded_while_clients_are_served(
     fill("a", range(1, 2), serial=3)
     (tmp_path / "names/z.pem").write_text("junk")
     one.process.send_signal(signal.SIGHUP)
-    assert "/names/z.pem'" in one.wait_line("nothing is reloaded")
+    assert "/names/z.pem'" in one.wait_event("reload.failed")["problem"]
     assert shown(port, "b1.example") == der_of(tmp_path / "names/b1.pem")
     assert shown(port, "a1.example") != der_of(tmp_path / "names/a1.pem")
     # A stop does not wait for what is read.
     (tmp_path / "names/z.pem").unlink()
     fill("b", range(120), serial=2)
     one.process.send_signal(signal.SIGHUP)
-    one.wait_line("reloading$", 4)
+    one.wait_event("reload.started", 4)
     assert one.stop() == 0
     assert not [line for line in one.lines if "Traceback" in line or "nhandled" in line]
-    assert len(lines(one, "error]")) == 1
+    assert len(errors(one)) == 1
 
 
 # The program itself would stand between the test and the service.
@@ -376,14 +385,14 @@ FAKETIME = [str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.
 
 
 @pytest.mark.skipif(not FAKETIME, reason="libfaketime (Debian: libfaketime) is not installed")
-@pytest.mark.parametrize(("clock", "state"), [("+100d", "expired"), ("-9d", "not valid yet")])
+@pytest.mark.parametrize(("clock", "state"), [("+100d", "certificate.expired"), ("-9d", "certificate.not_yet_valid")])
 def test_a_certificate_that_does_not_hold_now_is_served_with_a_warning(service, put, der, clock, state) -> None:
     put("first")
     one = service(TLS, LD_PRELOAD=FAKETIME[0], FAKETIME=clock)
-    assert one.wait_line(rf"#warn\] certificate .*/served.pem for localhost: {state}$")
+    assert one.wait_event(state, path=re.compile("/served.pem$"), names="localhost")["level"] == "warn"
     assert shown(one.port) == der("first")
     hang_up(one)
-    assert one.wait_line(rf"#warn\] certificate .*/served.pem for localhost: {state}$", 2)
+    one.wait_event(state, 2, path=re.compile("/served.pem$"))
 
 
 # --- settings ---
@@ -397,11 +406,10 @@ def configured(service, tmp_path):
         file = tmp_path / "rt.toml"
         file.write_text(before)
         one = service("--config=rt.toml", *(arguments or ("--listen=tcp:0:interface=127.0.0.1",)), **more)
-        reloads = iter(range(1, 100))
 
         def change(content: str) -> str:
             file.write_text(content)
-            return hang_up(one, next(reloads))
+            return hang_up(one)
 
         return one, change
 
@@ -419,10 +427,10 @@ def test_the_limit_of_connections_and_what_happens_there_change_live(configured)
     with connected(one) as first:
         with one.connect() as second:
             assert second.recv(100) == b""
-        assert change("max-connections = 2\nat-limit = 'reject'").endswith("changed: max-connections")
+        assert change("max-connections = 2\nat-limit = 'reject'") == "max-connections"
         with connected(one) as second:
             assert echoes(second)
-            assert change("max-connections = 2").endswith("changed: at-limit")
+            assert change("max-connections = 2") == "at-limit"
             with one.connect() as third:
                 third.setblocking(False)
                 with pytest.raises(BlockingIOError):
@@ -446,12 +454,10 @@ def test_a_limit_below_what_is_open_closes_nobody(configured) -> None:
 def test_the_limit_for_each_peer_counts_those_who_are_there_already(configured) -> None:
     one, change = configured("")
     with connected(one) as first:
-        assert change("max-connections-per-peer = 1").endswith("changed: max-connections-per-peer")
+        assert change("max-connections-per-peer = 1") == "max-connections-per-peer"
         with one.connect() as second:
             assert second.recv(100) == b""
-        assert change("max-connections-per-peer = 2\npeer-prefix-v6 = 56").endswith(
-            "changed: max-connections-per-peer, peer-prefix-v6"
-        )
+        assert change("max-connections-per-peer = 2\npeer-prefix-v6 = 56") == "max-connections-per-peer, peer-prefix-v6"
         with connected(one) as second:
             assert echoes(first)
             assert echoes(second)
@@ -463,7 +469,7 @@ def test_the_idle_timeout_changes_for_who_is_there_already(configured) -> None:
         assert echoes(client)
         change("idle-timeout = 0.2")
         assert client.recv(100) == b""
-    one.wait_line("bytes out, idle$")
+    one.wait_event("connection.closed", reason="idle")
 
 
 def test_the_handshake_timeout_changes_for_who_comes_then(configured, put) -> None:
@@ -472,13 +478,13 @@ def test_the_handshake_timeout_changes_for_who_comes_then(configured, put) -> No
     change("handshake-timeout = 0.2")
     with one.connect() as silent, contextlib.suppress(ConnectionResetError):
         assert silent.recv(100) == b""
-    one.wait_line("0 bytes in, 0 bytes out, .*handshake")
+    one.wait_event("connection.closed", bytes_in=0, bytes_out=0, reason=re.compile("handshake"))
 
 
 def test_the_peers_that_may_send_proxy_headers_change_live(configured) -> None:
     header = b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
     one, change = configured("proxy-from = '192.0.2.9'", "--listen=proxy:tcp:0:interface=127.0.0.1")
-    port = int(one.wait_line("listening on").rpartition(":")[2])
+    port = int(one.wait_event("listener.listening")["listener"].rpartition(":")[2])
 
     def answer() -> bytes:
         with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as client:
@@ -489,7 +495,7 @@ def test_the_peers_that_may_send_proxy_headers_change_live(configured) -> None:
                 return b""
 
     assert answer() == b""
-    assert change("proxy-from = '127.0.0.1'").endswith("changed: proxy-from")
+    assert change("proxy-from = '127.0.0.1'") == "proxy-from"
     assert answer() == GREETING
 
 
@@ -503,14 +509,14 @@ def test_the_log_level_changes_live(configured, tmp_path, read_all) -> None:
             assert read_all(client) == GREETING
         return peer
 
-    one.wait_line(f"{visit()} on ")
+    one.wait_event("connection.closed", peer=visit())
     # Its success is an info, and not seen any more; that of the greeting is a warning.
     (tmp_path / "rt.toml").write_text("log-level = 'warn'\ngreeting = 'x'")
     one.process.send_signal(signal.SIGHUP)
-    one.wait_line("a restart is needed")
+    one.wait_event("settings.need_restart")
     unseen = visit()
-    assert change("log-level = 'info'").endswith("changed: log-level")
-    one.wait_line(f"{visit()} on ")
+    assert change("log-level = 'info'") == "log-level"
+    one.wait_event("connection.closed", peer=visit())
     assert not lines(one, unseen)
 
 
@@ -521,16 +527,16 @@ def test_the_time_to_drain_changes_live(configured) -> None:
         one.process.send_signal(signal.SIGTERM)
         assert client.recv(100) == b""
     assert one.process.wait(DEADLINE) == 0
-    one.wait_line("1 connection has 0.2 s to end")
+    one.wait_event("drain.started", count=1, seconds=0.2)
 
 
 def test_watching_certificates_can_be_turned_on(configured, put, der) -> None:
     put("first")
     one, change = configured("", TLS)
-    assert change("watch-certificates = true").endswith("changed: watch-certificates")
+    assert change("watch-certificates = true") == "watch-certificates"
     put("second")
-    one.wait_line("certificates have changed")
-    one.wait_line("certificate .* expires in", 3)
+    one.wait_event("certificates.changed")
+    one.wait_event("certificate.loaded", 3)
     assert shown(one.port) == der("second")
 
 
@@ -539,13 +545,13 @@ def test_what_takes_a_restart_is_named_each_time_and_not_applied(configured) -> 
     one, change = configured("listen = 'tcp:0:interface=127.0.0.1'", "--backlog=7")
     for count in (1, 2):
         change("port = 1\ngreeting = 'x'\nframing = 'line'\nmax-message = 1\ngreet = 'first-data'\nbacklog = 9\n")
-        line = one.wait_line("a restart is needed", count)
-        assert "#warn]" in line
-        assert line.endswith("for what changed of port, listen, greeting, greet, framing, max-message")
+        restart = one.wait_event("settings.need_restart", count)
+        assert restart["level"] == "warn"
+        assert restart["settings"] == "port, listen, greeting, greet, framing, max-message"
     with connected(one) as client:
         assert echoes(client)
     change("listen = 'tcp:0:interface=127.0.0.1'")
-    assert len(lines(one, "a restart is needed")) == 2
+    assert len(recorded(one.events, "settings.need_restart")) == 2
 
 
 @pytest.mark.parametrize(
@@ -571,11 +577,11 @@ def test_a_wrong_file_changes_nothing_at_all(configured, put, der, tmp_path, con
     file = tmp_path / "rt.toml"
     file.unlink() if content is None else file.write_text(content, errors="surrogateescape")
     line = hang_up(one)
-    assert f"#error] nothing is reloaded: {file}: " in line
+    assert line.startswith(f"{file}: ")
     assert problem in line
     with one.connect(), one.connect():
         assert shown(one.port) == der("first")
-    assert not lines(one, "refused")
+    assert not recorded(one.events, "connection.refused")
     assert one.stop() == 0
     assert not lines(one, "Traceback")
 
@@ -583,12 +589,12 @@ def test_a_wrong_file_changes_nothing_at_all(configured, put, der, tmp_path, con
 def test_a_wrong_certificate_keeps_the_settings_too(configured, put, tmp_path) -> None:
     put("first")
     one, change = configured("", TLS, "--listen=unix:s")
-    one.wait_line("listening on unix")
+    one.wait_event("listener.listening", listener=re.compile("^unix:"))
     (tmp_path / "served.pem").write_text("garbage")
-    assert "nothing is reloaded: no usable certificate" in change("idle-timeout = 0.1\ngreeting = 'x'")
-    assert not lines(one, "restart")
+    assert "no usable certificate" in change("idle-timeout = 0.1\ngreeting = 'x'")
+    assert not recorded(one.events, "settings.need_restart")
     put("second")
-    assert change("idle-timeout = 0.1").endswith("changed: idle-timeout")
+    assert change("idle-timeout = 0.1") == "idle-timeout"
 
 
 # --- at any time ---
@@ -623,7 +629,7 @@ def test_a_storm_of_signals_loses_nobody(configured, put, der, tls_client) -> No
     assert served
     put("second")
     change("idle-timeout = 7")
-    one.wait_line("reloaded; changed: idle-timeout")
+    one.wait_event("settings.reloaded", settings="idle-timeout")
     assert shown(port) == der("second")
     assert one.stop() == 0
     assert not lines(one, "Traceback")
@@ -634,9 +640,9 @@ def test_a_signal_before_it_serves_is_answered_when_it_does(service, tmp_path) -
     one = service("--listen=when:there", "--listen=unix:s", PYTHONPATH=str(tmp_path))
     one.process.send_signal(signal.SIGHUP)
     (tmp_path / "there").touch()
-    one.wait_line("reloaded; changed: no setting")
-    order = [line.partition("] ")[2][:12] for line in one.lines if "listening on" in line or "SIGHUP" in line]
-    assert order == ["listening on", "listening on", "SIGHUP: relo"]
+    one.wait_event("settings.reloaded", settings="none")
+    order = [event["event"] for event in one.events if event["event"] in ("listener.listening", "reload.started")]
+    assert order == ["listener.listening", "listener.listening", "reload.started"]
     assert one.stop() == 0
 
 
@@ -644,12 +650,12 @@ def test_a_signal_during_the_drain_does_no_harm(service) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1")
     with connected(one) as client:
         one.process.send_signal(signal.SIGTERM)
-        one.wait_line("draining: 1 connection")
+        one.wait_event("drain.started", count=1)
         one.process.send_signal(signal.SIGHUP)
         assert echoes(client)
     assert one.process.wait(DEADLINE) == 0
-    assert one.wait_line("drained: 1 ended, 0 aborted")
-    assert not lines(one, "SIGHUP")
+    assert one.wait_event("drain.done", ended=1, aborted=0)
+    assert not recorded(one.events, "reload.started")
 
 
 def test_the_signal_that_rotates_a_log_file_does_no_harm_where_there_is_none(service) -> None:
@@ -679,5 +685,5 @@ def test_files_outside_the_new_root_are_a_line_and_the_service_goes_on(service, 
     (tmp_path / "rt.toml").write_text("")
     one = service(TLS, twistd=(f"--chroot={tmp_path}",))
     line = hang_up(one)
-    assert "nothing is reloaded: cannot read the certificate" in line
+    assert line.startswith("cannot read the certificate")
     assert shown(one.port) == der("first")

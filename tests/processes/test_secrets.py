@@ -40,7 +40,7 @@ def assert_nothing_shown(running) -> None:
 
 
 def asked(running, path: str) -> str:
-    port = running.wait_line(r"status on tcp:").rpartition(":")[2]
+    port = running.wait_event("status.listening")["listener"].rpartition(":")[2]
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
             return answer.read().decode()
@@ -71,11 +71,11 @@ def test_a_value_reaches_the_protocol_and_is_shown_nowhere(service, tmp_path, wo
     # The log of a reload.
     (tmp_path / "rt.toml").write_text(f"[protocol]\nname = 'keeper:Keeper'\npassword = '{NEWER}'\ntext = 'x'\n")
     running.reload()
-    running.wait_line("a restart is needed for what changed of protocol-option")
+    running.wait_event("settings.need_restart", settings="protocol-option")
     (tmp_path / "rt.toml").write_text(
         f"[protocol]\nname = 'keeper:Keeper'\npassword = 'x'\nnumber = '{NEWER}'\n'{NEWER}"
     )
-    assert "nothing is reloaded" in running.reload()
+    assert running.reload()["event"] == "reload.failed"
     assert running.stop() == 0
     assert_nothing_shown(running)
 
@@ -85,12 +85,12 @@ def test_new_workers_get_the_current_content_of_the_file(service, tmp_path) -> N
     running = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, "--workers=2")
     assert told(running)["password"] == FILED
     (tmp_path / "pw").write_text(NEWER)
-    assert "reloaded" in running.reload()
+    assert running.reload()["event"] == "reload.done"
     assert told(running)["password"] == NEWER
     (tmp_path / "pw").unlink()
-    line = running.reload()
-    assert "nothing is reloaded: --protocol keeper:Keeper: option password: cannot read the file" in line
-    assert f"'{tmp_path}/pw': no such file or directory" in line
+    problem = running.reload()["problem"]
+    assert problem.startswith("--protocol keeper:Keeper: option password: cannot read the file")
+    assert f"'{tmp_path}/pw': no such file or directory" in problem
     assert told(running)["password"] == NEWER
     assert running.stop() == 0
     assert_nothing_shown(running)
@@ -100,7 +100,7 @@ def test_a_single_process_keeps_the_content_from_its_start(service, tmp_path) ->
     (tmp_path / "pw").write_text(FILED)
     running = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP)
     (tmp_path / "pw").unlink()
-    assert "reloaded" in running.reload()
+    assert running.reload()["event"] == "reload.done"
     assert told(running)["password"] == FILED
 
 
@@ -205,14 +205,14 @@ def test_printed_settings_hide_secrets_and_are_rejected_until_they_are_filled_in
 def test_a_key_in_a_description_of_another_type_is_shown_nowhere(service, run, tmp_path) -> None:
     copy_plugin("keyed_endpoint", tmp_path)
     running = service(f"--listen=keyed:0:key={LITERAL}", STATUS)
-    line = running.wait_line(r"listening on keyed:0:key=<hidden> \(")
+    line = running.wait_event("listener.listening", listener=re.compile(r"^keyed:0:key=<hidden> \("))["listener"]
     port = re.search(r"127\.0\.0\.1.*?(\d+)\)", line)
     assert port is not None
     with socket.create_connection(("127.0.0.1", int(port[1])), timeout=30) as client:
         assert client.recv(100) == b"Hello from the server!"
         assert "keyed:0:key=<hidden>" in asked(running, "/status.json")
         assert "hunter2" not in asked(running, "/status.json") + asked(running, "/metrics")
-    running.wait_line("on keyed:0:key=<hidden>: .*bytes out")
+    running.wait_event("connection.closed", listener="keyed:0:key=<hidden>")
     running.stop()
     assert_nothing_shown(running)
     result = run(*RTSERVICE, f"--listen=keyed:none:key={LITERAL}")

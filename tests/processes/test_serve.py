@@ -30,7 +30,7 @@ def greeted(client: socket.socket, read_all) -> bytes:
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_and_the_socket_file_is_gone(service, tmp_path, sig) -> None:
     one = service("--listen=unix:s", "--listen=tcp:0:interface=127.0.0.1")
-    one.wait_line("listening on", count=2)
+    one.wait_event("listener.listening", 2)
     assert (tmp_path / "s").exists()
     one.stop(sig)
     assert not (tmp_path / "s").exists()
@@ -42,17 +42,19 @@ def test_one_line_for_each_listener_and_one_record_for_each_connection(service, 
     with one.connect() as client:
         peer = "{}:{}".format(*client.getsockname())
         assert greeted(client, read_all) == GREETING + b"hello"
-    record = one.wait_line("bytes in")
-    assert re.search(rf"{peer} on tcp:0.0.0.0:{port}: 0\.\d+ s, 5 bytes in, 27 bytes out, peer finished$", record)
+    record = one.wait_event("connection.closed")
+    assert (record["peer"], record["listener"]) == (peer, f"tcp:0.0.0.0:{port}")
+    text = record["message"]
+    assert re.search(rf"{peer} on tcp:0.0.0.0:{port}: 0\.\d+ s, 5 bytes in, 27 bytes out, peer finished$", text)
     with one.connect() as client:
         client.recv(100)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    one.wait_line("0 bytes in, 22 bytes out, reset by peer$")
+    one.wait_event("connection.closed", bytes_in=0, bytes_out=22, reason="reset by peer")
     one.stop()
-    listening = [line for line in one.lines if "listening on" in line]
-    assert listening[0].partition("listening on ")[2] == f"tcp:0.0.0.0:{port}"
+    listening = [event["listener"] for event in one.events if event["event"] == "listener.listening"]
+    assert listening[0] == f"tcp:0.0.0.0:{port}"
     assert len(listening) == len(set(listening))
-    assert len([line for line in one.lines if "bytes in" in line]) == 2
+    assert len([event for event in one.events if event["event"] == "connection.closed"]) == 2
 
 
 def test_records_can_be_turned_off(environment, tmp_path, wait_listening, read_all) -> None:
@@ -79,7 +81,7 @@ def test_bytes_that_a_peer_controls_are_escaped(service, tmp_path) -> None:
         client.bind(os.fsencode(tmp_path) + b"/\x1b[31mred")
         client.connect(f"{tmp_path}/s")
         client.recv(100)
-    assert r"/\x1b[31mred on unix:" in one.wait_line("bytes in")
+    assert one.wait_event("connection.closed")["peer"].endswith(r"/\x1b[31mred")
 
 
 def test_a_daemon_has_its_pidfile_log_and_user_and_keeps_its_port(run, public_directory, wait_for, read_all) -> None:
@@ -189,7 +191,7 @@ def test_sockets_that_systemd_passes_are_served_and_their_files_left(
 ) -> None:
     launcher = program("pass_sockets", names, "tcp,passed")
     one = service(*(f"--listen={description}" for description in descriptions), launcher=launcher)
-    one.wait_line("listening on unix:")
+    one.wait_event("listener.listening", listener=re.compile("^unix:"))
     with one.connect() as client:
         assert greeted(client, read_all) == GREETING + b"hello"
     with socket.socket(socket.AF_UNIX) as client:
@@ -273,5 +275,5 @@ def test_clients_that_reset_at_any_moment_disturb_nobody(service, read_all) -> N
                     client.recv(10)
         assert greeted(bystander, read_all) == GREETING + b"hello"
     for count in range(1, 61):
-        one.wait_line("reset by peer$", count=count)
+        one.wait_event("connection.closed", count, reason="reset by peer")
     assert not any("Traceback" in line for line in one.lines)

@@ -29,7 +29,7 @@ WORST, WORST_ANSWER = 1.0, 5.0
 
 def where(service: Any) -> tuple[str, int]:
     """The address of its status server."""
-    host, port = service.wait_line("status on (tcp|ssl):").rpartition(" on ")[2].split(":")[1:]
+    host, port = service.wait_event("status.listening")["listener"].split(":")[1:]
     return host, int(port)
 
 
@@ -136,7 +136,7 @@ def test_a_full_service_and_a_full_status_server_never_run_out_of_descriptors(
     address = where(one)
     with ExitStack() as clients:
         crowd = [clients.enter_context(one.connect()) for _ in range(2 * descriptors)]
-        one.wait_line("--max-connections .* reached", count=workers)
+        one.wait_event("connection.limit_reached", workers)
         hostile = attack("silent", one)
         for _ in range(3):
             counted(hostile)
@@ -146,7 +146,7 @@ def test_a_full_service_and_a_full_status_server_never_run_out_of_descriptors(
         served[0].recv(22, socket.MSG_WAITALL)
         served[0].sendall(b"hello")
         assert served[0].recv(5, socket.MSG_WAITALL) == b"hello"
-    assert not any("accepting on" in line or "Too many open files" in line for line in one.lines)
+    assert not any("accept.paused" in line or "Too many open files" in line for line in one.lines)
 
 
 def scrambled(numbers: random.Random) -> bytes:

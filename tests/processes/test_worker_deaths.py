@@ -32,7 +32,7 @@ def test_of_a_killed_worker_only_its_open_connections_are_lost(workers, wait_for
     freeze(victim, wait_for)
     queued = [connect(port) for _ in range(40)]
     os.kill(victim, signal.SIGKILL)
-    one.wait_line(rf"worker \d \(pid {victim}\) has ended")
+    one.wait_event("worker.killed", pid=victim)
     later = [connect(port) for _ in range(40)]
 
     assert [client for client in clients if not echoes(client)] == doomed
@@ -50,7 +50,7 @@ def test_while_a_worker_is_dead_or_silent_new_clients_are_served_by_the_others(w
     victim, silent, other = one.settled(3)
     (tmp_path / "broken").touch()
     os.kill(victim, signal.SIGKILL)
-    one.wait_line("gets a new worker in .*: --protocol echo: broken by design", count=3)
+    one.wait_event("worker.restarting", 3, problem="--protocol echo: broken by design")
     os.kill(silent, signal.SIGSTOP)
     try:
         wait = threading.Event()
@@ -74,7 +74,7 @@ def test_who_is_queued_for_a_dead_worker_is_served_when_the_service_stops(worker
     os.kill(other, signal.SIGSTOP)
     clients = [connect(one.service.port) for _ in range(40)]
     os.kill(victim, signal.SIGKILL)
-    one.wait_line("gets a new worker in .*: --protocol echo: broken by design", count=3)
+    one.wait_event("worker.restarting", 3, problem="--protocol echo: broken by design")
     (tmp_path / "broken").unlink()
     one.send(signal.SIGTERM)
     os.kill(other, signal.SIGCONT)
@@ -90,9 +90,9 @@ def test_a_frozen_worker_is_replaced_within_the_hang_timeout(workers, wait_for) 
     victim = one.of_slot(0)
     freeze(victim, wait_for)
     clients = [connect(one.service.port) for _ in range(20)]
-    line = one.wait_line(rf"worker 0 \(pid {victim}\) gave no sign of life for .* s: it is to print its stack")
-    assert 2 <= float(re.search(r"for ([0-9.]+) s:", line)[1]) < 4
-    one.wait_line(rf"worker 0 \(pid {victim}\) has ended: .*signal 9")
+    hung = one.wait_event("worker.hung", slot=0, pid=victim)
+    assert 2 <= hung["seconds"] < 4
+    one.wait_event("worker.killed", slot=0, pid=victim, signal="SIGKILL")
     assert all(is_greeted(client) for client in clients)
     for client in clients:
         client.close()
@@ -104,9 +104,9 @@ def test_the_stack_of_a_blocked_worker_is_in_the_log_before_it_is_replaced(worke
     one = workers("--hang-timeout=2", TCP, **site)
     victim = one.of_slot(1)
     os.kill(victim, BLOCK)
-    one.wait_line(rf"worker 1 \(pid {victim}\) gave no sign of life")
-    one.wait_line(rf"worker 1 \(pid {victim}\) printed: .*in blocked_by_its_protocol")
-    one.wait_line(rf"worker 1 \(pid {victim}\) has ended: .*signal 9")
+    one.wait_event("worker.hung", slot=1, pid=victim)
+    one.wait_event("worker.printed_error", pid=victim, line=re.compile("in blocked_by_its_protocol"))
+    one.wait_event("worker.killed", slot=1, pid=victim, signal="SIGKILL")
     one.settled(2)
     assert one.stop() == 0
 
@@ -115,7 +115,7 @@ def test_a_worker_that_rambles_harms_only_itself(workers, site) -> None:
     one = workers(TCP, **site)
     victim = one.of_slot(0)
     os.kill(victim, RAMBLE)
-    one.wait_line(rf"worker 0 \(pid {victim}\) violated the control protocol, and is killed: .*'no'")
+    one.wait_event("worker.violation", slot=0, pid=victim, problem=re.compile("'no'"))
     one.settled(2)
     assert one.stop() == 0
 

@@ -59,9 +59,9 @@ def test_a_logger_of_the_users_gets_the_fields_of_what_workers_log(workers, site
 def test_the_last_words_of_a_worker_are_in_the_log(workers, site) -> None:
     one = workers(TCP, **site)
     os.kill(one.of_slot(0), DIE)
-    one.wait_line(r"\[rtservice#error\] worker 0 \(pid \d+\) printed: these are\\x1b its last words$")
-    one.wait_line(r"worker 0 \(pid \d+\) printed: unfinished")
-    one.wait_line(r"worker 0 \(pid \d+\) has ended: .*signal 6")
+    one.wait_event("worker.printed_error", slot=0, line=r"these are\x1b its last words")
+    one.wait_event("worker.printed_error", slot=0, line=re.compile("^unfinished"))
+    one.wait_event("worker.killed", slot=0, signal="SIGABRT")
     one.settled(2)
     assert one.stop() == 0
 
@@ -70,7 +70,7 @@ def test_a_flood_of_records_costs_records_and_nobody_service(workers, site) -> N
     one = workers(TCP, **site)
     with Load(port=one.service.port, short=4, long=4) as load:
         os.kill(one.of_slot(0), FLOOD)
-        one.wait_line(r"worker 0\] \d+ records were dropped: too many at once")
+        one.wait_event("log.dropped", slot=0)
         load.more(50)
         assert_nobody_lost(load.stop())
     assert len(one.lines("a flood of")) < 50_000

@@ -19,11 +19,11 @@ def test_reloads_lose_nobody(workers) -> None:
         load.more(100)
         for count in range(1, 11):
             one.send(signal.SIGHUP)
-            one.wait_line("reloaded: serving: 2 of 2 workers ready", count=count)
+            one.wait_event("reload.done", count, status=re.compile("^serving: 2 of 2 workers ready"))
         load.more(100)
         assert_nobody_lost(load.stop())
     assert not before & set(one.settled(2))
-    assert len(one.lines("is ready")) == 22
+    assert len(one.recorded("worker.ready")) == 22
     assert one.stop() == 0
 
 
@@ -33,10 +33,10 @@ def test_more_and_fewer_workers_lose_nobody(workers) -> None:
         load.more(100)
         for count in range(1, 11):
             one.send(signal.SIGTTIN)
-            one.wait_line(r"worker 2 \(pid \d+\) is ready", count=count)
+            one.wait_event("worker.ready", count, slot=2)
             load.more(50)
             one.send(signal.SIGTTOU)
-            one.wait_line("slot 2 is gone", count=count)
+            one.wait_event("slot.removed", count, slot=2)
         load.more(100)
         count = load.stop()
         assert_nobody_lost(count)
@@ -65,16 +65,16 @@ def test_a_worker_that_is_killed_as_it_leaves_is_replaced_until_its_queue_is_ser
     queued = [connect(port) for _ in range(40)]
     one.send(signal.SIGTTOU)
     os.kill(last, signal.SIGCONT)
-    one.wait_line("worker 1\\] draining")
+    one.wait_event("drain.started", slot=1)
     wait_for(lambda: len(accepted_by(first, queued)) + len(accepted_by(last, queued)) == 40)
     freeze(last, wait_for)
     os.kill(last, signal.SIGKILL)
-    one.wait_line(r"worker 1 \(pid \d+\) is ready", count=2)
-    one.wait_line("slot 1 is gone")
+    one.wait_event("worker.ready", 2, slot=1)
+    one.wait_event("slot.removed", slot=1)
     for client in (*clients, *queued):
         client.close()
     one.send(signal.SIGTTIN)
-    one.wait_line(r"worker 1 \(pid \d+\) is ready", count=3)
+    one.wait_event("worker.ready", 3, slot=1)
     began = time.monotonic()
     clients = [greeted(port) for _ in range(40)]
     assert time.monotonic() - began < 1  # nobody sent a SYN twice
@@ -87,14 +87,14 @@ def test_a_worker_that_is_killed_as_it_leaves_is_replaced_until_its_queue_is_ser
 def test_workers_may_be_added_and_removed_for_ever(workers, wait_for) -> None:
     one = workers(TCP)
     one.send(signal.SIGHUP)  # a start holds the terminal until it is over
-    one.wait_line("reloaded: ")
+    one.wait_event("reload.done")
     one.settled(2)
     before = descriptors(one.pid)
     for count in range(1, 13):
         one.send(signal.SIGTTIN)
-        one.wait_line(r"worker 2 \(pid \d+\) is ready", count=count)
+        one.wait_event("worker.ready", count, slot=2)
         one.send(signal.SIGTTOU)
-        one.wait_line("slot 2 is gone", count=count)
+        one.wait_event("slot.removed", count, slot=2)
     wait_for(lambda: descriptors(one.pid) <= before)
     assert one.stop() == 0
 
@@ -102,9 +102,9 @@ def test_workers_may_be_added_and_removed_for_ever(workers, wait_for) -> None:
 def test_the_last_worker_stays(workers) -> None:
     one = workers(TCP)
     one.send(signal.SIGTTOU)
-    one.wait_line("slot 1 is gone")
+    one.wait_event("slot.removed", slot=1)
     one.send(signal.SIGTTOU)
-    one.wait_line("SIGTTOU: the last worker stays")
+    one.wait_event("slot.not_removed")
     with greeted(one.service.port) as client:
         assert echoes(client)
     one.settled(1)
@@ -117,7 +117,7 @@ def test_a_worker_that_is_told_to_end_is_replaced_first(workers) -> None:
         for _ in range(3):
             old = one.settled(2)[0]
             os.kill(old, signal.SIGTERM)
-            one.wait_line(rf"worker \d \(pid {old}\) has ended$")
+            one.wait_event("worker.ended", pid=old, exit_status=0)
         assert_nobody_lost(load.stop())
     assert one.stop() == 0
 
@@ -125,10 +125,10 @@ def test_a_worker_that_is_told_to_end_is_replaced_first(workers) -> None:
 def test_workers_that_reach_their_age_are_replaced_one_at_a_time_and_nobody_is_lost(workers) -> None:
     one = workers("--workers=3", "--max-worker-age=2", TCP)
     with Load(port=one.service.port, short=16, long=16) as load:
-        one.wait_line("has reached its age", count=6)
+        one.wait_event("worker.too_old", 6)
         assert_nobody_lost(load.stop())
-    events = one.lines("has reached its age|is ready")[3:]
-    ages = ["age" in line for line in events]
+    events = [event for event in one.service.events if event["event"] in ("worker.too_old", "worker.ready")][3:]
+    ages = [event["event"] == "worker.too_old" for event in events]
     assert ages[::2] == [True] * len(ages[::2])
     assert ages[1::2] == [False] * len(ages[1::2])
     assert one.stop() == 0
@@ -140,7 +140,7 @@ def test_a_worker_that_has_grown_is_replaced_and_nobody_is_lost(workers, site) -
     with Load(port=one.service.port, short=16, long=16) as load:
         load.more(50)
         os.kill(grown, GROW)
-        assert int(re.search(r"has (\d+) MiB of memory", one.wait_line(rf"\(pid {grown}\) has \d+ MiB"))[1]) > 200
-        one.wait_line(rf"\(pid {grown}\) has ended$")
+        assert one.wait_event("worker.too_large", pid=grown)["memory"] > 200
+        one.wait_event("worker.ended", pid=grown, exit_status=0)
         assert_nobody_lost(load.stop())
-    assert len(one.lines("MiB of memory")) == 1
+    assert len(one.recorded("worker.too_large")) == 1

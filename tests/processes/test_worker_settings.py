@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -45,7 +46,7 @@ def test_a_new_worker_that_cannot_start_leaves_the_old_ones_serving(workers, bro
         assert one.settled(2) == pids
         (tmp_path / "broken").unlink()
         one.send(signal.SIGHUP)
-        one.wait_line("reloaded: serving: 2 of 2 workers ready")
+        one.wait_event("reload.done", status=re.compile("^serving: 2 of 2 workers ready"))
         assert_nobody_lost(load.stop())
     assert not set(one.settled(2)) & set(pids)
 
@@ -57,18 +58,18 @@ def test_a_reload_with_a_mistake_changes_nothing(workers, tmp_path) -> None:
     pids = one.settled(2)
     config.write_text("idle-timeout = 1\nmax-connections = -1\n")
     one.send(signal.SIGHUP)
-    assert "max-connections: '-1' is not" in one.wait_line("nothing is reloaded: ")
+    assert "max-connections: '-1' is not" in one.wait_event("reload.failed")["problem"]
     assert one.settled(2) == pids
     with greeted(one.service.port) as client:
         config.write_text("idle-timeout = 1\nbacklog = 3\n")
         one.send(signal.SIGHUP)
-        one.wait_line("workers are replaced; changed: idle-timeout$")
-        one.wait_line("a restart is needed for what changed of backlog$")
-        one.wait_line(r"worker \d\] draining: ", count=2)
+        one.wait_event("settings.reloaded", settings="idle-timeout")
+        one.wait_event("settings.need_restart", settings="backlog")
+        one.wait_event("drain.started", 2)
         assert echoes(client)  # it is its old worker's
     with greeted(one.service.port) as client:
         assert client.recv(1) == b""
-    one.wait_line("worker .*, idle$")
+    one.wait_event("connection.closed", reason="idle")
     assert one.stop() == 0
 
 
@@ -112,12 +113,12 @@ def test_connections_of_the_whole_service_are_divided_among_its_workers(workers,
     served = fill(7)
     shares = sorted(len(accepted_by(pid, served)) for pid in one.settled(2))
     assert shares == [3, 4]
-    one.wait_line(r"worker \d\] refused 127\.0\.0\.1:\d+ on tcp:.*: --max-connections reached")
+    one.wait_event("connection.refused", setting="max-connections")
     for client in served:
         client.close()
-    wait_for(lambda: len(one.lines("bytes in")) == 7)
+    wait_for(lambda: len(one.recorded("connection.closed")) == 7)
     one.send(signal.SIGTTIN)
-    one.wait_line(r"worker 2 \(pid \d+\) is ready")
+    one.wait_event("worker.ready", slot=2)
     served = fill(7)
     assert sorted(len(accepted_by(pid, served)) for pid in one.settled(3)) == [2, 2, 3]
     for client in served:

@@ -21,6 +21,7 @@ import pytest
 from tests.support.clients import connect, greeted
 from tests.support.deadline import DEADLINE
 from tests.support.listen_options import TCP
+from tests.support.listening import port_of
 from tests.support.load import Load, assert_nobody_lost
 from tests.support.processes import alive, children
 from twisted import plugins
@@ -35,8 +36,8 @@ def test_connections_one_after_another_are_spread_evenly(workers, wait_for) -> N
         with greeted(port) as client:
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
-    wait_for(lambda: len(one.lines("bytes in")) == 800)
-    counts = Counter(re.search(r"worker (\d)", line)[1] for line in one.lines("bytes in"))
+    wait_for(lambda: len(one.recorded("connection.closed")) == 800)
+    counts = Counter(str(event["slot"]) for event in one.recorded("connection.closed"))
     assert len(counts) == 4
     assert max(counts.values()) <= 1.5 * min(counts.values()), counts
 
@@ -214,11 +215,11 @@ def test_sockets_of_a_service_manager_are_shared_by_the_workers(workers, tmp_pat
             load.more(30)
             local.more(30)
             one.send(signal.SIGHUP)
-            one.wait_line("reloaded: ", count=count)
+            one.wait_event("reload.done", count)
             one.send(signal.SIGTTIN)
-            one.wait_line(r"worker 2 \(pid \d+\) is ready", count=count)
+            one.wait_event("worker.ready", count, slot=2)
             one.send(signal.SIGTTOU)
-            one.wait_line("slot 2 is gone", count=count)
+            one.wait_event("slot.removed", count, slot=2)
         assert_nobody_lost(load.stop())
         assert_nobody_lost(local.stop())
     assert one.stop() == 0
@@ -230,7 +231,7 @@ def test_reloads_lose_nobody_with_tls_after_a_proxy_header_and_on_a_unix_socket(
 ) -> None:
     tls = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     one = workers(f"--listen=proxy:ssl:0:interface=127.0.0.1:{tls}", "--listen=unix:s")
-    port = int(one.wait_line("listening on proxy:ssl:").rpartition(":")[2])
+    port = port_of(one, "proxy:ssl")
     with (
         Load(port=port, short=8, long=8, ca=certificates["ca.pem"], proxied=True) as load,
         Load(path=f"{tmp_path}/s", short=8, long=8) as local,
@@ -238,10 +239,10 @@ def test_reloads_lose_nobody_with_tls_after_a_proxy_header_and_on_a_unix_socket(
         for count in range(1, 4):
             load.more(20)
             one.send(signal.SIGHUP)
-            one.wait_line("reloaded: ", count=count)
+            one.wait_event("reload.done", count)
         assert_nobody_lost(load.stop())
         assert_nobody_lost(local.stop())
-    one.wait_line(r"worker \d\] 192\.0\.2\.1:4711 on proxy:ssl:")
+    one.wait_event("connection.closed", peer="192.0.2.1:4711", listener=re.compile("^proxy:ssl:"))
     assert one.stop() == 0
     assert not (tmp_path / "s").exists()
 
@@ -253,7 +254,7 @@ def test_a_renewed_certificate_is_shown_by_every_worker_after_a_reload(workers, 
     for name in ("pem", "key"):
         shutil.copy(certificates[f"rsa.{name}"], tmp_path / f"server.{name}")
     one.send(signal.SIGHUP)
-    one.wait_line(r"worker \d\] draining: ", count=2)
+    one.wait_event("drain.started", 2)
     wanted = ssl.PEM_cert_to_DER_cert(Path(certificates["rsa.pem"]).read_text())
     context = ssl.create_default_context(cafile=certificates["ca.pem"])
     for _ in range(20):

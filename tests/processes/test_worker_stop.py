@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_a_stop_resets_nobody(workers, whom) -> None:
         count = load.stop()
     assert count["refused"] > 0
     assert count["reset"] == count["cut"] == count["silent"] == count["lost"] == 0, count
-    assert one.lines(r"\[rtservice#info\] drained: \d+ ended, 0 aborted")
+    assert [event for event in one.recorded("drain.done", aborted=0) if "slot" not in event]
 
 
 LISTEN = (TCP, "--listen=tcp6:0", "--listen=unix:s")
@@ -36,7 +37,10 @@ LISTEN = (TCP, "--listen=tcp6:0", "--listen=unix:s")
 
 def addresses_of(one: Workers, directory: Path) -> list[Any]:
     """Where it can be reached: IPv4, IPv6, and a path."""
-    lines = [one.wait_line(rf"listening on tcp:{host}:\d+$") for host in (r"127\.0\.0\.1", r"\[::\]")]
+    lines = [
+        one.wait_event("listener.listening", listener=re.compile(rf"^tcp:{host}:\d+$"))["listener"]
+        for host in (r"127\.0\.0\.1", r"\[::\]")
+    ]
     port, port6 = (int(line.rpartition(":")[2]) for line in lines)
     return [port, ("::1", port6, 0, 0), f"{directory}/s"]
 
@@ -66,14 +70,14 @@ def test_who_comes_during_a_drain_is_refused_and_a_successor_can_listen(workers,
     addresses = addresses_of(one, tmp_path)
     # Sockets that were taken from the spares, and given back.
     one.send(signal.SIGTTIN)
-    one.wait_line(r"worker 2 \(pid \d+\) is ready")
+    one.wait_event("worker.ready", slot=2)
     one.send(signal.SIGTTOU)
-    one.wait_line("slot 2 is gone")
+    one.wait_event("slot.removed", slot=2)
     pids = one.settled(2)
     old = [greeted(address) for address in addresses]
     idle = next(pid for pid in pids if not accepted_by(pid, old[:1]))
     one.send(signal.SIGINT)
-    one.wait_line(r"worker \d\] draining: ", count=3)
+    one.wait_event("drain.started", 3)
     os.kill(idle, signal.SIGKILL)  # it is not replaced, and nobody has its sockets
     successor = assert_a_successor_takes_over(workers, addresses, wait_for)
     assert echoes(old[0])
@@ -95,14 +99,14 @@ def test_workers_that_were_being_replaced_when_all_stopped_keep_no_address(worke
     match change:
         case "reloaded":  # the old workers drain
             one.send(signal.SIGHUP)
-            one.wait_line(r"worker \d\] draining: ", count=2)
+            one.wait_event("drain.started", 2)
         case "replaced":  # successors start
             for pid in pids:
                 os.kill(pid, signal.SIGTERM)
             wait_for(lambda: len(one.pids()) > 2)
         case "reduced":  # the last slot drains
             one.send(signal.SIGTTOU)
-            one.wait_line(r"worker 1\] draining: ")
+            one.wait_event("drain.started", slot=1)
     one.send(signal.SIGTERM)
     successor = assert_a_successor_takes_over(workers, addresses, wait_for)
     assert all(echoes(client) for client in clients)
@@ -119,11 +123,11 @@ def test_a_second_signal_ends_the_drain(workers, wait_for) -> None:
     one = workers(TCP)
     with greeted(one.service.port) as client:
         one.send(signal.SIGTERM)
-        one.wait_line("draining: 1 connection")
+        one.wait_event("drain.started", count=1)
         assert echoes(client)
         # Those of the first half second are the first one once more.
-        wait_for(lambda: one.send(signal.SIGTERM) or one.lines("SIGTERM: not waiting any longer"))
+        wait_for(lambda: one.send(signal.SIGTERM) or one.recorded("stop.repeated", signal="SIGTERM"))
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""
         assert one.service.process.wait(DEADLINE) == 128 + signal.SIGTERM
-    one.wait_line(r"\[rtservice#info\] drained: 0 ended, 1 aborted")
+    one.wait_event("drain.done", ended=0, aborted=1)

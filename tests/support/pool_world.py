@@ -94,7 +94,7 @@ class World:
     def texts(self) -> list[str]:
         return [str(formatEvent(event)) for event in self.events]
 
-    def recorded(self, name: str, **fields: Any) -> list[dict[str, Any]]:
+    def recorded(self, name: str, /, **fields: Any) -> list[dict[str, Any]]:
         """The records of an event with these fields."""
         return recorded(self.events, name, **fields)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.support.processes import born, children
+from tests.support.recorded import recorded
 
 
 class Workers:
@@ -30,16 +31,14 @@ class Workers:
 
     def of_slot(self, slot: int) -> int:
         """The one that was ready in a slot last."""
-        lines = [line for line in self.service.lines if re.search(rf"worker {slot} \(pid \d+\) is ready", line)]
-        return int(lines[-1].partition("(pid ")[2].partition(")")[0])
+        return int(self.recorded("worker.ready", slot=slot)[-1]["pid"])
 
     def send(self, number: int) -> None:
         self.service.process.send_signal(number)
 
     def ready(self) -> list[int]:
         """The workers that serve or have served, the oldest first."""
-        ready = r"worker \d+ \(pid (\d+)\) is ready"
-        said = {int(match[1]) for line in list(self.service.lines) if (match := re.search(ready, line))}
+        said = {event["pid"] for event in self.recorded("worker.ready")}
         return [pid for pid in self.pids() if pid in said]
 
     def settled(self, count: int) -> list[int]:
@@ -50,6 +49,13 @@ class Workers:
             return found if len(found) == count and self.ready() == found else []
 
         return list(self._wait_for(are_ready))
+
+    def wait_event(self, name: str, number: int = 1, /, **fields: Any) -> dict[str, Any]:
+        return dict(self.service.wait_event(name, number, **fields))
+
+    def recorded(self, name: str, /, **fields: Any) -> list[dict[str, Any]]:
+        """The records of an event with these fields, so far."""
+        return recorded(self.service.events, name, **fields)
 
     def wait_line(self, pattern: str, count: int = 1) -> str:
         return str(self.service.wait_line(pattern, count))
