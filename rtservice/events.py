@@ -84,6 +84,7 @@ FIELDS = {
     "factory": Field(_TEXT, "class of the factory that is served"),
     "file": Field(_TEXT, "path of a file"),
     "gid": Field((int, _NONE), "group id, or null if it is not changed"),
+    "hint": Field(_TEXT, "how to try and to stop the service, for people"),
     "host": Field(_TEXT, "IP address"),
     "interface": Field(_TEXT, "`interface=` of a listen description"),
     "left": Field(_TEXT, "time that is left, for people"),
@@ -101,7 +102,7 @@ FIELDS = {
     "pid": Field(_INTEGER, "process id"),
     "platform": Field(_TEXT, "platform, as `sys.platform` has it"),
     "problem": Field(_TEXT, "what is wrong, for people"),
-    "protocol": Field(_TEXT, "class of the protocol"),
+    "protocol": Field(_TEXT, "class of the protocol, or the value of `--protocol`"),
     "reason": Field(_TEXT, "why a connection ended: see [](logs.md#why-a-connection-ended)"),
     "record": Field(_TEXT, "the whole text; JSON logs have it as `message` only"),
     "seconds": Field(_NUMBER, "duration in seconds"),
@@ -178,6 +179,14 @@ SYSTEMD_DISCONNECTED = Event(
     "notifications to the service manager stopped: {problem}",
     fields=("problem",),
     meaning="The service manager closed its socket. It gets no further notifications.",
+)
+
+SERVICE_SERVING = Event(
+    "service.serving",
+    _info,
+    "serving {protocol}: {hint}",
+    fields=("protocol", "hint"),
+    meaning="The start is complete: every listener accepts connections.",
 )
 
 # --- listeners ---

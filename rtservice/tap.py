@@ -24,6 +24,7 @@ from rtservice.config.schema import Setting, Settings, all_settings
 from rtservice.config.sources import CONFIG_VARIABLE, LoadedSettings, variable
 from rtservice.config.usage import Entry, usage_text
 from rtservice.config.values import FLAG, SettingError
+from rtservice.escaping import escaped
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.listing import listing
 from rtservice.hosting.names import SHIPPED
@@ -41,6 +42,7 @@ from rtservice.process.service import Launch, ServiceProcess
 from rtservice.process.status_server import StatusServer
 from rtservice.process_settings import levels, process_count, runtime_settings
 from rtservice.startup.binding import check_configuration, open_listeners
+from rtservice.startup.first_steps import first_steps
 from rtservice.startup.outputs import Outputs
 from rtservice.startup.preflight import (
     check_changes,
@@ -293,6 +295,12 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
         leave=leave,
         notifier=notifier,
         dropped=outputs.dropped,
+        protocol=escaped(loaded.settings.protocol),
+        hint=first_steps(
+            loaded.settings.protocol,
+            [listener.name for listener in opened],
+            terminal=nodaemon and os.isatty(0),
+        ),
         log_observer=outputs.format,
     )
     service = ServiceProcess(

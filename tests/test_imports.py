@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "testing": {"net"},
     "first": {"process"},
     "tap": {
+        "escaping",
         "first",
         "hosting",
         "config",

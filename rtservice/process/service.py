@@ -19,6 +19,7 @@ from rtservice.events import (
     CERTIFICATES_CHANGED,
     LISTENER_LISTENING,
     SERVICE_FAILED,
+    SERVICE_SERVING,
     START_FAILED,
     STOP_FORCED,
     STOP_REPEATED,
@@ -61,7 +62,8 @@ class Launch:
     `check` is called before anything is served; it returns None, or the reason, in one line, why the start must fail.
     `report` is called once: with None when every listener accepts, or with the reason in one line when the start
     failed. `leave` ends the process at once, with the `exit_status` of its service. `dropped` returns the number of
-    log lines that were dropped. `log_observer` makes the observer that twistd logs with; None leaves that to twistd.
+    log lines that were dropped. `protocol` names what is served, and `hint` says how to try and to stop it; the log has
+    both at the end of the start. `log_observer` makes the observer that twistd logs with; None leaves that to twistd.
     """
 
     check: Callable[[], str | None]
@@ -69,6 +71,8 @@ class Launch:
     leave: Callable[[], None]
     notifier: Notifier
     dropped: Callable[[], int]
+    protocol: str
+    hint: str
     log_observer: Callable[[], Any] | None
 
 
@@ -210,6 +214,7 @@ class ServiceProcess(Service):
         self._serves = True
         if self._notifier.watchdog_interval is not None:
             self._watchdog.start(self._notifier.watchdog_interval)
+        SERVICE_SERVING.log(self._log, protocol=self._launch.protocol, hint=self._launch.hint)
         self._notifier.ready(self.backend.status)
         self._report_start(None)
         self._reload_if_requested()

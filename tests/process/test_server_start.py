@@ -134,7 +134,8 @@ def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
     service, events = server(endpoints=[("x:1", endpoint)])
     service.startService()  # as `twist` does, without the privileged half
     endpoint.result.callback(endpoint)
-    assert recorded(events[-1:], "listener.listening", listener="x:1 (an address)")
+    assert recorded(events, "listener.listening", listener="x:1 (an address)")
+    assert recorded(events[-1:], "service.serving")
     protocol = endpoint.factory.buildProtocol(None)
     transport = StringTransportWithDisconnection()
     transport.protocol = protocol

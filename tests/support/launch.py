@@ -14,6 +14,8 @@ def launch(**fields: Any) -> Launch:
         "leave": lambda: None,
         "notifier": Notifier(),
         "dropped": lambda: 0,
+        "protocol": "echo",
+        "hint": "",
         "log_observer": None,
     }
     return Launch(**{**defaults, **fields})
