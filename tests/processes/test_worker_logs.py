@@ -31,7 +31,7 @@ def test_records_of_workers_are_in_the_log_with_their_slot_level_namespace_and_t
 
 
 def test_a_logger_of_the_users_gets_the_fields_of_what_workers_log(workers, site, tmp_path) -> None:
-    (tmp_path / "site" / "mylogger.py").write_text(
+    (tmp_path / "mylogger.py").write_text(
         textwrap.dedent(
             """
             import json, sys
@@ -49,7 +49,8 @@ def test_a_logger_of_the_users_gets_the_fields_of_what_workers_log(workers, site
             """
         )
     )
-    one = workers("--listen=unix:s", twistd=("--logger=mylogger.observer",), **site)
+    path = os.pathsep.join((site["PYTHONPATH"], str(tmp_path)))
+    one = workers("--listen=unix:s", twistd=("--logger=mylogger.observer",), PYTHONPATH=path)
     ready = json.loads(one.wait_line(r'"text": "worker 0 .* is ready'))
     os.kill(int(re.search(r"pid (\d+)", ready["worker"])[1]), FAIL)
     event = json.loads(one.wait_line("it failed for somebody"))
