@@ -68,8 +68,8 @@ def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..
         command = [str(BIN / "twistd"), "--nodaemon", "--pidfile=", *logger, *twistd, "rtservice", *arguments]
         one = Service(command, tmp_path, {**environment, **env}, launcher or [], pass_fds)
         started.append(one)
-        if awaits:
-            one.wait_line(awaits)
+        if awaits or not logger:
+            one.wait_line(awaits or "listening on")
         else:
             one.wait_event("listener.listening")
         return one

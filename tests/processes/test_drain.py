@@ -351,7 +351,7 @@ def test_a_daemon_drains_too(run, tmp_path, wait_for) -> None:
     try:
         with greeted(f"{tmp_path}/s") as client:
             os.kill(pid, signal.SIGTERM)
-            wait_for(lambda: "draining: 1 connection" in (tmp_path / "d.log").read_text())
+            wait_for(lambda: "open connections: 1" in (tmp_path / "d.log").read_text())
             echoed(client, b"still here")
             assert not (tmp_path / "s").exists()
     finally:
@@ -367,7 +367,7 @@ def test_listeners_that_fail_late_together_are_one_end_with_a_status(service, en
     with greeted(("127.0.0.1", one.port)):
         one.process.send_signal(signal.SIGUSR2)
         assert one.process.wait(DEADLINE) == 1
-    assert len(recorded(one.events, "service.failed", problem="--listen broken:: broken by design")) == 1
+    assert len(recorded(one.events, "start.failed", problem="--listen broken:: broken by design")) == 1
     assert not any("Traceback" in line for line in one.lines)
 
 

@@ -35,7 +35,7 @@ def test_a_factory_is_started_once_before_anybody_is_accepted_and_stopped_after_
         assert client.recv(100) == b"HI?"
         one.stop()
         assert client.recv(100) == b"bye"
-    told = [line.rpartition("#info] ")[2] for line in one.lines]
+    told = [record["message"] for record in one.records]
     order = [told.index(word) for word in ("startFactory", "start", "drain", "stopFactory")]
     assert order == sorted(order)
     assert [told.count(word) for word in ("startFactory", "start", "drain", "stopFactory")] == [1, 1, 1, 1]
@@ -59,7 +59,7 @@ def test_a_start_that_fails_is_one_line_and_a_status(run, workers) -> None:
 
 @pytest.mark.usefixtures("good")
 def test_a_start_that_is_not_done_is_cancelled_by_a_stop(service) -> None:
-    one = service("--protocol=good:Shouts", "--protocol-option=hangs=true", TCP, awaits=r"\] start$")
+    one = service("--protocol=good:Shouts", "--protocol-option=hangs=true", TCP, awaits='"message": "start"')
     one.stop()
     one.wait_line("start is cancelled")
     one.wait_line("stopFactory")
@@ -271,10 +271,10 @@ def test_what_a_protocol_logs_and_prints_is_the_same_with_workers(service, worke
     with one.connect() as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-        one.wait_line(r"\] bare$")
-        one.wait_line(r"\[worse.Logs#warn.*\] 1\.23 of 00007$")
-        one.wait_line("#info.*printed$")
-        one.wait_line("#error.*complained$")
+        one.wait_line('"message": "bare"')
+        one.wait_line(r'"level": "warn", "namespace": "worse.Logs", "message": "1\.23 of 00007"')
+        one.wait_line('"level": "info".*printed"')
+        one.wait_line('"level": "error".*complained"')
         client.sendall(b"y")
         assert client.recv(1) == b"y"
     assert one.stop() == 0

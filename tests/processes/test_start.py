@@ -489,9 +489,9 @@ def test_twist_reloads_drains_and_ends_with_a_status(twist, tmp_path, wait_for) 
         client.connect(f"{tmp_path}/s")
         assert client.recv(100) == b"Hello from the server!"
         process.send_signal(signal.SIGHUP)
-        logged("reloaded; changed: no setting")
+        logged("settings reloaded, changed: none")
         process.send_signal(signal.SIGTERM)
-        logged("draining: 1 connection")
+        logged("open connections: 1")
         client.sendall(b"still")
         assert client.recv(100) == b"still"
     assert process.wait(DEADLINE) == 0

@@ -149,7 +149,7 @@ def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_o
             pids = children(pid)
             os.kill(pid, signal.SIGHUP)
             # Nobody of these can read the key: whoever serves, serves on.
-            line = wait_for(lambda: re.search("nothing is reloaded: .*", log.read_text()))[0]
+            line = wait_for(lambda: re.search("reload failed, .*", log.read_text()))[0]
             assert "server.key" in line
             load.more(20)
             os.kill(pid, signal.SIGUSR1)
