@@ -6,6 +6,9 @@ returns the address of the client, also behind a proxy. With TLS the transport p
 `getPeerCertificate` return objects of Python's `ssl`. On a listener with `library=pyopenssl` the transport is Twisted's
 `TLSMemoryBIOProtocol`, and they return objects of pyOpenSSL.
 
+Twisted's own optional interfaces `IHalfCloseableProtocol`, `IHandshakeListener` and `ILoggingContext` work as on
+Twisted's transports. `library=pyopenssl` has no half-close.
+
 `startFactory` is called once in each process, before the first connection, and `stopFactory` once, after the last. A
 factory or protocol gets further calls if it provides one of these interfaces, with `zope.interface.implementer`. The
 API is stable.
