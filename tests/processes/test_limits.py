@@ -355,10 +355,11 @@ def test_setting_the_clock_by_an_hour_moves_no_deadline(service, clients, manage
     assert answer(late) == b""
     assert 1 <= time.monotonic() - began < DEADLINE
     assert one.process.wait(DEADLINE) == 0
-    line = one.wait_line("drained: 1 ended, 0 aborted, ")
+    done = one.wait_event("drain.done", ended=1, aborted=0)
     # The clock was really set: the log's own times show it.
-    hours = {re.search(r"T(\d\d):", text)[1] for text in (one.lines[0], one.wait_line(", idle$"))}
-    assert len(hours) == 2, line
+    idle = one.wait_event("connection.closed", reason="idle")
+    hours = {re.search(r"T(\d\d):", record["time"])[1] for record in (one.records[0], idle)}
+    assert len(hours) == 2, done
 
 
 # --- a flood ---

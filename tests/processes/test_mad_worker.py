@@ -23,6 +23,7 @@ import pytest
 
 from tests.support.deadline import DEADLINE
 from tests.support.hosted import copy_hosted
+from tests.support.recorded import recorded
 
 # Seconds that nobody else waits for longer. A record with a large width in its format string was 20 s; this machine may
 # be busy, and what is mad is a whole process of its own.
@@ -116,8 +117,9 @@ class World:
             client.sendall(f"{name}\n".encode())
             return pid
 
-    def lines(self, pattern: str) -> list[str]:
-        return [line for line in list(self.service.lines) if re.search(pattern, line)]
+    def recorded(self, name: str, /, **fields: Any) -> list[dict[str, Any]]:
+        """The records of an event with these fields, so far."""
+        return recorded(self.service.events, name, **fields)
 
     def check(self) -> None:
         """That nobody else has noticed anything."""
@@ -221,12 +223,16 @@ def test_a_worker_that_does_not_read_is_asked_few_questions_and_killed(world, wa
 def test_what_a_worker_logs_reaches_the_log_without_control_characters(world) -> None:
     one = world()
     one.attack("escapes")
-    one.service.wait_event("worker.printed", line=r"printed \x1b[31m\xff")
-    one.service.wait_line(r"\[mad#info worker \d\] by itself \\x1b\[31m \\x1b\]0;$")
-    forged = one.service.wait_line(r"\[\\x1b\[31m\\nmad#info worker \d\] \\x1b\[2Jforged\\x07$")
-    assert forged
-    one.service.wait_line(r"^\t2026-01-01 forged\\x9b$")
-    assert not any("\x1b" in line or "\x07" in line or "\x9b" in line for line in one.service.lines)
+    one.service.wait_line(r"printed \\+x1b\[31m\\+xff")
+    one.service.wait_line("by itself")
+    one.service.wait_line("2026-01-01 forged")
+    records = {(record["namespace"], record["message"]): record for record in one.service.records}
+    assert ("mad", r"by itself \x1b[31m \x1b]0;") in records
+    [(_, forged)] = [key for key in records if "forged" in key[1]]
+    assert (r"\x1b[31m\nmad", forged) in records
+    assert forged.splitlines() == [r"\x1b[2Jforged\x07", r"2026-01-01 forged\x9b"]
+    texts = [record.get(key, "") for record in records.values() for key in ("namespace", "message", "traceback")]
+    assert not any("\x1b" in text or "\x07" in text or "\x9b" in text for text in (*texts, *one.service.lines))
     one.check()
 
 
@@ -234,6 +240,6 @@ def test_a_record_that_hosted_code_makes_large_is_its_worker_s_own_affair(world)
     one = world()
     one.attack("large")
     one.service.wait_line("characters left out")
-    assert all(len(line) < 20_000 for line in one.service.lines)
+    assert all(len(record["message"]) < 20_000 for record in one.service.records)
     assert not one.recorded("worker.violation")
     one.check()

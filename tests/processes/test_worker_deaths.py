@@ -50,7 +50,7 @@ def test_while_a_worker_is_dead_or_silent_new_clients_are_served_by_the_others(w
     victim, silent, other = one.settled(3)
     (tmp_path / "broken").touch()
     os.kill(victim, signal.SIGKILL)
-    one.wait_event("worker.restarting", 3, problem=re.compile("broken by design"))
+    one.wait_event("worker.restarting", 3, problem="--protocol echo: broken by design")
     os.kill(silent, signal.SIGSTOP)
     try:
         wait = threading.Event()
@@ -74,7 +74,7 @@ def test_who_is_queued_for_a_dead_worker_is_served_when_the_service_stops(worker
     os.kill(other, signal.SIGSTOP)
     clients = [connect(one.service.port) for _ in range(40)]
     os.kill(victim, signal.SIGKILL)
-    one.wait_event("worker.restarting", 3, problem=re.compile("broken by design"))
+    one.wait_event("worker.restarting", 3, problem="--protocol echo: broken by design")
     (tmp_path / "broken").unlink()
     one.send(signal.SIGTERM)
     os.kill(other, signal.SIGCONT)

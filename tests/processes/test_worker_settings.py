@@ -39,8 +39,9 @@ def test_a_new_worker_that_cannot_start_leaves_the_old_ones_serving(workers, bro
     with Load(port=one.service.port, short=8, long=8) as load:
         (tmp_path / "broken").touch()
         one.send(signal.SIGHUP)
-        one.wait_line(
-            r"workers are not replaced: worker 0 \(pid \d+\) cannot take over: --protocol echo: broken by design"
+        one.wait_event(
+            "worker.not_replaced",
+            problem=re.compile(r"^worker 0 \(pid \d+\) cannot take over: --protocol echo: broken by design$"),
         )
         load.more(50)
         assert one.settled(2) == pids
