@@ -302,7 +302,7 @@ def test_a_process_that_drains_and_its_successor_share_one_file(start, tmp_path,
         held.connect(f"{tmp_path}/s")
         assert held.recv(100)
         one.terminate()
-        wait_for(lambda: "SIGTERM: stopping" in log.read_text())
+        wait_for(lambda: "SIGTERM received" in log.read_text())
         successor = start(*options, twistd=("--logfile=log",), stderr=subprocess.DEVNULL)
         for _ in range(20):
             assert greets(tmp_path)
