@@ -145,7 +145,7 @@ def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_o
                 wait_for(lambda count=count: len(re.findall("worker 2 .* is ready", log.read_text())) == count)
                 load.more(20)
                 os.kill(pid, signal.SIGTTOU)
-                wait_for(lambda count=count: len(re.findall("slot 2 is gone", log.read_text())) == count)
+                wait_for(lambda count=count: len(re.findall("slot 2 removed", log.read_text())) == count)
             pids = children(pid)
             os.kill(pid, signal.SIGHUP)
             # Nobody of these can read the key: whoever serves, serves on.
