@@ -275,9 +275,9 @@ def test_a_worker_that_fails_after_it_was_ready_ends_and_reports_no_failed_start
     monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
     made.dataReceived(start())
     channel.said()
-    made.failed("unix:/s accepts no more: broken")
+    made.failed("unix:/s cannot accept any more: broken")
     assert [word for word, _ in channel.said()] == ["records"]
-    assert [record.text for record in channel.records] == ["cannot serve: unix:/s accepts no more: broken"]
+    assert [record.text for record in channel.records] == ["cannot serve: unix:/s cannot accept any more: broken"]
     assert reactor.stops
     assert made.status == 0
 
@@ -289,7 +289,7 @@ def test_a_worker_that_drains_before_its_factory_has_started_reports_a_failed_st
     made.dataReceived(start())
     assert "ready" not in [word for word, _ in channel.said()]
     made.dataReceived(encode("drain", ["slot"]))
-    assert ("failed", "told to stop before every listener was ready") in channel.said()
+    assert ("failed", "stopped before every listener was ready") in channel.said()
     assert made.status == 1
     assert reactor.stops
 

@@ -303,7 +303,7 @@ def test_a_daemon_that_is_stopped_while_it_starts_is_no_success(environment, tmp
         os.kill(int((tmp_path / "d.pid").read_text()), signal.SIGTERM)
         said = process.communicate(timeout=DEADLINE)[1]
     assert process.returncode == 1
-    assert said.startswith("rtservice: told to stop before every listener was ready\n")
+    assert said.startswith("rtservice: stopped before every listener was ready\n")
     wait_for(lambda: not (tmp_path / "d.pid").exists())
     assert not (tmp_path / "s").exists()
 
