@@ -72,7 +72,7 @@ class Rollout:
         return None
 
     def fail(self, now: float) -> bool:
-        """End the rollout. For BACKOFF_MOST seconds only a reload replaces workers. Return whether a reload has ended."""
+        """End the rollout. Return whether it was a reload. For BACKOFF_MOST seconds, only a reload starts another."""
         self._slots.clear()
         self._paused_until = now + BACKOFF_MOST
         return self.end_reload()

@@ -251,7 +251,7 @@ class WorkerMessages:
             raise ProtocolViolation("an answer without a question")
         count = self._asked.pop(number)
         if type(rows) is not list or len(rows) > count or not all(map(self._is_row, rows)):
-            raise ProtocolViolation(f"an answer that is not an array of at most {count} connections")
+            raise ProtocolViolation(f"an answer that is not an array of rows, {count} at most")
         return Rows(number, rows)
 
     def _is_row(self, row: Any) -> bool:

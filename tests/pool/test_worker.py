@@ -277,7 +277,7 @@ def test_a_worker_that_fails_after_it_was_ready_ends_and_reports_no_failed_start
     channel.said()
     made.failed("unix:/s cannot accept any more: broken")
     assert [word for word, _ in channel.said()] == ["records"]
-    assert [record.text for record in channel.records] == ["cannot serve: unix:/s cannot accept any more: broken"]
+    assert [record.text for record in channel.records] == ["service failed, stopping: unix:/s cannot accept any more: broken"]
     assert reactor.stops
     assert made.status == 0
 
@@ -592,4 +592,4 @@ def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(conne
         record(made, "hello")
     assert channel.said() == []
     made.resumeProducing()
-    assert only_record(channel, reactor).text == "records dropped, too many at once: 3"
+    assert only_record(channel, reactor).text == "log records dropped: 3"

@@ -189,7 +189,7 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
     "counters in a list": (encode("beat", [1]), "a heartbeat that is not an object"),
     "very many counters": (
         encode("beat", dict.fromkeys(map(str, range(MOST_COUNTERS + 1)), 1)),
-        "is not an object of 200",
+        "is not an object of at most 200",
     ),
     "an invented counter": (encode("beat", {"invented": 1}), "an unknown counter 'invented'"),
     "an empty name": (encode("beat", {"": 1}), "an unknown counter ''"),
@@ -235,15 +235,15 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
     "asked as a text": (encode("rows", {"id": "3", "rows": []}), "an answer without a question"),
     "asked as a list": (encode("rows", {"id": [3], "rows": []}), "an answer without a question"),
     "answered twice": (encode("rows", {"id": 3, "rows": []}) * 2, "an answer without a question"),
-    "very many rows": (encode("rows", {"id": 3, "rows": [ROW] * 3}), "not an array of at most 2 connections"),
-    "rows in an object": (encode("rows", {"id": 3, "rows": {}}), "not an array of at most 2 connections"),
-    "a row of nothing": (encode("rows", {"id": 3, "rows": [[]]}), "not an array of at most 2 connections"),
-    "a row that is long": (encode("rows", {"id": 3, "rows": [[*ROW, 1]]}), "not an array of at most 2 connections"),
-    "a row as a text": (encode("rows", {"id": 3, "rows": ["1234567"]}), "not an array of at most 2 connections"),
+    "very many rows": (encode("rows", {"id": 3, "rows": [ROW] * 3}), "not an array of rows, 2 at most"),
+    "rows in an object": (encode("rows", {"id": 3, "rows": {}}), "not an array of rows, 2 at most"),
+    "a row of nothing": (encode("rows", {"id": 3, "rows": [[]]}), "not an array of rows, 2 at most"),
+    "a row that is long": (encode("rows", {"id": 3, "rows": [[*ROW, 1]]}), "not an array of rows, 2 at most"),
+    "a row as a text": (encode("rows", {"id": 3, "rows": ["1234567"]}), "not an array of rows, 2 at most"),
     **{
         f"a row with {value!a:.20} as {place}": (
             encode("rows", {"id": 3, "rows": [[*ROW[:place], value, *ROW[place + 1 :]]]}),
-            "not an array of at most 2 connections",
+            "not an array of rows, 2 at most",
         )
         for place, value in [
             *((0, value) for value in ("x" * 65, "\x1b", "\ud800", None, 1, [])),
@@ -259,7 +259,7 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
     "a record as it was": (encode("records", [{"log_format": "x"}]), "a log record that is not an array of six"),
     "a short record": (encode("records", [["info"]]), "a log record that is not an array of six"),
     "a record alone": (encode("records", ["info", "a", 1, "", "", {}]), "a log record that is not an array of six"),
-    "records of nothing": (encode("records", None), "log records that are not an array of 100"),
+    "records of nothing": (encode("records", None), "log records that are not an array of at most 100"),
     "very many records": (encode("records", [["info", "a", 1, "", "", {}]] * 101), "log records that are not an array"),
     "an unknown level": (record("loud"), "a log record of an unknown level 'loud'"),
     "a level of lists": (record(nested(500)), "a log record of an unknown level of type list"),
@@ -278,7 +278,7 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
     "fields in a list": (record(fields=[]), "whose fields are not an object"),
     "very many fields": (
         record(fields={f"a{n}": 1 for n in range(MOST_FIELDS + 1)}),
-        "whose fields are not an object of 64",
+        "whose fields are not an object of at most 64",
     ),
     "many values": (record(fields={"a": [0] * MOST_VALUES}), "field 'a' is too large"),
     "many values in all": (record(fields={"a": [0] * 300, "b": [0] * 300}), "field 'b' is too large"),

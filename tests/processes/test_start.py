@@ -157,7 +157,7 @@ def test_as_many_descriptors_as_the_line_says_are_enough(environment, tmp_path, 
         ("unfit:Gives", 1, "Gives did not start: TypeError: "),
         ("unfit:Second", 1, "unix:{}/s did not start: LookupError: the second start\n"),
         ("unfit:Second", 2, "unix:{}/s did not start: LookupError: the second start\n"),
-        ("unfit:Runs", 1, "the process ended before it served\n"),
+        ("unfit:Runs", 1, "the process ended before the service was ready\n"),
     ],
 )
 def test_a_protocol_that_fails_at_the_start_ends_it_with_one_line(
