@@ -277,7 +277,8 @@ def test_a_worker_that_fails_after_it_was_ready_ends_and_reports_no_failed_start
     channel.said()
     made.failed("unix:/s cannot accept any more: broken")
     assert [word for word, _ in channel.said()] == ["records"]
-    assert [record.text for record in channel.records] == ["service failed, stopping: unix:/s cannot accept any more: broken"]
+    [record] = channel.records
+    assert record.text == "service failed, stopping: unix:/s cannot accept any more: broken"
     assert reactor.stops
     assert made.status == 0
 
