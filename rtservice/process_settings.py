@@ -10,19 +10,19 @@ from rtservice.process.admission import Limits
 from rtservice.process.server import RuntimeSettings, default_max_connections, raise_descriptor_limit
 
 
-def runtime_settings(settings: Settings, *, slot: int = 0, slots: int = 1, beside: int = 0) -> RuntimeSettings:
+def runtime_settings(settings: Settings, *, slot: int = 0, slots: int = 1, reserved: int = 0) -> RuntimeSettings:
     """Return the runtime settings of the process in slot `slot` (from 0) of `slots`.
 
     `max_connections` and `max_connections_per_peer` are divided evenly among the slots. The latter is rounded up, since
     the kernel distributes a peer's connections at random. The default of `max_connections` depends on the descriptor
-    limit, which applies to each process; `beside` of these descriptors are reserved for the status server.
+    limit, which applies to each process; `reserved` of these descriptors are reserved for the status server.
     """
     descriptors = raise_descriptor_limit()
     total = settings.max_connections
     return RuntimeSettings(
         limits=Limits(
             max_connections=(
-                default_max_connections(descriptors, beside) if total is None else share(total, slot, slots)
+                default_max_connections(descriptors, reserved) if total is None else share(total, slot, slots)
             ),
             max_connections_per_peer=-(-settings.max_connections_per_peer // slots),
             peer_prefix_v6=settings.peer_prefix_v6,

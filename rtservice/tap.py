@@ -283,7 +283,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
         backend = Server(
             factory,
             listeners=opened,
-            settings=runtime_settings(loaded.settings, beside=status_server.descriptors),
+            settings=runtime_settings(loaded.settings, reserved=status_server.descriptors),
             log=log,
             endpoints=Endpoints(endpoints, loaded.where("listen"), log),
             record=None if outputs.access is None else AccessLog(outputs.access.put),

@@ -1,4 +1,4 @@
-"""The two interfaces between the process and what it runs: `Backend` serves clients, and reports to its `Host`.
+"""The two interfaces between ServiceProcess and its backend: a `Backend` serves clients, and reports to its `Host`.
 
 twistd ──→ ServiceProcess ──→ Backend: Server      serves in this process
                  ↑               │     WorkerPool  serves with worker processes

@@ -74,15 +74,15 @@ def _left_for_connections(descriptors: int) -> int:
     return descriptors - min(_RESERVED_DESCRIPTORS, descriptors // 2)
 
 
-def default_max_connections(descriptors: int, beside: int = 0) -> int:
+def default_max_connections(descriptors: int, reserved: int = 0) -> int:
     """Return the default of --max-connections for a limit of descriptors, which can be RLIM_INFINITY (-1).
 
-    `beside` descriptors are reserved for the status server, but at most half of those for connections.
+    `reserved` descriptors are reserved for the status server, but at most half of those for connections.
     """
     if descriptors == resource.RLIM_INFINITY:
         return 10_000_000
     left = _left_for_connections(descriptors)
-    return max(1, left - min(beside, left // 2))
+    return max(1, left - min(reserved, left // 2))
 
 
 def descriptors_for_status(descriptors: int) -> int | None:

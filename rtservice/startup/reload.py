@@ -112,7 +112,7 @@ class ReloadServer:
             RELOAD_FAILED.log(self._log, problem=str(problem))
             return
         freeing = adopt()
-        self._server.apply(runtime_settings(new, beside=self._status_server.descriptors))
+        self._server.apply(runtime_settings(new, reserved=self._status_server.descriptors))
         yield from logging_certificates(self._log, self._server.listeners)
         yield from freeing
         settings.adopt(new, self._log)
