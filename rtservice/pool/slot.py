@@ -8,7 +8,7 @@ from rtservice.pool.worker_process import Phase, WorkerProcess
 
 
 class Slot:
-    """The worker in charge, its successor while that starts, and former workers that still drain."""
+    """The current worker, its successor while that starts, and former workers that still drain."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -17,8 +17,8 @@ class Slot:
         self.old: list[WorkerProcess] = []
         self.deaths = 0  # in a row
         self.respawn: Any = None  # the delayed call that spawns the next worker
-        self.leaving = False
-        # Replacements in a row that its workers have caused, and the time before which there is no other.
+        self.leaving = False  # the slot is removed when its last worker has ended
+        # Replacements in a row that its workers have caused, and the time of the earliest next one.
         self.replacements = 0
         self.replace_after = 0.0
 
@@ -28,9 +28,9 @@ class Slot:
 
     @property
     def ready(self) -> bool:
-        """Whether the worker in charge serves."""
+        """Whether the current worker serves."""
         return self.worker is not None and self.worker.phase is Phase.READY
 
     def accepts(self, now: float) -> bool:
-        """Whether new clients are served at once here."""
+        """Whether the slot serves new clients without delay."""
         return self.ready and not self.leaving and self.worker is not None and not self.worker.is_silent(now)

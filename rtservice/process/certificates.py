@@ -38,9 +38,9 @@ _DAY = 86400
 
 
 def days_left(until: float, now: float) -> int:
-    """Return the full days from `now` until a time, both in seconds; negative if it has passed.
+    """Return the whole days from `now` until a time, both in seconds since 1970; negative if it has passed.
 
-    The log, the status page and its JSON use this number. A part of a day does not count.
+    The log, the status page and its JSON show this number.
     """
     return int((until - now) // _DAY)
 
@@ -130,10 +130,10 @@ def renewing(
     The function applies all certificates at once, for new connections, and returns more steps, which free the old
     contexts: 0.1 ms for each renewed certificate.
 
-    `served` pairs each listener with the port that accepts on it, or None if that is in another process. `read` gets
-    the files that were read, by the source of the listener, for a process without permission to read them. Raises
-    ListenError, after which nothing has changed. Files that do not match each other are read again if they have changed
-    meanwhile, since a renewal may be in progress.
+    `served` pairs each listener with the port that accepts on it, or None if that is in another process. If `read` is
+    given, the files that were read are added to it, by the source of the listener: a worker may have no permission to
+    read them. Raises ListenError, after which nothing has changed. Files that do not match each other are read again if
+    they have changed meanwhile, since a renewal may be in progress.
     """
     pairs = list(served)
     for reading in range(_READINGS):

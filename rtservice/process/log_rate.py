@@ -1,4 +1,4 @@
-"""Rate limit for log records of events whose number a peer decides."""
+"""Rate limit for log records that peers can cause in any number."""
 
 from __future__ import annotations
 

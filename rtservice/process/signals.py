@@ -97,7 +97,7 @@ class Repeats:
         self._counted: dict[int, float] = {}  # time of the last signal that counted, by number
 
     def is_repeat(self, number: int) -> bool:
-        """Return whether the signal received now is a repeat. If not, the time starts again."""
+        """Return whether the signal received now is a repeat. If it is not, the period of `REPEAT` starts again."""
         now = self._clock()
         last = self._counted.get(number)
         if last is not None and 0 <= now - last < REPEAT:  # a clock may be set back

@@ -275,9 +275,10 @@ def test_a_worker_that_fails_after_it_was_ready_ends_and_reports_no_failed_start
     monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
     made.dataReceived(start())
     channel.said()
-    made.failed("unix:/s accepts no more: broken")
+    made.failed("unix:/s cannot accept any more: broken")
     assert [word for word, _ in channel.said()] == ["records"]
-    assert [record.text for record in channel.records] == ["cannot serve: unix:/s accepts no more: broken"]
+    [record] = channel.records
+    assert record.text == "service failed, stopping: unix:/s cannot accept any more: broken"
     assert reactor.stops
     assert made.status == 0
 
@@ -289,7 +290,7 @@ def test_a_worker_that_drains_before_its_factory_has_started_reports_a_failed_st
     made.dataReceived(start())
     assert "ready" not in [word for word, _ in channel.said()]
     made.dataReceived(encode("drain", ["slot"]))
-    assert ("failed", "told to stop before every listener was ready") in channel.said()
+    assert ("failed", "stopped before every listener was ready") in channel.said()
     assert made.status == 1
     assert reactor.stops
 
@@ -592,4 +593,4 @@ def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(conne
         record(made, "hello")
     assert channel.said() == []
     made.resumeProducing()
-    assert only_record(channel, reactor).text == "records dropped, too many at once: 3"
+    assert only_record(channel, reactor).text == "log records dropped: 3"

@@ -45,7 +45,7 @@ def test_a_listener_that_breaks_ends_the_service_unless_that_is_about_to_end(tim
     for port in service.backend.connections.ports:
         port.connectionLost(Failure(OSError("broken")))
     assert service.exit_status == (0 if ending else 1)
-    assert any("accepts no more: broken" in event.get("problem", "") for event in events) is not ending
+    assert any("cannot accept any more: broken" in event.get("problem", "") for event in events) is not ending
 
 
 @pytest_twisted.inlineCallbacks
