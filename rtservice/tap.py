@@ -239,7 +239,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
     """Return the service. Raises SettingError. `bound` gets the functions that close the sockets after an error."""
     loaded, source = options.loaded, options.source
     twistd: Any = options.parent or {}
-    signals.inherit_nothing()
+    signals.reset_inherited_signals()
     leave = ExitWithStatus(options.start)
     atexit.register(leave)  # first, so that it is called last: a protocol may register functions when it is imported
     # It may contain secrets, and processes that hosted code starts inherit the environment. A reload uses a copy.
@@ -292,7 +292,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
     launch = Launch(
         check=options.start.check,
         report=options.start.report,
-        leave=leave,
+        exit_now=leave,
         notifier=notifier,
         dropped=outputs.dropped,
         protocol=escaped(loaded.settings.protocol),
@@ -346,8 +346,8 @@ def _make_site(service: ServiceProcess, settings: CurrentSettings) -> Any:
     """Return the factory of the status server, which shows this service."""
     from twisted.internet import reactor
 
-    from rtservice.observe.figures import StatusSource
     from rtservice.observe.site import make_site
+    from rtservice.observe.status_source import StatusSource
 
     source = StatusSource(
         version=__version__,

@@ -18,7 +18,7 @@ from rtservice.config.schema import all_settings
 from rtservice.events import AREAS, EVENTS, FIELDS
 from rtservice.hosting.aliases import ALIASES
 from rtservice.observe import metrics
-from rtservice.observe.figures import StatusSource
+from rtservice.observe.status_source import StatusSource
 
 _MARK = re.compile(r"^% generated: (\w+)$", re.MULTILINE)
 

@@ -63,7 +63,7 @@ class WorkerPool:
     """
 
     tick_interval = BEAT
-    unready = "stopped before every worker was ready"
+    stopped_before_ready = "stopped before every worker was ready"
     exits_at_once = False  # its workers would continue to run
 
     def __init__(
@@ -141,7 +141,7 @@ class WorkerPool:
                 listeners=frozenset(listener.name for listener in self.listeners),
                 access=self._access is not None,
             ),
-            shown=self.totals.counters_of(slot.number),
+            counter_bounds=self.totals.counters_of(slot.number),
         )
         try:
             self._spawn_process(worker)
@@ -201,13 +201,13 @@ class WorkerPool:
                 self._stop_rollout(f"{worker} cannot take over: {worker.problem or outcome}")
         elif worker is slot.worker:
             slot.worker, slot.successor = slot.successor, None
-            if self._is_draining() or (slot.leaving and reason.check(ProcessDone)):
+            if self._is_draining() or (slot.being_removed and reason.check(ProcessDone)):
                 pass
             elif self.state is State.STARTING:
                 self._host.failed(worker.problem or f"{worker} {outcome}")
             elif slot.worker is None:
                 # Clients may be left in the backlog of a slot that is being removed: it gets a worker again.
-                slot.leaving = False
+                slot.being_removed = False
                 self._respawn_later(slot, worker, worker.problem or f"{worker} {outcome}")
         self._reconcile()
 
@@ -327,7 +327,7 @@ class WorkerPool:
         return f"{self.state.value}: {ready} of {workers} ready, {counted(count, 'connection')} open"
 
     @property
-    def standing(self) -> str:
+    def short_status(self) -> str:
         """The state in one line, in constant time."""
         return self.status
 
@@ -409,7 +409,7 @@ class WorkerPool:
             return
         now = self.reactor.seconds()
         accepting = [slot.number for slot in self.slots if slot.accepts(now)]
-        accepting = accepting or [slot.number for slot in self.slots if not slot.leaving]
+        accepting = accepting or [slot.number for slot in self.slots if not slot.being_removed]
         if accepting != self._accepting:
             self._accepting = accepting
             for listener in self.listeners:
@@ -430,13 +430,13 @@ class WorkerPool:
 
     def _adjust(self) -> None:
         last = self.slots[-1]
-        if last.leaving:
+        if last.being_removed:
             if not last.workers():
                 self._drop(last)
         elif len(self.slots) > self._target_slots:
             # A slot without a worker gets one first, which serves the backlog.
             if last.ready:
-                self._leave(last)
+                self._begin_removal(last)
         elif len(self.slots) < self._target_slots:
             self._add()
 
@@ -457,8 +457,8 @@ class WorkerPool:
         self._respawn(slot)
         self._share()
 
-    def _leave(self, slot: Slot) -> None:
-        slot.leaving = True
+    def _begin_removal(self, slot: Slot) -> None:
+        slot.being_removed = True
         self._spread()
         assert slot.worker is not None
         slot.worker.drain(("slot",))

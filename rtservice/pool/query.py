@@ -7,7 +7,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from rtservice.pool.worker_process import Phase, WorkerProcess
+from rtservice.pool.worker_process import WorkerPhase, WorkerProcess
 from rtservice.process.backend import ConnectionRows
 from rtservice.process.registry import first_rows
 
@@ -46,7 +46,7 @@ class Queries:
         query.deadline = reactor.callLater(_ANSWER, self._resolve, number)
         now = reactor.seconds()
         for worker in workers:
-            if worker.phase is not Phase.STARTING:
+            if worker.phase is not WorkerPhase.STARTING:
                 asked = not worker.is_silent(now) and worker.ask(number, sort, count)
                 (query.waiting if asked else query.missing).append(worker)
         answer = query.answer

@@ -67,7 +67,7 @@ class Rollout:
         while self._slots:
             slot = self._slots.pop(0)
             # A slot without a worker gets a worker with the new spec anyway.
-            if slot.worker is not None and not slot.leaving and (slot.ready or slot.worker.spec is not spec):
+            if slot.worker is not None and not slot.being_removed and (slot.ready or slot.worker.spec is not spec):
                 return slot
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rtservice.pool.worker_process import Phase, WorkerProcess
+from rtservice.pool.worker_process import WorkerPhase, WorkerProcess
 
 
 class Slot:
@@ -17,7 +17,7 @@ class Slot:
         self.old: list[WorkerProcess] = []
         self.deaths = 0  # in a row
         self.respawn: Any = None  # the delayed call that spawns the next worker
-        self.leaving = False  # the slot is removed when its last worker has ended
+        self.being_removed = False  # the slot is removed when its last worker has ended
         # Replacements in a row that its workers have caused, and the time of the earliest next one.
         self.replacements = 0
         self.replace_after = 0.0
@@ -29,8 +29,8 @@ class Slot:
     @property
     def ready(self) -> bool:
         """Whether the current worker serves."""
-        return self.worker is not None and self.worker.phase is Phase.READY
+        return self.worker is not None and self.worker.phase is WorkerPhase.READY
 
     def accepts(self, now: float) -> bool:
         """Whether the slot serves new clients without delay."""
-        return self.ready and not self.leaving and self.worker is not None and not self.worker.is_silent(now)
+        return self.ready and not self.being_removed and self.worker is not None and not self.worker.is_silent(now)

@@ -11,8 +11,9 @@ from typing import Any
 from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import as_text
 from rtservice.net.listener import Listener
-from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, Steps, finish
+from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS
 from rtservice.references import OptionValue
+from rtservice.steps import Steps, finish
 
 
 def describe(

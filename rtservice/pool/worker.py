@@ -32,7 +32,7 @@ from rtservice.events import (
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.factory import make_factory
 from rtservice.net.listener import Listener
-from rtservice.net.tls import Steps, TLSError, ignore_bad_names
+from rtservice.net.tls import TLSError, ignore_bad_names
 from rtservice.observe.logs import AccessLog, Levels, Log, message_and_traceback
 from rtservice.pool.control import (
     BEAT,
@@ -58,10 +58,11 @@ from rtservice.pool.worker_messages import (
 from rtservice.process.counters import CounterKey
 from rtservice.process.meter import ProcessMeter
 from rtservice.process.server import Server
-from rtservice.process.signals import inherit_nothing
+from rtservice.process.signals import reset_inherited_signals
 from rtservice.process.slices import in_slices
 from rtservice.process_settings import levels, runtime_settings
 from rtservice.references import OptionValue
+from rtservice.steps import Steps
 
 _log = Logger()
 
@@ -280,7 +281,7 @@ class Worker(Protocol):
         self._send_message("failed", shortened(problem, LONGEST_PROBLEM))
         self._end()
 
-    def leave(self) -> None:
+    def ask_for_replacement(self) -> None:
         """Ask the supervisor for a replacement. Called for SIGTERM."""
         self._send_message("leave")
 
@@ -306,7 +307,7 @@ class Worker(Protocol):
             return
         self._draining = True
         if not self._ready:
-            self._fail(self._server.unready)
+            self._fail(self._server.stopped_before_ready)
         for kind, listener in zip(self._kinds, self._listeners, strict=True):
             listener.shared = kind not in finish
         self._server.drain().addBoth(self._drained)
@@ -395,7 +396,7 @@ def main() -> int:
     # First, to cover crashes and hangs of all later code. The output goes to the supervisor's log.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    inherit_nothing()
+    reset_inherited_signals()
     ignore_bad_names()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # only the supervisor, in the same process group, handles these
@@ -416,7 +417,7 @@ def main() -> int:
     globalLogBeginner.beginLoggingTo([worker.observe], redirectStandardIO=False)  # type: ignore[list-item]  # a method
 
     def handle_signals() -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: reactor.callFromThread(worker.leave))
+        signal.signal(signal.SIGTERM, lambda number, frame: reactor.callFromThread(worker.ask_for_replacement))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     reactor.callWhenRunning(handle_signals)

@@ -125,7 +125,7 @@ class SlotCounters:
         self._shown.add(key)
         return key
 
-    def admit(self, keys: Iterable[CounterKey]) -> None:
+    def reserve(self, keys: Iterable[CounterKey]) -> None:
         """Reserve a place for each of these keys, as long as places are free."""
         for key in keys:
             self.shown(key)

@@ -27,8 +27,8 @@ from rtservice.events import (
 )
 from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT, ProtocolViolation, encode
 from rtservice.pool.intake import Intake
+from rtservice.pool.log_records import as_event
 from rtservice.pool.printed import Line, PrintedLines
-from rtservice.pool.published import as_event
 from rtservice.pool.worker_counters import SlotCounters
 from rtservice.pool.worker_messages import (
     Access,
@@ -65,7 +65,7 @@ _OVERDUE = 30.0
 _SILENT = 3 * BEAT
 
 
-class Phase(Enum):
+class WorkerPhase(Enum):
     """The phase of a worker process."""
 
     STARTING = "starting"  # spawned; it has not sent `ready`
@@ -75,10 +75,10 @@ class Phase(Enum):
 
 
 _MOVES = {
-    Phase.STARTING: {Phase.READY, Phase.DRAINING, Phase.GONE},
-    Phase.READY: {Phase.DRAINING, Phase.GONE},
-    Phase.DRAINING: {Phase.GONE},
-    Phase.GONE: set[Phase](),
+    WorkerPhase.STARTING: {WorkerPhase.READY, WorkerPhase.DRAINING, WorkerPhase.GONE},
+    WorkerPhase.READY: {WorkerPhase.DRAINING, WorkerPhase.GONE},
+    WorkerPhase.DRAINING: {WorkerPhase.GONE},
+    WorkerPhase.GONE: set[WorkerPhase](),
 }
 
 
@@ -137,21 +137,27 @@ class WorkerProcess(ProcessProtocol):
     transport: Any  # IProcessTransport does not declare pipes and closeChildFD
 
     def __init__(
-        self, supervisor: Supervisor, slot: int, spec: WorkerSpec, *, messages: WorkerMessages, shown: SlotCounters
+        self,
+        supervisor: Supervisor,
+        slot: int,
+        spec: WorkerSpec,
+        *,
+        messages: WorkerMessages,
+        counter_bounds: SlotCounters,
     ) -> None:
         self.supervisor = supervisor
         self.slot = slot  # the number
         self.spec = spec
-        self.phase = Phase.STARTING
+        self.phase = WorkerPhase.STARTING
         self.began: float = supervisor.reactor.seconds()
-        self.heard: float = self.began  # the time of the last heartbeat
+        self.last_heartbeat: float = self.began  # the time of the last heartbeat
         self.counters: dict[CounterKey, float] = {}
         self.counted: float | None = None  # time.time() of the last counters
         self.problem = ""  # the text of its `failed` message
         self.age = spec.max_age * random.uniform(0.9, 1.1)  # at which it is replaced; random, so not all at once
         self.wants_to_leave = False
         self._messages = messages
-        self._shown = shown
+        self._counter_bounds = counter_bounds
         self._asked_at: dict[int, float] = {}  # the time of each question without an answer, by number
         self._intakes: dict[int, Intake] = {}  # by descriptor
         self._printed = {1: PrintedLines(), 2: PrintedLines()}
@@ -187,7 +193,7 @@ class WorkerProcess(ProcessProtocol):
             resume=lambda: switch("startReading"),
         )
 
-    def move(self, phase: Phase) -> None:
+    def move(self, phase: WorkerPhase) -> None:
         """Enter a phase. Raises RuntimeError if it cannot follow the current one."""
         if phase not in _MOVES[self.phase]:
             raise RuntimeError(f"a worker that is {self.phase.value} cannot become {phase.value}")
@@ -226,8 +232,8 @@ class WorkerProcess(ProcessProtocol):
 
     def drain(self, finish: tuple[str, ...] = ()) -> None:
         """Tell the worker to drain. It serves the backlogs of its sockets of the kinds `finish` first."""
-        if self.phase in (Phase.STARTING, Phase.READY):
-            self.move(Phase.DRAINING)
+        if self.phase in (WorkerPhase.STARTING, WorkerPhase.READY):
+            self.move(WorkerPhase.DRAINING)
             self.send("drain", finish)
             self.end_in(self.spec.drain_timeout + KILL_AFTER)
 
@@ -262,7 +268,7 @@ class WorkerProcess(ProcessProtocol):
 
     def extend_deadline(self, seconds: float) -> None:
         """Extend its deadlines by so many seconds, in which the supervisor did not run."""
-        self.heard += seconds
+        self.last_heartbeat += seconds
         self.began += seconds
         self._asked_at = {number: when + seconds for number, when in self._asked_at.items()}
 
@@ -271,14 +277,14 @@ class WorkerProcess(ProcessProtocol):
         for intake in self._intakes.values():
             intake.beat()
         hang_timeout = self.spec.hang_timeout
-        if self.phase is Phase.STARTING:
+        if self.phase is WorkerPhase.STARTING:
             if now - self.began >= self.supervisor.start_deadline:
                 WORKER_START_TIMED_OUT.log(self.supervisor.log, **self.identity, seconds=self.supervisor.start_deadline)
                 self.signal(signal.SIGKILL)
         elif self._stack_requested:
             self.signal(signal.SIGKILL)
-        elif hang_timeout and now - self.heard >= hang_timeout:
-            WORKER_HUNG.log(self.supervisor.log, **self.identity, seconds=now - self.heard)
+        elif hang_timeout and now - self.last_heartbeat >= hang_timeout:
+            WORKER_HUNG.log(self.supervisor.log, **self.identity, seconds=now - self.last_heartbeat)
             self._stack_requested = True  # it is killed at the next check
             self.signal(signal.SIGUSR2)
         elif hang_timeout and self._asked_at and now - min(self._asked_at.values()) >= hang_timeout:
@@ -288,12 +294,16 @@ class WorkerProcess(ProcessProtocol):
 
     def is_silent(self, now: float) -> bool:
         """Whether it has sent no heartbeat for `_SILENT` seconds."""
-        return now - self.heard >= _SILENT
+        return now - self.last_heartbeat >= _SILENT
 
     def is_overdue(self, now: float) -> bool:
         """Whether it still runs although it should have been killed."""
         hang_timeout = self.spec.hang_timeout
-        return self.phase is not Phase.STARTING and hang_timeout > 0 and now - self.heard >= hang_timeout + _OVERDUE
+        return (
+            self.phase is not WorkerPhase.STARTING
+            and hang_timeout > 0
+            and now - self.last_heartbeat >= hang_timeout + _OVERDUE
+        )
 
     # --- from the worker to the supervisor ---
 
@@ -320,9 +330,9 @@ class WorkerProcess(ProcessProtocol):
                     supervisor.publish(as_event(record, self.slot))
             case Beat():
                 # Only this message shows that the reactor of the worker runs.
-                self.heard = supervisor.reactor.seconds()
+                self.last_heartbeat = supervisor.reactor.seconds()
                 self.counted = time.time()
-                self._shown.admit(message.counters)
+                self._counter_bounds.reserve(message.counters)
                 for key, count in message.counters.items():
                     # A total that decreases would decrease the total of the service.
                     self.counters[key] = max(count, self.counters.get(key, 0)) if key.is_total else count
@@ -334,9 +344,9 @@ class WorkerProcess(ProcessProtocol):
             case Leave():
                 supervisor.worker_leaves(self)
             case Ready():
-                if self.phase is Phase.STARTING:  # otherwise `drain` was sent before
-                    self.heard = supervisor.reactor.seconds()
-                    self.move(Phase.READY)
+                if self.phase is WorkerPhase.STARTING:  # otherwise `drain` was sent before
+                    self.last_heartbeat = supervisor.reactor.seconds()
+                    self.move(WorkerPhase.READY)
                     supervisor.worker_ready(self)
 
     def _prints(self, line: Line) -> None:
@@ -369,6 +379,6 @@ class WorkerProcess(ProcessProtocol):
         else:
             if self._end_call is not None and self._end_call.active():
                 self._end_call.cancel()
-            self.move(Phase.GONE)
+            self.move(WorkerPhase.GONE)
             assert self._reason is not None
             self.supervisor.worker_gone(self, self._reason)

@@ -139,7 +139,7 @@ class RefusalLog:
 
     def refused(self, peer: Any, listener: str, reason: str, now: float) -> None:
         """Log that a client was refused, at `now` in seconds. `reason` is a key of REFUSALS."""
-        if self._admit(reason, now):
+        if self._may_log(reason, now):
             CONNECTION_REFUSED.log(
                 self._log,
                 peer=peer_name(peer),
@@ -151,11 +151,11 @@ class RefusalLog:
 
     def paused(self, limit: int, now: float) -> None:
         """Log that listeners stop accepting, at `now` in seconds."""
-        if self._admit("pause", now):
+        if self._may_log("pause", now):
             CONNECTION_LIMIT_REACHED.log(self._log, limit=limit)
 
-    def _admit(self, subject: str, now: float) -> bool:
+    def _may_log(self, subject: str, now: float) -> bool:
         rate = self._rates.get(subject)
         if rate is None:
             rate = self._rates[subject] = LogRateLimit(1, _LOG_PERIOD)
-        return rate.admit(now)
+        return rate.may_log(now)

@@ -97,7 +97,7 @@ class Backend(Protocol):
         """The state in one line. The cost may grow with the number of connections."""
 
     @property
-    def standing(self) -> str:
+    def short_status(self) -> str:
         """The state in one line, in constant time."""
 
     def snapshot(self, now: float, process: dict[CounterKey, float]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Backend(Protocol):
     # --- stop ---
 
     @property
-    def unready(self) -> str:
+    def stopped_before_ready(self) -> str:
         """The problem to report if the service is stopped before it is ready."""
 
     @property

@@ -44,7 +44,7 @@ class BadHeaderLog:
         rate = self._rates.get(listener)
         if rate is None:
             rate = self._rates[listener] = LogRateLimit(_MOST, _PERIOD)
-        if rate.admit(now):
+        if rate.may_log(now):
             PROXY_HEADER_INVALID.log(
                 self._log,
                 peer=peer_name(peer),

@@ -24,7 +24,8 @@ from rtservice.net.crl import RevocationLists
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
 from rtservice.net.port import Port
-from rtservice.net.tls import Certificate, CertificateContext, Files, LoadedTLS, Steps, fingerprinting
+from rtservice.net.tls import Certificate, CertificateContext, Files, LoadedTLS, fingerprinting
+from rtservice.steps import Steps
 
 # Limits of a log line about a certificate: names, and characters of a name (255 bytes in RFC 1035, section 2.3.4).
 _NAMES_SHOWN, _LONGEST_NAME = 5, 255
@@ -151,7 +152,7 @@ def renewing(
             if reading == _READINGS - 1 or before == (yield from _fingerprints(pairs)):
                 raise
 
-    def adopt() -> Steps[None]:
+    def use_certificates() -> Steps[None]:
         before = [made for listener, _ in pairs for made in listener.reusable.made.values()]
         for listener, port in pairs:
             renewed = loaded[listener.source]
@@ -166,7 +167,7 @@ def renewing(
             before.pop()
             yield
 
-    return adopt
+    return use_certificates
 
 
 def _fingerprints(served: list[tuple[Listener, Port | None]]) -> Steps[object]:

@@ -60,7 +60,7 @@ def ended_children() -> Iterator[int]:
             yield pid
 
 
-class Reaper:
+class OrphanReaper:
     """Reaps orphans if this is process 1. Twisted reaps its own children, such as workers."""
 
     def __init__(self, ended: Callable[[], Iterable[int]] = ended_children) -> None:

@@ -100,7 +100,7 @@ class Server:
     tick_interval = 2.0  # for an operator who has copied a certificate, or reads `systemctl status`
     alive = True  # as long as the reactor runs
     replacing = False
-    unready = "stopped before every listener was ready"
+    stopped_before_ready = "stopped before every listener was ready"
     exits_at_once = True
 
     def __init__(
@@ -229,7 +229,7 @@ class Server:
         return f"{self.state.value}: {counted(phases[OPEN], 'connection')} open{more}"
 
     @property
-    def standing(self) -> str:
+    def short_status(self) -> str:
         """The state in one line, in constant time."""
         return f"{self.state.value}: {counted(len(self.connections.open), 'connection')}"
 

@@ -28,11 +28,11 @@ from rtservice.events import (
     TASK_FAILED,
 )
 from rtservice.net.description import ListenError
-from rtservice.net.tls import Steps, fingerprinting
+from rtservice.net.tls import fingerprinting
 from rtservice.process.backend import Backend, ConnectionRows
 from rtservice.process.certificates import certificates_of, logging_certificates
 from rtservice.process.meter import ProcessMeter
-from rtservice.process.orphans import Reaper
+from rtservice.process.orphans import OrphanReaper
 from rtservice.process.signals import Repeats, release
 from rtservice.process.slices import in_slices
 from rtservice.process.socket_files import close_listeners, remove_files
@@ -40,6 +40,7 @@ from rtservice.process.start_errors import StartError, log_start_failure
 from rtservice.process.state import State
 from rtservice.process.status_server import StatusServer
 from rtservice.process.systemd import Notifier
+from rtservice.steps import Steps
 
 # Stop signals that are handled in the reactor: the first drains, the second aborts the drain.
 _GRACEFUL_SIGNALS = 2
@@ -61,14 +62,14 @@ class Launch:
 
     `check` is called before anything is served. It returns None, or the problem in one line that makes the start fail.
     `report` is called once: with None when every listener accepts, or with the problem in one line when the start has
-    failed. `leave` ends the process at once, with the `exit_status` of its service. `dropped` returns the number of
+    failed. `exit_now` ends the process at once, with the `exit_status` of its service. `dropped` returns the number of
     dropped log lines. `protocol` names what is served, and `hint` says how to try and to stop it; the log has both at
     the end of the start. `log_observer` creates the observer that twistd logs with; None leaves that to twistd.
     """
 
     check: Callable[[], str | None]
     report: Callable[[str | None], None]
-    leave: Callable[[], None]
+    exit_now: Callable[[], None]
     notifier: Notifier
     dropped: Callable[[], int]
     protocol: str
@@ -118,7 +119,7 @@ class ServiceProcess(Service):
         self._stopped: Deferred[None] | None = None
         self._started = time.time()
         self._repeats = Repeats(lambda: self.reactor.seconds())
-        self._reaper = Reaper()
+        self._reaper = OrphanReaper()
         self._meter = ProcessMeter(launch.dropped)
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notify_watchdog)
@@ -254,7 +255,7 @@ class ServiceProcess(Service):
     @property
     def standing(self) -> tuple[bool, str]:
         """Whether the service is ready for traffic, and the state in one line, in constant time."""
-        return self.is_ready, self.backend.standing
+        return self.is_ready, self.backend.short_status
 
     def overview(self) -> dict[str, Any]:
         """Return the state of the service as plain data."""
@@ -356,7 +357,7 @@ class ServiceProcess(Service):
             # The process waits for threads, or its reactor is blocked and calls nothing.
             STOP_FORCED.log(self._log, signal=signal.Signals(number).name)
             self.exit_status = self.exit_status or 128 + number
-            self._launch.leave()
+            self._launch.exit_now()
         self.reactor.callFromThread(self._stop, number)
 
     def _stop(self, number: int) -> None:
@@ -388,7 +389,7 @@ class ServiceProcess(Service):
         return done
 
     async def _drain(self) -> None:
-        self._report_start(self.backend.unready)
+        self._report_start(self.backend.stopped_before_ready)
         if self._slices is not None:
             self._slices.cancel()
         remove_files(self.backend.listeners, self._log)

@@ -68,7 +68,7 @@ def release() -> None:
         signal.raise_signal(number)
 
 
-def inherit_nothing() -> None:
+def reset_inherited_signals() -> None:
     """Unblock all signals, and reset an ignored SIGCHLD, which would lose the exit status of children."""
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from rtservice.net.tls import Steps
+from rtservice.steps import Steps
 
 _Result = TypeVar("_Result")
 

@@ -10,10 +10,10 @@ from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import SettingError
 from rtservice.escaping import escaped
 from rtservice.hidden import hide_in_description, hide_values, values_in_description
-from rtservice.net import listeners
+from rtservice.net import listen_types
 from rtservice.net.description import TYPES, Description, ListenError, parse, unknown_type
+from rtservice.net.listen_conflicts import first_conflict
 from rtservice.net.listener import Listener
-from rtservice.net.places import first_conflict
 from rtservice.observe.logfile import check_file
 from rtservice.startup.outputs import opening
 from rtservice.suggestions import did_you_mean
@@ -50,7 +50,7 @@ def open_listeners(
 
 
 # Settings, as error messages name them, with their parsed listeners.
-_Listeners = list[tuple[str, listeners.ListenerSpec]]
+_Listeners = list[tuple[str, listen_types.ListenerSpec]]
 
 
 def read_listeners(
@@ -62,12 +62,14 @@ def read_listeners(
     for description in current.listen:
         with naming(setting := described(loaded, "listen", description)):
             if parse(description).ours:
-                listener = listeners.read_description(
+                listener = listen_types.read_description(
                     description, backlog=current.backlog, resolve_path=resolve_path, slots=slots
                 )
                 served.append((setting, listener))
     if not current.listen:
-        listener = listeners.read_port(current.port, interface=current.interface, backlog=current.backlog, slots=slots)
+        listener = listen_types.read_port(
+            current.port, interface=current.interface, backlog=current.backlog, slots=slots
+        )
         served.append((_port_and_interface(loaded), listener))
     status: _Listeners = []
     if current.status:
@@ -77,7 +79,7 @@ def read_listeners(
                 raise ListenError(unknown_type(read, proxy=False))
             if read.proxied:
                 raise ListenError("the status server does not accept PROXY headers; remove proxy:")
-            listener = listeners.read_description(
+            listener = listen_types.read_description(
                 current.status, backlog=_STATUS_BACKLOG, resolve_path=resolve_path, loopback=True
             )
             status.append((setting, listener))

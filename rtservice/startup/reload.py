@@ -22,7 +22,7 @@ from rtservice.hosting.names import SHIPPED
 from rtservice.net.description import ListenError, parse
 from rtservice.net.listener import Listener
 from rtservice.net.port import Port
-from rtservice.net.tls import Files, Steps, TLSError
+from rtservice.net.tls import Files, TLSError
 from rtservice.observe.logs import Log
 from rtservice.pool.pool import WorkerPool
 from rtservice.pool.start_message import describe
@@ -33,6 +33,7 @@ from rtservice.process.status_server import StatusServer
 from rtservice.process_settings import levels, process_count, runtime_settings
 from rtservice.startup.binding import check_other_types, check_places, read_listeners
 from rtservice.startup.settings_source import SettingsSource
+from rtservice.steps import Steps
 
 # Settings that determine the listeners.
 _OF_LISTENERS = ("listen", "port", "interface", "status")
@@ -78,7 +79,7 @@ class CurrentSettings:
         changed = {setting.field: getattr(new, setting.field) for setting in all_settings() if setting.name in live}
         return LoadedSettings(dataclasses.replace(self.current, **changed), self._sources)
 
-    def adopt(self, new: Settings, log: Log) -> None:
+    def use(self, new: Settings, log: Log) -> None:
         """Make the new settings current, as far as a reload changes them, and log the names of all changed ones."""
         live, restart = changes(self.current, new)
         log.levels.change(levels(new))
@@ -107,25 +108,25 @@ class ReloadServer:
             if any(name in _OF_FACTORIES for name in changes(settings.current, new)[1]):
                 # These need a restart. Checked now, so that an error does not appear only at the restart.
                 settings.source.make_factory(loaded)
-            adopt = yield from renewing(self._served())
+            use_certificates = yield from renewing(self._served())
         except (SettingError, ListenError) as problem:
             RELOAD_FAILED.log(self._log, problem=str(problem))
             return
-        freeing = adopt()
+        freeing = use_certificates()
         self._server.apply(runtime_settings(new, reserved=self._status_server.descriptors))
         yield from logging_certificates(self._log, self._server.listeners)
         yield from freeing
-        settings.adopt(new, self._log)
+        settings.use(new, self._log)
         RELOAD_DONE.log(self._log, status=self._server.status)
 
     def renewal(self) -> Steps[None]:
         """Renew the certificates, and nothing else."""
         try:
-            adopt = yield from renewing(self._served())
+            use_certificates = yield from renewing(self._served())
         except ListenError as problem:
             CERTIFICATES_REJECTED.log(self._log, problem=str(problem))
             return
-        freeing = adopt()
+        freeing = use_certificates()
         yield from logging_certificates(self._log, self._server.listeners)
         yield from freeing
 
@@ -151,13 +152,13 @@ class ReloadWorkers:
             # The new workers receive these files in their `start` message.
             read: dict[object, Files] = {}
             served = [*((listener, None) for listener in listeners), *self._status_server.served()]
-            adopt = yield from renewing(served, read)
+            use_certificates = yield from renewing(served, read)
             spec = worker_spec(self._settings.merged(new), listeners, self._settings.source, read)
         except (SettingError, ListenError, TLSError) as problem:
             RELOAD_FAILED.log(self._log, problem=str(problem))
             return
-        yield from adopt()
-        self._settings.adopt(new, self._log)
+        yield from use_certificates()
+        self._settings.use(new, self._log)
         yield from logging_certificates(self._log, listeners)
         self._pool.apply(spec)
 

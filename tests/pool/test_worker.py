@@ -22,9 +22,9 @@ from rtservice.config.schema import Settings
 from rtservice.config.sources import load_settings
 from rtservice.hosting.aliases import ALIASES
 from rtservice.interfaces import IStartable
+from rtservice.net.listen_types import open_description
 from rtservice.net.listener import Listener
-from rtservice.net.listeners import open_description
-from rtservice.net.tls import Steps, TLSError, finish
+from rtservice.net.tls import TLSError
 from rtservice.pool import worker
 from rtservice.pool.control import decode_value, encode, split_word
 from rtservice.pool.start_message import adopt_listener, describe
@@ -35,6 +35,7 @@ from rtservice.process.counters import PHASES, CounterKey
 from rtservice.process.slices import in_slices
 from rtservice.process.state import State
 from rtservice.process_settings import runtime_settings, share
+from rtservice.steps import Steps, finish
 from tests.support.fake_reactor import FakeReactor
 from tests.support.unprintable import Unprintable
 
@@ -423,7 +424,7 @@ def test_a_worker_that_drains_removes_no_file_that_its_supervisor_has_removed(co
 
 def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
     made, channel, reactor = connected
-    made.leave()
+    made.ask_for_replacement()
     assert channel.said() == [("leave", None)]
     assert not reactor.stops
 

@@ -13,7 +13,7 @@ from twisted.logger import Logger, LogLevel
 from rtservice.events import DRAIN_DONE
 from rtservice.pool import worker_messages
 from rtservice.pool.control import LONGEST_FROM_WORKER, ProtocolViolation, encode
-from rtservice.pool.published import as_event
+from rtservice.pool.log_records import as_event
 from rtservice.pool.worker_messages import (
     DEEPEST,
     LATEST,

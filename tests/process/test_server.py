@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.interfaces import IDrainable
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 from rtservice.process.foreign import ForeignFactory
 from rtservice.process.state import State
 from tests.support.recorded import recorded
