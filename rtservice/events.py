@@ -240,7 +240,8 @@ CONNECTION_REFUSED = LimitedEvent(
     _warn,
     "client {peer} on {listener} refused: {problem}",
     fields=("peer", "listener", "setting", "problem"),
-    meaning="A client was refused because of a setting. At most one record in ten seconds for each setting.",
+    meaning="A client was refused because of a setting. At most one record in ten seconds for each setting. A refused "
+    "client has no `connection.closed` and no line in the access log.",
 )
 CONNECTION_LIMIT_REACHED = Event(
     "connection.limit_reached",

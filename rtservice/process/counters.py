@@ -12,7 +12,7 @@ with the other fields of its key:
     closed              ended connections by reason (label) and listener
     handshake_failed    connections that ended before their PROXY header and TLS handshake were complete, by kind
                         (label) and listener
-    refused             clients that were closed when they were accepted, by reason (label) and listener
+    refused             clients refused at accept() or once a PROXY header names them, by reason (label) and listener
     in, out             bytes received and sent, by listener, those of open connections included
     duration            ended connections by bucket of their duration (label) and listener
     duration_us         the sum of these durations in microseconds, by listener
