@@ -653,7 +653,7 @@ OUTPUT_REPLACED = Event(
 STATUS_LISTENING = Event(
     "status.listening",
     _info,
-    "status server listening on {listener}",
+    "status server ready on {listener}",
     fields=("listener",),
     meaning="The status server accepts connections. Logged once for each of its listeners.",
 )
