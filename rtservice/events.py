@@ -1,8 +1,8 @@
 """Every record that rtservice logs, declared once: name, level, text, fields and meaning.
 
-`WORKER_READY.log(logger, worker=…, slot=…, pid=…)` logs a record. It has the field `event` with the stable name, here
-`worker.ready`, and exactly the fields that the event declares. A field has one type and one meaning in all events: see
-FIELDS. The text is for people and may change at any time. Programs and tests use names and fields.
+`WORKER_READY.log(logger, worker=…, slot=…, pid=…)` logs a record. Its field `event` is the stable name, here
+`worker.ready`. Its other fields are exactly those that the event declares. A field has one type and one meaning in all
+events: see FIELDS. The text is for people and may change at any time. Programs and tests use names and fields.
 
 A new event is declared here, under its area. `docs/reference/events.md` is generated from this module, and
 `tests/test_events.py` holds the code to it.
@@ -47,7 +47,7 @@ class Event:
 
 
 class LimitedEvent(Event):
-    """An event of which some records are left out. The field `suppressed` says how many since the last record."""
+    """An event whose records are rate-limited. The field `suppressed` is the number left out since the last record."""
 
     __slots__ = ()
 
@@ -55,13 +55,13 @@ class LimitedEvent(Event):
         super().__init__(name, level, text, fields=(*fields, "suppressed"), meaning=meaning)
 
     def log(self, logger: Logger, /, **fields: object) -> None:
-        """Log a record with these fields. Its text has the number of suppressed records only if there are some."""
+        """Log a record with these fields. Its text includes the number of suppressed records unless that is 0."""
         text = f"{self.text} ({{suppressed}} more since the last such record)" if fields["suppressed"] else self.text
         logger.emit(self.level, text, event=self.name, **fields)
 
 
 class Field(NamedTuple):
-    """A field of events. `types` are those that its values may have."""
+    """A field of events. `types` are the allowed types of its values."""
 
     types: tuple[type, ...]
     meaning: str
@@ -74,10 +74,10 @@ FIELDS = {
     "aborted": Field(_INTEGER, "connections that were aborted at the end of a graceful shutdown"),
     "address": Field(_TEXT, "value of `NOTIFY_SOCKET`"),
     "beginning": Field(_TEXT, "first bytes that the client sent, at most 64, escaped"),
-    "bytes_in": Field(_INTEGER, "bytes received; with TLS those inside TLS, with `library=pyopenssl` those below it"),
-    "bytes_out": Field(_INTEGER, "bytes sent, counted as `bytes_in`"),
+    "bytes_in": Field(_INTEGER, "bytes received; with TLS, decrypted bytes; with `library=pyopenssl`, encrypted bytes"),
+    "bytes_out": Field(_INTEGER, "bytes sent; with TLS, counted as for `bytes_in`"),
     "connections": Field(_INTEGER, "value of `--max-connections`"),
-    "count": Field(_INTEGER, "number of the things that the event is about"),
+    "count": Field(_INTEGER, "number of connections, records or files, depending on the event"),
     "days_left": Field(_INTEGER, "whole days until the certificate expires; negative after that"),
     "ended": Field(_INTEGER, "connections that ended by themselves during a graceful shutdown"),
     "exit_status": Field(_INTEGER, "exit status of the process"),
@@ -87,9 +87,9 @@ FIELDS = {
     "hint": Field(_TEXT, "how to try and to stop the service, for people"),
     "host": Field(_TEXT, "IP address"),
     "interface": Field(_TEXT, "`interface=` of a listen description"),
-    "left": Field(_TEXT, "time that is left, for people"),
-    "limit": Field(_INTEGER, "the limit that is reached or in the way"),
-    "line": Field(_TEXT, "line of output, escaped"),
+    "left": Field(_TEXT, "remaining time, for people"),
+    "limit": Field(_INTEGER, "limit of connections or descriptors"),
+    "line": Field(_TEXT, "line that a worker printed, escaped"),
     "listener": Field(_TEXT, "the listener, such as `tcp:0.0.0.0:8080` or `ssl:[::]:8443`"),
     "memory": Field(_INTEGER, "resident memory in MiB"),
     "method": Field(_TEXT, "method that raised the exception"),
@@ -100,11 +100,11 @@ FIELDS = {
     "path": Field(_TEXT, "path of a certificate or revocation list, escaped"),
     "peer": Field(_TEXT, "address and port of the client; behind a proxy those of the PROXY header"),
     "pid": Field(_INTEGER, "process id"),
-    "platform": Field(_TEXT, "platform, as `sys.platform` has it"),
-    "problem": Field(_TEXT, "what is wrong, for people"),
+    "platform": Field(_TEXT, "value of `sys.platform`"),
+    "problem": Field(_TEXT, "what is wrong, for people; texts may change"),
     "protocol": Field(_TEXT, "class of the protocol, or the value of `--protocol`"),
     "reason": Field(_TEXT, "why a connection ended: see [](logs.md#why-a-connection-ended)"),
-    "record": Field(_TEXT, "the whole text; JSON logs have it as `message` only"),
+    "record": Field(_TEXT, "the text; in JSON logs only as `message`"),
     "seconds": Field(_NUMBER, "duration in seconds"),
     "setting": Field(_TEXT, "name of a setting, without `--`"),
     "settings": Field(_TEXT, "names of settings, separated by commas, or `none`"),
@@ -112,10 +112,10 @@ FIELDS = {
     "slot": Field(_INTEGER, "number of the worker, from 0; also in each record that a worker logs"),
     "stack": Field(_TEXT, "stack of the blocked thread"),
     "status": Field(_TEXT, "state of the service in one line"),
-    "suppressed": Field(_INTEGER, "number of records left out since the last one of this kind"),
-    "task": Field(_TEXT, "task: `reload`, `certificate check`, `certificate log` or `periodic check`"),
+    "suppressed": Field(_INTEGER, "number of records of this kind left out since the last one"),
+    "task": Field(_TEXT, "`reload`, `certificate check`, `certificate log` or `periodic check`"),
     "uid": Field((int, _NONE), "user id, or null if it is not changed"),
-    "warning": Field(_TEXT, "the whole text; JSON logs have it as `message` only"),
+    "warning": Field(_TEXT, "the text; in JSON logs only as `message`"),
     "worker": Field(_TEXT, "number and process id of a worker, for people: `worker 2 (pid 4711)`"),
 }
 
@@ -135,50 +135,50 @@ START_FAILED = Event(
 SERVICE_FAILED = Event(
     "service.failed",
     _critical,
-    "cannot serve: {problem}",
+    "service failed, stopping: {problem}",
     fields=("problem",),
-    meaning="A listener fails while the service runs, which ends the process with a non-zero exit status.",
+    meaning="A listener failed while the service was running. The process exits with a non-zero status.",
 )
 START_EXCEPTION = Event(
     "start.exception",
     _error,
-    "exception in the start",
-    meaning="Traceback of a start that failed; at level `debug` if the operating system rejected a call.",
+    "start failed with an exception",
+    meaning="Traceback of a failed start; at level `debug` if the operating system rejected a call.",
 )
 START_REACTOR_UNAVAILABLE = Event(
     "start.reactor_unavailable",
     _warn,
-    "reactor of rtservice not available on {platform}, using Twisted's: {problem}",
+    "rtservice reactor unavailable on {platform}, using Twisted's default: {problem}",
     fields=("platform", "problem"),
-    meaning="The platform has no `epoll`. The service is slower.",
+    meaning="The platform has no `epoll`. The service works, but is slower.",
 )
 PRIVILEGES_DROPPED = Event(
     "privileges.dropped",
     _info,
     "privileges dropped: uid {uid}, gid {gid}",
     fields=("uid", "gid"),
-    meaning="The process runs as the user and group of `--uid` and `--gid`.",
+    meaning="The process now runs as the user and group of `--uid` and `--gid`.",
 )
 PRIVILEGES_KEPT = Event(
     "privileges.kept",
     _warn,
-    "privileges kept: --gid {gid} without --uid serves as root, with the supplementary groups of root",
+    "root privileges kept: --gid {gid} is set without --uid",
     fields=("gid",),
-    meaning="`--gid` without `--uid` does not drop the privileges of root.",
+    meaning="`--gid` changes only the group. The process runs as root, with root's supplementary groups.",
 )
 SYSTEMD_UNUSABLE = Event(
     "systemd.unusable",
     _warn,
     "NOTIFY_SOCKET {address!r} cannot be used: {problem}",
     fields=("address", "problem"),
-    meaning="The service manager is not notified.",
+    meaning="The service manager gets no notifications, such as readiness.",
 )
 SYSTEMD_DISCONNECTED = Event(
     "systemd.disconnected",
     _warn,
     "notifications to the service manager stopped: {problem}",
     fields=("problem",),
-    meaning="The service manager closed its socket. It gets no further notifications.",
+    meaning="The socket of the service manager is closed. It gets no further notifications.",
 )
 
 SERVICE_SERVING = Event(
@@ -196,34 +196,34 @@ LISTENER_LISTENING = Event(
     _info,
     "listening on {listener}",
     fields=("listener",),
-    meaning="Clients can connect. Logged once for each listener; with workers, when every worker is ready.",
+    meaning="The listener accepts clients. Logged once for each listener; with workers, when every worker is ready.",
 )
 LISTENER_ADDRESS_SKIPPED = Event(
     "listener.address_skipped",
     _warn,
     "address {host} of {interface} skipped: this host has no IPv6",
     fields=("host", "interface"),
-    meaning="A host name has an IPv6 address, and the host has no IPv6. The other addresses are served.",
+    meaning="A host name resolves to an IPv6 address, but this host has no IPv6. Its other addresses are served.",
 )
 LISTENER_FILE_KEPT = Event(
     "listener.file_kept",
     _warn,
     "socket file of {listener} not removed: {problem}",
     fields=("listener", "problem"),
-    meaning="The user of the process may not write to the directory. The next start replaces the file.",
+    meaning="The process has no permission to write to the directory. The next start replaces the file.",
 )
 LISTENER_STOP_FAILED = Event(
     "listener.stop_failed",
     _critical,
-    "stopping a listener failed",
-    meaning="An endpoint of a plugin raised an exception when it stopped listening.",
+    "listener failed to stop",
+    meaning="An endpoint of Twisted or of a plugin raised an exception when it stopped listening.",
 )
 ACCEPT_PAUSED = Event(
     "accept.paused",
     _error,
     "accepting on {listener} paused: {problem}",
     fields=("listener", "problem"),
-    meaning="The system is out of descriptors or memory. Clients wait in the queue; the service tries again by itself.",
+    meaning="The process is out of descriptors or memory. Clients wait in the backlog until a retry succeeds.",
 )
 
 # --- connections ---
@@ -238,23 +238,24 @@ CONNECTION_CLOSED = Event(
 CONNECTION_REFUSED = LimitedEvent(
     "connection.refused",
     _warn,
-    "refused {peer} on {listener}: {problem}",
+    "client {peer} on {listener} refused: {problem}",
     fields=("peer", "listener", "setting", "problem"),
-    meaning="A client was refused because of a setting. At most one record in ten seconds for each setting.",
+    meaning="A client was refused because of a setting. At most one record in ten seconds for each setting. A refused "
+    "client has no `connection.closed` and no line in the access log.",
 )
 CONNECTION_LIMIT_REACHED = Event(
     "connection.limit_reached",
     _warn,
-    "--max-connections {limit} reached: clients wait in the queue",
+    "--max-connections {limit} reached: new clients wait in the backlog",
     fields=("limit",),
-    meaning="New clients are served when a connection ends.",
+    meaning="A waiting client is accepted when a connection ends. At most one record in ten seconds.",
 )
 CONNECTION_LIMIT_UNREACHABLE = Event(
     "connection.limit_unreachable",
     _warn,
     "--max-connections {connections} cannot be reached: the limit of descriptors is {limit}",
     fields=("connections", "limit"),
-    meaning="The limit of descriptors (RLIMIT_NOFILE) is lower than `--max-connections`.",
+    meaning="The limit of descriptors (RLIMIT_NOFILE) is not higher than `--max-connections`.",
 )
 CONNECTION_FAILED = Event(
     "connection.failed",
@@ -267,33 +268,33 @@ CONNECTION_COUNT_FAILED = Event(
     "connection.count_failed",
     _critical,
     "counting the connections failed",
-    meaning="A bug. Metrics and the status page show earlier values.",
+    meaning="A bug in rtservice. Metrics and the status page show earlier values.",
 )
 CONNECTION_LIST_FAILED = Event(
     "connection.list_failed",
     _critical,
     "listing the connections failed",
-    meaning="A bug. The status page lacks the connections of this worker.",
+    meaning="A bug in rtservice. The status page lacks the connections of this worker.",
 )
 PROXY_HEADER_INVALID = Event(
     "proxy.header_invalid",
     _info,
     "invalid PROXY header from {peer} on {listener}: {problem}; it begins with {beginning}",
     fields=("peer", "listener", "problem", "beginning"),
-    meaning="A proxy sent no valid PROXY header. At most five records in ten seconds for each listener.",
+    meaning="A client or proxy sent no valid PROXY header. At most five records in ten seconds for each listener.",
 )
 PROXY_HEADERS_SUPPRESSED = Event(
     "proxy.headers_suppressed",
     _info,
     "invalid PROXY headers on {listener} not logged: {count}",
     fields=("listener", "count"),
-    meaning="Number of invalid PROXY headers without a record `proxy.header_invalid`.",
+    meaning="The number of invalid PROXY headers in the last ten seconds that have no record `proxy.header_invalid`.",
 )
 TLS_THREAD_FAILED = Event(
     "tls.thread_failed",
     _critical,
     "TLS handshake in a thread failed",
-    meaning="A bug. Failed handshakes of clients are `connection.closed` with the reason `TLS failed (…)`.",
+    meaning="A bug in rtservice. When a client fails, `connection.closed` has the reason `TLS failed (…)`.",
 )
 
 # --- hosted protocols ---
@@ -324,28 +325,28 @@ FACTORY_START_FAILED = Event(
     _debug,
     "{factory} failed to start",
     fields=("factory",),
-    meaning="Traceback of `startFactory` or `IStartable.start`; `start.failed` has the line.",
+    meaning="Traceback of `startFactory` or `IStartable.start`. `start.failed` has the exception in one line.",
 )
 FACTORY_METRICS_REJECTED = Event(
     "factory.metrics_rejected",
     _warn,
     "metrics of {factory} rejected: {problem}",
     fields=("factory", "problem"),
-    meaning="`IMetrics.metrics` returned a name or value that is not allowed.",
+    meaning="`IMetrics.metrics` returned a name or value that is not allowed. The valid ones are used.",
 )
 ECHO_MESSAGE_REJECTED = Event(
     "echo.message_rejected",
     _warn,
     "closing connection of {peer}: {problem}",
     fields=("peer", "problem"),
-    meaning="A client of echo sent a message that breaks the rules of its framing.",
+    meaning="A client of echo sent a message that is too long or violates the framing.",
 )
 REACTOR_BLOCKED = Event(
     "reactor.blocked",
     _error,
-    "reactor blocked: nothing was served for {seconds:.1f} s, by this code:\n{stack}",
+    "reactor blocked for {seconds:.1f} s, all clients wait for this code:\n{stack}",
     fields=("seconds", "stack"),
-    meaning="Hosted code blocks the reactor. At most one record in ten seconds.",
+    meaning="Code, usually of the hosted protocol, blocks the reactor. At most one record in ten seconds.",
 )
 
 # --- certificates ---
@@ -355,14 +356,14 @@ CERTIFICATE_LOADED = Event(
     _info,
     "certificate {path} for {names}: expires in {left}",
     fields=("path", "names", "left", "not_after", "days_left"),
-    meaning="A certificate is shown to clients. Logged at the start and after each reload.",
+    meaning="New connections get this certificate. Logged at the start and after each reload.",
 )
 CERTIFICATE_NOT_YET_VALID = Event(
     "certificate.not_yet_valid",
     _warn,
     "certificate {path} for {names}: not valid yet",
     fields=("path", "names", "not_after", "days_left"),
-    meaning="Clients reject the certificate until its first day.",
+    meaning="Clients reject the certificate until its validity begins.",
 )
 CERTIFICATE_EXPIRED = Event(
     "certificate.expired",
@@ -376,41 +377,41 @@ REVOCATION_LOADED = Event(
     _info,
     "revocation list {path}: next update in {left}",
     fields=("path", "left", "next_update"),
-    meaning="Client certificates are looked up in this list.",
+    meaning="Client certificates are checked against this list.",
 )
 REVOCATION_UNDATED = Event(
     "revocation.undated",
     _info,
     "revocation list {path}: no next update",
     fields=("path", "next_update"),
-    meaning="Client certificates are looked up in this list, which never expires.",
+    meaning="Client certificates are checked against this list, which never expires.",
 )
 REVOCATION_EXPIRED = Event(
     "revocation.expired",
     _warn,
-    "revocation list {path}: next update has passed, clients of its authority are refused",
+    "revocation list {path}: expired, refusing all clients of its authority",
     fields=("path", "next_update"),
-    meaning="A new list is needed.",
+    meaning="The next update of the list has passed. Install a new list and reload.",
 )
 TLS_GROUPS_LIMITED = Event(
     "tls.groups_limited",
     _warn,
     "{warning}",
     fields=("warning",),
-    meaning="OpenSSL cannot be set to the preferred key exchange groups.",
+    meaning="Python's `ssl` cannot select the preferred key exchange groups.",
 )
 CERTIFICATES_CHANGED = Event(
     "certificates.changed",
     _info,
     "certificate files changed: loading them",
-    meaning="`--watch-certificates` has found new files.",
+    meaning="`--watch-certificates` has found that files have changed.",
 )
 CERTIFICATES_REJECTED = Event(
     "certificates.rejected",
     _error,
     "certificates not loaded, keeping the current ones: {problem}",
     fields=("problem",),
-    meaning="The new files are invalid or incomplete. The service tries again when they change.",
+    meaning="The changed files are invalid or incomplete. They are loaded when they change again.",
 )
 
 # --- reload ---
@@ -419,28 +420,28 @@ RELOAD_STARTED = Event(
     "reload.started",
     _info,
     "reload started",
-    meaning="SIGHUP was received, or the certificates of workers have changed.",
+    meaning="SIGHUP was received; or, with workers, watched certificate files have changed.",
 )
 SETTINGS_RELOADED = Event(
     "settings.reloaded",
     _info,
     "settings reloaded, changed: {settings}",
     fields=("settings",),
-    meaning="The settings are valid and used from now on, with workers by each new worker.",
+    meaning="The new settings are valid and now current; with workers, for each new worker.",
 )
 SETTINGS_NEED_RESTART = Event(
     "settings.need_restart",
     _warn,
     "restart needed for changed settings: {settings}",
     fields=("settings",),
-    meaning="A reload does not change these settings.",
+    meaning="A reload does not apply these settings. They stay unchanged until a restart.",
 )
 RELOAD_DONE = Event(
     "reload.done",
     _info,
     "reload done: {status}",
     fields=("status",),
-    meaning="The reload succeeded; with workers, all are replaced.",
+    meaning="The reload succeeded; with workers, all have been replaced.",
 )
 RELOAD_FAILED = Event(
     "reload.failed",
@@ -454,14 +455,14 @@ TASK_CANCELLED = Event(
     _info,
     "{task} cancelled: the service stops",
     fields=("task",),
-    meaning="A task was in progress when the stop signal arrived.",
+    meaning="The task was in progress when the service began to stop.",
 )
 TASK_FAILED = Event(
     "task.failed",
     _critical,
     "{task} failed",
     fields=("task",),
-    meaning="A bug: an unexpected exception in a task.",
+    meaning="A bug in rtservice: an unexpected exception in the task.",
 )
 
 # --- workers ---
@@ -471,35 +472,35 @@ WORKER_READY = Event(
     _info,
     "{worker} is ready",
     fields=("worker", "slot", "pid"),
-    meaning="A worker serves. If it is a successor, its predecessor begins to drain.",
+    meaning="The worker accepts clients. If it replaces a worker, that one begins to drain.",
 )
 WORKER_ENDED = Event(
     "worker.ended",
     _info,
     "{worker} ended with status {exit_status}",
     fields=("worker", "slot", "pid", "exit_status"),
-    meaning="A worker process has exited.",
+    meaning="The worker process has exited.",
 )
 WORKER_KILLED = Event(
     "worker.killed",
     _info,
     "{worker} was ended by {signal}",
     fields=("worker", "slot", "pid", "signal"),
-    meaning="A worker process was ended by a signal.",
+    meaning="A signal has ended the worker process. SIGKILL may come from the kernel's out-of-memory killer.",
 )
 WORKER_PRINTED = Event(
     "worker.printed",
     _info,
     "{worker} printed: {line}",
     fields=("worker", "slot", "pid", "line"),
-    meaning="A worker wrote to standard output.",
+    meaning="The worker wrote this line to standard output.",
 )
 WORKER_PRINTED_ERROR = Event(
     "worker.printed_error",
     _error,
     "{worker} printed: {line}",
     fields=("worker", "slot", "pid", "line"),
-    meaning="A worker wrote to standard error; often its last words.",
+    meaning="The worker wrote this line to standard error. It is often part of the traceback of a crash.",
 )
 WORKER_START_TIMED_OUT = Event(
     "worker.start_timed_out",
@@ -511,51 +512,51 @@ WORKER_START_TIMED_OUT = Event(
 WORKER_HUNG = Event(
     "worker.hung",
     _error,
-    "{worker} sent no heartbeat for {seconds:.1f} s: its stack is printed, and it is killed",
+    "{worker} sent no heartbeat for {seconds:.1f} s and is killed; its stack follows",
     fields=("worker", "slot", "pid", "seconds"),
-    meaning="Hosted code blocks the reactor of a worker for `--hang-timeout`.",
+    meaning="Hosted code has blocked the reactor of the worker for `--hang-timeout`.",
 )
 WORKER_UNRESPONSIVE = Event(
     "worker.unresponsive",
     _error,
     "{worker} did not answer for {seconds:.1f} s and is killed",
     fields=("worker", "slot", "pid", "seconds"),
-    meaning="A worker sends heartbeats, and does not read what the supervisor sends.",
+    meaning="The worker sends heartbeats, but does not read messages of the supervisor.",
 )
 WORKER_VIOLATION = Event(
     "worker.violation",
     _error,
     "{worker} violated the control protocol and is killed: {problem}",
     fields=("worker", "slot", "pid", "problem"),
-    meaning="Code in the worker wrote to the channel of the supervisor, or its metrics break the rules of `IMetrics`.",
+    meaning="Code in the worker wrote to the control channel, or its metrics violate the rules of `IMetrics`.",
 )
 WORKER_MESSAGE_FAILED = Event(
     "worker.message_failed",
     _error,
     "{worker} sent a message that cannot be handled and is killed: {problem}",
     fields=("worker", "slot", "pid", "problem"),
-    meaning="A bug in the supervisor, or a lack of memory.",
+    meaning="A bug in rtservice, or the supervisor is out of memory.",
 )
 WORKER_RESTARTING = Event(
     "worker.restarting",
     _error,
     "slot {slot} gets a new worker in {seconds:.1f} s: {problem}",
     fields=("slot", "seconds", "problem"),
-    meaning="A worker ended by itself. The time grows while its successors end, too.",
+    meaning="A worker ended unexpectedly. The delay doubles with each further failure, up to 30 s.",
 )
 WORKER_SPAWN_FAILED = Event(
     "worker.spawn_failed",
     _error,
     "slot {slot}: {problem}",
     fields=("slot", "problem"),
-    meaning="The operating system rejected a new process.",
+    meaning="The operating system rejected a new worker process.",
 )
 WORKER_NOT_REPLACED = Event(
     "worker.not_replaced",
     _error,
     "workers not replaced: {problem}",
     fields=("problem",),
-    meaning="A new worker failed. The workers that serve go on. It ends a reload.",
+    meaning="A new worker failed. The current workers continue to serve. A reload in progress has failed.",
 )
 WORKER_TOO_OLD = Event(
     "worker.too_old",
@@ -567,14 +568,14 @@ WORKER_TOO_OLD = Event(
 WORKER_TOO_LARGE = Event(
     "worker.too_large",
     _info,
-    "{worker} is replaced: {memory} MiB exceed --max-worker-memory",
+    "{worker} is replaced: its {memory} MiB exceed --max-worker-memory",
     fields=("worker", "slot", "pid", "memory"),
     meaning="A worker is replaced because of its memory. No client is refused.",
 )
 WORKER_START_EXCEPTION = Event(
     "worker.start_exception",
     _critical,
-    "exception in the start of a worker",
+    "worker failed to start",
     meaning="Traceback of a worker that cannot start.",
 )
 SUPERVISOR_MESSAGE_FAILED = Event(
@@ -582,7 +583,7 @@ SUPERVISOR_MESSAGE_FAILED = Event(
     _error,
     "message of the supervisor cannot be handled, draining: {problem}",
     fields=("problem",),
-    meaning="A bug, or hosted code read from the channel of the supervisor. The worker is replaced.",
+    meaning="A bug in rtservice, or hosted code read from the control channel. The worker is replaced.",
 )
 SLOT_REMOVED = Event(
     "slot.removed",
@@ -600,9 +601,9 @@ SLOT_NOT_REMOVED = Event(
 SLOT_NOT_ADDED = Event(
     "slot.not_added",
     _error,
-    "no worker can be added: {problem}",
+    "worker not added: {problem}",
     fields=("problem",),
-    meaning="SIGTTIN was received, and a socket for one more worker cannot be bound.",
+    meaning="SIGTTIN was received, but a socket for another worker cannot be bound.",
 )
 
 # --- logs and status server ---
@@ -610,7 +611,7 @@ SLOT_NOT_ADDED = Event(
 LOG_DROPPED = Event(
     "log.dropped",
     _warn,
-    "records dropped, too many at once: {count}",
+    "log records dropped: {count}",
     fields=("count",),
     meaning="A worker logs faster than the supervisor can write.",
 )
@@ -619,55 +620,55 @@ LOG_FILES_KEPT = Event(
     _warn,
     "{file} and older files not rotated: --log-files is {count}",
     fields=("file", "count"),
-    meaning="Rotated files with higher numbers exist. They are never renamed or removed.",
+    meaning="Rotated files with numbers above `--log-files` exist. They are never renamed or removed.",
 )
 OUTPUT_FAILED = Event(
     "output.failed",
     _error,
     "{output} cannot be written: {problem}",
     fields=("output", "problem"),
-    meaning="Records are kept in memory up to 1 MiB, then counted and dropped.",
+    meaning="Up to 1 MiB of lines is kept in memory. Further lines are dropped and counted.",
 )
 OUTPUT_RECOVERED = Event(
     "output.recovered",
     _warn,
     "{output} is written again, lines dropped: {count}",
     fields=("output", "count"),
-    meaning="A log or access log works again after `output.failed`.",
+    meaning="The log or access log works again after `output.failed`.",
 )
 OUTPUT_NOT_REPLACED = Event(
     "output.not_replaced",
     _error,
     "{output}: {problem}",
     fields=("output", "problem"),
-    meaning="A file cannot be reopened or rotated. The file that was open is still written.",
+    meaning="The file cannot be reopened or rotated. Lines are still written to the open file.",
 )
 OUTPUT_REPLACED = Event(
     "output.replaced",
     _warn,
-    "{output} is the file at its path again",
+    "{output} reopened: lines go to the file at its path again",
     fields=("output",),
-    meaning="A file could be reopened or rotated after `output.not_replaced`.",
+    meaning="The file was reopened or rotated after `output.not_replaced`.",
 )
 STATUS_LISTENING = Event(
     "status.listening",
     _info,
-    "status on {listener}",
+    "status server ready on {listener}",
     fields=("listener",),
-    meaning="The status server accepts connections.",
+    meaning="The status server accepts connections. Logged once for each of its listeners.",
 )
 STATUS_ANSWER_FAILED = LimitedEvent(
     "status.answer_failed",
     _error,
-    "status: an answer failed: {problem}",
+    "status server failed to answer a request: {problem}",
     fields=("problem",),
-    meaning="A bug, or a value that a protocol counts cannot be shown. The answer is 500.",
+    meaning="A bug in rtservice, or a metric of the protocol cannot be shown. The client gets status 500.",
 )
 STATUS_NO_METRICS = Event(
     "status.no_metrics",
     _warn,
-    "metrics need prometheus_client; pip install 'rtservice[metrics]'",
-    meaning="`/metrics` answers 501.",
+    "metrics unavailable: prometheus_client is not installed; run pip install 'rtservice[metrics]'",
+    meaning="`/metrics` answers with status 501.",
 )
 
 # --- stop ---
@@ -677,47 +678,47 @@ STOP_REQUESTED = Event(
     _info,
     "{signal} received: stopping",
     fields=("signal",),
-    meaning="The graceful shutdown begins.",
+    meaning="A graceful shutdown begins.",
 )
 STOP_REPEATED = Event(
     "stop.repeated",
     _info,
     "{signal} received again: aborting open connections",
     fields=("signal",),
-    meaning="The graceful shutdown ends early.",
+    meaning="A second stop signal ends the graceful shutdown early.",
 )
 STOP_FORCED = Event(
     "stop.forced",
     _error,
     "{signal} received again: exiting at once",
     fields=("signal",),
-    meaning="The process did not end after two signals, and exits without cleaning up.",
+    meaning="The process did not end after earlier stop signals, and exits without cleaning up.",
 )
 DRAIN_STARTED = Event(
     "drain.started",
     _info,
     "draining for at most {seconds:g} s, open connections: {count}",
     fields=("count", "seconds"),
-    meaning="New clients are not accepted. With workers, each worker logs it.",
+    meaning="No new clients are accepted. With workers, each worker logs this.",
 )
 DRAIN_DONE = Event(
     "drain.done",
     _info,
     "drained: {ended} ended, {aborted} aborted, {seconds:.1f} s",
     fields=("ended", "aborted", "seconds"),
-    meaning="All connections have ended. With workers, each worker logs it, and then the supervisor with the sums.",
+    meaning="All connections have ended. With workers, each worker logs this, and then the supervisor with the sums.",
 )
 DRAIN_FAILED = Event(
     "drain.failed",
     _critical,
     "draining failed",
-    meaning="A bug. The worker ends at once.",
+    meaning="A bug in rtservice. The worker exits at once.",
 )
 
 
 EVENTS = {event.name: event for event in list(globals().values()) if isinstance(event, Event)}
 
-# The areas of the reference, each with the first words of its events.
+# The areas of the reference, each with the first parts of the names of its events.
 AREAS = {
     "Start": ("start", "service", "privileges", "systemd"),
     "Listeners": ("listener", "accept"),

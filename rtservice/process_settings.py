@@ -10,19 +10,19 @@ from rtservice.process.admission import Limits
 from rtservice.process.server import RuntimeSettings, default_max_connections, raise_descriptor_limit
 
 
-def runtime_settings(settings: Settings, *, slot: int = 0, slots: int = 1, beside: int = 0) -> RuntimeSettings:
-    """Return the settings that can change at run time: the share of the process `slot` of `slots`.
+def runtime_settings(settings: Settings, *, slot: int = 0, slots: int = 1, reserved: int = 0) -> RuntimeSettings:
+    """Return the runtime settings of the process in slot `slot` (from 0) of `slots`.
 
-    The descriptor limit applies to each process; `beside` descriptors of it are reserved for the status server.
-    `max_connections` and `max_connections_per_peer` are divided evenly. The latter is rounded up, since the kernel
-    distributes a peer's connections at random.
+    `max_connections` and `max_connections_per_peer` are divided evenly among the slots. The latter is rounded up, since
+    the kernel distributes a peer's connections at random. The default of `max_connections` depends on the descriptor
+    limit, which applies to each process; `reserved` of these descriptors are reserved for the status server.
     """
     descriptors = raise_descriptor_limit()
     total = settings.max_connections
     return RuntimeSettings(
         limits=Limits(
             max_connections=(
-                default_max_connections(descriptors, beside) if total is None else share(total, slot, slots)
+                default_max_connections(descriptors, reserved) if total is None else share(total, slot, slots)
             ),
             max_connections_per_peer=-(-settings.max_connections_per_peer // slots),
             peer_prefix_v6=settings.peer_prefix_v6,
@@ -43,9 +43,9 @@ def process_count(settings: Settings) -> int:
 
 def levels(settings: Settings) -> dict[str, LevelName]:
     """Return the minimum log level of each namespace that has one."""
-    return {least.namespace: least.level for least in settings.log_level}
+    return {rule.namespace: rule.level for rule in settings.log_level}
 
 
 def share(total: int, slot: int, slots: int) -> int:
-    """Return the share of one slot. The shares add up to the total, but each is at least 1."""
+    """Return the share of one slot. The shares add up to the total, except that each is at least 1."""
     return max(1, total // slots + (slot < total % slots))

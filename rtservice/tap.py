@@ -1,8 +1,8 @@
-"""The entry point for `twistd`: the command line, and the service made from it. The other entry point is `worker`."""
+"""The entry point of `twistd rtservice`: the command line, and the service. Workers start in `pool.worker`."""
 
 from __future__ import annotations
 
-import rtservice.first  # noqa: F401  # see there
+import rtservice.first  # noqa: F401  # handles signals to process 1 before the slow imports
 
 # isort: split
 
@@ -60,7 +60,7 @@ from rtservice.startup.settings_source import SettingsSource
 from rtservice.startup.start import ExitWithStatus, StartReporter, unexpected
 from rtservice.suggestions import did_you_mean, nearest
 
-# Every setting of the command line: those of the schema, and the options of shipped protocols that are settings too.
+# Every setting of the command line: those of the schema, and the aliases of options of shipped protocols.
 _SETTINGS = tuple(all_settings(ALIASES))
 
 
@@ -69,7 +69,7 @@ class _Printed(SystemExit):
 
     def __init__(self, text: str) -> None:
         try:
-            # In UTF-8, the encoding of TOML, also if the terminal has another. sys.stdout is None if it is closed.
+            # In UTF-8, the encoding of TOML, whatever the terminal uses. sys.stdout is None if it is closed.
             with open(1, "wb", closefd=False) as output:
                 output.write(text.encode())
         except OSError as error:
@@ -79,9 +79,9 @@ class _Printed(SystemExit):
 
 
 class Options(usage.Options):
-    """The command line of `twistd rtservice`, made from the schema, and the settings that result from all sources.
+    """The command line of `twistd rtservice`, generated from the schema, and the settings from all sources.
 
-    `options["check"]` is true if the settings are only to be checked.
+    `options["check"]` is whether only to check the settings.
     """
 
     synopsis = "[options]"
@@ -108,7 +108,7 @@ class Options(usage.Options):
         raise SystemExit(0)
 
     def getUsage(self, width: int | None = None) -> str:
-        """Return the help; `width` is that of the terminal, by default COLUMNS or else 80."""
+        """Return the text of --help for a terminal of `width` columns; default: COLUMNS, or else 80."""
         if width is None:
             columns = os.environ.get("COLUMNS", "")
             width = int(columns) if re.fullmatch("[0-9]{1,6}", columns) else 80
@@ -117,7 +117,7 @@ class Options(usage.Options):
         return usage_text(_SETTINGS, entries, width)
 
     def parseOptions(self, options: Iterable[str] | None = None) -> None:
-        """Parse as Twisted does, but report a mistake as one line, without the whole help."""
+        """Parse as Twisted does, but report an error as one line, without the help text."""
         try:
             super().parseOptions(options)
         except usage.UsageError as error:
@@ -127,7 +127,7 @@ class Options(usage.Options):
             raise SystemExit(f"rtservice: {error}") from None
 
     def _hint(self, problem: str) -> str:
-        """Return the end of an error message that suggests an option in place of an unknown one, or an empty text."""
+        """Return the end of an error that suggests an option instead of an unknown one, or an empty text."""
         match = re.fullmatch(r"option -{1,2}([\w-]+) not recognized", problem)
         if match is None:
             return ""
@@ -144,7 +144,7 @@ class Options(usage.Options):
         return f"{hint} Put it before the word rtservice" if meant in others else hint
 
     def parseArgs(self, *args: str) -> None:
-        """Reject arguments that are no options."""
+        """Reject arguments that are not options. Raises usage.UsageError."""
         if args and self.get("protocol-option"):  # most often the second half of a value
             raise usage.UsageError(
                 "unexpected argument, not shown as it may be a secret; put quotes around an option with blanks"
@@ -153,10 +153,10 @@ class Options(usage.Options):
             raise usage.UsageError(f"unexpected argument {args[0]!r}")
 
     def postOptions(self) -> None:
-        """Load the settings. Exit if the command only prints something."""
+        """Load the settings. Exits if the command only prints something. Raises SettingError."""
         twistd: Any = self.parent or {}
         self.start = StartReporter(twistd)
-        if self.parent is not None:  # not used by a program that calls makeService itself
+        if self.parent is not None:  # None in a program that calls makeService itself
             self.start.watch()
         check_working_directory()
         environment = dict(os.environ)
@@ -174,7 +174,7 @@ class Options(usage.Options):
             environment=environment,
             file=self["config"],
             started_in=os.path.abspath("."),
-            directory=os.path.abspath(twistd.get("rundir") or "."),  # the working directory of twistd later on
+            directory=os.path.abspath(twistd.get("rundir") or "."),  # to which twistd changes later
         )
         self.loaded = self.source.read()
         if self.settings().protocol == "help":
@@ -183,12 +183,12 @@ class Options(usage.Options):
             raise _Printed(as_toml(self.loaded, SHIPPED))
 
     def settings(self) -> Settings:
-        """Return the settings that the process starts with."""
+        """Return the settings of the start."""
         return self.loaded.settings
 
 
 def _option_name(option: str) -> str:
-    """Return the name of an option, as users type it, from an entry of usage.Options for getopt."""
+    """Return the name of an option as users type it. `option` is an entry of usage.Options.longOpt."""
     return option.removesuffix("=").replace("_", "-")
 
 
@@ -212,15 +212,15 @@ for _setting in _SETTINGS:
     if _setting.repeatable or _setting.kind is FLAG:
         _opt = _repeatable(_setting) if _setting.repeatable else _flag(_setting)
         for _name in filter(None, (_setting.field, _setting.short)):
-            setattr(Options, f"opt_{_name}", _opt)  # Twisted takes one function under two names for synonyms
+            setattr(Options, f"opt_{_name}", _opt)  # to Twisted, a second name is a synonym
 
 
 def makeService(options: Options) -> ServiceProcess:
-    """Validate everything and bind every socket, then return the service that serves on them.
+    """Validate the settings, bind every socket, and return the service.
 
-    Sockets are bound here, before twistd daemonizes, drops privileges or opens its log: so an error is one line on the
-    terminal of the command, and its exit status. Raises SystemExit with that line, and leaves no socket and no socket
-    file behind then.
+    Sockets are bound here, before twistd daemonizes, drops privileges or opens its log. So an error is one line on the
+    terminal, and the command exits with status 1. Raises SystemExit with that line, after it has closed all sockets and
+    removed their files.
     """
     with contextlib.ExitStack() as bound:
         try:
@@ -236,13 +236,13 @@ def makeService(options: Options) -> ServiceProcess:
 
 
 def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProcess:
-    """Raises SettingError; what is to be closed then is in `bound`."""
+    """Return the service. Raises SettingError. `bound` gets the functions that close the sockets after an error."""
     loaded, source = options.loaded, options.source
     twistd: Any = options.parent or {}
-    signals.inherit_nothing()
+    signals.reset_inherited_signals()
     leave = ExitWithStatus(options.start)
-    atexit.register(leave)  # first, so that it is called last: a protocol may register something when it is imported
-    # It may hold secrets, and what hosted code starts inherits the environment. A reload has a copy.
+    atexit.register(leave)  # first, so that it is called last: a protocol may register functions when it is imported
+    # It may contain secrets, and processes that hosted code starts inherit the environment. A reload uses a copy.
     os.environ.pop(variable("protocol-option"), None)
     open_standard_descriptors()
     ignore_bad_names()
@@ -252,11 +252,11 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
     credentials = credentials_of(twistd, log)
     check_directories(twistd, resolve_path)
     check_changes(twistd, credentials, slots)
-    # Before a protocol is imported, which may import the reactor.
+    # Before the protocol is imported, since it may import the reactor.
     install_reactor(log)
     if slots == 1 or options["check"]:
         factory = source.make_factory(loaded, slots)
-    else:  # the workers import it, with their rights; a file that its options name can be missing here already
+    else:  # the workers import the protocol, with their privileges; a missing file of an option is an error here
         factory = None
         source.protocol_options(loaded)
     if options["check"]:
@@ -266,7 +266,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
     nodaemon = twistd.get("nodaemon", True)
     if nodaemon:
         signals.hold()
-    descriptors = raise_descriptor_limit()  # the sockets and pipes of many slots are more than the usual 1024
+    descriptors = raise_descriptor_limit()  # the sockets and pipes of many slots exceed the usual limit of 1024
     outputs = Outputs(loaded, twistd, resolve_path, log)
     opened, endpoints, status = open_listeners(loaded, resolve_path, slots if slots > 1 else 0)
     for listener in (*opened, *status):
@@ -283,7 +283,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
         backend = Server(
             factory,
             listeners=opened,
-            settings=runtime_settings(loaded.settings, beside=status_server.descriptors),
+            settings=runtime_settings(loaded.settings, reserved=status_server.descriptors),
             log=log,
             endpoints=Endpoints(endpoints, loaded.where("listen"), log),
             record=None if outputs.access is None else AccessLog(outputs.access.put),
@@ -292,7 +292,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
     launch = Launch(
         check=options.start.check,
         report=options.start.report,
-        leave=leave,
+        exit_now=leave,
         notifier=notifier,
         dropped=outputs.dropped,
         protocol=escaped(loaded.settings.protocol),
@@ -312,7 +312,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
         make_site=lambda service: _make_site(service, settings),
     )
     check_descriptors(slots, descriptors)
-    if not nodaemon:  # signals are held from its first fork on: the command that waits for it can be interrupted
+    if not nodaemon:  # signals are held from the first fork on, so the waiting command can still be interrupted
         options.start.expect_forks()
     leave.take(service, outputs)
     return service
@@ -323,7 +323,7 @@ def _make_pool(
 ) -> WorkerPool:
     try:
         spec = worker_spec(loaded, opened, source)
-    except TLSError as error:  # the files were right a moment ago
+    except TLSError as error:  # a file has changed since it was checked
         raise SettingError(str(error)) from None
     return WorkerPool(
         listeners=opened,
@@ -336,8 +336,8 @@ def _make_pool(
 
 
 def _interpreter_flags() -> list[str]:
-    """Return the flags of this interpreter that another one has to be given, such as -O and -X dev."""
-    # Private, and what multiprocessing uses: the flags are spread over half a dozen places.
+    """Return the flags of this interpreter, such as -O and -X dev, for the interpreters of workers."""
+    # This private function is what multiprocessing uses. The flags are spread over half a dozen places.
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
     return flags
 
@@ -346,8 +346,8 @@ def _make_site(service: ServiceProcess, settings: CurrentSettings) -> Any:
     """Return the factory of the status server, which shows this service."""
     from twisted.internet import reactor
 
-    from rtservice.observe.figures import StatusSource
     from rtservice.observe.site import make_site
+    from rtservice.observe.status_source import StatusSource
 
     source = StatusSource(
         version=__version__,

@@ -7,7 +7,7 @@ import pytest
 
 from rtservice.config.schema import all_settings
 from rtservice.net.description import FORMS, ListenError, parse
-from rtservice.net.listeners import read_description
+from rtservice.net.listen_types import read_description
 from tests.support.repository import ROOT
 
 # What the documentation shows as one that is refused.

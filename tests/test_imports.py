@@ -11,6 +11,7 @@ from tests.support.repository import PACKAGE
 # What each part may import of ours, beside itself. A file that knows more than its package has its own entry.
 MAY_IMPORT = {
     "events": set(),
+    "steps": set(),
     "interfaces": set(),
     "counted": set(),
     "escaping": set(),
@@ -19,15 +20,16 @@ MAY_IMPORT = {
     "hidden": set(),
     "references": set(),
     "protocols": {"events", "interfaces", "counted"},
-    "net": {"events", "interfaces", "suggestions", "utf8", "counted", "escaping"},
+    "net": {"steps", "events", "interfaces", "suggestions", "utf8", "counted", "escaping"},
     "observe": {"escaping", "events"},
     "config": {"escaping", "hidden", "references", "suggestions", "utf8"},
     "hosting": {"config", "protocols", "escaping", "references", "hidden", "interfaces", "suggestions", "utf8"},
-    "process": {"events", "net", "interfaces", "counted", "escaping"},
+    "process": {"steps", "events", "net", "interfaces", "counted", "escaping"},
     "process_settings": {"process", "config", "observe"},
-    "pool": {"events", "process", "net", "counted", "escaping"},
-    "pool/start_message": {"net", "config", "references"},
+    "pool": {"steps", "events", "process", "net", "counted", "escaping"},
+    "pool/start_message": {"steps", "net", "config", "references"},
     "pool/worker": {
+        "steps",
         "events",
         "process",
         "process_settings",
@@ -39,6 +41,7 @@ MAY_IMPORT = {
         "counted",
     },
     "startup": {
+        "steps",
         "events",
         "process_settings",
         "process",

@@ -1,4 +1,4 @@
-"""Reference text that is generated from the code: a line `% generated: NAME` in a page is replaced by it."""
+"""Generate reference text from the code: a line `% generated: NAME` in a page is replaced by the text NAME."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rtservice.config.schema import all_settings
 from rtservice.events import AREAS, EVENTS, FIELDS
 from rtservice.hosting.aliases import ALIASES
 from rtservice.observe import metrics
-from rtservice.observe.figures import StatusSource
+from rtservice.observe.status_source import StatusSource
 
 _MARK = re.compile(r"^% generated: (\w+)$", re.MULTILINE)
 
 
 def _interfaces() -> str:
-    """Every interface of rtservice.interfaces, with its methods, as directives of Sphinx's Python domain."""
-    found = [thing for thing in vars(interfaces).values() if isinstance(thing, InterfaceClass)]
+    """Return every interface of rtservice.interfaces, with its methods, as directives of Sphinx's Python domain."""
+    found = [value for value in vars(interfaces).values() if isinstance(value, InterfaceClass)]
     described = []
     for interface in found:
         if interface.__module__ != interfaces.__name__:
@@ -40,10 +40,10 @@ def _interfaces() -> str:
 
 
 def _fixtures() -> str:
-    """The pytest fixtures of rtservice.testing."""
+    """Return the pytest fixtures of rtservice.testing."""
     return _restructured(
         f".. py:currentmodule:: {testing.__name__}",
-        # What a fixture gives is called by the test, with these arguments.
+        # A test calls the value of the fixture with these arguments.
         _directive("function", "serve(factory, tls=None)", _docstring(testing.serve)),
         _directive("function", "hosted(protocol, *arguments, **environment)", _docstring(testing.hosted)),
     )
@@ -64,7 +64,7 @@ def _restructured(*parts: str) -> str:
 
 
 def _events() -> str:
-    """A table of events for each area, and the fields of all."""
+    """Return a table of events for each area, and a table of all fields."""
     parts = []
     for area, words in AREAS.items():
         rows = [
@@ -95,7 +95,7 @@ def _in_one_line(text: str) -> str:
 
 
 def _metrics() -> str:
-    """A table of every metric of /metrics; those of a hosted protocol have names of its own."""
+    """Return a table of every metric of /metrics, without those of hosted protocols."""
     source: Any = StatusSource(
         version="",
         standing=lambda: (True, ""),

@@ -1,4 +1,4 @@
-"""Load settings from the command line, the environment and a TOML file, in this order of precedence.
+"""Load settings: the command line has precedence over the environment, and the environment over the TOML file.
 
 Each error names the source of the value.
 """
@@ -88,7 +88,7 @@ def load_settings(
         and not _INJECTED.fullmatch(f"{name.removeprefix(_PREFIX)}={value}")
     }
     options = {_option(name): text for name, text in command_line.items()}
-    layers = [
+    layers = [  # the lowest precedence first
         ("environment", _parsed(variables, settings, variable)),
         ("command line", _parsed(options, settings, _option)),
     ]

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from rtservice.counted import counted
 from rtservice.net.description import ListenError, whole_number
+from rtservice.net.listen_conflicts import FilePlace, PassedPlace, Place, TCPPlace
 from rtservice.net.listener import Listener
-from rtservice.net.places import FilePlace, PassedPlace, Place, TCPPlace
 from rtservice.net.sockets import close_all, reason_of, socket_name
 from rtservice.net.tcp import tcp_place
 from rtservice.net.unix import unix_places

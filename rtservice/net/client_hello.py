@@ -50,7 +50,7 @@ class Unread(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class HandshakeRejection:
     """The alert to send and the reason to log for a connection that is closed before OpenSSL gets its bytes."""
 
     alert: bytes
@@ -133,7 +133,7 @@ class ALPNGate:
         self._protocols = protocols
         self._reader = ClientHelloReader()
 
-    def feed(self, data: bytes) -> bytes | Refusal | None:
+    def feed(self, data: bytes) -> bytes | HandshakeRejection | None:
         """Add received bytes.
 
         Returns None if more bytes are needed, all bytes so far if OpenSSL may process them and what follows, or a
@@ -143,11 +143,11 @@ class ALPNGate:
         if found is Unread.MORE:
             return None
         if found is Unread.MISPLACED:
-            return Refusal(UNEXPECTED_MESSAGE, "TLS record before the ClientHello")
+            return HandshakeRejection(UNEXPECTED_MESSAGE, "TLS record before the ClientHello")
         if found is Unread.TOO_LARGE:
-            return Refusal(ILLEGAL_PARAMETER, "TLS ClientHello too large")
+            return HandshakeRejection(ILLEGAL_PARAMETER, "TLS ClientHello too large")
         if isinstance(found, ClientHello) and found.alpn is not None and not set(found.alpn) & set(self._protocols):
-            return Refusal(NO_APPLICATION_PROTOCOL, "no common ALPN protocol")
+            return HandshakeRejection(NO_APPLICATION_PROTOCOL, "no common ALPN protocol")
         return self._reader.data
 
 

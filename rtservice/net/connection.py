@@ -699,7 +699,7 @@ class Connection:
         self.abortConnection()
 
     def refuse(self) -> None:
-        """Close a connection that is not served, right after accept(). The port's `closed` is not called."""
+        """Close a connection at accept(), or once a PROXY header names the peer. The port's `closed` is not called."""
         self.disconnected = True
         self.connected = self._writable = self._sending = False
         stage = self._stage

@@ -15,7 +15,7 @@ from typing import Any
 from twisted.internet import main
 from twisted.python.failure import Failure
 
-from rtservice.net.client_hello import ALPNGate, Refusal
+from rtservice.net.client_hello import ALPNGate, HandshakeRejection
 from rtservice.net.connection import DONE, LOST, Connection, LocalClose, Stage, would_block
 from rtservice.net.expensive import may_be_expensive, shake_in_thread
 from rtservice.net.phases import PROXY, TLS
@@ -35,7 +35,7 @@ class Handshake(Stage):
 
     __slots__ = ("_deadline",)
 
-    timed_out: str  # the reason that is logged
+    timeout_reason: str  # the reason that is logged
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
@@ -44,7 +44,7 @@ class Handshake(Stage):
 
     def _time_out(self) -> None:
         self._deadline = None
-        self.connection.error = LocalClose(self.timed_out)
+        self.connection.error = LocalClose(self.timeout_reason)
         self.connection.connectionLost(LOST)
 
     def stop(self) -> None:
@@ -58,7 +58,7 @@ class ProxyHandshake(Handshake):
 
     __slots__ = ("_begun",)
 
-    timed_out = "PROXY header timed out"
+    timeout_reason = "PROXY header timed out"
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
@@ -116,7 +116,7 @@ class TLSHandshake(Handshake):
 
     __slots__ = ("_before", "_gate", "_reading", "_since_flight", "_tls", "_working")
 
-    timed_out = "TLS handshake timed out"
+    timeout_reason = "TLS handshake timed out"
 
     def __init__(self, connection: Connection, context: ssl.SSLContext, *, server_side: bool) -> None:
         self._tls = MemoryTLS(context, server_side=server_side)  # may raise: before anything is changed
@@ -182,7 +182,7 @@ class TLSHandshake(Handshake):
             passed = self._gate.feed(data)
             if passed is None:
                 return None
-            if isinstance(passed, Refusal):
+            if isinstance(passed, HandshakeRejection):
                 return self._refuse(passed.alert, LocalClose(passed.reason))
             self._gate = None
             data = passed

@@ -11,18 +11,8 @@ from rtservice.net.bpf import balance
 from rtservice.net.crl import RevocationLists
 from rtservice.net.description import ListenError
 from rtservice.net.sockets import bind, cannot_listen, close_all, start_listening
-from rtservice.net.tls import (
-    Certificate,
-    Context,
-    DirectoryTLS,
-    Files,
-    LoadedTLS,
-    Reusable,
-    ServerTLS,
-    Steps,
-    TLSError,
-    finish,
-)
+from rtservice.net.tls import Certificate, Context, DirectoryTLS, Files, LoadedTLS, Reusable, ServerTLS, TLSError
+from rtservice.steps import Steps, finish
 
 Socket = socket.socket  # for classes with a field `socket`, which hides the module
 

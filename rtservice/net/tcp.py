@@ -9,8 +9,8 @@ from twisted.logger import Logger
 
 from rtservice.events import LISTENER_ADDRESS_SKIPPED
 from rtservice.net.description import ListenError, address_name
+from rtservice.net.listen_conflicts import TCPPlace
 from rtservice.net.listener import RESERVE_SOCKETS, Listener
-from rtservice.net.places import TCPPlace
 from rtservice.net.sockets import bind, cannot_listen, close_all, lower_first, socket_name, start_listening, zone_name
 
 _log = Logger()
@@ -36,8 +36,8 @@ def is_local(interface: str) -> bool:
 
 def tcp_place(family: int, host: str, port: int, scope: int) -> TCPPlace:
     """Return the TCPPlace of an address."""
-    six = family == socket.AF_INET6
-    return TCPPlace(six, host, port, scope, address_name(host, port, zone_name(scope)))
+    is_ipv6 = family == socket.AF_INET6
+    return TCPPlace(is_ipv6, host, port, scope, address_name(host, port, zone_name(scope)))
 
 
 def resolve(interface: str, port: int, family: int) -> list[Address]:

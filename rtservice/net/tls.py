@@ -10,18 +10,19 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rtservice.net import crl, openssl, x509
 from rtservice.net.client_hello import ALPNGate
 from rtservice.net.crl import RevocationLists
 from rtservice.net.groups import SSL_GROUPS
 from rtservice.net.tls_bounds import MAX_CLIENT_CERTIFICATES
+from rtservice.steps import Steps, finish
 from rtservice.utf8 import NotUTF8Error, check_mark
 
 if TYPE_CHECKING:
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
 Minimum = Literal["1.2", "1.3"]
 Library = Literal["ssl", "pyopenssl"]
 Context: TypeAlias = "ssl.SSLContext | PyOpenSSLContext"
-
-_Result = TypeVar("_Result")
-# Work that takes long with many files, in steps of a few milliseconds (at most one certificate), between which the
-# reactor handles other events. The generator returns the result.
-Steps: TypeAlias = Generator[None, None, _Result]
 
 # Forward secrecy and authenticated encryption only: the TLS 1.2 suites of Mozilla's "intermediate" configuration
 # without finite-field Diffie-Hellman, which no current client needs. All suites of TLS 1.3 meet this.
@@ -656,16 +652,6 @@ def _digest(texts: Iterable[str]) -> bytes:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(b"%d:" % len(encoded) + encoded)
     return digest.digest()
-
-
-def finish(steps: Steps[_Result]) -> _Result:
-    """Run all steps, and return the result."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: _Result = end.value
-            return result
 
 
 def _revocation_lists(files: Files, path: str) -> tuple[str, RevocationLists]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rtservice.net.description import ListenError, unix_name
+from rtservice.net.listen_conflicts import FilePlace, Place
 from rtservice.net.listener import Listener, SocketFile
-from rtservice.net.places import FilePlace, Place
 from rtservice.net.sockets import reason_of
 
 # unix(7): sun_path has 108 bytes, the last of which is NUL.

@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from rtservice.observe.figures import StatusSource
+from rtservice.observe.status_source import StatusSource
 
 _VERSIONS = {"python": platform.python_version(), "twisted": version("twisted")}
 _STATES = ("starting", "serving", "draining", "stopped")

@@ -17,8 +17,8 @@ from twisted.web import http
 
 from rtservice.events import STATUS_ANSWER_FAILED, STATUS_NO_METRICS
 from rtservice.observe.channel import Channel, Turns
-from rtservice.observe.figures import StatusSource
 from rtservice.observe.renderings import Renderings, Slices
+from rtservice.observe.status_source import StatusSource
 from rtservice.observe.target import BadRequestError, is_served, read_target
 
 _log = Logger()

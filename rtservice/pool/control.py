@@ -12,7 +12,7 @@ readable in a trace.
                     failed "…"  the start failed, and the reason
                     beat {…}    heartbeat, with the counters that have changed
                     rows {…}    the answer to `rows`: `id`, `rows`
-                    leave       it received a stop signal; end it after its replacement is ready
+                    leave       the worker received a stop signal, and asks to be replaced
                     records […] log records as formatted text: see `worker_messages.py`
                     access […]  lines for the access log
 
@@ -48,7 +48,7 @@ LONGEST_FROM_WORKER: Mapping[str, int] = {
     "access": 128 * 1024,
 }
 
-# Limit of digits of an integer. A hosted factory's counter may be 1e300; int() of a long text takes quadratic time, or
+# Limit of digits of an integer. A hosted factory's counter may be 1e300. int() of a long text takes quadratic time, or
 # raises.
 _MOST_DIGITS = 310
 

@@ -63,13 +63,13 @@ class Intake:
         if not self._closed:
             self._decoder.feed(data)
             if not self._paused:
-                self._go_on()
+                self._process()
 
     def beat(self) -> None:
         """Begin a new heartbeat interval, and continue with waiting items. Call it once per heartbeat."""
         self._spent = 0
         if self._paused and self._call is None and not self._closed:
-            self._go_on()
+            self._process()
 
     def finish(self, done: Callable[[], None]) -> None:
         """Process the rest, turn by turn, then call `done`. `feed` must not be called any more."""
@@ -77,7 +77,7 @@ class Intake:
         if self._closed:
             self._finished()
         elif self._call is None:
-            self._go_on()
+            self._process()
 
     def close(self) -> None:
         """Stop, and drop items that are not processed."""
@@ -87,7 +87,7 @@ class Intake:
             self._call = None
         self._finished()
 
-    def _go_on(self) -> None:
+    def _process(self) -> None:
         self._call = None
         left = self._a_turn if self._done is not None else min(self._a_turn, self._a_beat - self._spent)
         try:
@@ -109,10 +109,10 @@ class Intake:
         if not self._paused:
             self._paused = True
             self._pause()
-        if self._may_go_on():
-            self._call = self._clock.callLater(0, self._go_on)
+        if self._may_continue():
+            self._call = self._clock.callLater(0, self._process)
 
-    def _may_go_on(self) -> bool:
+    def _may_continue(self) -> bool:
         return self._spent < self._a_beat or self._done is not None
 
     def _all_taken(self) -> None:

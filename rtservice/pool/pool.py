@@ -1,4 +1,4 @@
-"""The supervisor: lend sockets to a worker process for each slot, watch the workers, and replace them."""
+"""The supervisor: spawn a worker process with its sockets for each slot, watch the workers, and replace them."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from rtservice.process.counters import DRAIN_ABORTED, DRAIN_ENDED, MEMORY, OPEN_
 from rtservice.process.start_errors import log_start_failure
 from rtservice.process.state import State, advance
 
-# Seconds that a worker may take until it is ready: an interpreter that starts on a machine that is very busy. And for
-# each certificate, which takes 1 to 3 ms, and workers load them all at the same time.
+# Seconds that a worker may take until it is ready: for its interpreter on a busy machine; and for each certificate and
+# each worker. A certificate takes 1 to 3 ms, and all workers load them at the same time.
 _START_DEADLINE, _START_OF_CERTIFICATE = 60.0, 0.01
 
 # Seconds between two checks after which this process counts as stalled.
@@ -55,16 +55,16 @@ _STALL = 5.0
 class WorkerPool:
     """A backend that serves with a worker process for each of `slots` slots.
 
-    `listeners` have a socket for each slot where they can (Listener.slot_sockets). `spec` is what workers are started
-    with, until `apply` replaces it. `command` starts a worker. `access` takes each line of a worker for the access log;
-    without it, a worker must not send any.
+    `listeners` have a socket for each slot, if their type allows it (Listener.slot_sockets). Workers are started with
+    `spec`, until `apply` replaces it, by `command`. `access` is called with each line for the access log; without it, a
+    worker must not send any.
 
     SIGTTIN adds a slot, and SIGTTOU removes one.
     """
 
     tick_interval = BEAT
-    unready = "told to stop before every worker was ready"
-    exits_at_once = False  # its workers would go on
+    stopped_before_ready = "stopped before every worker was ready"
+    exits_at_once = False  # its workers would continue to run
 
     def __init__(
         self,
@@ -78,32 +78,32 @@ class WorkerPool:
     ) -> None:
         self.log = log
         self.listeners = listeners
-        self.reactor: Any = None  # known from `start` on
+        self.reactor: Any = None  # set by `start`
         self.slots = [Slot(number) for number in range(slots)]
         self.state = State.STARTING
         self.totals = Totals()
         self._access = access
-        self._host: Any = None  # known from `prepare` on
+        self._host: Any = None  # set by `prepare`
         self._queries = Queries()
         self._rollout = Rollout()
-        self._wanted = slots
+        self._target_slots = slots
         self._spec = spec
         self._command = command
         self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._refusal = ""  # why the system had no process for a worker
-        self._checked = 0.0  # when, by the reactor's clock
-        self._accepting: list[int] = []  # the slots among which new clients are spread
+        self._spawn_problem = ""  # of the last process that could not be spawned
+        self._checked = 0.0  # the time of the last check, by the reactor's clock
+        self._accepting: list[int] = []  # the slots that get new clients
         self._drained: Deferred[None] = Deferred()  # fires when the last worker has ended
 
     # --- start ---
 
     def prepare(self, host: Host) -> None:
-        """Nothing has to be bound."""
+        """Keep the host. A pool has no endpoints to listen on."""
         self._host = host
 
     @property
     def signals(self) -> Mapping[int, Callable[[], None]]:
-        """Signals that add and remove slots."""
+        """Handlers of the signals that add and remove slots."""
         return {signal.SIGTTIN: self.add_slot, signal.SIGTTOU: self.remove_slot}
 
     def start(self, reactor: Any) -> None:
@@ -111,17 +111,17 @@ class WorkerPool:
         self.reactor = reactor
         try:
             self._start()
-        except BaseException:  # the reactor would log it, and go on
+        except BaseException:  # the reactor would log it and continue
             self._host.failed(log_start_failure(self.log, "the workers cannot be started", Failure()))
 
     def _start(self) -> None:
         self._checked = self.reactor.seconds()
-        if self.start_deadline > _START_DEADLINE:  # the manager's deadline, too, is meant for an interpreter
+        if self.start_deadline > _START_DEADLINE:  # the start timeout of the unit does not allow for many certificates
             self._host.extend_timeout(self.start_deadline)
         for slot in self.slots:
             slot.worker = self._spawn(slot)
             if slot.worker is None:
-                self._host.failed(self._refusal)
+                self._host.failed(self._spawn_problem)
                 return
 
     @property
@@ -131,7 +131,7 @@ class WorkerPool:
         return _START_DEADLINE + int(_START_OF_CERTIFICATE * count * len(self.slots))
 
     def _spawn(self, slot: Slot) -> WorkerProcess | None:
-        """Spawn a process for a slot; returns None when the system has none, which is logged, or ends a start."""
+        """Spawn a worker for a slot. Return None if the system rejects it; after the start this is also logged."""
         worker = WorkerProcess(
             self,
             slot.number,
@@ -141,15 +141,15 @@ class WorkerPool:
                 listeners=frozenset(listener.name for listener in self.listeners),
                 access=self._access is not None,
             ),
-            shown=self.totals.counters_of(slot.number),
+            counter_bounds=self.totals.counters_of(slot.number),
         )
         try:
             self._spawn_process(worker)
         except OSError as problem:
-            # Most often it is the user of --uid who may not run the interpreter.
-            self._refusal = f"no worker can be spawned: {self._command[0]}: {problem.strerror}"
+            # Most often the user of --uid may not run the interpreter.
+            self._spawn_problem = f"no worker can be spawned: {self._command[0]}: {problem.strerror}"
             if self.state is not State.STARTING:
-                WORKER_SPAWN_FAILED.log(self.log, slot=slot.number, problem=self._refusal)
+                WORKER_SPAWN_FAILED.log(self.log, slot=slot.number, problem=self._spawn_problem)
             return None
         self.totals.count_start(slot.number)
         worker.send("start", self._spec.start(slot.number, len(self.slots)))
@@ -165,7 +165,7 @@ class WorkerPool:
     # --- reports of workers ---
 
     def worker_ready(self, worker: WorkerProcess) -> None:
-        """Have a worker that serves take the place of the one before it."""
+        """Drain the predecessor of a worker that has become ready."""
         slot = self.slots[worker.slot]
         if slot.successor is worker:
             assert slot.worker is not None
@@ -180,38 +180,39 @@ class WorkerPool:
         self._reconcile()
 
     def worker_leaves(self, worker: WorkerProcess) -> None:
-        """Replace a worker that was asked to end, and can be replaced first."""
+        """Replace a worker that received a stop signal, unless it is not serving or is being replaced already."""
         slot = self.slots[worker.slot]
         if worker is slot.worker and slot.ready and slot.successor is None and slot not in self._rollout:
             worker.wants_to_leave = True
-            self._replace_if_worn(slot, self.reactor.seconds())
+            self._replace_if_needed(slot, self.reactor.seconds())
 
     def worker_gone(self, worker: WorkerProcess, reason: Failure) -> None:
-        """Take a worker whose process has ended out of its slot, which gets another one if it needs it."""
+        """Remove a worker whose process has ended from its slot. The slot gets another worker if it needs one."""
         slot = self.slots[worker.slot]
         self.totals.count_end(worker, reason)
         self._queries.worker_gone(worker)
-        how = self._log_end(worker, reason)
+        outcome = self._log_end(worker, reason)
         if worker in slot.old:
             slot.old.remove(worker)
         elif worker is slot.successor:
             slot.successor = None
-            # Unless it was started with a spec that is not the current one any more.
+            # A worker with an older spec says nothing about the current one.
             if not self._is_draining() and worker.spec is self._spec:
-                self._stop_rollout(f"{worker} cannot take over: {worker.problem or how}")
+                self._stop_rollout(f"{worker} cannot take over: {worker.problem or outcome}")
         elif worker is slot.worker:
             slot.worker, slot.successor = slot.successor, None
-            if self._is_draining() or (slot.leaving and reason.check(ProcessDone)):
+            if self._is_draining() or (slot.being_removed and reason.check(ProcessDone)):
                 pass
             elif self.state is State.STARTING:
-                self._host.failed(worker.problem or f"{worker} {how}")
+                self._host.failed(worker.problem or f"{worker} {outcome}")
             elif slot.worker is None:
-                slot.leaving = False  # its queue was not served to the end, and it leaves once it has a worker
-                self._respawn_later(slot, worker, worker.problem or f"{worker} {how}")
+                # Clients may be left in the backlog of a slot that is being removed: it gets a worker again.
+                slot.being_removed = False
+                self._respawn_later(slot, worker, worker.problem or f"{worker} {outcome}")
         self._reconcile()
 
     def _log_end(self, worker: WorkerProcess, reason: Failure) -> str:
-        """Log how a worker process has ended; returns it as text."""
+        """Log how a worker process has ended. Return it as text."""
         number: int | None = getattr(reason.value, "signal", None)
         if number is not None:
             name = signal_name(number)
@@ -222,7 +223,7 @@ class WorkerPool:
         return f"ended with status {status}"
 
     def answered(self, worker: WorkerProcess, number: int, rows: list[list[Any]]) -> None:
-        """Take a worker's answer to a question."""
+        """Pass a worker's answer to its query."""
         self._queries.answered(worker, number, rows)
 
     def publish(self, event: LogEvent) -> None:
@@ -244,7 +245,7 @@ class WorkerPool:
         slot.respawn = None
         slot.worker = self._spawn(slot)
         if slot.worker is None:
-            self._respawn_later(slot, None, self._refusal)
+            self._respawn_later(slot, None, self._spawn_problem)
 
     def _workers(self) -> list[WorkerProcess]:
         return [worker for slot in self.slots for worker in slot.workers()]
@@ -252,39 +253,39 @@ class WorkerPool:
     # --- regular checks ---
 
     def tick(self) -> None:
-        """Kill workers that hang, spread new clients over those that accept, and replace a worn worker."""
+        """Kill workers that hang, choose the slots that get new clients, and replace a worker that needs it."""
         now = self.reactor.seconds()
-        away = now - self._checked
+        elapsed = now - self._checked
         self._checked = now
         for worker in self._workers():
-            if away > _STALL:  # it is this process that did not run, and received nothing
-                worker.extend_deadline(away)
+            if elapsed > _STALL:  # the supervisor itself did not run, and received no heartbeats
+                worker.extend_deadline(elapsed)
             worker.check_health(now)
         self._spread()
         if self._is_draining():
             self._host.extend_timeout(KILL_AFTER)
         elif self._may_replace(now):
             for slot in self.slots:
-                if slot.ready and (self._replace_if_old(slot, now) or self._replace_if_worn(slot, now)):
+                if slot.ready and (self._replace_if_old(slot, now) or self._replace_if_needed(slot, now)):
                     break
 
     @property
     def alive(self) -> bool:
-        """Whether each worker that hangs could be killed."""
+        """Whether every worker that hung has been killed."""
         now = self.reactor.seconds()
-        return not any(worker.is_deaf(now) for worker in self._workers())
+        return not any(worker.is_overdue(now) for worker in self._workers())
 
     @property
     def watches_certificates(self) -> bool:
-        """Whether workers may be replaced now because certificates have changed."""
+        """Whether to replace workers now if certificate files have changed."""
         return self._spec.watch_certificates and self._may_replace(self.reactor.seconds())
 
     def _may_replace(self, now: float) -> bool:
-        """Whether workers that serve may be replaced for another reason than a reload."""
+        """Whether workers may be replaced for a reason other than SIGHUP."""
         return self.state is State.SERVING and not self._is_replacing() and not self._rollout.is_paused(now)
 
     def _replace_if_old(self, slot: Slot, now: float) -> bool:
-        """Replace a worker of --max-worker-age; returns whether it is replaced."""
+        """Replace a worker that has reached --max-worker-age. Return whether it is replaced."""
         worker = slot.worker
         assert worker is not None
         if not worker.spec.max_age or now - worker.began < worker.age:
@@ -293,8 +294,8 @@ class WorkerPool:
         self._replace([slot])
         return True
 
-    def _replace_if_worn(self, slot: Slot, now: float) -> bool:
-        """Replace a worker that wants to leave or is too large, unless it is too soon; returns whether it is."""
+    def _replace_if_needed(self, slot: Slot, now: float) -> bool:
+        """Replace a worker that asked for it or is too large, after the back-off. Return whether it is replaced."""
         worker = slot.worker
         if worker is None or now < slot.replace_after or not (worker.wants_to_leave or self._has_grown(worker)):
             return False
@@ -326,13 +327,13 @@ class WorkerPool:
         return f"{self.state.value}: {ready} of {workers} ready, {counted(count, 'connection')} open"
 
     @property
-    def standing(self) -> str:
-        """The same, which takes no look at any connection."""
+    def short_status(self) -> str:
+        """The state in one line, in constant time."""
         return self.status
 
     @property
     def ready(self) -> bool:
-        """Whether to send new clients here: one worker is enough, once all were ready."""
+        """Whether the pool is ready for traffic: after all workers were ready once, one ready worker is enough."""
         return self.state is State.SERVING and any(slot.ready for slot in self.slots)
 
     def snapshot(self, now: float, process: dict[CounterKey, float]) -> dict[str, Any]:
@@ -349,13 +350,13 @@ class WorkerPool:
         return self._queries.ask(self.reactor, self._workers(), sort, count)
 
     def refresh(self) -> Deferred[None]:
-        """Nothing has to be done: each heartbeat of a worker has its counters."""
+        """Do nothing: each heartbeat of a worker updates its counters."""
         return succeed(None)
 
     # --- replacing ---
 
     def apply(self, spec: WorkerSpec) -> None:
-        """Replace every worker with one that is started with this spec."""
+        """Replace every worker by a worker with this spec."""
         self._spec = spec
         self._rollout.reloading = True
         self._replace(self.slots)
@@ -366,13 +367,13 @@ class WorkerPool:
         return self._rollout.reloading
 
     def _replace(self, slots: list[Slot]) -> None:
-        """Replace the workers of these slots, one after the other: each serves before the old one drains."""
+        """Replace the workers of these slots, one after the other: a worker drains when its successor is ready."""
         if self.state is State.SERVING:
             self._rollout.add(slots)
             self._reconcile()
 
     def _stop_rollout(self, problem: str) -> None:
-        """Keep the workers that serve, since a new one fails, and replace none for a while."""
+        """End the rollout after a new worker has failed. The current workers continue to serve."""
         reloaded = self._rollout.fail(self.reactor.seconds())
         WORKER_NOT_REPLACED.log(self.log, problem=problem)
         if reloaded:
@@ -382,7 +383,7 @@ class WorkerPool:
         return bool(self._rollout) or any(slot.successor is not None for slot in self.slots)
 
     def _reconcile(self) -> None:
-        """Take the next step towards the desired state. Called whenever something has changed."""
+        """Take the next step towards the desired state. Called after each change."""
         if self._is_draining():
             if not any(slot.workers() for slot in self.slots) and not self._drained.called:
                 self._drained.callback(None)
@@ -394,7 +395,7 @@ class WorkerPool:
             slot.successor = self._spawn(slot)
             if slot.successor is not None:
                 return
-            self._stop_rollout(self._refusal)
+            self._stop_rollout(self._spawn_problem)
         if self._rollout.end_reload():
             RELOAD_DONE.log(self.log, status=self.status)
             self._host.reloaded()
@@ -403,12 +404,12 @@ class WorkerPool:
     # --- more and fewer slots ---
 
     def _spread(self) -> None:
-        """Send new clients to slots that serve them at once: in another queue they would wait for a worker to start."""
+        """Send new clients to slots with a responsive worker: in another backlog they would wait for a worker."""
         if self.state is not State.SERVING:
             return
         now = self.reactor.seconds()
         accepting = [slot.number for slot in self.slots if slot.accepts(now)]
-        accepting = accepting or [slot.number for slot in self.slots if not slot.leaving]
+        accepting = accepting or [slot.number for slot in self.slots if not slot.being_removed]
         if accepting != self._accepting:
             self._accepting = accepting
             for listener in self.listeners:
@@ -416,27 +417,27 @@ class WorkerPool:
 
     def add_slot(self) -> None:
         """Add a worker. Called for SIGTTIN."""
-        self._wanted += 1
+        self._target_slots += 1
         self._reconcile()
 
     def remove_slot(self) -> None:
         """Remove a worker. Called for SIGTTOU."""
-        if self._wanted == 1:
+        if self._target_slots == 1:
             SLOT_NOT_REMOVED.log(self.log)
             return
-        self._wanted -= 1
+        self._target_slots -= 1
         self._reconcile()
 
     def _adjust(self) -> None:
         last = self.slots[-1]
-        if last.leaving:
+        if last.being_removed:
             if not last.workers():
                 self._drop(last)
-        elif len(self.slots) > self._wanted:
-            # Without a worker its queue would be lost: it gets one first.
+        elif len(self.slots) > self._target_slots:
+            # A slot without a worker gets one first, which serves the backlog.
             if last.ready:
-                self._leave(last)
-        elif len(self.slots) < self._wanted:
+                self._begin_removal(last)
+        elif len(self.slots) < self._target_slots:
             self._add()
 
     def _add(self) -> None:
@@ -448,7 +449,7 @@ class WorkerPool:
         except ListenError as problem:
             for listener in added:
                 listener.remove_slot()
-            self._wanted = len(self.slots)
+            self._target_slots = len(self.slots)
             SLOT_NOT_ADDED.log(self.log, problem=str(problem))
             return
         slot = Slot(len(self.slots))
@@ -456,8 +457,8 @@ class WorkerPool:
         self._respawn(slot)
         self._share()
 
-    def _leave(self, slot: Slot) -> None:
-        slot.leaving = True
+    def _begin_removal(self, slot: Slot) -> None:
+        slot.being_removed = True
         self._spread()
         assert slot.worker is not None
         slot.worker.drain(("slot",))
@@ -477,7 +478,7 @@ class WorkerPool:
     # --- stop ---
 
     def abort(self) -> None:
-        """End the drain now: workers that do not end within some seconds are killed."""
+        """Abort open connections, and so end the drain. Workers that do not end within some seconds are killed."""
         for worker in self._workers():
             worker.abort_drain()
 
@@ -498,13 +499,13 @@ class WorkerPool:
         for slot in self.slots:
             if slot.respawn is not None:
                 slot.respawn.cancel()
-                slot.respawn, slot.worker = None, self._spawn(slot)  # its queue may hold clients
+                slot.respawn, slot.worker = None, self._spawn(slot)  # clients may wait in its backlog
             if slot.successor is not None:
                 slot.successor.give_up()
             for worker in slot.workers():
                 worker.drain(("slot", "own"))
-        # No worker is spawned from here on. Each has its sockets and serves their queues; once it closes them, new
-        # clients are refused, and a successor can listen.
+        # No worker is spawned from here on. Each worker has its sockets and serves their backlogs. When it closes them,
+        # new clients are refused, and a successor of the service can listen.
         for listener in self.listeners:
             if not listener.shared:
                 listener.close()

@@ -7,11 +7,11 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from rtservice.pool.worker_process import Phase, WorkerProcess
+from rtservice.pool.worker_process import WorkerPhase, WorkerProcess
 from rtservice.process.backend import ConnectionRows
 from rtservice.process.registry import first_rows
 
-# Seconds that workers have to answer.
+# Seconds until workers must have answered.
 _ANSWER = 2.0
 
 
@@ -20,7 +20,7 @@ class PendingQuery:
 
     def __init__(self) -> None:
         self.waiting: list[WorkerProcess] = []
-        self.missing: list[WorkerProcess] = []  # those that are not waited for
+        self.missing: list[WorkerProcess] = []  # workers that cannot answer
         self.rows: list[list[Any]] = []
         self.answer: Deferred[ConnectionRows] = Deferred()
         self.deadline: Any = None
@@ -34,9 +34,10 @@ class Queries:
         self._asked = 0
 
     def ask(self, reactor: Any, workers: Iterable[WorkerProcess], sort: str, count: int) -> Deferred[ConnectionRows]:
-        """Ask these workers for connections; returns the first `count` of all in the order of `sort`.
+        """Ask these workers for connections. Fires with the first `count` of all in the order of `sort`.
 
-        A worker that starts has none, and is not asked. One that is silent is not waited for.
+        A worker that is still starting has no connections, and is not asked. A worker without recent heartbeats is not
+        asked either, and counts as missing.
         """
         self._asked += 1
         number = self._asked
@@ -45,7 +46,7 @@ class Queries:
         query.deadline = reactor.callLater(_ANSWER, self._resolve, number)
         now = reactor.seconds()
         for worker in workers:
-            if worker.phase is not Phase.STARTING:
+            if worker.phase is not WorkerPhase.STARTING:
                 asked = not worker.is_silent(now) and worker.ask(number, sort, count)
                 (query.waiting if asked else query.missing).append(worker)
         answer = query.answer
@@ -54,7 +55,7 @@ class Queries:
         return answer
 
     def answered(self, worker: WorkerProcess, number: int, rows: list[list[Any]]) -> None:
-        """Take the answer of a worker; an answer after the deadline is ignored."""
+        """Add the answer of a worker. An answer after the deadline is ignored."""
         query = self._pending.get(number)
         if query is not None and worker in query.waiting:
             query.waiting.remove(worker)
@@ -63,7 +64,7 @@ class Queries:
                 self._resolve(number)
 
     def worker_gone(self, worker: WorkerProcess) -> None:
-        """Wait for this worker no longer: it had no connections left."""
+        """Stop waiting for this worker: its process has ended, and so have its connections."""
         for number in list(self._pending):
             self.answered(worker, number, [])
 

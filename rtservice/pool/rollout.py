@@ -1,4 +1,4 @@
-"""Which slots get a new worker, one after the other, and how long to wait after a worker that failed."""
+"""The order in which slots get new workers, and the back-off after workers that failed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from collections.abc import Iterable
 from rtservice.pool.slot import Slot
 from rtservice.pool.worker_process import WorkerProcess, WorkerSpec
 
-# A slot whose worker dies waits before the next: seconds, doubled for each death, and reset after so many of health.
+# Back-off of a slot whose worker has died: the first and the maximum seconds, doubled for each death in a row. A worker
+# that has run for HEALTHY seconds resets it.
 _BACKOFF_LEAST, BACKOFF_MOST, HEALTHY = 0.1, 30.0, 60.0
 
 
 def backoff(deaths: int, jitter: float) -> float:
-    """Return the seconds to wait after so many deaths in a row (1 or more); `jitter` is from 0 to 1."""
+    """Return the seconds to wait after `deaths` deaths in a row (at least 1). `jitter` is from 0 to 1."""
     return min(BACKOFF_MOST, _BACKOFF_LEAST * 2.0 ** min(deaths - 1, 20)) * (0.75 + jitter / 2)
 
 
 def backoff_of_death(slot: Slot, worker: WorkerProcess | None, now: float, jitter: float) -> float:
-    """Count a death in a slot, and return the seconds until its next worker. `worker` is None if none was spawned."""
+    """Count a death in a slot, and return the seconds until its next worker.
+
+    `worker` is None if no process could be spawned.
+    """
     if worker is not None and now - worker.began >= HEALTHY:
         slot.deaths = 0
     slot.deaths += 1
@@ -25,9 +29,9 @@ def backoff_of_death(slot: Slot, worker: WorkerProcess | None, now: float, jitte
 
 
 def count_replacement(slot: Slot, worker: WorkerProcess, now: float, jitter: float) -> None:
-    """Count a replacement that the worker of a slot has caused, and set the time before which it cannot be the next.
+    """Count a replacement that the worker of a slot has caused, and set the time of the earliest next one.
 
-    A worker that is worn as soon as it is ready would otherwise have processes spawned without a pause.
+    Without this back-off, workers that reach a limit as soon as they are ready would be replaced without a pause.
     """
     worker.wants_to_leave = False
     if now - worker.began >= HEALTHY:
@@ -43,7 +47,7 @@ class Rollout:
     """
 
     def __init__(self) -> None:
-        self.reloading = False  # it replaces all workers, for a reload
+        self.reloading = False  # all workers are replaced, for a reload
         self._slots: list[Slot] = []
         self._paused_until = 0.0  # after a replacement that failed
 
@@ -54,30 +58,30 @@ class Rollout:
         return slot in self._slots
 
     def add(self, slots: Iterable[Slot]) -> None:
-        """Replace the workers of these slots, before those that are still to be replaced."""
+        """Add slots whose workers are to be replaced, before those that are already in the rollout."""
         first = list(slots)
         self._slots = [*first, *(slot for slot in self._slots if slot not in first)]
 
     def next(self, spec: WorkerSpec) -> Slot | None:
-        """Return the next slot that is to get a successor with this spec, which is in the rollout no longer."""
+        """Remove and return the next slot whose worker needs a successor with this spec, or None."""
         while self._slots:
             slot = self._slots.pop(0)
-            # A slot without a worker gets one of the new spec anyway.
-            if slot.worker is not None and not slot.leaving and (slot.ready or slot.worker.spec is not spec):
+            # A slot without a worker gets a worker with the new spec anyway.
+            if slot.worker is not None and not slot.being_removed and (slot.ready or slot.worker.spec is not spec):
                 return slot
         return None
 
     def fail(self, now: float) -> bool:
-        """End the rollout, and allow no other for a while, but for a reload; returns whether a reload has ended."""
+        """End the rollout. Return whether it was a reload. For BACKOFF_MOST seconds, only a reload starts another."""
         self._slots.clear()
         self._paused_until = now + BACKOFF_MOST
         return self.end_reload()
 
     def end_reload(self) -> bool:
-        """End the reload; returns whether there was one."""
-        was, self.reloading = self.reloading, False
-        return was
+        """End the reload. Return whether there was one."""
+        reloading, self.reloading = self.reloading, False
+        return reloading
 
     def is_paused(self, now: float) -> bool:
-        """Whether a replacement has failed not long ago."""
+        """Whether a replacement has failed within the last BACKOFF_MOST seconds. `now` is of the reactor's clock."""
         return now < self._paused_until

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rtservice.pool.worker_process import Phase, WorkerProcess
+from rtservice.pool.worker_process import WorkerPhase, WorkerProcess
 
 
 class Slot:
-    """The worker in charge, its successor while that starts, and former workers that still drain."""
+    """The current worker, its successor while that starts, and former workers that still drain."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -17,8 +17,8 @@ class Slot:
         self.old: list[WorkerProcess] = []
         self.deaths = 0  # in a row
         self.respawn: Any = None  # the delayed call that spawns the next worker
-        self.leaving = False
-        # Replacements in a row that its workers have caused, and the time before which there is no other.
+        self.being_removed = False  # the slot is removed when its last worker has ended
+        # Replacements in a row that its workers have caused, and the time of the earliest next one.
         self.replacements = 0
         self.replace_after = 0.0
 
@@ -28,9 +28,9 @@ class Slot:
 
     @property
     def ready(self) -> bool:
-        """Whether the worker in charge serves."""
-        return self.worker is not None and self.worker.phase is Phase.READY
+        """Whether the current worker serves."""
+        return self.worker is not None and self.worker.phase is WorkerPhase.READY
 
     def accepts(self, now: float) -> bool:
-        """Whether new clients are served at once here."""
-        return self.ready and not self.leaving and self.worker is not None and not self.worker.is_silent(now)
+        """Whether the slot serves new clients without delay."""
+        return self.ready and not self.being_removed and self.worker is not None and not self.worker.is_silent(now)

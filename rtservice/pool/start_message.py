@@ -11,8 +11,9 @@ from typing import Any
 from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import as_text
 from rtservice.net.listener import Listener
-from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS, Steps, finish
+from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS
 from rtservice.references import OptionValue
+from rtservice.steps import Steps, finish
 
 
 def describe(
@@ -23,22 +24,24 @@ def describe(
     directory: str,
     read: Mapping[object, Files] | None = None,
 ) -> dict[str, Any]:
-    """The value of a `start` message, but for `slot` and `slots`. Raises TLSError.
+    """Return the value of a `start` message without `slot` and `slots`. Raises TLSError.
 
-    Certificates and keys are read here unless they are in `read`, by the sources of the listeners, and `options` with
-    what their files held: a worker may not have the rights to. The values go to it in this message alone: other users
-    can see a process's arguments, and what it starts inherits its environment. A protocol is not imported here: its
-    workers import it, with their rights, and anew for each of them.
+    `options` are the options of the protocol, with the contents of their files. Certificates and keys are read here,
+    unless `read` has them by the sources of the listeners. A worker may have no permission to read these files. All
+    values are sent in this message, since other users can see the arguments of a process, and its child processes
+    inherit its environment. The supervisor does not import the protocol: each worker does, with its privileges, and so
+    with the current code.
     """
     texts: dict[str, str | tuple[str, ...]] = {}
     for setting, value in loaded.settings.items():
-        # A worker gets sockets and resolved options. An alias with its default is not given to other protocols.
+        # A worker receives sockets and resolved options. Defaults are left out: an alias of an option is rejected with
+        # other protocols.
         if setting.name not in ("listen", "port", "interface", "protocol-option") and value != setting.default:
             texts[setting.name] = value if setting.repeatable else as_text(value)
     described = [_described(listener, (read or {}).get(listener.source)) for listener in listeners]
     return {
         "settings": texts,
-        "sources": dict(loaded.sources),  # for what errors say
+        "sources": dict(loaded.sources),  # for errors, which name the source
         "options": [dataclasses.astuple(option) for option in options],
         "listeners": described,
         "directory": directory,
@@ -61,12 +64,13 @@ def _described(listener: Listener, files: Files | None) -> dict[str, Any]:
     return {"name": listener.name, "kind": kind, "proxied": listener.proxied, "tls": tls, "file": listener.file}
 
 
-def adopt_listener(given: dict[str, Any], descriptor: int) -> Steps[Listener]:
-    os.set_inheritable(descriptor, False)  # it was inherited, and is nothing for what this process starts
+def adopt_listener(described: dict[str, Any], descriptor: int) -> Steps[Listener]:
+    """Return the listener that `described`, from a `start` message, has on this inherited socket. Raises TLSError."""
+    os.set_inheritable(descriptor, False)  # child processes of this worker must not inherit it
     sock = socket.socket(fileno=descriptor)
     sock.setblocking(False)
-    listener = Listener(sock, given["name"], proxied=given["proxied"], shared=True)
-    tls = given["tls"]
+    listener = Listener(sock, described["name"], proxied=described["proxied"], shared=True)
+    tls = described["tls"]
     if tls is not None:
         fields = {**tls["fields"], "alpn": tuple(tls["fields"]["alpn"])}
         source = DirectoryTLS(**fields) if tls["directory"] else ServerTLS(**fields)

@@ -1,4 +1,4 @@
-"""What the workers of each slot have counted in all, and how often they started and ended."""
+"""The counters of each slot over all its workers, and the numbers of their starts and exits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SIGNALS = frozenset(signal.Signals)
 
 
 def signal_name(number: int) -> str:
-    """Return the name of a signal. Of real-time signals, Python has names for the first and the last only."""
+    """Return the name of a signal. Python names only the first and the last real-time signal."""
     return signal.Signals(number).name if number in _SIGNALS else f"signal {number}"
 
 
 class Totals:
-    """Counters by the number of the slot, which outlive its workers and the slot."""
+    """Counters by the number of the slot. They are kept after its workers have ended and the slot is removed."""
 
     def __init__(self) -> None:
         self.starts: dict[int, int] = {}
@@ -31,7 +31,7 @@ class Totals:
         self._shown: dict[int, SlotCounters] = {}
 
     def counters_of(self, slot: int) -> SlotCounters:
-        """Return what bounds the counters of a slot."""
+        """Return the object that bounds the counters of a slot."""
         return self._shown.setdefault(slot, SlotCounters())
 
     def count_start(self, slot: int) -> None:
@@ -52,14 +52,14 @@ class Totals:
         add(self.exits.setdefault(worker.slot, {}), {how: 1})
 
     def ended(self) -> dict[CounterKey, float]:
-        """Return what the ended workers of all slots have counted."""
+        """Return the counters of all ended workers."""
         totals: dict[CounterKey, float] = {}
         for counters in self._ended.values():
             add(totals, counters)
         return totals
 
     def snapshot(self, slots: list[Slot], now: float) -> list[dict[str, Any]]:
-        """Return the state of each slot that there is or was as plain data; `now` is of the reactor's clock."""
+        """Return the state of each present or removed slot as plain data. `now` is of the reactor's clock."""
         by_number = {slot.number: slot for slot in slots}
         return [self._of_slot(number, by_number.get(number), now) for number in sorted(by_number | self._ended)]
 

@@ -1,4 +1,4 @@
-"""The entry point of a worker process: receive what to serve from the supervisor, make a Server, and run it."""
+"""The entry point of a worker process: receive settings and sockets from the supervisor, and run a Server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rtservice.events import (
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.factory import make_factory
 from rtservice.net.listener import Listener
-from rtservice.net.tls import Steps, TLSError, ignore_bad_names
+from rtservice.net.tls import TLSError, ignore_bad_names
 from rtservice.observe.logs import AccessLog, Levels, Log, message_and_traceback
 from rtservice.pool.control import (
     BEAT,
@@ -58,30 +58,32 @@ from rtservice.pool.worker_messages import (
 from rtservice.process.counters import CounterKey
 from rtservice.process.meter import ProcessMeter
 from rtservice.process.server import Server
-from rtservice.process.signals import inherit_nothing
+from rtservice.process.signals import reset_inherited_signals
 from rtservice.process.slices import in_slices
 from rtservice.process_settings import levels, runtime_settings
 from rtservice.references import OptionValue
+from rtservice.steps import Steps
 
 _log = Logger()
-# Seconds that log records, but for errors, wait to be sent together, and how many characters of the access log are sent
-# together, which JSON may double: UNIX clients can have very long names.
-_TOGETHER, _LINES_SIZE = 0.1, 48 * 1024
 
-# Levels of records that may wait.
-_CALM = frozenset((LogLevel.debug, LogLevel.info))
+# Seconds for which log records below `warn`, and lines of the access log, are collected into one message; and the
+# maximum number of characters of these lines, which JSON may double: UNIX clients can have very long names.
+_BATCH_SECONDS, _BATCH_SIZE = 0.1, 48 * 1024
 
-# Seconds of a slice of the start, between which messages are read: no client is served yet.
+# Levels of records that are collected. Others are sent at once.
+_BATCHED_LEVELS = frozenset((LogLevel.debug, LogLevel.info))
+
+# Seconds of a slice of the start. Messages are read between slices, and no client is served yet.
 _START_SLICE = 0.05
 
 _EVERY_EVENT_HAS = frozenset(("log_namespace", "log_level", "log_time"))
 
-# Seconds that the last messages may take to reach the supervisor.
+# Seconds until the process ends, even if its last messages are not sent.
 _LAST_MESSAGES = 5.0
 
 
 class Worker(Protocol):
-    """Receives the messages of the supervisor, and is the Host of a Server."""
+    """The worker's end of the control channel, and the Host of its Server."""
 
     transport: Any
 
@@ -89,29 +91,27 @@ class Worker(Protocol):
         self._reactor = reactor
         self._messages = SupervisorMessages()
         self._server: Server | None = None
-        self._kinds: list[str] = []
-        self._files: list[tuple[str, int]] = []  # of UNIX sockets, to be removed by the supervisor
+        self._kinds: list[str] = []  # of the listeners: `passed`, `slot` or `own`
+        self._files: list[tuple[str, int]] = []  # paths and inodes of UNIX sockets, which the supervisor removes
         self._listeners: list[Listener] = []
         self._settings = Settings()
         self._slot, self._slots = 0, 1
         self._loading: Deferred[None] | None = None
-        self._finish: list[str] | None = (
-            None  # kinds of sockets whose queues to serve, of a drain that came while it loads
-        )
+        self._finish: list[str] | None = None  # the value of a `drain` that was received while it loads
         self._beating = LoopingCall(self._beat)
         self._ending = False
-        self._begun = False  # it has received `start`
-        self._ready = False  # it has sent `ready`
+        self._begun = False  # `start` was received
+        self._ready = False  # `ready` was sent
         self._draining = False
-        self._deaf = False  # the supervisor has violated the protocol
-        self._full = False  # the supervisor does not read as fast as this process writes
-        self._dropped = 0  # records, since then
+        self._ignoring = False  # the supervisor has violated the protocol
+        self._full = False  # the pipe is full: the supervisor reads more slowly than this process writes
+        self._dropped = 0  # records since the pipe was full
         self._levels = Levels({})
         self._lines: list[str] = []  # for the access log
         self._lines_size = 0
-        self._records: list[list[Any]] = []  # finished
+        self._records: list[list[Any]] = []  # formatted, not yet sent
         self._dropped_before = 0
-        self._sent: dict[CounterKey, float] = {}  # the counters that the supervisor has
+        self._sent: dict[CounterKey, float] = {}  # the counters that were sent last
         self._meter = ProcessMeter(lambda: self._dropped_before + self._dropped)
         self.status = 0
 
@@ -121,14 +121,14 @@ class Worker(Protocol):
         self.transport.registerProducer(self, True)
 
     def dataReceived(self, data: bytes) -> None:
-        if self._deaf:
+        if self._ignoring:
             return
         try:
             for word, value in self._messages.feed(data):
                 self._received(word, value)
         except Exception as problem:
-            # Its later messages cannot be understood either. Clients may finish, and another worker takes over.
-            self._deaf = True
+            # Later messages cannot be decoded either. Drain, so that another worker takes over.
+            self._ignoring = True
             SUPERVISOR_MESSAGE_FAILED.log(_log, problem=ascii(problem)[:200])
             self._drain([])
 
@@ -137,7 +137,7 @@ class Worker(Protocol):
             if self._begun:
                 raise ProtocolViolation("a second start")
             self._begun = True
-            # Messages are handled meanwhile: thousands of certificates take seconds to load.
+            # In slices, so that messages are handled meanwhile: thousands of certificates take seconds to load.
             self._loading = in_slices(self._start(value), self._reactor, size=_START_SLICE, pause=0.0)
             self._loading.addErrback(self._not_loaded).addCallback(self._loaded)
         elif word == "share":
@@ -145,7 +145,7 @@ class Worker(Protocol):
             if self._server is not None:
                 self._server.apply(runtime_settings(self._settings, slot=self._slot, slots=value))
         elif word == "drain":
-            if "own" in value:  # the supervisor has removed the files; what has their names is a successor's
+            if "own" in value:  # the supervisor has removed the files; new ones belong to a successor
                 self._files.clear()
             self._drain(value)
         elif word == "abort_drain":
@@ -157,7 +157,7 @@ class Worker(Protocol):
 
     def _no_rows(self, failure: Failure) -> list[list[Any]]:
         CONNECTION_LIST_FAILED.failure(self._log, failure)
-        return []  # without an answer this process counts as one that does not read its messages
+        return []  # without an answer, the supervisor would take this process for one that does not read its messages
 
     def _send_rows(self, rows: list[list[Any]], number: int) -> None:
         while len(message := encode("rows", {"id": number, "rows": rows})) > LONGEST_FROM_WORKER["rows"]:
@@ -187,18 +187,18 @@ class Worker(Protocol):
         self._full = True
 
     def _orphaned(self) -> None:
-        """The supervisor is dead: serve the clients that are connected or queued, and remove the socket files."""
+        """Drain without a supervisor, which has died: serve connections and backlogs, and remove the socket files."""
         for path, inode in self._files:
             with contextlib.suppress(OSError):
                 if os.stat(path).st_ino == inode:
                     os.unlink(path)
-        self._full = True  # the log is not read
+        self._full = True  # no process reads the log
         self._drain(["slot", "own"])
 
     # --- start and stop ---
 
     def _not_loaded(self, failure: Failure) -> None:
-        if not failure.check(CancelledError):  # it was told to end
+        if not failure.check(CancelledError):  # a `drain` cancels the start
             WORKER_START_EXCEPTION.failure(_log, failure)
             self._fail(repr(failure.value))
 
@@ -207,33 +207,33 @@ class Worker(Protocol):
         if self._finish is not None:
             self._drain(self._finish)
 
-    def _start(self, given: dict[str, Any]) -> Steps[None]:
+    def _start(self, message: dict[str, Any]) -> Steps[None]:
         try:
-            yield from self._serve(given)
+            yield from self._serve(message)
         except (SettingError, TLSError, OSError) as error:
             self._fail(str(error))
-        except GeneratorExit:  # it was told to end
+        except GeneratorExit:  # a `drain` cancels the start
             raise
-        except BaseException as error:  # SystemExit too: the supervisor needs a reason to show
+        except BaseException as error:  # SystemExit too: the supervisor reports the problem
             WORKER_START_EXCEPTION.failure(_log)
             self._fail(repr(error))
 
-    def _serve(self, given: dict[str, Any]) -> Steps[None]:
-        self._settings = load_settings(given["settings"], {}, None, ALIASES).settings
-        loaded = LoadedSettings(self._settings, given["sources"])
-        self._slot, self._slots = given["slot"], given["slots"]
+    def _serve(self, message: dict[str, Any]) -> Steps[None]:
+        self._settings = load_settings(message["settings"], {}, None, ALIASES).settings
+        loaded = LoadedSettings(self._settings, message["sources"])
+        self._slot, self._slots = message["slot"], message["slots"]
         self._levels.change(levels(self._settings))
         self._log = Log(self._levels, globalLogPublisher)
-        self._kinds = [listener["kind"] for listener in given["listeners"]]
-        # Before the first step: a supervisor that dies meanwhile does not remove any of them.
-        self._files = [tuple(listener["file"]) for listener in given["listeners"] if listener["file"] is not None]
+        self._kinds = [listener["kind"] for listener in message["listeners"]]
+        # Before the first step: if the supervisor dies during the start, this process removes the files.
+        self._files = [tuple(listener["file"]) for listener in message["listeners"] if listener["file"] is not None]
         factory = make_factory(
             loaded,
-            options=[OptionValue(*option) for option in given["options"]],
-            directory=given["directory"],
-            processes=given["slots"],
+            options=[OptionValue(*option) for option in message["options"]],
+            directory=message["directory"],
+            processes=message["slots"],
         )
-        for place, listener in enumerate(given["listeners"]):
+        for place, listener in enumerate(message["listeners"]):
             self._listeners.append((yield from adopt_listener(listener, FIRST_SOCKET + place)))
         self._server = Server(
             factory,
@@ -249,15 +249,15 @@ class Worker(Protocol):
         self._server.start(self._reactor)
 
     def accepting(self) -> None:
-        """Nothing: the supervisor logs the listeners."""
+        """Do nothing: the supervisor logs the listeners."""
 
     def ready(self) -> None:
-        """Tell the supervisor that every listener accepts."""
+        """Report to the supervisor that every listener accepts."""
         self._ready = True
         self._send_message("ready")
 
     def failed(self, problem: str) -> None:
-        """End this process: its server cannot serve. The supervisor starts another one."""
+        """End this process, whose server has failed. The supervisor starts another one."""
         if self._draining or self._ending:
             return
         if self._ready:
@@ -268,28 +268,28 @@ class Worker(Protocol):
             self._fail(problem)
 
     def draining(self) -> None:
-        """Nothing: the supervisor has sent `drain`."""
+        """Do nothing: the supervisor has sent `drain`."""
 
     def reloaded(self) -> None:
-        """Nothing: a reload replaces this process."""
+        """Do nothing: a reload replaces this process."""
 
     def extend_timeout(self, seconds: float) -> None:
-        """Nothing: the supervisor asks the service manager for time."""
+        """Do nothing: the supervisor extends the timeout of the service manager."""
 
     def _fail(self, problem: str) -> None:
         self.status = 1
         self._send_message("failed", shortened(problem, LONGEST_PROBLEM))
         self._end()
 
-    def leave(self) -> None:
-        """Ask to be replaced. Called for SIGTERM: the supervisor itself sends `drain`."""
+    def ask_for_replacement(self) -> None:
+        """Ask the supervisor for a replacement. Called for SIGTERM."""
         self._send_message("leave")
 
     def _beat(self) -> None:
         assert self._server is not None
         counters, sent = self._server.counters() | self._meter.counters(), self._sent
         changed = {key: count for key, count in counters.items() if sent.get(key) != count}
-        # A counter that has disappeared is that of a phase without connections.
+        # A counter disappears if it is that of a phase without connections.
         changed |= dict.fromkeys(sent.keys() - counters.keys(), 0)
         encoded = list(encode_counters(changed).items())
         for start in range(0, len(encoded) or 1, MOST_COUNTERS):
@@ -297,7 +297,7 @@ class Worker(Protocol):
         self._sent = counters
 
     def _drain(self, finish: list[str]) -> None:
-        if self._loading is not None and finish:  # clients may be in a queue that only this process serves
+        if self._loading is not None and finish:  # clients may wait in a backlog that only this process serves
             self._finish = finish
             return
         if self._server is None:
@@ -307,7 +307,7 @@ class Worker(Protocol):
             return
         self._draining = True
         if not self._ready:
-            self._fail(self._server.unready)
+            self._fail(self._server.stopped_before_ready)
         for kind, listener in zip(self._kinds, self._listeners, strict=True):
             listener.shared = kind not in finish
         self._server.drain().addBoth(self._drained)
@@ -319,7 +319,7 @@ class Worker(Protocol):
             self._server.abort()
 
     def _give_up(self) -> None:
-        """End before any client is served."""
+        """End the process before it serves any client."""
         self._finish = None
         if self._loading is not None:
             self._loading.cancel()
@@ -330,14 +330,14 @@ class Worker(Protocol):
             self._dropped += 1
             return
         if not self._lines and not self._records:
-            self._reactor.callLater(_TOGETHER, self._send)
+            self._reactor.callLater(_BATCH_SECONDS, self._send)
         self._lines.append(line)
         self._lines_size += len(line)
-        if len(self._lines) >= MOST_LINES or self._lines_size >= _LINES_SIZE:
+        if len(self._lines) >= MOST_LINES or self._lines_size >= _BATCH_SIZE:
             self._send()
 
     def _send(self) -> None:
-        """Send the records and lines that wait to be sent together."""
+        """Send the collected records and lines."""
         if self._records:
             records, self._records = self._records, []
             self.transport.write(encode_records(records))
@@ -363,7 +363,7 @@ class Worker(Protocol):
                 return
             self.transport.unregisterProducer()
             self._reactor.callLater(_LAST_MESSAGES, self._stop)
-            self.transport.loseConnection()  # after what is written is sent
+            self.transport.loseConnection()  # after all messages are sent
 
     def _stop(self) -> None:
         with contextlib.suppress(Exception):  # the reactor may be stopping already
@@ -373,7 +373,7 @@ class Worker(Protocol):
 
     def observe(self, event: LogEvent) -> None:
         """Send a record to the supervisor. Called in any thread."""
-        if not event.keys() >= _EVERY_EVENT_HAS:  # it was not made by a Logger
+        if not event.keys() >= _EVERY_EVENT_HAS:  # not from a Logger
             event = {"log_namespace": "-", "log_level": LogLevel.info, "log_time": time.time(), **event}
         if not self._levels.allow(event["log_namespace"], event["log_level"]):
             return
@@ -385,21 +385,21 @@ class Worker(Protocol):
             return
         text, traceback = message_and_traceback(event)
         self._records.append(finished_record(event, text, traceback))
-        if traceback or event["log_level"] not in _CALM or len(self._records) >= MOST_RECORDS:
+        if traceback or event["log_level"] not in _BATCHED_LEVELS or len(self._records) >= MOST_RECORDS:
             self._send()
         elif len(self._records) == 1 and not self._lines:
-            self._reactor.callLater(_TOGETHER, self._send)
+            self._reactor.callLater(_BATCH_SECONDS, self._send)
 
 
 def main() -> int:
     """Serve until the supervisor sends `drain` or dies; return the exit status."""
-    # Before anything can hang or crash. Its output goes to the supervisor's log.
+    # First, to cover crashes and hangs of all later code. The output goes to the supervisor's log.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    inherit_nothing()
+    reset_inherited_signals()
     ignore_bad_names()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are for the supervisor, which is in the same process group
+        signal.signal(number, signal.SIG_IGN)  # only the supervisor, in the same process group, handles these
     try:
         from rtservice.net.reactor import install
     except ImportError:  # no epoll(7)
@@ -413,11 +413,11 @@ def main() -> int:
     worker = Worker(reactor)
     for descriptor in (CONTROL_IN, CONTROL_OUT):
         os.set_inheritable(descriptor, False)
-    StandardIO(worker, CONTROL_IN, CONTROL_OUT)  # type: ignore[call-arg]  # to mypy it is Windows's too
-    globalLogBeginner.beginLoggingTo([worker.observe], redirectStandardIO=False)  # type: ignore[list-item]  # a function is one
+    StandardIO(worker, CONTROL_IN, CONTROL_OUT)  # type: ignore[call-arg]  # mypy sees the variant for Windows, too
+    globalLogBeginner.beginLoggingTo([worker.observe], redirectStandardIO=False)  # type: ignore[list-item]  # a method
 
     def handle_signals() -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: reactor.callFromThread(worker.leave))
+        signal.signal(signal.SIGTERM, lambda number, frame: reactor.callFromThread(worker.ask_for_replacement))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     reactor.callWhenRunning(handle_signals)

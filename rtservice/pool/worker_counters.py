@@ -1,7 +1,7 @@
-"""The counters that a worker reports: which are valid, their encoding in a heartbeat, and which the supervisor shows.
+"""The counters that a worker reports: their encoding in a heartbeat, the valid ones, and those that are shown.
 
 A heartbeat is a JSON object. In it, CounterKey(name, label, listener) is the text `name` if the other two are empty, or
-else `name`, `label` and `listener` with a tab between them. Names and labels hold no tab.
+else `name`, `label` and `listener` with a tab between them. Names and labels contain no tab.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ _PLAIN = (
     *("open", "ended", "aborted", "drain_ended", "drain_aborted"),
     *("cpu_us", "memory", "descriptors", "descriptor_limit", "dropped", "lag_us"),
 )
-_OPEN_LABELS = frozenset(("closed", "handshake_failed", "refused"))  # whose labels are not a fixed few
+_OPEN_LABELS = frozenset(("closed", "handshake_failed", "refused"))  # names whose labels are not a fixed set
 _LONGEST_LABEL = 64
 
-# Labels of a slot, over all workers that it has had. Each worker has up to MOST_LABELS, and MOST_OF_FACTORY names of a
-# factory; a reload may bring others.
+# Limits of a slot over all its workers: labels, and names of a hosted factory. A worker has up to MOST_LABELS and
+# MOST_OF_FACTORY; after a reload they may differ.
 _SLOT_LABELS, _SLOT_NAMES = 2 * MOST_LABELS, 3 * MOST_OF_FACTORY
 
 _LARGEST_COUNT = 2**63 - 1
 
 
 def encode_key(key: CounterKey) -> str:
-    """Return the key of a counter as a heartbeat holds it."""
+    """Return the key of a counter as in a heartbeat."""
     name, label, listener = key
     return f"{name}\t{label}\t{listener}" if label or listener else name
 
 
 def encode_counters(counters: Mapping[CounterKey, float]) -> dict[str, float]:
-    """Return counters as a heartbeat holds them."""
+    """Return counters as in a heartbeat."""
     return {encode_key(key): count for key, count in counters.items()}
 
 
 class CounterDecoder:
-    """Decodes the counters of one worker, which has these listeners. A worker may use few labels that are not known."""
+    """Decodes the counters of one worker. `listeners` are the names of its listeners. New labels are limited."""
 
     def __init__(self, listeners: Collection[str]) -> None:
         self._listeners = frozenset(listeners)
@@ -61,14 +61,14 @@ class CounterDecoder:
         self._labels: dict[tuple[str, str], int] = {}  # the number of labels by name and listener
 
     def decode(self, counters: Mapping[str, Any]) -> dict[CounterKey, float]:
-        """Return the counters of a heartbeat. Raises ValueError, with a short text, for an invalid key or value."""
+        """Return the counters of a heartbeat. Raises ValueError with a short text if a key or value is invalid."""
         found: dict[CounterKey, float] = {}
         for text, count in counters.items():
             key = self._known.get(text)
             if key is None:
                 key = self._decode_key(text)
             if not _is_valid_count(key, count):
-                raise ValueError(f"an impossible count of {text[:40]!a}")
+                raise ValueError(f"an invalid count of {text[:40]!a}")
             found[key] = count
         return found
 
@@ -97,14 +97,14 @@ def _is_valid_count(key: CounterKey, count: Any) -> bool:
 
 
 class SlotCounters:
-    """Bounds the counters that are shown for a slot, over all workers that it has had.
+    """Bounds the counters that are shown for a slot, over all its workers.
 
     Each worker may have different labels. The first ones of a slot are shown under their own keys. Later labels are
     counted as `other`, and later names of a hosted factory are not shown.
     """
 
     def __init__(self) -> None:
-        self._shown: set[CounterKey] = set()  # of those whose number is bounded
+        self._shown: set[CounterKey] = set()  # without those whose number is fixed
         self._labels: dict[tuple[str, str], int] = {}
 
     def shown(self, key: CounterKey) -> CounterKey | None:
@@ -125,8 +125,8 @@ class SlotCounters:
         self._shown.add(key)
         return key
 
-    def admit(self, keys: Iterable[CounterKey]) -> None:
-        """Reserve a place for each of these keys, while there are any."""
+    def reserve(self, keys: Iterable[CounterKey]) -> None:
+        """Reserve a place for each of these keys, as long as places are free."""
         for key in keys:
             self.shown(key)
 

@@ -1,11 +1,11 @@
-"""What a worker may tell its supervisor: bytes in, typed and bounded messages out, or a ProtocolViolation.
+"""Decode and check what a worker sends: bytes in, typed and bounded messages out, or a ProtocolViolation.
 
 A worker runs hosted code, and may be compromised by its clients. The supervisor holds every socket and serves
-`/healthz`, so nothing that a worker sends may cost it much, and nothing is evaluated: log records are finished text,
-counters have known names, numbers have ranges, answers belong to questions. The first message that breaks a rule is a
-violation, after which the channel is not read any more.
+`/healthz`. So the cost of each message is bounded, and nothing is evaluated: log records are formatted text, counters
+have known names, numbers have ranges, and each answer belongs to a question. The first message that breaks a rule is a
+violation. After it the channel is not read any more.
 
-Both ends of a log record are here: `finished_record` and `encode_records` are called by the worker, and keep the bounds
+This file has both sides of log records. The worker calls `finished_record` and `encode_records`, which keep the bounds
 that the decoder checks.
 """
 
@@ -38,26 +38,27 @@ from rtservice.process.counters import PHASES, CounterKey
 # Characters of a log record's text, traceback and namespace.
 LONGEST_TEXT, LONGEST_TRACEBACK, LONGEST_NAMESPACE = 16 * 1024, 48 * 1024, 200
 
-# Fields of a log record: how many, how long a name and a string, how deep and how many nested values in all of them.
+# Limits of the fields of a log record: their number, the length of a name and of a string, the depth and the number of
+# nested values in all fields together.
 MOST_FIELDS, LONGEST_NAME, LONGEST_VALUE, DEEPEST, MOST_VALUES = 64, 64, 4096, 5, 500
 
-# The last second of the year 9999, which is the last that datetime can show.
+# The last second of the year 9999, the latest time that datetime supports.
 LATEST = 253402300799
 
-# Integers that every reader of a JSON log takes, and of which int() is cheap.
+# Integers below this are accepted by every reader of a JSON log, and int() of their text is cheap.
 _LARGEST = 2**63
 
-# Names of fields that twisted.python.log gives a meaning: `format` would be run as a format string by legacy observers.
-# `slot` is the supervisor's own. Names that begin with `log_` are Twisted's.
+# Names of fields that have a meaning in twisted.python.log: legacy observers would use `format` as a format string. The
+# supervisor sets `slot`. Names that begin with `log_` are reserved for Twisted.
 LEGACY_NAMES = frozenset(("time", "message", "system", "isError", "format", "failure", "why", "printed", "logLevel"))
 RESERVED = LEGACY_NAMES | {"slot"}
 
-# Counters in a heartbeat; records, and lines for the access log, in a message; characters of such a line.
+# Limits: counters in a heartbeat; records, and lines of the access log, in a message; characters of such a line.
 MOST_COUNTERS, MOST_RECORDS, MOST_LINES, LONGEST_LINE = 200, 100, 100, 4096
 
 LONGEST_PROBLEM = 4096
 
-# Names of fields that are remembered, so that they need not be checked again.
+# Names of fields that are cached as valid.
 _MOST_KNOWN = 1000
 
 # Characters of a peer's name in a row, and the number of values there.
@@ -77,21 +78,21 @@ _LEVEL_NAMES = {id(level): name for name, level in _LEVELS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Every listener accepts."""
+    """Every listener of the worker accepts."""
 
     cost: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """It wants to be replaced."""
+    """The worker asks to be replaced."""
 
     cost: ClassVar[int] = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """It cannot start."""
+    """The worker cannot start."""
 
     problem: str
 
@@ -100,7 +101,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Its heartbeat, with the counters that have changed."""
+    """The worker's heartbeat, with the counters that have changed."""
 
     counters: dict[CounterKey, float]
 
@@ -111,7 +112,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The open connections that question `number` asked for, as `Registry.rows` gives them."""
+    """The answer to question `number`: open connections, as `Registry.rows` returns them."""
 
     number: int
     rows: list[list[Any]]
@@ -134,7 +135,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Log records, in the order in which they were made."""
+    """Log records, in the order in which they were logged."""
 
     records: list[Record]
     cost: int
@@ -160,7 +161,7 @@ Message = Ready | Leave | Failed | Beat | Rows | Records | Access
 class WorkerMessages:
     """Decodes the messages of one worker, of slot `slot`.
 
-    `listeners` are the names of the listeners that exist. `access` is whether there is an access log.
+    `listeners` are the names of the listeners. `access` is whether there is an access log.
     """
 
     def __init__(self, *, slot: int, listeners: Collection[str], access: bool) -> None:
@@ -169,9 +170,9 @@ class WorkerMessages:
         self._counters = CounterDecoder(self._listeners)
         self._access = access
         self._line_end = f" worker={slot}\n"
-        self._started = ""  # `ready` or `failed`, once that was said
-        self._field_names: set[str] = set()  # some that are valid
-        self._asked: dict[int, int] = {}  # how many rows a question is about, by its number
+        self._started = ""  # `ready` or `failed`, once received
+        self._field_names: set[str] = set()  # valid ones, as a cache
+        self._asked: dict[int, int] = {}  # the maximum number of rows in the answer, by the number of the question
         self._decoders: dict[str, Callable[[Any], Message]] = {
             "ready": self._ready,
             "leave": self._leave,
@@ -188,7 +189,7 @@ class WorkerMessages:
 
     @property
     def asked(self) -> Collection[int]:
-        """The questions without an answer, the oldest first."""
+        """The numbers of the questions without an answer, the oldest first."""
         return self._asked.keys()
 
     def feed(self, data: bytes) -> None:
@@ -206,11 +207,11 @@ class WorkerMessages:
             raise ProtocolViolation(f"an unknown message {shown(word)}")
         if len(line) > LONGEST_FROM_WORKER[word]:
             raise ProtocolViolation(f"a message {word!r} of more than {LONGEST_FROM_WORKER[word]} bytes")
-        if word == "rows" and not self._asked:  # before anything is decoded
+        if word == "rows" and not self._asked:  # checked before the value is decoded
             raise ProtocolViolation("an answer without a question")
         return decoder(decode_value(word, text))
 
-    # --- its life ---
+    # --- start and end of a worker ---
 
     def _ready(self, value: Any) -> Ready:
         self._start("ready", value is None)
@@ -224,19 +225,19 @@ class WorkerMessages:
         if self._started:
             raise ProtocolViolation(f"{word!r} after {self._started!r}")
         if not valid:
-            raise ProtocolViolation(f"a message {word!r} with a wrong value")
+            raise ProtocolViolation(f"a message {word!r} with an invalid value")
         self._started = word
 
     def _leave(self, value: Any) -> Leave:
         if value is not None:
-            raise ProtocolViolation("a message 'leave' with a wrong value")
+            raise ProtocolViolation("a message 'leave' with an invalid value")
         return Leave()
 
-    # --- its counters and connections ---
+    # --- counters and connections ---
 
     def _beat(self, value: Any) -> Beat:
         if type(value) is not dict or len(value) > MOST_COUNTERS:
-            raise ProtocolViolation(f"a heartbeat that is not an object of {MOST_COUNTERS} counters at most")
+            raise ProtocolViolation(f"a heartbeat that is not an object of at most {MOST_COUNTERS} counters")
         try:
             return Beat(self._counters.decode(value))
         except ValueError as problem:
@@ -250,7 +251,7 @@ class WorkerMessages:
             raise ProtocolViolation("an answer without a question")
         count = self._asked.pop(number)
         if type(rows) is not list or len(rows) > count or not all(map(self._is_row, rows)):
-            raise ProtocolViolation(f"an answer that is not {count} rows at most of connections")
+            raise ProtocolViolation(f"an answer that is not an array of rows, {count} at most")
         return Rows(number, rows)
 
     def _is_row(self, row: Any) -> bool:
@@ -270,21 +271,21 @@ class WorkerMessages:
             and _is_count(bytes_out)
         )
 
-    # --- its logs ---
+    # --- logs ---
 
     def _records(self, value: Any) -> Records:
         if type(value) is not list or len(value) > MOST_RECORDS:
-            raise ProtocolViolation(f"log records that are not an array of {MOST_RECORDS} at most")
+            raise ProtocolViolation(f"log records that are not an array of at most {MOST_RECORDS}")
         cost = 1
         records = []
-        for one in value:
-            record, more = self._record(one)
+        for item in value:
+            record, record_cost = self._record(item)
             records.append(record)
-            cost += more
+            cost += record_cost
         return Records(records, cost)
 
     def _record(self, value: Any) -> tuple[Record, int]:
-        """Return a record, and what it costs."""
+        """Return a record and its cost. Raises ProtocolViolation."""
         if type(value) is not list or len(value) != 6:
             raise ProtocolViolation("a log record that is not an array of six")
         name, namespace, when, text, traceback, fields = value
@@ -292,11 +293,11 @@ class WorkerMessages:
         if level is None:
             raise ProtocolViolation(f"a log record of an unknown level {shown(name)}")
         if type(namespace) is not str or len(namespace) > LONGEST_NAMESPACE:
-            raise ProtocolViolation("a log record with a wrong namespace")
+            raise ProtocolViolation("a log record with an invalid namespace")
         if type(when) not in _NUMBERS or not 0 <= when <= LATEST:
-            raise ProtocolViolation("a log record with a wrong time")
+            raise ProtocolViolation("a log record with an invalid time")
         if type(text) is not str or type(traceback) is not str:
-            raise ProtocolViolation("a log record whose text is none")
+            raise ProtocolViolation("a log record whose text is not a string")
         if len(text) > LONGEST_TEXT or len(traceback) > LONGEST_TRACEBACK:
             raise ProtocolViolation("a log record whose text is too long")
         self._check_fields(fields)
@@ -309,9 +310,9 @@ class WorkerMessages:
         return Record(level, escaped(namespace), when, text, traceback, fields), cost
 
     def _check_fields(self, fields: Any) -> None:
-        """Raise ProtocolViolation for anything but a bounded number of plain values under harmless names."""
+        """Raise ProtocolViolation unless the fields are a bounded number of plain values under allowed names."""
         if type(fields) is not dict or len(fields) > MOST_FIELDS:
-            raise ProtocolViolation(f"a log record whose fields are not an object of {MOST_FIELDS} at most")
+            raise ProtocolViolation(f"a log record whose fields are not an object of at most {MOST_FIELDS}")
         left = MOST_VALUES
         known = self._field_names
         for name, value in fields.items():
@@ -323,26 +324,26 @@ class WorkerMessages:
                 known.add(name)
             if type(value) is str:  # most are
                 if len(value) > LONGEST_VALUE or not _is_unicode(value):
-                    raise ProtocolViolation(f"a log record whose field {shown(name)} is too long, or no text")
+                    raise ProtocolViolation(f"a log record whose field {shown(name)} is too long, or not valid text")
             else:
                 left = _count_values(value, left, DEEPEST)
                 if left < 0:
-                    raise ProtocolViolation(f"a log record whose field {shown(name)} is too large, or no plain value")
+                    raise ProtocolViolation(f"a log record whose field {shown(name)} is too large, or not plain data")
 
     def _access_lines(self, value: Any) -> Access:
         if not self._access:
             raise ProtocolViolation("lines for an access log that does not exist")
         if type(value) is not list or len(value) > MOST_LINES:
-            raise ProtocolViolation(f"lines for the access log that are not an array of {MOST_LINES} at most")
+            raise ProtocolViolation(f"lines for the access log that are not an array of at most {MOST_LINES}")
         for line in value:
-            # The end says which worker: no worker writes in the name of another.
+            # A line ends with the number of its worker, so that no worker can write lines of another one.
             if not (
                 _is_text(line, LONGEST_LINE)
                 and line.startswith("start=")
                 and line.endswith(self._line_end)
                 and line[:-1].isprintable()
             ):
-                raise ProtocolViolation("a line for the access log that is none")
+                raise ProtocolViolation("an invalid line for the access log")
         return Access(value)
 
 
@@ -359,7 +360,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _count_values(value: Any, left: int, depth: int) -> int:
-    """Return `left` less the number of values in this one, or a negative number if it is not allowed."""
+    """Return `left` minus the number of values in this value, or a negative number if it is not allowed."""
     left -= 1
     kind = type(value)
     if value is None or kind is bool:
@@ -386,7 +387,7 @@ def _is_field_name(name: str) -> bool:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: half a surrogate pair cannot, and an observer would raise."""
+    """Whether a text can be encoded in UTF-8. A lone surrogate cannot, and an observer would raise."""
     if text.isascii():
         return True
     try:
@@ -400,7 +401,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def shortened(text: str, longest: int) -> str:
-    """Return a text with its middle left out, if it is too long: the end of a traceback says most."""
+    """Return a text, without its middle if it is too long: the end of a traceback is its most useful part."""
     if len(text) <= longest:
         return text
     half = (longest - 60) // 2
@@ -411,7 +412,7 @@ _encode_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def finished_record(event: LogEvent, text: str, traceback: str = "") -> list[Any]:
-    """Return a log record as it is sent, given its text: whatever is in the event, it is one that is accepted."""
+    """Return an event, with its formatted text, as a record to be sent. The decoder accepts it for any event."""
     name = _LEVEL_NAMES.get(id(event.get("log_level")), "info")
     namespace = event.get("log_namespace", "-")
     if type(namespace) is not str or len(namespace) > LONGEST_NAMESPACE:
@@ -425,7 +426,7 @@ def finished_record(event: LogEvent, text: str, traceback: str = "") -> list[Any
         traceback = shortened(traceback, LONGEST_TRACEBACK)
     try:
         fields = _fields(event)
-    except Exception:  # they are hosted code's
+    except Exception:  # of hosted code that converts a value to text
         fields = {}
     return [name, namespace, when, text, traceback, fields]
 
@@ -443,7 +444,7 @@ def encode_records(records: list[list[Any]]) -> bytes:
     return encode("records", [[name, namespace, when, shortened(text, 4000), shortened(traceback, 4000), {}]])
 
 
-# Names of fields, with those that they are sent under; empty for those that are not sent.
+# The name under which a field is sent, by the name of the field; empty if it is not sent.
 _names: dict[Any, str] = {}
 
 
@@ -458,7 +459,7 @@ def _sent_name(name: Any) -> str:
 
 
 def _fields(event: LogEvent) -> dict[str, Any]:
-    """Return an event's own fields as plain values, or text where they are none, as many as may be sent."""
+    """Return the fields of an event, without Twisted's, as plain values or as text. Fields over the limits are cut."""
     template = event.get("log_format")
     whole = template[1:-1] if type(template) is str and template[:1] == "{" else None  # the field that is the text
     legacy = "isError" in event and "system" in event
@@ -489,7 +490,7 @@ def _fields(event: LogEvent) -> dict[str, Any]:
 
 
 class _Left:
-    """How many more values a record may have."""
+    """The number of values that a record may still have."""
 
     __slots__ = ("values",)
 
@@ -498,7 +499,7 @@ class _Left:
 
 
 class _TooManyError(Exception):
-    """A value with too many others in it."""
+    """A value contains too many nested values."""
 
 
 def _text(value: str) -> str:
@@ -527,5 +528,5 @@ def _plain(value: Any, depth: int, left: _Left) -> Any:
 
 
 def _described(value: Any) -> str:
-    # The text of a container may be very much longer than what it holds: the same list many times.
+    # The text of a container may be much longer than its contents, such as the same list many times.
     return _text(reprlib.repr(value) if isinstance(value, _CONTAINERS) else safe_str(value))

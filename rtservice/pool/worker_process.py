@@ -27,8 +27,8 @@ from rtservice.events import (
 )
 from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT, ProtocolViolation, encode
 from rtservice.pool.intake import Intake
+from rtservice.pool.log_records import as_event
 from rtservice.pool.printed import Line, PrintedLines
-from rtservice.pool.published import as_event
 from rtservice.pool.worker_counters import SlotCounters
 from rtservice.pool.worker_messages import (
     Access,
@@ -43,51 +43,52 @@ from rtservice.pool.worker_messages import (
 )
 from rtservice.process.counters import CounterKey
 
-# Seconds that a worker has, after its own deadlines, before it is killed.
+# Seconds after the drain timeout until a draining worker is killed.
 KILL_AFTER = 40.0
 
-# How many questions of a worker may be without an answer. One more is not sent: a worker that does not read its channel
-# must not cost memory.
+# The maximum number of questions that a worker has not answered. Further ones are not sent: a worker that does not read
+# its channel must not cost memory.
 _MOST_ASKED = 16
 
 # Seconds until a worker is killed whose drain is aborted, or whose control channel is closed.
 _ABORT = 5.0
 
-# Seconds that the pipes of a process that is dead are read on, should another process hold them open.
+# Seconds for which the pipes of an ended process are still read: another process may hold them open.
 _PIPES = 1.0
 
-# Seconds after the hang timeout until the supervisor stops notifying the watchdog: it should have killed the worker.
-_DEAF = 30.0
+# Seconds after the hang timeout in which the supervisor must have killed a worker. After that it stops its own watchdog
+# notifications.
+_OVERDUE = 30.0
 
-# Seconds without a heartbeat after which new clients are left to the other workers, and the worker is not asked for its
-# connections: it may be stopped, and what is not accepted has to wait.
+# Seconds without a heartbeat after which new clients go to the other workers, and the worker is not asked for its
+# connections: it may be stopped, and clients in its backlog would wait.
 _SILENT = 3 * BEAT
 
 
-class Phase(Enum):
+class WorkerPhase(Enum):
     """The phase of a worker process."""
 
     STARTING = "starting"  # spawned; it has not sent `ready`
     READY = "ready"  # every listener accepts
-    DRAINING = "draining"  # told to end
+    DRAINING = "draining"  # `drain` was sent
     GONE = "gone"  # reaped
 
 
 _MOVES = {
-    Phase.STARTING: {Phase.READY, Phase.DRAINING, Phase.GONE},
-    Phase.READY: {Phase.DRAINING, Phase.GONE},
-    Phase.DRAINING: {Phase.GONE},
-    Phase.GONE: set[Phase](),
+    WorkerPhase.STARTING: {WorkerPhase.READY, WorkerPhase.DRAINING, WorkerPhase.GONE},
+    WorkerPhase.READY: {WorkerPhase.DRAINING, WorkerPhase.GONE},
+    WorkerPhase.DRAINING: {WorkerPhase.GONE},
+    WorkerPhase.GONE: set[WorkerPhase](),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """What a generation of workers is started with.
+    """The settings and the `start` message of a generation of workers.
 
-    `start` makes the value of a worker's `start` message, of its slot and the number of slots. `drain_timeout`,
-    `hang_timeout` and `max_age` are in seconds, `max_memory` in bytes; 0 of the last three is no limit. With
-    `watch_certificates`, workers are replaced when certificate files have changed.
+    `start` is called with the slot and the number of slots, and returns the value of the `start` message.
+    `drain_timeout`, `hang_timeout` and `max_age` are in seconds, `max_memory` in bytes; 0 is no limit for the last
+    three. With `watch_certificates`, workers are replaced when certificate files have changed.
     """
 
     start: Callable[[int, int], Any]
@@ -99,64 +100,70 @@ class WorkerSpec:
 
 
 class Supervisor(Protocol):
-    """What a worker process reports to."""
+    """The interface to which a WorkerProcess reports."""
 
     reactor: Any
     log: Logger
 
     @property
     def start_deadline(self) -> float:
-        """Seconds from its spawning after which a worker that is not ready is killed."""
+        """Seconds after its spawning until a worker that is not ready is killed."""
 
     def worker_ready(self, worker: WorkerProcess) -> None:
-        """It serves."""
+        """The worker serves."""
 
     def worker_leaves(self, worker: WorkerProcess) -> None:
-        """It was asked to end, and can be replaced first."""
+        """The worker received a stop signal, and asks to be replaced."""
 
     def worker_gone(self, worker: WorkerProcess, reason: Failure) -> None:
-        """Its process has ended, and everything that it sent is handled."""
+        """The process has ended, and all its messages are handled."""
 
     def answered(self, worker: WorkerProcess, number: int, rows: list[list[Any]]) -> None:
-        """It has answered the question of this number: these are its connections."""
+        """The worker has answered this question with rows of its connections."""
 
     def publish(self, event: LogEvent) -> None:
-        """It has logged a record."""
+        """The worker has logged a record."""
 
     def access(self, lines: list[str]) -> None:
-        """It has lines for the access log."""
+        """The worker has sent lines for the access log."""
 
 
 class WorkerProcess(ProcessProtocol):
     """One process of a slot, from its spawning to its end.
 
-    `messages` decodes what it sends, and `shown` bounds which of its counters are shown.
+    `messages` decodes its messages, and `shown` bounds the counters that are shown.
     """
 
-    transport: Any  # IProcessTransport leaves out half of what Twisted's processes have
+    transport: Any  # IProcessTransport does not declare pipes and closeChildFD
 
     def __init__(
-        self, supervisor: Supervisor, slot: int, spec: WorkerSpec, *, messages: WorkerMessages, shown: SlotCounters
+        self,
+        supervisor: Supervisor,
+        slot: int,
+        spec: WorkerSpec,
+        *,
+        messages: WorkerMessages,
+        counter_bounds: SlotCounters,
     ) -> None:
         self.supervisor = supervisor
-        self.slot = slot  # its number
+        self.slot = slot  # the number
         self.spec = spec
-        self.phase = Phase.STARTING
+        self.phase = WorkerPhase.STARTING
         self.began: float = supervisor.reactor.seconds()
-        self.heard: float = self.began  # when the last heartbeat came
+        self.last_heartbeat: float = self.began  # the time of the last heartbeat
         self.counters: dict[CounterKey, float] = {}
-        self.counted: float | None = None  # when, as time.time()
+        self.counted: float | None = None  # time.time() of the last counters
         self.problem = ""  # the text of its `failed` message
-        self.age = spec.max_age * random.uniform(0.9, 1.1)  # at which it is replaced: not all at once
+        self.age = spec.max_age * random.uniform(0.9, 1.1)  # at which it is replaced; random, so not all at once
         self.wants_to_leave = False
         self._messages = messages
-        self._shown = shown
-        self._asked_at: dict[int, float] = {}  # time of each question that it has not answered, by number
+        self._counter_bounds = counter_bounds
+        self._asked_at: dict[int, float] = {}  # the time of each question without an answer, by number
         self._intakes: dict[int, Intake] = {}  # by descriptor
         self._printed = {1: PrintedLines(), 2: PrintedLines()}
-        self._dumped = False
+        self._stack_requested = False
         self._aborted = False
-        self._listens = True
+        self._receives = True  # its control channel is open
         self._exited = False
         self._end_call: Any = None
         self._reason: Failure | None = None  # why its process has ended
@@ -166,7 +173,7 @@ class WorkerProcess(ProcessProtocol):
         self.pid = self.transport.pid
         self._intakes = {
             CONTROL_OUT: self._intake(CONTROL_OUT, self._messages, self._received),
-            # The levels that twistd gives to both.
+            # The levels are those of twistd for both outputs.
             1: self._intake(1, self._printed[1], self._prints),
             2: self._intake(2, self._printed[2], self._prints_error),
         }
@@ -186,8 +193,8 @@ class WorkerProcess(ProcessProtocol):
             resume=lambda: switch("startReading"),
         )
 
-    def move(self, phase: Phase) -> None:
-        """Enter a phase; raises RuntimeError for one that cannot follow."""
+    def move(self, phase: WorkerPhase) -> None:
+        """Enter a phase. Raises RuntimeError if it cannot follow the current one."""
         if phase not in _MOVES[self.phase]:
             raise RuntimeError(f"a worker that is {self.phase.value} cannot become {phase.value}")
         self.phase = phase
@@ -197,19 +204,19 @@ class WorkerProcess(ProcessProtocol):
 
     @property
     def identity(self) -> dict[str, object]:
-        """The fields of an event by which it names a worker process."""
+        """The fields that identify this worker in events."""
         return {"worker": str(self), "slot": self.slot, "pid": self.pid}
 
     # --- from the supervisor to the worker ---
 
     def send(self, word: str, value: object = None) -> None:
         """Send a message of the control protocol."""
-        if self._listens:
+        if self._receives:
             self.transport.writeToChild(CONTROL_IN, encode(word, value))
 
     def ask(self, number: int, sort: str, count: int) -> bool:
-        """Ask for its open connections; returns whether to wait for the answer."""
-        if not self._listens or len(self._asked_at) >= _MOST_ASKED:
+        """Ask for its open connections. Return whether an answer is expected."""
+        if not self._receives or len(self._asked_at) >= _MOST_ASKED:
             return False
         self._asked_at[number] = self.supervisor.reactor.seconds()
         self._messages.ask(number, count)
@@ -217,30 +224,30 @@ class WorkerProcess(ProcessProtocol):
         return True
 
     def abort_drain(self) -> None:
-        """Have it end its drain now; it is killed if it does not."""
+        """Tell the worker to abort its connections. It is killed if it does not end."""
         if not self._aborted:
             self._aborted = True
             self.send("abort_drain")
         self.end_in(_ABORT)
 
     def drain(self, finish: tuple[str, ...] = ()) -> None:
-        """Have it serve the queues of these kinds of its sockets, and end."""
-        if self.phase in (Phase.STARTING, Phase.READY):
-            self.move(Phase.DRAINING)
+        """Tell the worker to drain. It serves the backlogs of its sockets of the kinds `finish` first."""
+        if self.phase in (WorkerPhase.STARTING, WorkerPhase.READY):
+            self.move(WorkerPhase.DRAINING)
             self.send("drain", finish)
             self.end_in(self.spec.drain_timeout + KILL_AFTER)
 
     def give_up(self) -> None:
-        """Have a successor end; the worker that it would have replaced serves the queues.
+        """End a successor that is not needed any more. Its predecessor serves the backlogs.
 
-        Until it closes its copies of the sockets, clients are neither served nor refused: it may load certificates for
-        seconds. SIGTERM ends an interpreter that does not read messages yet, and is harmless to one that does.
+        While a successor holds copies of the sockets, clients are neither served nor refused, and loading certificates
+        may take seconds. SIGTERM ends an interpreter that does not read messages yet. Later it is harmless.
         """
         self.drain()
         self.signal(signal.SIGTERM)
 
     def end_in(self, seconds: float) -> None:
-        """Kill it after so many seconds, if it has not ended; an earlier deadline that is set already stays."""
+        """Kill the process if it has not ended after so many seconds. An earlier deadline stays."""
         reactor = self.supervisor.reactor
         if self._end_call is not None and self._end_call.active():
             if self._end_call.getTime() <= reactor.seconds() + seconds:
@@ -256,43 +263,47 @@ class WorkerProcess(ProcessProtocol):
 
     def signal(self, number: int) -> None:
         """Send a signal to the process."""
-        with contextlib.suppress(ProcessExitedAlready):  # its pipes are still read
+        with contextlib.suppress(ProcessExitedAlready):  # while its pipes are still read
             self.transport.signalProcess(number)
 
     def extend_deadline(self, seconds: float) -> None:
-        """Extend its deadlines by so many seconds, in which this process did not run and received nothing."""
-        self.heard += seconds
+        """Extend its deadlines by so many seconds, in which the supervisor did not run."""
+        self.last_heartbeat += seconds
         self.began += seconds
         self._asked_at = {number: when + seconds for number, when in self._asked_at.items()}
 
     def check_health(self, now: float) -> None:
-        """Kill it if it hangs. Called once in a beat."""
+        """Kill the worker if it hangs. Called once in each heartbeat interval."""
         for intake in self._intakes.values():
             intake.beat()
         hang_timeout = self.spec.hang_timeout
-        if self.phase is Phase.STARTING:
+        if self.phase is WorkerPhase.STARTING:
             if now - self.began >= self.supervisor.start_deadline:
                 WORKER_START_TIMED_OUT.log(self.supervisor.log, **self.identity, seconds=self.supervisor.start_deadline)
                 self.signal(signal.SIGKILL)
-        elif self._dumped:
+        elif self._stack_requested:
             self.signal(signal.SIGKILL)
-        elif hang_timeout and now - self.heard >= hang_timeout:
-            WORKER_HUNG.log(self.supervisor.log, **self.identity, seconds=now - self.heard)
-            self._dumped = True  # it has until the next check
+        elif hang_timeout and now - self.last_heartbeat >= hang_timeout:
+            WORKER_HUNG.log(self.supervisor.log, **self.identity, seconds=now - self.last_heartbeat)
+            self._stack_requested = True  # it is killed at the next check
             self.signal(signal.SIGUSR2)
         elif hang_timeout and self._asked_at and now - min(self._asked_at.values()) >= hang_timeout:
-            # It sends heartbeats, and does not read its messages.
+            # It sends heartbeats, but does not read its messages.
             WORKER_UNRESPONSIVE.log(self.supervisor.log, **self.identity, seconds=hang_timeout)
             self.signal(signal.SIGKILL)
 
     def is_silent(self, now: float) -> bool:
-        """Whether it has sent no heartbeat for some seconds."""
-        return now - self.heard >= _SILENT
+        """Whether it has sent no heartbeat for `_SILENT` seconds."""
+        return now - self.last_heartbeat >= _SILENT
 
-    def is_deaf(self, now: float) -> bool:
+    def is_overdue(self, now: float) -> bool:
         """Whether it still runs although it should have been killed."""
         hang_timeout = self.spec.hang_timeout
-        return self.phase is not Phase.STARTING and hang_timeout > 0 and now - self.heard >= hang_timeout + _DEAF
+        return (
+            self.phase is not WorkerPhase.STARTING
+            and hang_timeout > 0
+            and now - self.last_heartbeat >= hang_timeout + _OVERDUE
+        )
 
     # --- from the worker to the supervisor ---
 
@@ -300,7 +311,7 @@ class WorkerProcess(ProcessProtocol):
         self._intakes[childFD].feed(data)
 
     def _violates(self, problem: Exception) -> None:
-        """Kill it: it sent what it must not send, or what this process cannot handle."""
+        """Kill the worker: it violated the protocol, or the supervisor cannot handle its message."""
         if isinstance(problem, ProtocolViolation):
             WORKER_VIOLATION.log(self.supervisor.log, **self.identity, problem=str(problem))
         else:
@@ -318,10 +329,10 @@ class WorkerProcess(ProcessProtocol):
                 for record in message.records:
                     supervisor.publish(as_event(record, self.slot))
             case Beat():
-                # Of all messages, only this one shows that its reactor runs.
-                self.heard = supervisor.reactor.seconds()
+                # Only this message shows that the reactor of the worker runs.
+                self.last_heartbeat = supervisor.reactor.seconds()
                 self.counted = time.time()
-                self._shown.admit(message.counters)
+                self._counter_bounds.reserve(message.counters)
                 for key, count in message.counters.items():
                     # A total that decreases would decrease the total of the service.
                     self.counters[key] = max(count, self.counters.get(key, 0)) if key.is_total else count
@@ -333,22 +344,22 @@ class WorkerProcess(ProcessProtocol):
             case Leave():
                 supervisor.worker_leaves(self)
             case Ready():
-                if self.phase is Phase.STARTING:  # or it was told to drain before
-                    self.heard = supervisor.reactor.seconds()
-                    self.move(Phase.READY)
+                if self.phase is WorkerPhase.STARTING:  # otherwise `drain` was sent before
+                    self.last_heartbeat = supervisor.reactor.seconds()
+                    self.move(WorkerPhase.READY)
                     supervisor.worker_ready(self)
 
     def _prints(self, line: Line) -> None:
-        """Log a line that it has printed to standard output."""
+        """Log a line of its standard output."""
         WORKER_PRINTED.log(self.supervisor.log, **self.identity, line=line.text)
 
     def _prints_error(self, line: Line) -> None:
-        """Log a line that it, or its interpreter, has printed to standard error: often the last traceback."""
+        """Log a line of its standard error, which is often the traceback of a crash."""
         WORKER_PRINTED_ERROR.log(self.supervisor.log, **self.identity, line=line.text)
 
     def childConnectionLost(self, childFD: int) -> None:
-        if childFD in (CONTROL_IN, CONTROL_OUT):  # it is about to end, or is broken
-            self._listens = False
+        if childFD in (CONTROL_IN, CONTROL_OUT):  # the worker is about to end, or is faulty
+            self._receives = False
             self.end_in(_ABORT)
 
     def processExited(self, reason: Failure) -> None:
@@ -362,12 +373,12 @@ class WorkerProcess(ProcessProtocol):
         self._finish(list(self._intakes.values()))
 
     def _finish(self, intakes: list[Intake]) -> None:
-        """Handle what was received and not yet handled, then report the end of the process."""
+        """Process the remaining input, then report the end of the process."""
         if intakes:
             intakes[0].finish(lambda: self._finish(intakes[1:]))
         else:
             if self._end_call is not None and self._end_call.active():
                 self._end_call.cancel()
-            self.move(Phase.GONE)
+            self.move(WorkerPhase.GONE)
             assert self._reason is not None
             self.supervisor.worker_gone(self, self._reason)

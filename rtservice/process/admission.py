@@ -1,6 +1,6 @@
-"""Which clients are refused: the limits, the count of connections per peer, trusted PROXY peers, the log of refusals.
+"""Admission of clients: connection limits, connections per peer, trusted PROXY peers, and the log of refusals.
 
-Nothing here opens or closes a connection: `process.registry` asks, and acts on the answer.
+This module opens and closes no connection. `process.registry` calls it, and applies its decisions.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rtservice.net.address import peer_name
 from rtservice.net.phases import OPEN, PROXY, Phase
 from rtservice.process.log_rate import LogRateLimit
 
-# The reasons for which a client is refused, named after their settings, with the text of the log line.
+# Reasons to refuse a client: the name of the setting, and the text for the log.
 REFUSALS = {
     "max-connections": "--max-connections reached",
     "max-connections-per-peer": "--max-connections-per-peer reached for its address",
     "proxy-from": "its address is not in --proxy-from, so its PROXY header is not trusted",
 }
 
-# Seconds between two log lines about the same reason.
+# Seconds between two log records with the same reason.
 _LOG_PERIOD = 10.0
 
 
@@ -32,9 +32,9 @@ _LOG_PERIOD = 10.0
 class Limits:
     """The limits on the connections of a process. A reload may replace them.
 
-    `max_connections` (at least 1) counts each accepted connection, in every phase. At this limit, with `pause`, our
-    own listeners stop accepting, and clients wait in the kernel's queue; with `reject`, a client is closed at once.
-    Transports that are not ours cannot pause, and always reject.
+    `max_connections` (at least 1) counts each accepted connection, in every phase. At this limit, with `pause`,
+    rtservice's listeners stop accepting, and clients wait in the backlog; with `reject`, new clients are closed at
+    once. Twisted's endpoints cannot pause, and always reject.
 
     `max_connections_per_peer` (0: no limit) closes further clients of the same peer at once, with `pause` too. IPv6
     addresses that share their first `peer_prefix_v6` bits are one peer.
@@ -53,7 +53,7 @@ class Limits:
 
 
 def peer_group(address: Any, prefix_v6: int) -> Hashable:
-    """Return what counts as one peer: an IPv4 address, an IPv6 network of `prefix_v6` bits, or None for UNIX clients.
+    """Return the unit of the limit per peer: an IPv4 address, an IPv6 network of `prefix_v6` bits, or None for UNIX.
 
     An IPv4-mapped IPv6 address (RFC 4291, section 2.5.5.2) is the IPv4 address.
     """
@@ -78,7 +78,7 @@ class Admission:
         self._peers: dict[Hashable, int] = {}
 
     def apply(self, limits: Limits, peers: Iterable[Any]) -> None:
-        """Replace the limits. `peers` are those of the open connections, behind a PROXY header once it has come."""
+        """Replace the limits. `peers` are the peers of the open connections whose PROXY header, if any, is complete."""
         self.limits = limits
         self._peers = {}
         if limits.max_connections_per_peer:
@@ -86,7 +86,7 @@ class Admission:
                 self.add_peer(peer)
 
     def refusal(self, peer: Any, count: int, phase: Phase = OPEN) -> str:
-        """Return why a new client is refused, a key of REFUSALS, or an empty text if it is not.
+        """Return the reason to refuse a new client, a key of REFUSALS, or an empty text to accept it.
 
         `count` is the number of open connections. `phase` is the first phase of the client's connection.
         """
@@ -115,7 +115,7 @@ class Admission:
             self._peers[group] = self._peers.get(group, 0) + 1
 
     def remove_peer(self, peer: Any) -> None:
-        """Count one connection of a peer less. A peer without any is not kept."""
+        """Count one connection of a peer less. A peer without connections is removed."""
         group = peer_group(peer, self.limits.peer_prefix_v6)
         count = self._peers.pop(group, 0) - 1
         if count > 0:
@@ -131,7 +131,7 @@ class Admission:
 
 
 class RefusalLog:
-    """Logs refused clients: one line per reason in ten seconds, however many clients there are."""
+    """Logs refused clients: at most one record in ten seconds for each reason."""
 
     def __init__(self, log: Logger) -> None:
         self._log = log
@@ -139,7 +139,7 @@ class RefusalLog:
 
     def refused(self, peer: Any, listener: str, reason: str, now: float) -> None:
         """Log that a client was refused, at `now` in seconds. `reason` is a key of REFUSALS."""
-        if self._admit(reason, now):
+        if self._may_log(reason, now):
             CONNECTION_REFUSED.log(
                 self._log,
                 peer=peer_name(peer),
@@ -151,11 +151,11 @@ class RefusalLog:
 
     def paused(self, limit: int, now: float) -> None:
         """Log that listeners stop accepting, at `now` in seconds."""
-        if self._admit("pause", now):
+        if self._may_log("pause", now):
             CONNECTION_LIMIT_REACHED.log(self._log, limit=limit)
 
-    def _admit(self, subject: str, now: float) -> bool:
+    def _may_log(self, subject: str, now: float) -> bool:
         rate = self._rates.get(subject)
         if rate is None:
             rate = self._rates[subject] = LogRateLimit(1, _LOG_PERIOD)
-        return rate.admit(now)
+        return rate.may_log(now)

@@ -1,4 +1,4 @@
-"""The two interfaces between the process and what it runs: `Backend` serves clients, and reports to its `Host`.
+"""The two interfaces between ServiceProcess and its backend: a `Backend` serves clients, and reports to its `Host`.
 
 twistd ──→ ServiceProcess ──→ Backend: Server      serves in this process
                  ↑               │     WorkerPool  serves with worker processes
@@ -18,7 +18,7 @@ from rtservice.net.listener import Listener
 from rtservice.process.counters import CounterKey
 from rtservice.process.state import State
 
-# Connections as `Registry.rows` returns them, each after the number of its worker; and workers that did not answer.
+# Rows of `Registry.rows`, each preceded by the number of its worker; and the numbers of workers that did not answer.
 ConnectionRows = tuple[list[list[Any]], list[int]]
 
 
@@ -32,20 +32,20 @@ class Host(Protocol):
         """The service accepts everywhere. Called once, after `accepting`."""
 
     def failed(self, problem: str) -> None:
-        """The backend cannot serve what it was started for; `problem` is one line. The process is to end."""
+        """The backend cannot start, or cannot continue to serve. The process must end. `problem` is one line."""
 
     def draining(self) -> None:
-        """The drain has begun, and `Backend.status` includes that."""
+        """The drain has begun. `Backend.status` already reports it."""
 
     def reloaded(self) -> None:
-        """`Backend.replacing` has become false: a reload has reached every worker, or was given up."""
+        """`Backend.replacing` has become false: a reload has reached every worker, or has failed."""
 
     def extend_timeout(self, seconds: float) -> None:
-        """Ask the service manager for `seconds` from now, for the start or the stop in progress."""
+        """Extend the service manager's timeout of the start or stop in progress to `seconds` from now."""
 
 
 class Backend(Protocol):
-    """What serves the clients. Its calls come in this order: `prepare`, `start`, then any, and `drain` once."""
+    """Serves the clients. `prepare` is called first, then `start`. `drain` is called once."""
 
     listeners: list[Listener]
 
@@ -56,49 +56,49 @@ class Backend(Protocol):
     # --- start ---
 
     def prepare(self, host: Host) -> None:
-        """Bind what only the backend can bind, before privileges are dropped. Raises ListenError."""
+        """Listen on endpoints that only the backend can bind, before privileges are dropped. Raises ListenError."""
 
     def start(self, reactor: Any) -> None:
-        """Begin to serve. `Host.ready` or `Host.failed` is called, now or later."""
+        """Start to serve. Calls `Host.ready` or `Host.failed`, at once or later."""
 
     @property
     def signals(self) -> Mapping[int, Callable[[], None]]:
-        """Signals beside those of ServiceProcess, and what to call for each in the reactor's thread."""
+        """Handlers of signals that ServiceProcess does not handle, by number, to be called in the reactor's thread."""
 
     # --- while it serves ---
 
     @property
     def tick_interval(self) -> float:
-        """Seconds between two calls of `tick`, and two checks of the certificate files."""
+        """Seconds between two calls of `tick`, and between two checks of the certificate files."""
 
     def tick(self) -> None:
-        """Check what has to be checked regularly."""
+        """Do the periodic checks."""
 
     @property
     def alive(self) -> bool:
-        """Whether the watchdog of the service manager is to be notified."""
+        """Whether to send watchdog notifications to the service manager."""
 
     @property
     def watches_certificates(self) -> bool:
-        """Whether certificates whose files have changed are to be loaded at this moment."""
+        """Whether to load certificates now if their files have changed."""
 
     @property
     def replacing(self) -> bool:
-        """Whether a reload still replaces processes. `Host.reloaded` is called when that is over."""
+        """Whether a reload is still replacing workers. `Host.reloaded` is called at its end."""
 
     # --- for the status server and the service manager ---
 
     @property
     def ready(self) -> bool:
-        """Whether to send new clients here."""
+        """Whether the backend is ready for traffic."""
 
     @property
     def status(self) -> str:
-        """The state in one line. It may take a look at each connection."""
+        """The state in one line. The cost may grow with the number of connections."""
 
     @property
-    def standing(self) -> str:
-        """The state in one line, at a constant cost."""
+    def short_status(self) -> str:
+        """The state in one line, in constant time."""
 
     def snapshot(self, now: float, process: dict[CounterKey, float]) -> dict[str, Any]:
         """Return the keys `workers`, `supervisor`, `starts` and `exits` of the overview.
@@ -107,26 +107,26 @@ class Backend(Protocol):
         """
 
     def rows(self, sort: str, count: int) -> Deferred[ConnectionRows]:
-        """Return `count` connections, ordered by the column `sort`, or in reverse by `-` and a column."""
+        """Return the first `count` connections in the order of `sort`, a column, with `-` before it for descending."""
 
     def refresh(self) -> Deferred[None]:
-        """Have `snapshot` count the connections that are open now; fires when it does."""
+        """Update the counters of open connections for `snapshot`. Fires when they are current."""
 
     # --- stop ---
 
     @property
-    def unready(self) -> str:
-        """The reason to report when the service is stopped before it was ready."""
+    def stopped_before_ready(self) -> str:
+        """The problem to report if the service is stopped before it is ready."""
 
     @property
     def exits_at_once(self) -> bool:
-        """Whether the process may end at any moment, and leaves no other process behind then."""
+        """Whether the process may exit at any time without leaving other processes behind."""
 
     def drain(self) -> Deferred[None]:
-        """Accept no new clients, and give connections the drain timeout.
+        """Stop accepting, and let open connections end within the drain timeout.
 
-        Fires when the last one has ended, and every listening socket of the backend is closed.
+        Fires when the last connection has ended, and every listening socket of the backend is closed.
         """
 
     def abort(self) -> None:
-        """End the drain now, or have it end at once when it begins: connections that are still open are aborted."""
+        """Abort open connections, and so end the drain: now, or as soon as it begins."""

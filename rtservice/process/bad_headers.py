@@ -12,7 +12,7 @@ from rtservice.net.address import peer_name
 from rtservice.net.proxy import ProxyError
 from rtservice.process.log_rate import LogRateLimit
 
-# Headers of one listener that are logged in a period, and its length in seconds.
+# Headers of one listener that are logged in a period, and the length of a period in seconds.
 _MOST, _PERIOD = 5, 10.0
 
 
@@ -29,11 +29,11 @@ class BadHeaderLog:
         self._summaries: dict[str, IDelayedCall] = {}  # by listener
 
     def start(self, clock: IReactorTime) -> None:
-        """Log summaries from now on, by this clock."""
+        """Start to schedule summaries with this clock."""
         self._clock = clock
 
     def stop(self) -> None:
-        """Log the summaries that are due later now."""
+        """Log the pending summaries now."""
         self._clock = None
         for listener, summary in list(self._summaries.items()):
             summary.cancel()
@@ -44,7 +44,7 @@ class BadHeaderLog:
         rate = self._rates.get(listener)
         if rate is None:
             rate = self._rates[listener] = LogRateLimit(_MOST, _PERIOD)
-        if rate.admit(now):
+        if rate.may_log(now):
             PROXY_HEADER_INVALID.log(
                 self._log,
                 peer=peer_name(peer),

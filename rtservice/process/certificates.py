@@ -24,7 +24,8 @@ from rtservice.net.crl import RevocationLists
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
 from rtservice.net.port import Port
-from rtservice.net.tls import Certificate, CertificateContext, Files, LoadedTLS, Steps, fingerprinting
+from rtservice.net.tls import Certificate, CertificateContext, Files, LoadedTLS, fingerprinting
+from rtservice.steps import Steps
 
 # Limits of a log line about a certificate: names, and characters of a name (255 bytes in RFC 1035, section 2.3.4).
 _NAMES_SHOWN, _LONGEST_NAME = 5, 255
@@ -38,9 +39,9 @@ _DAY = 86400
 
 
 def days_left(until: float, now: float) -> int:
-    """Return the full days from `now` until a time, both in seconds; negative if it has passed.
+    """Return the whole days from `now` until a time, both in seconds since 1970; negative if it has passed.
 
-    The log, the status page and its JSON use this number. A part of a day does not count.
+    The log, the status page and its JSON show this number.
     """
     return int((until - now) // _DAY)
 
@@ -130,10 +131,10 @@ def renewing(
     The function applies all certificates at once, for new connections, and returns more steps, which free the old
     contexts: 0.1 ms for each renewed certificate.
 
-    `served` pairs each listener with the port that accepts on it, or None if that is in another process. `read` gets
-    the files that were read, by the source of the listener, for a process without permission to read them. Raises
-    ListenError, after which nothing has changed. Files that do not match each other are read again if they have changed
-    meanwhile, since a renewal may be in progress.
+    `served` pairs each listener with the port that accepts on it, or None if that is in another process. If `read` is
+    given, the files that were read are added to it, by the source of the listener: a worker may have no permission to
+    read them. Raises ListenError, after which nothing has changed. Files that do not match each other are read again if
+    they have changed meanwhile, since a renewal may be in progress.
     """
     pairs = list(served)
     for reading in range(_READINGS):
@@ -151,7 +152,7 @@ def renewing(
             if reading == _READINGS - 1 or before == (yield from _fingerprints(pairs)):
                 raise
 
-    def adopt() -> Steps[None]:
+    def use_certificates() -> Steps[None]:
         before = [made for listener, _ in pairs for made in listener.reusable.made.values()]
         for listener, port in pairs:
             renewed = loaded[listener.source]
@@ -166,7 +167,7 @@ def renewing(
             before.pop()
             yield
 
-    return adopt
+    return use_certificates
 
 
 def _fingerprints(served: list[tuple[Listener, Port | None]]) -> Steps[object]:

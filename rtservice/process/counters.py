@@ -1,22 +1,22 @@
-"""The counters of a process: their keys and meaning, and those of the reactor, the process and the hosted factory.
+"""The counters of a process: keys, meaning, and the counters of the reactor, the process and the hosted factory.
 
-Counters are a flat dict of CounterKey to number. All values are integers, except those of `protocol`. These are the
-names, with the fields of the key that each uses:
+Counters are a flat dict of CounterKey to number. All values are integers, except those of `protocol`. The names, each
+with the other fields of its key:
 
     open                open connections
     ended, aborted      connections that have ended, and those among them that were aborted
     drain_ended, drain_aborted
-                        connections that ended by themselves during a graceful shutdown, and that were aborted in it
+                        connections that ended by themselves during a graceful shutdown, and that it aborted
     phase               open connections by phase (label) and listener
     opened              accepted connections, by listener: the sum of `phase` and `closed`
     closed              ended connections by reason (label) and listener
     handshake_failed    connections that ended before their PROXY header and TLS handshake were complete, by kind
                         (label) and listener
-    refused             clients that were closed when they were accepted, by reason (label) and listener
+    refused             clients refused at accept() or once a PROXY header names them, by reason (label) and listener
     in, out             bytes received and sent, by listener, those of open connections included
     duration            ended connections by bucket of their duration (label) and listener
     duration_us         the sum of these durations in microseconds, by listener
-    lag, lag_us         the same for the lag of the reactor: how late it runs what is due
+    lag, lag_us         the same for the lag of the reactor: the delay of a timed call
     cpu_us              CPU time in microseconds
     memory              resident memory in bytes
     descriptors, descriptor_limit
@@ -24,7 +24,7 @@ names, with the fields of the key that each uses:
     dropped             log records that could not be written in time
     protocol            counters of the hosted factory, by name (label); may have fractions
 
-Totals never decrease while the process runs. All are totals except GAUGES, and except the factory's counters whose
+A total never decreases while the process runs. All counters are totals, except GAUGES and those of the factory whose
 names do not end in `_total`.
 """
 
@@ -50,19 +50,19 @@ PHASES = tuple(phase.value for phase in Phase)
 DURATIONS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0)
 LAGS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
 
-# Seconds between two measurements of the reactor's lag. One takes about 30 µs.
+# Seconds between two measurements of the reactor's lag. Each takes about 30 µs.
 _LAG_EVERY = 0.1
 
-# Labels of one name and listener, and the label that counts all further ones. OpenSSL has hundreds of reasons for a
-# failed handshake, and the peer influences which of them occur.
+# Limit of labels of one name and listener, and the label that counts all further ones. OpenSSL has hundreds of reasons
+# for a failed handshake, and the peer influences which of them occur.
 MOST_LABELS, OTHER = 50, "other"
 
-# Counters of a hosted factory, and characters of their names. Each is a number per worker, which is kept for as long
-# as the service runs.
+# Limits of a hosted factory: counters, and characters of a name. A counter takes memory for each worker until the
+# service stops.
 MOST_OF_FACTORY, _LONGEST_NAME = 100, 100
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _TOTAL = "_total"
-LARGEST_OF_FACTORY = 1e300  # a sum of many is finite
+LARGEST_OF_FACTORY = 1e300  # the sum over many workers is finite
 
 
 class CounterKey(NamedTuple):
@@ -114,14 +114,14 @@ class Histogram:
 
 
 class Lag:
-    """Measures how late the reactor runs what is due."""
+    """Measures the delay of the reactor's timed calls."""
 
     def __init__(self) -> None:
         self.histogram = Histogram(LAGS)
         self._call: Any = None
 
     def start(self, clock: Any) -> None:
-        """Measure from now on, by this clock (an IReactorTime)."""
+        """Start to measure, with this clock (an IReactorTime)."""
         self._call = clock.callLater(_LAG_EVERY, self._measure, clock, clock.seconds() + _LAG_EVERY)
 
     def _measure(self, clock: Any, due: float) -> None:
@@ -144,21 +144,24 @@ def is_factory_name(name: object) -> bool:
 
 
 def factory_counters(metrics: Mapping[str, float]) -> tuple[dict[CounterKey, float], str]:
-    """Return the `protocol` counters of what a factory's `IMetrics.metrics` returned.
+    """Return the valid counters in `metrics`, the result of a factory's `IMetrics.metrics`, and a problem.
 
-    Invalid ones are left out. The second value says what is wrong with the last of these; it is empty if all are valid.
+    The problem is that of the last invalid counter, or empty if all are valid.
     """
     found: dict[CounterKey, float] = {}
     problem = ""
     for name, value in metrics.items():
         if not is_factory_name(name):
-            problem = f"{name!a:.100} is no name of letters, digits and underscores, {_LONGEST_NAME} at the most"
+            problem = (
+                f"name {name!a:.100}: not valid; accepted are a letter, then letters, digits and underscores, "
+                f"at most {_LONGEST_NAME}"
+            )
         elif name + _TOTAL in metrics:
-            problem = f"{name!r} and {name + _TOTAL!r} are one name to Prometheus"
+            problem = f"names {name!r} and {name + _TOTAL!r}: the same to Prometheus; rename one of them"
         elif not isinstance(value, int | float) or not abs(value) <= LARGEST_OF_FACTORY:
-            problem = f"{name!r} is {value!a:.100}, and not a number"
+            problem = f"{name} {value!a:.100}: not a number from -{LARGEST_OF_FACTORY:g} to {LARGEST_OF_FACTORY:g}"
         elif len(found) == MOST_OF_FACTORY:
-            problem = f"there are more than {MOST_OF_FACTORY}"
+            problem = f"more than {MOST_OF_FACTORY} values; the others are ignored"
         else:
             found[CounterKey("protocol", name)] = +value  # True becomes 1
     return found, problem
@@ -186,7 +189,7 @@ def _memory() -> int:
 
 def _descriptors() -> int:
     try:
-        # Since Linux 6.2 it is the size of the directory, proc(5). To list the directory takes 1 ms for 2,000.
+        # Since Linux 6.2 the size of this directory is the number of descriptors, proc(5). Listing 2,000 takes 1 ms.
         return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1
     except OSError:
         return 0

@@ -1,4 +1,4 @@
-"""Why a connection ended, in one of a few fixed texts."""
+"""The reason why a connection ended, as one of a few fixed texts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def end_reason(reason: Failure, *, peer_finished: bool, problem: Exception | Non
     """Return why a connection ended, for its log record and its counter.
 
     `reason` is the Failure that `connectionLost` gets. `peer_finished` is whether the peer had sent FIN. `problem` is
-    the last error of the kernel or of TLS, a ProxyError, or the LocalClose with which this side closed; None without
-    one. OpenSSL's name of a TLS failure follows in parentheses. The text holds no bytes of the peer.
+    the last error of the kernel or of TLS, a ProxyError, the LocalClose with which this side closed, or None. After a
+    TLS failure, OpenSSL's name of it follows in parentheses. The text contains no bytes from the peer.
     """
     if isinstance(problem, LocalClose):
         return str(problem)

@@ -1,4 +1,4 @@
-"""Listen on endpoints of Twisted or of a plugin, for descriptions of a type that rtservice does not have."""
+"""Listen on endpoints of Twisted or of a plugin, for descriptions whose type rtservice does not provide."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rtservice.net.description import ListenError
 
 
 class Endpoints:
-    """Pairs of a description and an IStreamServerEndpoint, which listen before privileges are dropped.
+    """Listens on endpoints, before privileges are dropped.
 
-    `setting` is the name of the setting that gave them, for errors.
+    `endpoints` are pairs of a description and an IStreamServerEndpoint. Errors begin with `setting`.
     """
 
     def __init__(self, endpoints: Sequence[tuple[str, Any]], setting: str, log: Logger) -> None:
@@ -30,11 +30,10 @@ class Endpoints:
     def listen(
         self, factory: Callable[[str], Any], listening: Callable[[], None], failed: Callable[[str], None]
     ) -> None:
-        """Listen on each of them. A second call does nothing.
+        """Listen on every endpoint. A second call does nothing.
 
         `factory` returns the factory for a description. `listening` is called for each endpoint that listens. Raises
-        ListenError for one that cannot listen; one that fails later, when privileges may be dropped already, calls
-        `failed` with the reason.
+        ListenError if an endpoint fails at once. If it fails later, `failed` is called with the problem.
         """
         endpoints, self._endpoints = self._endpoints, []
         for description, endpoint in endpoints:

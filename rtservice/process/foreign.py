@@ -1,4 +1,4 @@
-"""Connections on transports that are not ours: those of Twisted's endpoints. They are counted and registered too."""
+"""Connections on transports of Twisted's endpoints: the registry counts and limits them, too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rtservice.process.registry import Registry
 
 
 class ForeignConnection(ProtocolWrapper):
-    """Wraps a protocol, counts its bytes, and has the attributes of a `net.connection.Connection` for the registry.
+    """Wraps a protocol, counts its bytes, and has the attributes of `net.connection.Connection` that the registry uses.
 
     It counts what is written to the transport, not what the kernel accepts: for a connection that is reset,
     `bytes_out` is an upper bound.
@@ -30,7 +30,7 @@ class ForeignConnection(ProtocolWrapper):
     transport: Any
     wrappedProtocol: Any
     phase = OPEN
-    unsent = 0  # not known
+    unsent = 0  # Twisted's transports do not report it
 
     def __init__(self, factory: ForeignFactory, protocol: IProtocol) -> None:
         super().__init__(factory, protocol)  # type: ignore[arg-type]  # Twisted ties the two classes
@@ -47,7 +47,7 @@ class ForeignConnection(ProtocolWrapper):
 
     @property
     def peer_finished(self) -> bool:
-        """Whether the peer closed first. Twisted's transports do not tell: it did if this side has not begun to."""
+        """Whether the peer closed first. Twisted's transports do not report it; it is true unless this side closes."""
         return self._read_closed or not self.disconnecting
 
     @property
@@ -78,12 +78,12 @@ class ForeignConnection(ProtocolWrapper):
         self.wrappedProtocol.writeConnectionLost()
 
     def close(self, reason: str) -> None:
-        """Flush and close, with this reason for the record."""
+        """Flush and close. The log record has this reason."""
         self.error = LocalClose(reason)
         self.loseConnection()
 
     def abort(self, reason: str) -> None:
-        """Close at once, with this reason for the record."""
+        """Close at once. The log record has this reason."""
         self.error = LocalClose(reason)
         self.abortConnection()
 
@@ -129,7 +129,7 @@ class ForeignFactory(WrappingFactory):
         except Exception:
             FACTORY_FAILED.failure(self._log, factory=type(self.wrappedFactory).__name__, method="buildProtocol")
             return _RefusedProtocol()
-        # To return None would leave the client of some transports connected, without an answer.
+        # With None, some transports would leave the client connected without a protocol.
         return _RefusedProtocol() if protocol is None else ForeignConnection(self, protocol)
 
     def registerProtocol(self, p: Any) -> None:

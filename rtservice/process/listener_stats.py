@@ -1,4 +1,4 @@
-"""What the connections of one listener amount to."""
+"""The counters of one listener's connections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ListenerStats:
     def add_closed(self, reason: str, phase: Phase, seconds: float, bytes_in: int, bytes_out: int) -> None:
         """Count the end of a connection in this phase.
 
-        `reason` is what `process.endings` returns. Details in parentheses are the kind of a failed handshake.
+        `reason` is what `process.endings` returns. Its text in parentheses is the kind of a failed handshake.
         """
         reason, _, details = reason.partition(" (")
         _count(self.closed, reason)

@@ -1,4 +1,4 @@
-"""Rate limit for log records of events whose number a peer decides."""
+"""Rate limit for log records that peers can cause in any number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LogRateLimit:
         self._admitted = 0
         self._suppressed = 0
 
-    def admit(self, now: float) -> bool:
+    def may_log(self, now: float) -> bool:
         """Return whether to log an event that happens at `now`, in seconds of any clock."""
         if now >= self._end:
             self._end = now + self._seconds

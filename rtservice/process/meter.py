@@ -9,14 +9,14 @@ from rtservice.process.counters import DROPPED, CounterKey, Lag, process_counter
 
 
 class ProcessMeter:
-    """The counters of one process, whether it serves or supervises. `dropped` returns the number of dropped lines."""
+    """The counters of one process, a server or a supervisor. `dropped` returns the number of dropped log lines."""
 
     def __init__(self, dropped: Callable[[], int] = lambda: 0) -> None:
         self._dropped = dropped
         self._lag = Lag()
 
     def start(self, reactor: Any) -> None:
-        """Measure the lag of this reactor from now on."""
+        """Start to measure the lag of this reactor."""
         self._lag.start(reactor)
 
     def stop(self) -> None:
@@ -24,5 +24,5 @@ class ProcessMeter:
         self._lag.stop()
 
     def counters(self) -> dict[CounterKey, float]:
-        """Return the counters of now: see `process/counters.py`."""
+        """Return the current counters: see `process/counters.py`."""
         return {**self._lag.counters(), **process_counters(), DROPPED: self._dropped()}

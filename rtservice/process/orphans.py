@@ -1,4 +1,4 @@
-"""Reap orphaned processes in process 1, which inherits those of its PID namespace (pid_namespaces(7)).
+"""Reap orphaned processes in process 1, which inherits all orphans of its PID namespace (pid_namespaces(7)).
 
 Twisted reaps workers and other children of the reactor.
 """
@@ -27,7 +27,7 @@ _TASKS = Path("/proc/self/task")
 
 
 class Overdue:
-    """Finds children that ended and that no code has waited for within `PATIENCE` seconds."""
+    """Finds ended children for which no code has waited within `PATIENCE` seconds."""
 
     def __init__(self) -> None:
         self._since: dict[int, float] = {}
@@ -60,7 +60,7 @@ def ended_children() -> Iterator[int]:
             yield pid
 
 
-class Reaper:
+class OrphanReaper:
     """Reaps orphans if this is process 1. Twisted reaps its own children, such as workers."""
 
     def __init__(self, ended: Callable[[], Iterable[int]] = ended_children) -> None:

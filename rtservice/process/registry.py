@@ -35,20 +35,20 @@ _ATTRIBUTES = {name: "opened" if name == "age" else name for name in COLUMNS}
 # Characters of a peer's name in a row: an IP address of either family and its port fit.
 _PEER_LENGTH = 64
 
-# Sweeps within an idle timeout, and the least and the most seconds between two. A sweep of 10,000 connections takes
-# about 1.5 ms.
+# Sweeps within an idle timeout, and the minimum and maximum seconds between two sweeps. A sweep of 10,000 connections
+# takes about 1.5 ms.
 _SWEEPS, _SWEEP_LEAST, _SWEEP_MOST = 20, 0.05, 5.0
 
 # Connections that are counted or listed in one turn of the reactor, which takes up to 2 ms; and seconds until the next
-# turn, so that this takes at most about half of the process's time.
+# turn. So this work takes at most about half of the process's time.
 SLICE, _SLICE_PAUSE = 1000, 0.002
 
-# Called at the end of each connection with peer, listener, seconds, bytes in, bytes out, and why it ended.
+# Called at the end of each connection with peer, listener, seconds, bytes in, bytes out, and the reason.
 ConnectionRecorder = Callable[[str, str, float, int, int, str], None]
 
 
 def first_rows(rows: list[list[Any]], sort: str, count: int) -> list[list[Any]]:
-    """Return the first `count` rows in the order `sort`. Each is the number of a worker and a row of its registry."""
+    """Return the first `count` rows in the order `sort`. A row is the number of a worker and a row of its registry."""
     column = 1 + COLUMNS.index(sort.removeprefix("-"))
     choose = nlargest if sort.startswith("-") else nsmallest
     return choose(count, rows, key=lambda row: 0.0 if row[column] is None else row[column])
@@ -64,7 +64,7 @@ def _count_phases(connections: Iterable[Any]) -> dict[Phase, int]:
 class Registry:
     """The accepted connections of a process, on all transports.
 
-    Each connection gets a record in the log at its end, or in `record` if there is one.
+    At the end of each connection `record` is called; without it, a record is logged.
     """
 
     def __init__(self, log: Logger, limits: Limits, record: ConnectionRecorder | None = None) -> None:
@@ -89,18 +89,18 @@ class Registry:
         self._await_count: list[Deferred[None]] = []
 
     def start(self, clock: Any) -> None:
-        """Begin to close idle connections, by this clock (an IReactorTime)."""
+        """Start to close idle connections, with this clock (an IReactorTime)."""
         self._seconds = clock.seconds
         self._bad_headers.start(clock)
         self._sweeping.clock = clock
         self._slices = Cooperator(
-            terminationPredicateFactory=lambda: lambda: True,  # one slice for all
+            terminationPredicateFactory=lambda: lambda: True,  # one slice in a turn, for all tasks together
             scheduler=lambda step: clock.callLater(_SLICE_PAUSE, step),
         )
         self.apply(self._admission.limits)
 
     def stop(self) -> None:
-        """Close no more idle connections."""
+        """Stop closing idle connections, and log pending summaries."""
         self._stop_sweeping()
         self._bad_headers.stop()
 
@@ -109,8 +109,9 @@ class Registry:
             self._sweeping.stop()
 
     def apply(self, limits: Limits) -> None:
-        """Replace the limits. Open connections stay, also above a limit."""
-        self._admission.apply(limits, (each.getPeer() for each in self.open if each.phase is not PROXY))
+        """Replace the limits. Open connections stay open, also above a limit."""
+        identified = (connection for connection in self.open if connection.phase is not PROXY)
+        self._admission.apply(limits, (connection.getPeer() for connection in identified))
         self._pause_or_resume()
         self._stop_sweeping()
         if limits.idle_timeout:
@@ -127,7 +128,7 @@ class Registry:
             self.add(connection)
 
     def identified(self, connection: Any) -> None:
-        """Check a connection again: its PROXY header has named the peer. It may be refused."""
+        """Check the limit per peer, now that the PROXY header has named the peer. The connection may be refused."""
         admission = self._admission
         if not admission.limits.max_connections_per_peer:
             return
@@ -174,7 +175,7 @@ class Registry:
             self._pause_or_resume()
 
     def admits(self, peer: Any, listener: str) -> bool:
-        """Return whether a client of a transport that is not ours is served. Count and log it if it is refused."""
+        """Return whether to serve a client of a Twisted endpoint. A refused client is counted and logged."""
         refusal = self._admission.refusal(peer, len(self.open))
         if refusal:
             self._count_refusal(peer, listener, refusal)
@@ -189,7 +190,7 @@ class Registry:
         self._refusals.refused(peer, listener, refusal, self._seconds())
 
     def _pause_or_resume(self) -> None:
-        """Stop or continue to accept, as the limit demands."""
+        """Pause or resume accepting, according to the limit."""
         paused = self._admission.is_full(len(self.open))
         if paused != self._paused:
             self._paused = paused
@@ -201,9 +202,9 @@ class Registry:
     # --- idle timeout ---
 
     def sweep(self, timeout: float | None = None) -> None:
-        """Close the open connections on which no byte has moved for `timeout` seconds; None is the idle timeout.
+        """Close connections in the phase OPEN without a byte for `timeout` seconds; None is the idle timeout.
 
-        Each sweep compares the bytes of each connection with those of the sweep before, so that a message costs
+        Each sweep compares the byte counts of each connection with those of the previous sweep, so that a message costs
         nothing. A connection is closed at least `timeout` after its last byte, and at most two sweeps later.
         """
         if timeout is None:
@@ -217,7 +218,7 @@ class Registry:
                 connection.seen = moved
                 connection.still_since = now
             elif now - connection.still_since >= timeout:
-                # `close` waits for the peer to read: that has failed, or has been tried before.
+                # `close` waits for the peer to read. This peer does not read, or `close` was called before.
                 if connection.unsent or connection.disconnecting or connection.error:
                     connection.abort("stopped reading")
                 else:
@@ -229,7 +230,7 @@ class Registry:
         """Return the counters of connections: see `process.counters`.
 
         More than `SLICE` open connections are counted over several turns of the reactor. Then this returns the result
-        of the last count, and begins the next. See `refresh`.
+        of the last count, and starts the next. See `refresh`.
         """
         if self._are_many():
             self._start_counting()
@@ -243,9 +244,9 @@ class Registry:
         }
 
     def refresh(self) -> Deferred[None]:
-        """Return a Deferred that fires when the connections that are open now are counted.
+        """Return a Deferred that fires when the open connections are counted.
 
-        A count that has begun is not begun again, and is of those that were open at its start.
+        A count in progress is not restarted. It counts the connections that were open at its start.
         """
         if not self._are_many():
             return succeed(None)
@@ -274,9 +275,8 @@ class Registry:
     def _count(self) -> Iterator[None]:
         """Count the connections, a slice in each step.
 
-        The totals of ended connections are those of the first step. A connection that ends after the first step is not
-        among them, and is counted as open, with its last number of bytes: so no total decreases from one count to the
-        next.
+        The totals of ended connections are taken in the first step. A connection that ends after that is counted as
+        open, with its last number of bytes. So no total decreases from one count to the next.
         """
         found: dict[CounterKey, int] = {}
         for listener, stats in self._stats.items():
@@ -306,7 +306,7 @@ class Registry:
         self._counted = found
 
     def phases(self) -> dict[Phase, int]:
-        """Return the number of connections in each phase. With more than `SLICE` it is that of the last count."""
+        """Return the number of connections in each phase; with more than `SLICE`, those of the last count."""
         if not self._are_many():
             self._phases = _count_phases(self.open)
             return dict(self._phases)
@@ -334,7 +334,7 @@ class Registry:
                 return connection.port.name
             return peer_name(connection.getPeer()) if attribute == "peer" else getattr(connection, attribute)
 
-        # A connection that was opened earlier is older.
+        # The oldest connection has the smallest `opened`.
         descending = sort.startswith("-") != (attribute == "opened")
         choose = nlargest if descending else nsmallest
 

@@ -1,4 +1,4 @@
-"""A serving process: its listeners accept, its connections are counted and limited, and drained at the end."""
+"""`Server`, the backend that serves in one process: start the factory, accept clients, apply limits, and drain."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ from rtservice.process.stall import StallDetector
 from rtservice.process.start_errors import log_start_failure, one_line
 from rtservice.process.state import State, advance
 
-# Descriptors that the default limit of connections leaves for all else: listeners, logs, certificates that are read.
-# Half, where there are few.
+# Descriptors that the default of --max-connections reserves for listeners, logs and certificate files. It reserves at
+# most half of all.
 _RESERVED_DESCRIPTORS = 64
 
-# At the end of a drain: seconds without a byte after which a peer counts as not reading, and seconds after which every
-# connection is aborted.
+# At the end of a drain: seconds without a byte after which a peer counts as not reading, seconds after which every
+# connection is aborted, and seconds between two checks.
 _FLUSH_STALL, _FLUSH_LIMIT, _FLUSH_STEP = 5.0, 30.0, 1.0
 
-# Seconds between two notifications of a drain to protocols that exist only since, and to the service manager.
+# During a drain: seconds between two notifications of protocols that are new since the last one, and of the service
+# manager.
 _DRAIN_INTERVAL = 2.0
 
 
@@ -64,7 +65,7 @@ def raise_descriptor_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):  # a sandbox that forbids it
+    except (OSError, ValueError):  # a sandbox may forbid it
         return soft
     return hard
 
@@ -73,33 +74,33 @@ def _left_for_connections(descriptors: int) -> int:
     return descriptors - min(_RESERVED_DESCRIPTORS, descriptors // 2)
 
 
-def default_max_connections(descriptors: int, beside: int = 0) -> int:
-    """Return how many connections a limit of descriptors allows, which can be unlimited (RLIM_INFINITY is -1).
+def default_max_connections(descriptors: int, reserved: int = 0) -> int:
+    """Return the default of --max-connections for a limit of descriptors, which can be RLIM_INFINITY (-1).
 
-    `beside` descriptors are reserved for the status server, or half of all, where there are few.
+    `reserved` descriptors are reserved for the status server, but at most half of those for connections.
     """
     if descriptors == resource.RLIM_INFINITY:
         return 10_000_000
     left = _left_for_connections(descriptors)
-    return max(1, left - min(beside, left // 2))
+    return max(1, left - min(reserved, left // 2))
 
 
 def descriptors_for_status(descriptors: int) -> int | None:
-    """Return how many descriptors of a limit the status server may use, or None for any number."""
+    """Return how many descriptors the status server may use, given the limit of the process; None is unlimited."""
     return None if descriptors == resource.RLIM_INFINITY else _left_for_connections(descriptors) // 2
 
 
 class Server:
     """A backend that serves one factory in this process, on bound listeners and on endpoints of other types.
 
-    A worker process runs one, too. `record` is as in Registry.
+    Each worker process runs a Server, too. `record` is as in Registry.
     """
 
     signals: Mapping[int, Callable[[], None]] = {}
-    tick_interval = 2.0  # a person who has just copied a certificate, or reads `systemctl status`, can wait that long
+    tick_interval = 2.0  # for an operator who has copied a certificate, or reads `systemctl status`
     alive = True  # as long as the reactor runs
     replacing = False
-    unready = "told to stop before every listener was ready"
+    stopped_before_ready = "stopped before every listener was ready"
     exits_at_once = True
 
     def __init__(
@@ -116,27 +117,27 @@ class Server:
         self.settings = settings
         self.state = State.STARTING
         self.drain_ended = self.drain_aborted = 0
-        self.reactor: Any = None  # known from `start` on
+        self.reactor: Any = None  # set by `start`
         self.listeners = listeners
         self.connections = Registry(log, settings.limits, record)
         self._endpoints = Endpoints([], "", log) if endpoints is None else endpoints
         self._log = log
-        self._host: Any = None  # known from `prepare` on
-        self._counted: dict[CounterKey, float] = {}  # by the factory
-        self._miscounted = ""  # what was wrong with that
+        self._host: Any = None  # set by `prepare`
+        self._factory_counters: dict[CounterKey, float] = {}  # the last ones
+        self._metrics_problem = ""  # of the factory's last metrics
         self._started = time.time()
-        self._is_ready = False  # the host was told
+        self._is_ready = False  # `Host.ready` was called
         self._aborted = False
-        self._woken: Deferred[None] | None = None  # what the drain waits for
+        self._woken: Deferred[None] | None = None  # the drain waits for it
         self._starting: Deferred[None] | None = None
         self._started_factory = False
-        self._telling = LoopingCall(self._continue_drain)
-        self._blocked = StallDetector(log)
+        self._notifying = LoopingCall(self._continue_drain)
+        self._stalls = StallDetector(log)
 
     # --- start ---
 
     def prepare(self, host: Host) -> None:
-        """Listen where only an endpoint can. Raises ListenError."""
+        """Listen on the endpoints. Raises ListenError."""
         self._host = host
         self._endpoints.listen(
             lambda description: ForeignFactory(self.factory, description, self.connections, self._log),
@@ -145,18 +146,18 @@ class Server:
         )
 
     def start(self, reactor: Any) -> None:
-        """Start the factory, then accept. The reactor runs."""
+        """Start the factory, then accept. The reactor must be running."""
         self.reactor = reactor
         self._warn_of_descriptors()
         self._starting = Deferred.fromCoroutine(self._start_factory())
         self._starting.addCallbacks(self._accept, self._factory_failed)
-        # What either of them raises would be lost in the Deferred.
+        # An exception in one of these callbacks would be lost in the Deferred.
         self._starting.addErrback(self._start_failed)
 
     async def _start_factory(self) -> None:
         """Start the factory, and wait for its IStartable.start."""
-        # Once more than each listener does, so that it is stopped when the last connection is gone, and not the last
-        # listener.
+        # Each listener calls doStart, too. This call keeps the factory running until the last connection has ended,
+        # and not only until the last listener is closed.
         self.factory.doStart()
         self._started_factory = True
         startable = IStartable(self.factory, None)
@@ -164,13 +165,13 @@ class Server:
             await startable.start()
 
     def _factory_failed(self, failure: Failure) -> None:
-        if self.state is not State.STARTING:  # the drain has cancelled its start
+        if self.state is not State.STARTING:  # a drain has cancelled the start
             return
         FACTORY_START_FAILED.failure(self._log, failure, factory=self._factory_name)
         self._host.failed(f"{self._factory_name} did not start: {one_line(failure)}")
 
     def _start_failed(self, failure: Failure) -> None:
-        """End the process: another part of its start has failed."""
+        """End the process: the start failed after the factory had started."""
         accepting = self.connections.ports[-1].name if self.connections.ports else "the service"
         problem = log_start_failure(self._log, f"{accepting} did not start", failure)
         if not self._is_ready:
@@ -184,7 +185,7 @@ class Server:
         if self.state is not State.STARTING:
             return
         self.connections.start(self.reactor)
-        self._blocked.start(self.reactor)
+        self._stalls.start(self.reactor)
         for listener in self.listeners:
             port = Port(
                 self.reactor,
@@ -205,7 +206,7 @@ class Server:
         self._ready_if_all_listen()
 
     def _broken(self, port: Port, reason: Failure) -> None:
-        self._host.failed(f"{port.name} accepts no more: {reason.getErrorMessage()}")
+        self._host.failed(f"{port.name} cannot accept any more: {reason.getErrorMessage()}")
 
     def _ready_if_all_listen(self) -> None:
         if self._endpoints.awaited or len(self.connections.ports) < len(self.listeners) or self.reactor is None:
@@ -228,54 +229,54 @@ class Server:
         return f"{self.state.value}: {counted(phases[OPEN], 'connection')} open{more}"
 
     @property
-    def standing(self) -> str:
-        """The state in one line, without a look at each connection."""
+    def short_status(self) -> str:
+        """The state in one line, in constant time."""
         return f"{self.state.value}: {counted(len(self.connections.open), 'connection')}"
 
     @property
     def ready(self) -> bool:
-        """Whether to send new clients here."""
+        """Whether the server is ready for traffic."""
         return self.state is State.SERVING
 
     @property
     def watches_certificates(self) -> bool:
-        """Whether certificates whose files have changed are to be loaded."""
+        """Whether to load certificates if their files have changed."""
         return self.settings.watch_certificates and self.state is State.SERVING
 
     def tick(self) -> None:
-        """Nothing has to be checked."""
+        """Do nothing: a server has no periodic checks."""
 
     def counters(self) -> dict[CounterKey, float]:
-        """Return what this server has counted: see `process/counters.py`."""
-        self._ask_factory()
+        """Return the counters of this server: see `process/counters.py`."""
+        self._read_metrics()
         return {
-            **self._counted,
+            **self._factory_counters,
             **self.connections.counters(),
             DRAIN_ENDED: self.drain_ended,
             DRAIN_ABORTED: self.drain_aborted,
         }
 
-    def _ask_factory(self) -> None:
-        """Ask the factory for its metrics, if it has any. The last ones stay when it fails or is stopped."""
+    def _read_metrics(self) -> None:
+        """Read the metrics of a factory that provides IMetrics. If it fails or has stopped, the last ones are kept."""
         if self.state in (State.STARTING, State.STOPPED):
             return
         problem = ""
         try:
-            counting = IMetrics(self.factory, None)
-            if counting is not None:
-                self._counted, problem = factory_counters(counting.metrics())
-        except BaseException as error:  # sys.exit() would end the beat of a worker, and so the worker
+            provider = IMetrics(self.factory, None)
+            if provider is not None:
+                self._factory_counters, problem = factory_counters(provider.metrics())
+        except BaseException as error:  # sys.exit() would end the heartbeat of a worker, which would then be killed
             problem = repr(error)
-            if problem != self._miscounted:
+            if problem != self._metrics_problem:
                 FACTORY_FAILED.failure(self._log, factory=self._factory_name, method="metrics")
         else:
-            if problem and problem != self._miscounted:
+            if problem and problem != self._metrics_problem:
                 FACTORY_METRICS_REJECTED.log(self._log, factory=self._factory_name, problem=problem)
-        # It is asked once a second, and a problem is logged once.
-        self._miscounted = problem
+        # This runs once a second. A problem that stays is logged once.
+        self._metrics_problem = problem
 
     def snapshot(self, now: float, process: dict[CounterKey, float]) -> dict[str, Any]:
-        """Return the state of the one process that serves: see Backend."""
+        """Return the state of this process, as worker 0: see Backend."""
         worker = {
             "worker": 0,
             "pid": os.getpid(),
@@ -287,15 +288,15 @@ class Server:
         return {"workers": [worker], "supervisor": None, "starts": {}, "exits": {}}
 
     def rows(self, sort: str, count: int) -> Deferred[ConnectionRows]:
-        """Return connections as `Registry.rows` does, each after the number of its worker, which is 0."""
+        """Return the rows of `Registry.rows`, each preceded by the number of its worker, which is 0."""
         return self.connections.rows(sort, count).addCallback(lambda rows: ([[0, *row] for row in rows], []))
 
     def refresh(self) -> Deferred[None]:
-        """Count all connections that are open now; fires when that is done."""
+        """Count the open connections. Fires when that is done."""
         return self.connections.refresh()
 
     def apply(self, settings: RuntimeSettings) -> None:
-        """Serve with these settings from now on."""
+        """Replace the settings."""
         self.settings = settings
         self._warn_of_descriptors()
         self.connections.apply(settings.limits)
@@ -315,7 +316,7 @@ class Server:
     # --- stop ---
 
     def abort(self) -> None:
-        """End the drain now: connections that are still open are aborted."""
+        """Abort open connections, and so end the drain."""
         self._aborted = True
         self._wake()
 
@@ -335,10 +336,10 @@ class Server:
             self._host.draining()
             self._host.extend_timeout(self.settings.drain_timeout + _FLUSH_LIMIT)
             DRAIN_STARTED.log(self._log, count=len(connections.open), seconds=self.settings.drain_timeout)
-            self._telling.clock = self.reactor
-            self._telling.start(_DRAIN_INTERVAL, now=False)
+            self._notifying.clock = self.reactor
+            self._notifying.start(_DRAIN_INTERVAL, now=False)
             await self._end_connections()
-            self._telling.stop()
+            self._notifying.stop()
             self.drain_aborted = connections.aborted - aborted
             self.drain_ended = connections.ended - ended - self.drain_aborted
             DRAIN_DONE.log(
@@ -347,10 +348,10 @@ class Server:
                 aborted=self.drain_aborted,
                 seconds=round(self.reactor.seconds() - began, 1),
             )
-        self._ask_factory()
+        self._read_metrics()
         self._move(State.STOPPED)
         connections.stop()
-        self._blocked.stop()
+        self._stalls.stop()
         for listener in self.listeners:
             listener.close()
         self._stop_factory()
@@ -372,7 +373,7 @@ class Server:
             drainable = IDrainable(self.factory, None)
             if drainable is not None:
                 drainable.drain()
-        except BaseException:  # the drain must go on
+        except BaseException:  # the drain must continue
             FACTORY_FAILED.failure(self._log, factory=self._factory_name, method="drain")
 
     async def _end_connections(self) -> None:
@@ -380,9 +381,9 @@ class Server:
         connections.when_empty = self._wake_if_empty
         self._endpoints.stop()
         for listener, port in self.served():
-            if listener.shared:  # its queue is the successor's
+            if listener.shared:  # its backlog is left to the successor
                 port.stopListening()
-                # A long drain would keep the socket listening after all other processes have closed it.
+                # Without this, a long drain would keep the socket listening after all other processes have closed it.
                 listener.socket.close()
             else:
                 port.finish().addCallback(self._finished, listener)
@@ -404,12 +405,12 @@ class Server:
             await self._wait(_FLUSH_STEP)
 
     def _finished(self, result: object, listener: Listener) -> None:
-        """Close a listener whose queue is empty. New clients are refused, or find a successor on the same address."""
+        """Close a listener whose backlog is empty. New clients are refused, or reach a successor on that address."""
         listener.close()
         self._wake_if_empty()
 
     async def _wait(self, seconds: float) -> None:
-        """Wait until there is no connection and no queue, or until `abort`, and at most for so long."""
+        """Wait until every connection has ended and every backlog is empty, until `abort`, or for `seconds`."""
         if self._aborted:
             return
         woken = self._woken = Deferred()

@@ -28,11 +28,11 @@ from rtservice.events import (
     TASK_FAILED,
 )
 from rtservice.net.description import ListenError
-from rtservice.net.tls import Steps, fingerprinting
+from rtservice.net.tls import fingerprinting
 from rtservice.process.backend import Backend, ConnectionRows
 from rtservice.process.certificates import certificates_of, logging_certificates
 from rtservice.process.meter import ProcessMeter
-from rtservice.process.orphans import Reaper
+from rtservice.process.orphans import OrphanReaper
 from rtservice.process.signals import Repeats, release
 from rtservice.process.slices import in_slices
 from rtservice.process.socket_files import close_listeners, remove_files
@@ -40,9 +40,10 @@ from rtservice.process.start_errors import StartError, log_start_failure
 from rtservice.process.state import State
 from rtservice.process.status_server import StatusServer
 from rtservice.process.systemd import Notifier
+from rtservice.steps import Steps
 
-# Signals that a stop may take: one to drain, one to abort the drain.
-_PATIENCE = 2
+# Stop signals that are handled in the reactor: the first drains, the second aborts the drain.
+_GRACEFUL_SIGNALS = 2
 
 
 class Reload(Protocol):
@@ -52,23 +53,23 @@ class Reload(Protocol):
         """Reload everything that can change while the service runs, or nothing."""
 
     def renewal(self) -> Steps[None] | None:
-        """Renew certificates whose files have changed, and nothing else; None where that takes a whole reload."""
+        """Renew certificates whose files have changed, and nothing else; None if that needs a full reload."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How the process was started, and what it reports to.
+    """The functions of the entry point that a ServiceProcess calls, and the connection to the service manager.
 
-    `check` is called before anything is served; it returns None, or the reason, in one line, why the start must fail.
-    `report` is called once: with None when every listener accepts, or with the reason in one line when the start
-    failed. `leave` ends the process at once, with the `exit_status` of its service. `dropped` returns the number of
-    log lines that were dropped. `protocol` names what is served, and `hint` says how to try and to stop it; the log has
-    both at the end of the start. `log_observer` makes the observer that twistd logs with; None leaves that to twistd.
+    `check` is called before anything is served. It returns None, or the problem in one line that makes the start fail.
+    `report` is called once: with None when every listener accepts, or with the problem in one line when the start has
+    failed. `exit_now` ends the process at once, with the `exit_status` of its service. `dropped` returns the number of
+    dropped log lines. `protocol` names what is served, and `hint` says how to try and to stop it; the log has both at
+    the end of the start. `log_observer` creates the observer that twistd logs with; None leaves that to twistd.
     """
 
     check: Callable[[], str | None]
     report: Callable[[str | None], None]
-    leave: Callable[[], None]
+    exit_now: Callable[[], None]
     notifier: Notifier
     dropped: Callable[[], int]
     protocol: str
@@ -77,12 +78,12 @@ class Launch:
 
 
 class ServiceProcess(Service):
-    """The service that twistd runs in the process that it was started as. It drives a backend, and is its Host.
+    """The service that twistd runs in the main process. It drives a backend, and is its Host.
 
-    `make_site` makes the factory of the status server, if that has listeners; it is called once, with this service.
+    `make_site` creates the factory of the status server, if that has listeners. It is called once, with this service.
 
-    SIGTERM and SIGINT drain, and a second one aborts the drain; a third one ends the process at once, if the backend
-    allows it. SIGHUP reloads, in slices, between which clients are served. The backend may handle more signals.
+    SIGTERM and SIGINT drain. A second one aborts the drain. A third one ends the process at once, if the backend allows
+    it. SIGHUP reloads in slices, between which clients are served. The backend may handle more signals.
     """
 
     name = "rtservice"
@@ -99,7 +100,7 @@ class ServiceProcess(Service):
     ) -> None:
         self.backend = backend
         self.exit_status = 0
-        self.reactor: Any = None  # known from startService on
+        self.reactor: Any = None  # set by startService
         self._reload = reload
         self._log = log
         self._launch = launch
@@ -111,21 +112,21 @@ class ServiceProcess(Service):
         ]
         self._slices: Deferred[None] | None = None  # a reload, or a check of the certificates, in progress
         self._reload_requested = False
-        self._reloading = False  # the service manager was told of a reload, and not of its end
-        self._serves = False  # the backend was ready
-        self._ending = False  # the reactor is told to stop
-        self._signals = 0  # that stop
+        self._reloading = False  # a reload was reported to the service manager, but not yet its end
+        self._serves = False  # the backend has been ready
+        self._ending = False  # the reactor is about to stop
+        self._signals = 0  # stop signals, without repeats
         self._stopped: Deferred[None] | None = None
         self._started = time.time()
         self._repeats = Repeats(lambda: self.reactor.seconds())
-        self._reaper = Reaper()
+        self._reaper = OrphanReaper()
         self._meter = ProcessMeter(launch.dropped)
         self._ticking = LoopingCall(self._tick)
         self._watchdog = LoopingCall(self._notify_watchdog)
         self._site = make_site(self) if status_server else None
 
     def setServiceParent(self, parent: Any) -> None:
-        # Twistd asks its application for an observer, and makes one if there is none.
+        # twistd logs with the observer of its application, and creates one if there is none.
         if self._launch.log_observer is not None and isinstance(parent, Componentized):
             parent.setComponent(ILogObserver, self._launch.log_observer())
         super().setServiceParent(parent)
@@ -133,7 +134,7 @@ class ServiceProcess(Service):
     # --- start ---
 
     def privilegedStartService(self) -> None:
-        """Bind what the backend binds itself. Raises StartError, with an address that cannot be listened on."""
+        """Bind the listeners that the backend binds itself. Raises StartError if one cannot be bound."""
         super().privilegedStartService()
         try:
             self.backend.prepare(self)
@@ -144,7 +145,7 @@ class ServiceProcess(Service):
         raise self._start_error(problem)
 
     def startService(self) -> None:
-        """Drop privileges, and have the backend serve. The reactor is needed from here on. Raises StartError."""
+        """Drop privileges, and start the backend when the reactor runs. Raises StartError."""
         from twisted.internet import reactor
 
         self.privilegedStartService()  # `twist` does not call it; after twistd has, it does nothing
@@ -153,25 +154,25 @@ class ServiceProcess(Service):
             raise self._start_error(problem)
         super().startService()
         self.reactor = reactor
-        # From here on, since a reload that is requested too early must not be the end, which is the default of SIGHUP.
+        # Before the service is ready: the default action of an early SIGHUP would end the process.
         signal.signal(signal.SIGHUP, self._request_reload)
         for number, action in self.backend.signals.items():
             self._on_signal(number, action)
-        # Not before the reactor handles signals: a program that reads "listening" may send one, which would end the
-        # process before it can clean up. Clients that are early wait in the sockets' queues.
+        # Serve only when the reactor handles signals: a program that reads "listening" may send one at once, which
+        # would end the process before it can clean up. Early clients wait in the backlog.
         reactor.callWhenRunning(self._serve)
 
     def _on_signal(self, number: int, action: Callable[[], None]) -> None:
         signal.signal(number, lambda number, frame: self.reactor.callFromThread(action))
 
     def _start_error(self, problem: str) -> StartError:
-        """Report the problem and clean up; returns what to raise before the reactor runs."""
+        """Report the problem and clean up. Return the exception to raise before the reactor runs."""
         self._report_failure(problem)
         self.abandon()
         return StartError(problem)
 
     def abandon(self) -> None:
-        """Close the sockets and remove their files: the process ends, and has never served."""
+        """Close the sockets and remove their files, in a process that ends without having served."""
         self._status_server.stop()
         close_listeners(self.backend.listeners, self._log)
 
@@ -187,7 +188,7 @@ class ServiceProcess(Service):
             self._ticking.start(self.backend.tick_interval, now=False)
             self._status_server.start(self.reactor, self._site)
             self._meter.start(self.reactor)
-        except BaseException:  # the reactor would log it, and go on
+        except BaseException:  # the reactor would log it and continue
             self.failed(log_start_failure(self._log, "the service did not start", Failure()))
         else:
             self.backend.start(self.reactor)
@@ -220,7 +221,7 @@ class ServiceProcess(Service):
         self._reload_if_requested()
 
     def failed(self, problem: str) -> None:
-        """End the process with exit status 1: it cannot serve all that it was started for."""
+        """End the process with exit status 1: the start, or a part of the service, has failed."""
         if not self._ending:
             if self._serves:
                 SERVICE_FAILED.log(self._log, problem=problem)
@@ -228,33 +229,33 @@ class ServiceProcess(Service):
                 self._report_failure(problem)
             self.exit_status = 1
             self._stop_reactor()
-            self.backend.abort()  # half a service is not kept running
+            self.backend.abort()  # an incomplete service must not keep running
 
     def draining(self) -> None:
         """Report to the service manager that the drain has begun."""
         self._notifier.stopping(self.backend.status)
 
     def reloaded(self) -> None:
-        """Report the end of a reload to the service manager, however it went, once it has reached every worker."""
+        """Report the end of a reload, successful or not, to the service manager, after it has reached every worker."""
         if self._reloading and self._slices is None and not self.backend.replacing and not self._ending:
             self._reloading = False
             self._notifier.ready(self.backend.status)
 
     def extend_timeout(self, seconds: float) -> None:
-        """Ask the service manager for `seconds` from now."""
+        """Extend the service manager's timeout to `seconds` from now."""
         self._notifier.extend_timeout(seconds)
 
     # --- while it serves ---
 
     @property
     def is_ready(self) -> bool:
-        """Whether to send new clients here. False from the signal to stop on."""
+        """Whether the service is ready for traffic. False after a stop signal."""
         return self.backend.ready and not self._ending
 
     @property
     def standing(self) -> tuple[bool, str]:
-        """Whether to send new clients here, and the state in one line, at a constant cost."""
-        return self.is_ready, self.backend.standing
+        """Whether the service is ready for traffic, and the state in one line, in constant time."""
+        return self.is_ready, self.backend.short_status
 
     def overview(self) -> dict[str, Any]:
         """Return the state of the service as plain data."""
@@ -271,11 +272,11 @@ class ServiceProcess(Service):
         }
 
     def rows(self, sort: str, count: int) -> Deferred[ConnectionRows]:
-        """Return connections: see Backend."""
+        """Return rows of open connections: see Backend."""
         return self.backend.rows(sort, count)
 
     def refresh(self) -> Deferred[None]:
-        """Have `overview` count all connections that are open now; fires when it does."""
+        """Update the counters of open connections for `overview`. Fires when they are current."""
         return self.backend.refresh()
 
     def _tick(self) -> None:
@@ -285,7 +286,7 @@ class ServiceProcess(Service):
             self.backend.tick()
             if self._notifier.connected:
                 self._notifier.status(self.backend.status)
-        except BaseException:  # it must not end the later checks
+        except BaseException:  # it must not end the LoopingCall
             TASK_FAILED.failure(self._log, task="periodic check")
 
     def _notify_watchdog(self) -> None:
@@ -299,7 +300,7 @@ class ServiceProcess(Service):
         self.reactor.callFromThread(self._reload_if_requested)
 
     def _reload_if_requested(self) -> None:
-        # One reload for all signals before it: what it reads is newer than them. And one after the other.
+        # One reload serves all signals before it, since it reads files later than they arrived. Two never overlap.
         if self._reload_requested and self._serves and not self._ending and self._slices is None:
             self._reload_requested = False
             self._take(self._reload_steps(), "reload")
@@ -312,7 +313,7 @@ class ServiceProcess(Service):
         yield from self._reload.steps()
 
     def _check_certificates(self) -> Steps[None]:
-        """Load certificates if their files have changed since the last time that they were loaded."""
+        """Load certificates if their files have changed since they were last loaded."""
         found = yield from self._fingerprinting()
         if found == self._fingerprint:
             return
@@ -331,7 +332,7 @@ class ServiceProcess(Service):
         return found
 
     def _take(self, steps: Steps[None], task: str) -> None:
-        """Take these steps in slices. There is one such work at a time; a reload requested meanwhile follows it."""
+        """Run these steps in slices. One task runs at a time. A reload that is requested meanwhile follows it."""
 
         def over(result: object) -> None:
             self._slices = None
@@ -340,11 +341,11 @@ class ServiceProcess(Service):
                     TASK_CANCELLED.log(self._log, task=task)
                 else:
                     TASK_FAILED.failure(self._log, result, task=task)
-            self.reloaded()  # or the service manager would wait for ever
+            self.reloaded()  # without it, the service manager would wait forever
             self._reload_if_requested()
 
         slices = self._slices = in_slices(steps, self.reactor)
-        slices.addBoth(over)  # which may be at once
+        slices.addBoth(over)  # may call it at once
 
     # --- stop ---
 
@@ -352,22 +353,22 @@ class ServiceProcess(Service):
         if self._repeats.is_repeat(number):
             return
         self._signals += 1
-        if self.backend.exits_at_once and (self.backend.state is State.STOPPED or self._signals > _PATIENCE):
-            # The process waits for threads, or its reactor is blocked and would not call anything.
+        if self.backend.exits_at_once and (self.backend.state is State.STOPPED or self._signals > _GRACEFUL_SIGNALS):
+            # The process waits for threads, or its reactor is blocked and calls nothing.
             STOP_FORCED.log(self._log, signal=signal.Signals(number).name)
             self.exit_status = self.exit_status or 128 + number
-            self._launch.leave()
+            self._launch.exit_now()
         self.reactor.callFromThread(self._stop, number)
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self._ending:
             STOP_REQUESTED.log(self._log, signal=name)
-            # Twisted's handler would end the process by the same signal after all is done.
+            # Twisted's handler would end the process with the same signal after the shutdown.
             self._stop_reactor()
         else:
             STOP_REPEATED.log(self._log, signal=name)
-            # As shells do for a process that a signal has ended.
+            # The status that shells report for a process that a signal has ended.
             self.exit_status = self.exit_status or 128 + number
             self.backend.abort()
 
@@ -388,14 +389,14 @@ class ServiceProcess(Service):
         return done
 
     async def _drain(self) -> None:
-        self._report_start(self.backend.unready)
+        self._report_start(self.backend.stopped_before_ready)
         if self._slices is not None:
             self._slices.cancel()
         remove_files(self.backend.listeners, self._log)
         await self.backend.drain()
-        for repeated in (self._ticking, self._watchdog):
-            if repeated.running:
-                repeated.stop()
+        for call in (self._ticking, self._watchdog):
+            if call.running:
+                call.stop()
         self._meter.stop()
         self._reaper.stop()
         self._status_server.stop()

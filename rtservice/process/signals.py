@@ -68,7 +68,7 @@ def release() -> None:
         signal.raise_signal(number)
 
 
-def inherit_nothing() -> None:
+def reset_inherited_signals() -> None:
     """Unblock all signals, and reset an ignored SIGCHLD, which would lose the exit status of children."""
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -97,7 +97,7 @@ class Repeats:
         self._counted: dict[int, float] = {}  # time of the last signal that counted, by number
 
     def is_repeat(self, number: int) -> bool:
-        """Return whether the signal received now is a repeat. If not, the time starts again."""
+        """Return whether the signal received now is a repeat. If it is not, the period of `REPEAT` starts again."""
         now = self._clock()
         last = self._counted.get(number)
         if last is not None and 0 <= now - last < REPEAT:  # a clock may be set back

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from rtservice.net.tls import Steps
+from rtservice.steps import Steps
 
 _Result = TypeVar("_Result")
 
-# Seconds of a slice, which ends with the step in progress, and seconds until the next slice. So the work takes at most
+# Seconds of a slice, which ends after the step in progress, and seconds until the next slice. So the work takes at most
 # about half of the process's time.
 SLICE, PAUSE = 0.002, 0.002
 
@@ -41,7 +41,7 @@ def in_slices(
 
     done: Deferred[_Result] = Deferred(cancel)
 
-    def go_on() -> None:
+    def run_slice() -> None:
         due.clear()
         end = seconds() + size
         try:
@@ -54,7 +54,7 @@ def in_slices(
         except BaseException:
             done.errback(Failure())
         else:
-            due.append(clock.callLater(pause, go_on))
+            due.append(clock.callLater(pause, run_slice))
 
-    go_on()
+    run_slice()
     return done

@@ -1,4 +1,4 @@
-"""Remove the socket files of UNIX listeners; a file that cannot be removed is a warning."""
+"""Remove the socket files of UNIX listeners, and log a warning for each that cannot be removed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def remove_files(listeners: Iterable[Listener], log: Logger) -> None:
         try:
             listener.remove_file()
         except OSError as problem:
-            # After privileges were dropped the directory may not be ours; the next start takes the file over.
+            # After privileges were dropped, the directory may not be writable. The next start replaces the file.
             LISTENER_FILE_KEPT.log(log, listener=listener.name, problem=problem.strerror)
 
 

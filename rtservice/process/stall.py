@@ -20,7 +20,7 @@ BLOCKED = 1.0
 # core.
 _BEAT = BLOCKED / 4
 
-# Seconds between two log records: a protocol that blocks does so for every client.
+# Seconds between two log records: a protocol that blocks often blocks for every client.
 _REPORT_EVERY = 10.0
 
 # Frames in a log record, from the innermost.
@@ -65,7 +65,7 @@ class StallDetector:
             if now - seen < self._seconds or now - reported < _REPORT_EVERY:
                 continue
             frame = sys._current_frames().get(self._reactor_thread)
-            # In the reactor's wait the reactor is not blocked: the whole process was suspended.
+            # A reactor in its poll call is not blocked: the whole process was suspended.
             if frame is None or frame.f_code.co_name == "doPoll" or self._seen != seen:
                 continue
             stack = "".join(traceback.format_stack(frame, limit=_FRAMES)).rstrip()

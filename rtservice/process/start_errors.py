@@ -11,7 +11,7 @@ from rtservice.events import START_EXCEPTION
 
 
 class StartError(SystemExit, Exception):
-    """The service cannot start. The text gives the reason, which has been reported.
+    """The service cannot start. The text is the reason, which is already reported.
 
     Twistd removes the pidfile for an Exception, and the interpreter prints no traceback for a SystemExit: it has to be
     both.
@@ -19,7 +19,7 @@ class StartError(SystemExit, Exception):
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
-        self.code = 1  # or the interpreter would print the text once more
+        self.code = 1  # with a text as code, the interpreter would print it again
 
 
 def one_line(failure: Failure) -> str:
@@ -32,7 +32,7 @@ def one_line(failure: Failure) -> str:
 
 
 def traceback_level(error: BaseException | None) -> Any:
-    """Return the level at which to log the traceback of a failed start: debug where the system refuses a call."""
+    """Return the level at which to log the traceback of a failed start: debug if the system rejected a call."""
     return LogLevel.debug if isinstance(error, OSError | MemoryError | KeyboardInterrupt) else LogLevel.error
 
 

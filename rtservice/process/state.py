@@ -1,4 +1,4 @@
-"""The states of a service, in one process or with workers, and the order in which they follow each other.
+"""The states of a service, with or without workers, and their transitions.
 
 STARTING ──→ SERVING ──→ DRAINING ──→ STOPPED
     ├────────────────────→┘              ↑
@@ -28,7 +28,7 @@ _MOVES = {
 
 
 def advance(state: State, following: State) -> State:
-    """Return the state that follows; raises RuntimeError where it cannot follow."""
+    """Return the state `following`. Raises RuntimeError if it cannot follow `state`."""
     if following not in _MOVES[state]:
         raise RuntimeError(f"a process that is {state.value} cannot become {following.value}")
     return following

@@ -18,31 +18,37 @@ from rtservice.process.admission import Limits
 from rtservice.process.registry import Registry
 from rtservice.process.socket_files import close_listeners
 
-# Connections of the status server: a scraper, a load balancer's probes, a few people. It has the fewest where
+# Connections of the status server: a scraper, a load balancer's probes, a few people. And their minimum where
 # descriptors are scarce.
 CONNECTIONS, _FEWEST = 100, 4
 
-# Seconds that a connection has, at the least, until it makes room for another, which bounds how many come and go in a
-# second; and seconds after which a request that is not finished makes room before connections that are idle. A request
-# and its answer take some milliseconds.
+# Minimum seconds that a connection is kept before it makes room for another, which limits new connections per second;
+# and seconds after which an unfinished request makes room before idle connections. A request and its answer take some
+# milliseconds.
 _STAY, _SLOW = 0.2, 1.0
 
-# Seconds without a byte in either direction; its protocol has deadlines that no byte extends.
+# Idle timeout in seconds. The protocol has further deadlines, which no byte extends.
 _IDLE_TIMEOUT = 30.0
 
 
 class StatusServer:
-    """Serves a factory on listeners apart from the service, with limits apart. Without listeners it is false.
+    """Serves a factory on the listeners of `--status`, with separate limits. Without listeners it is false.
 
-    Its connections are not counted among those of the service. When there are `CONNECTIONS`, one makes room for a new
-    one: one that is closing, or else the oldest whose request is not finished after `_SLOW`, or else the oldest that is
-    idle, or else the oldest whose request is not complete, or else the oldest. A protocol tells this with the
-    attributes `idle`, `complete` and `since` (a time.monotonic); without these it has not been idle since its
-    connection was opened. New clients wait in the kernel until one has stayed for `_STAY`. So no number of clients that
-    hold connections, or come and go, keeps out a new one.
+    Its connections are not counted among those of the service. At `CONNECTIONS` connections, the first of these makes
+    room for a new one:
 
-    `descriptors` is the largest number of descriptors that it may use, which can limit its connections; None is any
-    number.
+    1. a connection that is closing;
+    2. the oldest connection whose request is incomplete after `_SLOW` seconds;
+    3. the oldest idle connection;
+    4. the oldest connection whose request is incomplete;
+    5. the oldest connection.
+
+    A protocol reports its state in the attributes `idle`, `complete` and `since` (a time.monotonic). Without these it
+    counts as incomplete since its connection was opened. New clients wait in the backlog until a connection was kept
+    for `_STAY` seconds. So clients that hold connections, or that reconnect often, cannot keep out a new client.
+
+    `descriptors` is the maximum number of descriptors that it may use, which can limit its connections; None is
+    unlimited.
     """
 
     def __init__(self, log: Logger, listeners: list[Listener] | None = None, descriptors: int | None = None) -> None:
@@ -51,10 +57,10 @@ class StatusServer:
         self._most = CONNECTIONS
         if descriptors is not None:
             self._most = max(_FEWEST, min(CONNECTIONS, descriptors - self._beside_connections()))
-        # One that makes room is closed in the next turn of the reactor, and counts until then.
+        # Not limited to `_most`: a connection that makes room stays registered until the next turn of the reactor.
         limits = Limits(max_connections=2**31, at_limit="reject", idle_timeout=_IDLE_TIMEOUT)
-        # Clients that ask each second must not fill the log.
-        self._connections = Registry(Logger(observer=_discard), limits)  # type: ignore[arg-type]  # a function is one
+        # Clients that poll each second must not fill the log.
+        self._connections = Registry(Logger(observer=_discard), limits)  # type: ignore[arg-type]  # a plain function
         self._leaving: set[Any] = set()
         self._ports: list[Port] = []
         self._reactor: Any = None
@@ -67,11 +73,12 @@ class StatusServer:
 
     @property
     def descriptors(self) -> int:
-        """The largest number of descriptors that it uses at once."""
+        """The maximum number of descriptors that it uses at once."""
         return self._most + self._beside_connections() if self else 0
 
     def _beside_connections(self) -> int:
-        return len(self.listeners) * (1 + ACCEPTS_PER_EVENT)  # of which each makes another leave, a turn later
+        # Each accepted client makes another one leave, one turn later.
+        return len(self.listeners) * (1 + ACCEPTS_PER_EVENT)
 
     def start(self, reactor: Any, factory: Any) -> None:
         """Accept on the listeners, and serve `factory`."""
@@ -115,23 +122,23 @@ class StatusServer:
         now = monotonic()
         staying = self._staying()
         candidates = [connection for connection in staying if now - connection.opened >= _STAY] or staying
-        leaves = min(candidates, key=lambda connection: _importance(connection, now))
-        self._leaving.add(leaves)
+        replaced = min(candidates, key=lambda connection: _importance(connection, now))
+        self._leaving.add(replaced)
         self._made_room = now
-        leaves.error = LocalClose("made room")
-        # Not with a reset, which would take from a client the answer that it has not read. And not now: the descriptor
-        # must not be another's while this batch of events is handled.
-        self._reactor.callLater(0, leaves.connectionLost, Failure(ConnectionDone()))
+        replaced.error = LocalClose("made room")
+        # Closed without a reset: the client may not have read its answer yet. Closed in the next turn: the descriptor
+        # must not be reused while this batch of events is handled.
+        self._reactor.callLater(0, replaced.connectionLost, Failure(ConnectionDone()))
 
     def _pause_or_resume(self) -> None:
-        """Accept while there is room, or a connection that makes room."""
+        """Accept while there is room, or while a connection can make room."""
         if self._resuming is not None:
             self._resuming.cancel()
             self._resuming = None
         seconds = 0.0
         if self._is_full():
             oldest = min(connection.opened for connection in self._staying())
-            # One after the other, so that a crowd that comes back at once takes little of each turn of the reactor.
+            # Spaced evenly, so that many clients that reconnect at once take little of each turn of the reactor.
             seconds = max(oldest + _STAY, self._made_room + _STAY / self._most) - monotonic()
         if seconds > 0:
             self._resuming = self._reactor.callLater(seconds, self._resume)
@@ -159,7 +166,7 @@ class StatusServer:
 
 
 def _importance(connection: Any, now: float) -> tuple[int, float]:
-    """Return the place of a connection in the order in which they make room for others."""
+    """Return the sort key of a connection. The connection with the smallest key makes room first."""
     if connection.phase == "closing":
         return 0, connection.opened
     protocol: Any = connection.protocol

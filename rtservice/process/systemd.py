@@ -21,8 +21,8 @@ _STATUS_CHARACTERS = 1000
 class Notifier:
     """Sends the state of the service to the service manager, in one datagram for each call. No effect without a socket.
 
-    No method blocks or raises. If the manager is busy, a status, an extension of a timeout or a watchdog notification
-    is lost, which are repeated soon. A change of state is kept, and sent before the next notification.
+    No method blocks or raises. If the manager is busy, a status, an extended timeout or a watchdog notification is
+    dropped, since it is repeated soon. A change of state is kept, and sent before the next notification.
 
     `watchdog_interval` is the interval in seconds at which to call `watchdog`: half of the manager's watchdog timeout.
     None without a watchdog.
@@ -87,7 +87,7 @@ def _status(text: str) -> str:
 
 
 def from_environment(environ: MutableMapping[str, str]) -> Notifier:
-    """Return the notifier connected to NOTIFY_SOCKET. Removes its variables from `environ`, so that no child has them.
+    """Return a notifier connected to NOTIFY_SOCKET. Removes its variables from `environ`: no child must inherit them.
 
     Call it before the process changes its root directory, user and process id. Whether WATCHDOG_USEC applies to this
     process (WATCHDOG_PID, sd_watchdog_enabled(3)) is determined here: a daemon that forks later sends the watchdog

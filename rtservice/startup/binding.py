@@ -1,4 +1,4 @@
-"""Listeners from settings: check them, and bind their sockets."""
+"""Create the listeners that the settings describe: check them, and bind their sockets."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import SettingError
 from rtservice.escaping import escaped
 from rtservice.hidden import hide_in_description, hide_values, values_in_description
-from rtservice.net import listeners
+from rtservice.net import listen_types
 from rtservice.net.description import TYPES, Description, ListenError, parse, unknown_type
+from rtservice.net.listen_conflicts import first_conflict
 from rtservice.net.listener import Listener
-from rtservice.net.places import first_conflict
 from rtservice.observe.logfile import check_file
 from rtservice.startup.outputs import opening
 from rtservice.suggestions import did_you_mean
 
-# Backlog of the listener of --status. When there are many clients, they wait for a fraction of a second.
+# Backlog of the listener of --status. At its limit of connections, clients wait for a fraction of a second.
 _STATUS_BACKLOG = 1024
 
 
@@ -27,16 +27,16 @@ def open_listeners(
 ) -> tuple[list[Listener], list[tuple[str, Any]], list[Listener]]:
     """Bind the listeners. Return them, Twisted's endpoints with their descriptions, and the listeners of --status.
 
-    The endpoints are bound later. `slots` is the number of worker slots, 0 without workers. Raises SettingError.
+    Endpoints are bound later. `slots` is the number of worker slots, or 0 without workers. Raises SettingError.
     """
-    wanted, status = read_listeners(loaded, resolve_path, slots)
+    served, status = read_listeners(loaded, resolve_path, slots)
     endpoints = [
         (hide_in_description(description), endpoint) for description, endpoint in _other_endpoints(loaded, slots)
     ]
-    check_places(wanted, status)
+    check_places(served, status)
     opened: list[Listener] = []
     try:
-        for setting, listener in wanted:
+        for setting, listener in served:
             with naming(setting):
                 opened += listener.open()
         for setting, listener in status:
@@ -50,25 +50,27 @@ def open_listeners(
 
 
 # Settings, as error messages name them, with their parsed listeners.
-_Listeners = list[tuple[str, listeners.ListenerSpec]]
+_Listeners = list[tuple[str, listen_types.ListenerSpec]]
 
 
 def read_listeners(
     loaded: LoadedSettings, resolve_path: Callable[[str], str], slots: int
 ) -> tuple[_Listeners, _Listeners]:
-    """Parse the listeners of this package and those of --status, without opening them. Raises SettingError."""
+    """Parse the listeners of rtservice's types and those of --status, without opening them. Raises SettingError."""
     current = loaded.settings
-    wanted: _Listeners = []
+    served: _Listeners = []
     for description in current.listen:
         with naming(setting := described(loaded, "listen", description)):
             if parse(description).ours:
-                listener = listeners.read_description(
+                listener = listen_types.read_description(
                     description, backlog=current.backlog, resolve_path=resolve_path, slots=slots
                 )
-                wanted.append((setting, listener))
+                served.append((setting, listener))
     if not current.listen:
-        listener = listeners.read_port(current.port, interface=current.interface, backlog=current.backlog, slots=slots)
-        wanted.append((_port_and_interface(loaded), listener))
+        listener = listen_types.read_port(
+            current.port, interface=current.interface, backlog=current.backlog, slots=slots
+        )
+        served.append((_port_and_interface(loaded), listener))
     status: _Listeners = []
     if current.status:
         with naming(setting := described(loaded, "status", current.status)):
@@ -77,11 +79,11 @@ def read_listeners(
                 raise ListenError(unknown_type(read, proxy=False))
             if read.proxied:
                 raise ListenError("the status server does not accept PROXY headers; remove proxy:")
-            listener = listeners.read_description(
+            listener = listen_types.read_description(
                 current.status, backlog=_STATUS_BACKLOG, resolve_path=resolve_path, loopback=True
             )
             status.append((setting, listener))
-    return wanted, status
+    return served, status
 
 
 def described(loaded: LoadedSettings, name: str, description: str) -> str:
@@ -90,17 +92,17 @@ def described(loaded: LoadedSettings, name: str, description: str) -> str:
 
 
 def _other_endpoints(loaded: LoadedSettings, slots: int) -> Iterator[tuple[str, Any]]:
-    """Yield the descriptions of types of Twisted and its plugins, with their endpoints. Raises SettingError."""
+    """Yield each description of a type of Twisted or its plugins, with its endpoint. Raises SettingError."""
     for description in loaded.settings.listen:
         with naming(described(loaded, "listen", description)):
             if not parse(description).ours:
                 yield description, _other_endpoint(description, slots)
 
 
-def check_places(wanted: _Listeners, status: _Listeners, *, look_up: bool = True) -> None:
+def check_places(served: _Listeners, status: _Listeners, *, look_up: bool = True) -> None:
     """Find conflicts between listeners before any is bound. Raises SettingError."""
     places = []
-    for setting, listener in (*wanted, *status):
+    for setting, listener in (*served, *status):
         with naming(setting):
             places.append((setting, listener.places(look_up=look_up)))
     if conflict := first_conflict(places):
@@ -108,10 +110,10 @@ def check_places(wanted: _Listeners, status: _Listeners, *, look_up: bool = True
 
 
 def check_configuration(loaded: LoadedSettings, resolve_path: Callable[[str], str], slots: int) -> None:
-    """Find the errors that open_listeners would, without listening. Raises SettingError."""
+    """Find the errors that open_listeners would find, without binding sockets. Raises SettingError."""
     current = loaded.settings
-    wanted, status = read_listeners(loaded, resolve_path, slots)
-    for setting, listener in wanted:
+    served, status = read_listeners(loaded, resolve_path, slots)
+    for setting, listener in served:
         with naming(setting):
             listener.check()
     for _ in _other_endpoints(loaded, slots):
@@ -122,7 +124,7 @@ def check_configuration(loaded: LoadedSettings, resolve_path: Callable[[str], st
     for setting, listener in status:
         with naming(setting):
             listener.check()
-    check_places(wanted, status)
+    check_places(served, status)
 
 
 def _port_and_interface(loaded: LoadedSettings) -> str:
@@ -141,7 +143,7 @@ def naming(setting: str) -> Iterator[None]:
 
 
 def check_other_types(loaded: LoadedSettings, slots: int) -> None:
-    """Reject descriptions of an unknown type, and with workers those of Twisted's types. Raises SettingError."""
+    """Reject descriptions of unknown types, and with workers those of Twisted's types. Raises SettingError."""
     for description in loaded.settings.listen:
         with naming(described(loaded, "listen", description)):
             if not (read := parse(description)).ours:
@@ -149,7 +151,7 @@ def check_other_types(loaded: LoadedSettings, slots: int) -> None:
 
 
 def _check_other_type(description: Description, slots: int) -> None:
-    """Check that the type of a description is one of Twisted or its plugins. Raises ListenError, also with workers."""
+    """Check that Twisted or a plugin provides the type of a description. Raises ListenError, also with workers."""
     from twisted.internet.interfaces import IStreamServerEndpointStringParser
     from twisted.plugin import getPlugins
 
@@ -161,7 +163,7 @@ def _check_other_type(description: Description, slots: int) -> None:
 
 
 def _other_endpoint(description: str, slots: int) -> Any:
-    """Return the endpoint of a type of Twisted or one of its plugins. Raises ListenError, also with workers."""
+    """Return the endpoint of a description of Twisted or of a plugin. Raises ListenError, also with workers."""
     read = parse(description)
     _check_other_type(read, slots)
     if read.kind == "tls" and "".join(read.positional[:1]).isdecimal():

@@ -55,11 +55,11 @@ class Credentials:
 
     def _verify(self) -> None:
         # A sandbox may report success without changing anything.
-        for what, wanted, ids in (("uid", self.uid, os.getresuid()), ("gid", self.gid, os.getresgid())):
-            # Real, effective and saved: each allows the others to be set again (setresuid(2)).
-            if wanted is not None and set(ids) != {wanted}:
+        for name, expected, ids in (("uid", self.uid, os.getresuid()), ("gid", self.gid, os.getresgid())):
+            # Real, effective and saved: each of the three allows the others to be set again (setresuid(2)).
+            if expected is not None and set(ids) != {expected}:
                 raise CredentialsError(
-                    f"--{what} {wanted}: the process still runs as {what} {max(set(ids) - {wanted})}"
+                    f"--{name} {expected}: the process still runs as {name} {max(set(ids) - {expected})}"
                 )
         if self.groups is not None:
             kept = set(os.getgroups()) - set(self.groups)

@@ -21,9 +21,9 @@ from rtservice.process import signals
 class Outputs:
     """Opens the log and the access log before privileges are dropped. The constructor raises SettingError.
 
-    `format` makes the observer that twistd is to log with; None leaves the choice to twistd, as for `--syslog`. It
-    writes the same lines to the same file as twistd's own observers, which make a system call for each record, block
-    on a pipe that is not read, and raise when a disk is full.
+    `format` creates the observer with which twistd logs. None leaves the choice to twistd, as for `--syslog`. The
+    observer writes the same lines to the same file as twistd's observers. Those make a system call for each record,
+    block on a pipe that is not read, and raise an exception when a disk is full.
     """
 
     def __init__(self, loaded: LoadedSettings, twistd: Any, resolve_path: Callable[[str], str], log: Log) -> None:
@@ -41,7 +41,7 @@ class Outputs:
             if file == "-":
                 self._aside = None
             with opening("--logfile", file):
-                # The mode that twistd uses.
+                # As twistd does.
                 output = self._output(file, twistd, rotated=loaded.settings.log_files, mode=0o666)
                 main = self._start(output)
             log_format.write_to(main, log.levels)
@@ -51,7 +51,7 @@ class Outputs:
         if file:
             with opening(loaded.where("access-log"), file):
                 path = file if file == "-" else resolve_path(file)
-                # One writer if both are one file: no mixed batches, and one rotation.
+                # One writer if both are the same file, so that lines are not mixed and the file is rotated once.
                 shared = main is not None and _same_file(1 if file == "-" else path, main.fileno())
                 self.access = main if shared else self._start(self._output(path, twistd))
         before = signals.handler(signal.SIGUSR1)

@@ -29,7 +29,7 @@ def open_standard_descriptors() -> None:
 
 
 def reason(error: OSError) -> str:
-    """Return the system's text for an error, for use within a sentence."""
+    """Return the system's text of an error, beginning in lower case."""
     text = error.strerror or str(error)
     return text[:1].lower() + text[1:]
 
@@ -77,7 +77,7 @@ def check_directories(twistd: Any, resolve_path: Callable[[str], str]) -> None:
     if twistd.get("chroot") is not None:
         _check_directory(f"--chroot {escaped(twistd['chroot'])}", twistd["chroot"])
     elif rundir == ".":  # the default, to which twistd changes too
-        _check_directory("the working directory", rundir, "; change to another, or name one with --rundir")
+        _check_directory("the working directory", rundir, "; change to another directory, or set --rundir")
     elif rundir is not None:
         _check_directory(f"--rundir {escaped(rundir)}", rundir)
     given = twistd.get("pidfile")
@@ -127,7 +127,7 @@ def check_pidfile(given: str | None, resolve_path: Callable[[str], str]) -> None
 def check_changes(twistd: Any, credentials: Credentials, slots: int) -> None:
     """Check that root directory and user can be changed as twistd's options require. Raises SettingError.
 
-    A child process tries it, since the changes cannot be undone.
+    A child process tries the changes, since they cannot be undone.
     """
     root, rundir = twistd.get("chroot"), twistd.get("rundir")
     if root is None and not credentials:
@@ -158,8 +158,8 @@ def check_changes(twistd: Any, credentials: Credentials, slots: int) -> None:
         raise SettingError(problem)
 
 
-# Descriptors that a start needs after everything is bound: those by which the reactor receives signals, the pidfile,
-# the pipe of a daemon, and some for clients. Each worker needs four pipes, and eight for a moment.
+# Descriptors that a start needs after all sockets are bound: for the signals of the reactor, the pidfile, the pipe of a
+# daemon, and some clients. Each worker needs four pipes, and further descriptors while it is spawned.
 _DESCRIPTORS_LEFT, _WORKER_DESCRIPTORS, _SPAWN_DESCRIPTORS = 8, 4, 5
 
 
@@ -168,17 +168,17 @@ def check_descriptors(slots: int, limit: int) -> None:
 
     Without this, Twisted's reactor would continue without receiving signals, and workers could not be spawned.
     """
-    wanted = _DESCRIPTORS_LEFT + (_SPAWN_DESCRIPTORS + slots * _WORKER_DESCRIPTORS if slots > 1 else 0)
+    needed = _DESCRIPTORS_LEFT + (_SPAWN_DESCRIPTORS + slots * _WORKER_DESCRIPTORS if slots > 1 else 0)
     held: list[int] = []
     try:
-        while len(held) < wanted:
+        while len(held) < needed:
             held.append(os.dup(2))
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
         raise SettingError(
             f"the limit of descriptors (ulimit -n, LimitNOFILE=) is {limit}; "
-            f"this service needs at least {limit + wanted - len(held)}"
+            f"this service needs at least {limit + needed - len(held)}"
         ) from None
     finally:
         for descriptor in held:

@@ -1,4 +1,4 @@
-"""SIGHUP: read settings and certificates again, check all of them, and apply them to the server or the workers."""
+"""Reload on SIGHUP: read settings and certificates, check all of them, and apply them to the server or the workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rtservice.hosting.names import SHIPPED
 from rtservice.net.description import ListenError, parse
 from rtservice.net.listener import Listener
 from rtservice.net.port import Port
-from rtservice.net.tls import Files, Steps, TLSError
+from rtservice.net.tls import Files, TLSError
 from rtservice.observe.logs import Log
 from rtservice.pool.pool import WorkerPool
 from rtservice.pool.start_message import describe
@@ -33,16 +33,17 @@ from rtservice.process.status_server import StatusServer
 from rtservice.process_settings import levels, process_count, runtime_settings
 from rtservice.startup.binding import check_other_types, check_places, read_listeners
 from rtservice.startup.settings_source import SettingsSource
+from rtservice.steps import Steps
 
-# Settings that say where to listen.
+# Settings that determine the listeners.
 _OF_LISTENERS = ("listen", "port", "interface", "status")
 
-# Settings that a factory is made of.
+# Settings that determine the factory.
 _OF_FACTORIES = ("protocol", "protocol-option", *(alias.name for alias in ALIASES))
 
 
 class CurrentSettings:
-    """The settings that are in use: those of the start, and of each reload what can change while the service runs."""
+    """The current settings: those of the start, with what each reload has changed."""
 
     def __init__(self, loaded: LoadedSettings, source: SettingsSource, resolve_path: Callable[[str], str]) -> None:
         self.current = loaded.settings
@@ -55,40 +56,41 @@ class CurrentSettings:
         return shown_settings(self.current, SHIPPED)
 
     def status_hosts(self) -> frozenset[str]:
-        """Return the host names, in lower case, that clients of the status server may name."""
+        """Return the host names, in lower case, that the status server accepts in the header Host."""
         interface = parse(self.current.status).interface.lower().removesuffix(".")
-        # Every address of this host is no host name, and not the `*` of --status-host, which is any name.
+        # Here `*` means all addresses of this host. In --status-host it means any name.
         return frozenset((*self.current.status_host, *([] if interface in ("", "*") else [interface])))
 
     def read(self) -> LoadedSettings:
-        """Return the settings that the file contains now, checked as for a start. Raises SettingError."""
-        wanted = self.source.read()
-        if any(name in _OF_LISTENERS for name in changes(self.current, wanted.settings)[1]):
-            # It takes a restart, which must not be what finds the mistake. No name server is asked: the service waits.
-            slots = process_count(wanted.settings)
-            check_places(*read_listeners(wanted, self._resolve_path, slots), look_up=False)
-            check_other_types(wanted, slots)
-        return wanted
+        """Return the new settings, checked as for a start. Raises SettingError."""
+        loaded = self.source.read()
+        if any(name in _OF_LISTENERS for name in changes(self.current, loaded.settings)[1]):
+            # These need a restart. Checked now, so that an error does not appear only at the restart. Host names are
+            # not resolved: the service would wait for the resolver.
+            slots = process_count(loaded.settings)
+            check_places(*read_listeners(loaded, self._resolve_path, slots), look_up=False)
+            check_other_types(loaded, slots)
+        return loaded
 
-    def merged(self, wanted: Settings) -> LoadedSettings:
-        """Return the current settings, with those of `wanted` that can change while the service runs."""
+    def merged(self, new: Settings) -> LoadedSettings:
+        """Return the current settings, with those of `new` that a reload changes."""
         # The others stay unchanged, so that the next reload names them again.
-        live, _ = changes(self.current, wanted)
-        changed = {setting.field: getattr(wanted, setting.field) for setting in all_settings() if setting.name in live}
+        live, _ = changes(self.current, new)
+        changed = {setting.field: getattr(new, setting.field) for setting in all_settings() if setting.name in live}
         return LoadedSettings(dataclasses.replace(self.current, **changed), self._sources)
 
-    def adopt(self, wanted: Settings, log: Log) -> None:
-        """Use what can change from now on, and log the names of all that has changed."""
-        live, restart = changes(self.current, wanted)
-        log.levels.change(levels(wanted))
-        self.current = self.merged(wanted).settings
+    def use(self, new: Settings, log: Log) -> None:
+        """Make the new settings current, as far as a reload changes them, and log the names of all changed ones."""
+        live, restart = changes(self.current, new)
+        log.levels.change(levels(new))
+        self.current = self.merged(new).settings
         SETTINGS_RELOADED.log(log, settings=", ".join(live) or "none")
         if restart:
             SETTINGS_NEED_RESTART.log(log, settings=", ".join(restart))
 
 
 class ReloadServer:
-    """Reloads a server in this process: everything that changed and can change while it serves, or nothing at all."""
+    """Reloads the server of this process: applies all changed settings and certificates, or nothing."""
 
     def __init__(self, settings: CurrentSettings, server: Server, status_server: StatusServer, log: Log) -> None:
         self._settings = settings
@@ -97,33 +99,34 @@ class ReloadServer:
         self._log = log
 
     def steps(self) -> Steps[None]:
-        """Read settings and certificates, and apply them at once when all are found to be right."""
+        """Read settings and certificates. Apply them together if all are valid."""
         RELOAD_STARTED.log(self._log)
         settings = self._settings
         try:
             loaded = settings.read()
-            wanted = loaded.settings
-            if any(name in _OF_FACTORIES for name in changes(settings.current, wanted)[1]):
-                settings.source.make_factory(loaded)  # it takes a restart, which must not be what finds the mistake
-            adopt = yield from renewing(self._served())
+            new = loaded.settings
+            if any(name in _OF_FACTORIES for name in changes(settings.current, new)[1]):
+                # These need a restart. Checked now, so that an error does not appear only at the restart.
+                settings.source.make_factory(loaded)
+            use_certificates = yield from renewing(self._served())
         except (SettingError, ListenError) as problem:
             RELOAD_FAILED.log(self._log, problem=str(problem))
             return
-        freeing = adopt()
-        self._server.apply(runtime_settings(wanted, beside=self._status_server.descriptors))
+        freeing = use_certificates()
+        self._server.apply(runtime_settings(new, reserved=self._status_server.descriptors))
         yield from logging_certificates(self._log, self._server.listeners)
         yield from freeing
-        settings.adopt(wanted, self._log)
+        settings.use(new, self._log)
         RELOAD_DONE.log(self._log, status=self._server.status)
 
     def renewal(self) -> Steps[None]:
-        """Renew the certificates alone."""
+        """Renew the certificates, and nothing else."""
         try:
-            adopt = yield from renewing(self._served())
+            use_certificates = yield from renewing(self._served())
         except ListenError as problem:
             CERTIFICATES_REJECTED.log(self._log, problem=str(problem))
             return
-        freeing = adopt()
+        freeing = use_certificates()
         yield from logging_certificates(self._log, self._server.listeners)
         yield from freeing
 
@@ -132,7 +135,7 @@ class ReloadServer:
 
 
 class ReloadWorkers:
-    """Replaces the workers by others, with the settings, certificates and code of now."""
+    """Replaces the workers by workers with the new settings, certificates and code."""
 
     def __init__(self, settings: CurrentSettings, pool: WorkerPool, status_server: StatusServer, log: Log) -> None:
         self._settings = settings
@@ -141,26 +144,26 @@ class ReloadWorkers:
         self._log = log
 
     def steps(self) -> Steps[None]:
-        """Read settings and certificates, and have the pool replace its workers when all are found to be right."""
+        """Read settings and certificates. If all are valid, let the pool replace its workers."""
         RELOAD_STARTED.log(self._log)
         listeners = self._pool.listeners
         try:
-            wanted = self._settings.read().settings
-            # The new workers get what was read here, in their `start` message.
+            new = self._settings.read().settings
+            # The new workers receive these files in their `start` message.
             read: dict[object, Files] = {}
             served = [*((listener, None) for listener in listeners), *self._status_server.served()]
-            adopt = yield from renewing(served, read)
-            spec = worker_spec(self._settings.merged(wanted), listeners, self._settings.source, read)
+            use_certificates = yield from renewing(served, read)
+            spec = worker_spec(self._settings.merged(new), listeners, self._settings.source, read)
         except (SettingError, ListenError, TLSError) as problem:
             RELOAD_FAILED.log(self._log, problem=str(problem))
             return
-        yield from adopt()
-        self._settings.adopt(wanted, self._log)
+        yield from use_certificates()
+        self._settings.use(new, self._log)
         yield from logging_certificates(self._log, listeners)
         self._pool.apply(spec)
 
     def renewal(self) -> None:
-        """Workers have to be replaced: they get their certificates when they start."""
+        """Return None: workers receive certificates when they start, so a full reload is needed."""
 
 
 def worker_spec(
@@ -169,9 +172,9 @@ def worker_spec(
     source: SettingsSource,
     read: Mapping[object, Files] | None = None,
 ) -> WorkerSpec:
-    """Return what to start workers with. Raises TLSError and SettingError.
+    """Return the spec of workers with these settings. Raises TLSError and SettingError.
 
-    `read` is what was read for the listeners, by their sources; without it, the files are read.
+    `read` has the files of the listeners, by their sources. Without it, the files are read.
     """
     settings = loaded.settings
     described = describe(

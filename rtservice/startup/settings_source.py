@@ -1,4 +1,4 @@
-"""Read the settings again, with the command line, the environment and the file that the process was started with."""
+"""Read the settings again, from the command line, the environment and the file of the start."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rtservice.references import OptionValue
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsSource:
-    """Where settings come from. A daemon has changed its directory and its environment when it reloads.
+    """The sources of the settings, kept for reloads: a daemon changes its working directory and environment.
 
     `given` are the settings of the command line, by name. `file` is the absolute path of the TOML file, or None.
-    Files that options of the protocol name are relative to `started_in`, and paths that the protocol itself opens to
+    Files of option values (`@FILE`) are relative to `started_in`. Paths that the protocol opens are relative to
     `directory`.
     """
 
@@ -28,15 +28,15 @@ class SettingsSource:
     directory: str
 
     def read(self) -> LoadedSettings:
-        """Return the settings, with what the file contains now. Raises SettingError."""
+        """Return the settings, with the current content of the file. Raises SettingError."""
         return load_settings(dict(self.given), self.environment, self.file, ALIASES)
 
     def protocol_options(self, loaded: LoadedSettings) -> tuple[OptionValue, ...]:
-        """Return the options of the protocol, with what their files contain now. Raises SettingError."""
+        """Return the options of the protocol, with the current contents of their files. Raises SettingError."""
         return resolve_options(loaded, self.environment, self.started_in)
 
     def make_factory(self, loaded: LoadedSettings, processes: int = 1) -> Any:
-        """Return the factory of these settings, for one of so many processes. Raises SettingError."""
+        """Return the factory for these settings. `processes` is the number of processes. Raises SettingError."""
         return make_factory(
             loaded, options=self.protocol_options(loaded), directory=self.directory, processes=processes
         )

@@ -29,10 +29,10 @@ from rtservice.startup.preflight import reason
 
 
 class StartReporter:
-    """Reports the outcome of a start, which begins with the options and ends when the service serves or fails.
+    """Reports the outcome of a start, which begins with the options and ends when the service is ready or fails.
 
-    A failure ends the process with one line. What Twisted does between `makeService` and the reactor may raise, too,
-    and would be a traceback: after `watch`, that is reported the same way, and the service is abandoned.
+    A failure ends the process with one line. After `watch`, this includes exceptions of Twisted between `makeService`
+    and the reactor, which would be printed as tracebacks. Then the service is abandoned.
     """
 
     def __init__(self, twistd: Any) -> None:
@@ -43,15 +43,15 @@ class StartReporter:
         self._pipe: int | None = None
         self._terminal: int | None = None
         self._hook: Callable[..., object] | None = None
-        self._forks = 0  # that are still to come
-        self.over = False  # it has succeeded, or its failure is reported
+        self._forks = 0  # expected ones
+        self.over = False  # the start has succeeded, or its failure is reported
 
     def watch(self) -> None:
-        """Report exceptions that are not caught, until the start is over."""
+        """Report uncaught exceptions until the start is over."""
         self._hook, sys.excepthook = sys.excepthook, self._uncaught
 
     def prepare(self, credentials: Credentials, log: Log) -> None:
-        """Keep the terminal, since descriptor 2 is another file in a daemon, and have `check` change the user."""
+        """Keep the terminal, since a daemon replaces descriptor 2. `check` will assume the credentials."""
         self._log = log
         self._terminal = os.dup(2)
         self._credentials = credentials
@@ -61,18 +61,18 @@ class StartReporter:
                 self._twistd[option] = None
 
     def take(self, service: ServiceProcess) -> None:
-        """Abandon this service if the start fails from now on."""
+        """Set the service that is abandoned if the start fails."""
         self._service = service
 
     def expect_forks(self) -> None:
-        """Prepare for the two forks by which twistd becomes a daemon. Nothing else is to fork before them."""
+        """Prepare for the two forks with which twistd becomes a daemon. No other fork may happen before them."""
         self._forks = 2
         os.register_at_fork(after_in_parent=self._forked, after_in_child=self._forked_off)
 
     def _forked(self) -> None:
-        """Close the writing end of the pipe at which this process waits for the daemon; or it exits.
+        """Close the writing end of the pipe from which this process, the parent, reads the outcome of the daemon.
 
-        Twisted leaves it open: this process would wait for ever for a daemon that is killed before it serves.
+        Twisted leaves it open, so the parent would wait forever if the daemon is killed before it is ready.
         """
         if self._forks:
             self._forks = 0
@@ -95,7 +95,7 @@ class StartReporter:
             signals.hold()
 
     def check(self) -> str | None:
-        """Drop privileges, after all sockets are bound and before anything is served; return the problem, if any."""
+        """Drop privileges, after all sockets are bound and before any client is served. Return a problem, or None."""
         self._take_pipe()
         try:
             self._credentials.assume()
@@ -106,9 +106,9 @@ class StartReporter:
         return None
 
     def report(self, problem: str | None) -> None:
-        """End the start: with None it has succeeded, otherwise `problem` is printed."""
+        """End the start. None means success. Otherwise `problem` is printed."""
         self.over = True
-        if self._hook is not None and sys.excepthook == self._uncaught:  # hosted code may have put its own in front
+        if self._hook is not None and sys.excepthook == self._uncaught:  # hosted code may have replaced it
             sys.excepthook = self._hook
         self._take_pipe()
         if problem is None:
@@ -116,7 +116,7 @@ class StartReporter:
         else:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(self._terminal or 2, f"rtservice: {escaped(problem)}\n".encode())
-            # The command returns when all is cleaned up: a retry at once finds no pidfile and no port in use.
+            # At exit, so that the command returns after the cleanup. A retry then finds no pidfile and no port in use.
             atexit.register(self._answer, b"1 rtservice did not start")
         if self._terminal is not None:
             os.close(self._terminal)
@@ -130,7 +130,7 @@ class StartReporter:
         self.report(problem)
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if self.over and self._hook is not None:  # an excepthook of hosted code calls this one still
+        if self.over and self._hook is not None:  # an excepthook of hosted code may still call this method
             self._hook(kind, error, traceback)
             return
         problem = unexpected(error)
@@ -145,20 +145,20 @@ class StartReporter:
             os.close(self._pipe)
 
     def _take_pipe(self) -> None:
-        # When twistd daemonizes, the command on the terminal waits at this pipe for a word. Twistd would report success
-        # too early, and of an error the first 98 bytes.
+        # When twistd daemonizes, the command on the terminal reads the outcome from this pipe. Twisted would report
+        # success too early, and only the first 98 bytes of an error.
         if self._twistd.get("statusPipe") is not None:
             self._pipe, self._twistd["statusPipe"] = self._twistd["statusPipe"], None
 
 
 def _is_written(descriptor: int) -> bool:
-    """Whether a descriptor is the writing end of a pipe; raises OSError."""
-    how = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
-    return how == os.O_WRONLY and stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    """Whether a descriptor is the writing end of a pipe. Raises OSError."""
+    mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    return mode == os.O_WRONLY and stat.S_ISFIFO(os.fstat(descriptor).st_mode)
 
 
 def unexpected(error: BaseException) -> str:
-    """Return an unexpected exception of a start in one line."""
+    """Return an unexpected exception during a start as one line."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if not isinstance(error, OSError) or error.errno is None:
@@ -172,9 +172,9 @@ def unexpected(error: BaseException) -> str:
 
 
 class ExitWithStatus:
-    """Ends the process with the exit status of its service, unless that is 0: twistd exits with 0 in any case.
+    """Ends the process with the exit status of its service, unless that is 0: twistd itself always exits with 0.
 
-    It is to be registered with atexit before hosted code is imported, so that it is called last.
+    It must be registered with atexit before hosted code is imported, so that it is called last.
     """
 
     def __init__(self, start: StartReporter) -> None:
@@ -183,7 +183,7 @@ class ExitWithStatus:
         self._outputs: Outputs | None = None
 
     def take(self, service: ServiceProcess, outputs: Outputs) -> None:
-        """Use the exit status of this service from now on, after these outputs are written."""
+        """Set the service whose exit status is used, and the outputs that are written before."""
         self._service, self._outputs = service, outputs
         self._start.take(service)
 
@@ -191,8 +191,8 @@ class ExitWithStatus:
         if self._service is None or self._outputs is None:
             return
         if not self._start.over:
-            # The process or its reactor was ended without a report, as by hosted code that calls sys.exit().
-            self._start.abandon("the process ended before it served")
+            # The process or its reactor ended without a report, for example because hosted code called sys.exit().
+            self._start.abandon("the process ended before the service was ready")
         if self._service.exit_status:
             self._outputs.finish()
             sys.stdout.flush()

@@ -9,8 +9,8 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.logger import LogLevel, globalLogPublisher
 
+from rtservice.net.listen_types import open_description
 from rtservice.net.listener import Listener
-from rtservice.net.listeners import open_description
 from rtservice.net.port import Port
 from tests.support.deadline import DEADLINE
 from tests.support.listeners import described

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from rtservice.net import activation
-from rtservice.net.listeners import check_description
+from rtservice.net.listen_types import check_description
 from tests.support.ipv6 import needs_ipv6
 from tests.support.listeners import FILES, PLAIN, described, handshake, refusal, unix_socket
 from tests.support.programs import program

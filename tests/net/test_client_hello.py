@@ -18,7 +18,7 @@ from rtservice.net.client_hello import (
     ALPNGate,
     ClientHello,
     ClientHelloReader,
-    Refusal,
+    HandshakeRejection,
     Unread,
     parse_client_hello,
 )
@@ -221,7 +221,7 @@ def test_a_client_that_ssl_serves_without_its_alpn_has_not_passed_the_gate(certi
         shown = data.hex()
         if outgoing.read(1) != b"\x16":
             counts["failed"] += 1
-        elif isinstance(passed, Refusal):
+        elif isinstance(passed, HandshakeRejection):
             assert not isinstance(found, ClientHello) or connection.selected_alpn_protocol() is None, shown
             counts["refused"] += 1
         elif connection.selected_alpn_protocol() == "echo":
@@ -271,7 +271,7 @@ def test_the_gate_gives_every_byte_on_once_a_protocol_is_ours_or_none_is_asked_f
 )
 def test_the_gate_refuses_what_has_none_of_our_protocols_or_hides_them(data, alert) -> None:
     refusal = ALPNGate((b"echo",)).feed(data)
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, HandshakeRejection)
     assert refusal.alert == alert
     assert refusal.reason
 

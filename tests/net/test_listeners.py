@@ -12,7 +12,7 @@ from twisted.logger import Logger, formatEvent
 
 from rtservice.net import sockets, tcp
 from rtservice.net.description import ListenError, parse
-from rtservice.net.listeners import check_description, check_port, open_description, open_port
+from rtservice.net.listen_types import check_description, check_port, open_description, open_port
 from tests.support.ipv6 import needs_ipv6
 from tests.support.listeners import FILES, described, refusal, unix_socket
 

@@ -12,8 +12,9 @@ import pytest
 from rtservice.escaping import escaped
 from rtservice.net.der import time as der_time
 from rtservice.net.listener import Listener
-from rtservice.net.tls import DirectoryTLS, ServerTLS, TLSError, finish
+from rtservice.net.tls import DirectoryTLS, ServerTLS, TLSError
 from rtservice.process.certificates import certificates_of, logging_certificates
+from rtservice.steps import finish
 from tests.support.odd_certificates import common_name, dns, odd_certificate, tlv
 
 OTHER_NAME = tlv(0xA0, b"\x06\x03\x2a\x03\x04", tlv(0xA0, tlv(0x0C, b"me")))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rtservice.net.description import ListenError
-from rtservice.net.listeners import check_description
+from rtservice.net.listen_types import check_description
 
 FILES = (
     "privateKey={0}/key.pem:certKey={0}/cert.pem:extraCertChain={0}/chain.pem:clientCA={0}/ca.pem"

@@ -22,7 +22,7 @@ from twisted.logger import Logger, LogLevel
 
 from rtservice.net.connection import Connection
 from rtservice.net.handshakes import ProxyHandshake
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
 from rtservice.process.admission import Limits

@@ -18,7 +18,7 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from rtservice.net.connection import LOST, LocalClose
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls_bounds import (
     ANSWER_TIMEOUT,

@@ -19,7 +19,7 @@ from twisted.internet.threads import deferToThread
 from zope.interface import implementer
 
 from rtservice.net.description import ListenError
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 from rtservice.net.port import Port
 from tests.support.deadline import DEADLINE
 from tests.support.recording import HandshakeListening, Recorder, Recording

@@ -12,8 +12,8 @@ import pytest
 from rtservice.net import listener as listener_module
 from rtservice.net import tcp
 from rtservice.net.description import ListenError
+from rtservice.net.listen_types import open_description, open_port
 from rtservice.net.listener import RESERVE_SOCKETS, Listener
-from rtservice.net.listeners import open_description, open_port
 from tests.support.ipv6 import needs_ipv6
 
 interfaces = pytest.mark.parametrize("interface", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])

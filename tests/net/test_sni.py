@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rtservice.net.tls import DirectoryTLS, TLSError, finish
+from rtservice.net.tls import DirectoryTLS, TLSError
+from rtservice.steps import finish
 from tests.support.programs import program
 from tests.support.tls_versions import VERSIONS
 

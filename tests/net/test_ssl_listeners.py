@@ -7,7 +7,7 @@ import ssl
 import pytest
 
 from rtservice.net.description import ListenError
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 from tests.support.ipv6 import needs_ipv6
 from tests.support.listeners import FILES, PLAIN, described, handshake, refusal
 

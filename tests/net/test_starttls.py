@@ -18,7 +18,7 @@ from twisted.internet.threads import deferToThread
 from zope.interface import implementer
 
 from rtservice.net.connection import Connection
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 from rtservice.net.port import Port
 from rtservice.net.tls import ServerTLS
 from tests.support.deadline import DEADLINE

@@ -12,7 +12,7 @@ import pytest
 
 from rtservice.net import unix
 from rtservice.net.description import ListenError
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 
 
 def test_a_unix_socket_has_its_mode_and_goes_with_its_listener(opened, tmp_path) -> None:

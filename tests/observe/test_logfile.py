@@ -233,7 +233,7 @@ def test_lines_are_kept_while_their_file_is_removed_and_no_other_can_be_opened(t
         [
             f"{directory}/log cannot be written: No such file or directory",
             f"{directory}/log: cannot be reopened: No such file or directory; {STILL}",
-            f"{directory}/log is the file at its path again",
+            f"{directory}/log reopened: lines go to the file at its path again",
             f"{directory}/log is written again, lines dropped: 0",
         ]
     )
@@ -262,7 +262,7 @@ def test_a_file_that_cannot_be_opened_keeps_the_old_one_until_it_can(
     reactor.pump([0.1] * 650)  # without a signal
     under_test.put("new\n", at_once=True)
     assert path.read_text() == "new\n"
-    assert said()[1:] == [f"{path} is the file at its path again"]
+    assert said()[1:] == [f"{path} reopened: lines go to the file at its path again"]
     assert reactor.getDelayedCalls() == []
 
 

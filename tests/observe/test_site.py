@@ -18,8 +18,8 @@ from twisted.internet.testing import StringTransport
 from twisted.logger import Logger, formatEvent
 
 import rtservice.observe
-from rtservice.observe.figures import StatusSource
 from rtservice.observe.site import make_site
+from rtservice.observe.status_source import StatusSource
 from rtservice.process.counters import DURATIONS, LAGS, CounterKey
 from rtservice.process.registry import COLUMNS
 from tests.support.repository import ETC

@@ -6,7 +6,7 @@ import pytest
 
 from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT
 from rtservice.pool.rollout import backoff
-from rtservice.pool.worker_process import Phase
+from rtservice.pool.worker_process import WorkerPhase
 from rtservice.process.counters import ENDED
 
 
@@ -115,9 +115,9 @@ def test_a_child_that_holds_the_pipes_of_a_dead_worker_does_not_keep_its_slot(wo
     second.loses(CONTROL_IN)
     second.loses(CONTROL_OUT)
     one.reactor.advance(0.9)
-    assert second.protocol.phase is Phase.READY
+    assert second.protocol.phase is WorkerPhase.READY
     one.reactor.advance(0.2)
-    assert second.protocol.phase is Phase.GONE
+    assert second.protocol.phase is WorkerPhase.GONE
     one.reactor.advance(0.2)
     assert len(one.processes) == 3
 

@@ -9,7 +9,7 @@ from twisted.logger import LegacyLogObserverWrapper, LogLevel, formatEvent
 from twisted.python.log import textFromEventDict
 
 from rtservice.pool.control import BEAT, CONTROL_OUT, encode
-from rtservice.pool.worker_process import Phase
+from rtservice.pool.worker_process import WorkerPhase
 from rtservice.process.counters import ENDED, OPEN_CONNECTIONS
 
 RUBBISH = [
@@ -120,7 +120,7 @@ def test_a_worker_that_wants_to_leave_again_and_again_is_replaced_with_back_off(
     counts = []
     for _ in range(100):
         for process in one.alive():
-            if process.protocol.phase is Phase.STARTING:
+            if process.protocol.phase is WorkerPhase.STARTING:
                 process.says("ready")
             if "drain" in process.words():
                 process.dies()
@@ -155,7 +155,7 @@ def test_a_worker_that_says_that_it_is_too_large_is_replaced_with_back_off(world
     one.serve()
     for _ in range(100):
         for process in one.alive():
-            if process.protocol.phase is Phase.STARTING:
+            if process.protocol.phase is WorkerPhase.STARTING:
                 process.says("ready")
             process.says("beat", {"memory": 10**15})
             if "drain" in process.words():

@@ -149,7 +149,7 @@ def test_a_stop_before_all_are_ready_is_reported_as_a_start_that_did_not_happen(
     one.processes[0].says("ready")
     one.send(signal.SIGTERM)
     one.reactor.advance(0)
-    assert one.reports == ["told to stop before every worker was ready"]
+    assert one.reports == ["stopped before every worker was ready"]
     for process in one.processes:
         process.dies()
     assert one.done == [None]

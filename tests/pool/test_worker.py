@@ -22,9 +22,9 @@ from rtservice.config.schema import Settings
 from rtservice.config.sources import load_settings
 from rtservice.hosting.aliases import ALIASES
 from rtservice.interfaces import IStartable
+from rtservice.net.listen_types import open_description
 from rtservice.net.listener import Listener
-from rtservice.net.listeners import open_description
-from rtservice.net.tls import Steps, TLSError, finish
+from rtservice.net.tls import TLSError
 from rtservice.pool import worker
 from rtservice.pool.control import decode_value, encode, split_word
 from rtservice.pool.start_message import adopt_listener, describe
@@ -35,6 +35,7 @@ from rtservice.process.counters import PHASES, CounterKey
 from rtservice.process.slices import in_slices
 from rtservice.process.state import State
 from rtservice.process_settings import runtime_settings, share
+from rtservice.steps import Steps, finish
 from tests.support.fake_reactor import FakeReactor
 from tests.support.unprintable import Unprintable
 
@@ -275,9 +276,10 @@ def test_a_worker_that_fails_after_it_was_ready_ends_and_reports_no_failed_start
     monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
     made.dataReceived(start())
     channel.said()
-    made.failed("unix:/s accepts no more: broken")
+    made.failed("unix:/s cannot accept any more: broken")
     assert [word for word, _ in channel.said()] == ["records"]
-    assert [record.text for record in channel.records] == ["cannot serve: unix:/s accepts no more: broken"]
+    [record] = channel.records
+    assert record.text == "service failed, stopping: unix:/s cannot accept any more: broken"
     assert reactor.stops
     assert made.status == 0
 
@@ -289,7 +291,7 @@ def test_a_worker_that_drains_before_its_factory_has_started_reports_a_failed_st
     made.dataReceived(start())
     assert "ready" not in [word for word, _ in channel.said()]
     made.dataReceived(encode("drain", ["slot"]))
-    assert ("failed", "told to stop before every listener was ready") in channel.said()
+    assert ("failed", "stopped before every listener was ready") in channel.said()
     assert made.status == 1
     assert reactor.stops
 
@@ -422,7 +424,7 @@ def test_a_worker_that_drains_removes_no_file_that_its_supervisor_has_removed(co
 
 def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
     made, channel, reactor = connected
-    made.leave()
+    made.ask_for_replacement()
     assert channel.said() == [("leave", None)]
     assert not reactor.stops
 
@@ -592,4 +594,4 @@ def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(conne
         record(made, "hello")
     assert channel.said() == []
     made.resumeProducing()
-    assert only_record(channel, reactor).text == "records dropped, too many at once: 3"
+    assert only_record(channel, reactor).text == "log records dropped: 3"

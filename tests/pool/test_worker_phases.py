@@ -4,24 +4,24 @@ import pytest
 
 from rtservice.pool.worker_counters import SlotCounters
 from rtservice.pool.worker_messages import WorkerMessages
-from rtservice.pool.worker_process import Phase, WorkerProcess
+from rtservice.pool.worker_process import WorkerPhase, WorkerProcess
 
 
 def test_a_worker_goes_through_its_phases_and_no_other_way(world) -> None:
     allowed = {
-        (Phase.STARTING, Phase.READY),
-        (Phase.STARTING, Phase.DRAINING),
-        (Phase.STARTING, Phase.GONE),
-        (Phase.READY, Phase.DRAINING),
-        (Phase.READY, Phase.GONE),
-        (Phase.DRAINING, Phase.GONE),
+        (WorkerPhase.STARTING, WorkerPhase.READY),
+        (WorkerPhase.STARTING, WorkerPhase.DRAINING),
+        (WorkerPhase.STARTING, WorkerPhase.GONE),
+        (WorkerPhase.READY, WorkerPhase.DRAINING),
+        (WorkerPhase.READY, WorkerPhase.GONE),
+        (WorkerPhase.DRAINING, WorkerPhase.GONE),
     }
     one = world()
     one.service.startService()
-    for before in Phase:
-        for after in Phase:
+    for before in WorkerPhase:
+        for after in WorkerPhase:
             messages = WorkerMessages(slot=0, listeners=(), access=False)
-            worker = WorkerProcess(one.pool, 0, one.spec, messages=messages, shown=SlotCounters())
+            worker = WorkerProcess(one.pool, 0, one.spec, messages=messages, counter_bounds=SlotCounters())
             worker.phase = before
             if (before, after) in allowed:
                 worker.move(after)

@@ -122,13 +122,13 @@ def test_each_reason_is_logged_once_in_ten_seconds_with_the_number_of_the_others
             log.refused(PEER, "tcp:1", reason, now)
         log.paused(5, now)
     assert [formatEvent(event) for event in events] == [
-        *(f"refused 192.0.2.1:1 on tcp:1: {text}" for text in REFUSALS.values()),
-        "--max-connections 5 reached: clients wait in the queue",
+        *(f"client 192.0.2.1:1 on tcp:1 refused: {text}" for text in REFUSALS.values()),
+        "--max-connections 5 reached: new clients wait in the backlog",
     ]
     del events[:]
     log.refused(PEER, "tcp:1", "proxy-from", 10.0)
     log.refused(PEER, "tcp:1", "proxy-from", 20.0)
-    text = f"refused 192.0.2.1:1 on tcp:1: {REFUSALS['proxy-from']}"
+    text = f"client 192.0.2.1:1 on tcp:1 refused: {REFUSALS['proxy-from']}"
     assert [formatEvent(event) for event in events] == [
         f"{text} (2 more since the last such record)",
         text,

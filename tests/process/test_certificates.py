@@ -14,8 +14,9 @@ from rtservice.net import tls
 from rtservice.net.crl import RevocationLists
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
-from rtservice.net.tls import Certificate, DirectoryTLS, Files, ServerTLS, finish
+from rtservice.net.tls import Certificate, DirectoryTLS, Files, ServerTLS
 from rtservice.process.certificates import certificates_of, days_left, logging_certificates, renewing
+from rtservice.steps import finish
 from tests.support.odd_certificates import dns, odd_certificate
 
 DAY, NOW = 86400, 1_800_000_000.5

@@ -71,21 +71,25 @@ def test_what_a_factory_counts_is_a_total_if_its_name_says_so() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("a-b", 1, "'a-b' is no name of letters, digits and underscores, 100 at the most"),
-        ("", 1, "'' is no name"),
-        ("1st", 1, "'1st' is no name"),
-        ("_a", 1, "'_a' is no name"),
-        ("a\tb", 1, r"'a\tb' is no name"),
-        ("a\n", 1, r"'a\n' is no name"),
-        ("ä", 1, r"'\xe4' is no name"),
-        (5, 1, "5 is no name"),
-        ("x" * 101, 1, "is no name"),
-        ("x", "1", "'x' is '1', and not a number"),
-        ("x", None, "'x' is None, and not a number"),
-        ("x", math.nan, "'x' is nan, and not a number"),
-        ("x", math.inf, "'x' is inf, and not a number"),
-        ("x", 10**400, "'x' is 1000"),
-        ("good", 1, "'good' and 'good_total' are one name to Prometheus"),
+        (
+            "a-b",
+            1,
+            "name 'a-b': not valid; accepted are a letter, then letters, digits and underscores, at most 100",
+        ),
+        ("", 1, "name '': not valid"),
+        ("1st", 1, "name '1st': not valid"),
+        ("_a", 1, "name '_a': not valid"),
+        ("a\tb", 1, r"name 'a\tb': not valid"),
+        ("a\n", 1, r"name 'a\n': not valid"),
+        ("ä", 1, r"name '\xe4': not valid"),
+        (5, 1, "name 5: not valid"),
+        ("x" * 101, 1, ": not valid"),
+        ("x", "1", "x '1': not a number from -1e+300 to 1e+300"),
+        ("x", None, "x None: not a number from -1e+300 to 1e+300"),
+        ("x", math.nan, "x nan: not a number from -1e+300 to 1e+300"),
+        ("x", math.inf, "x inf: not a number from -1e+300 to 1e+300"),
+        ("x", 10**400, "x 1000"),
+        ("good", 1, "names 'good' and 'good_total': the same to Prometheus; rename one of them"),
     ],
 )
 def test_what_cannot_be_shown_of_it_is_left_out_and_said(name, value, problem) -> None:
@@ -98,4 +102,4 @@ def test_what_cannot_be_shown_of_it_is_left_out_and_said(name, value, problem) -
 def test_a_factory_has_a_hundred_counters_at_the_most() -> None:
     found, problem = factory_counters({f"a{number}": number for number in range(101)})
     assert len(found) == 100
-    assert problem == "there are more than 100"
+    assert problem == "more than 100 values; the others are ignored"

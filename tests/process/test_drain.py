@@ -11,7 +11,7 @@ from twisted.internet.error import ConnectionAborted
 from zope.interface import implementer
 
 from rtservice.interfaces import IDrainable
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 from rtservice.net.phases import CLOSING, OPEN, TLS
 from rtservice.process.state import State
 from tests.support.fake_reactor import FakeReactor
@@ -172,7 +172,7 @@ def test_a_signal_that_is_sent_again_at_once_neither_aborts_nor_leaves(timed, mo
     handlers: dict[int, Callable] = {}
     left: list[bool] = []
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    service, clock, _ = timed(drain_timeout=30, leave=lambda: left.append(True))
+    service, clock, _ = timed(drain_timeout=30, exit_now=lambda: left.append(True))
     clock.stop = service.stopService
     clock.callFromThread = lambda call, *arguments: call(*arguments)
     held = Held(service)

@@ -151,7 +151,7 @@ def test_whose_headers_are_believed(world, host, networks, believed) -> None:
     assert one.reasons == []
     if not believed:
         assert (
-            f"refused {host if '.' in host[:4] else f'[{host}]'}:1 on test: its address is not in --proxy-from"
+            f"client {host if '.' in host[:4] else f'[{host}]'}:1 on test refused: its address is not in --proxy-from"
             in (one.lines[0])
         )
     assert is_served(one.client(host))  # without a header there is nothing to believe
@@ -217,7 +217,7 @@ def test_refusals_are_all_counted_and_logged_once_in_ten_seconds(world) -> None:
         one.client("192.0.2.2").close()
     one.advance(9.9)
     one.client("192.0.2.3")
-    assert one.lines == ["refused 192.0.2.2:1 on test: --max-connections reached"]
+    assert one.lines == ["client 192.0.2.2:1 on test refused: --max-connections reached"]
     one.advance(0.1)
     one.client("192.0.2.4")
     one.advance(10)

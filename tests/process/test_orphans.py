@@ -11,7 +11,7 @@ from twisted.internet import process
 from twisted.internet.task import Clock
 
 from rtservice.process import orphans
-from rtservice.process.orphans import PATIENCE, Overdue, Reaper, ended_children
+from rtservice.process.orphans import PATIENCE, OrphanReaper, Overdue, ended_children
 
 
 def test_a_child_is_overdue_when_it_has_been_seen_to_have_ended_for_long_enough() -> None:
@@ -61,7 +61,7 @@ def reaper(monkeypatch) -> Iterator[Clock]:
     """The clock of a Reaper of a process that takes itself for process 1."""
     monkeypatch.setattr(orphans, "is_first_process", lambda: True)
     clock = Clock()
-    made = Reaper()
+    made = OrphanReaper()
     made.start(clock)
     yield clock
     made.stop()
@@ -112,7 +112,7 @@ def test_hosted_code_has_some_seconds_to_ask_for_a_status(reaper) -> None:
 
 def test_any_other_process_reaps_nobody(child) -> None:
     clock = Clock()
-    Reaper().start(clock)
+    OrphanReaper().start(clock)
     assert clock.getDelayedCalls() == []
 
 

@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from rtservice.interfaces import IDrainable
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 from rtservice.process.foreign import ForeignFactory
 from rtservice.process.state import State
 from tests.support.recorded import recorded
@@ -45,7 +45,7 @@ def test_a_listener_that_breaks_ends_the_service_unless_that_is_about_to_end(tim
     for port in service.backend.connections.ports:
         port.connectionLost(Failure(OSError("broken")))
     assert service.exit_status == (0 if ending else 1)
-    assert any("accepts no more: broken" in event.get("problem", "") for event in events) is not ending
+    assert any("cannot accept any more: broken" in event.get("problem", "") for event in events) is not ending
 
 
 @pytest_twisted.inlineCallbacks

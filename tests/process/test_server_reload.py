@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
-from rtservice.net.listeners import open_description
+from rtservice.net.listen_types import open_description
 from rtservice.process.admission import Limits
 from rtservice.process.server import RuntimeSettings
 from rtservice.process.service import ServiceProcess

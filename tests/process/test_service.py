@@ -26,8 +26,8 @@ class FakeBackend:
     alive = True
     replacing = watches_certificates = exits_at_once = False
     ready = True
-    status = standing = "fine"
-    unready = "told to stop too early"
+    status = short_status = "fine"
+    stopped_before_ready = "told to stop too early"
 
     def __init__(self) -> None:
         self.state = State.STARTING
@@ -88,7 +88,7 @@ class Running:
             self.backend,
             SimpleNamespace(steps=lambda: self._record("reload"), renewal=self._renewal),
             log=log,
-            launch=launch(report=self.reports.append, leave=lambda: self.left.append(True), notifier=self.notifier),
+            launch=launch(report=self.reports.append, exit_now=lambda: self.left.append(True), notifier=self.notifier),
             status_server=StatusServer(log),
         )
         self.service.startService()

@@ -61,13 +61,13 @@ def blocked() -> set[int]:
 
 def test_a_start_takes_all_signals_that_the_parent_had_blocked() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR2})
-    signals.inherit_nothing()
+    signals.reset_inherited_signals()
     assert blocked() == set()
 
 
 def test_children_have_a_status_where_the_parent_ignored_sigchld() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    signals.inherit_nothing()
+    signals.reset_inherited_signals()
     assert subprocess.run([sys.executable, "-c", "raise SystemExit(7)"], check=False).returncode == 7
 
 
@@ -167,6 +167,6 @@ def test_process_1_holds_signals_from_the_first_import_on(came, monkeypatch, pid
     monkeypatch.setattr("os.getpid", lambda: pid)
     monkeypatch.setattr("sys.argv", command)
     signals.hold_in_first_process()
-    signals.inherit_nothing()
+    signals.reset_inherited_signals()
     signal.raise_signal(TERM)
     assert came == ([] if held else [TERM])

@@ -217,7 +217,7 @@ def test_a_file_that_the_user_may_not_open_is_reported_everywhere_and_opened_whe
     for name in ("log", "access"):
         os.chown(public / name, 65534, -1)
     # Without another signal.
-    wait_for(lambda: "is the file at its path again" in (public / "log").read_text())
+    wait_for(lambda: "reopened: lines go to the file at its path again" in (public / "log").read_text())
     wait_for(lambda: greets(tmp_path) and (public / "access").read_text())
     process.terminate()
     assert process.wait(DEADLINE) == 0

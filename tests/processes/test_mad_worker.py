@@ -158,11 +158,11 @@ VIOLATIONS = {
     "nan": "a message 'beat' that is not JSON",
     "ready": "'ready' after 'ready'",
     "failed": "'failed' after 'ready'",
-    "time": "a log record with a wrong time",
+    "time": "a log record with an invalid time",
     "level": "a log record of an unknown level 'loud'",
     "answer": "an answer without a question",
     "legacy": "a log record with a field 'format'",
-    "negative": r"a heartbeat with an impossible count of 'lag_us'",
+    "negative": r"a heartbeat with an invalid count of 'lag_us'",
     "drain": "an unknown message 'drain'",
 }
 

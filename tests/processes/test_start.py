@@ -157,7 +157,7 @@ def test_as_many_descriptors_as_the_line_says_are_enough(environment, tmp_path, 
         ("unfit:Gives", 1, "Gives did not start: TypeError: "),
         ("unfit:Second", 1, "unix:{}/s did not start: LookupError: the second start\n"),
         ("unfit:Second", 2, "unix:{}/s did not start: LookupError: the second start\n"),
-        ("unfit:Runs", 1, "the process ended before it served\n"),
+        ("unfit:Runs", 1, "the process ended before the service was ready\n"),
     ],
 )
 def test_a_protocol_that_fails_at_the_start_ends_it_with_one_line(
@@ -303,7 +303,7 @@ def test_a_daemon_that_is_stopped_while_it_starts_is_no_success(environment, tmp
         os.kill(int((tmp_path / "d.pid").read_text()), signal.SIGTERM)
         said = process.communicate(timeout=DEADLINE)[1]
     assert process.returncode == 1
-    assert said.startswith("rtservice: told to stop before every listener was ready\n")
+    assert said.startswith("rtservice: stopped before every listener was ready\n")
     wait_for(lambda: not (tmp_path / "d.pid").exists())
     assert not (tmp_path / "s").exists()
 

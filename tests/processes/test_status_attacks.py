@@ -104,7 +104,7 @@ def test_an_attack_on_the_status_server_delays_nobody_else(
         if name in ("pipeline", "healthz", "crowd"):
             assert count > 0
         assert one.peak_memory - before < 64 << 20
-    assert not any("Traceback" in line or "an answer failed" in line for line in one.lines)
+    assert not any("Traceback" in line or "failed to answer" in line for line in one.lines)
 
 
 @pytest.mark.parametrize("library", ["ssl", "pyopenssl"])

@@ -188,7 +188,7 @@ def test_more_slots_than_were_bound_before_privileges_were_dropped_are_refused(
             os.kill(pid, signal.SIGTTIN)
             wait_for(lambda slot=slot: f"worker {slot} " in log.read_text())
         os.kill(pid, signal.SIGTTIN)
-        wait_for(lambda: re.search("no worker can be added: tcp:.* has no reserve socket left: 8 ", log.read_text()))
+        wait_for(lambda: re.search("worker not added: tcp:.* has no reserve socket left: 8 ", log.read_text()))
         pids = wait_for(lambda: len(found := children(pid)) == 10 and found)
         for _ in range(20):
             greeted(privileged_port).close()

@@ -45,7 +45,7 @@ def test_a_directory_that_nobody_else_may_enter_is_refused(nobody, option, below
 
 def test_a_working_directory_of_somebody_else_is_refused_unless_there_is_another(nobody) -> None:
     assert problem({"rundir": "."}) == (
-        "the working directory: permission denied; change to another, or name one with --rundir"
+        "the working directory: permission denied; change to another directory, or set --rundir"
     )
     check_directories({"rundir": "/"}, os.path.abspath)
     check_directories({}, os.path.abspath)  # `twist` has no such options

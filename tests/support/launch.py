@@ -11,7 +11,7 @@ def launch(**fields: Any) -> Launch:
     defaults: dict[str, Any] = {
         "check": lambda: None,
         "report": lambda problem: None,
-        "leave": lambda: None,
+        "exit_now": lambda: None,
         "notifier": Notifier(),
         "dropped": lambda: 0,
         "protocol": "echo",

@@ -7,8 +7,8 @@ import ssl
 import pytest
 
 from rtservice.net.description import ListenError
+from rtservice.net.listen_types import check_description, open_description
 from rtservice.net.listener import Listener
-from rtservice.net.listeners import check_description, open_description
 
 
 def refusal(description: str) -> str:

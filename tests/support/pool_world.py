@@ -5,13 +5,13 @@ from typing import Any
 
 from twisted.logger import Logger, formatEvent
 
-from rtservice.net.tls import Steps
 from rtservice.pool.control import BEAT
 from rtservice.pool.pool import WorkerPool
 from rtservice.pool.worker_counters import encode_counters
-from rtservice.pool.worker_process import Phase, WorkerSpec
+from rtservice.pool.worker_process import WorkerPhase, WorkerSpec
 from rtservice.process.service import ServiceProcess
 from rtservice.process.status_server import StatusServer
+from rtservice.steps import Steps
 from tests.support.fake_listener import Slots
 from tests.support.fake_processes import Process, SpawningReactor
 from tests.support.launch import launch
@@ -70,7 +70,7 @@ class World:
         return self.reactor.processes
 
     def alive(self) -> list[Process]:
-        return [process for process in self.processes if process.protocol.phase is not Phase.GONE]
+        return [process for process in self.processes if process.protocol.phase is not WorkerPhase.GONE]
 
     def send(self, number: int) -> None:
         self.handlers[number](number, None)
@@ -87,7 +87,7 @@ class World:
         """Let time pass, in which all but these give signs of life."""
         for _ in range(int(seconds / BEAT)):
             for process in self.alive():
-                if process not in silent and process.protocol.phase is not Phase.STARTING:
+                if process not in silent and process.protocol.phase is not WorkerPhase.STARTING:
                     process.says("beat", {"open": 0, **encode_counters(process.protocol.counters)})
             self.reactor.advance(BEAT)
 
@@ -101,9 +101,9 @@ class World:
 
 def roll(one: World) -> None:
     """Answer as workers do that can be replaced, until there is nothing left to do."""
-    while busy := [p for p in one.alive() if p.protocol.phase is Phase.STARTING or "drain" in p.words()]:
+    while busy := [p for p in one.alive() if p.protocol.phase is WorkerPhase.STARTING or "drain" in p.words()]:
         for process in busy:
-            if process.protocol.phase is Phase.STARTING:
+            if process.protocol.phase is WorkerPhase.STARTING:
                 process.says("ready")
             else:
                 process.dies()

@@ -9,8 +9,8 @@ import socket
 import pytest
 
 from rtservice.net.description import ListenError
-from rtservice.net.listeners import ListenerSpec, read_description, read_port
-from rtservice.net.places import FilePlace, PassedPlace, Place, TCPPlace, exclude, first_conflict
+from rtservice.net.listen_conflicts import FilePlace, PassedPlace, Place, TCPPlace, exclude, first_conflict
+from rtservice.net.listen_types import ListenerSpec, read_description, read_port
 from tests.support.ipv6 import has_ipv6, needs_ipv6
 
 ANY4, ONE4, TWO4 = (TCPPlace(False, host, 1) for host in ("0.0.0.0", "127.0.0.1", "127.0.0.2"))
@@ -35,9 +35,9 @@ FILE = FilePlace((1, 2), "s")
         (TCPPlace(True, "fe80::1", 1, zone=2), ANY6, True),
         (TCPPlace(False, "web", 1), TCPPlace(False, "web", 1), True),
         (TCPPlace(False, "web", 1), ANY4, True),
-        (TCPPlace(False, "web", 1, unsure=True), ANY4, False),
-        (ANY4, TCPPlace(False, "web", 1, unsure=True), False),
-        (TCPPlace(False, "web", 1, unsure=True), TCPPlace(False, "web", 1), True),
+        (TCPPlace(False, "web", 1, may_be_absent=True), ANY4, False),
+        (ANY4, TCPPlace(False, "web", 1, may_be_absent=True), False),
+        (TCPPlace(False, "web", 1, may_be_absent=True), TCPPlace(False, "web", 1), True),
         (FILE, FilePlace((1, 2), "s"), True),
         (FILE, FilePlace((1, 3), "s"), False),
         (FILE, FilePlace((1, 2), "t"), False),
@@ -56,8 +56,8 @@ def test_places_exclude_each_other_or_not(one: Place, other: Place, excluded: bo
 
 def test_the_conflict_is_named_with_both_settings_and_what_to_do() -> None:
     any4, one4 = TCPPlace(False, "0.0.0.0", 80, shown="0.0.0.0:80"), TCPPlace(False, "127.0.0.1", 80, shown="1:80")
-    six = TCPPlace(True, "::", 80, shown="[::]:80")
-    assert first_conflict([("--a", [any4, six]), ("--b", []), ("--c", [one4])]) == (
+    is_ipv6 = TCPPlace(True, "::", 80, shown="[::]:80")
+    assert first_conflict([("--a", [any4, is_ipv6]), ("--b", []), ("--c", [one4])]) == (
         "--c",
         "1:80 is taken by --a (0.0.0.0:80); change or remove one of the two",
     )
@@ -66,7 +66,7 @@ def test_the_conflict_is_named_with_both_settings_and_what_to_do() -> None:
         "0.0.0.0:80 is taken by --a; change or remove one of the two",
     )
     # One setting may stand for several sockets of one address, as the service manager was told.
-    assert first_conflict([("--a", [PassedPlace(1, any4), PassedPlace(2, any4)]), ("--b", [six])]) is None
+    assert first_conflict([("--a", [PassedPlace(1, any4), PassedPlace(2, any4)]), ("--b", [is_ipv6])]) is None
 
 
 def described(*descriptions: str, slots: int = 0, **how) -> list[ListenerSpec]:

@@ -20,21 +20,21 @@ class TCPPlace:
     different port each time. `shown` is the address for messages.
     """
 
-    six: bool
+    is_ipv6: bool
     host: str
     port: int
     zone: int = 0
     shown: str = ""
-    unsure: bool = False
+    may_be_absent: bool = False
 
     def excludes(self, other: TCPPlace) -> bool:
         """Return whether the two cannot be bound together."""
-        if self.port == 0 or (self.six, self.port) != (other.six, other.port):
+        if self.port == 0 or (self.is_ipv6, self.port) != (other.is_ipv6, other.port):
             return False
         if (self.host, self.zone) == (other.host, other.zone):
             return True
-        wildcard = "::" if self.six else "0.0.0.0"
-        return wildcard in (self.host, other.host) and not (self.unsure or other.unsure)
+        wildcard = "::" if self.is_ipv6 else "0.0.0.0"
+        return wildcard in (self.host, other.host) and not (self.may_be_absent or other.may_be_absent)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from rtservice.net.description import (
     parse,
     whole_number,
 )
+from rtservice.net.listen_conflicts import Place, TCPPlace
 from rtservice.net.listener import Listener
-from rtservice.net.places import Place, TCPPlace
 from rtservice.net.tcp import Address, check_tcp, is_local, open_tcp, resolve, tcp_place
 from rtservice.net.tls import DirectoryTLS, Library, LoadedTLS, Minimum, ServerTLS, TLSError, fingerprint
 from rtservice.net.unix import check_unix, open_unix, unix_places
@@ -279,8 +279,10 @@ def _wanted_tcp(
         if interface and not look_up and not is_local(interface):
             six = (family == socket.AF_INET6 for family in families)
             shown = address_name(interface, port)
-            unsure = len(families) > 1
-            return [TCPPlace(is_ipv6, interface.lower(), port, shown=shown, unsure=unsure) for is_ipv6 in six]
+            may_be_absent = len(families) > 1
+            return [
+                TCPPlace(is_ipv6, interface.lower(), port, shown=shown, may_be_absent=may_be_absent) for is_ipv6 in six
+            ]
         return [tcp_place(family, host, port, scope) for family, host, scope in addresses()]
 
     return ListenerSpec(
