@@ -12,7 +12,7 @@ from rtservice.hosting.options import options_of
 
 def listing() -> str:
     """Return the names that `--protocol` accepts: a line for each protocol and a line for each of its options."""
-    lines = [f"rtservice: --protocol is one of these, or package.module:name of a {ACCEPTED}"]
+    lines = [f"Protocols for --protocol; it also takes package.module:name of a {ACCEPTED}:"]
     for name in installed_names():
         try:
             found = find(name)

@@ -304,7 +304,8 @@ def test_what_a_hosted_protocol_counts_is_shown_and_its_totals_outlive_workers(
         assert wait_for(lambda: shown(1, 60))
         shared = [worker["counters"]["protocol"] for worker in status(one)["workers"]]
         assert sum(each["heard_total"] for each in shared) == 60
-    one.wait_event("factory.metrics_rejected", workers, factory="Counts", problem=re.compile("name 'not a name': not valid"))
+    invalid = re.compile("name 'not a name': not valid")
+    one.wait_event("factory.metrics_rejected", workers, factory="Counts", problem=invalid)
 
 
 def test_connections_are_those_of_all_workers_and_one_that_is_silent_is_named(
