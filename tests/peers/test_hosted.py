@@ -72,7 +72,9 @@ def receive(client: socket.socket, awaited: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_it_is_served_with_everything_that_the_exchange_has(hosted_one, certificates, workers) -> None:
+def test_third_party_protocols_work_with_tls_proxy_headers_workers_and_a_drain(
+    hosted_one, certificates, workers
+) -> None:
     start, says, hears = hosted_one
     one = start(f"--workers={workers}", "--drain-timeout=0.5")
     for _ in range(4):
@@ -87,7 +89,7 @@ def test_it_is_served_with_everything_that_the_exchange_has(hosted_one, certific
     assert not any("Traceback" in line or "failed in" in line for line in one.lines)
 
 
-def test_limits_hold(hosted_one, certificates) -> None:
+def test_connection_limit_and_idle_timeout_apply_to_third_party_protocols(hosted_one, certificates) -> None:
     start, says, hears = hosted_one
     one = start("--max-connections=1", "--at-limit=reject", "--idle-timeout=1", "--drain-timeout=0")
     with connect(one, certificates) as first:

@@ -33,7 +33,7 @@ def test_nc_is_served_over_a_unix_socket(service, tmp_path) -> None:
 
 @needs("nc", "netcat-openbsd")
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_hundred_mebibytes_come_back_unchanged_in_bounded_memory(service, host) -> None:
+def test_echoing_100_mib_uses_bounded_memory(service, host) -> None:
     one = service("--port=0")
     data = os.urandom(100 << 20)
     assert run("nc", "-N", host, str(one.port), data=data) == GREETING + data
@@ -42,7 +42,7 @@ def test_a_hundred_mebibytes_come_back_unchanged_in_bounded_memory(service, host
 
 @needs("socat", "socat")
 @pytest.mark.parametrize("framing", ["raw", "line"])
-def test_socat_gets_its_lines_back(service, framing) -> None:
+def test_socat_receives_its_lines_back(service, framing) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", f"--framing={framing}", r"--greeting=hi")
     answer = run("socat", "-t5", "-", f"TCP:127.0.0.1:{one.port},crnl", data=b"one\ntwo\n")
     assert answer.replace(b"\r\n", b"\n") == (b"hi\n" if framing == "line" else b"hi") + b"one\ntwo\n"
@@ -67,7 +67,7 @@ def test_a_socket_client_is_greeted_and_echoed(service, host) -> None:
             assert receive(client, len(message)) == message
 
 
-def test_a_client_that_speaks_first_is_greeted_then(service) -> None:
+def test_greet_first_data_sends_the_greeting_after_the_first_data(service) -> None:
     one = service("--port=0", "--greet=first-data", r"--greeting=hi\r\n")
     with one.connect() as client:
         client.sendall(b"hello")
@@ -82,7 +82,9 @@ def test_a_client_that_speaks_first_is_greeted_then(service) -> None:
         ("int32", b"\0\0\0\x0512345", b"\0\0\0\x02hi", b"\0\0\0\x06123456"),
     ],
 )
-def test_a_message_above_the_limit_closes_with_a_logged_reason(service, framing, good, greeting, bad, read_all) -> None:
+def test_a_message_above_the_limit_closes_the_connection_and_logs_the_reason(
+    service, framing, good, greeting, bad, read_all
+) -> None:
     one = service("--port=0", f"--framing={framing}", "--max-message=5", "--greeting=hi")
     with one.connect() as client:
         client.sendall(good)

@@ -60,7 +60,7 @@ def prometheus(tmp_path: Path) -> Iterator[Callable[[str], Callable[[str], float
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_prometheus_counts_what_the_clients_counted(
+def test_prometheus_values_match_the_counts_of_the_clients(
     service: Callable[..., Any], prometheus: Any, wait_for: Any, workers: int
 ) -> None:
     one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--workers", str(workers))

@@ -183,7 +183,7 @@ def problems(one) -> list[str]:
 
 @pytest.mark.parametrize("proxy", PROXIES)
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
-def test_some_mebibytes_come_back_and_the_record_names_the_client(service, proxies, proxy, host) -> None:
+def test_data_is_echoed_through_a_proxy_and_the_log_names_the_client(service, proxies, proxy, host) -> None:
     one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
     front = proxies(proxy, f"127.0.0.1:{port(one)}", host=host)
     size = 4 << 20
@@ -197,7 +197,7 @@ def test_some_mebibytes_come_back_and_the_record_names_the_client(service, proxi
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
-def test_a_proxy_may_come_over_a_unix_socket(service, proxies, tmp_path, proxy) -> None:
+def test_a_proxy_can_connect_over_a_unix_socket(service, proxies, tmp_path, proxy) -> None:
     one = service("--listen=proxy:unix:s")
     front = proxies(proxy, f"unix@{tmp_path}/s")
     with front.connect("127.0.0.2") as client:
@@ -208,7 +208,7 @@ def test_a_proxy_may_come_over_a_unix_socket(service, proxies, tmp_path, proxy) 
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
-def test_a_client_that_finishes_first_gets_everything(service, proxies, proxy) -> None:
+def test_half_close_through_a_proxy_echoes_everything_received(service, proxies, proxy) -> None:
     one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
     front = proxies(proxy, f"127.0.0.1:{port(one)}")
     data = os.urandom(1 << 20)
@@ -230,7 +230,7 @@ def test_a_client_that_finishes_first_gets_everything(service, proxies, proxy) -
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
-def test_the_header_comes_before_tls_that_passes_through(service, proxies, certificates, trusting, proxy) -> None:
+def test_tls_passthrough_behind_a_proxy_header_works(service, proxies, certificates, trusting, proxy) -> None:
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     one = service(f"--listen=proxy:ssl:0:interface=127.0.0.1:{files}")
     front = proxies(proxy, f"127.0.0.1:{port(one)}")
@@ -244,7 +244,7 @@ def test_the_header_comes_before_tls_that_passes_through(service, proxies, certi
 
 
 @needs_haproxy
-def test_a_proxy_that_ends_tls_tells_of_it(service, haproxy, certificates, trusting) -> None:
+def test_a_header_of_a_tls_terminating_proxy_is_accepted(service, haproxy, certificates, trusting) -> None:
     one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
     pem = certificates.join("haproxy.pem", "server.pem", "server.key")
     options = "ssl,cert-cn,ssl-cipher,cert-sig,cert-key,authority,crc32c"
@@ -263,7 +263,7 @@ def test_a_proxy_that_ends_tls_tells_of_it(service, haproxy, certificates, trust
 
 @needs_haproxy
 @pytest.mark.parametrize("proxy", ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c"])
-def test_health_checks_with_a_header_pass_and_are_no_errors(service, haproxy, proxy) -> None:
+def test_health_checks_with_a_header_pass_without_errors(service, haproxy, proxy) -> None:
     one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
     front = haproxy(f"127.0.0.1:{port(one)} {proxy} check check-send-proxy inter 50ms fall 1")
     one.wait_event("connection.closed", 5, peer=re.compile("^127.0.0.1:"), bytes_in=0)
@@ -273,7 +273,7 @@ def test_health_checks_with_a_header_pass_and_are_no_errors(service, haproxy, pr
 
 
 @needs_haproxy
-def test_health_checks_without_a_header_pass_and_leave_no_trace(service, haproxy, wait_for, tmp_path) -> None:
+def test_health_checks_without_a_header_pass_and_are_not_logged(service, haproxy, wait_for, tmp_path) -> None:
     one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
     # With a port of their own, even if it is the same, checks send no header: SYN, and RST instead of the last ACK.
     front = haproxy(f"127.0.0.1:{port(one)} send-proxy check port {port(one)} inter 50ms fall 1")
@@ -290,7 +290,7 @@ def test_health_checks_without_a_header_pass_and_leave_no_trace(service, haproxy
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
-def test_a_limit_per_peer_counts_the_clients_behind_a_proxy(service, proxies, proxy) -> None:
+def test_the_limit_per_peer_counts_clients_behind_a_proxy(service, proxies, proxy) -> None:
     one = service("--listen=proxy:tcp:0:interface=127.0.0.1", "--max-connections-per-peer=2")
     front = proxies(proxy, f"127.0.0.1:{port(one)}")
     with contextlib.ExitStack() as stack:
@@ -312,7 +312,7 @@ def test_a_limit_per_peer_counts_the_clients_behind_a_proxy(service, proxies, pr
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
-def test_a_proxy_that_is_not_believed_is_refused(service, proxies, proxy) -> None:
+def test_a_proxy_outside_proxy_from_is_refused(service, proxies, proxy) -> None:
     one = service("--listen=proxy:tcp:0:interface=127.0.0.1", "--proxy-from=192.0.2.0/24,127.0.0.2")
     front = proxies(proxy, f"127.0.0.1:{port(one)}")
     with front.connect() as client:
@@ -326,7 +326,7 @@ def test_a_proxy_that_is_not_believed_is_refused(service, proxies, proxy) -> Non
 
 
 @needs_haproxy
-def test_twisteds_spelling_means_the_same(service, haproxy) -> None:
+def test_haproxy_prefix_is_an_alias_of_proxy(service, haproxy) -> None:
     one = service("--listen=haproxy:tcp:0:interface=127.0.0.1")
     front = haproxy(f"127.0.0.1:{port(one)} send-proxy-v2")
     with front.connect("127.0.0.2") as client:

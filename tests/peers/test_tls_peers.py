@@ -80,7 +80,7 @@ def test_openssl_is_greeted_and_echoed(secure, certificates, version, name) -> N
 
 
 @needs("openssl", "openssl")
-def test_openssl_accepts_a_chain_and_alpn_and_shows_its_own_certificate(secure, certificates) -> None:
+def test_openssl_accepts_the_chain_and_alpn_and_sends_a_client_certificate(secure, certificates) -> None:
     more = f":extraCertChain={certificates['inner.pem']}:clientCA={certificates['ca.pem']}:alpn=echo"
     one = secure(name="leaf", more=more)
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{one.port}", "-CAfile", certificates["ca.pem"]]
@@ -101,7 +101,7 @@ def test_openssl_accepts_a_chain_and_alpn_and_shows_its_own_certificate(secure, 
 
 
 @needs("socat", "socat")
-def test_socat_gets_fifty_mebibytes_back_after_its_half_close_in_bounded_memory(secure, certificates) -> None:
+def test_half_close_of_socat_echoes_50_mib_in_bounded_memory(secure, certificates) -> None:
     one = secure()
     data = os.urandom(50 << 20)
     target = f"OPENSSL:localhost:{one.port},pf=ip4,cafile={certificates['ca.pem']},verify=1"
@@ -114,7 +114,7 @@ def test_socat_gets_fifty_mebibytes_back_after_its_half_close_in_bounded_memory(
 
 
 @needs("curl", "curl")
-def test_curl_checks_the_certificate_and_sees_its_request_come_back(secure, certificates) -> None:
+def test_curl_verifies_the_certificate_and_receives_its_request_back(secure, certificates) -> None:
     one = secure()
     url = f"https://localhost:{one.port}/echo"
     common = ("curl", "--silent", "--ipv4", "--no-buffer", "--http0.9")
@@ -134,7 +134,7 @@ def send_until_it_is_full(peer: ssl.SSLSocket) -> None:
             peer.sendall(b"x" * 65536)
 
 
-def test_a_client_that_sends_and_never_reads_costs_bounded_memory(secure, trusting) -> None:
+def test_a_client_that_never_reads_uses_bounded_memory(secure, trusting) -> None:
     one = secure()
     before = one.peak_memory
     with trusting.wrap_socket(one.connect(), server_hostname="localhost") as peer:
@@ -153,7 +153,7 @@ def test_a_client_that_sends_and_never_reads_costs_bounded_memory(secure, trusti
         (b"", "peer finished without close_notify"),
     ],
 )
-def test_what_is_not_tls_is_one_record_and_others_are_served(secure, trusting, garbage, reason) -> None:
+def test_data_that_is_not_tls_is_logged_once_and_other_clients_are_served(secure, trusting, garbage, reason) -> None:
     one = secure()
     with trusting.wrap_socket(one.connect(), server_hostname="localhost") as good:
         with one.connect() as bad:
@@ -174,7 +174,7 @@ def test_what_is_not_tls_is_one_record_and_others_are_served(secure, trusting, g
 # --- those who only hold on ---
 
 
-def test_fifty_handshakes_that_stall_are_gone_after_the_timeout_and_others_are_served(secure, trusting, wait_for):
+def test_fifty_stalled_handshakes_time_out_while_other_clients_are_served(secure, trusting, wait_for):
     one = secure("--handshake-timeout=1.5")
     with trusting.wrap_socket(one.connect(), server_hostname="localhost") as first:
         assert first.recv(100) == GREETING
@@ -193,7 +193,7 @@ def test_fifty_handshakes_that_stall_are_gone_after_the_timeout_and_others_are_s
         wait_for(lambda: descriptors(one.process.pid) <= before)
 
 
-def test_peers_that_do_nothing_cost_no_cpu_time(secure, trusting) -> None:
+def test_idle_peers_use_no_cpu_time(secure, trusting) -> None:
     """Handshakes that stall, a client that is paused, one that finished and does not read: nothing spins for them."""
     one = secure("--handshake-timeout=60")
 
@@ -242,7 +242,7 @@ def test_peers_that_do_nothing_cost_no_cpu_time(secure, trusting) -> None:
 @pytest.mark.parametrize(
     "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
 )
-def test_a_certificate_that_cannot_be_used_is_refused_with_one_line(
+def test_an_unusable_certificate_is_one_error_line(
     run, certificates, tmp_path, twistd, key, certificate, more, names
 ) -> None:
     if not Path(certificates["encrypted.key"]).exists():

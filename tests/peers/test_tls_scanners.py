@@ -30,7 +30,7 @@ SEVERE = ("MEDIUM", "HIGH", "CRITICAL", "FATAL")
 @needs("testssl", "Debian: testssl.sh")
 @pytest.mark.timeout(400)  # a scan is hundreds of handshakes and takes a minute on an idle machine
 @pytest.mark.parametrize("port", ["server"], indirect=True)
-def test_testssl_finds_nothing_of_medium_severity_or_worse(port, certificates, tmp_path) -> None:
+def test_testssl_reports_nothing_of_medium_or_higher_severity(port, certificates, tmp_path) -> None:
     report = tmp_path / "report.json"
     command = ["testssl", "--quiet", "--color", "0", "--warnings", "batch", "--nodns", "none"]
     command += ["--connect-timeout", "20", "--openssl-timeout", "20"]
@@ -64,7 +64,7 @@ DEVIATIONS = {
 
 @needs("sslyze", "PyPI: sslyze")
 @pytest.mark.parametrize("port", ["server", "rsa"], indirect=True)
-def test_sslyze_finds_mozillas_intermediate_configuration(port, tmp_path) -> None:
+def test_sslyze_reports_mozillas_intermediate_configuration(port, tmp_path) -> None:
     command = ["sslyze", "--mozilla_config=intermediate", f"localhost:{port}"]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100).stdout
     assert "COMPLIANCE AGAINST TLS CONFIGURATION" in output

@@ -37,7 +37,7 @@ def locked(directory: Path, kind: int) -> Iterator[None]:
     [(FOREGROUND, fcntl.LOCK_EX, []), (DAEMON, fcntl.LOCK_SH, ["--workers=2"])],
     ids=["exclusive-fore", "shared-daemon-workers"],
 )
-def test_a_directory_that_stays_locked_is_one_line_and_nothing_is_left(run, tmp_path, twistd, kind, more) -> None:
+def test_a_locked_directory_is_one_error_line_and_leaves_no_files(run, tmp_path, twistd, kind, more) -> None:
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run", kind):
         result = run(*twistd, "rtservice", "--listen=tcp:0:interface=127.0.0.1", "--listen=unix:run/s", *more)
@@ -45,14 +45,14 @@ def test_a_directory_that_stays_locked_is_one_line_and_nothing_is_left(run, tmp_
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_status_socket_in_a_locked_directory_is_one_line(run, tmp_path) -> None:
+def test_a_status_socket_in_a_locked_directory_is_one_error_line(run, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run", fcntl.LOCK_EX):
         result = run(*FOREGROUND, "rtservice", "--port=0", "--status=unix:run/s")
     assert_refused(result, "rtservice: --status unix:run/s: ", "locked")
 
 
-def test_a_check_waits_for_no_lock(run, tmp_path) -> None:
+def test_check_does_not_wait_for_a_lock(run, tmp_path) -> None:
     with locked(tmp_path, fcntl.LOCK_EX):
         result = run(*FOREGROUND, "rtservice", "--check", "--listen=unix:s")
     assert (result.returncode, result.stderr) == (0, "")
@@ -61,7 +61,7 @@ def test_a_check_waits_for_no_lock(run, tmp_path) -> None:
 # --- sockets ---
 
 
-def test_a_socket_whose_queue_is_full_is_in_use_and_nobody_waits_for_it(run, tmp_path) -> None:
+def test_a_unix_socket_with_a_full_backlog_is_reported_in_use_without_waiting(run, tmp_path) -> None:
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.socket(socket.AF_UNIX))
         listening.bind(str(tmp_path / "s"))
@@ -102,7 +102,7 @@ def pipes_in(directory: Path, *names: str) -> None:
     ],
     ids=lambda value: value[0].partition(":privateKey={0[server.key]}")[2] or value[0] if value[0][0] == "-" else None,
 )
-def test_a_pipe_in_the_place_of_a_file_is_one_line(
+def test_a_pipe_instead_of_a_file_is_one_error_line(
     run, tmp_path, certificates, twistd, check, arguments, words
 ) -> None:
     (tmp_path / "pipes").mkdir()
@@ -113,7 +113,7 @@ def test_a_pipe_in_the_place_of_a_file_is_one_line(
 
 @pytest.mark.parametrize("where", ["--rundir=.", "--chroot=."])
 @pytest.mark.parametrize("more", [[], ["--workers=2"], ["--check"]], ids=["one", "workers", "check"])
-def test_a_pidfile_that_is_a_pipe_is_one_line(run, tmp_path, where, more) -> None:
+def test_a_pidfile_that_is_a_pipe_is_one_error_line(run, tmp_path, where, more) -> None:
     if where.startswith("--chroot") and os.getuid() != 0:
         pytest.skip("only root can change the root")
     pipes_in(tmp_path, "d.pid")
@@ -123,7 +123,7 @@ def test_a_pidfile_that_is_a_pipe_is_one_line(run, tmp_path, where, more) -> Non
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link"])
-def test_a_pidfile_that_twistd_would_read_for_ever_is_one_line(run, tmp_path, kind) -> None:
+def test_a_pidfile_that_blocks_twistd_is_one_error_line(run, tmp_path, kind) -> None:
     pipes_in(tmp_path, "pipe")
     (tmp_path / "link").symlink_to("pipe")
     path = "/dev/zero" if kind == "device" else kind
@@ -133,7 +133,7 @@ def test_a_pidfile_that_twistd_would_read_for_ever_is_one_line(run, tmp_path, ki
 @pytest.mark.parametrize(
     "options", [["--logfile=pipe"], ["--logfile=-", "rtservice", "--access-log=pipe"]], ids=" ".join
 )
-def test_a_log_that_is_a_pipe_nobody_reads_is_one_line(run, tmp_path, options) -> None:
+def test_a_log_pipe_without_a_reader_is_one_error_line(run, tmp_path, options) -> None:
     pipes_in(tmp_path, "pipe")
     arguments = options if "rtservice" in options else [*options, "rtservice"]
     assert_refused(run("--nodaemon", "--pidfile=", *arguments, "--port=0"), "pipe: cannot be written")
@@ -144,7 +144,7 @@ def test_a_log_that_is_a_pipe_nobody_reads_is_one_line(run, tmp_path, options) -
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name", ["rt.toml", "served.key", "served.pem"])
-def test_a_file_that_became_a_pipe_is_a_line_at_the_reload_and_the_service_goes_on(
+def test_reload_with_a_pipe_instead_of_a_file_fails_and_keeps_serving(
     service, tmp_path, certificates, workers, name
 ) -> None:
     (tmp_path / "rt.toml").write_text("")

@@ -120,9 +120,7 @@ def address_of(one, tmp_path, listen: str):
 
 
 @pytest.mark.parametrize("listen", KINDS)
-def test_clients_that_were_queued_when_the_signal_came_are_served(
-    service, tmp_path, wait_for, read_all, listen
-) -> None:
+def test_clients_in_the_backlog_at_sigterm_are_served(service, tmp_path, wait_for, read_all, listen) -> None:
     one = service(listen)
     address = address_of(one, tmp_path, listen)
     freeze(one.process.pid, wait_for)
@@ -143,7 +141,9 @@ def test_clients_that_were_queued_when_the_signal_came_are_served(
 
 
 @pytest.mark.parametrize("listen", KINDS)
-def test_clients_that_keep_coming_are_served_or_refused_and_never_reset(service, tmp_path, wait_for, listen) -> None:
+def test_clients_connecting_during_a_stop_are_served_or_refused_but_never_reset(
+    service, tmp_path, wait_for, listen
+) -> None:
     one = service(listen)
     load = Load([address_of(one, tmp_path, listen)] * 6, until_refused=True)
     wait_for(lambda: load.outcome["served"] >= 100)
@@ -154,7 +154,7 @@ def test_clients_that_keep_coming_are_served_or_refused_and_never_reset(service,
     assert drained(one, aborted=0)
 
 
-def test_who_comes_during_a_drain_is_refused_and_a_successor_can_have_the_port(service, wait_for) -> None:
+def test_new_clients_during_a_drain_are_refused_and_a_successor_can_bind_the_port(service, wait_for) -> None:
     one = service(TCP)
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGTERM)
@@ -178,7 +178,7 @@ def test_who_comes_during_a_drain_is_refused_and_a_successor_can_have_the_port(s
     assert other.stop() == 0
 
 
-def test_connections_go_on_and_their_own_end_is_the_end_of_the_drain(service, tmp_path) -> None:
+def test_connections_stay_open_during_a_drain_which_ends_with_the_last_one(service, tmp_path) -> None:
     one = service(TCP, UNIX)
     clients = [greeted(address) for address in [("127.0.0.1", one.port), f"{tmp_path}/s"] * 3]
     one.process.send_signal(signal.SIGTERM)
@@ -191,7 +191,7 @@ def test_connections_go_on_and_their_own_end_is_the_end_of_the_drain(service, tm
     assert drained(one, ended=6, aborted=0)
 
 
-def test_the_drain_timeout_closes_what_is_open_and_that_is_a_complete_drain(service, read_all) -> None:
+def test_the_drain_timeout_closes_open_connections_and_completes_the_drain(service, read_all) -> None:
     one = service(TCP, "--drain-timeout=0.5")
     with greeted(("127.0.0.1", one.port)) as client:
         echoed(client, b"x")
@@ -202,7 +202,7 @@ def test_the_drain_timeout_closes_what_is_open_and_that_is_a_complete_drain(serv
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_the_drain_and_shows_in_the_status(service, wait_for, sig) -> None:
+def test_a_second_signal_ends_the_drain_and_sets_the_exit_status(service, wait_for, sig) -> None:
     one = service(TCP)
     with greeted(("127.0.0.1", one.port)) as client:
         one.process.send_signal(signal.SIGTERM)
@@ -222,7 +222,7 @@ def test_a_second_signal_ends_the_drain_and_shows_in_the_status(service, wait_fo
     assert not any("Traceback" in line for line in one.lines)
 
 
-def test_two_signals_at_once_are_a_signal_and_a_second(service, wait_for) -> None:
+def test_two_different_signals_at_once_end_the_drain(service, wait_for) -> None:
     one = service(TCP)
     with greeted(("127.0.0.1", one.port)):
         freeze(one.process.pid, wait_for)
@@ -262,7 +262,7 @@ def not_read_by_the_server(client: socket.socket) -> int:
     raise AssertionError("the kernel does not know the server's end")
 
 
-def test_a_client_that_never_reads_is_aborted_when_it_has_had_its_time(service) -> None:
+def test_a_client_that_never_reads_is_aborted_at_the_end_of_the_drain(service) -> None:
     one = service(TCP, "--drain-timeout=0.2")
     client, _ = stuffed(("127.0.0.1", one.port))
     with client:
@@ -272,7 +272,7 @@ def test_a_client_that_never_reads_is_aborted_when_it_has_had_its_time(service) 
     one.wait_event("connection.closed", reason="stopped reading")
 
 
-def test_a_slow_reader_gets_all_that_was_echoed_into_a_buffer(service) -> None:
+def test_a_slow_reader_receives_all_buffered_data_during_a_drain(service) -> None:
     one = service(TCP, "--drain-timeout=0")
     client, sent = stuffed(("127.0.0.1", one.port))
     with client:
@@ -290,9 +290,7 @@ def test_a_slow_reader_gets_all_that_was_echoed_into_a_buffer(service) -> None:
     one.wait_event("connection.closed", bytes_out=len(expected), reason="drained")
 
 
-def test_a_large_greeting_reaches_two_hundred_of_two_hundred_clients_that_finished_first(
-    service, tmp_path, wait_for, read_all
-) -> None:
+def test_a_large_greeting_reaches_200_of_200_half_closed_clients(service, tmp_path, wait_for, read_all) -> None:
     text = random.randbytes(2 << 20).hex()
     (tmp_path / "rt.toml").write_text(f"greeting = '{text}'\nlisten = ['tcp:0:interface=127.0.0.1']\n")
     one = service("--config=rt.toml")
@@ -319,7 +317,7 @@ def endpoints(tmp_path, environment) -> None:
     environment["PYTHONPATH"] = str(tmp_path)
 
 
-def test_a_reactor_that_others_stop_drains_too(service, endpoints) -> None:
+def test_reactor_stop_starts_a_drain(service, endpoints) -> None:
     one = service(TCP, "--listen=stopper:")
     one.wait_event("listener.listening", listener=re.compile("^stopper:"))
     with greeted(("127.0.0.1", one.port)) as client:
@@ -330,7 +328,7 @@ def test_a_reactor_that_others_stop_drains_too(service, endpoints) -> None:
     assert drained(one, ended=1, aborted=0)
 
 
-def test_a_service_of_twist_drains_too(environment, tmp_path) -> None:
+def test_a_service_under_twist_drains(environment, tmp_path) -> None:
     twist = os.path.join(os.path.dirname(sys.executable), "twist")
     command = [twist, "--log-format=text", "rtservice", UNIX]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -345,7 +343,7 @@ def test_a_service_of_twist_drains_too(environment, tmp_path) -> None:
     assert "drained: 1 ended, 0 aborted, " in output
 
 
-def test_a_daemon_drains_too(run, tmp_path, wait_for) -> None:
+def test_a_daemon_drains(run, tmp_path, wait_for) -> None:
     assert run("--pidfile=d.pid", "--logfile=d.log", "rtservice", UNIX).returncode == 0
     pid = int(wait_for(lambda: (tmp_path / "d.pid").exists() and (tmp_path / "d.pid").read_text()))
     try:
@@ -362,7 +360,7 @@ def test_a_daemon_drains_too(run, tmp_path, wait_for) -> None:
     assert not (tmp_path / "d.pid").exists()
 
 
-def test_listeners_that_fail_late_together_are_one_end_with_a_status(service, endpoints) -> None:
+def test_two_listeners_that_fail_late_are_one_failure_with_exit_status_1(service, endpoints) -> None:
     one = service(TCP, "--listen=broken:", "--listen=broken:")
     with greeted(("127.0.0.1", one.port)):
         one.process.send_signal(signal.SIGUSR2)
@@ -390,7 +388,7 @@ def held(tmp_path):
         yield tcp, unix
 
 
-def test_restarts_under_load_refuse_and_reset_nobody(service, held, wait_for) -> None:
+def test_restarts_under_load_with_passed_sockets_refuse_and_reset_no_client(service, held, wait_for) -> None:
     addresses = [sock.getsockname() for sock in held]
     one = service("--listen=systemd:", **passing(*held))
     load = Load(addresses * 3)
@@ -410,7 +408,7 @@ def test_restarts_under_load_refuse_and_reset_nobody(service, held, wait_for) ->
     assert one.stop() == 0
 
 
-def test_the_queue_of_a_held_socket_is_left_to_the_successor(service, held, wait_for, read_all) -> None:
+def test_the_backlog_of_a_passed_socket_is_left_to_the_successor(service, held, wait_for, read_all) -> None:
     one = service("--listen=systemd:", **passing(*held))
     freeze(one.process.pid, wait_for)
     clients = [connect(sock.getsockname()) for sock in held for _ in range(50)]
@@ -428,7 +426,7 @@ def test_the_queue_of_a_held_socket_is_left_to_the_successor(service, held, wait
     assert one.process.wait(DEADLINE) == 0
 
 
-def test_a_service_without_clients_on_held_sockets_has_nothing_to_wait_for(service, held) -> None:
+def test_a_service_without_clients_on_passed_sockets_drains_at_once(service, held) -> None:
     one = service("--listen=systemd:", **passing(*held))
     one.wait_event("listener.listening", 2)
     assert one.stop() == 0
@@ -449,7 +447,7 @@ def test_a_service_without_clients_on_held_sockets_has_nothing_to_wait_for(servi
     ],
     ids=["named", "one-name", "numbered", "all"],
 )
-def test_systemd_socket_activate_hands_over_both_sockets_and_the_first_client(
+def test_systemd_socket_activate_passes_both_sockets_and_the_first_client(
     service, tmp_path, wait_for, names, listen
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -482,7 +480,7 @@ def test_systemd_socket_activate_hands_over_both_sockets_and_the_first_client(
 # --- the service manager ---
 
 
-def test_ready_is_said_first_and_when_every_listener_accepts(service, endpoints, manager, tmp_path, wait_for) -> None:
+def test_ready_is_sent_first_and_once_every_listener_accepts(service, endpoints, manager, tmp_path, wait_for) -> None:
     one = service(TCP, UNIX, "--listen=late:", NOTIFY_SOCKET=manager.address)
     one.wait_event("listener.listening", listener=re.compile("^unix:"))
     with greeted(("127.0.0.1", one.port)):  # some do already; all of them do not
@@ -497,7 +495,7 @@ def test_ready_is_said_first_and_when_every_listener_accepts(service, endpoints,
     assert one.stop() == 0
 
 
-def test_the_manager_hears_of_counts_reloads_and_the_end_in_order(service, manager, tmp_path, wait_for) -> None:
+def test_the_service_manager_receives_status_reload_and_stop_in_order(service, manager, tmp_path, wait_for) -> None:
     one = service(TCP, NOTIFY_SOCKET=manager.address)
     clients = [greeted(("127.0.0.1", one.port)) for _ in range(3)]
     wait_for(lambda: manager.has("^STATUS=serving: 3 connections open$"))
@@ -527,7 +525,7 @@ def test_the_manager_hears_of_counts_reloads_and_the_end_in_order(service, manag
     assert set(draining[2:]) == {"STATUS=draining: 3 connections open", "EXTEND_TIMEOUT_USEC=30000000"}
 
 
-def test_signs_of_life_come_at_half_of_the_time_and_stop_with_the_process(service, manager, wait_for) -> None:
+def test_watchdog_notifications_come_at_half_the_interval_and_stop_with_the_process(service, manager, wait_for) -> None:
     one = service(TCP, NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="500000")
 
     def beats() -> list[float]:

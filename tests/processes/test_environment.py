@@ -45,7 +45,7 @@ def blocked(pid: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_signals_that_the_parent_had_blocked_or_ignored_are_taken(service, wait_for, workers) -> None:
+def test_signals_blocked_or_ignored_by_the_parent_are_handled(service, wait_for, workers) -> None:
     one = service(TCP, f"--workers={workers}", launcher=program("block_signals"))
     pid = one.process.pid
     assert [blocked(process) for process in (pid, *children(pid))] == [0] * (workers if workers == 1 else 3)
@@ -92,7 +92,7 @@ def slow(tmp_path, environment, wait_for) -> Callable[..., subprocess.Popen]:
 
 
 @pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
-def test_a_stop_that_comes_when_sockets_are_bound_leaves_nothing_behind(slow, tmp_path, workers, number) -> None:
+def test_a_stop_between_bind_and_serving_removes_socket_and_pidfile(slow, tmp_path, workers, number) -> None:
     process, _ = slow("logger", f"--workers={workers}")
     assert (tmp_path / "s").exists()
     process.send_signal(signal.SIGHUP)  # which would end it if it were not held
@@ -106,7 +106,7 @@ def test_a_stop_that_comes_when_sockets_are_bound_leaves_nothing_behind(slow, tm
 
 @needs_namespaces
 @pytest.mark.parametrize("moment", ["import", "logger"])
-def test_process_1_loses_no_stop_while_it_starts(slow, tmp_path, moment) -> None:
+def test_a_stop_during_the_start_of_process_1_is_handled(slow, tmp_path, moment) -> None:
     process, pid = slow(moment, "--protocol=slow:Slow", launcher=FIRST)
     os.kill(pid, signal.SIGTERM)
     (tmp_path / "go").touch()
@@ -119,9 +119,7 @@ def test_process_1_loses_no_stop_while_it_starts(slow, tmp_path, moment) -> None
 
 
 @needs_namespaces
-def test_process_1_reaps_orphans_and_hosted_code_and_the_supervisor_have_their_statuses(
-    service, tmp_path, wait_for
-) -> None:
+def test_process_1_reaps_orphans_without_losing_exit_statuses(service, tmp_path, wait_for) -> None:
     copy_hosted("forks", tmp_path)
     both = [
         service(TCP, "--protocol=forks:Forks", f"--workers={count}", launcher=FIRST, PYTHONPATH=str(tmp_path))
@@ -149,7 +147,7 @@ def test_process_1_reaps_orphans_and_hosted_code_and_the_supervisor_have_their_s
 @pytest.mark.parametrize(
     ("workers", "name", "listen"), [(1, "web", "systemd:name=web"), (1, "", "systemd:index=0"), (2, "", "systemd:")]
 )
-def test_sockets_that_were_passed_are_found_without_proc(service, tmp_path, workers, name, listen) -> None:
+def test_passed_sockets_are_found_without_proc(service, tmp_path, workers, name, listen) -> None:
     # As without a cache of plugins: what is imported then deletes the variables.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif 'twistd' in sys.orig_argv[1]:\n    import twisted.internet.endpoints\n"

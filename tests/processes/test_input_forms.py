@@ -28,7 +28,7 @@ def line(result: subprocess.CompletedProcess) -> str:
 
 
 @needs_ipv6
-def test_addresses_are_accepted_in_every_form_including_that_of_the_log(service, certificates) -> None:
+def test_addresses_are_accepted_in_every_form_including_the_logged_one(service, certificates) -> None:
     pair = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     typed = {
         "[::1]:0": "tcp:[::1]:",

@@ -90,7 +90,7 @@ def clients() -> Iterator[Callable[..., list[socket.socket]]]:
 
 
 @pytest.mark.parametrize("reactor", ["rtservice", "poll", "asyncio"])
-def test_whoever_is_too_many_waits_in_the_kernel_and_is_served_when_a_place_is_free(service, clients, reactor) -> None:
+def test_clients_above_the_limit_wait_in_the_backlog_and_are_served_later(service, clients, reactor) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=5", twistd=(f"--reactor={reactor}",))
     waiting = clients(30, one.port)
     inside: list[socket.socket] = []
@@ -110,7 +110,7 @@ def test_whoever_is_too_many_waits_in_the_kernel_and_is_served_when_a_place_is_f
     assert len([event for event in one.events if event["event"] == "connection.limit_reached"]) == 1
 
 
-def test_whoever_is_too_many_is_closed_at_once_with_reject(service, clients) -> None:
+def test_at_limit_reject_closes_clients_above_the_limit_at_once(service, clients) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=5", "--at-limit=reject", "--drain-timeout=0")
     many = clients(200, one.port)
     answers = [answer(client) for client in many]
@@ -129,7 +129,7 @@ def test_whoever_is_too_many_is_closed_at_once_with_reject(service, clients) -> 
     assert len([event for event in one.events if event["event"] == "connection.closed"]) == 6
 
 
-def test_one_address_has_so_many_and_another_is_served(service, clients) -> None:
+def test_the_limit_per_peer_does_not_affect_another_address(service, clients) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections-per-peer=3")
     answers = [answer(client) for client in clients(20, one.port)]
     assert answers.count(GREETING) == 3
@@ -143,7 +143,7 @@ def test_one_address_has_so_many_and_another_is_served(service, clients) -> None
 FEW_DESCRIPTORS = ["bash", "-c", 'ulimit -n 64 && exec "$@"', "bash"]  # soft and hard
 
 
-def test_the_default_limit_is_what_the_descriptors_allow(service, clients) -> None:
+def test_the_default_connection_limit_follows_the_descriptor_limit(service, clients) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", launcher=FEW_DESCRIPTORS)
     waiting = clients(60, one.port)
     one.wait_event("connection.limit_reached", limit=32)
@@ -158,7 +158,7 @@ def test_the_default_limit_is_what_the_descriptors_allow(service, clients) -> No
     assert not any(event["event"] == "accept.paused" for event in one.events)
 
 
-def test_without_descriptors_nothing_spins_and_whoever_waits_is_served_when_there_are_some(service, clients) -> None:
+def test_without_descriptors_accepting_pauses_without_spinning_and_resumes_later(service, clients) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=1000", launcher=FEW_DESCRIPTORS)
     one.wait_event("connection.limit_unreachable", connections=1000, limit=64)
     waiting = clients(100, one.port)
@@ -200,7 +200,7 @@ def strace() -> Callable[..., list[str]]:
 
 
 @pytest.mark.parametrize("code", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
-def test_a_shortage_in_accept_is_rested_out(service, clients, strace, code) -> None:
+def test_accept_pauses_after_a_resource_error_and_resumes(service, clients, strace, code) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", launcher=strace("accept4", f"error={code}:when=1..2"))
     for client in clients(3, one.port):
         assert client.recv(100) == GREETING
@@ -208,14 +208,14 @@ def test_a_shortage_in_accept_is_rested_out(service, clients, strace, code) -> N
     assert len([event for event in one.events if event["event"] == "accept.paused"]) == 1
 
 
-def test_a_client_that_is_gone_before_it_is_accepted_costs_nobody_else(service, clients, strace) -> None:
+def test_a_client_that_closes_before_accept_does_not_affect_others(service, clients, strace) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", launcher=strace("accept4", "error=ECONNABORTED:when=1+3"))
     for client in clients(20, one.port):
         assert client.recv(100) == GREETING
     assert not any(event["event"] == "accept.paused" for event in one.events)
 
 
-def test_a_log_that_cannot_be_written_disturbs_no_client(environment, tmp_path, wait_listening, strace) -> None:
+def test_a_log_that_cannot_be_written_does_not_affect_clients(environment, tmp_path, wait_listening, strace) -> None:
     log, path = tmp_path / "log", tmp_path / "s"
     twistd = str(Path(sys.executable).parent / "twistd")
     # Lines are written together: the first two times it goes well.
@@ -248,9 +248,7 @@ def test_a_log_that_cannot_be_written_disturbs_no_client(environment, tmp_path, 
 # --- deadlines ---
 
 
-def test_clients_that_never_finish_a_handshake_are_all_gone_after_its_deadline(
-    service, clients, certificates, manager
-) -> None:
+def test_unfinished_handshakes_are_closed_after_the_handshake_timeout(service, clients, certificates, manager) -> None:
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     one = service(
         f"--listen=proxy:ssl:0:interface=127.0.0.1:{files}",
@@ -282,7 +280,7 @@ def test_clients_that_never_finish_a_handshake_are_all_gone_after_its_deadline(
     exchange(honest)
 
 
-def test_silence_is_closed_and_whoever_speaks_stays(service, clients) -> None:
+def test_idle_connections_are_closed_and_active_ones_stay_open(service, clients) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", "--idle-timeout=1")
     began = time.monotonic()
     silent, speaking = clients(2, one.port)
@@ -297,7 +295,7 @@ def test_silence_is_closed_and_whoever_speaks_stays(service, clients) -> None:
     assert len([event for event in one.events if event["event"] == "connection.closed"]) == 1
 
 
-def test_a_peer_that_stops_reading_is_cut_off(service, clients) -> None:
+def test_a_peer_that_stops_reading_is_aborted(service, clients) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", "--idle-timeout=1")
     (client,) = clients(1, one.port)
     client.settimeout(0.5)
@@ -311,7 +309,7 @@ def test_a_peer_that_stops_reading_is_cut_off(service, clients) -> None:
 
 
 @pytest.mark.parametrize("offset", ["-3600", "+3600"])
-def test_setting_the_clock_by_an_hour_moves_no_deadline(service, clients, manager, tmp_path, offset) -> None:
+def test_setting_the_clock_by_an_hour_does_not_move_timeouts(service, clients, manager, tmp_path, offset) -> None:
     faketime = shutil.which("faketime")
     if faketime is None:
         pytest.skip("faketime (Debian: faketime) is not installed")
@@ -383,7 +381,7 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
 
 
-def test_a_flood_above_ten_thousand_idle_clients_disturbs_none_of_them(service, record_property: Any) -> None:
+def test_a_connection_flood_does_not_affect_ten_thousand_idle_clients(service, record_property: Any) -> None:
     if raise_descriptor_limit() < 10_200:
         pytest.skip("a process may not have 10,200 descriptors here (ulimit -Hn)")
     one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=10000", "--at-limit=reject")

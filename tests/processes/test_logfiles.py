@@ -104,7 +104,7 @@ def rotate(config: Path) -> None:
     ids=lambda value: str(value),
 )
 @pytest.mark.parametrize("workers", [1, 2])
-def test_logrotate_loses_no_record_and_piles_up_no_file(
+def test_logrotate_loses_no_record_and_leaves_no_extra_file(
     start, tmp_path, greets, wait_for, how, signalled, workers
 ) -> None:
     logs = tmp_path / "logs"
@@ -152,9 +152,7 @@ def test_logrotate_loses_no_record_and_piles_up_no_file(
 
 @needs_logrotate
 @as_root
-def test_the_snippet_for_logrotate_rotates_a_service_that_has_dropped_its_privileges(
-    start, public, tmp_path, greets, wait_for
-) -> None:
+def test_the_logrotate_snippet_works_after_privileges_are_dropped(start, public, tmp_path, greets, wait_for) -> None:
     logs = public / "log"
     logs.mkdir(mode=0o755)
     process = start(
@@ -192,7 +190,7 @@ def test_the_snippet_for_logrotate_rotates_a_service_that_has_dropped_its_privil
 
 
 @as_root
-def test_a_file_that_the_user_may_not_open_is_reported_everywhere_and_opened_when_it_may_be(
+def test_a_log_file_without_permission_is_reported_and_reopened_once_permitted(
     start, public, tmp_path, wait_for, greets
 ) -> None:
     errors = tmp_path / "errors"
@@ -227,7 +225,7 @@ def test_a_file_that_the_user_may_not_open_is_reported_everywhere_and_opened_whe
 
 @as_root
 @pytest.mark.parametrize("inside", [True, False])
-def test_files_inside_and_outside_of_the_new_root_are_reopened(start, tmp_path, wait_for, greets, inside) -> None:
+def test_log_files_inside_and_outside_the_chroot_are_reopened(start, tmp_path, wait_for, greets, inside) -> None:
     root = tmp_path / "root"
     root.mkdir()
     directory = root if inside else tmp_path
@@ -249,7 +247,7 @@ def test_files_inside_and_outside_of_the_new_root_are_reopened(start, tmp_path, 
     assert (root / "access").read_text().count("\n") == 1
 
 
-def test_a_directory_that_is_replaced_is_used_once_it_is_there(start, tmp_path, wait_for, greets) -> None:
+def test_a_replaced_log_directory_is_used_once_it_exists(start, tmp_path, wait_for, greets) -> None:
     logs, away = tmp_path / "logs", tmp_path / "away"
     logs.mkdir()
     process = start("--access-log=logs/access", twistd=("--logfile=logs/log",), stderr=subprocess.DEVNULL)
@@ -267,7 +265,7 @@ def test_a_directory_that_is_replaced_is_used_once_it_is_there(start, tmp_path, 
     assert (logs / "log").read_text().endswith("Server Shut Down.\n")
 
 
-def test_an_output_that_cannot_be_reopened_is_no_concern_of_the_others(start, tmp_path, wait_for, greets) -> None:
+def test_an_output_that_cannot_be_reopened_does_not_affect_the_others(start, tmp_path, wait_for, greets) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     process = start("--access-log=two/access", twistd=("--logfile=one/log",), stderr=subprocess.DEVNULL)
@@ -281,7 +279,7 @@ def test_an_output_that_cannot_be_reopened_is_no_concern_of_the_others(start, tm
 
 
 @pytest.mark.parametrize("logger", ["classic", "json", "text"])
-def test_a_log_that_is_removed_is_created_again_in_every_format(start, tmp_path, wait_for, greets, logger) -> None:
+def test_a_removed_log_file_is_created_again_in_every_format(start, tmp_path, wait_for, greets, logger) -> None:
     log = tmp_path / "log"
     process = start(twistd=(f"--logger=rtservice.observe.logs.{logger}", f"--logfile={log}"), stderr=subprocess.DEVNULL)
     log.unlink()
@@ -294,7 +292,7 @@ def test_a_log_that_is_removed_is_created_again_in_every_format(start, tmp_path,
 # --- several writers of one file ---
 
 
-def test_a_process_that_drains_and_its_successor_share_one_file(start, tmp_path, wait_for, greets) -> None:
+def test_a_draining_process_and_its_successor_share_log_files(start, tmp_path, wait_for, greets) -> None:
     log, access = tmp_path / "log", tmp_path / "access"
     options = ("--access-log=access", "--drain-timeout=60")
     one = start(*options, twistd=("--logfile=log",), stderr=subprocess.DEVNULL)
@@ -329,7 +327,7 @@ def test_a_process_that_drains_and_its_successor_share_one_file(start, tmp_path,
 
 
 @pytest.mark.parametrize("spelled", ["log", "./log", "link", "hard"])
-def test_one_file_may_be_the_log_and_the_access_log(start, tmp_path, wait_for, greets, spelled) -> None:
+def test_one_file_can_be_both_log_and_access_log(start, tmp_path, wait_for, greets, spelled) -> None:
     log = tmp_path / "log"
     log.touch()
     (tmp_path / "link").symlink_to(log)
@@ -352,7 +350,7 @@ def test_one_file_may_be_the_log_and_the_access_log(start, tmp_path, wait_for, g
 
 
 @pytest.mark.parametrize(("option", "kept"), [((), 4), (("--log-files=2",), 2), (("--log-files=0",), 0)])
-def test_so_many_rotated_files_are_kept_as_the_option_says(start, tmp_path, wait_for, greets, option, kept) -> None:
+def test_log_files_sets_the_number_of_rotated_files(start, tmp_path, wait_for, greets, option, kept) -> None:
     log = tmp_path / "log"
     process = start(*option, twistd=("--logfile=log",), stderr=subprocess.DEVNULL)
     for number in range(4):
@@ -369,7 +367,7 @@ def test_so_many_rotated_files_are_kept_as_the_option_says(start, tmp_path, wait
     assert len([*tmp_path.glob("log.*")]) == kept
 
 
-def test_older_files_beyond_the_option_are_left_alone_and_named_once(start, tmp_path, wait_for) -> None:
+def test_files_beyond_log_files_are_kept_and_reported_once(start, tmp_path, wait_for) -> None:
     log = tmp_path / "log"
     for number in range(1, 61):
         (tmp_path / f"log.{number}").write_text(f"{number}\n")
@@ -384,9 +382,7 @@ def test_older_files_beyond_the_option_are_left_alone_and_named_once(start, tmp_
     assert numbers == {*range(1, 61)} - {30}
 
 
-def test_standard_output_that_a_shell_opened_has_no_hole_once_it_is_truncated(
-    start, tmp_path, wait_for, greets
-) -> None:
+def test_redirected_standard_output_has_no_hole_after_truncation(start, tmp_path, wait_for, greets) -> None:
     output = tmp_path / "output"
     with output.open("wb") as stream:
         start(stdout=stream, stderr=stream)

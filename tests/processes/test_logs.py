@@ -52,7 +52,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["--logfile", "--access-log"])
-def test_a_full_disk_delays_nobody_and_what_was_dropped_is_said_once_there_is_room(
+def test_a_full_disk_delays_no_client_and_dropped_lines_are_reported_later(
     start, tmp_path, small_disk, wait_for, what, greets
 ) -> None:
     file = "/dev/full" if small_disk is None else f"{small_disk}/log"
@@ -81,7 +81,7 @@ def test_a_full_disk_delays_nobody_and_what_was_dropped_is_said_once_there_is_ro
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_closed_standard_descriptors_disturb_nobody(start, tmp_path, closed, greets) -> None:
+def test_closed_standard_descriptors_do_not_affect_clients(start, tmp_path, closed, greets) -> None:
     launcher = ("sh", "-c", f'exec "$@" {closed}', "sh")
     process = start("--access-log=-", launcher=launcher, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(300):
@@ -90,7 +90,7 @@ def test_closed_standard_descriptors_disturb_nobody(start, tmp_path, closed, gre
     assert end(process) == 0
 
 
-def test_a_reader_that_has_gone_disturbs_nobody(start, tmp_path, greets) -> None:
+def test_a_closed_log_pipe_does_not_affect_clients(start, tmp_path, greets) -> None:
     process = start(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.close()
     for _ in range(300):
@@ -100,9 +100,7 @@ def test_a_reader_that_has_gone_disturbs_nobody(start, tmp_path, greets) -> None
 
 
 @pytest.mark.parametrize("logger", ["classic", "json"])
-def test_a_pipe_that_nobody_reads_delays_nobody_and_every_record_is_there_or_counted(
-    start, tmp_path, logger, greets
-) -> None:
+def test_a_full_log_pipe_delays_no_client_and_dropped_records_are_counted(start, tmp_path, logger, greets) -> None:
     process = start(
         twistd=(f"--logger=rtservice.observe.logs.{logger}",),
         stdout=subprocess.PIPE,
@@ -126,7 +124,7 @@ def test_a_pipe_that_nobody_reads_delays_nobody_and_every_record_is_there_or_cou
     assert records + dropped - served in range(1, 5)
 
 
-def test_a_stopped_service_has_written_all_to_a_reader_that_is_slow(start, tmp_path) -> None:
+def test_a_stopping_service_flushes_its_log_to_a_slow_reader(start, tmp_path) -> None:
     process = start(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     clients = []
     for _ in range(700):
@@ -146,7 +144,7 @@ def test_a_stopped_service_has_written_all_to_a_reader_that_is_slow(start, tmp_p
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_json_is_one_object_a_line_whatever_peers_and_protocols_do(start, tmp_path, workers, greets) -> None:
+def test_json_logs_are_one_object_per_line_for_any_input(start, tmp_path, workers, greets) -> None:
     process = start(
         f"--workers={workers}",
         twistd=("--logger=rtservice.observe.logs.json",),
@@ -184,7 +182,7 @@ def test_json_is_one_object_a_line_whatever_peers_and_protocols_do(start, tmp_pa
         assert failed["slot"] in (0, 1)
 
 
-def test_our_loggers_write_to_twistds_log_file(start, tmp_path) -> None:
+def test_text_logger_writes_to_the_log_file_of_twistd(start, tmp_path) -> None:
     log = tmp_path / "x.log"
     twistd = (f"--logfile={log}", "--logger=rtservice.observe.logs.text")
     process = start(twistd=twistd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -196,7 +194,7 @@ def test_our_loggers_write_to_twistds_log_file(start, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_text_is_coloured_on_a_terminal_unless_nobody_wants_it(start, tmp_path, no_color) -> None:
+def test_text_logs_are_coloured_on_a_terminal_unless_no_color_is_set(start, tmp_path, no_color) -> None:
     ours, its = pty.openpty()
     process = start(
         twistd=("--logger=rtservice.observe.logs.text",), env={"NO_COLOR": no_color}, stdout=its, stderr=its
@@ -215,7 +213,7 @@ def test_text_is_coloured_on_a_terminal_unless_nobody_wants_it(start, tmp_path, 
 # --- levels ---
 
 
-def test_levels_hold_for_namespaces_and_change_on_sighup(service, tmp_path) -> None:
+def test_log_levels_apply_per_namespace_and_change_on_sighup(service, tmp_path) -> None:
     config = tmp_path / "rt.toml"
     config.write_text('log-level = "info,twisted=error"\n')
     one = service("--port=0", f"--config={config}")
@@ -227,7 +225,7 @@ def test_levels_hold_for_namespaces_and_change_on_sighup(service, tmp_path) -> N
     assert any("Main loop terminated" in line for line in one.lines)
 
 
-def test_levels_hold_in_workers(service, tmp_path) -> None:
+def test_log_levels_apply_in_workers(service, tmp_path) -> None:
     levels = "--log-level=rtservice.net=error,log_legacy=error"
     one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", levels, PYTHONPATH=str(PROGRAMS / "failing_echo"))
     with socket.socket(socket.AF_UNIX) as client:
@@ -245,7 +243,7 @@ def test_levels_hold_in_workers(service, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_access_log_is_opened_anew_on_sigusr1(service, tmp_path, wait_for, workers, greets) -> None:
+def test_the_access_log_is_reopened_on_sigusr1(service, tmp_path, wait_for, workers, greets) -> None:
     one = service(f"--listen=unix:{tmp_path}/s", f"--workers={workers}", "--access-log=access")
     path, moved = tmp_path / "access", tmp_path / "moved"
     assert greets(tmp_path, b"peer 1")
@@ -269,14 +267,14 @@ def test_an_access_log_is_opened_anew_on_sigusr1(service, tmp_path, wait_for, wo
     assert not any(event["event"] == "connection.closed" for event in one.events)
 
 
-def test_an_access_log_on_standard_output_is_between_the_other_lines(service, tmp_path, greets) -> None:
+def test_an_access_log_on_standard_output_is_mixed_with_other_lines(service, tmp_path, greets) -> None:
     one = service(f"--listen=unix:{tmp_path}/s", "--access-log=-")
     assert greets(tmp_path)
     one.wait_line("^start=.* worker=-$")
     one.stop()
 
 
-def test_every_worker_hands_over_its_access_lines_before_it_ends(service, tmp_path, greets) -> None:
+def test_workers_send_all_access_log_lines_before_they_exit(service, tmp_path, greets) -> None:
     one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
     for _ in range(200):
         assert greets(tmp_path)
@@ -284,7 +282,7 @@ def test_every_worker_hands_over_its_access_lines_before_it_ends(service, tmp_pa
     assert (tmp_path / "access").read_text().count("out=22") == 200
 
 
-def test_hostile_names_of_peers_fill_no_message_of_a_worker(service, tmp_path, greets) -> None:
+def test_hostile_peer_names_do_not_exceed_the_message_size_of_a_worker(service, tmp_path, greets) -> None:
     one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
     room = 107 - len(os.fsencode(tmp_path)) - 1
     for number in range(300):
@@ -294,7 +292,7 @@ def test_hostile_names_of_peers_fill_no_message_of_a_worker(service, tmp_path, g
     assert not any("must not say" in line for line in one.lines)
 
 
-def test_a_daemons_log_is_rotated_on_sigusr1_as_twistd_does(run, tmp_path, wait_for, greets) -> None:
+def test_the_log_of_a_daemon_is_rotated_on_sigusr1(run, tmp_path, wait_for, greets) -> None:
     log = tmp_path / "d.log"
     result = run(f"--pidfile={tmp_path}/pid", f"--logfile={log}", "rtservice", f"--listen=unix:{tmp_path}/s")
     assert (result.returncode, result.stderr) == (0, "")
@@ -312,7 +310,7 @@ def test_a_daemons_log_is_rotated_on_sigusr1_as_twistd_does(run, tmp_path, wait_
 
 
 @pytest.mark.parametrize("twistd", [(), ("--syslog",), ("--logger=twisted.logger.LogPublisher",)], ids=" ".join)
-def test_sigusr1_ends_no_process_wherever_it_logs_to(start, tmp_path, twistd, greets) -> None:
+def test_sigusr1_does_not_end_a_process_with_any_logger(start, tmp_path, twistd, greets) -> None:
     process = start(twistd=twistd, stdout=subprocess.DEVNULL)
     for _ in range(10):
         process.send_signal(signal.SIGUSR1)
@@ -350,6 +348,6 @@ def test_sigusr1_ends_no_process_wherever_it_logs_to(start, tmp_path, twistd, gr
         (("-n", "rtservice", "--log-level=info,debug"), "--log-level: 'info,debug' has two levels for rtservice"),
     ],
 )
-def test_what_cannot_be_logged_to_is_one_line_at_the_start(run, arguments, line) -> None:
+def test_an_invalid_log_option_is_one_error_line(run, arguments, line) -> None:
     result = run("--pidfile=", *arguments)
     assert (result.returncode, result.stderr) == (1, f"rtservice: {line}\n")

@@ -176,7 +176,7 @@ VIOLATIONS = {
     ],
     ids=" ".join,
 )
-def test_a_violation_costs_the_worker_its_life_and_is_one_line_and_nobody_else_notices(world, names) -> None:
+def test_a_worker_that_violates_the_protocol_is_killed_and_logged_once(world, names) -> None:
     one = world()
     for count, name in enumerate(names, 1):
         pid = one.attack(name)
@@ -192,7 +192,7 @@ def test_a_violation_costs_the_worker_its_life_and_is_one_line_and_nobody_else_n
 
 
 @pytest.mark.parametrize("name", ["records", "batches", "text", "heartbeats", "leave", "print", "lines"])
-def test_a_flood_is_taken_slowly_and_the_supervisor_does_all_else(world, wait_for, name) -> None:
+def test_a_flood_from_a_worker_is_throttled_and_the_supervisor_stays_responsive(world, wait_for, name) -> None:
     one = world("--hang-timeout=0")
     one.attack(name)
     end = time.monotonic() + 3
@@ -206,7 +206,7 @@ def test_a_flood_is_taken_slowly_and_the_supervisor_does_all_else(world, wait_fo
     one.check()
 
 
-def test_a_worker_that_does_not_read_is_asked_few_questions_and_killed(world, wait_for) -> None:
+def test_a_worker_that_does_not_read_gets_few_queries_and_is_killed(world, wait_for) -> None:
     one = world("--hang-timeout=4")
     pid = one.attack("deaf")
     asked: list[threading.Thread] = []
@@ -220,7 +220,7 @@ def test_a_worker_that_does_not_read_is_asked_few_questions_and_killed(world, wa
     one.check()
 
 
-def test_what_a_worker_logs_reaches_the_log_without_control_characters(world) -> None:
+def test_control_characters_in_worker_logs_are_escaped(world) -> None:
     one = world()
     one.attack("escapes")
     one.service.wait_line(r"printed \\+x1b\[31m\\+xff")
@@ -236,7 +236,7 @@ def test_what_a_worker_logs_reaches_the_log_without_control_characters(world) ->
     one.check()
 
 
-def test_a_record_that_hosted_code_makes_large_is_its_worker_s_own_affair(world) -> None:
+def test_a_large_log_record_is_truncated_in_the_worker(world) -> None:
     one = world()
     one.attack("large")
     one.service.wait_line("characters left out")

@@ -28,19 +28,19 @@ def credentials(pid: int) -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     "options", [["--uid=nobody"], ["--gid=nogroup"], ["--uid=nobody", "--gid=nogroup"]], ids=" ".join
 )
-def test_an_effective_user_alone_is_refused_before_anything_is_bound(run, tmp_path, options, more, daemon) -> None:
+def test_euid_with_a_user_is_rejected_before_anything_is_bound(run, tmp_path, options, more, daemon) -> None:
     where = ["--pidfile=d.pid", "--logfile=d.log"] if daemon else ["-n", "--pidfile="]
     assert_refused(run(*where, "--euid", *options, "rtservice", "--listen=unix:s", *more), "--euid: ", "--uid")
     assert not list(tmp_path.iterdir())
 
 
-def test_euid_without_a_user_to_become_is_not_refused(run) -> None:
+def test_euid_without_a_user_is_accepted(run) -> None:
     result = run("-n", "--pidfile=", "--euid", "rtservice", "--check")
     assert (result.returncode, result.stdout) == (0, "rtservice: the configuration is valid\n")
 
 
 @pytest.mark.parametrize("options", [["--uid=nobody"], ["--uid=nobody", "--gid=nogroup"]], ids=" ".join)
-def test_a_user_has_nothing_of_the_groups_that_root_had(service, options) -> None:
+def test_supplementary_groups_of_root_are_dropped(service, options) -> None:
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv (Debian: util-linux) is not installed")
     one = service(
@@ -63,7 +63,7 @@ def test_a_user_has_nothing_of_the_groups_that_root_had(service, options) -> Non
     [(["--uid=54321"], "54321"), (["--uid=54321", "--gid=65533"], "65533"), (["--uid=54321", "--gid=nogroup"], NOBODY)],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_user_without_an_entry_is_served_as_with_its_group_alone(service, options, gid) -> None:
+def test_a_user_without_a_passwd_entry_gets_only_its_group(service, options, gid) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", twistd=tuple(options))
     nothing = {"0" * 16}
     assert credentials(one.process.pid) == {
@@ -77,7 +77,7 @@ def test_a_user_without_an_entry_is_served_as_with_its_group_alone(service, opti
         assert client.recv(100) == b"Hello from the server!"
 
 
-def test_a_user_is_looked_up_before_the_root_changes(service, tmp_path) -> None:
+def test_a_user_is_looked_up_before_chroot(service, tmp_path) -> None:
     """The new root has no accounts, as most have not, and no libraries that know of any."""
     one = service("--listen=unix:/s", twistd=(f"--chroot={tmp_path}", "--uid=nobody"))
     found = credentials(one.process.pid)
@@ -93,7 +93,7 @@ def test_a_user_is_looked_up_before_the_root_changes(service, tmp_path) -> None:
     ],
     ids=lambda value: " ".join(value),
 )
-def test_a_user_that_cannot_be_is_one_line(run, tmp_path, options, words, check) -> None:
+def test_an_invalid_user_is_one_error_line(run, tmp_path, options, words, check) -> None:
     result = run("-n", "--pidfile=", *options, "rtservice", "--listen=unix:s", *check)
     assert_refused(result, *words)
     assert not list(tmp_path.iterdir())
@@ -109,9 +109,7 @@ def test_a_user_that_cannot_be_is_one_line(run, tmp_path, options, words, check)
     ],
     ids=lambda value: " ".join(value),
 )
-def test_what_takes_privileges_that_are_missing_is_one_line_before_anything_is_bound(
-    environment, tmp_path, options, words
-) -> None:
+def test_missing_privileges_are_one_error_line_before_anything_is_bound(environment, tmp_path, options, words) -> None:
     # Root without its capabilities: no other user may be able to read the interpreter.
     command = ["setpriv", "--bounding-set=-sys_chroot,-setuid,-setgid", "--inh-caps=-all", "--"]
     command += [BIN / "twistd", "-n", "--pidfile=", *options, "rtservice", "--listen=unix:s"]
@@ -120,7 +118,7 @@ def test_what_takes_privileges_that_are_missing_is_one_line_before_anything_is_b
     assert not list(tmp_path.iterdir())
 
 
-def test_a_root_without_dev_null_is_refused_for_a_daemon_and_for_workers(run, tmp_path) -> None:
+def test_a_chroot_without_dev_null_is_rejected_for_daemons_and_workers(run, tmp_path) -> None:
     (tmp_path / "root").mkdir()
     chroot = f"--chroot={tmp_path}/root"
     for twistd, more in ((["--logfile=d.log"], []), (["-n"], ["--workers=2"])):
@@ -129,13 +127,13 @@ def test_a_root_without_dev_null_is_refused_for_a_daemon_and_for_workers(run, tm
         assert not list((tmp_path / "root").iterdir())
 
 
-def test_a_group_without_a_user_is_a_warning_that_root_stays(service) -> None:
+def test_gid_without_uid_logs_that_privileges_are_kept(service) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1", twistd=("--gid=nogroup",))
     assert one.wait_event("privileges.kept")["level"] == "warn"
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace (Debian: strace) is not installed")
-def test_supplementary_groups_that_are_kept_refuse_the_start(environment, tmp_path) -> None:
+def test_remaining_supplementary_groups_fail_the_start(environment, tmp_path) -> None:
     command = [
         *("strace", "-f", "-qq", "-o", "trace", "-e", "trace=setgroups", "-e", "inject=setgroups:retval=0"),
         *(BIN / "twistd", "-n", "--pidfile=", "--uid=nobody", "rtservice", "--listen=unix:s"),

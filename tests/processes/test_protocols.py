@@ -28,7 +28,7 @@ def exchange(one, data: bytes, read_all: Callable[[socket.socket], bytes]) -> by
 
 
 @pytest.mark.usefixtures("good")
-def test_a_factory_is_started_once_before_anybody_is_accepted_and_stopped_after_the_last(service) -> None:
+def test_a_factory_starts_once_before_accepting_and_stops_after_the_last_connection(service) -> None:
     one = service("--protocol=good:Shouts", "--protocol-option=mark=?", TCP, "--listen=unix:s")
     with one.connect() as client:
         client.sendall(b"hi")
@@ -48,7 +48,7 @@ def test_a_factory_is_started_once_before_anybody_is_accepted_and_stopped_after_
 
 @pytest.mark.usefixtures("good")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_start_that_fails_is_one_line_and_a_status(run, workers) -> None:
+def test_a_failed_start_is_one_error_line_and_exit_status_1(run, workers) -> None:
     result = run(*RTSERVICE, "--protocol=good:Shouts", "--protocol-option=fails=true", TCP, f"--workers={workers}")
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
@@ -58,7 +58,7 @@ def test_a_start_that_fails_is_one_line_and_a_status(run, workers) -> None:
 
 
 @pytest.mark.usefixtures("good")
-def test_a_start_that_is_not_done_is_cancelled_by_a_stop(service) -> None:
+def test_a_stop_cancels_an_unfinished_start(service) -> None:
     one = service("--protocol=good:Shouts", "--protocol-option=hangs=true", TCP, awaits='"message": "start"')
     one.stop()
     one.wait_line("start is cancelled")
@@ -77,7 +77,7 @@ def test_a_start_that_is_not_done_is_cancelled_by_a_stop(service) -> None:
         ("", "nowhere:x", "there is no module nowhere"),
     ],
 )
-def test_what_cannot_be_imported_is_one_line_and_a_status(
+def test_a_failed_import_is_one_error_line_and_exit_status_1(
     run, tmp_path, environment, workers, check, source, protocol, problem
 ) -> None:
     (tmp_path / "bad.py").write_text(source)
@@ -90,7 +90,7 @@ def test_what_cannot_be_imported_is_one_line_and_a_status(
 
 @pytest.mark.usefixtures("good")
 @pytest.mark.parametrize("check", [[], ["--check"]], ids=["serve", "check"])
-def test_what_has_to_be_in_one_process_does_not_start_with_workers(run, check) -> None:
+def test_a_one_process_protocol_does_not_start_with_workers(run, check) -> None:
     result = run(*RTSERVICE, "--protocol=good:Alone", TCP, "--workers=2", *check)
     assert result.returncode == 1
     assert result.stderr.endswith("--workers has to be 1, not 2\n")
@@ -120,7 +120,7 @@ def test_workers_serve_new_code_after_a_reload(service, tmp_path, environment, r
 
 
 @pytest.mark.usefixtures("good")
-def test_relative_paths_begin_where_the_command_was_typed(service, tmp_path, environment, read_all) -> None:
+def test_relative_paths_start_in_the_directory_of_the_command(service, tmp_path, environment, read_all) -> None:
     copy_hosted("files", tmp_path)
     one = service("--protocol=files:Shows", "--protocol-option=path=a/b", TCP, "--workers=2")
     assert exchange(one, b"", read_all) == bytes(tmp_path / "a" / "b")
@@ -133,7 +133,7 @@ def bad(tmp_path: Path, environment: dict[str, str]) -> None:
 
 
 @pytest.mark.usefixtures("bad")
-def test_a_client_that_gets_no_protocol_is_closed_and_one_that_raises_harms_no_other(service, read_all) -> None:
+def test_a_client_without_a_protocol_is_closed_and_an_exception_affects_one_connection(service, read_all) -> None:
     one = service("--protocol=bad:Builds", TCP)
     for _ in range(2):
         with one.connect() as client:
@@ -152,7 +152,7 @@ def test_a_client_that_gets_no_protocol_is_closed_and_one_that_raises_harms_no_o
 
 
 @pytest.mark.usefixtures("bad")
-def test_a_protocol_that_never_lets_go_does_not_hold_up_a_drain(service, read_all) -> None:
+def test_a_producer_that_never_unregisters_does_not_block_a_drain(service, read_all) -> None:
     one = service("--protocol=bad:Clings", TCP, "--drain-timeout=0.2")
     with one.connect() as client:
         assert client.recv(1) == b"x"
@@ -162,7 +162,7 @@ def test_a_protocol_that_never_lets_go_does_not_hold_up_a_drain(service, read_al
 
 @pytest.mark.usefixtures("bad")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_blocks_the_reactor_is_logged_with_its_stack(service, workers) -> None:
+def test_blocking_the_reactor_is_logged_with_a_stack(service, workers) -> None:
     one = service("--protocol=bad:Raises", TCP, f"--workers={workers}")
     with one.connect() as client:
         client.sendall(b"block")
@@ -180,7 +180,7 @@ def worse(tmp_path: Path, environment: dict[str, str]) -> None:
 
 @pytest.mark.usefixtures("worse")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_sys_exit_in_a_factory_ends_nothing_but_what_it_was_asked_for(service, workers) -> None:
+def test_sys_exit_in_a_factory_does_not_end_the_process(service, workers) -> None:
     one = service(
         *("--protocol=worse:Exits", TCP, f"--workers={workers}", "--status=tcp:0", "--hang-timeout=2"),
         *("--drain-timeout=0.5",),
@@ -205,9 +205,7 @@ def test_sys_exit_in_a_factory_ends_nothing_but_what_it_was_asked_for(service, w
 
 @pytest.mark.usefixtures("worse")
 @pytest.mark.parametrize("kind", ["tcp:0:interface=127.0.0.1", "unix:s"])
-def test_a_producer_that_fails_as_its_connection_begins_leaves_the_listener_and_no_trace(
-    service, tmp_path, kind
-) -> None:
+def test_a_producer_that_fails_at_connection_start_does_not_affect_the_listener(service, tmp_path, kind) -> None:
     one = service("--protocol=worse:Worse", f"--listen={kind}", "--max-connections=1")
 
     def connect() -> socket.socket:
@@ -230,7 +228,7 @@ def test_a_producer_that_fails_as_its_connection_begins_leaves_the_listener_and_
 
 
 @pytest.mark.usefixtures("worse")
-def test_a_wrapper_that_wants_to_say_goodbye_is_told(service) -> None:
+def test_drain_is_called_on_a_protocol_wrapper(service) -> None:
     one = service("--protocol=worse:wrapped", TCP)
     with one.connect() as client:
         assert client.recv(100) == b"here"
@@ -239,7 +237,7 @@ def test_a_wrapper_that_wants_to_say_goodbye_is_told(service) -> None:
 
 
 @pytest.mark.usefixtures("worse")
-def test_threads_that_never_end_hold_it_up_until_the_second_signal(service, wait_for) -> None:
+def test_threads_that_never_end_delay_the_exit_until_a_second_signal(service, wait_for) -> None:
     one = service("--protocol=worse:Threads", TCP, "--drain-timeout=0.2")
     with one.connect() as client:
         client.sendall(b"x")
@@ -252,7 +250,7 @@ def test_threads_that_never_end_hold_it_up_until_the_second_signal(service, wait
 
 
 @pytest.mark.usefixtures("worse")
-def test_a_reactor_that_is_blocked_for_ever_is_in_the_log_and_the_third_signal_ends_it(service, wait_for) -> None:
+def test_a_permanently_blocked_reactor_is_logged_and_repeated_signals_end_it(service, wait_for) -> None:
     one = service("--protocol=worse:Threads", TCP)
     with one.connect() as client:
         client.sendall(b"loop")
@@ -266,7 +264,7 @@ def test_a_reactor_that_is_blocked_for_ever_is_in_the_log_and_the_third_signal_e
 
 @pytest.mark.usefixtures("worse")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_protocol_logs_and_prints_is_the_same_with_workers(service, workers) -> None:
+def test_protocol_logs_and_prints_are_the_same_with_workers(service, workers) -> None:
     one = service("--protocol=worse:Logs", TCP, f"--workers={workers}")
     with one.connect() as client:
         client.sendall(b"x")
@@ -280,7 +278,7 @@ def test_what_a_protocol_logs_and_prints_is_the_same_with_workers(service, worke
     assert one.stop() == 0
 
 
-def test_a_chat_goes_on_while_a_member_does_not_read(service) -> None:
+def test_a_chat_member_that_does_not_read_is_disconnected(service) -> None:
     one = service("--protocol=chat", "--protocol-option=max-unsent=100000", TCP)
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -17,7 +17,7 @@ def reactor_of(service) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the reactor needs epoll(7)")
-def test_the_service_brings_its_own_reactor(service) -> None:
+def test_the_default_reactor_is_that_of_rtservice(service) -> None:
     assert reactor_of(service("--port=0")) == "rtservice.net.reactor.Reactor"
 
 
@@ -29,7 +29,7 @@ def test_the_service_brings_its_own_reactor(service) -> None:
         ("rtservice", "rtservice.net.reactor.Reactor"),
     ],
 )
-def test_a_chosen_reactor_is_left_alone_and_serves(service, read_all, name, expected) -> None:
+def test_a_chosen_reactor_is_used_and_serves(service, read_all, name, expected) -> None:
     one = service("--port=0", twistd=(f"--reactor={name}",))
     assert reactor_of(one) == expected
     with one.connect() as client:
@@ -38,7 +38,7 @@ def test_a_chosen_reactor_is_left_alone_and_serves(service, read_all, name, expe
         assert read_all(client) == b"Hello from the server!" + b"x" * 1_000_000
 
 
-def test_any_twisted_program_can_choose_it(tmp_path: Path) -> None:
+def test_any_twisted_program_can_use_the_reactor(tmp_path: Path) -> None:
     command = [
         str(Path(sys.executable).parent / "twistd"),
         "-n",
@@ -52,7 +52,7 @@ def test_any_twisted_program_can_choose_it(tmp_path: Path) -> None:
     assert "runs on rtservice.net.reactor" in result.stdout
 
 
-def test_without_epoll_it_serves_on_twisteds_reactor_and_says_so_once(service, tmp_path) -> None:
+def test_without_epoll_the_poll_reactor_is_used_with_one_warning(service, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import select\ndel select.epoll, select.EPOLLIN\n")
     one = service("--port=0", PYTHONPATH=str(tmp_path))
     one.wait_event("listener.listening", 2)
@@ -63,7 +63,7 @@ def test_without_epoll_it_serves_on_twisteds_reactor_and_says_so_once(service, t
 
 
 @pytest.mark.parametrize("offset", ["-3600", "+3600"])
-def test_setting_the_clock_by_an_hour_moves_no_timer(tmp_path, environment, offset) -> None:
+def test_setting_the_clock_by_an_hour_does_not_move_timers(tmp_path, environment, offset) -> None:
     faketime = shutil.which("faketime")
     if faketime is None:
         pytest.skip("faketime (Debian: faketime) is not installed")

@@ -114,9 +114,7 @@ def errors(one) -> list[dict]:
 
 
 @pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])
-def test_a_renewed_certificate_is_shown_after_sighup_and_an_open_connection_goes_on(
-    service, put, der, tls_client, library
-) -> None:
+def test_sighup_loads_a_renewed_certificate_and_keeps_open_connections(service, put, der, tls_client, library) -> None:
     put("first")
     one = service(f"{TLS}:library={library}")
     assert shown(one.port) == der("first")
@@ -143,7 +141,7 @@ def test_a_renewed_certificate_is_shown_after_sighup_and_an_open_connection_goes
     ],
     ids=["mismatch", "garbage", "binary", "empty", "missing", "pipe"],
 )
-def test_a_certificate_that_is_wrong_is_one_line_and_the_old_one_stays(
+def test_reload_with_an_invalid_certificate_logs_one_line_and_keeps_the_current_one(
     service, put, der, tls_client, tmp_path, spoil, problem
 ) -> None:
     put("first")
@@ -163,7 +161,9 @@ def test_a_certificate_that_is_wrong_is_one_line_and_the_old_one_stays(
     assert not lines(one, "Traceback")
 
 
-def test_a_certificate_that_is_replaced_is_noticed_without_a_signal(service, put, der, wait_for, tmp_path) -> None:
+def test_watch_certificates_loads_a_replaced_certificate_without_a_signal(
+    service, put, der, wait_for, tmp_path
+) -> None:
     put("first")
     one = service(TLS, "--watch-certificates")
     (tmp_path / "served.key").write_text("half of a ke")
@@ -178,7 +178,7 @@ def test_a_certificate_that_is_replaced_is_noticed_without_a_signal(service, put
 
 @pytest.mark.parametrize("how", ["SIGHUP", "watched"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_certificate_of_the_status_is_renewed_too(service, put, der, wait_for, workers, how) -> None:
+def test_the_certificate_of_the_status_server_is_reloaded(service, put, der, wait_for, workers, how) -> None:
     put("first")
     more = ["--watch-certificates"] if how == "watched" else []
     one = service(
@@ -222,7 +222,7 @@ def let_in(port: int, certificates, name: str) -> bool:
 @pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])
 @pytest.mark.parametrize("how", ["SIGHUP", "watched"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_client_that_is_revoked_is_refused_after_a_reload(
+def test_a_revoked_client_certificate_is_refused_after_a_reload(
     service, put, renewed, wait_for, tmp_path, workers, how, library
 ) -> None:
     renewed.make("gone", "client", "ca")
@@ -242,7 +242,7 @@ def test_a_client_that_is_revoked_is_refused_after_a_reload(
     assert one.stop() == 0
 
 
-def test_a_revocation_list_that_is_out_of_date_is_a_warning_and_refuses_all(service, put, renewed, tmp_path) -> None:
+def test_an_expired_revocation_list_logs_a_warning_and_refuses_all_clients(service, put, renewed, tmp_path) -> None:
     put("first")
     path = tmp_path / "clients.crl"
     revoked(renewed, path, period=("-crl_lastupdate", "20200101000000Z", "-crl_nextupdate", "20200201000000Z"))
@@ -271,7 +271,7 @@ def hello(name: bytes) -> bytes:
 
 @pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_name_that_is_none_is_a_line_in_the_log_and_no_traceback(service, put, tmp_path, workers, library) -> None:
+def test_an_invalid_sni_name_causes_no_traceback(service, put, tmp_path, workers, library) -> None:
     (tmp_path / "names").mkdir()
     put("a", "names/a")
     one = service(f"--listen=ssl:0:interface=127.0.0.1:certificates=names:library={library}", f"--workers={workers}")
@@ -284,7 +284,7 @@ def test_a_name_that_is_none_is_a_line_in_the_log_and_no_traceback(service, put,
     assert not [line for line in one.lines if "Traceback" in line or "Exception" in line or "\x1b" in line]
 
 
-def test_names_come_and_go_with_the_files_of_a_directory(service, put, der, tmp_path) -> None:
+def test_reload_adds_and_removes_names_of_a_certificate_directory(service, put, der, tmp_path) -> None:
     (tmp_path / "names").mkdir()
     put("a", "names/a")
     put("b", "names/b")
@@ -300,7 +300,7 @@ def test_names_come_and_go_with_the_files_of_a_directory(service, put, der, tmp_
     assert shown(one.port, "c.example") == der("c")
 
 
-def test_the_days_that_certificates_have_are_logged_at_the_start_and_after_a_reload(service, put, renewed) -> None:
+def test_days_until_expiry_are_logged_at_start_and_reload(service, put, renewed) -> None:
     renewed.make("short", "server", "ca", days=7)
     put("first")
     one = service(TLS)
@@ -386,7 +386,7 @@ FAKETIME = [str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.
 
 @pytest.mark.skipif(not FAKETIME, reason="libfaketime (Debian: libfaketime) is not installed")
 @pytest.mark.parametrize(("clock", "state"), [("+100d", "certificate.expired"), ("-9d", "certificate.not_yet_valid")])
-def test_a_certificate_that_does_not_hold_now_is_served_with_a_warning(service, put, der, clock, state) -> None:
+def test_a_certificate_outside_its_validity_period_is_served_with_a_warning(service, put, der, clock, state) -> None:
     put("first")
     one = service(TLS, LD_PRELOAD=FAKETIME[0], FAKETIME=clock)
     assert one.wait_event(state, path=re.compile("/served.pem$"), names="localhost")["level"] == "warn"
@@ -422,7 +422,7 @@ def connected(one) -> socket.socket:
     return client
 
 
-def test_the_limit_of_connections_and_what_happens_there_change_live(configured) -> None:
+def test_reload_changes_max_connections_and_at_limit(configured) -> None:
     one, change = configured("max-connections = 1\nat-limit = 'reject'")
     with connected(one) as first:
         with one.connect() as second:
@@ -441,7 +441,7 @@ def test_the_limit_of_connections_and_what_happens_there_change_live(configured)
                 assert all(map(echoes, (first, second, third)))
 
 
-def test_a_limit_below_what_is_open_closes_nobody(configured) -> None:
+def test_a_limit_below_the_open_connections_closes_none_of_them(configured) -> None:
     one, change = configured("")
     with connected(one) as first, connected(one) as second:
         change("max-connections = 1\nat-limit = 'reject'")
@@ -451,7 +451,7 @@ def test_a_limit_below_what_is_open_closes_nobody(configured) -> None:
             assert third.recv(100) == b""
 
 
-def test_the_limit_for_each_peer_counts_those_who_are_there_already(configured) -> None:
+def test_a_new_limit_per_peer_counts_open_connections(configured) -> None:
     one, change = configured("")
     with connected(one) as first:
         assert change("max-connections-per-peer = 1") == "max-connections-per-peer"
@@ -463,7 +463,7 @@ def test_the_limit_for_each_peer_counts_those_who_are_there_already(configured) 
             assert echoes(second)
 
 
-def test_the_idle_timeout_changes_for_who_is_there_already(configured) -> None:
+def test_reload_changes_the_idle_timeout_of_open_connections(configured) -> None:
     one, change = configured("idle-timeout = 0")
     with connected(one) as client:
         assert echoes(client)
@@ -472,7 +472,7 @@ def test_the_idle_timeout_changes_for_who_is_there_already(configured) -> None:
     one.wait_event("connection.closed", reason="idle")
 
 
-def test_the_handshake_timeout_changes_for_who_comes_then(configured, put) -> None:
+def test_reload_changes_the_handshake_timeout_of_new_connections(configured, put) -> None:
     put("first")
     one, change = configured("", TLS)
     change("handshake-timeout = 0.2")
@@ -481,7 +481,7 @@ def test_the_handshake_timeout_changes_for_who_comes_then(configured, put) -> No
     one.wait_event("connection.closed", bytes_in=0, bytes_out=0, reason=re.compile("handshake"))
 
 
-def test_the_peers_that_may_send_proxy_headers_change_live(configured) -> None:
+def test_reload_changes_proxy_from(configured) -> None:
     header = b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
     one, change = configured("proxy-from = '192.0.2.9'", "--listen=proxy:tcp:0:interface=127.0.0.1")
     port = int(one.wait_event("listener.listening")["listener"].rpartition(":")[2])
@@ -499,7 +499,7 @@ def test_the_peers_that_may_send_proxy_headers_change_live(configured) -> None:
     assert answer() == GREETING
 
 
-def test_the_log_level_changes_live(configured, tmp_path, read_all) -> None:
+def test_reload_changes_the_log_level(configured, tmp_path, read_all) -> None:
     one, change = configured("")
 
     def visit() -> str:
@@ -520,7 +520,7 @@ def test_the_log_level_changes_live(configured, tmp_path, read_all) -> None:
     assert not lines(one, unseen)
 
 
-def test_the_time_to_drain_changes_live(configured) -> None:
+def test_reload_changes_the_drain_timeout(configured) -> None:
     one, change = configured("drain-timeout = 600")
     change("drain-timeout = 0.2")
     with connected(one) as client:
@@ -530,7 +530,7 @@ def test_the_time_to_drain_changes_live(configured) -> None:
     one.wait_event("drain.started", count=1, seconds=0.2)
 
 
-def test_watching_certificates_can_be_turned_on(configured, put, der) -> None:
+def test_reload_can_enable_watch_certificates(configured, put, der) -> None:
     put("first")
     one, change = configured("", TLS)
     assert change("watch-certificates = true") == "watch-certificates"
@@ -540,7 +540,7 @@ def test_watching_certificates_can_be_turned_on(configured, put, der) -> None:
     assert shown(one.port) == der("second")
 
 
-def test_what_takes_a_restart_is_named_each_time_and_not_applied(configured) -> None:
+def test_settings_that_need_a_restart_are_reported_at_each_reload_and_not_applied(configured) -> None:
     # Port 1 would be one that is refused or taken, and is not tried.
     one, change = configured("listen = 'tcp:0:interface=127.0.0.1'", "--backlog=7")
     for count in (1, 2):
@@ -570,7 +570,7 @@ def test_what_takes_a_restart_is_named_each_time_and_not_applied(configured) -> 
     ],
     ids=["value", "key", "syntax", "together", "both", "encoding", "missing"],
 )
-def test_a_wrong_file_changes_nothing_at_all(configured, put, der, tmp_path, content, problem) -> None:
+def test_reload_with_an_invalid_file_changes_nothing(configured, put, der, tmp_path, content, problem) -> None:
     put("first")
     one, _ = configured("", TLS)
     put("second")
@@ -586,7 +586,7 @@ def test_a_wrong_file_changes_nothing_at_all(configured, put, der, tmp_path, con
     assert not lines(one, "Traceback")
 
 
-def test_a_wrong_certificate_keeps_the_settings_too(configured, put, tmp_path) -> None:
+def test_reload_with_an_invalid_certificate_keeps_the_current_settings(configured, put, tmp_path) -> None:
     put("first")
     one, change = configured("", TLS, "--listen=unix:s")
     one.wait_event("listener.listening", listener=re.compile("^unix:"))
@@ -600,7 +600,7 @@ def test_a_wrong_certificate_keeps_the_settings_too(configured, put, tmp_path) -
 # --- at any time ---
 
 
-def test_a_storm_of_signals_loses_nobody(configured, put, der, tls_client) -> None:
+def test_a_hundred_sighups_lose_no_client(configured, put, der, tls_client) -> None:
     put("first")
     one, change = configured("", TLS)
     port, over, served, problems = one.port, threading.Event(), [], []
@@ -635,7 +635,7 @@ def test_a_storm_of_signals_loses_nobody(configured, put, der, tls_client) -> No
     assert not lines(one, "Traceback")
 
 
-def test_a_signal_before_it_serves_is_answered_when_it_does(service, tmp_path) -> None:
+def test_sighup_during_the_start_reloads_once_serving(service, tmp_path) -> None:
     copy_plugin("when_endpoint", tmp_path)
     one = service("--listen=when:there", "--listen=unix:s", PYTHONPATH=str(tmp_path))
     one.process.send_signal(signal.SIGHUP)
@@ -646,7 +646,7 @@ def test_a_signal_before_it_serves_is_answered_when_it_does(service, tmp_path) -
     assert one.stop() == 0
 
 
-def test_a_signal_during_the_drain_does_no_harm(service) -> None:
+def test_sighup_during_a_drain_is_ignored(service) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1")
     with connected(one) as client:
         one.process.send_signal(signal.SIGTERM)
@@ -658,7 +658,7 @@ def test_a_signal_during_the_drain_does_no_harm(service) -> None:
     assert not recorded(one.events, "reload.started")
 
 
-def test_the_signal_that_rotates_a_log_file_does_no_harm_where_there_is_none(service) -> None:
+def test_sigusr1_without_a_log_file_is_harmless(service) -> None:
     one = service("--listen=tcp:0:interface=127.0.0.1")
     with connected(one) as client:
         one.process.send_signal(signal.SIGUSR1)
@@ -670,7 +670,7 @@ def test_the_signal_that_rotates_a_log_file_does_no_harm_where_there_is_none(ser
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user or the root")
-def test_a_key_that_only_root_may_read_is_a_line_once_root_is_given_up(service, put, der, tmp_path) -> None:
+def test_reload_after_dropping_privileges_reports_an_unreadable_key(service, put, der, tmp_path) -> None:
     put("first")
     (tmp_path / "served.key").chmod(0o600)
     one = service(TLS, twistd=("--uid=nobody",))
@@ -680,7 +680,7 @@ def test_a_key_that_only_root_may_read_is_a_line_once_root_is_given_up(service, 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user or the root")
-def test_files_outside_the_new_root_are_a_line_and_the_service_goes_on(service, put, der, tmp_path) -> None:
+def test_reload_after_chroot_reports_files_outside_the_root(service, put, der, tmp_path) -> None:
     put("first")
     (tmp_path / "rt.toml").write_text("")
     one = service(TLS, twistd=(f"--chroot={tmp_path}",))

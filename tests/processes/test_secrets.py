@@ -49,7 +49,7 @@ def asked(running, path: str) -> str:
 
 
 @with_and_without_workers
-def test_a_value_reaches_the_protocol_and_is_shown_nowhere(service, tmp_path, workers) -> None:
+def test_a_secret_reaches_the_protocol_and_appears_in_no_output(service, tmp_path, workers) -> None:
     (tmp_path / "pw").write_text(f"{FILED}\n")
     (tmp_path / "rt.toml").write_text(f"[protocol]\nname = 'keeper:Keeper'\npassword = '@pw'\ntext = '{LITERAL}'\n")
     running = service(
@@ -172,7 +172,9 @@ def test_a_missing_file_or_variable_is_one_error_line(run, tmp_path, workers, da
         ("echo", ["max-message=@pw"], "option max-message: the value is not a whole number"),
     ],
 )
-def test_an_error_hides_the_wrong_value(run, tmp_path, environment, workers, check, protocol, options, problem) -> None:
+def test_an_error_message_hides_the_invalid_value(
+    run, tmp_path, environment, workers, check, protocol, options, problem
+) -> None:
     (tmp_path / "pw").write_text(FILED)
     environment["CARRIED"] = CARRIED
     given = [f"--protocol-option={option}" for option in options]
@@ -202,7 +204,7 @@ def test_printed_settings_hide_secrets_and_are_rejected_until_they_are_filled_in
     )
 
 
-def test_a_key_in_a_description_of_another_type_is_shown_nowhere(service, run, tmp_path) -> None:
+def test_a_key_in_a_description_of_another_type_appears_in_no_output(service, run, tmp_path) -> None:
     copy_plugin("keyed_endpoint", tmp_path)
     running = service(f"--listen=keyed:0:key={LITERAL}", STATUS)
     line = running.wait_event("listener.listening", listener=re.compile(r"^keyed:0:key=<hidden> \("))["listener"]

@@ -28,7 +28,7 @@ def greeted(client: socket.socket, read_all) -> bytes:
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_it_and_the_socket_file_is_gone(service, tmp_path, sig) -> None:
+def test_a_signal_stops_the_service_and_removes_the_socket_file(service, tmp_path, sig) -> None:
     one = service("--listen=unix:s", "--listen=tcp:0:interface=127.0.0.1")
     one.wait_event("listener.listening", 2)
     assert (tmp_path / "s").exists()
@@ -36,7 +36,7 @@ def test_a_signal_stops_it_and_the_socket_file_is_gone(service, tmp_path, sig) -
     assert not (tmp_path / "s").exists()
 
 
-def test_one_line_for_each_listener_and_one_record_for_each_connection(service, read_all) -> None:
+def test_each_listener_and_each_connection_is_logged_once(service, read_all) -> None:
     one = service("--port=0")
     port = one.port
     with one.connect() as client:
@@ -57,7 +57,7 @@ def test_one_line_for_each_listener_and_one_record_for_each_connection(service, 
     assert len([event for event in one.events if event["event"] == "connection.closed"]) == 2
 
 
-def test_records_can_be_turned_off(environment, tmp_path, wait_listening, read_all) -> None:
+def test_log_level_warn_disables_connection_records(environment, tmp_path, wait_listening, read_all) -> None:
     twistd = os.path.join(os.path.dirname(sys.executable), "twistd")
     command = [twistd, "-n", "--pidfile=", "rtservice", "--listen=unix:s", "--log-level=warn"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -75,7 +75,7 @@ def test_records_can_be_turned_off(environment, tmp_path, wait_listening, read_a
     assert "bytes in" not in output
 
 
-def test_bytes_that_a_peer_controls_are_escaped(service, tmp_path) -> None:
+def test_bytes_controlled_by_a_peer_are_escaped_in_the_log(service, tmp_path) -> None:
     one = service(f"--listen=unix:{tmp_path}/s")
     with socket.socket(socket.AF_UNIX) as client:
         client.bind(os.fsencode(tmp_path) + b"/\x1b[31mred")
@@ -84,7 +84,7 @@ def test_bytes_that_a_peer_controls_are_escaped(service, tmp_path) -> None:
     assert one.wait_event("connection.closed")["peer"].endswith(r"/\x1b[31mred")
 
 
-def test_a_daemon_has_its_pidfile_log_and_user_and_keeps_its_port(run, public_directory, wait_for, read_all) -> None:
+def test_a_daemon_drops_privileges_and_keeps_its_privileged_port(run, public_directory, wait_for, read_all) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can bind a privileged port and change the user")
     for port in range(1023, 600, -1):
@@ -112,7 +112,7 @@ def test_a_daemon_has_its_pidfile_log_and_user_and_keeps_its_port(run, public_di
     assert not (here / "s").exists()
 
 
-def test_syslog_is_taken(run, tmp_path, wait_for, read_all) -> None:
+def test_a_daemon_serves_with_syslog(run, tmp_path, wait_for, read_all) -> None:
     result = run("--pidfile=d.pid", "--syslog", "rtservice", "--listen=unix:s")
     assert result.returncode == 0, result.stderr
     pid = int(wait_for(lambda: (tmp_path / "d.pid").exists() and (tmp_path / "d.pid").read_text()))
@@ -125,7 +125,7 @@ def test_syslog_is_taken(run, tmp_path, wait_for, read_all) -> None:
         wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
-def test_a_logger_of_the_users_gets_structured_records(service, tmp_path, wait_for, read_all) -> None:
+def test_a_custom_logger_receives_structured_records(service, tmp_path, wait_for, read_all) -> None:
     (tmp_path / "mylogger.py").write_text(
         textwrap.dedent(
             """
@@ -156,13 +156,13 @@ def test_a_logger_of_the_users_gets_structured_records(service, tmp_path, wait_f
 
 
 @pytest.mark.parametrize("reactor", ["select", "poll", "asyncio"])
-def test_a_reactor_that_the_user_chose_serves(service, reactor, read_all) -> None:
+def test_a_reactor_chosen_by_the_user_serves(service, reactor, read_all) -> None:
     one = service("--port=0", twistd=(f"--reactor={reactor}",))
     with one.connect() as client:
         assert greeted(client, read_all) == GREETING + b"hello"
 
 
-def test_twist_serves_too(environment, tmp_path, read_all) -> None:
+def test_twist_serves(environment, tmp_path, read_all) -> None:
     twist = os.path.join(os.path.dirname(sys.executable), "twist")
     process = subprocess.Popen(
         [twist, "rtservice", "--listen=unix:s"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
@@ -186,9 +186,7 @@ def test_twist_serves_too(environment, tmp_path, read_all) -> None:
         ("both:both", ["systemd:name=both"]),
     ],
 )
-def test_sockets_that_systemd_passes_are_served_and_their_files_left(
-    service, tmp_path, names, descriptions, read_all
-) -> None:
+def test_passed_sockets_are_served_and_their_files_kept(service, tmp_path, names, descriptions, read_all) -> None:
     launcher = program("pass_sockets", names, "tcp,passed")
     one = service(*(f"--listen={description}" for description in descriptions), launcher=launcher)
     one.wait_event("listener.listening", listener=re.compile("^unix:"))
@@ -206,7 +204,7 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def test_a_thousand_clients_at_once_are_all_served_and_none_waits_for_a_second_syn(service) -> None:
+def test_a_thousand_simultaneous_clients_are_served_without_syn_retransmission(service) -> None:
     # As many as the default backlog holds: then it does not matter how busy the server's core is.
     raise_descriptor_limit()
     one = service("--port=0")
@@ -241,7 +239,7 @@ def test_a_thousand_clients_at_once_are_all_served_and_none_waits_for_a_second_s
     assert sum(retransmitted) == 0
 
 
-def test_clients_that_send_and_never_read_cost_bounded_memory(service) -> None:
+def test_clients_that_never_read_use_bounded_memory(service) -> None:
     raise_descriptor_limit()
     one = service("--port=0")
     left = {}
@@ -263,7 +261,7 @@ def test_clients_that_send_and_never_read_cost_bounded_memory(service) -> None:
         client.close()
 
 
-def test_clients_that_reset_at_any_moment_disturb_nobody(service, read_all) -> None:
+def test_resets_at_any_moment_do_not_affect_other_clients(service, read_all) -> None:
     one = service("--port=0")
     with one.connect() as bystander:
         for moment in range(60):

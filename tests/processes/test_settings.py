@@ -24,7 +24,7 @@ def test_printed_settings_can_be_read_back(run, tmp_path, environment) -> None:
 
 
 @pytest.mark.parametrize("twistd", [("--nodaemon", "--pidfile="), ()], ids=["fore", "daemon"])
-def test_a_check_binds_nothing_and_reports_valid_settings(run, tmp_path, twistd) -> None:
+def test_check_binds_nothing_and_reports_valid_settings(run, tmp_path, twistd) -> None:
     result = run(*twistd, "rtservice", "--check", "--listen=unix:s")
     assert (result.returncode, result.stdout, result.stderr) == (0, "rtservice: the configuration is valid\n", "")
     assert list(tmp_path.iterdir()) == []
@@ -47,7 +47,7 @@ def test_a_check_binds_nothing_and_reports_valid_settings(run, tmp_path, twistd)
     ],
 )
 @pytest.mark.parametrize("check", [["--check"], []], ids=["check", "serve"])
-def test_a_mistake_is_one_line_and_a_non_zero_exit_status(
+def test_an_invalid_setting_is_one_error_line_and_a_non_zero_exit_status(
     run, tmp_path, environment, content, variables, problem, check
 ) -> None:
     (tmp_path / "rt.toml").write_text(content)
@@ -59,7 +59,7 @@ def test_a_mistake_is_one_line_and_a_non_zero_exit_status(
     assert result.stderr.count("\n") == 1
 
 
-def test_the_command_line_precedes_the_file_in_a_running_service(service, tmp_path, read_all) -> None:
+def test_the_command_line_overrides_the_file(service, tmp_path, read_all) -> None:
     (tmp_path / "rt.toml").write_text("listen = ['unix:s']\ngreeting = 'from the file'\n")
     running = service("--config=rt.toml", "--port=0", "--interface=127.0.0.1")
     with running.connect() as client:

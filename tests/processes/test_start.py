@@ -42,7 +42,7 @@ from tests.support.refused import assert_refused
     ],
     ids=" ".join,
 )
-def test_a_mistake_is_refused_with_one_line(run, arguments, names) -> None:
+def test_an_invalid_option_is_one_error_line(run, arguments, names) -> None:
     assert_refused(run("-n", "--pidfile=", "rtservice", *arguments), *names)
 
 
@@ -69,7 +69,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change t
         (["--pidfile=/dev/null/d.pid"], ["--pidfile /dev/null/d.pid", "not a directory"]),
     ],
 )
-def test_a_mistake_in_twistds_own_options_is_one_line_too(run, tmp_path, daemon, options, names) -> None:
+def test_an_invalid_twistd_option_is_one_error_line(run, tmp_path, daemon, options, names) -> None:
     where = [f"--logfile={tmp_path}/d.log"] if daemon else ["-n"]
     assert_refused(run(*where, *options, "rtservice", "--port=0"), *names)
 
@@ -95,14 +95,14 @@ def run_in_shell(script: str, directory: Path, environment: dict[str, str], *arg
     ],
     ids=" ".join,
 )
-def test_a_working_directory_that_is_gone_is_one_line(environment, tmp_path, arguments) -> None:
+def test_a_removed_working_directory_is_one_error_line(environment, tmp_path, arguments) -> None:
     (tmp_path / "gone").mkdir()
     result = run_in_shell('rmdir ../gone; exec "$@"', tmp_path / "gone", environment, *arguments)
     assert_refused(result, "rtservice: the working directory cannot be used: no such file or directory; change to")
 
 
 @pytest.mark.parametrize("content", ["", "12 34", "-1", "9" * 20, "\udcff"], ids=ascii)
-def test_a_pidfile_without_a_process_id_is_one_line_and_stays(run, tmp_path, content) -> None:
+def test_a_pidfile_without_a_process_id_is_one_error_line_and_is_kept(run, tmp_path, content) -> None:
     data = os.fsencode(content)
     (tmp_path / "d.pid").write_bytes(data)
     assert_refused(
@@ -113,7 +113,7 @@ def test_a_pidfile_without_a_process_id_is_one_line_and_stays(run, tmp_path, con
     assert (tmp_path / "d.pid").read_bytes() == data
 
 
-def test_what_twistd_itself_finds_after_everything_is_bound_is_one_line_too(environment, tmp_path) -> None:
+def test_an_error_of_twistd_after_binding_is_one_error_line(environment, tmp_path) -> None:
     # It cannot write its pidfile; nothing of ours looks for a limit of the size of files (RLIMIT_FSIZE).
     script = 'ulimit -f 0; exec "$@"'
     result = run_in_shell(script, tmp_path, environment, "-n", "--pidfile=d.pid", "rtservice", "--listen=unix:s")
@@ -125,7 +125,7 @@ def test_what_twistd_itself_finds_after_everything_is_bound_is_one_line_too(envi
 @pytest.mark.parametrize(
     ("limit", "workers"), [(6, 1), (8, 1), (9, 1), (12, 1), (6, 2), (8, 2), (12, 2), (20, 2), (25, 2)]
 )
-def test_too_few_descriptors_are_one_line(environment, tmp_path, limit, workers) -> None:
+def test_too_few_descriptors_are_one_error_line(environment, tmp_path, limit, workers) -> None:
     arguments = ("-n", "--pidfile=", "rtservice", "--listen=unix:s", f"--workers={workers}")
     # Coverage, where it is measured, takes descriptors for itself, and prints its own traceback without them.
     bare = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
@@ -136,7 +136,7 @@ def test_too_few_descriptors_are_one_line(environment, tmp_path, limit, workers)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_as_many_descriptors_as_the_line_says_are_enough(environment, tmp_path, service) -> None:
+def test_the_reported_minimum_of_descriptors_is_sufficient(environment, tmp_path, service) -> None:
     result = run_in_shell('ulimit -n 12; exec "$@"', tmp_path, environment, "-n", "--pidfile=", "rtservice", "--port=0")
     enough = re.search(r"is 12; this service needs at least (\d+)", result.stderr)
     assert enough, result
@@ -160,7 +160,7 @@ def test_as_many_descriptors_as_the_line_says_are_enough(environment, tmp_path, 
         ("unfit:Runs", 1, "the process ended before the service was ready\n"),
     ],
 )
-def test_a_protocol_that_fails_at_the_start_ends_it_with_one_line(
+def test_a_protocol_that_fails_at_the_start_is_one_error_line(
     run, tmp_path, environment, protocol, workers, problem
 ) -> None:
     (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt")
@@ -175,9 +175,7 @@ def test_a_protocol_that_fails_at_the_start_ends_it_with_one_line(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, None], ids=["kill", "segv", "exit"])
-def test_the_command_does_not_wait_for_a_daemon_that_is_killed_before_it_serves(
-    run, tmp_path, environment, number
-) -> None:
+def test_the_command_returns_if_the_daemon_is_killed_before_it_serves(run, tmp_path, environment, number) -> None:
     copy_hosted("fatal", tmp_path)
     environment["FATAL"] = "" if number is None else str(int(number))
     environment["PYTHONPATH"] = str(tmp_path)
@@ -185,7 +183,7 @@ def test_the_command_does_not_wait_for_a_daemon_that_is_killed_before_it_serves(
     assert result.returncode == 1
 
 
-def test_a_daemon_that_is_stopped_before_it_serves_leaves_nothing_behind(run, tmp_path, environment, wait_for) -> None:
+def test_a_daemon_stopped_before_it_serves_removes_its_files(run, tmp_path, environment, wait_for) -> None:
     # Found by the name of its plugin, and called after the last fork and before the reactor runs.
     copy_plugin("stopping", tmp_path)
     environment["PYTHONPATH"] = str(tmp_path)
@@ -198,7 +196,7 @@ def test_a_daemon_that_is_stopped_before_it_serves_leaves_nothing_behind(run, tm
 @pytest.mark.parametrize(
     "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
 )
-def test_a_port_in_use_is_refused_also_when_daemonizing(run, tmp_path, twistd) -> None:
+def test_a_port_in_use_is_one_error_line_also_for_a_daemon(run, tmp_path, twistd) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = run(*twistd, "rtservice", "--interface=127.0.0.1", "--port", port)
@@ -206,7 +204,7 @@ def test_a_port_in_use_is_refused_also_when_daemonizing(run, tmp_path, twistd) -
     assert not (tmp_path / "d.pid").exists()
 
 
-def test_starting_twice_is_refused_and_the_first_goes_on(service, run, read_all) -> None:
+def test_a_second_start_on_the_port_fails_and_the_first_service_keeps_serving(service, run, read_all) -> None:
     first = service("--port", "0")
     assert_refused(run("-n", "--pidfile=", "rtservice", "--port", str(first.port)), f"--port {first.port}")
     with first.connect() as client:
@@ -214,7 +212,7 @@ def test_starting_twice_is_refused_and_the_first_goes_on(service, run, read_all)
         assert read_all(client) == b"Hello from the server!"
 
 
-def test_a_unix_socket_in_use_is_refused_and_a_stale_one_taken_over(service, run, tmp_path, read_all) -> None:
+def test_a_unix_socket_in_use_is_rejected_and_a_stale_one_is_replaced(service, run, tmp_path, read_all) -> None:
     path = tmp_path / "s"
     first = service("--listen", f"unix:{path}")
     assert_refused(run("-n", "--pidfile=", "rtservice", "--listen", f"unix:{path}"), str(path), "is in use")
@@ -228,7 +226,7 @@ def test_a_unix_socket_in_use_is_refused_and_a_stale_one_taken_over(service, run
         assert read_all(client) == b"Hello from the server!"
 
 
-def test_a_file_that_is_no_socket_is_refused_and_kept(run, tmp_path) -> None:
+def test_a_file_that_is_not_a_socket_is_rejected_and_kept(run, tmp_path) -> None:
     (tmp_path / "s").write_text("precious")
     assert_refused(run("-n", "--pidfile=", "rtservice", "--listen", "unix:s"), "not a socket")
     assert (tmp_path / "s").read_text() == "precious"
@@ -255,9 +253,7 @@ both = pytest.mark.parametrize("twistd", [FOREGROUND, DAEMON], ids=["fore", "dae
 @pytest.mark.usefixtures("slow_endpoints")
 @pytest.mark.parametrize("outcome", ["fails-now", "fails"])
 @both
-def test_an_endpoint_that_fails_even_later_ends_all_of_it_and_the_command_says_so(
-    run, tmp_path, twistd, outcome
-) -> None:
+def test_an_endpoint_that_fails_late_closes_all_listeners_and_is_reported(run, tmp_path, twistd, outcome) -> None:
     port = free_port()
     listen = (f"--listen=tcp:{port}:interface=127.0.0.1", "--listen=unix:s", f"--listen=slow:{outcome}")
     result = run(*twistd, "rtservice", *listen)
@@ -275,7 +271,7 @@ def test_an_endpoint_that_fails_even_later_ends_all_of_it_and_the_command_says_s
 
 
 @pytest.mark.usefixtures("slow_endpoints")
-def test_a_long_description_is_not_cut_when_it_fails_in_a_daemon(run) -> None:
+def test_an_error_with_a_long_description_is_not_truncated_in_a_daemon(run) -> None:
     name = "x" * 200
     result = run(*DAEMON, "rtservice", f"--listen=unix:{name}/s", "--listen=slow:fails")
     assert_refused(result, f"--listen unix:{name}/s: ")
@@ -284,7 +280,7 @@ def test_a_long_description_is_not_cut_when_it_fails_in_a_daemon(run) -> None:
 
 
 @pytest.mark.usefixtures("slow_endpoints")
-def test_a_daemons_command_returns_when_all_of_it_listens(run, tmp_path, daemon_ends) -> None:
+def test_the_command_of_a_daemon_returns_once_all_listeners_are_open(run, tmp_path, daemon_ends) -> None:
     port, slow = free_port(), free_port()
     result = run(*DAEMON, "rtservice", f"--listen=slow:listens:{slow}", f"--listen=tcp:{port}:interface=127.0.0.1")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -295,7 +291,7 @@ def test_a_daemons_command_returns_when_all_of_it_listens(run, tmp_path, daemon_
 
 
 @pytest.mark.usefixtures("slow_endpoints")
-def test_a_daemon_that_is_stopped_while_it_starts_is_no_success(environment, tmp_path, wait_for) -> None:
+def test_stopping_a_daemon_during_its_start_is_a_failure(environment, tmp_path, wait_for) -> None:
     command = [BIN / "twistd", *DAEMON, "rtservice", "--listen=slow:never", "--listen=unix:s"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         log = tmp_path / "d.log"
@@ -310,7 +306,7 @@ def test_a_daemon_that_is_stopped_while_it_starts_is_no_success(environment, tmp
 
 @both
 @pytest.mark.parametrize("second", ["taken", "certificate", "unknown", "interface", "directory"])
-def test_when_the_second_listener_fails_the_first_is_closed(run, tmp_path, twistd, second) -> None:
+def test_the_first_listener_is_closed_if_the_second_fails(run, tmp_path, twistd, second) -> None:
     port = free_port()
     (tmp_path / "bad.pem").write_text("garbage")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -331,7 +327,7 @@ def test_when_the_second_listener_fails_the_first_is_closed(run, tmp_path, twist
 
 
 @both
-def test_a_mistake_is_where_it_was_made(run, tmp_path, environment, twistd) -> None:
+def test_an_error_names_the_source_of_the_setting(run, tmp_path, environment, twistd) -> None:
     (tmp_path / "rt.toml").write_text("listen = ['unix:/no/such/place/s']")
     environment["RTSERVICE_CONFIG"] = "rt.toml"
     assert_refused(run(*twistd, "rtservice"), f"rtservice: {tmp_path}/rt.toml: listen unix:/no/such/place/s: ")
@@ -348,7 +344,7 @@ def test_a_mistake_is_where_it_was_made(run, tmp_path, environment, twistd) -> N
 
 @both
 @pytest.mark.parametrize("kind", ["directory", "missing", "loop", "long", "pipe", "device"])
-def test_a_file_of_settings_that_cannot_be_read_is_one_line(run, tmp_path, twistd, kind) -> None:
+def test_an_unreadable_settings_file_is_one_error_line(run, tmp_path, twistd, kind) -> None:
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
     path, reason = {
@@ -362,7 +358,7 @@ def test_a_file_of_settings_that_cannot_be_read_is_one_line(run, tmp_path, twist
     assert_refused(run(*twistd, "rtservice", "--config", path), path, reason)
 
 
-def test_a_check_binds_nothing_and_minds_no_port_that_is_taken(run, tmp_path, certificates) -> None:
+def test_check_binds_nothing_and_ignores_ports_in_use(run, tmp_path, certificates) -> None:
     pair = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -388,7 +384,7 @@ def test_a_check_binds_nothing_and_minds_no_port_that_is_taken(run, tmp_path, ce
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--listen=") else None,
 )
-def test_a_check_finds_what_a_start_would(run, certificates, arguments, names) -> None:
+def test_check_reports_the_same_errors_as_a_start(run, certificates, arguments, names) -> None:
     for check in (["--check"], []):
         result = run(*FOREGROUND, "rtservice", *check, *(argument.format(certificates) for argument in arguments))
         assert_refused(result, *names)
@@ -403,9 +399,7 @@ needs_strace = pytest.mark.skipif(
 @needs_strace
 @both
 @pytest.mark.parametrize("calls", ["setuid,setresuid,setreuid", "setgid,setresgid,setregid"])
-def test_a_change_of_user_that_claims_success_and_did_nothing_refuses_to_start(
-    environment, tmp_path, twistd, calls
-) -> None:
+def test_a_setuid_without_effect_fails_the_start(environment, tmp_path, twistd, calls) -> None:
     port = free_port()
     strace = ["strace", "-f", "-qq", "-o", "trace", "-e", f"trace={calls}", "-e", f"inject={calls}:retval=0"]
     command = [
@@ -441,7 +435,7 @@ def test_a_daemon_without_standard_descriptors_serves(run, tmp_path, environment
 
 
 @pytest.mark.parametrize("option", ["--check", "--print-config"])
-def test_what_cannot_be_printed_is_one_line(environment, tmp_path, option) -> None:
+def test_a_failed_write_to_standard_output_is_one_error_line(environment, tmp_path, option) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
             [BIN / "twistd", *FOREGROUND, "rtservice", option],
@@ -478,7 +472,7 @@ def twist(environment, tmp_path):
         process.communicate()
 
 
-def test_twist_reloads_drains_and_ends_with_a_status(twist, tmp_path, wait_for) -> None:
+def test_twist_reloads_drains_and_exits_with_status_0(twist, tmp_path, wait_for) -> None:
     process = twist("--listen=unix:s")
 
     def logged(text: str) -> None:
@@ -501,7 +495,7 @@ def test_twist_reloads_drains_and_ends_with_a_status(twist, tmp_path, wait_for) 
 
 @pytest.mark.usefixtures("slow_endpoints")
 @pytest.mark.parametrize("outcome", ["fails-now", "fails"])
-def test_twist_ends_with_a_status_when_the_start_fails(twist, outcome, tmp_path) -> None:
+def test_twist_exits_with_status_1_if_the_start_fails(twist, outcome, tmp_path) -> None:
     process = twist("--listen=unix:s", f"--listen=slow:{outcome}")
     said = process.communicate(timeout=DEADLINE)[1]
     assert process.returncode == 1

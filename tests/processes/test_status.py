@@ -103,13 +103,13 @@ def scraper() -> Iterator[Callable[[Any], Scraper]]:
         one.stop()
 
 
-def test_it_is_on_loopback_unless_told_otherwise(service: Callable[..., Any]) -> None:
+def test_status_server_listens_on_loopback_by_default(service: Callable[..., Any]) -> None:
     assert address(service(TCP, "--status", "tcp:0")).startswith("http://127.0.0.1:")
     assert address(service(TCP, "--status", "0")).startswith("http://127.0.0.1:")
     assert address(service(TCP, "--status", "tcp:0:interface=0.0.0.0")).startswith("http://0.0.0.0:")
 
 
-def test_it_can_be_a_unix_socket(service: Callable[..., Any], tmp_path: Any) -> None:
+def test_status_server_can_listen_on_a_unix_socket(service: Callable[..., Any], tmp_path: Any) -> None:
     one = service(TCP, "--status", f"unix:{tmp_path}/status:mode=600")
     one.wait_event("status.listening", listener=re.compile("^unix:"))
     assert os.stat(tmp_path / "status").st_mode & 0o777 == 0o600
@@ -130,7 +130,7 @@ def test_it_can_be_a_unix_socket(service: Callable[..., Any], tmp_path: Any) -> 
         ("unix:/nowhere/at/all", "No such file or directory"),
     ],
 )
-def test_one_that_cannot_be_served_ends_the_start_with_one_line(run, description: str, problem: str) -> None:
+def test_an_invalid_status_description_is_one_error_line(run, description: str, problem: str) -> None:
     ended = run("--nodaemon", "--pidfile=", "rtservice", TCP, "--status", description)
     assert ended.returncode != 0
     [line] = ended.stderr.splitlines()
@@ -138,7 +138,7 @@ def test_one_that_cannot_be_served_ends_the_start_with_one_line(run, description
     assert problem.lower() in line.lower()
 
 
-def test_a_port_that_is_taken_is_found_at_the_start(run, tmp_path) -> None:
+def test_a_status_port_in_use_is_one_error_line(run, tmp_path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         ended = run("--nodaemon", "--pidfile=", "rtservice", TCP, "--status", f"tcp:{port}")
@@ -148,7 +148,7 @@ def test_a_port_that_is_taken_is_found_at_the_start(run, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_totals_are_what_a_client_counted(service: Callable[..., Any], wait_for, workers: int) -> None:
+def test_totals_match_the_counts_of_the_clients(service: Callable[..., Any], wait_for, workers: int) -> None:
     one = service(TCP, "--status", "tcp:0", "--workers", str(workers))
     sizes = [1, 100, 5000, 70_000] * 10
     for size in sizes:
@@ -171,7 +171,7 @@ def test_totals_are_what_a_client_counted(service: Callable[..., Any], wait_for,
         assert (row["peer"], row["bytes_in"], row["bytes_out"]) == (f"{host}:{port}", 1000, 1022)
 
 
-def test_a_refusal_and_a_failed_handshake_are_counted_by_kind(
+def test_refused_connections_and_failed_handshakes_are_counted_by_kind(
     service: Callable[..., Any], certificates, wait_for
 ) -> None:
     tls = f"ssl:0:interface=127.0.0.1:privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
@@ -200,7 +200,7 @@ def test_a_refusal_and_a_failed_handshake_are_counted_by_kind(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_readiness_ends_with_the_first_instant_of_a_drain_and_the_site_with_its_last(
+def test_readiness_ends_when_a_drain_starts_and_the_status_server_when_it_ends(
     service: Callable[..., Any], wait_for, workers: int
 ) -> None:
     one = service(TCP, "--status", "tcp:0", "--workers", str(workers), "--drain-timeout", "60")
@@ -218,7 +218,7 @@ def test_readiness_ends_with_the_first_instant_of_a_drain_and_the_site_with_its_
         ask(f"{address(one)}/healthz")
 
 
-def test_totals_never_fall_when_workers_are_replaced_killed_or_removed(
+def test_totals_never_decrease_when_workers_are_replaced_killed_or_removed(
     service: Callable[..., Any], wait_for, scraper
 ) -> None:
     one = service(TCP, "--status", "tcp:0", "--workers", "3", "--drain-timeout", "1")
@@ -277,7 +277,7 @@ def test_totals_never_fall_when_workers_are_replaced_killed_or_removed(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_hosted_protocol_counts_is_shown_and_its_totals_outlive_workers(
+def test_protocol_metrics_are_exported_and_totals_outlive_workers(
     service: Callable[..., Any], wait_for, environment, tmp_path, workers: int
 ) -> None:
     copy_hosted("counting", tmp_path)
@@ -308,7 +308,7 @@ def test_what_a_hosted_protocol_counts_is_shown_and_its_totals_outlive_workers(
     one.wait_event("factory.metrics_rejected", workers, factory="Counts", problem=invalid)
 
 
-def test_connections_are_those_of_all_workers_and_one_that_is_silent_is_named(
+def test_connections_of_all_workers_are_listed_and_a_silent_worker_is_reported(
     service: Callable[..., Any], wait_for
 ) -> None:
     one = service(TCP, "--status", "tcp:0", "--workers", "2")
@@ -331,7 +331,7 @@ def test_connections_are_those_of_all_workers_and_one_that_is_silent_is_named(
         assert wait_for(lambda: not (found := status(one)["connections"])["missing"] and len(found["rows"]) == 20)
 
 
-def test_those_who_ask_for_the_status_cannot_use_up_the_service(service: Callable[..., Any], wait_for) -> None:
+def test_status_connections_are_limited_and_do_not_affect_the_service(service: Callable[..., Any], wait_for) -> None:
     one = service(TCP, "--status", "tcp:0", "--max-connections", "5")
     where = address(one).removeprefix("http://").split(":")
     with ExitStack() as clients:
@@ -354,9 +354,7 @@ def code(service: Any, host: str) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_names_of_the_status_server_are_configured_and_reloaded(
-    service: Callable[..., Any], tmp_path: Any, workers: int
-) -> None:
+def test_status_host_is_applied_and_reloaded(service: Callable[..., Any], tmp_path: Any, workers: int) -> None:
     config = tmp_path / "rt.toml"
     config.write_text('status-host = "web-1"')
     where = ("--status", "tcp:0:interface=localhost", "--config", str(config))
@@ -369,7 +367,7 @@ def test_names_of_the_status_server_are_configured_and_reloaded(
     assert [code(one, host) for host in ("web-1", "web-2", "WEB-3")] == [421, 200, 200]
 
 
-def test_check_looks_at_it_too(run) -> None:
+def test_check_validates_the_status_description(run) -> None:
     ended = run("--nodaemon", "--pidfile=", "rtservice", TCP, "--check", "--status", "tcp:x")
     assert ended.returncode != 0
     assert ended.stderr.startswith("rtservice: --status tcp:x: port 'x' is not")

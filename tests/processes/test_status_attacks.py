@@ -85,7 +85,7 @@ def worst_of(service: Any, client: socket.socket) -> tuple[float, float]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name", ["pipeline", "healthz", "deaf", "crowd", "trickle", "silent"])
-def test_an_attack_on_the_status_server_delays_nobody_else(
+def test_an_attack_on_the_status_server_does_not_delay_other_clients(
     service: Callable[..., Any], attack, name: str, workers: int
 ) -> None:
     one = service(TCP, "--status", "tcp:0", "--workers", str(workers))
@@ -108,7 +108,7 @@ def test_an_attack_on_the_status_server_delays_nobody_else(
 
 
 @pytest.mark.parametrize("library", ["ssl", "pyopenssl"])
-def test_tls_handshakes_that_are_never_finished_make_room_too(
+def test_unfinished_tls_handshakes_are_closed_for_new_status_clients(
     service: Callable[..., Any], attack, certificates, library: str
 ) -> None:
     tls = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}:library={library}"
@@ -170,7 +170,7 @@ def scrambled(numbers: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_scrambled_requests_leave_no_traceback_and_the_server_answers(
+def test_mutated_requests_cause_no_traceback_and_the_server_keeps_answering(
     service: Callable[..., Any], workers: int
 ) -> None:
     one = service(TCP, "--status", "tcp:0", "--workers", str(workers))

@@ -112,13 +112,13 @@ ATTACKS = [key_updates, renegotiations, a_hello_of_one_byte_records]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_records_without_data_delay_nobody_else(attacked, attack) -> None:
+def test_records_without_data_do_not_delay_other_clients(attacked, attack) -> None:
     _, address, bystanders = attacked
     bystanders.talk_during(lambda: attack(address))
     assert bystanders.worst < WORST
 
 
-def test_key_updates_between_bytes_of_data_delay_nobody_else(attacked) -> None:
+def test_key_updates_between_bytes_of_data_do_not_delay_other_clients(attacked) -> None:
     """Such a client is a busy one, and has its turn like others; one with most of what costs most has no more of it."""
     _, address, bystanders = attacked
 
@@ -142,7 +142,7 @@ def memory(pid: int) -> int:
     return max(int(status.split("VmHWM:")[1].split()[0]) * 1024 for status in found)
 
 
-def test_a_peer_that_asks_for_key_updates_and_never_reads_costs_no_cpu_and_little_memory(attacked, wait_for) -> None:
+def test_key_update_requests_of_a_peer_that_never_reads_use_bounded_cpu_and_memory(attacked, wait_for) -> None:
     one, address, bystanders = attacked
     pid = one.process.pid
     with Forger(address, small_buffers=True) as peer:
@@ -173,7 +173,7 @@ def test_a_peer_that_asks_for_key_updates_and_never_reads_costs_no_cpu_and_littl
 
 
 @pytest.mark.parametrize("alpn", ["", ":alpn=echo,h2"], ids=["", "alpn"])
-def test_client_hellos_of_any_kind_leave_no_traceback(service, certificates, alpn) -> None:
+def test_mutated_client_hellos_cause_no_traceback(service, certificates, alpn) -> None:
     tls = (
         f"ssl:0:interface=127.0.0.1:privateKey={certificates['server.key']}:certKey={certificates['server.pem']}{alpn}"
     )

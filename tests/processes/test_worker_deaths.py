@@ -21,7 +21,7 @@ from tests.support.processes import accepted_by, alive, children, descriptors, f
 from tests.support.worker_signals import BLOCK, RAMBLE
 
 
-def test_of_a_killed_worker_only_its_open_connections_are_lost(workers, wait_for) -> None:
+def test_killing_a_worker_loses_only_its_open_connections(workers, wait_for) -> None:
     one = workers(TCP)
     port = one.service.port
     victim, other = one.settled(2)
@@ -45,7 +45,7 @@ def test_of_a_killed_worker_only_its_open_connections_are_lost(workers, wait_for
     assert one.stop() == 0
 
 
-def test_while_a_worker_is_dead_or_silent_new_clients_are_served_by_the_others(workers, broken_site, tmp_path) -> None:
+def test_other_workers_serve_new_clients_while_one_is_dead_or_silent(workers, broken_site, tmp_path) -> None:
     one = workers("--workers=3", TCP, **broken_site)
     victim, silent, other = one.settled(3)
     (tmp_path / "broken").touch()
@@ -66,7 +66,7 @@ def test_while_a_worker_is_dead_or_silent_new_clients_are_served_by_the_others(w
     assert one.stop() == 0
 
 
-def test_who_is_queued_for_a_dead_worker_is_served_when_the_service_stops(workers, broken_site, tmp_path) -> None:
+def test_the_backlog_of_a_dead_worker_is_served_during_a_stop(workers, broken_site, tmp_path) -> None:
     one = workers(TCP, **broken_site)
     victim, other = one.settled(2)
     (tmp_path / "broken").touch()
@@ -85,7 +85,7 @@ def test_who_is_queued_for_a_dead_worker_is_served_when_the_service_stops(worker
     assert one.service.process.wait(DEADLINE) == 0
 
 
-def test_a_frozen_worker_is_replaced_within_the_hang_timeout(workers, wait_for) -> None:
+def test_a_worker_without_heartbeat_is_killed_and_replaced(workers, wait_for) -> None:
     one = workers("--hang-timeout=2", TCP)
     victim = one.of_slot(0)
     freeze(victim, wait_for)
@@ -100,7 +100,7 @@ def test_a_frozen_worker_is_replaced_within_the_hang_timeout(workers, wait_for) 
     assert one.stop() == 0
 
 
-def test_the_stack_of_a_blocked_worker_is_in_the_log_before_it_is_replaced(workers, site) -> None:
+def test_the_stack_of_a_blocked_worker_is_logged_before_it_is_replaced(workers, site) -> None:
     one = workers("--hang-timeout=2", TCP, **site)
     victim = one.of_slot(1)
     os.kill(victim, BLOCK)
@@ -111,7 +111,7 @@ def test_the_stack_of_a_blocked_worker_is_in_the_log_before_it_is_replaced(worke
     assert one.stop() == 0
 
 
-def test_a_worker_that_rambles_harms_only_itself(workers, site) -> None:
+def test_a_worker_that_sends_an_unknown_message_is_replaced(workers, site) -> None:
     one = workers(TCP, **site)
     victim = one.of_slot(0)
     os.kill(victim, RAMBLE)
@@ -120,9 +120,7 @@ def test_a_worker_that_rambles_harms_only_itself(workers, site) -> None:
     assert one.stop() == 0
 
 
-def test_the_death_of_the_parent_is_the_end_of_its_workers_once_their_clients_have_ended(
-    workers, tmp_path, wait_for
-) -> None:
+def test_workers_drain_and_exit_after_their_parent_dies(workers, tmp_path, wait_for) -> None:
     one = workers(TCP, "--listen=unix:s")
     port, pids = one.service.port, one.settled(2)
     clients = [*(greeted(port) for _ in range(10)), *(greeted(f"{tmp_path}/s") for _ in range(10))]
@@ -143,7 +141,7 @@ def test_the_death_of_the_parent_is_the_end_of_its_workers_once_their_clients_ha
         connect(port)
 
 
-def test_the_death_of_the_parent_is_survived_by_nobody_for_longer_than_the_drain_timeout(workers, wait_for) -> None:
+def test_workers_exit_within_the_drain_timeout_after_their_parent_dies(workers, wait_for) -> None:
     one = workers("--drain-timeout=1", TCP)
     pids = one.settled(2)
     with greeted(one.service.port) as client:
@@ -152,7 +150,7 @@ def test_the_death_of_the_parent_is_survived_by_nobody_for_longer_than_the_drain
     wait_for(lambda: not any(alive(pid) for pid in pids))
 
 
-def test_workers_that_never_became_ready_do_not_outlive_their_parent(service, environment, tmp_path, wait_for) -> None:
+def test_workers_that_are_not_ready_exit_with_their_parent(service, environment, tmp_path, wait_for) -> None:
     command = [str(Path(sys.executable).with_name("twistd")), "-n", "--pidfile=", "rtservice", "--workers=3", TCP]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
         pids = wait_for(lambda: (found := children(process.pid)) and len(found) == 3 and found)
@@ -161,7 +159,7 @@ def test_workers_that_never_became_ready_do_not_outlive_their_parent(service, en
 
 
 @pytest.mark.timeout(300)
-def test_whatever_happens_to_workers_the_service_is_there_afterwards(workers, manager, wait_for) -> None:
+def test_the_service_survives_random_signals_to_its_workers(workers, manager, wait_for) -> None:
     chance = random.Random(5)
     one = workers("--workers=3", "--hang-timeout=1", "--drain-timeout=5", TCP, NOTIFY_SOCKET=manager.address)
     port = one.service.port

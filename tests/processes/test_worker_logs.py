@@ -13,7 +13,7 @@ from tests.support.load import Load, assert_nobody_lost
 from tests.support.worker_signals import DIE, FAIL, FLOOD
 
 
-def test_records_of_workers_are_in_the_log_with_their_slot_level_namespace_and_traceback(workers, site) -> None:
+def test_worker_records_keep_slot_level_namespace_and_traceback(workers, site) -> None:
     one = workers(TCP, **site)
     os.kill(one.of_slot(1), FAIL)
     one.wait_line("a warning with")
@@ -30,7 +30,7 @@ def test_records_of_workers_are_in_the_log_with_their_slot_level_namespace_and_t
     assert one.stop() == 0
 
 
-def test_a_logger_of_the_users_gets_the_fields_of_what_workers_log(workers, site, tmp_path) -> None:
+def test_a_custom_logger_receives_the_fields_of_worker_records(workers, site, tmp_path) -> None:
     (tmp_path / "mylogger.py").write_text(
         textwrap.dedent(
             """
@@ -65,7 +65,7 @@ def test_a_logger_of_the_users_gets_the_fields_of_what_workers_log(workers, site
     assert record["slot"] in (0, 1)
 
 
-def test_the_last_words_of_a_worker_are_in_the_log(workers, site) -> None:
+def test_the_last_output_of_a_worker_is_logged(workers, site) -> None:
     one = workers(TCP, **site)
     os.kill(one.of_slot(0), DIE)
     one.wait_event("worker.printed_error", slot=0, line=r"these are\x1b its last words")
@@ -75,7 +75,7 @@ def test_the_last_words_of_a_worker_are_in_the_log(workers, site) -> None:
     assert one.stop() == 0
 
 
-def test_a_flood_of_records_costs_records_and_nobody_service(workers, site) -> None:
+def test_a_flood_of_records_drops_records_and_affects_no_client(workers, site) -> None:
     one = workers(TCP, **site)
     with Load(port=one.service.port, short=4, long=4) as load:
         os.kill(one.of_slot(0), FLOOD)
@@ -86,7 +86,7 @@ def test_a_flood_of_records_costs_records_and_nobody_service(workers, site) -> N
     assert one.stop() == 0
 
 
-def test_the_service_manager_hears_of_all_workers_at_once(workers, manager, wait_for) -> None:
+def test_the_service_manager_receives_one_status_for_all_workers(workers, manager, wait_for) -> None:
     one = workers("--workers=3", TCP, NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="500000")
     wait_for(lambda: manager.messages)
 

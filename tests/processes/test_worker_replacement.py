@@ -12,7 +12,7 @@ from tests.support.processes import accepted_by, descriptors, freeze
 from tests.support.worker_signals import GROW
 
 
-def test_reloads_lose_nobody(workers) -> None:
+def test_reloads_lose_no_client(workers) -> None:
     one = workers(TCP)
     before = set(one.pids())
     with Load(port=one.service.port, short=32, long=32) as load:
@@ -27,7 +27,7 @@ def test_reloads_lose_nobody(workers) -> None:
     assert one.stop() == 0
 
 
-def test_more_and_fewer_workers_lose_nobody(workers) -> None:
+def test_adding_and_removing_workers_loses_no_client(workers) -> None:
     one = workers(TCP)
     with Load(port=one.service.port, short=32, long=32) as load:
         load.more(100)
@@ -45,7 +45,7 @@ def test_more_and_fewer_workers_lose_nobody(workers) -> None:
     assert one.stop() == 0
 
 
-def test_one_more_and_one_less_at_once_change_nothing_in_the_end(workers) -> None:
+def test_adding_and_removing_a_worker_at_once_keeps_the_count(workers) -> None:
     one = workers(TCP)
     with Load(port=one.service.port, short=8, long=8) as load:
         for _ in range(3):
@@ -56,7 +56,7 @@ def test_one_more_and_one_less_at_once_change_nothing_in_the_end(workers) -> Non
     one.settled(2)
 
 
-def test_a_worker_that_is_killed_as_it_leaves_is_replaced_until_its_queue_is_served(workers, wait_for) -> None:
+def test_a_worker_killed_while_draining_is_replaced_until_its_backlog_is_served(workers, wait_for) -> None:
     one = workers(TCP)
     port = one.service.port
     first, last = one.of_slot(0), one.of_slot(1)
@@ -84,7 +84,7 @@ def test_a_worker_that_is_killed_as_it_leaves_is_replaced_until_its_queue_is_ser
     assert one.stop() == 0
 
 
-def test_workers_may_be_added_and_removed_for_ever(workers, wait_for) -> None:
+def test_adding_and_removing_workers_leaks_no_descriptors(workers, wait_for) -> None:
     one = workers(TCP)
     one.send(signal.SIGHUP)  # a start holds the terminal until it is over
     one.wait_event("reload.done")
@@ -99,7 +99,7 @@ def test_workers_may_be_added_and_removed_for_ever(workers, wait_for) -> None:
     assert one.stop() == 0
 
 
-def test_the_last_worker_stays(workers) -> None:
+def test_the_last_worker_is_not_removed(workers) -> None:
     one = workers(TCP)
     one.send(signal.SIGTTOU)
     one.wait_event("slot.removed", slot=1)
@@ -110,7 +110,7 @@ def test_the_last_worker_stays(workers) -> None:
     one.settled(1)
 
 
-def test_a_worker_that_is_told_to_end_is_replaced_first(workers) -> None:
+def test_a_worker_that_receives_sigterm_is_replaced_before_it_exits(workers) -> None:
     one = workers(TCP)
     with Load(port=one.service.port, short=16, long=16) as load:
         load.more(100)
@@ -122,7 +122,7 @@ def test_a_worker_that_is_told_to_end_is_replaced_first(workers) -> None:
     assert one.stop() == 0
 
 
-def test_workers_that_reach_their_age_are_replaced_one_at_a_time_and_nobody_is_lost(workers) -> None:
+def test_workers_above_max_age_are_replaced_one_at_a_time_without_losing_clients(workers) -> None:
     one = workers("--workers=3", "--max-worker-age=2", TCP)
     with Load(port=one.service.port, short=16, long=16) as load:
         one.wait_event("worker.too_old", 6)
@@ -134,7 +134,7 @@ def test_workers_that_reach_their_age_are_replaced_one_at_a_time_and_nobody_is_l
     assert one.stop() == 0
 
 
-def test_a_worker_that_has_grown_is_replaced_and_nobody_is_lost(workers, site) -> None:
+def test_a_worker_above_max_memory_is_replaced_without_losing_clients(workers, site) -> None:
     one = workers("--max-worker-memory=150", TCP, **site)
     grown = one.of_slot(0)
     with Load(port=one.service.port, short=16, long=16) as load:

@@ -19,7 +19,7 @@ from tests.support.processes import accepted_by, children
 @pytest.mark.parametrize(
     "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
 )
-def test_a_worker_that_cannot_start_stops_the_start_with_its_reason(
+def test_a_worker_that_cannot_start_fails_the_start_with_its_error(
     run, environment, broken_site, tmp_path, wait_for, twistd
 ) -> None:
     (tmp_path / "broken").touch()
@@ -33,7 +33,7 @@ def test_a_worker_that_cannot_start_stops_the_start_with_its_reason(
     assert not (tmp_path / "s").exists()
 
 
-def test_a_new_worker_that_cannot_start_leaves_the_old_ones_serving(workers, broken_site, tmp_path) -> None:
+def test_a_failed_replacement_keeps_the_old_workers_serving(workers, broken_site, tmp_path) -> None:
     one = workers(TCP, **broken_site)
     pids = one.settled(2)
     with Load(port=one.service.port, short=8, long=8) as load:
@@ -52,7 +52,7 @@ def test_a_new_worker_that_cannot_start_leaves_the_old_ones_serving(workers, bro
     assert not set(one.settled(2)) & set(pids)
 
 
-def test_a_reload_with_a_mistake_changes_nothing(workers, tmp_path) -> None:
+def test_reload_with_an_invalid_setting_changes_nothing(workers, tmp_path) -> None:
     config = tmp_path / "rt.toml"
     config.write_text("idle-timeout = 60\n")
     one = workers("--config=rt.toml", TCP)
@@ -74,7 +74,7 @@ def test_a_reload_with_a_mistake_changes_nothing(workers, tmp_path) -> None:
     assert one.stop() == 0
 
 
-def test_auto_is_one_worker_for_each_cpu_that_the_process_may_use(workers, service) -> None:
+def test_workers_auto_starts_one_worker_per_available_cpu(workers, service) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("this machine has one CPU")
@@ -86,7 +86,7 @@ def test_auto_is_one_worker_for_each_cpu_that_the_process_may_use(workers, servi
         assert is_greeted(client)
 
 
-def test_workers_run_with_what_the_interpreter_was_told(service) -> None:
+def test_workers_inherit_the_interpreter_options(service) -> None:
     one = service("--workers=2", TCP, launcher=[sys.executable, "-O", "-W", "error::SyntaxWarning", "-X", "utf8"])
     for pid in children(one.process.pid):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -94,7 +94,7 @@ def test_workers_run_with_what_the_interpreter_was_told(service) -> None:
         assert command[command.index(b"-X") + 1] == b"utf8"
 
 
-def test_connections_of_the_whole_service_are_divided_among_its_workers(workers, wait_for) -> None:
+def test_max_connections_is_divided_among_the_workers(workers, wait_for) -> None:
     one = workers("--max-connections=7", "--at-limit=reject", TCP)
     port = one.service.port
 

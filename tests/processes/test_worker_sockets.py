@@ -29,7 +29,7 @@ from twisted import plugins
 # --- balance ---
 
 
-def test_connections_one_after_another_are_spread_evenly(workers, wait_for) -> None:
+def test_sequential_connections_are_balanced_over_the_workers(workers, wait_for) -> None:
     one = workers("--workers=4", TCP)
     port = one.service.port
     for _ in range(800):
@@ -109,7 +109,7 @@ def copy_package(module: str, to: Path) -> None:
         shutil.copy(source, to)
 
 
-def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_only_root_reads(
+def test_a_daemon_that_dropped_privileges_serves_with_workers_on_a_privileged_port(
     run_for_all, public_directory, privileged_port, certificates, wait_for
 ) -> None:
     here, port = public_directory, privileged_port
@@ -167,7 +167,7 @@ def test_a_daemon_of_another_user_has_workers_a_privileged_port_and_a_key_that_o
     assert len(re.findall(r"worker \d\] drained: ", log.read_text())) == 2
 
 
-def test_more_slots_than_were_bound_before_privileges_were_dropped_are_refused(
+def test_adding_workers_beyond_the_reserve_sockets_is_refused(
     run_for_all, public_directory, privileged_port, wait_for
 ) -> None:
     here = public_directory
@@ -201,7 +201,7 @@ def test_more_slots_than_were_bound_before_privileges_were_dropped_are_refused(
     shutil.which("systemd-socket-activate") is None,
     reason="systemd-socket-activate (Debian: systemd) is not installed",
 )
-def test_sockets_of_a_service_manager_are_shared_by_the_workers(workers, tmp_path, wait_for) -> None:
+def test_passed_sockets_are_shared_by_the_workers(workers, tmp_path, wait_for) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     path = f"{tmp_path}/activated"
@@ -226,9 +226,7 @@ def test_sockets_of_a_service_manager_are_shared_by_the_workers(workers, tmp_pat
     assert os.path.exists(path)
 
 
-def test_reloads_lose_nobody_with_tls_after_a_proxy_header_and_on_a_unix_socket(
-    workers, certificates, tmp_path
-) -> None:
+def test_reloads_lose_no_client_with_tls_proxy_headers_and_unix_sockets(workers, certificates, tmp_path) -> None:
     tls = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     one = workers(f"--listen=proxy:ssl:0:interface=127.0.0.1:{tls}", "--listen=unix:s")
     port = port_of(one, "proxy:ssl")
@@ -247,7 +245,7 @@ def test_reloads_lose_nobody_with_tls_after_a_proxy_header_and_on_a_unix_socket(
     assert not (tmp_path / "s").exists()
 
 
-def test_a_renewed_certificate_is_shown_by_every_worker_after_a_reload(workers, certificates, tmp_path) -> None:
+def test_every_worker_uses_a_renewed_certificate_after_a_reload(workers, certificates, tmp_path) -> None:
     for name in ("server.pem", "server.key"):
         shutil.copy(certificates[name], tmp_path)
     one = workers("--listen=ssl:0:interface=127.0.0.1:privateKey=server.key:certKey=server.pem")

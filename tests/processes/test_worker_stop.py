@@ -19,7 +19,7 @@ from tests.support.workers import Workers
 
 
 @pytest.mark.parametrize("whom", ["the parent", "all processes"])
-def test_a_stop_resets_nobody(workers, whom) -> None:
+def test_a_stop_resets_no_connection(workers, whom) -> None:
     one = workers(TCP)
     with Load(port=one.service.port, short=32, long=32) as load:
         load.more(100)
@@ -65,7 +65,7 @@ def assert_a_successor_takes_over(workers: Callable[..., Workers], addresses: li
     return successor
 
 
-def test_who_comes_during_a_drain_is_refused_and_a_successor_can_listen(workers, tmp_path, wait_for) -> None:
+def test_new_clients_during_a_drain_are_refused_and_a_successor_can_listen(workers, tmp_path, wait_for) -> None:
     one = workers(*LISTEN)
     addresses = addresses_of(one, tmp_path)
     # Sockets that were taken from the spares, and given back.
@@ -91,7 +91,7 @@ def test_who_comes_during_a_drain_is_refused_and_a_successor_can_listen(workers,
 
 
 @pytest.mark.parametrize("change", ["reloaded", "replaced", "reduced"])
-def test_workers_that_were_being_replaced_when_all_stopped_keep_no_address(workers, tmp_path, wait_for, change) -> None:
+def test_stopping_during_a_replacement_releases_every_address(workers, tmp_path, wait_for, change) -> None:
     one = workers(*LISTEN)
     addresses = addresses_of(one, tmp_path)
     pids = one.settled(2)

@@ -137,7 +137,7 @@ def test_tcp_and_tls_are_served(machine, unit, certificates, host) -> None:
     assert not re.search("Traceback|[Uu]nable|[Ee]rror|denied|not permitted|not supported", log), log
 
 
-def test_the_status_says_how_many_clients_there_are(machine, unit, wait_for) -> None:
+def test_the_status_text_shows_the_number_of_clients(machine, unit, wait_for) -> None:
     wait_for(lambda: re.search(r"\b0\b", machine.property(unit, "StatusText")))
     with connected(machine) as one, connected(machine) as two:
         for sock in (one, two):
@@ -145,7 +145,7 @@ def test_the_status_says_how_many_clients_there_are(machine, unit, wait_for) -> 
         wait_for(lambda: re.search(r"\b2\b", machine.property(unit, "StatusText")))
 
 
-def test_a_reload_disturbs_nobody(machine, unit) -> None:
+def test_a_reload_keeps_open_connections(machine, unit) -> None:
     before = main_pid(machine, unit)
     with connected(machine) as sock:
         read_exactly(sock, len(GREETING))
@@ -156,7 +156,7 @@ def test_a_reload_disturbs_nobody(machine, unit) -> None:
     assert main_pid(machine, unit) == before
 
 
-def test_a_reload_brings_a_renewed_certificate(machine, standalone, certificates, wait_for) -> None:
+def test_a_reload_loads_a_renewed_certificate(machine, standalone, certificates, wait_for) -> None:
     def shown() -> bytes:
         with connected(machine, authority=certificates["ca.pem"]) as sock:
             return ssl.DER_cert_to_PEM_cert(sock.getpeercert(binary_form=True)).encode()
@@ -173,7 +173,7 @@ def test_a_reload_brings_a_renewed_certificate(machine, standalone, certificates
     assert main_pid(machine, standalone) == before
 
 
-def test_restarts_refuse_nobody_and_lose_no_byte(machine, activated, certificates, wait_for) -> None:
+def test_restarts_refuse_no_client_and_lose_no_byte(machine, activated, certificates, wait_for) -> None:
     problems: list[BaseException] = []
     authorities = [None, None, certificates["ca.pem"]]
     served = [0] * len(authorities)
@@ -205,7 +205,7 @@ def test_restarts_refuse_nobody_and_lose_no_byte(machine, activated, certificate
     assert len(pids) == 4
 
 
-def test_a_process_that_lives_is_left_alone_and_a_stuck_one_restarted(machine, unit, wait_for) -> None:
+def test_the_watchdog_restarts_only_a_stuck_process(machine, unit, wait_for) -> None:
     def last_sign() -> int:
         return int(machine.property(unit, "WatchdogTimestampMonotonic"))
 
@@ -224,7 +224,7 @@ def test_a_process_that_lives_is_left_alone_and_a_stuck_one_restarted(machine, u
         assert "Fatal Python error: Aborted" in log
 
 
-def test_a_mistake_in_the_settings_is_one_line_and_not_repeated(machine, activated) -> None:
+def test_an_invalid_setting_is_one_log_line_without_restarts(machine, activated) -> None:
     config = machine.path("/etc/rtservice/rtservice.toml")
     config.write_text(config.read_text().replace("max-connections =", "max-conections ="))
     machine.run("systemctl", "stop", activated)
@@ -235,7 +235,7 @@ def test_a_mistake_in_the_settings_is_one_line_and_not_repeated(machine, activat
     assert sum("max-conections" in line for line in machine.journal(activated)) == 1
 
 
-def test_a_stop_drains_and_is_a_success(machine, unit, wait_for) -> None:
+def test_a_stop_drains_and_succeeds(machine, unit, wait_for) -> None:
     with connected(machine) as sock:
         read_exactly(sock, len(GREETING))
         stopping = threading.Thread(target=machine.run, args=("systemctl", "stop", unit))
@@ -248,7 +248,7 @@ def test_a_stop_drains_and_is_a_success(machine, unit, wait_for) -> None:
     assert any("drained: 1 ended, 0 aborted" in line for line in machine.journal(unit))
 
 
-def test_a_drain_that_takes_longer_than_systemd_waits_asks_for_more_time(machine, unit, wait_for) -> None:
+def test_a_drain_longer_than_the_stop_timeout_extends_it(machine, unit, wait_for) -> None:
     with changed(machine, unit, "TimeoutStopSec=1"):
         with connected(machine) as sock:
             read_exactly(sock, len(GREETING))
@@ -263,7 +263,7 @@ def test_a_drain_that_takes_longer_than_systemd_waits_asks_for_more_time(machine
         assert machine.property(unit, "Result") == "success"
 
 
-def test_a_port_that_is_taken_is_waited_for(machine, standalone, wait_for) -> None:
+def test_a_port_in_use_is_retried_until_it_is_free(machine, standalone, wait_for) -> None:
     machine.run("systemctl", "stop", standalone)
     with machine.network():
         other = socket.create_server(("127.0.0.1", PLAIN))
