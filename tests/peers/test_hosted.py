@@ -55,8 +55,8 @@ def hosted_one(request, hosted, tmp_path, certificates):
     return start, says, hears
 
 
-def connect(one, certificates) -> socket.socket:
-    listener = one.wait_event("listener.listening", listener=re.compile("^proxy:"))["listener"]
+def connect(running, certificates) -> socket.socket:
+    listener = running.wait_event("listener.listening", listener=re.compile("^proxy:"))["listener"]
     plain = socket.create_connection(("127.0.0.1", int(listener.rpartition(":")[2])), timeout=30)
     plain.sendall(HELLO)
     return ssl.create_default_context(cafile=certificates["ca.pem"]).wrap_socket(plain, server_hostname="localhost")
@@ -76,30 +76,30 @@ def test_third_party_protocols_work_with_tls_proxy_headers_workers_and_a_drain(
     hosted_one, certificates, workers
 ) -> None:
     start, says, hears = hosted_one
-    one = start(f"--workers={workers}", "--drain-timeout=0.5")
+    running = start(f"--workers={workers}", "--drain-timeout=0.5")
     for _ in range(4):
-        with connect(one, certificates) as client:
+        with connect(running, certificates) as client:
             client.sendall(says)
             receive(client, hears)
-    one.wait_event("connection.closed", 4, peer="192.0.2.7:4711")
-    with connect(one, certificates) as client:
+    running.wait_event("connection.closed", 4, peer="192.0.2.7:4711")
+    with connect(running, certificates) as client:
         client.sendall(says)
         receive(client, hears)
-        assert one.stop() == 0
-    assert not any("Traceback" in line or "failed in" in line for line in one.lines)
+        assert running.stop() == 0
+    assert not any("Traceback" in line or "failed in" in line for line in running.lines)
 
 
 def test_connection_limit_and_idle_timeout_apply_to_third_party_protocols(hosted_one, certificates) -> None:
     start, says, hears = hosted_one
-    one = start("--max-connections=1", "--at-limit=reject", "--idle-timeout=1", "--drain-timeout=0")
-    with connect(one, certificates) as first:
+    running = start("--max-connections=1", "--at-limit=reject", "--idle-timeout=1", "--drain-timeout=0")
+    with connect(running, certificates) as first:
         # Its first place is its own until it is idle.
         with contextlib.suppress(OSError):
-            connect(one, certificates).close()
-        one.wait_event("connection.refused", setting="max-connections")
+            connect(running, certificates).close()
+        running.wait_event("connection.refused", setting="max-connections")
         first.sendall(says)
         receive(first, hears)
         while first.recv(65536):
             pass
-    one.wait_event("connection.closed", reason=re.compile("^(idle|closed)$"))
-    assert one.stop() == 0
+    running.wait_event("connection.closed", reason=re.compile("^(idle|closed)$"))
+    assert running.stop() == 0

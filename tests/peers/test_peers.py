@@ -21,8 +21,8 @@ def run(*command: str, data: bytes = b"") -> bytes:
 @needs("nc", "netcat-openbsd")
 @pytest.mark.parametrize("host", HOSTS)
 def test_nc_is_greeted_and_echoed(service, host) -> None:
-    one = service("--port=0")
-    assert run("nc", "-N", host, str(one.port), data=b"hello") == GREETING + b"hello"
+    running = service("--port=0")
+    assert run("nc", "-N", host, str(running.port), data=b"hello") == GREETING + b"hello"
 
 
 @needs("nc", "netcat-openbsd")
@@ -34,17 +34,17 @@ def test_nc_is_served_over_a_unix_socket(service, tmp_path) -> None:
 @needs("nc", "netcat-openbsd")
 @pytest.mark.parametrize("host", HOSTS)
 def test_echoing_100_mib_uses_bounded_memory(service, host) -> None:
-    one = service("--port=0")
+    running = service("--port=0")
     data = os.urandom(100 << 20)
-    assert run("nc", "-N", host, str(one.port), data=data) == GREETING + data
-    assert one.peak_memory < 80e6
+    assert run("nc", "-N", host, str(running.port), data=data) == GREETING + data
+    assert running.peak_memory < 80e6
 
 
 @needs("socat", "socat")
 @pytest.mark.parametrize("framing", ["raw", "line"])
 def test_socat_receives_its_lines_back(service, framing) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", f"--framing={framing}", r"--greeting=hi")
-    answer = run("socat", "-t5", "-", f"TCP:127.0.0.1:{one.port},crnl", data=b"one\ntwo\n")
+    running = service("--listen=tcp:0:interface=127.0.0.1", f"--framing={framing}", r"--greeting=hi")
+    answer = run("socat", "-t5", "-", f"TCP:127.0.0.1:{running.port},crnl", data=b"one\ntwo\n")
     assert answer.replace(b"\r\n", b"\n") == (b"hi\n" if framing == "line" else b"hi") + b"one\ntwo\n"
 
 
@@ -59,8 +59,8 @@ def receive(client: socket.socket, size: int) -> bytes:
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_a_socket_client_is_greeted_and_echoed(service, host) -> None:
-    one = service("--port=0")
-    with socket.create_connection((host, one.port), timeout=30) as client:
+    running = service("--port=0")
+    with socket.create_connection((host, running.port), timeout=30) as client:
         assert receive(client, 22) == GREETING
         for message in (b"hello", b"\0\xff", b"x" * 1024):
             client.sendall(message)
@@ -68,8 +68,8 @@ def test_a_socket_client_is_greeted_and_echoed(service, host) -> None:
 
 
 def test_greet_first_data_sends_the_greeting_after_the_first_data(service) -> None:
-    one = service("--port=0", "--greet=first-data", r"--greeting=hi\r\n")
-    with one.connect() as client:
+    running = service("--port=0", "--greet=first-data", r"--greeting=hi\r\n")
+    with running.connect() as client:
         client.sendall(b"hello")
         assert receive(client, 9) == b"hi\r\nhello"
 
@@ -85,11 +85,11 @@ def test_greet_first_data_sends_the_greeting_after_the_first_data(service) -> No
 def test_a_message_above_the_limit_closes_the_connection_and_logs_the_reason(
     service, framing, good, greeting, bad, read_all
 ) -> None:
-    one = service("--port=0", f"--framing={framing}", "--max-message=5", "--greeting=hi")
-    with one.connect() as client:
+    running = service("--port=0", f"--framing={framing}", "--max-message=5", "--greeting=hi")
+    with running.connect() as client:
         client.sendall(good)
         assert receive(client, len(greeting + good)) == greeting + good
         client.sendall(bad)
         assert read_all(client) == b""
-    assert "--max-message" in one.wait_event("echo.message_rejected", peer=re.compile("^127.0.0.1:"))["problem"]
-    one.wait_event("connection.closed", reason="closed")
+    assert "--max-message" in running.wait_event("echo.message_rejected", peer=re.compile("^127.0.0.1:"))["problem"]
+    running.wait_event("connection.closed", reason="closed")

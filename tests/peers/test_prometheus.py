@@ -54,28 +54,28 @@ def prometheus(tmp_path: Path) -> Iterator[Callable[[str], Callable[[str], float
         return ask
 
     yield start
-    for one in started:
-        one.terminate()
-        one.wait(DEADLINE)
+    for process in started:
+        process.terminate()
+        process.wait(DEADLINE)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_prometheus_values_match_the_counts_of_the_clients(
     service: Callable[..., Any], prometheus: Any, wait_for: Any, workers: int
 ) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--workers", str(workers))
-    ask = prometheus(one.wait_event("status.listening")["listener"].rpartition("tcp:")[2])
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--workers", str(workers))
+    ask = prometheus(running.wait_event("status.listening")["listener"].rpartition("tcp:")[2])
     wait_for(lambda: ask("rtservice_ready") == 1)
     wait_for(lambda: ask("sum(rtservice_connections_opened_total)") == 0)
     opened = sent = 0
     with ExitStack() as clients:
-        kept = [clients.enter_context(one.connect()) for _ in range(5)]
+        kept = [clients.enter_context(running.connect()) for _ in range(5)]
         assert {client.recv(100) for client in kept} == {b"Hello from the server!"}
         opened += len(kept)
         # Load, until the rate of it is known.
         while ask("sum(rate(rtservice_connections_opened_total[10s]))") <= 1:
             for _ in range(20):
-                with one.connect() as client:
+                with running.connect() as client:
                     client.sendall(b"x" * 1000)
                     client.shutdown(socket.SHUT_WR)
                     while client.recv(1 << 16):

@@ -138,8 +138,8 @@ PROXIES = [
 ]
 
 
-def port(one) -> int:
-    return port_of(one, "proxy:(tcp|ssl)")
+def port(running) -> int:
+    return port_of(running, "proxy:(tcp|ssl)")
 
 
 def name(sock: socket.socket) -> str:
@@ -172,9 +172,11 @@ def exchange(sock: socket.socket, data: bytes) -> None:
     assert answer == GREETING + data
 
 
-def problems(one) -> list[str]:
+def problems(running) -> list[str]:
     return [
-        record["message"] for record in one.records if record["level"] not in ("debug", "info") or "traceback" in record
+        record["message"]
+        for record in running.records
+        if record["level"] not in ("debug", "info") or "traceback" in record
     ]
 
 
@@ -184,33 +186,33 @@ def problems(one) -> list[str]:
 @pytest.mark.parametrize("proxy", PROXIES)
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
 def test_data_is_echoed_through_a_proxy_and_the_log_names_the_client(service, proxies, proxy, host) -> None:
-    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
-    front = proxies(proxy, f"127.0.0.1:{port(one)}", host=host)
+    running = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    front = proxies(proxy, f"127.0.0.1:{port(running)}", host=host)
     size = 4 << 20
     for source in ("127.0.0.2", "127.0.0.3") if host == "127.0.0.1" else ("::1",):
         with front.connect(source) as client:
             exchange(client, os.urandom(size))
             peer = name(client)
-        record = one.wait_event("connection.closed", peer=peer, listener=re.compile("^proxy:tcp:127.0.0.1:"))
+        record = running.wait_event("connection.closed", peer=peer, listener=re.compile("^proxy:tcp:127.0.0.1:"))
         assert (record["bytes_in"], record["bytes_out"]) == (size, size + len(GREETING))
-    assert not problems(one)
+    assert not problems(running)
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_a_proxy_can_connect_over_a_unix_socket(service, proxies, tmp_path, proxy) -> None:
-    one = service("--listen=proxy:unix:s")
+    running = service("--listen=proxy:unix:s")
     front = proxies(proxy, f"unix@{tmp_path}/s")
     with front.connect("127.0.0.2") as client:
         exchange(client, os.urandom(1 << 20))
         peer = name(client)
-    one.wait_event("connection.closed", peer=peer, listener=f"proxy:unix:{tmp_path}/s")
-    assert not problems(one)
+    running.wait_event("connection.closed", peer=peer, listener=f"proxy:unix:{tmp_path}/s")
+    assert not problems(running)
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_half_close_through_a_proxy_echoes_everything_received(service, proxies, proxy) -> None:
-    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
-    front = proxies(proxy, f"127.0.0.1:{port(one)}")
+    running = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    front = proxies(proxy, f"127.0.0.1:{port(running)}")
     data = os.urandom(1 << 20)
     with front.connect() as client:
 
@@ -223,7 +225,7 @@ def test_half_close_through_a_proxy_echoes_everything_received(service, proxies,
         answer = receive(client, 2 * len(data))
         sender.join()
     assert answer == GREETING + data
-    one.wait_event("connection.closed", reason="peer finished")
+    running.wait_event("connection.closed", reason="peer finished")
 
 
 # --- TLS ---
@@ -232,30 +234,30 @@ def test_half_close_through_a_proxy_echoes_everything_received(service, proxies,
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_tls_passthrough_behind_a_proxy_header_works(service, proxies, certificates, trusting, proxy) -> None:
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
-    one = service(f"--listen=proxy:ssl:0:interface=127.0.0.1:{files}")
-    front = proxies(proxy, f"127.0.0.1:{port(one)}")
+    running = service(f"--listen=proxy:ssl:0:interface=127.0.0.1:{files}")
+    front = proxies(proxy, f"127.0.0.1:{port(running)}")
     with trusting.wrap_socket(front.connect("127.0.0.2"), server_hostname="localhost") as client:
         greet(client, b"hello")
         peer = name(client)
-    one.wait_event(
+    running.wait_event(
         "connection.closed", peer=peer, listener=re.compile("^proxy:ssl:127.0.0.1:"), bytes_in=5, bytes_out=27
     )
-    assert not problems(one)
+    assert not problems(running)
 
 
 @needs_haproxy
 def test_a_header_of_a_tls_terminating_proxy_is_accepted(service, haproxy, certificates, trusting) -> None:
-    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    running = service("--listen=proxy:tcp:0:interface=127.0.0.1")
     pem = certificates.join("haproxy.pem", "server.pem", "server.key")
     options = "ssl,cert-cn,ssl-cipher,cert-sig,cert-key,authority,crc32c"
-    front = haproxy(f"127.0.0.1:{port(one)} send-proxy-v2-ssl-cn proxy-v2-options {options}", bind=f"ssl crt {pem}")
+    front = haproxy(f"127.0.0.1:{port(running)} send-proxy-v2-ssl-cn proxy-v2-options {options}", bind=f"ssl crt {pem}")
     with trusting.wrap_socket(front.connect("127.0.0.2"), server_hostname="localhost") as client:
         greet(client, b"hello")
         peer = name(client)
-    one.wait_event(
+    running.wait_event(
         "connection.closed", peer=peer, listener=re.compile("^proxy:tcp:127.0.0.1:"), bytes_in=5, bytes_out=27
     )
-    assert not problems(one)
+    assert not problems(running)
 
 
 # --- health checks ---
@@ -264,26 +266,26 @@ def test_a_header_of_a_tls_terminating_proxy_is_accepted(service, haproxy, certi
 @needs_haproxy
 @pytest.mark.parametrize("proxy", ["send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options crc32c"])
 def test_health_checks_with_a_header_pass_without_errors(service, haproxy, proxy) -> None:
-    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
-    front = haproxy(f"127.0.0.1:{port(one)} {proxy} check check-send-proxy inter 50ms fall 1")
-    one.wait_event("connection.closed", 5, peer=re.compile("^127.0.0.1:"), bytes_in=0)
+    running = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    front = haproxy(f"127.0.0.1:{port(running)} {proxy} check check-send-proxy inter 50ms fall 1")
+    running.wait_event("connection.closed", 5, peer=re.compile("^127.0.0.1:"), bytes_in=0)
     with front.connect("127.0.0.2") as client:  # refused if a check had failed
         greet(client, b"hello")
-    assert not problems(one)
+    assert not problems(running)
 
 
 @needs_haproxy
 def test_health_checks_without_a_header_pass_and_are_not_logged(service, haproxy, wait_for, tmp_path) -> None:
-    one = service("--listen=proxy:tcp:0:interface=127.0.0.1")
+    running = service("--listen=proxy:tcp:0:interface=127.0.0.1")
     # With a port of their own, even if it is the same, checks send no header: SYN, and RST instead of the last ACK.
-    front = haproxy(f"127.0.0.1:{port(one)} send-proxy check port {port(one)} inter 50ms fall 1")
+    front = haproxy(f"127.0.0.1:{port(running)} send-proxy check port {port(running)} inter 50ms fall 1")
     wait_for(lambda: "Health check for server echo/s succeeded" in (tmp_path / "proxy.log").read_text())
     with front.connect("127.0.0.2") as client:
         greet(client, b"hello")
         peer = name(client)
-    one.wait_event("connection.closed", peer=peer)
-    assert not problems(one)
-    assert not [event for event in one.events if event["event"] == "connection.closed" and event["peer"] != peer]
+    running.wait_event("connection.closed", peer=peer)
+    assert not problems(running)
+    assert not [event for event in running.events if event["event"] == "connection.closed" and event["peer"] != peer]
 
 
 # --- limits ---
@@ -291,8 +293,8 @@ def test_health_checks_without_a_header_pass_and_are_not_logged(service, haproxy
 
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_the_limit_per_peer_counts_clients_behind_a_proxy(service, proxies, proxy) -> None:
-    one = service("--listen=proxy:tcp:0:interface=127.0.0.1", "--max-connections-per-peer=2")
-    front = proxies(proxy, f"127.0.0.1:{port(one)}")
+    running = service("--listen=proxy:tcp:0:interface=127.0.0.1", "--max-connections-per-peer=2")
+    front = proxies(proxy, f"127.0.0.1:{port(running)}")
     with contextlib.ExitStack() as stack:
 
         def connect(source: str) -> socket.socket:
@@ -302,34 +304,34 @@ def test_the_limit_per_peer_counts_clients_behind_a_proxy(service, proxies, prox
             greet(last := connect(source), b"hello")
         third = connect("127.0.0.2")
         assert is_closed(third)
-        one.wait_event("connection.refused", peer=name(third), setting="max-connections-per-peer")
+        running.wait_event("connection.refused", peer=name(third), setting="max-connections-per-peer")
         greet(connect("127.0.0.4"), b"hello")
         # One leaves, and there is room for another.
         peer = name(last)
         last.close()
-        one.wait_event("connection.closed", peer=peer)
+        running.wait_event("connection.closed", peer=peer)
         greet(connect("127.0.0.2"), b"hello")
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_a_proxy_outside_proxy_from_is_refused(service, proxies, proxy) -> None:
-    one = service("--listen=proxy:tcp:0:interface=127.0.0.1", "--proxy-from=192.0.2.0/24,127.0.0.2")
-    front = proxies(proxy, f"127.0.0.1:{port(one)}")
+    running = service("--listen=proxy:tcp:0:interface=127.0.0.1", "--proxy-from=192.0.2.0/24,127.0.0.2")
+    front = proxies(proxy, f"127.0.0.1:{port(running)}")
     with front.connect() as client:
         assert is_closed(client)
-    one.wait_event("connection.refused", peer=re.compile("^127.0.0.1:"), setting="proxy-from")
+    running.wait_event("connection.refused", peer=re.compile("^127.0.0.1:"), setting="proxy-from")
     # A proxy of our own, from an address that is.
-    with socket.create_connection(("127.0.0.1", port(one)), DEADLINE, source_address=("127.0.0.2", 0)) as client:
+    with socket.create_connection(("127.0.0.1", port(running)), DEADLINE, source_address=("127.0.0.2", 0)) as client:
         client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
         greet(client, b"hello")
-    one.wait_event("connection.closed", peer="192.0.2.1:1")
+    running.wait_event("connection.closed", peer="192.0.2.1:1")
 
 
 @needs_haproxy
 def test_haproxy_prefix_is_an_alias_of_proxy(service, haproxy) -> None:
-    one = service("--listen=haproxy:tcp:0:interface=127.0.0.1")
-    front = haproxy(f"127.0.0.1:{port(one)} send-proxy-v2")
+    running = service("--listen=haproxy:tcp:0:interface=127.0.0.1")
+    front = haproxy(f"127.0.0.1:{port(running)} send-proxy-v2")
     with front.connect("127.0.0.2") as client:
         greet(client, b"hello")
         peer = name(client)
-    one.wait_event("connection.closed", peer=peer, listener=re.compile("^proxy:tcp:127.0.0.1:"))
+    running.wait_event("connection.closed", peer=peer, listener=re.compile("^proxy:tcp:127.0.0.1:"))

@@ -70,9 +70,9 @@ class Talk:
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
 @pytest.mark.parametrize("name", ["server", "rsa"])
 def test_openssl_is_greeted_and_echoed(secure, certificates, version, name) -> None:
-    one = secure(name=name)
+    running = secure(name=name)
     checks = ("-CAfile", certificates["ca.pem"], "-verify_return_error", "-verify_hostname", "localhost")
-    with Talk("openssl", "s_client", "-quiet", version, *checks, "-connect", f"127.0.0.1:{one.port}") as peer:
+    with Talk("openssl", "s_client", "-quiet", version, *checks, "-connect", f"127.0.0.1:{running.port}") as peer:
         assert peer.receive(22) == GREETING
         for message in (b"hello\n", b"\0\xff", b"x" * 40_000):
             peer.send(message)
@@ -82,8 +82,8 @@ def test_openssl_is_greeted_and_echoed(secure, certificates, version, name) -> N
 @needs("openssl", "openssl")
 def test_openssl_accepts_the_chain_and_alpn_and_sends_a_client_certificate(secure, certificates) -> None:
     more = f":extraCertChain={certificates['inner.pem']}:clientCA={certificates['ca.pem']}:alpn=echo"
-    one = secure(name="leaf", more=more)
-    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{one.port}", "-CAfile", certificates["ca.pem"]]
+    running = secure(name="leaf", more=more)
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{running.port}", "-CAfile", certificates["ca.pem"]]
     command += ["-verify_return_error", "-alpn", "other,echo", "-ign_eof"]
     with Talk(*command, "-cert", certificates["client.pem"], "-key", certificates["client.key"]) as peer:
         output = peer.receive(1)
@@ -95,35 +95,35 @@ def test_openssl_accepts_the_chain_and_alpn_and_sends_a_client_certificate(secur
     with Talk(*command) as stranger:
         output = stranger.receive(1 << 20)
     assert GREETING not in output
-    one.wait_event(
+    running.wait_event(
         "connection.closed", bytes_in=0, bytes_out=0, reason="TLS failed (PEER_DID_NOT_RETURN_A_CERTIFICATE)"
     )
 
 
 @needs("socat", "socat")
 def test_half_close_of_socat_echoes_50_mib_in_bounded_memory(secure, certificates) -> None:
-    one = secure()
+    running = secure()
     data = os.urandom(50 << 20)
-    target = f"OPENSSL:localhost:{one.port},pf=ip4,cafile={certificates['ca.pem']},verify=1"
+    target = f"OPENSSL:localhost:{running.port},pf=ip4,cafile={certificates['ca.pem']},verify=1"
     answer = subprocess.run(
         ["socat", "-t30", "-", target], input=data, capture_output=True, timeout=60, check=True
     ).stdout
     assert answer == GREETING + data
-    one.wait_event("connection.closed", bytes_in=len(data), bytes_out=len(data) + 22, reason="peer finished")
-    assert one.peak_memory < 80e6
+    running.wait_event("connection.closed", bytes_in=len(data), bytes_out=len(data) + 22, reason="peer finished")
+    assert running.peak_memory < 80e6
 
 
 @needs("curl", "curl")
 def test_curl_verifies_the_certificate_and_receives_its_request_back(secure, certificates) -> None:
-    one = secure()
-    url = f"https://localhost:{one.port}/echo"
+    running = secure()
+    url = f"https://localhost:{running.port}/echo"
     common = ("curl", "--silent", "--ipv4", "--no-buffer", "--http0.9")
     with Talk(*common, "--cacert", certificates["ca.pem"], url) as peer:
-        request = f"GET /echo HTTP/1.1\r\nHost: localhost:{one.port}\r\n".encode()
+        request = f"GET /echo HTTP/1.1\r\nHost: localhost:{running.port}\r\n".encode()
         assert peer.receive(22 + len(request)) == GREETING + request
     refused = subprocess.run([*common, "--cacert", certificates["other.pem"], url], timeout=DEADLINE)
     assert refused.returncode == 60  # the peer's certificate cannot be authenticated
-    one.wait_event("connection.closed", reason=re.compile("^TLS failed"))
+    running.wait_event("connection.closed", reason=re.compile("^TLS failed"))
 
 
 def send_until_it_is_full(peer: ssl.SSLSocket) -> None:
@@ -135,11 +135,11 @@ def send_until_it_is_full(peer: ssl.SSLSocket) -> None:
 
 
 def test_a_client_that_never_reads_uses_bounded_memory(secure, trusting) -> None:
-    one = secure()
-    before = one.peak_memory
-    with trusting.wrap_socket(one.connect(), server_hostname="localhost") as peer:
+    running = secure()
+    before = running.peak_memory
+    with trusting.wrap_socket(running.connect(), server_hostname="localhost") as peer:
         send_until_it_is_full(peer)
-        assert one.peak_memory < before + 8e6
+        assert running.peak_memory < before + 8e6
 
 
 # --- the record of a connection ---
@@ -154,57 +154,57 @@ def test_a_client_that_never_reads_uses_bounded_memory(secure, trusting) -> None
     ],
 )
 def test_data_that_is_not_tls_is_logged_once_and_other_clients_are_served(secure, trusting, garbage, reason) -> None:
-    one = secure()
-    with trusting.wrap_socket(one.connect(), server_hostname="localhost") as good:
-        with one.connect() as bad:
+    running = secure()
+    with trusting.wrap_socket(running.connect(), server_hostname="localhost") as good:
+        with running.connect() as bad:
             bad.sendall(garbage)
             with contextlib.suppress(OSError):  # it may be reset at any of these steps
                 bad.shutdown(socket.SHUT_WR)
                 while bad.recv(1000):
                     pass
-        one.wait_event("connection.closed", bytes_in=0, bytes_out=0, reason=re.compile(rf"^{reason}$"))
+        running.wait_event("connection.closed", bytes_in=0, bytes_out=0, reason=re.compile(rf"^{reason}$"))
         good.sendall(b"hello")
         received = b""
         while len(received) < 27:
             received += good.recv(100)
         assert received == GREETING + b"hello"
-    assert not [line for line in one.lines if "Traceback" in line]
+    assert not [line for line in running.lines if "Traceback" in line]
 
 
 # --- those who only hold on ---
 
 
 def test_fifty_stalled_handshakes_time_out_while_other_clients_are_served(secure, trusting, wait_for):
-    one = secure("--handshake-timeout=1.5")
-    with trusting.wrap_socket(one.connect(), server_hostname="localhost") as first:
+    running = secure("--handshake-timeout=1.5")
+    with trusting.wrap_socket(running.connect(), server_hostname="localhost") as first:
         assert first.recv(100) == GREETING
-    one.wait_event("connection.closed")  # whatever it opens only once is open
-    before = descriptors(one.process.pid)
+    running.wait_event("connection.closed")  # whatever it opens only once is open
+    before = descriptors(running.process.pid)
     with contextlib.ExitStack() as stack:
-        stalled = [stack.enter_context(one.connect()) for _ in range(50)]
+        stalled = [stack.enter_context(running.connect()) for _ in range(50)]
         for client in stalled[::2]:
             client.sendall(b"\x16\x03\x01\x02\x00\x01")  # a ClientHello that begins
-        with trusting.wrap_socket(one.connect(), server_hostname="localhost") as good:
+        with trusting.wrap_socket(running.connect(), server_hostname="localhost") as good:
             assert good.recv(100) == GREETING
         for client in stalled:
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(100) == b""
-        one.wait_event("connection.closed", 50, bytes_in=0, bytes_out=0, reason="TLS handshake timed out")
-        wait_for(lambda: descriptors(one.process.pid) <= before)
+        running.wait_event("connection.closed", 50, bytes_in=0, bytes_out=0, reason="TLS handshake timed out")
+        wait_for(lambda: descriptors(running.process.pid) <= before)
 
 
 def test_idle_peers_use_no_cpu_time(secure, trusting) -> None:
     """Handshakes that stall, a client that is paused, one that finished and does not read: nothing spins for them."""
-    one = secure("--handshake-timeout=60")
+    running = secure("--handshake-timeout=60")
 
     def shaken() -> ssl.SSLSocket:
-        peer = stack.enter_context(trusting.wrap_socket(one.connect(), server_hostname="localhost"))
+        peer = stack.enter_context(trusting.wrap_socket(running.connect(), server_hostname="localhost"))
         assert peer.recv(100) == GREETING
         return peer
 
     with contextlib.ExitStack() as stack:
         for _ in range(5):
-            stack.enter_context(one.connect()).sendall(b"\x16\x03\x01\x02\x00\x01")
+            stack.enter_context(running.connect()).sendall(b"\x16\x03\x01\x02\x00\x01")
         shaken()
         paused, finished = shaken(), shaken()
         for peer in (paused, finished):
@@ -212,13 +212,13 @@ def test_idle_peers_use_no_cpu_time(secure, trusting) -> None:
         # FIN behind what was never read, and in the middle of a record: the kernel reports it, and nobody can read it.
         finished._sslobj, _ = None, finished._sslobj
         finished.shutdown(socket.SHUT_WR)
-        before = cpu_seconds(one.process.pid)
+        before = cpu_seconds(running.process.pid)
         # The one place where time has to pass: this is what is measured.
         end = time.monotonic() + 1
         while (left := end - time.monotonic()) > 0:
             threading.Event().wait(left)
-        assert cpu_seconds(one.process.pid) - before <= 0.05
-        assert not [event for event in one.events if event["event"] == "connection.closed"]
+        assert cpu_seconds(running.process.pid) - before <= 0.05
+        assert not [event for event in running.events if event["event"] == "connection.closed"]
 
 
 # --- a start that fails ---

@@ -76,19 +76,19 @@ def workers(service, wait_for) -> Iterator[Callable[..., Workers]]:
     def start(*arguments: str, **more: Any) -> Workers:
         if not any(argument.startswith("--workers") for argument in arguments):
             arguments = ("--workers=2", *arguments)
-        one = Workers(service(*arguments, **more), wait_for)
-        started.append(one)
-        return one
+        running = Workers(service(*arguments, **more), wait_for)
+        started.append(running)
+        return running
 
     yield start
-    for one in started:
-        if one.service.process.poll() is None:
-            one.pids()
-            one.send(signal.SIGTERM)
-            one.send(signal.SIGINT)
+    for running in started:
+        if running.service.process.poll() is None:
+            running.pids()
+            running.send(signal.SIGTERM)
+            running.send(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                one.service.process.wait(DEADLINE)
-    left = [pid for one in started for pid in one.left()]
+                running.service.process.wait(DEADLINE)
+    left = [pid for running in started for pid in running.left()]
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -109,9 +109,9 @@ def broken_site(tmp_path) -> dict[str, str]:
 
 @pytest.fixture
 def manager(tmp_path) -> Iterator[ServiceManager]:
-    one = ServiceManager(f"{tmp_path}/notify")
-    yield one
-    one.close()
+    service_manager = ServiceManager(f"{tmp_path}/notify")
+    yield service_manager
+    service_manager.close()
 
 
 @pytest.fixture

@@ -150,16 +150,16 @@ def test_reload_with_a_pipe_instead_of_a_file_fails_and_keeps_serving(
     (tmp_path / "rt.toml").write_text("")
     for ending in ("key", "pem"):
         shutil.copy(certificates[f"server.{ending}"], tmp_path / f"served.{ending}")
-    one = service(
+    running = service(
         *("--config=rt.toml", f"--workers={workers}", "--listen=tcp:0:interface=127.0.0.1"),
         "--listen=ssl:0:interface=127.0.0.1:privateKey=served.key:certKey=served.pem",
     )
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
-    failed = one.reload()
+    failed = running.reload()
     assert failed["event"] == "reload.failed"
     assert name in failed["problem"]
     assert "not a regular file" in failed["problem"]
-    with one.connect() as client:
+    with running.connect() as client:
         assert client.recv(100)[:1]
-    assert one.stop() == 0
+    assert running.stop() == 0

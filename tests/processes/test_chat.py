@@ -68,8 +68,8 @@ def crowd() -> Iterator[Callable[..., Crowd]]:
         return started[-1]
 
     yield start
-    for one in started:
-        one.end()
+    for each in started:
+        each.end()
 
 
 class Innocent:
@@ -131,22 +131,22 @@ ATTACKS = {
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=list(ATTACKS))
 def test_an_attack_in_one_room_does_not_delay_another_room(service, crowd, attack) -> None:
     def worst_round_trip() -> float:
-        one = chat(service)
-        innocent = Innocent(one.port)
-        den = crowd(one.port)
+        running = chat(service)
+        innocent = Innocent(running.port)
+        den = crowd(running.port)
         den.begin(attack)
         worst = innocent.worst_round_trip(2.5)
         innocent.socket.close()
         den.end()
-        one.kill()
+        running.kill()
         return worst
 
     assert any(worst_round_trip() < BOUND for _ in range(ATTEMPTS))
 
 
 def test_a_flood_does_not_disconnect_members_that_read(service, crowd, wait_for) -> None:
-    one = chat(service, "--protocol-option=max-unsent=100000")
-    den = crowd(one.port)
+    running = chat(service, "--protocol-option=max-unsent=100000")
+    den = crowd(running.port)
     den.begin({"send": "a\n", "times": 20_000, "senders": 1})
     before = den.result()["received"]
 
@@ -160,10 +160,10 @@ def test_a_flood_does_not_disconnect_members_that_read(service, crowd, wait_for)
 
 
 def test_a_full_room_drains_while_it_is_flooded(service, crowd) -> None:
-    one = chat(service)
-    den = crowd(one.port)
+    running = chat(service)
+    den = crowd(running.port)
     den.begin({"send": "a\n", "times": 32_768, "senders": MEMBERS})
-    innocent = Innocent(one.port)
-    one.process.send_signal(signal.SIGTERM)
+    innocent = Innocent(running.port)
+    running.process.send_signal(signal.SIGTERM)
     innocent.wait_for(b"the chat shuts down")
-    assert one.process.wait(DEADLINE) == 0
+    assert running.process.wait(DEADLINE) == 0

@@ -41,9 +41,9 @@ def echoed(client: socket.socket, data: bytes) -> None:
     assert answer == data
 
 
-def drained(one, **fields) -> bool:
+def drained(running, **fields) -> bool:
     """Whether the last event is the end of a drain, with these fields."""
-    return bool(recorded(one.events[-1:], "drain.done", **fields))
+    return bool(recorded(running.events[-1:], "drain.done", **fields))
 
 
 class Load:
@@ -110,10 +110,10 @@ KINDS = [
 ]
 
 
-def address_of(one, tmp_path, listen: str):
+def address_of(running, tmp_path, listen: str):
     if listen == UNIX:
         return f"{tmp_path}/s"
-    return ("::1" if listen == TCP6 else "127.0.0.1", one.port)
+    return ("::1" if listen == TCP6 else "127.0.0.1", running.port)
 
 
 # --- own sockets ---
@@ -121,117 +121,117 @@ def address_of(one, tmp_path, listen: str):
 
 @pytest.mark.parametrize("listen", KINDS)
 def test_clients_in_the_backlog_at_sigterm_are_served(service, tmp_path, wait_for, read_all, listen) -> None:
-    one = service(listen)
-    address = address_of(one, tmp_path, listen)
-    freeze(one.process.pid, wait_for)
+    running = service(listen)
+    address = address_of(running, tmp_path, listen)
+    freeze(running.process.pid, wait_for)
     clients = [connect(address) for _ in range(100)]
     for client in clients[:50]:  # some have said all that they have to say before anybody listens
         client.sendall(b"early")
         client.shutdown(socket.SHUT_WR)
-    one.process.send_signal(signal.SIGTERM)
-    one.process.send_signal(signal.SIGCONT)
+    running.process.send_signal(signal.SIGTERM)
+    running.process.send_signal(signal.SIGCONT)
     for client in clients[50:]:
         client.sendall(b"late")
         client.shutdown(socket.SHUT_WR)
     for number, client in enumerate(clients):
         with client:
             assert read_all(client) == GREETING + (b"early" if number < 50 else b"late")
-    assert one.process.wait(DEADLINE) == 0
-    assert drained(one, ended=100, aborted=0)
+    assert running.process.wait(DEADLINE) == 0
+    assert drained(running, ended=100, aborted=0)
 
 
 @pytest.mark.parametrize("listen", KINDS)
 def test_clients_connecting_during_a_stop_are_served_or_refused_but_never_reset(
     service, tmp_path, wait_for, listen
 ) -> None:
-    one = service(listen)
-    load = Load([address_of(one, tmp_path, listen)] * 6, until_refused=True)
+    running = service(listen)
+    load = Load([address_of(running, tmp_path, listen)] * 6, until_refused=True)
     wait_for(lambda: load.outcome["served"] >= 100)
-    assert one.stop() == 0
+    assert running.stop() == 0
     outcome = load.stop()
     assert set(outcome) == {"served", "refused"}, outcome
     assert outcome["refused"] == 6
-    assert drained(one, aborted=0)
+    assert drained(running, aborted=0)
 
 
 def test_new_clients_during_a_drain_are_refused_and_a_successor_can_bind_the_port(service, wait_for) -> None:
-    one = service(TCP)
-    with greeted(("127.0.0.1", one.port)) as client:
-        one.process.send_signal(signal.SIGTERM)
-        one.wait_event("drain.started", count=1, seconds=30)
+    running = service(TCP)
+    with greeted(("127.0.0.1", running.port)) as client:
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_event("drain.started", count=1, seconds=30)
 
         def refused() -> bool:
             # Or served, when the line was read faster than the next one of the program was run.
             try:
-                greeted(("127.0.0.1", one.port)).close()
+                greeted(("127.0.0.1", running.port)).close()
             except ConnectionRefusedError:
                 return True
             return False
 
         wait_for(refused)
-        other = service(f"--listen=tcp:{one.port}:interface=127.0.0.1")
-        with greeted(("127.0.0.1", one.port)) as newcomer:
+        other = service(f"--listen=tcp:{running.port}:interface=127.0.0.1")
+        with greeted(("127.0.0.1", running.port)) as newcomer:
             echoed(newcomer, b"to the successor")
         echoed(client, b"still here")
-    assert one.process.wait(DEADLINE) == 0
-    assert drained(one, aborted=0)
+    assert running.process.wait(DEADLINE) == 0
+    assert drained(running, aborted=0)
     assert other.stop() == 0
 
 
 def test_connections_stay_open_during_a_drain_which_ends_with_the_last_one(service, tmp_path) -> None:
-    one = service(TCP, UNIX)
-    clients = [greeted(address) for address in [("127.0.0.1", one.port), f"{tmp_path}/s"] * 3]
-    one.process.send_signal(signal.SIGTERM)
-    one.wait_event("drain.started", count=6)
+    running = service(TCP, UNIX)
+    clients = [greeted(address) for address in [("127.0.0.1", running.port), f"{tmp_path}/s"] * 3]
+    running.process.send_signal(signal.SIGTERM)
+    running.wait_event("drain.started", count=6)
     for client in clients:
         for _ in range(10):
             echoed(client, os.urandom(100_000))
         client.close()
-    assert one.process.wait(DEADLINE) == 0
-    assert drained(one, ended=6, aborted=0)
+    assert running.process.wait(DEADLINE) == 0
+    assert drained(running, ended=6, aborted=0)
 
 
 def test_the_drain_timeout_closes_open_connections_and_completes_the_drain(service, read_all) -> None:
-    one = service(TCP, "--drain-timeout=0.5")
-    with greeted(("127.0.0.1", one.port)) as client:
+    running = service(TCP, "--drain-timeout=0.5")
+    with greeted(("127.0.0.1", running.port)) as client:
         echoed(client, b"x")
-        assert one.stop() == 0
+        assert running.stop() == 0
         assert read_all(client) == b""  # and no reset
-    assert drained(one, ended=1, aborted=0)
-    one.wait_event("connection.closed", bytes_in=1, bytes_out=23, reason="drained")
+    assert drained(running, ended=1, aborted=0)
+    running.wait_event("connection.closed", bytes_in=1, bytes_out=23, reason="drained")
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_drain_and_sets_the_exit_status(service, wait_for, sig) -> None:
-    one = service(TCP)
-    with greeted(("127.0.0.1", one.port)) as client:
-        one.process.send_signal(signal.SIGTERM)
-        one.wait_event("drain.started", count=1)
+    running = service(TCP)
+    with greeted(("127.0.0.1", running.port)) as client:
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_event("drain.started", count=1)
 
         def counted() -> bool:
             # Those of the first half second are the first one once more.
-            one.process.send_signal(sig)
-            return any(event["event"] == "stop.repeated" and event["signal"] == sig.name for event in one.events)
+            running.process.send_signal(sig)
+            return any(event["event"] == "stop.repeated" and event["signal"] == sig.name for event in running.events)
 
         wait_for(counted)
-        assert one.process.wait(DEADLINE) == 128 + sig
+        assert running.process.wait(DEADLINE) == 128 + sig
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-    assert drained(one, ended=0, aborted=1)
-    one.wait_event("connection.closed", bytes_in=0, bytes_out=22, reason="cut off")
-    assert not any("Traceback" in line for line in one.lines)
+    assert drained(running, ended=0, aborted=1)
+    running.wait_event("connection.closed", bytes_in=0, bytes_out=22, reason="cut off")
+    assert not any("Traceback" in line for line in running.lines)
 
 
 def test_two_different_signals_at_once_end_the_drain(service, wait_for) -> None:
-    one = service(TCP)
-    with greeted(("127.0.0.1", one.port)):
-        freeze(one.process.pid, wait_for)
-        one.process.send_signal(signal.SIGTERM)
-        one.process.send_signal(signal.SIGINT)
-        one.process.send_signal(signal.SIGCONT)
-        assert one.process.wait(DEADLINE) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    assert not any("Traceback" in line for line in one.lines)
-    assert drained(one, ended=0, aborted=1)
+    running = service(TCP)
+    with greeted(("127.0.0.1", running.port)):
+        freeze(running.process.pid, wait_for)
+        running.process.send_signal(signal.SIGTERM)
+        running.process.send_signal(signal.SIGINT)
+        running.process.send_signal(signal.SIGCONT)
+        assert running.process.wait(DEADLINE) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert not any("Traceback" in line for line in running.lines)
+    assert drained(running, ended=0, aborted=1)
 
 
 def stuffed(address) -> tuple[socket.socket, bytes]:
@@ -263,44 +263,44 @@ def not_read_by_the_server(client: socket.socket) -> int:
 
 
 def test_a_client_that_never_reads_is_aborted_at_the_end_of_the_drain(service) -> None:
-    one = service(TCP, "--drain-timeout=0.2")
-    client, _ = stuffed(("127.0.0.1", one.port))
+    running = service(TCP, "--drain-timeout=0.2")
+    client, _ = stuffed(("127.0.0.1", running.port))
     with client:
-        assert one.stop() == 0
-    assert drained(one, ended=0, aborted=1)
-    assert one.events[-1]["seconds"] < 12
-    one.wait_event("connection.closed", reason="stopped reading")
+        assert running.stop() == 0
+    assert drained(running, ended=0, aborted=1)
+    assert running.events[-1]["seconds"] < 12
+    running.wait_event("connection.closed", reason="stopped reading")
 
 
 def test_a_slow_reader_receives_all_buffered_data_during_a_drain(service) -> None:
-    one = service(TCP, "--drain-timeout=0")
-    client, sent = stuffed(("127.0.0.1", one.port))
+    running = service(TCP, "--drain-timeout=0")
+    client, sent = stuffed(("127.0.0.1", running.port))
     with client:
         expected = GREETING + sent[: len(sent) - not_read_by_the_server(client)]
-        one.process.send_signal(signal.SIGTERM)
-        one.wait_event("drain.started", count=1, seconds=0)
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_event("drain.started", count=1, seconds=0)
         received = bytearray()
         pause = threading.Event()
         while piece := client.recv(len(expected) // 400):  # over more time than a peer that stands still is given
             received += piece
             pause.wait(0.02)
         assert received == expected
-    assert one.process.wait(DEADLINE) == 0
-    assert drained(one, ended=1, aborted=0)
-    one.wait_event("connection.closed", bytes_out=len(expected), reason="drained")
+    assert running.process.wait(DEADLINE) == 0
+    assert drained(running, ended=1, aborted=0)
+    running.wait_event("connection.closed", bytes_out=len(expected), reason="drained")
 
 
 def test_a_large_greeting_reaches_200_of_200_half_closed_clients(service, tmp_path, wait_for, read_all) -> None:
     text = random.randbytes(2 << 20).hex()
     (tmp_path / "rt.toml").write_text(f"greeting = '{text}'\nlisten = ['tcp:0:interface=127.0.0.1']\n")
-    one = service("--config=rt.toml")
+    running = service("--config=rt.toml")
     complete = 0
     for _ in range(10):
-        freeze(one.process.pid, wait_for)
-        clients = [connect(("127.0.0.1", one.port)) for _ in range(20)]
+        freeze(running.process.pid, wait_for)
+        clients = [connect(("127.0.0.1", running.port)) for _ in range(20)]
         for client in clients:
             client.shutdown(socket.SHUT_WR)
-        one.process.send_signal(signal.SIGCONT)
+        running.process.send_signal(signal.SIGCONT)
         for client in clients:
             with client:
                 complete += read_all(client) == text.encode()
@@ -318,14 +318,14 @@ def endpoints(tmp_path, environment) -> None:
 
 
 def test_reactor_stop_starts_a_drain(service, endpoints) -> None:
-    one = service(TCP, "--listen=stopper:")
-    one.wait_event("listener.listening", listener=re.compile("^stopper:"))
-    with greeted(("127.0.0.1", one.port)) as client:
-        one.process.send_signal(signal.SIGUSR2)
-        one.wait_event("drain.started", count=1)
+    running = service(TCP, "--listen=stopper:")
+    running.wait_event("listener.listening", listener=re.compile("^stopper:"))
+    with greeted(("127.0.0.1", running.port)) as client:
+        running.process.send_signal(signal.SIGUSR2)
+        running.wait_event("drain.started", count=1)
         echoed(client, b"still here")
-    assert one.process.wait(DEADLINE) == 0
-    assert drained(one, ended=1, aborted=0)
+    assert running.process.wait(DEADLINE) == 0
+    assert drained(running, ended=1, aborted=0)
 
 
 def test_a_service_under_twist_drains(environment, tmp_path) -> None:
@@ -361,12 +361,12 @@ def test_a_daemon_drains(run, tmp_path, wait_for) -> None:
 
 
 def test_two_listeners_that_fail_late_are_one_failure_with_exit_status_1(service, endpoints) -> None:
-    one = service(TCP, "--listen=broken:", "--listen=broken:")
-    with greeted(("127.0.0.1", one.port)):
-        one.process.send_signal(signal.SIGUSR2)
-        assert one.process.wait(DEADLINE) == 1
-    assert len(recorded(one.events, "start.failed", problem="--listen broken:: broken by design")) == 1
-    assert not any("Traceback" in line for line in one.lines)
+    running = service(TCP, "--listen=broken:", "--listen=broken:")
+    with greeted(("127.0.0.1", running.port)):
+        running.process.send_signal(signal.SIGUSR2)
+        assert running.process.wait(DEADLINE) == 1
+    assert len(recorded(running.events, "start.failed", problem="--listen broken:: broken by design")) == 1
+    assert not any("Traceback" in line for line in running.lines)
 
 
 # --- sockets that somebody else holds ---
@@ -390,7 +390,7 @@ def held(tmp_path):
 
 def test_restarts_under_load_with_passed_sockets_refuse_and_reset_no_client(service, held, wait_for) -> None:
     addresses = [sock.getsockname() for sock in held]
-    one = service("--listen=systemd:", **passing(*held))
+    running = service("--listen=systemd:", **passing(*held))
     load = Load(addresses * 3)
 
     def served_more() -> None:
@@ -399,22 +399,22 @@ def test_restarts_under_load_with_passed_sockets_refuse_and_reset_no_client(serv
 
     for _ in range(4):
         served_more()
-        assert one.stop() == 0
-        assert drained(one, aborted=0)
-        one = service("--listen=systemd:", **passing(*held))
+        assert running.stop() == 0
+        assert drained(running, aborted=0)
+        running = service("--listen=systemd:", **passing(*held))
     served_more()
     outcome = load.stop()
     assert set(outcome) == {"served"}, outcome
-    assert one.stop() == 0
+    assert running.stop() == 0
 
 
 def test_the_backlog_of_a_passed_socket_is_left_to_the_successor(service, held, wait_for, read_all) -> None:
-    one = service("--listen=systemd:", **passing(*held))
-    freeze(one.process.pid, wait_for)
+    running = service("--listen=systemd:", **passing(*held))
+    freeze(running.process.pid, wait_for)
     clients = [connect(sock.getsockname()) for sock in held for _ in range(50)]
     # The signal is there before the events of the sockets are looked at: accepting goes on until it is handled.
-    one.process.send_signal(signal.SIGTERM)
-    one.process.send_signal(signal.SIGCONT)
+    running.process.send_signal(signal.SIGTERM)
+    running.process.send_signal(signal.SIGCONT)
     served = threading.Thread(target=service, args=("--listen=systemd:",), kwargs=passing(*held))
     served.start()
     for client in clients:
@@ -423,14 +423,14 @@ def test_the_backlog_of_a_passed_socket_is_left_to_the_successor(service, held, 
             client.shutdown(socket.SHUT_WR)
             assert read_all(client) == GREETING + b"hello"
     served.join(DEADLINE)
-    assert one.process.wait(DEADLINE) == 0
+    assert running.process.wait(DEADLINE) == 0
 
 
 def test_a_service_without_clients_on_passed_sockets_drains_at_once(service, held) -> None:
-    one = service("--listen=systemd:", **passing(*held))
-    one.wait_event("listener.listening", 2)
-    assert one.stop() == 0
-    assert drained(one, ended=0, aborted=0, seconds=0.0)
+    running = service("--listen=systemd:", **passing(*held))
+    running.wait_event("listener.listening", 2)
+    assert running.stop() == 0
+    assert drained(running, ended=0, aborted=0, seconds=0.0)
 
 
 @pytest.mark.skipif(
@@ -463,17 +463,17 @@ def test_systemd_socket_activate_passes_both_sockets_and_the_first_client(
     comer = threading.Thread(target=be_the_first)
     comer.start()
     activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{address[1]}", "-l", path, *names]
-    one = service(*listen, launcher=[*activate, "-E", "PYTHONUNBUFFERED=1"])
-    one.wait_event("listener.listening", 2)
+    running = service(*listen, launcher=[*activate, "-E", "PYTHONUNBUFFERED=1"])
+    running.wait_event("listener.listening", 2)
     comer.join(DEADLINE)
     with greeted(address) as second:
         echoed(second, b"over TCP")
         echoed(first[0], b"over UNIX")
-        one.process.send_signal(signal.SIGTERM)
-        one.wait_event("drain.started", count=2)
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_event("drain.started", count=2)
         echoed(second, b"still here")
         first[0].close()
-    assert one.process.wait(DEADLINE) == 0
+    assert running.process.wait(DEADLINE) == 0
     assert os.path.exists(path)
 
 
@@ -481,35 +481,35 @@ def test_systemd_socket_activate_passes_both_sockets_and_the_first_client(
 
 
 def test_ready_is_sent_first_and_once_every_listener_accepts(service, endpoints, manager, tmp_path, wait_for) -> None:
-    one = service(TCP, UNIX, "--listen=late:", NOTIFY_SOCKET=manager.address)
-    one.wait_event("listener.listening", listener=re.compile("^unix:"))
-    with greeted(("127.0.0.1", one.port)):  # some do already; all of them do not
+    running = service(TCP, UNIX, "--listen=late:", NOTIFY_SOCKET=manager.address)
+    running.wait_event("listener.listening", listener=re.compile("^unix:"))
+    with greeted(("127.0.0.1", running.port)):  # some do already; all of them do not
         assert manager.messages == []
         asked = time.monotonic()
-        one.process.send_signal(signal.SIGUSR2)
+        running.process.send_signal(signal.SIGUSR2)
         wait_for(lambda: manager.messages)
-        one.wait_event("listener.listening", listener=re.compile("^late:"))
+        running.wait_event("listener.listening", listener=re.compile("^late:"))
         assert manager.messages[0] == "READY=1\nSTATUS=serving: 1 connection open"
         assert manager.times[0] >= asked
         greeted(f"{tmp_path}/s").close()
-    assert one.stop() == 0
+    assert running.stop() == 0
 
 
 def test_the_service_manager_receives_status_reload_and_stop_in_order(service, manager, tmp_path, wait_for) -> None:
-    one = service(TCP, NOTIFY_SOCKET=manager.address)
-    clients = [greeted(("127.0.0.1", one.port)) for _ in range(3)]
+    running = service(TCP, NOTIFY_SOCKET=manager.address)
+    clients = [greeted(("127.0.0.1", running.port)) for _ in range(3)]
     wait_for(lambda: manager.has("^STATUS=serving: 3 connections open$"))
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-    one.process.send_signal(signal.SIGHUP)
+    running.process.send_signal(signal.SIGHUP)
     wait_for(lambda: manager.has("^READY=1", since=1))
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
 
     seen = len(manager.messages)
-    one.process.send_signal(signal.SIGTERM)
+    running.process.send_signal(signal.SIGTERM)
     wait_for(lambda: len([m for m in manager.messages if m.startswith("EXTEND")]) >= 3)  # once at first, then each tick
     for client in clients:
         client.close()
-    assert one.process.wait(DEADLINE) == 0
+    assert running.process.wait(DEADLINE) == 0
 
     serving, draining = manager.messages[:seen], manager.messages[seen:]
     changes = [message for message in serving if not message.startswith("STATUS=")]
@@ -526,7 +526,7 @@ def test_the_service_manager_receives_status_reload_and_stop_in_order(service, m
 
 
 def test_watchdog_notifications_come_at_half_the_interval_and_stop_with_the_process(service, manager, wait_for) -> None:
-    one = service(TCP, NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="500000")
+    running = service(TCP, NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="500000")
 
     def beats() -> list[float]:
         return [when for when, what in zip(manager.times, manager.messages, strict=False) if what == "WATCHDOG=1"]
@@ -539,15 +539,15 @@ def test_watchdog_notifications_come_at_half_the_interval_and_stop_with_the_proc
     gaps = sorted(later - sooner for sooner, later in itertools.pairwise(some))
     assert 0.24 < gaps[len(gaps) // 2] < 0.3
 
-    freeze(one.process.pid, wait_for)
+    freeze(running.process.pid, wait_for)
     seen = len(beats())
     threading.Event().wait(1)  # four of them are due
     assert len(beats()) <= seen + 1  # one that was under way
-    one.process.send_signal(signal.SIGCONT)
+    running.process.send_signal(signal.SIGCONT)
     next_beats(2)
 
-    with greeted(("127.0.0.1", one.port)):
-        one.process.send_signal(signal.SIGTERM)
-        one.wait_event("drain.started", count=1)
+    with greeted(("127.0.0.1", running.port)):
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_event("drain.started", count=1)
         next_beats(3)
-    assert one.process.wait(DEADLINE) == 0
+    assert running.process.wait(DEADLINE) == 0

@@ -46,19 +46,19 @@ def blocked(pid: int) -> int:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_signals_blocked_or_ignored_by_the_parent_are_handled(service, wait_for, workers) -> None:
-    one = service(TCP, f"--workers={workers}", launcher=program("block_signals"))
-    pid = one.process.pid
+    running = service(TCP, f"--workers={workers}", launcher=program("block_signals"))
+    pid = running.process.pid
     assert [blocked(process) for process in (pid, *children(pid))] == [0] * (workers if workers == 1 else 3)
-    one.reload()
+    running.reload()
     if workers > 1:
         # It is reaped, and replaced.
         victim = next(iter(children(pid)))
         os.kill(victim, signal.SIGKILL)
-        one.wait_event("worker.killed", pid=victim, signal="SIGKILL")
+        running.wait_event("worker.killed", pid=victim, signal="SIGKILL")
         os.kill(pid, signal.SIGTTIN)
-        one.wait_event("worker.ready", slot=2)
-    assert one.stop(signal.SIGINT) == 0
-    one.wait_event("stop.requested", signal="SIGINT")
+        running.wait_event("worker.ready", slot=2)
+    assert running.stop(signal.SIGINT) == 0
+    running.wait_event("stop.requested", signal="SIGINT")
 
 
 # --- a stop while it starts ---
@@ -125,9 +125,9 @@ def test_process_1_reaps_orphans_without_losing_exit_statuses(service, tmp_path,
         service(TCP, "--protocol=forks:Forks", f"--workers={count}", launcher=FIRST, PYTHONPATH=str(tmp_path))
         for count in (1, 2)
     ]
-    firsts = [next(iter(children(one.process.pid))) for one in both]
-    for one in both:
-        with one.connect() as client:
+    firsts = [next(iter(children(running.process.pid))) for running in both]
+    for running in both:
+        with running.connect() as client:
             client.sendall(b"x")
             assert client.recv(10) == b"7"
     victim = next(iter(children(firsts[1])))
@@ -135,9 +135,9 @@ def test_process_1_reaps_orphans_without_losing_exit_statuses(service, tmp_path,
     both[1].wait_event("worker.killed", signal="SIGKILL")
     for pid in firsts:
         wait_for(lambda pid=pid: "Z" not in children(pid).values())
-    for one, pid in zip(both, firsts, strict=True):
+    for running, pid in zip(both, firsts, strict=True):
         os.kill(pid, signal.SIGTERM)
-        assert one.process.wait(DEADLINE) == 0
+        assert running.process.wait(DEADLINE) == 0
 
 
 # --- no /proc ---
@@ -154,7 +154,7 @@ def test_passed_sockets_are_found_without_proc(service, tmp_path, workers, name,
     )
     with socket.create_server(("127.0.0.1", 0)) as listening:
         number = listening.fileno()
-        one = service(
+        running = service(
             *(f"--listen={listen}", f"--workers={workers}"),
             launcher=[
                 *program("pass_sockets", name, str(number)),
@@ -163,7 +163,7 @@ def test_passed_sockets_are_found_without_proc(service, tmp_path, workers, name,
             pass_fds=(number,),
             PYTHONPATH=str(tmp_path),
         )
-        assert one.port == listening.getsockname()[1]
-        with one.connect() as client:
+        assert running.port == listening.getsockname()[1]
+        with running.connect() as client:
             assert client.recv(22, socket.MSG_WAITALL) == b"Hello from the server!"
-        assert one.stop() == 0
+        assert running.stop() == 0

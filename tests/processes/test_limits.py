@@ -91,8 +91,8 @@ def clients() -> Iterator[Callable[..., list[socket.socket]]]:
 
 @pytest.mark.parametrize("reactor", ["rtservice", "poll", "asyncio"])
 def test_clients_above_the_limit_wait_in_the_backlog_and_are_served_later(service, clients, reactor) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=5", twistd=(f"--reactor={reactor}",))
-    waiting = clients(30, one.port)
+    running = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=5", twistd=(f"--reactor={reactor}",))
+    waiting = clients(30, running.port)
     inside: list[socket.socket] = []
     most = 5
     while waiting:
@@ -106,34 +106,38 @@ def test_clients_above_the_limit_wait_in_the_backlog_and_are_served_later(servic
             exchange(client)
         assert readable(waiting) == []
         inside.pop(0).close()
-    one.wait_event("connection.limit_reached", limit=5)
-    assert len([event for event in one.events if event["event"] == "connection.limit_reached"]) == 1
+    running.wait_event("connection.limit_reached", limit=5)
+    assert len([event for event in running.events if event["event"] == "connection.limit_reached"]) == 1
 
 
 def test_at_limit_reject_closes_clients_above_the_limit_at_once(service, clients) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=5", "--at-limit=reject", "--drain-timeout=0")
-    many = clients(200, one.port)
+    running = service(
+        "--listen=tcp:0:interface=127.0.0.1", "--max-connections=5", "--at-limit=reject", "--drain-timeout=0"
+    )
+    many = clients(200, running.port)
     answers = [answer(client) for client in many]
     assert answers.count(GREETING) == 5
     assert answers.count(b"") == 195
     inside = [client for client, first in zip(many, answers, strict=True) if first]
     for client in inside:
         exchange(client)
-    one.wait_event("connection.refused", setting="max-connections", suppressed=0)
-    assert len([event for event in one.events if event["event"] == "connection.refused"]) == 1
+    running.wait_event("connection.refused", setting="max-connections", suppressed=0)
+    assert len([event for event in running.events if event["event"] == "connection.refused"]) == 1
     inside[0].close()
-    one.wait_event("connection.closed", bytes_in=4)
-    (late,) = clients(1, one.port)
+    running.wait_event("connection.closed", bytes_in=4)
+    (late,) = clients(1, running.port)
     assert answer(late) == GREETING
-    one.stop()
-    assert len([event for event in one.events if event["event"] == "connection.closed"]) == 6
+    running.stop()
+    assert len([event for event in running.events if event["event"] == "connection.closed"]) == 6
 
 
 def test_the_limit_per_peer_does_not_affect_another_address(service, clients) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections-per-peer=3")
-    answers = [answer(client) for client in clients(20, one.port)]
+    running = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections-per-peer=3")
+    answers = [answer(client) for client in clients(20, running.port)]
     assert answers.count(GREETING) == 3
-    with socket.create_connection(("127.0.0.1", one.port), timeout=DEADLINE, source_address=("127.0.0.2", 0)) as other:
+    with socket.create_connection(
+        ("127.0.0.1", running.port), timeout=DEADLINE, source_address=("127.0.0.2", 0)
+    ) as other:
         assert answer(other) == GREETING
 
 
@@ -144,9 +148,9 @@ FEW_DESCRIPTORS = ["bash", "-c", 'ulimit -n 64 && exec "$@"', "bash"]  # soft an
 
 
 def test_the_default_connection_limit_follows_the_descriptor_limit(service, clients) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", launcher=FEW_DESCRIPTORS)
-    waiting = clients(60, one.port)
-    one.wait_event("connection.limit_reached", limit=32)
+    running = service("--listen=tcp:0:interface=127.0.0.1", launcher=FEW_DESCRIPTORS)
+    waiting = clients(60, running.port)
+    running.wait_event("connection.limit_reached", limit=32)
     served = 0
     while served < 32:
         for client in readable(waiting, DEADLINE):
@@ -155,22 +159,22 @@ def test_the_default_connection_limit_follows_the_descriptor_limit(service, clie
             exchange(client)
             served += 1
     assert readable(waiting) == []
-    assert not any(event["event"] == "accept.paused" for event in one.events)
+    assert not any(event["event"] == "accept.paused" for event in running.events)
 
 
 def test_without_descriptors_accepting_pauses_without_spinning_and_resumes_later(service, clients) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=1000", launcher=FEW_DESCRIPTORS)
-    one.wait_event("connection.limit_unreachable", connections=1000, limit=64)
-    waiting = clients(100, one.port)
-    one.wait_event("accept.paused", problem="Too many open files")
+    running = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=1000", launcher=FEW_DESCRIPTORS)
+    running.wait_event("connection.limit_unreachable", connections=1000, limit=64)
+    waiting = clients(100, running.port)
+    running.wait_event("accept.paused", problem="Too many open files")
     inside = readable(waiting, DEADLINE)
     assert {client.recv(100) for client in inside} == {GREETING}
     waiting = [client for client in waiting if client not in inside]
     assert 32 < len(inside) < 64
     for client in inside:
         exchange(client)
-    assert share_of_cpu(one.process.pid, inside[0], waiting) < 0.05
-    assert len([event for event in one.events if event["event"] == "accept.paused"]) == 1
+    assert share_of_cpu(running.process.pid, inside[0], waiting) < 0.05
+    assert len([event for event in running.events if event["event"] == "accept.paused"]) == 1
     while waiting:
         for _ in range(20):
             inside.pop(0).close()
@@ -181,7 +185,7 @@ def test_without_descriptors_accepting_pauses_without_spinning_and_resumes_later
             inside.append(client)
     for client in inside:
         exchange(client)
-    assert not any("Traceback" in line for line in one.lines)
+    assert not any("Traceback" in line for line in running.lines)
 
 
 # --- injected faults ---
@@ -201,18 +205,18 @@ def strace() -> Callable[..., list[str]]:
 
 @pytest.mark.parametrize("code", ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"])
 def test_accept_pauses_after_a_resource_error_and_resumes(service, clients, strace, code) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", launcher=strace("accept4", f"error={code}:when=1..2"))
-    for client in clients(3, one.port):
+    running = service("--listen=tcp:0:interface=127.0.0.1", launcher=strace("accept4", f"error={code}:when=1..2"))
+    for client in clients(3, running.port):
         assert client.recv(100) == GREETING
         exchange(client)
-    assert len([event for event in one.events if event["event"] == "accept.paused"]) == 1
+    assert len([event for event in running.events if event["event"] == "accept.paused"]) == 1
 
 
 def test_a_client_that_closes_before_accept_does_not_affect_others(service, clients, strace) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", launcher=strace("accept4", "error=ECONNABORTED:when=1+3"))
-    for client in clients(20, one.port):
+    running = service("--listen=tcp:0:interface=127.0.0.1", launcher=strace("accept4", "error=ECONNABORTED:when=1+3"))
+    for client in clients(20, running.port):
         assert client.recv(100) == GREETING
-    assert not any(event["event"] == "accept.paused" for event in one.events)
+    assert not any(event["event"] == "accept.paused" for event in running.events)
 
 
 def test_a_log_that_cannot_be_written_does_not_affect_clients(environment, tmp_path, wait_listening, strace) -> None:
@@ -250,14 +254,14 @@ def test_a_log_that_cannot_be_written_does_not_affect_clients(environment, tmp_p
 
 def test_unfinished_handshakes_are_closed_after_the_handshake_timeout(service, clients, certificates, manager) -> None:
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
-    one = service(
+    running = service(
         f"--listen=proxy:ssl:0:interface=127.0.0.1:{files}",
         "--listen=proxy:tcp:0:interface=127.0.0.1",
         "--handshake-timeout=4",
         NOTIFY_SOCKET=manager.address,
     )
-    secure = port_of(one, "proxy:ssl")
-    plain = port_of(one, "proxy:tcp")
+    secure = port_of(running, "proxy:ssl")
+    plain = port_of(running, "proxy:tcp")
     header = b"PROXY TCP4 192.0.2.9 192.0.2.1 1 2\r\n"
     began = time.monotonic()
     silent = clients(200, secure, header) + clients(200, plain, header[:20])
@@ -273,17 +277,17 @@ def test_unfinished_handshakes_are_closed_after_the_handshake_timeout(service, c
         for client in silent:
             assert answer(client) == b""
         assert time.monotonic() - began >= 4
-        one.wait_event("connection.closed", 200, reason="TLS handshake timed out")
-        one.wait_event("connection.closed", 200, reason="PROXY header timed out")
+        running.wait_event("connection.closed", 200, reason="TLS handshake timed out")
+        running.wait_event("connection.closed", 200, reason="PROXY header timed out")
         manager.wait("STATUS=serving: 2 connections open$")
         exchange(secured)
     exchange(honest)
 
 
 def test_idle_connections_are_closed_and_active_ones_stay_open(service, clients) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", "--idle-timeout=1")
+    running = service("--listen=tcp:0:interface=127.0.0.1", "--idle-timeout=1")
     began = time.monotonic()
-    silent, speaking = clients(2, one.port)
+    silent, speaking = clients(2, running.port)
     assert speaking.recv(100) == silent.recv(100) == GREETING
     while not readable([silent], 0.2):
         exchange(speaking)
@@ -291,18 +295,18 @@ def test_idle_connections_are_closed_and_active_ones_stay_open(service, clients)
     assert time.monotonic() - began >= 1
     assert silent.recv(100) == b""
     exchange(speaking)
-    one.wait_event("connection.closed", reason="idle")
-    assert len([event for event in one.events if event["event"] == "connection.closed"]) == 1
+    running.wait_event("connection.closed", reason="idle")
+    assert len([event for event in running.events if event["event"] == "connection.closed"]) == 1
 
 
 def test_a_peer_that_stops_reading_is_aborted(service, clients) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", "--idle-timeout=1")
-    (client,) = clients(1, one.port)
+    running = service("--listen=tcp:0:interface=127.0.0.1", "--idle-timeout=1")
+    (client,) = clients(1, running.port)
     client.settimeout(0.5)
     with contextlib.suppress(TimeoutError):
         while True:
             client.sendall(bytes(1 << 20))
-    one.wait_event("connection.closed", reason="stopped reading")
+    running.wait_event("connection.closed", reason="stopped reading")
     client.settimeout(DEADLINE)
     received = read_until_reset(client)
     assert received.startswith(GREETING)
@@ -318,7 +322,7 @@ def test_setting_the_clock_by_an_hour_does_not_move_timeouts(service, clients, m
     ).stdout.strip()
     clock = tmp_path / "clock"
     clock.write_text("+0")
-    one = service(
+    running = service(
         "--listen=tcp:0:interface=127.0.0.1",
         "--listen=proxy:tcp:0:interface=127.0.0.1",
         "--idle-timeout=2",
@@ -332,9 +336,9 @@ def test_setting_the_clock_by_an_hour_does_not_move_timeouts(service, clients, m
         NOTIFY_SOCKET=manager.address,
         WATCHDOG_USEC="1000000",
     )
-    proxied = port_of(one, "proxy:tcp")
+    proxied = port_of(running, "proxy:tcp")
     began = time.monotonic()
-    (idle,), (unfinished,) = clients(1, one.port), clients(1, proxied, b"PROXY")
+    (idle,), (unfinished,) = clients(1, running.port), clients(1, proxied, b"PROXY")
     assert idle.recv(100) == GREETING
     clock.write_text(offset)
     manager.received()
@@ -343,20 +347,20 @@ def test_setting_the_clock_by_an_hour_does_not_move_timeouts(service, clients, m
     for client, why in ((idle, "idle"), (unfinished, "PROXY header timed out")):
         assert answer(client) == b""
         assert 2 <= time.monotonic() - began < DEADLINE
-        one.wait_event("connection.closed", reason=why)
-    (late,) = clients(1, one.port)
+        running.wait_event("connection.closed", reason=why)
+    (late,) = clients(1, running.port)
     assert late.recv(100) == GREETING
     began = time.monotonic()
-    one.process.send_signal(signal.SIGTERM)
+    running.process.send_signal(signal.SIGTERM)
     manager.wait("STOPPING=1")
     clock.write_text("+0")
     assert answer(late) == b""
     assert 1 <= time.monotonic() - began < DEADLINE
-    assert one.process.wait(DEADLINE) == 0
-    done = one.wait_event("drain.done", ended=1, aborted=0)
+    assert running.process.wait(DEADLINE) == 0
+    done = running.wait_event("drain.done", ended=1, aborted=0)
     # The clock was really set: the log's own times show it.
-    idle = one.wait_event("connection.closed", reason="idle")
-    hours = {re.search(r"T(\d\d):", record["time"])[1] for record in (one.records[0], idle)}
+    idle = running.wait_event("connection.closed", reason="idle")
+    hours = {re.search(r"T(\d\d):", record["time"])[1] for record in (running.records[0], idle)}
     assert len(hours) == 2, done
 
 
@@ -384,8 +388,8 @@ def resident(pid: int) -> int:
 def test_a_connection_flood_does_not_affect_ten_thousand_idle_clients(service, record_property: Any) -> None:
     if raise_descriptor_limit() < 10_200:
         pytest.skip("a process may not have 10,200 descriptors here (ulimit -Hn)")
-    one = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=10000", "--at-limit=reject")
-    port, pid = one.port, one.process.pid
+    running = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=10000", "--at-limit=reject")
+    port, pid = running.port, running.process.pid
     command = program("flood", str(port), "5000", "200")
     with contextlib.ExitStack() as stack:
         flooder = stack.enter_context(

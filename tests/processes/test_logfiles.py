@@ -295,25 +295,25 @@ def test_a_removed_log_file_is_created_again_in_every_format(start, tmp_path, wa
 def test_a_draining_process_and_its_successor_share_log_files(start, tmp_path, wait_for, greets) -> None:
     log, access = tmp_path / "log", tmp_path / "access"
     options = ("--access-log=access", "--drain-timeout=60")
-    one = start(*options, twistd=("--logfile=log",), stderr=subprocess.DEVNULL)
+    first = start(*options, twistd=("--logfile=log",), stderr=subprocess.DEVNULL)
     with socket.socket(socket.AF_UNIX) as held:
         held.connect(f"{tmp_path}/s")
         assert held.recv(100)
-        one.terminate()
+        first.terminate()
         wait_for(lambda: "SIGTERM received" in log.read_text())
         successor = start(*options, twistd=("--logfile=log",), stderr=subprocess.DEVNULL)
         for _ in range(20):
             assert greets(tmp_path)
-        for process in (one, successor):
+        for process in (first, successor):
             process.send_signal(signal.SIGUSR1)
         wait_for((tmp_path / "log.1").exists)
         (tmp_path / "access").rename(tmp_path / "access.1")
-        for process in (one, successor):
+        for process in (first, successor):
             process.send_signal(signal.SIGUSR1)
         wait_for(access.exists)
         held.sendall(b"still here")
         assert held.recv(100) == b"still here"
-    assert one.wait(DEADLINE) == 0
+    assert first.wait(DEADLINE) == 0
     successor.terminate()
     assert successor.wait(DEADLINE) == 0
     shown = text_of(tmp_path, "log")

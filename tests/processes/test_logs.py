@@ -216,27 +216,27 @@ def test_text_logs_are_coloured_on_a_terminal_unless_no_color_is_set(start, tmp_
 def test_log_levels_apply_per_namespace_and_change_on_sighup(service, tmp_path) -> None:
     config = tmp_path / "rt.toml"
     config.write_text('log-level = "info,twisted=error"\n')
-    one = service("--port=0", f"--config={config}")
-    assert not any(record["namespace"].startswith("twisted.") for record in one.records)
+    running = service("--port=0", f"--config={config}")
+    assert not any(record["namespace"].startswith("twisted.") for record in running.records)
     config.write_text('log-level = "debug"\n')
-    one.process.send_signal(signal.SIGHUP)
-    one.wait_event("settings.reloaded", settings="log-level")
-    one.stop()
-    assert any("Main loop terminated" in line for line in one.lines)
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_event("settings.reloaded", settings="log-level")
+    running.stop()
+    assert any("Main loop terminated" in line for line in running.lines)
 
 
 def test_log_levels_apply_in_workers(service, tmp_path) -> None:
     levels = "--log-level=rtservice.net=error,log_legacy=error"
-    one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", levels, PYTHONPATH=str(PROGRAMS / "failing_echo"))
+    running = service(f"--listen=unix:{tmp_path}/s", "--workers=2", levels, PYTHONPATH=str(PROGRAMS / "failing_echo"))
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/s")
         assert client.recv(100) == GREETING
         client.sendall(b"fail")
         assert client.recv(100) == b""
-    one.wait_line("a failure is logged")
-    one.wait_event("connection.closed")
-    assert not any("a warning" in line for line in one.lines)
-    one.stop()
+    running.wait_line("a failure is logged")
+    running.wait_event("connection.closed")
+    assert not any("a warning" in line for line in running.lines)
+    running.stop()
 
 
 # --- files that are opened anew ---
@@ -244,7 +244,7 @@ def test_log_levels_apply_in_workers(service, tmp_path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_access_log_is_reopened_on_sigusr1(service, tmp_path, wait_for, workers, greets) -> None:
-    one = service(f"--listen=unix:{tmp_path}/s", f"--workers={workers}", "--access-log=access")
+    running = service(f"--listen=unix:{tmp_path}/s", f"--workers={workers}", "--access-log=access")
     path, moved = tmp_path / "access", tmp_path / "moved"
     assert greets(tmp_path, b"peer 1")
     line = wait_for(path.read_text)
@@ -258,38 +258,38 @@ def test_the_access_log_is_reopened_on_sigusr1(service, tmp_path, wait_for, work
     path.rename(moved)
     assert greets(tmp_path)
     wait_for(lambda: moved.read_text().count("\n") == 2)
-    one.process.send_signal(signal.SIGUSR1)
+    running.process.send_signal(signal.SIGUSR1)
     wait_for(path.exists)
     assert greets(tmp_path)
     wait_for(lambda: path.read_text().count("\n") == 1)
-    assert one.stop() == 0
+    assert running.stop() == 0
     assert moved.read_text().count("\n") == 2
-    assert not any(event["event"] == "connection.closed" for event in one.events)
+    assert not any(event["event"] == "connection.closed" for event in running.events)
 
 
 def test_an_access_log_on_standard_output_is_mixed_with_other_lines(service, tmp_path, greets) -> None:
-    one = service(f"--listen=unix:{tmp_path}/s", "--access-log=-")
+    running = service(f"--listen=unix:{tmp_path}/s", "--access-log=-")
     assert greets(tmp_path)
-    one.wait_line("^start=.* worker=-$")
-    one.stop()
+    running.wait_line("^start=.* worker=-$")
+    running.stop()
 
 
 def test_workers_send_all_access_log_lines_before_they_exit(service, tmp_path, greets) -> None:
-    one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
+    running = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
     for _ in range(200):
         assert greets(tmp_path)
-    assert one.stop() == 0
+    assert running.stop() == 0
     assert (tmp_path / "access").read_text().count("out=22") == 200
 
 
 def test_hostile_peer_names_do_not_exceed_the_message_size_of_a_worker(service, tmp_path, greets) -> None:
-    one = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
+    running = service(f"--listen=unix:{tmp_path}/s", "--workers=2", "--access-log=access")
     room = 107 - len(os.fsencode(tmp_path)) - 1
     for number in range(300):
         assert greets(tmp_path, f"{number:03}".encode() + b"\x01" * (room - 3))
-    assert one.stop() == 0
+    assert running.stop() == 0
     assert (tmp_path / "access").read_text().count("out=22") == 300
-    assert not any("must not say" in line for line in one.lines)
+    assert not any("must not say" in line for line in running.lines)
 
 
 def test_the_log_of_a_daemon_is_rotated_on_sigusr1(run, tmp_path, wait_for, greets) -> None:

@@ -126,7 +126,7 @@ class World:
         for meter in self._meters:
             meter.stop()
             assert meter.problem is None
-            assert meter.worst < PATIENCE, [one.worst for one in self._meters]
+            assert meter.worst < PATIENCE, [each.worst for each in self._meters]
         assert self.service.peak_memory - self.memory < GROWTH
         self.innocent.close()
         assert self.service.stop() == 0
@@ -177,69 +177,69 @@ VIOLATIONS = {
     ids=" ".join,
 )
 def test_a_worker_that_violates_the_protocol_is_killed_and_logged_once(world, names) -> None:
-    one = world()
+    running = world()
     for count, name in enumerate(names, 1):
-        pid = one.attack(name)
-        line = one.service.wait_event("worker.violation", pid=pid)["message"]
+        pid = running.attack(name)
+        line = running.service.wait_event("worker.violation", pid=pid)["message"]
         assert re.search(VIOLATIONS[name], line)
         assert len(line) < 300
-        one.service.wait_event("worker.restarting", count)
-    assert len(one.recorded("worker.violation")) == len(names)
-    one.victim()[0].close()  # it was replaced
-    assert len(one.get("/metrics")) < 100_000
-    assert len(one.get("/status.json")) < 100_000
-    one.check()
+        running.service.wait_event("worker.restarting", count)
+    assert len(running.recorded("worker.violation")) == len(names)
+    running.victim()[0].close()  # it was replaced
+    assert len(running.get("/metrics")) < 100_000
+    assert len(running.get("/status.json")) < 100_000
+    running.check()
 
 
 @pytest.mark.parametrize("name", ["records", "batches", "text", "heartbeats", "leave", "print", "lines"])
 def test_a_flood_from_a_worker_is_throttled_and_the_supervisor_stays_responsive(world, wait_for, name) -> None:
-    one = world("--hang-timeout=0")
-    one.attack(name)
+    running = world("--hang-timeout=0")
+    running.attack(name)
     end = time.monotonic() + 3
     while time.monotonic() < end:
-        one.get("/readyz")
-        one.get("/status.json?limit=10")
+        running.get("/readyz")
+        running.get("/status.json?limit=10")
     # Signals are obeyed, and questions answered, meanwhile.
-    one.service.process.send_signal(signal.SIGTTIN)
-    wait_for(lambda: one.recorded("worker.ready", slot=2))
-    assert one.innocent_pid in {worker["pid"] for worker in json.loads(one.get("/status.json"))["workers"]}
-    one.check()
+    running.service.process.send_signal(signal.SIGTTIN)
+    wait_for(lambda: running.recorded("worker.ready", slot=2))
+    assert running.innocent_pid in {worker["pid"] for worker in json.loads(running.get("/status.json"))["workers"]}
+    running.check()
 
 
 def test_a_worker_that_does_not_read_gets_few_queries_and_is_killed(world, wait_for) -> None:
-    one = world("--hang-timeout=4")
-    pid = one.attack("deaf")
+    running = world("--hang-timeout=4")
+    pid = running.attack("deaf")
     asked: list[threading.Thread] = []
     for _ in range(40):
-        asked.append(threading.Thread(target=one.get, args=("/status.json?limit=500",), daemon=True))
+        asked.append(threading.Thread(target=running.get, args=("/status.json?limit=500",), daemon=True))
         asked[-1].start()
-    one.service.wait_event("worker.unresponsive", pid=pid, seconds=4.0)
+    running.service.wait_event("worker.unresponsive", pid=pid, seconds=4.0)
     for thread in asked:
         thread.join(DEADLINE)
-    one.victim()[0].close()
-    one.check()
+    running.victim()[0].close()
+    running.check()
 
 
 def test_control_characters_in_worker_logs_are_escaped(world) -> None:
-    one = world()
-    one.attack("escapes")
-    one.service.wait_line(r"printed \\+x1b\[31m\\+xff")
-    one.service.wait_line("by itself")
-    one.service.wait_line("2026-01-01 forged")
-    records = {(record["namespace"], record["message"]): record for record in one.service.records}
+    running = world()
+    running.attack("escapes")
+    running.service.wait_line(r"printed \\+x1b\[31m\\+xff")
+    running.service.wait_line("by itself")
+    running.service.wait_line("2026-01-01 forged")
+    records = {(record["namespace"], record["message"]): record for record in running.service.records}
     assert ("mad", r"by itself \x1b[31m \x1b]0;") in records
     [(_, forged)] = [key for key in records if "forged" in key[1]]
     assert (r"\x1b[31m\nmad", forged) in records
     assert forged.splitlines() == [r"\x1b[2Jforged\x07", r"2026-01-01 forged\x9b"]
     texts = [record.get(key, "") for record in records.values() for key in ("namespace", "message", "traceback")]
-    assert not any("\x1b" in text or "\x07" in text or "\x9b" in text for text in (*texts, *one.service.lines))
-    one.check()
+    assert not any("\x1b" in text or "\x07" in text or "\x9b" in text for text in (*texts, *running.service.lines))
+    running.check()
 
 
 def test_a_large_log_record_is_truncated_in_the_worker(world) -> None:
-    one = world()
-    one.attack("large")
-    one.service.wait_line("characters left out")
-    assert all(len(record["message"]) < 20_000 for record in one.service.records)
-    assert not one.recorded("worker.violation")
-    one.check()
+    running = world()
+    running.attack("large")
+    running.service.wait_line("characters left out")
+    assert all(len(record["message"]) < 20_000 for record in running.service.records)
+    assert not running.recorded("worker.violation")
+    running.check()

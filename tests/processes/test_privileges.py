@@ -43,12 +43,12 @@ def test_euid_without_a_user_is_accepted(run) -> None:
 def test_supplementary_groups_of_root_are_dropped(service, options) -> None:
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv (Debian: util-linux) is not installed")
-    one = service(
+    running = service(
         "--listen=tcp:0:interface=127.0.0.1",
         twistd=tuple(options),
         launcher=["setpriv", "--groups=4,27", "--"],
     )
-    found = credentials(one.process.pid)
+    found = credentials(running.process.pid)
     assert found == {
         "Uid": {NOBODY},
         "Gid": {NOBODY},
@@ -64,23 +64,23 @@ def test_supplementary_groups_of_root_are_dropped(service, options) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_user_without_a_passwd_entry_gets_only_its_group(service, options, gid) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", twistd=tuple(options))
+    running = service("--listen=tcp:0:interface=127.0.0.1", twistd=tuple(options))
     nothing = {"0" * 16}
-    assert credentials(one.process.pid) == {
+    assert credentials(running.process.pid) == {
         "Uid": {"54321"},
         "Gid": {gid},
         "Groups": {gid},
         "CapPrm": nothing,
         "CapEff": nothing,
     }
-    with one.connect() as client:
+    with running.connect() as client:
         assert client.recv(100) == b"Hello from the server!"
 
 
 def test_a_user_is_looked_up_before_chroot(service, tmp_path) -> None:
     """The new root has no accounts, as most have not, and no libraries that know of any."""
-    one = service("--listen=unix:/s", twistd=(f"--chroot={tmp_path}", "--uid=nobody"))
-    found = credentials(one.process.pid)
+    running = service("--listen=unix:/s", twistd=(f"--chroot={tmp_path}", "--uid=nobody"))
+    found = credentials(running.process.pid)
     assert (found["Uid"], found["Gid"], found["Groups"]) == ({NOBODY}, {NOBODY}, {NOBODY})
 
 
@@ -128,8 +128,8 @@ def test_a_chroot_without_dev_null_is_rejected_for_daemons_and_workers(run, tmp_
 
 
 def test_gid_without_uid_logs_that_privileges_are_kept(service) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1", twistd=("--gid=nogroup",))
-    assert one.wait_event("privileges.kept")["level"] == "warn"
+    running = service("--listen=tcp:0:interface=127.0.0.1", twistd=("--gid=nogroup",))
+    assert running.wait_event("privileges.kept")["level"] == "warn"
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace (Debian: strace) is not installed")

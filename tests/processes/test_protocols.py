@@ -20,8 +20,8 @@ def good(tmp_path: Path, environment: dict[str, str]) -> None:
     environment["PYTHONPATH"] = "."
 
 
-def exchange(one, data: bytes, read_all: Callable[[socket.socket], bytes]) -> bytes:
-    with one.connect() as client:
+def exchange(running, data: bytes, read_all: Callable[[socket.socket], bytes]) -> bytes:
+    with running.connect() as client:
         client.sendall(data)
         client.shutdown(socket.SHUT_WR)
         return read_all(client)
@@ -29,13 +29,13 @@ def exchange(one, data: bytes, read_all: Callable[[socket.socket], bytes]) -> by
 
 @pytest.mark.usefixtures("good")
 def test_a_factory_starts_once_before_accepting_and_stops_after_the_last_connection(service) -> None:
-    one = service("--protocol=good:Shouts", "--protocol-option=mark=?", TCP, "--listen=unix:s")
-    with one.connect() as client:
+    running = service("--protocol=good:Shouts", "--protocol-option=mark=?", TCP, "--listen=unix:s")
+    with running.connect() as client:
         client.sendall(b"hi")
         assert client.recv(100) == b"HI?"
-        one.stop()
+        running.stop()
         assert client.recv(100) == b"bye"
-    told = [record["message"] for record in one.records]
+    told = [record["message"] for record in running.records]
     order = [told.index(word) for word in ("startFactory", "start", "drain", "stopFactory")]
     assert order == sorted(order)
     assert [told.count(word) for word in ("startFactory", "start", "drain", "stopFactory")] == [1, 1, 1, 1]
@@ -59,11 +59,11 @@ def test_a_failed_start_is_one_error_line_and_exit_status_1(run, workers) -> Non
 
 @pytest.mark.usefixtures("good")
 def test_a_stop_cancels_an_unfinished_start(service) -> None:
-    one = service("--protocol=good:Shouts", "--protocol-option=hangs=true", TCP, awaits='"message": "start"')
-    one.stop()
-    one.wait_line("start is cancelled")
-    one.wait_line("stopFactory")
-    assert not any("listening" in line or "Traceback" in line for line in one.lines)
+    running = service("--protocol=good:Shouts", "--protocol-option=hangs=true", TCP, awaits='"message": "start"')
+    running.stop()
+    running.wait_line("start is cancelled")
+    running.wait_line("stopFactory")
+    assert not any("listening" in line or "Traceback" in line for line in running.lines)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -106,24 +106,24 @@ def test_the_list_of_protocols_is_printed(run) -> None:
 def test_workers_serve_new_code_after_a_reload(service, tmp_path, environment, read_all, wait_for) -> None:
     environment["PYTHONPATH"] = "."
     source = copy_hosted("changes", tmp_path)
-    one = service("--protocol=changes:Says", TCP, "--workers=2")
-    assert exchange(one, b"", read_all) == b"old code"
+    running = service("--protocol=changes:Says", TCP, "--workers=2")
+    assert exchange(running, b"", read_all) == b"old code"
     source.write_text(source.read_text().replace("old code", "the new code"))
-    one.process.send_signal(1)
-    wait_for(lambda: sum(event["event"] == "worker.ended" for event in one.events) == 2)
-    assert exchange(one, b"", read_all) == b"the new code"
+    running.process.send_signal(1)
+    wait_for(lambda: sum(event["event"] == "worker.ended" for event in running.events) == 2)
+    assert exchange(running, b"", read_all) == b"the new code"
     source.write_text("1 / 0")
-    one.process.send_signal(1)
-    one.wait_line("broken|ZeroDivisionError")
-    assert exchange(one, b"", read_all) == b"the new code"
-    assert one.stop() == 0
+    running.process.send_signal(1)
+    running.wait_line("broken|ZeroDivisionError")
+    assert exchange(running, b"", read_all) == b"the new code"
+    assert running.stop() == 0
 
 
 @pytest.mark.usefixtures("good")
 def test_relative_paths_start_in_the_directory_of_the_command(service, tmp_path, environment, read_all) -> None:
     copy_hosted("files", tmp_path)
-    one = service("--protocol=files:Shows", "--protocol-option=path=a/b", TCP, "--workers=2")
-    assert exchange(one, b"", read_all) == bytes(tmp_path / "a" / "b")
+    running = service("--protocol=files:Shows", "--protocol-option=path=a/b", TCP, "--workers=2")
+    assert exchange(running, b"", read_all) == bytes(tmp_path / "a" / "b")
 
 
 @pytest.fixture
@@ -134,42 +134,42 @@ def bad(tmp_path: Path, environment: dict[str, str]) -> None:
 
 @pytest.mark.usefixtures("bad")
 def test_a_client_without_a_protocol_is_closed_and_an_exception_affects_one_connection(service, read_all) -> None:
-    one = service("--protocol=bad:Builds", TCP)
+    running = service("--protocol=bad:Builds", TCP)
     for _ in range(2):
-        with one.connect() as client:
+        with running.connect() as client:
             assert read_all(client) == b""
-    with one.connect() as client:
+    with running.connect() as client:
         client.sendall(b"before")
         assert client.recv(100) == b"before"
-        with one.connect() as other:
+        with running.connect() as other:
             other.sendall(b"raise")
             assert read_all(other) == b""
         client.sendall(b"after")
         assert client.recv(100) == b"after"
-    one.wait_event("factory.failed", factory="Builds", method="buildProtocol")
-    one.wait_event("protocol.failed", protocol="Raises", method="dataReceived")
-    assert one.stop() == 0
+    running.wait_event("factory.failed", factory="Builds", method="buildProtocol")
+    running.wait_event("protocol.failed", protocol="Raises", method="dataReceived")
+    assert running.stop() == 0
 
 
 @pytest.mark.usefixtures("bad")
 def test_a_producer_that_never_unregisters_does_not_block_a_drain(service, read_all) -> None:
-    one = service("--protocol=bad:Clings", TCP, "--drain-timeout=0.2")
-    with one.connect() as client:
+    running = service("--protocol=bad:Clings", TCP, "--drain-timeout=0.2")
+    with running.connect() as client:
         assert client.recv(1) == b"x"
-        assert one.stop() == 0
-    one.wait_event("drain.done", ended=1, aborted=0)
+        assert running.stop() == 0
+    running.wait_event("drain.done", ended=1, aborted=0)
 
 
 @pytest.mark.usefixtures("bad")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_blocking_the_reactor_is_logged_with_a_stack(service, workers) -> None:
-    one = service("--protocol=bad:Raises", TCP, f"--workers={workers}")
-    with one.connect() as client:
+    running = service("--protocol=bad:Raises", TCP, f"--workers={workers}")
+    with running.connect() as client:
         client.sendall(b"block")
         assert client.recv(100) == b"block"
-    blocked = one.wait_event("reactor.blocked")
+    blocked = running.wait_event("reactor.blocked")
     assert "in sleep_here" in blocked["stack"]
-    assert one.stop() == 0
+    assert running.stop() == 0
 
 
 @pytest.fixture
@@ -181,36 +181,36 @@ def worse(tmp_path: Path, environment: dict[str, str]) -> None:
 @pytest.mark.usefixtures("worse")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sys_exit_in_a_factory_does_not_end_the_process(service, workers) -> None:
-    one = service(
+    running = service(
         *("--protocol=worse:Exits", TCP, f"--workers={workers}", "--status=tcp:0", "--hang-timeout=2"),
         *("--drain-timeout=0.5",),
     )
-    site = one.wait_event("status.listening")["listener"].rpartition("tcp:")[2]
+    site = running.wait_event("status.listening")["listener"].rpartition("tcp:")[2]
     with urllib.request.urlopen(f"http://{site}/status.json", timeout=30) as answer:
         assert answer.status == 200
-    one.wait_event("factory.failed", factory="Exits", method="metrics")
-    with one.connect() as first, one.connect() as second:
+    running.wait_event("factory.failed", factory="Exits", method="metrics")
+    with running.connect() as first, running.connect() as second:
         assert first.recv(100) == second.recv(100) == b"here"
-        one.process.send_signal(signal.SIGTERM)
+        running.process.send_signal(signal.SIGTERM)
         for client in (first, second):
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(100) == b""
-        assert one.process.wait(30) == 0
-    one.wait_event("factory.failed", factory="Exits", method="drain")
-    one.wait_event("protocol.failed", 2, protocol="Leaves", method="drain")
-    one.wait_event("factory.failed", factory="Exits", method="stopFactory")
-    one.wait_event("drain.done")
-    assert not any(event["event"] == "worker.hung" for event in one.events)
+        assert running.process.wait(30) == 0
+    running.wait_event("factory.failed", factory="Exits", method="drain")
+    running.wait_event("protocol.failed", 2, protocol="Leaves", method="drain")
+    running.wait_event("factory.failed", factory="Exits", method="stopFactory")
+    running.wait_event("drain.done")
+    assert not any(event["event"] == "worker.hung" for event in running.events)
 
 
 @pytest.mark.usefixtures("worse")
 @pytest.mark.parametrize("kind", ["tcp:0:interface=127.0.0.1", "unix:s"])
 def test_a_producer_that_fails_at_connection_start_does_not_affect_the_listener(service, tmp_path, kind) -> None:
-    one = service("--protocol=worse:Worse", f"--listen={kind}", "--max-connections=1")
+    running = service("--protocol=worse:Worse", f"--listen={kind}", "--max-connections=1")
 
     def connect() -> socket.socket:
         if kind != "unix:s":
-            return one.connect()
+            return running.connect()
         client = socket.socket(socket.AF_UNIX)
         client.settimeout(30)
         client.connect(f"{tmp_path}/s")
@@ -222,69 +222,69 @@ def test_a_producer_that_fails_at_connection_start_does_not_affect_the_listener(
             assert client.recv(100) == b""
     with connect() as client:
         assert client.recv(100) == b"good"
-    assert one.stop() == 0
-    assert one.wait_event("drain.started")["seconds"] == 30
-    one.wait_event("drain.done", aborted=0)
+    assert running.stop() == 0
+    assert running.wait_event("drain.started")["seconds"] == 30
+    running.wait_event("drain.done", aborted=0)
 
 
 @pytest.mark.usefixtures("worse")
 def test_drain_is_called_on_a_protocol_wrapper(service) -> None:
-    one = service("--protocol=worse:wrapped", TCP)
-    with one.connect() as client:
+    running = service("--protocol=worse:wrapped", TCP)
+    with running.connect() as client:
         assert client.recv(100) == b"here"
-        assert one.stop() == 0
+        assert running.stop() == 0
         assert client.recv(100) == b"goodbye"
 
 
 @pytest.mark.usefixtures("worse")
 def test_threads_that_never_end_delay_the_exit_until_a_second_signal(service, wait_for) -> None:
-    one = service("--protocol=worse:Threads", TCP, "--drain-timeout=0.2")
-    with one.connect() as client:
+    running = service("--protocol=worse:Threads", TCP, "--drain-timeout=0.2")
+    with running.connect() as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-        one.process.send_signal(signal.SIGTERM)
-        one.wait_event("drain.done")
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_event("drain.done")
         # Those of the first half second are the first one once more.
-        wait_for(lambda: one.process.send_signal(signal.SIGTERM) or one.process.poll() is not None)
-        assert one.process.wait(30) == 128 + signal.SIGTERM
+        wait_for(lambda: running.process.send_signal(signal.SIGTERM) or running.process.poll() is not None)
+        assert running.process.wait(30) == 128 + signal.SIGTERM
 
 
 @pytest.mark.usefixtures("worse")
 def test_a_permanently_blocked_reactor_is_logged_and_repeated_signals_end_it(service, wait_for) -> None:
-    one = service("--protocol=worse:Threads", TCP)
-    with one.connect() as client:
+    running = service("--protocol=worse:Threads", TCP)
+    with running.connect() as client:
         client.sendall(b"loop")
-        blocked = one.wait_event("reactor.blocked")
+        blocked = running.wait_event("reactor.blocked")
         assert "in dataReceived" in blocked["stack"]
         # Those of half a second are one.
-        wait_for(lambda: one.process.send_signal(signal.SIGTERM) or one.process.poll() is not None)
-        assert one.process.wait(30) == 128 + signal.SIGTERM
-    one.wait_event("stop.forced", signal="SIGTERM")
+        wait_for(lambda: running.process.send_signal(signal.SIGTERM) or running.process.poll() is not None)
+        assert running.process.wait(30) == 128 + signal.SIGTERM
+    running.wait_event("stop.forced", signal="SIGTERM")
 
 
 @pytest.mark.usefixtures("worse")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_protocol_logs_and_prints_are_the_same_with_workers(service, workers) -> None:
-    one = service("--protocol=worse:Logs", TCP, f"--workers={workers}")
-    with one.connect() as client:
+    running = service("--protocol=worse:Logs", TCP, f"--workers={workers}")
+    with running.connect() as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-        one.wait_line('"message": "bare"')
-        one.wait_line(r'"level": "warn", "namespace": "worse.Logs", "message": "1\.23 of 00007"')
-        one.wait_line('"level": "info".*printed"')
-        one.wait_line('"level": "error".*complained"')
+        running.wait_line('"message": "bare"')
+        running.wait_line(r'"level": "warn", "namespace": "worse.Logs", "message": "1\.23 of 00007"')
+        running.wait_line('"level": "info".*printed"')
+        running.wait_line('"level": "error".*complained"')
         client.sendall(b"y")
         assert client.recv(1) == b"y"
-    assert one.stop() == 0
+    assert running.stop() == 0
 
 
 def test_a_chat_member_that_does_not_read_is_disconnected(service) -> None:
-    one = service("--protocol=chat", "--protocol-option=max-unsent=100000", TCP)
+    running = service("--protocol=chat", "--protocol-option=max-unsent=100000", TCP)
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    with one.connect() as ann, slow:
+    with running.connect() as ann, slow:
         slow.settimeout(30)
-        slow.connect(("127.0.0.1", one.port))
+        slow.connect(("127.0.0.1", running.port))
         slow.sendall(b"slow\n/join tea\n")
         heard = ann.makefile("rb")
         ann.sendall(b"ann\n/join tea\n")
@@ -294,7 +294,7 @@ def test_a_chat_member_that_does_not_read_is_disconnected(service) -> None:
         ann.sendall(b"/who\n")
         while (line := heard.readline()) != b"* ann\r\n":
             assert said in line
-    assert one.stop() == 0
+    assert running.stop() == 0
 
 
 def test_a_chat_does_not_start_with_workers(run) -> None:

@@ -30,9 +30,9 @@ def test_the_default_reactor_is_that_of_rtservice(service) -> None:
     ],
 )
 def test_a_chosen_reactor_is_used_and_serves(service, read_all, name, expected) -> None:
-    one = service("--port=0", twistd=(f"--reactor={name}",))
-    assert reactor_of(one) == expected
-    with one.connect() as client:
+    running = service("--port=0", twistd=(f"--reactor={name}",))
+    assert reactor_of(running) == expected
+    with running.connect() as client:
         client.sendall(b"x" * 1_000_000)
         client.shutdown(1)
         assert read_all(client) == b"Hello from the server!" + b"x" * 1_000_000
@@ -54,12 +54,12 @@ def test_any_twisted_program_can_use_the_reactor(tmp_path: Path) -> None:
 
 def test_without_epoll_the_poll_reactor_is_used_with_one_warning(service, tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import select\ndel select.epoll, select.EPOLLIN\n")
-    one = service("--port=0", PYTHONPATH=str(tmp_path))
-    one.wait_event("listener.listening", 2)
-    said = [event for event in one.events if event["event"] == "start.reactor_unavailable"]
+    running = service("--port=0", PYTHONPATH=str(tmp_path))
+    running.wait_event("listener.listening", 2)
+    said = [event for event in running.events if event["event"] == "start.reactor_unavailable"]
     assert len(said) == 1
     assert said[0]["level"] == "warn"
-    assert reactor_of(one) == "twisted.internet.pollreactor.PollReactor"
+    assert reactor_of(running) == "twisted.internet.pollreactor.PollReactor"
 
 
 @pytest.mark.parametrize("offset", ["-3600", "+3600"])

@@ -93,21 +93,21 @@ def echoes(client: socket.socket, data: bytes = b"still here") -> bool:
     return received == data
 
 
-def hang_up(one) -> str:
+def hang_up(running) -> str:
     """Reloads; gives the settings that have changed, or what was wrong."""
-    done = one.reload()
+    done = running.reload()
     if done["event"] == "reload.failed":
         assert done["level"] == "error"
         return done["problem"]
-    return recorded(one.events, "settings.reloaded")[-1]["settings"]
+    return recorded(running.events, "settings.reloaded")[-1]["settings"]
 
 
-def lines(one, word: str) -> list[str]:
-    return [line for line in one.lines if word in line]
+def lines(running, word: str) -> list[str]:
+    return [line for line in running.lines if word in line]
 
 
-def errors(one) -> list[dict]:
-    return [record for record in one.records if record["level"] in ("error", "critical")]
+def errors(running) -> list[dict]:
+    return [record for record in running.records if record["level"] in ("error", "critical")]
 
 
 # --- certificates ---
@@ -116,16 +116,16 @@ def errors(one) -> list[dict]:
 @pytest.mark.parametrize("library", ["ssl", pytest.param("pyopenssl", marks=needs_pyopenssl)])
 def test_sighup_loads_a_renewed_certificate_and_keeps_open_connections(service, put, der, tls_client, library) -> None:
     put("first")
-    one = service(f"{TLS}:library={library}")
-    assert shown(one.port) == der("first")
-    with tls_client(one.port) as old:
+    running = service(f"{TLS}:library={library}")
+    assert shown(running.port) == der("first")
+    with tls_client(running.port) as old:
         put("second")
-        assert shown(one.port) == der("first")
-        assert hang_up(one) == "none"
-        assert shown(one.port) == der("second")
+        assert shown(running.port) == der("first")
+        assert hang_up(running) == "none"
+        assert shown(running.port) == der("second")
         assert old.getpeercert(binary_form=True) == der("first")
         assert echoes(old)
-        with tls_client(one.port) as new:
+        with tls_client(running.port) as new:
             assert echoes(new)
 
 
@@ -145,35 +145,35 @@ def test_reload_with_an_invalid_certificate_logs_one_line_and_keeps_the_current_
     service, put, der, tls_client, tmp_path, spoil, problem
 ) -> None:
     put("first")
-    one = service(TLS)
-    with tls_client(one.port) as old:
+    running = service(TLS)
+    with tls_client(running.port) as old:
         spoil(put, tmp_path)
-        line = hang_up(one)
+        line = hang_up(running)
         assert problem in line
         assert str(tmp_path / "served.") in line
-        assert shown(one.port) == der("first")
+        assert shown(running.port) == der("first")
         assert echoes(old)
         put("second")
-        hang_up(one)
-        assert shown(one.port) == der("second")
-    assert one.stop() == 0
-    assert len(errors(one)) == 1
-    assert not lines(one, "Traceback")
+        hang_up(running)
+        assert shown(running.port) == der("second")
+    assert running.stop() == 0
+    assert len(errors(running)) == 1
+    assert not lines(running, "Traceback")
 
 
 def test_watch_certificates_loads_a_replaced_certificate_without_a_signal(
     service, put, der, wait_for, tmp_path
 ) -> None:
     put("first")
-    one = service(TLS, "--watch-certificates")
+    running = service(TLS, "--watch-certificates")
     (tmp_path / "served.key").write_text("half of a ke")
-    assert "no usable private key" in one.wait_event("certificates.rejected")["problem"]
-    assert shown(one.port) == der("first")
+    assert "no usable private key" in running.wait_event("certificates.rejected")["problem"]
+    assert shown(running.port) == der("first")
     put("second")
-    one.wait_event("certificate.loaded", 2)
-    assert shown(one.port) == der("second")
+    running.wait_event("certificate.loaded", 2)
+    assert shown(running.port) == der("second")
     # What is wrong is said once for each change, and not each time that is looked.
-    assert len(recorded(one.events, "certificates.rejected")) <= 2
+    assert len(recorded(running.events, "certificates.rejected")) <= 2
 
 
 @pytest.mark.parametrize("how", ["SIGHUP", "watched"])
@@ -181,18 +181,18 @@ def test_watch_certificates_loads_a_replaced_certificate_without_a_signal(
 def test_the_certificate_of_the_status_server_is_reloaded(service, put, der, wait_for, workers, how) -> None:
     put("first")
     more = ["--watch-certificates"] if how == "watched" else []
-    one = service(
+    running = service(
         "--listen=tcp:0:interface=127.0.0.1", TLS.replace("--listen", "--status"), f"--workers={workers}", *more
     )
-    port = int(one.wait_event("status.listening")["listener"].rpartition(":")[2])
+    port = int(running.wait_event("status.listening")["listener"].rpartition(":")[2])
     assert shown(port) == der("first")
     put("second")
     if how == "SIGHUP":
-        hang_up(one)
+        hang_up(running)
         assert shown(port) == der("second")
     else:
         wait_for(lambda: shown(port) == der("second"))
-    assert one.stop() == 0
+    assert running.stop() == 0
 
 
 def revoked(certificates, path: Path, *names: str, period: tuple[str, ...] = ("-crldays", "30")) -> None:
@@ -231,31 +231,31 @@ def test_a_revoked_client_certificate_is_refused_after_a_reload(
     revoked(renewed, path)
     more = ["--watch-certificates"] if how == "watched" else []
     policy = f"clientCA={renewed['ca.pem']}:clientCRL={path}:library={library}"
-    one = service(f"{TLS}:{policy}", f"--workers={workers}", *more)
-    one.wait_event("revocation.loaded", path=re.compile("/clients.crl$"), left="29 days")
-    assert [let_in(one.port, renewed, name) for name in ("client", "gone", "stranger")] == [True, True, False]
+    running = service(f"{TLS}:{policy}", f"--workers={workers}", *more)
+    running.wait_event("revocation.loaded", path=re.compile("/clients.crl$"), left="29 days")
+    assert [let_in(running.port, renewed, name) for name in ("client", "gone", "stranger")] == [True, True, False]
     revoked(renewed, path, "gone")
     if how == "SIGHUP":
-        hang_up(one)
-    wait_for(lambda: not let_in(one.port, renewed, "gone"))
-    assert let_in(one.port, renewed, "client")
-    assert one.stop() == 0
+        hang_up(running)
+    wait_for(lambda: not let_in(running.port, renewed, "gone"))
+    assert let_in(running.port, renewed, "client")
+    assert running.stop() == 0
 
 
 def test_an_expired_revocation_list_logs_a_warning_and_refuses_all_clients(service, put, renewed, tmp_path) -> None:
     put("first")
     path = tmp_path / "clients.crl"
     revoked(renewed, path, period=("-crl_lastupdate", "20200101000000Z", "-crl_nextupdate", "20200201000000Z"))
-    one = service(f"{TLS}:clientCA={renewed['ca.pem']}:clientCRL={path}")
-    assert one.wait_event("revocation.expired", path=re.compile("/clients.crl$"))["level"] == "warn"
-    assert not let_in(one.port, renewed, "client")
+    running = service(f"{TLS}:clientCA={renewed['ca.pem']}:clientCRL={path}")
+    assert running.wait_event("revocation.expired", path=re.compile("/clients.crl$"))["level"] == "warn"
+    assert not let_in(running.port, renewed, "client")
     revoked(renewed, path)
-    hang_up(one)
-    assert let_in(one.port, renewed, "client")
+    hang_up(running)
+    assert let_in(running.port, renewed, "client")
     path.write_text("junk")
-    assert "no usable revocation list in PEM form" in hang_up(one)
-    assert let_in(one.port, renewed, "client")
-    assert one.stop() == 0
+    assert "no usable revocation list in PEM form" in hang_up(running)
+    assert let_in(running.port, renewed, "client")
+    assert running.stop() == 0
 
 
 def hello(name: bytes) -> bytes:
@@ -274,44 +274,46 @@ def hello(name: bytes) -> bytes:
 def test_an_invalid_sni_name_causes_no_traceback(service, put, tmp_path, workers, library) -> None:
     (tmp_path / "names").mkdir()
     put("a", "names/a")
-    one = service(f"--listen=ssl:0:interface=127.0.0.1:certificates=names:library={library}", f"--workers={workers}")
+    running = service(
+        f"--listen=ssl:0:interface=127.0.0.1:certificates=names:library={library}", f"--workers={workers}"
+    )
     for name in (b"b\xfccher.example", b"\xff" * 255, b"a\x1b[2J.example"):
-        with socket.create_connection(("127.0.0.1", one.port), timeout=DEADLINE) as client:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=DEADLINE) as client:
             client.sendall(hello(name))
             assert client.recv(1)  # an alert, or a ServerHello
-    one.wait_event("connection.closed", 3)
-    assert one.stop() == 0
-    assert not [line for line in one.lines if "Traceback" in line or "Exception" in line or "\x1b" in line]
+    running.wait_event("connection.closed", 3)
+    assert running.stop() == 0
+    assert not [line for line in running.lines if "Traceback" in line or "Exception" in line or "\x1b" in line]
 
 
 def test_reload_adds_and_removes_names_of_a_certificate_directory(service, put, der, tmp_path) -> None:
     (tmp_path / "names").mkdir()
     put("a", "names/a")
     put("b", "names/b")
-    one = service("--listen=ssl:0:interface=127.0.0.1:certificates=names")
-    assert [shown(one.port, f"{name}.example") for name in "abc"] == [der("a"), der("b"), der("a")]
+    running = service("--listen=ssl:0:interface=127.0.0.1:certificates=names")
+    assert [shown(running.port, f"{name}.example") for name in "abc"] == [der("a"), der("b"), der("a")]
     put("c", "names/c")
     for suffix in ("pem", "key"):
         (tmp_path / f"names/b.{suffix}").unlink()
-    hang_up(one)
-    assert [shown(one.port, f"{name}.example") for name in "abc"] == [der("a"), der("a"), der("c")]
+    hang_up(running)
+    assert [shown(running.port, f"{name}.example") for name in "abc"] == [der("a"), der("a"), der("c")]
     (tmp_path / "names/c.key").unlink()
-    assert "no private key for" in hang_up(one)
-    assert shown(one.port, "c.example") == der("c")
+    assert "no private key for" in hang_up(running)
+    assert shown(running.port, "c.example") == der("c")
 
 
 def test_days_until_expiry_are_logged_at_start_and_reload(service, put, renewed) -> None:
     renewed.make("short", "server", "ca", days=7)
     put("first")
-    one = service(TLS)
-    one.wait_event("certificate.loaded", path=re.compile("/served.pem$"), names="localhost", days_left=89)
+    running = service(TLS)
+    running.wait_event("certificate.loaded", path=re.compile("/served.pem$"), names="localhost", days_left=89)
     put("short")
-    hang_up(one)
-    one.wait_event("certificate.loaded", path=re.compile("/served.pem$"), names="localhost", days_left=6)
+    hang_up(running)
+    running.wait_event("certificate.loaded", path=re.compile("/served.pem$"), names="localhost", days_left=6)
     renewed.make("many", "server", "ca", alternative=",".join(f"DNS:n{number}.example" for number in range(500)))
     put("many")
-    hang_up(one)
-    one.wait_event(
+    hang_up(running)
+    running.wait_event(
         "certificate.loaded", names=re.compile(r"^n0\.example,( n[1-4]\.example,?){4} and 495 more$"), days_left=89
     )
 
@@ -342,9 +344,11 @@ def test_many_certificates_with_odd_names_are_reloaded_while_clients_are_served(
 ) -> None:
     fill("a", range(3))
     listen = ("--listen=ssl:0:interface=127.0.0.1:certificates=names", "--listen=unix:s")
-    one = service(*listen, f"--workers={workers}")
-    port = port_of(one, "ssl")
-    one.wait_event("certificate.loaded", path=re.compile("/a2.pem$"), names="a2.example, müller2.example", days_left=89)
+    running = service(*listen, f"--workers={workers}")
+    port = port_of(running, "ssl")
+    running.wait_event(
+        "certificate.loaded", path=re.compile("/a2.pem$"), names="a2.example, müller2.example", days_left=89
+    )
     assert shown(port, "a1.example") == der_of(tmp_path / "names/a1.pem")
     # Another one is asked for while this one is read, which finds what has changed meanwhile.
     fill("b", range(120))
@@ -352,32 +356,32 @@ def test_many_certificates_with_odd_names_are_reloaded_while_clients_are_served(
         client.settimeout(DEADLINE)
         client.connect(str(tmp_path / "s"))
         assert client.recv(100) == GREETING
-        one.process.send_signal(signal.SIGHUP)
-        one.wait_event("reload.started")
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_event("reload.started")
         for number in range(20):
             assert echoes(client, b"%d" % number)
         fill("a", range(1, 2), serial=2)
-        one.process.send_signal(signal.SIGHUP)
-        one.wait_event("reload.started", 2)
-        one.wait_event("reload.done", 2 if workers == 1 else 1)  # with more, both may end as one
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_event("reload.started", 2)
+        running.wait_event("reload.done", 2 if workers == 1 else 1)  # with more, both may end as one
         for name in ("a1", "b119"):
             wait_for(lambda name=name: shown(port, f"{name}.example") == der_of(tmp_path / f"names/{name}.pem"))
         assert echoes(client)
     # What cannot be read changes nothing, whatever comes before it.
     fill("a", range(1, 2), serial=3)
     (tmp_path / "names/z.pem").write_text("junk")
-    one.process.send_signal(signal.SIGHUP)
-    assert "/names/z.pem'" in one.wait_event("reload.failed")["problem"]
+    running.process.send_signal(signal.SIGHUP)
+    assert "/names/z.pem'" in running.wait_event("reload.failed")["problem"]
     assert shown(port, "b1.example") == der_of(tmp_path / "names/b1.pem")
     assert shown(port, "a1.example") != der_of(tmp_path / "names/a1.pem")
     # A stop does not wait for what is read.
     (tmp_path / "names/z.pem").unlink()
     fill("b", range(120), serial=2)
-    one.process.send_signal(signal.SIGHUP)
-    one.wait_event("reload.started", 4)
-    assert one.stop() == 0
-    assert not [line for line in one.lines if "Traceback" in line or "nhandled" in line]
-    assert len(errors(one)) == 1
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_event("reload.started", 4)
+    assert running.stop() == 0
+    assert not [line for line in running.lines if "Traceback" in line or "nhandled" in line]
+    assert len(errors(running)) == 1
 
 
 # The program itself would stand between the test and the service.
@@ -388,11 +392,11 @@ FAKETIME = [str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.
 @pytest.mark.parametrize(("clock", "state"), [("+100d", "certificate.expired"), ("-9d", "certificate.not_yet_valid")])
 def test_a_certificate_outside_its_validity_period_is_served_with_a_warning(service, put, der, clock, state) -> None:
     put("first")
-    one = service(TLS, LD_PRELOAD=FAKETIME[0], FAKETIME=clock)
-    assert one.wait_event(state, path=re.compile("/served.pem$"), names="localhost")["level"] == "warn"
-    assert shown(one.port) == der("first")
-    hang_up(one)
-    one.wait_event(state, 2, path=re.compile("/served.pem$"))
+    running = service(TLS, LD_PRELOAD=FAKETIME[0], FAKETIME=clock)
+    assert running.wait_event(state, path=re.compile("/served.pem$"), names="localhost")["level"] == "warn"
+    assert shown(running.port) == der("first")
+    hang_up(running)
+    running.wait_event(state, 2, path=re.compile("/served.pem$"))
 
 
 # --- settings ---
@@ -405,33 +409,33 @@ def configured(service, tmp_path):
     def start(before: str, *arguments: str, **more):
         file = tmp_path / "rt.toml"
         file.write_text(before)
-        one = service("--config=rt.toml", *(arguments or ("--listen=tcp:0:interface=127.0.0.1",)), **more)
+        running = service("--config=rt.toml", *(arguments or ("--listen=tcp:0:interface=127.0.0.1",)), **more)
 
         def change(content: str) -> str:
             file.write_text(content)
-            return hang_up(one)
+            return hang_up(running)
 
-        return one, change
+        return running, change
 
     return start
 
 
-def connected(one) -> socket.socket:
-    client = one.connect()
+def connected(running) -> socket.socket:
+    client = running.connect()
     assert client.recv(100) == GREETING
     return client
 
 
 def test_reload_changes_max_connections_and_at_limit(configured) -> None:
-    one, change = configured("max-connections = 1\nat-limit = 'reject'")
-    with connected(one) as first:
-        with one.connect() as second:
+    running, change = configured("max-connections = 1\nat-limit = 'reject'")
+    with connected(running) as first:
+        with running.connect() as second:
             assert second.recv(100) == b""
         assert change("max-connections = 2\nat-limit = 'reject'") == "max-connections"
-        with connected(one) as second:
+        with connected(running) as second:
             assert echoes(second)
             assert change("max-connections = 2") == "at-limit"
-            with one.connect() as third:
+            with running.connect() as third:
                 third.setblocking(False)
                 with pytest.raises(BlockingIOError):
                     third.recv(100)
@@ -442,49 +446,49 @@ def test_reload_changes_max_connections_and_at_limit(configured) -> None:
 
 
 def test_a_limit_below_the_open_connections_closes_none_of_them(configured) -> None:
-    one, change = configured("")
-    with connected(one) as first, connected(one) as second:
+    running, change = configured("")
+    with connected(running) as first, connected(running) as second:
         change("max-connections = 1\nat-limit = 'reject'")
         assert echoes(first)
         assert echoes(second)
-        with one.connect() as third:
+        with running.connect() as third:
             assert third.recv(100) == b""
 
 
 def test_a_new_limit_per_peer_counts_open_connections(configured) -> None:
-    one, change = configured("")
-    with connected(one) as first:
+    running, change = configured("")
+    with connected(running) as first:
         assert change("max-connections-per-peer = 1") == "max-connections-per-peer"
-        with one.connect() as second:
+        with running.connect() as second:
             assert second.recv(100) == b""
         assert change("max-connections-per-peer = 2\npeer-prefix-v6 = 56") == "max-connections-per-peer, peer-prefix-v6"
-        with connected(one) as second:
+        with connected(running) as second:
             assert echoes(first)
             assert echoes(second)
 
 
 def test_reload_changes_the_idle_timeout_of_open_connections(configured) -> None:
-    one, change = configured("idle-timeout = 0")
-    with connected(one) as client:
+    running, change = configured("idle-timeout = 0")
+    with connected(running) as client:
         assert echoes(client)
         change("idle-timeout = 0.2")
         assert client.recv(100) == b""
-    one.wait_event("connection.closed", reason="idle")
+    running.wait_event("connection.closed", reason="idle")
 
 
 def test_reload_changes_the_handshake_timeout_of_new_connections(configured, put) -> None:
     put("first")
-    one, change = configured("", TLS)
+    running, change = configured("", TLS)
     change("handshake-timeout = 0.2")
-    with one.connect() as silent, contextlib.suppress(ConnectionResetError):
+    with running.connect() as silent, contextlib.suppress(ConnectionResetError):
         assert silent.recv(100) == b""
-    one.wait_event("connection.closed", bytes_in=0, bytes_out=0, reason=re.compile("handshake"))
+    running.wait_event("connection.closed", bytes_in=0, bytes_out=0, reason=re.compile("handshake"))
 
 
 def test_reload_changes_proxy_from(configured) -> None:
     header = b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
-    one, change = configured("proxy-from = '192.0.2.9'", "--listen=proxy:tcp:0:interface=127.0.0.1")
-    port = int(one.wait_event("listener.listening")["listener"].rpartition(":")[2])
+    running, change = configured("proxy-from = '192.0.2.9'", "--listen=proxy:tcp:0:interface=127.0.0.1")
+    port = int(running.wait_event("listener.listening")["listener"].rpartition(":")[2])
 
     def answer() -> bytes:
         with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as client:
@@ -500,58 +504,58 @@ def test_reload_changes_proxy_from(configured) -> None:
 
 
 def test_reload_changes_the_log_level(configured, tmp_path, read_all) -> None:
-    one, change = configured("")
+    running, change = configured("")
 
     def visit() -> str:
-        with one.connect() as client:
+        with running.connect() as client:
             peer = "{}:{}".format(*client.getsockname())
             client.shutdown(socket.SHUT_WR)
             assert read_all(client) == GREETING
         return peer
 
-    one.wait_event("connection.closed", peer=visit())
+    running.wait_event("connection.closed", peer=visit())
     # Its success is an info, and not seen any more; that of the greeting is a warning.
     (tmp_path / "rt.toml").write_text("log-level = 'warn'\ngreeting = 'x'")
-    one.process.send_signal(signal.SIGHUP)
-    one.wait_event("settings.need_restart")
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_event("settings.need_restart")
     unseen = visit()
     assert change("log-level = 'info'") == "log-level"
-    one.wait_event("connection.closed", peer=visit())
-    assert not lines(one, unseen)
+    running.wait_event("connection.closed", peer=visit())
+    assert not lines(running, unseen)
 
 
 def test_reload_changes_the_drain_timeout(configured) -> None:
-    one, change = configured("drain-timeout = 600")
+    running, change = configured("drain-timeout = 600")
     change("drain-timeout = 0.2")
-    with connected(one) as client:
-        one.process.send_signal(signal.SIGTERM)
+    with connected(running) as client:
+        running.process.send_signal(signal.SIGTERM)
         assert client.recv(100) == b""
-    assert one.process.wait(DEADLINE) == 0
-    one.wait_event("drain.started", count=1, seconds=0.2)
+    assert running.process.wait(DEADLINE) == 0
+    running.wait_event("drain.started", count=1, seconds=0.2)
 
 
 def test_reload_can_enable_watch_certificates(configured, put, der) -> None:
     put("first")
-    one, change = configured("", TLS)
+    running, change = configured("", TLS)
     assert change("watch-certificates = true") == "watch-certificates"
     put("second")
-    one.wait_event("certificates.changed")
-    one.wait_event("certificate.loaded", 3)
-    assert shown(one.port) == der("second")
+    running.wait_event("certificates.changed")
+    running.wait_event("certificate.loaded", 3)
+    assert shown(running.port) == der("second")
 
 
 def test_settings_that_need_a_restart_are_reported_at_each_reload_and_not_applied(configured) -> None:
     # Port 1 would be one that is refused or taken, and is not tried.
-    one, change = configured("listen = 'tcp:0:interface=127.0.0.1'", "--backlog=7")
+    running, change = configured("listen = 'tcp:0:interface=127.0.0.1'", "--backlog=7")
     for count in (1, 2):
         change("port = 1\ngreeting = 'x'\nframing = 'line'\nmax-message = 1\ngreet = 'first-data'\nbacklog = 9\n")
-        restart = one.wait_event("settings.need_restart", count)
+        restart = running.wait_event("settings.need_restart", count)
         assert restart["level"] == "warn"
         assert restart["settings"] == "port, listen, greeting, greet, framing, max-message"
-    with connected(one) as client:
+    with connected(running) as client:
         assert echoes(client)
     change("listen = 'tcp:0:interface=127.0.0.1'")
-    assert len(recorded(one.events, "settings.need_restart")) == 2
+    assert len(recorded(running.events, "settings.need_restart")) == 2
 
 
 @pytest.mark.parametrize(
@@ -572,27 +576,27 @@ def test_settings_that_need_a_restart_are_reported_at_each_reload_and_not_applie
 )
 def test_reload_with_an_invalid_file_changes_nothing(configured, put, der, tmp_path, content, problem) -> None:
     put("first")
-    one, _ = configured("", TLS)
+    running, _ = configured("", TLS)
     put("second")
     file = tmp_path / "rt.toml"
     file.unlink() if content is None else file.write_text(content, errors="surrogateescape")
-    line = hang_up(one)
+    line = hang_up(running)
     assert line.startswith(f"{file}: ")
     assert problem in line
-    with one.connect(), one.connect():
-        assert shown(one.port) == der("first")
-    assert not recorded(one.events, "connection.refused")
-    assert one.stop() == 0
-    assert not lines(one, "Traceback")
+    with running.connect(), running.connect():
+        assert shown(running.port) == der("first")
+    assert not recorded(running.events, "connection.refused")
+    assert running.stop() == 0
+    assert not lines(running, "Traceback")
 
 
 def test_reload_with_an_invalid_certificate_keeps_the_current_settings(configured, put, tmp_path) -> None:
     put("first")
-    one, change = configured("", TLS, "--listen=unix:s")
-    one.wait_event("listener.listening", listener=re.compile("^unix:"))
+    running, change = configured("", TLS, "--listen=unix:s")
+    running.wait_event("listener.listening", listener=re.compile("^unix:"))
     (tmp_path / "served.pem").write_text("garbage")
     assert "no usable certificate" in change("idle-timeout = 0.1\ngreeting = 'x'")
-    assert not recorded(one.events, "settings.need_restart")
+    assert not recorded(running.events, "settings.need_restart")
     put("second")
     assert change("idle-timeout = 0.1") == "idle-timeout"
 
@@ -602,8 +606,8 @@ def test_reload_with_an_invalid_certificate_keeps_the_current_settings(configure
 
 def test_a_hundred_sighups_lose_no_client(configured, put, der, tls_client) -> None:
     put("first")
-    one, change = configured("", TLS)
-    port, over, served, problems = one.port, threading.Event(), [], []
+    running, change = configured("", TLS)
+    port, over, served, problems = running.port, threading.Event(), [], []
 
     def visit() -> None:
         while not over.is_set():
@@ -620,7 +624,7 @@ def test_a_hundred_sighups_lose_no_client(configured, put, der, tls_client) -> N
     with tls_client(port) as old:
         for number in range(100):
             put(("first", "second")[number % 2], suffixes=("pem", "key") if number % 3 else ("pem",))
-            one.process.send_signal(signal.SIGHUP)
+            running.process.send_signal(signal.SIGHUP)
             assert echoes(old)
     over.set()
     for visitor in visitors:
@@ -629,41 +633,41 @@ def test_a_hundred_sighups_lose_no_client(configured, put, der, tls_client) -> N
     assert served
     put("second")
     change("idle-timeout = 7")
-    one.wait_event("settings.reloaded", settings="idle-timeout")
+    running.wait_event("settings.reloaded", settings="idle-timeout")
     assert shown(port) == der("second")
-    assert one.stop() == 0
-    assert not lines(one, "Traceback")
+    assert running.stop() == 0
+    assert not lines(running, "Traceback")
 
 
 def test_sighup_during_the_start_reloads_once_serving(service, tmp_path) -> None:
     copy_plugin("when_endpoint", tmp_path)
-    one = service("--listen=when:there", "--listen=unix:s", PYTHONPATH=str(tmp_path))
-    one.process.send_signal(signal.SIGHUP)
+    running = service("--listen=when:there", "--listen=unix:s", PYTHONPATH=str(tmp_path))
+    running.process.send_signal(signal.SIGHUP)
     (tmp_path / "there").touch()
-    one.wait_event("settings.reloaded", settings="none")
-    order = [event["event"] for event in one.events if event["event"] in ("listener.listening", "reload.started")]
+    running.wait_event("settings.reloaded", settings="none")
+    order = [event["event"] for event in running.events if event["event"] in ("listener.listening", "reload.started")]
     assert order == ["listener.listening", "listener.listening", "reload.started"]
-    assert one.stop() == 0
+    assert running.stop() == 0
 
 
 def test_sighup_during_a_drain_is_ignored(service) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1")
-    with connected(one) as client:
-        one.process.send_signal(signal.SIGTERM)
-        one.wait_event("drain.started", count=1)
-        one.process.send_signal(signal.SIGHUP)
+    running = service("--listen=tcp:0:interface=127.0.0.1")
+    with connected(running) as client:
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_event("drain.started", count=1)
+        running.process.send_signal(signal.SIGHUP)
         assert echoes(client)
-    assert one.process.wait(DEADLINE) == 0
-    assert one.wait_event("drain.done", ended=1, aborted=0)
-    assert not recorded(one.events, "reload.started")
+    assert running.process.wait(DEADLINE) == 0
+    assert running.wait_event("drain.done", ended=1, aborted=0)
+    assert not recorded(running.events, "reload.started")
 
 
 def test_sigusr1_without_a_log_file_is_harmless(service) -> None:
-    one = service("--listen=tcp:0:interface=127.0.0.1")
-    with connected(one) as client:
-        one.process.send_signal(signal.SIGUSR1)
+    running = service("--listen=tcp:0:interface=127.0.0.1")
+    with connected(running) as client:
+        running.process.send_signal(signal.SIGUSR1)
         assert echoes(client)
-    assert one.stop() == 0
+    assert running.stop() == 0
 
 
 # --- where the process cannot read any more ---
@@ -673,17 +677,17 @@ def test_sigusr1_without_a_log_file_is_harmless(service) -> None:
 def test_reload_after_dropping_privileges_reports_an_unreadable_key(service, put, der, tmp_path) -> None:
     put("first")
     (tmp_path / "served.key").chmod(0o600)
-    one = service(TLS, twistd=("--uid=nobody",))
-    assert "the private key" in (line := hang_up(one)) or "the certificate" in line
+    running = service(TLS, twistd=("--uid=nobody",))
+    assert "the private key" in (line := hang_up(running)) or "the certificate" in line
     assert "permission denied" in line
-    assert shown(one.port) == der("first")
+    assert shown(running.port) == der("first")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user or the root")
 def test_reload_after_chroot_reports_files_outside_the_root(service, put, der, tmp_path) -> None:
     put("first")
     (tmp_path / "rt.toml").write_text("")
-    one = service(TLS, twistd=(f"--chroot={tmp_path}",))
-    line = hang_up(one)
+    running = service(TLS, twistd=(f"--chroot={tmp_path}",))
+    line = hang_up(running)
     assert line.startswith("cannot read the certificate")
-    assert shown(one.port) == der("first")
+    assert shown(running.port) == der("first")

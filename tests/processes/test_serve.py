@@ -29,32 +29,32 @@ def greeted(client: socket.socket, read_all) -> bytes:
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_service_and_removes_the_socket_file(service, tmp_path, sig) -> None:
-    one = service("--listen=unix:s", "--listen=tcp:0:interface=127.0.0.1")
-    one.wait_event("listener.listening", 2)
+    running = service("--listen=unix:s", "--listen=tcp:0:interface=127.0.0.1")
+    running.wait_event("listener.listening", 2)
     assert (tmp_path / "s").exists()
-    one.stop(sig)
+    running.stop(sig)
     assert not (tmp_path / "s").exists()
 
 
 def test_each_listener_and_each_connection_is_logged_once(service, read_all) -> None:
-    one = service("--port=0")
-    port = one.port
-    with one.connect() as client:
+    running = service("--port=0")
+    port = running.port
+    with running.connect() as client:
         peer = "{}:{}".format(*client.getsockname())
         assert greeted(client, read_all) == GREETING + b"hello"
-    record = one.wait_event("connection.closed")
+    record = running.wait_event("connection.closed")
     assert (record["peer"], record["listener"]) == (peer, f"tcp:0.0.0.0:{port}")
     text = record["message"]
     assert re.search(rf"{peer} on tcp:0.0.0.0:{port}: 0\.\d+ s, 5 bytes in, 27 bytes out, peer finished$", text)
-    with one.connect() as client:
+    with running.connect() as client:
         client.recv(100)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    one.wait_event("connection.closed", bytes_in=0, bytes_out=22, reason="reset by peer")
-    one.stop()
-    listening = [event["listener"] for event in one.events if event["event"] == "listener.listening"]
+    running.wait_event("connection.closed", bytes_in=0, bytes_out=22, reason="reset by peer")
+    running.stop()
+    listening = [event["listener"] for event in running.events if event["event"] == "listener.listening"]
     assert listening[0] == f"tcp:0.0.0.0:{port}"
     assert len(listening) == len(set(listening))
-    assert len([event for event in one.events if event["event"] == "connection.closed"]) == 2
+    assert len([event for event in running.events if event["event"] == "connection.closed"]) == 2
 
 
 def test_log_level_warn_disables_connection_records(environment, tmp_path, wait_listening, read_all) -> None:
@@ -76,12 +76,12 @@ def test_log_level_warn_disables_connection_records(environment, tmp_path, wait_
 
 
 def test_bytes_controlled_by_a_peer_are_escaped_in_the_log(service, tmp_path) -> None:
-    one = service(f"--listen=unix:{tmp_path}/s")
+    running = service(f"--listen=unix:{tmp_path}/s")
     with socket.socket(socket.AF_UNIX) as client:
         client.bind(os.fsencode(tmp_path) + b"/\x1b[31mred")
         client.connect(f"{tmp_path}/s")
         client.recv(100)
-    assert one.wait_event("connection.closed")["peer"].endswith(r"/\x1b[31mred")
+    assert running.wait_event("connection.closed")["peer"].endswith(r"/\x1b[31mred")
 
 
 def test_a_daemon_drops_privileges_and_keeps_its_privileged_port(run, public_directory, wait_for, read_all) -> None:
@@ -142,14 +142,14 @@ def test_a_custom_logger_receives_structured_records(service, tmp_path, wait_for
             """
         )
     )
-    one = service(
+    running = service(
         "--listen=tcp:0:interface=127.0.0.1", twistd=("--logger=mylogger.observer",), PYTHONPATH=str(tmp_path)
     )
-    event = json.loads(one.wait_line("listening on"))
+    event = json.loads(running.wait_line("listening on"))
     port = int(event["listener"].rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         assert greeted(client, read_all) == GREETING + b"hello"
-    record = json.loads(one.wait_line("bytes_in"))
+    record = json.loads(running.wait_line("bytes_in"))
     assert (record["bytes_in"], record["bytes_out"], record["reason"]) == (5, 27, "peer finished")
     assert record["listener"] == event["listener"]
     assert record["seconds"] >= 0
@@ -157,8 +157,8 @@ def test_a_custom_logger_receives_structured_records(service, tmp_path, wait_for
 
 @pytest.mark.parametrize("reactor", ["select", "poll", "asyncio"])
 def test_a_reactor_chosen_by_the_user_serves(service, reactor, read_all) -> None:
-    one = service("--port=0", twistd=(f"--reactor={reactor}",))
-    with one.connect() as client:
+    running = service("--port=0", twistd=(f"--reactor={reactor}",))
+    with running.connect() as client:
         assert greeted(client, read_all) == GREETING + b"hello"
 
 
@@ -188,14 +188,14 @@ def test_twist_serves(environment, tmp_path, read_all) -> None:
 )
 def test_passed_sockets_are_served_and_their_files_kept(service, tmp_path, names, descriptions, read_all) -> None:
     launcher = program("pass_sockets", names, "tcp,passed")
-    one = service(*(f"--listen={description}" for description in descriptions), launcher=launcher)
-    one.wait_event("listener.listening", listener=re.compile("^unix:"))
-    with one.connect() as client:
+    running = service(*(f"--listen={description}" for description in descriptions), launcher=launcher)
+    running.wait_event("listener.listening", listener=re.compile("^unix:"))
+    with running.connect() as client:
         assert greeted(client, read_all) == GREETING + b"hello"
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/passed")
         assert greeted(client, read_all) == GREETING + b"hello"
-    one.stop()
+    running.stop()
     assert (tmp_path / "passed").exists()
 
 
@@ -207,8 +207,8 @@ def raise_descriptor_limit() -> None:
 def test_a_thousand_simultaneous_clients_are_served_without_syn_retransmission(service) -> None:
     # As many as the default backlog holds: then it does not matter how busy the server's core is.
     raise_descriptor_limit()
-    one = service("--port=0")
-    port = one.port
+    running = service("--port=0")
+    port = running.port
     selector = selectors.DefaultSelector()
     clients = []
     for _ in range(1000):
@@ -241,10 +241,10 @@ def test_a_thousand_simultaneous_clients_are_served_without_syn_retransmission(s
 
 def test_clients_that_never_read_use_bounded_memory(service) -> None:
     raise_descriptor_limit()
-    one = service("--port=0")
+    running = service("--port=0")
     left = {}
     for _ in range(100):
-        client = one.connect()
+        client = running.connect()
         client.setblocking(False)
         left[client] = 10 << 20
     piece = bytes(64 << 10)
@@ -256,16 +256,16 @@ def test_clients_that_never_read_use_bounded_memory(service) -> None:
             with contextlib.suppress(BlockingIOError):
                 left[client] -= client.send(piece[: left[client]])
     assert sum(left.values()) > 0
-    assert one.peak_memory < 80e6
+    assert running.peak_memory < 80e6
     for client in left:
         client.close()
 
 
 def test_resets_at_any_moment_do_not_affect_other_clients(service, read_all) -> None:
-    one = service("--port=0")
-    with one.connect() as bystander:
+    running = service("--port=0")
+    with running.connect() as bystander:
         for moment in range(60):
-            with one.connect() as client:
+            with running.connect() as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 if moment % 3:
                     client.sendall(bytes(moment * 10_000))
@@ -273,5 +273,5 @@ def test_resets_at_any_moment_do_not_affect_other_clients(service, read_all) -> 
                     client.recv(10)
         assert greeted(bystander, read_all) == GREETING + b"hello"
     for count in range(1, 61):
-        one.wait_event("connection.closed", count, reason="reset by peer")
-    assert not any("Traceback" in line for line in one.lines)
+        running.wait_event("connection.closed", count, reason="reset by peer")
+    assert not any("Traceback" in line for line in running.lines)

@@ -140,10 +140,10 @@ def test_the_reported_minimum_of_descriptors_is_sufficient(environment, tmp_path
     result = run_in_shell('ulimit -n 12; exec "$@"', tmp_path, environment, "-n", "--pidfile=", "rtservice", "--port=0")
     enough = re.search(r"is 12; this service needs at least (\d+)", result.stderr)
     assert enough, result
-    one = service("--port=0", launcher=["sh", "-c", f'ulimit -n {enough[1]}; exec "$@"', "sh"])
-    with one.connect() as client:
+    running = service("--port=0", launcher=["sh", "-c", f'ulimit -n {enough[1]}; exec "$@"', "sh"])
+    with running.connect() as client:
         assert client.recv(100) == b"Hello from the server!"
-    assert "Traceback" not in "".join(one.lines)
+    assert "Traceback" not in "".join(running.lines)
 
 
 @pytest.mark.parametrize(

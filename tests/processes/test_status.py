@@ -99,8 +99,8 @@ def scraper() -> Iterator[Callable[[Any], Scraper]]:
         return started[-1]
 
     yield start
-    for one in started:
-        one.stop()
+    for each in started:
+        each.stop()
 
 
 def test_status_server_listens_on_loopback_by_default(service: Callable[..., Any]) -> None:
@@ -110,14 +110,14 @@ def test_status_server_listens_on_loopback_by_default(service: Callable[..., Any
 
 
 def test_status_server_can_listen_on_a_unix_socket(service: Callable[..., Any], tmp_path: Any) -> None:
-    one = service(TCP, "--status", f"unix:{tmp_path}/status:mode=600")
-    one.wait_event("status.listening", listener=re.compile("^unix:"))
+    running = service(TCP, "--status", f"unix:{tmp_path}/status:mode=600")
+    running.wait_event("status.listening", listener=re.compile("^unix:"))
     assert os.stat(tmp_path / "status").st_mode & 0o777 == 0o600
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/status")
         client.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
         assert client.recv(100).startswith(b"HTTP/1.0 200 OK\r\n")
-    assert one.stop() == 0
+    assert running.stop() == 0
     assert not (tmp_path / "status").exists()
 
 
@@ -149,24 +149,26 @@ def test_a_status_port_in_use_is_one_error_line(run, tmp_path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_totals_match_the_counts_of_the_clients(service: Callable[..., Any], wait_for, workers: int) -> None:
-    one = service(TCP, "--status", "tcp:0", "--workers", str(workers))
+    running = service(TCP, "--status", "tcp:0", "--workers", str(workers))
     sizes = [1, 100, 5000, 70_000] * 10
     for size in sizes:
-        exchange(one, size)
-    with one.connect() as client:
+        exchange(running, size)
+    with running.connect() as client:
         client.sendall(b"y" * 1000)
         received = 0
         while received < 1022:
             received += len(client.recv(2000))
         found = wait_for(
-            lambda: (now := samples(one)) and total(now, "rtservice_received_bytes_total") == sum(sizes) + 1000 and now
+            lambda: (
+                (now := samples(running)) and total(now, "rtservice_received_bytes_total") == sum(sizes) + 1000 and now
+            )
         )
         assert total(found, "rtservice_sent_bytes_total") == sum(sizes) + 1000 + 22 * 41
         assert total(found, "rtservice_connections_opened_total") == 41
         assert total(found, "rtservice_connections_closed_total") == 40
         assert total(found, "rtservice_connections") == 1
         assert total(found, "rtservice_connection_duration_seconds_count") == 40
-        [row] = status(one)["connections"]["rows"]
+        [row] = status(running)["connections"]["rows"]
         host, port = client.getsockname()
         assert (row["peer"], row["bytes_in"], row["bytes_out"]) == (f"{host}:{port}", 1000, 1022)
 
@@ -175,17 +177,19 @@ def test_refused_connections_and_failed_handshakes_are_counted_by_kind(
     service: Callable[..., Any], certificates, wait_for
 ) -> None:
     tls = f"ssl:0:interface=127.0.0.1:privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
-    one = service("--listen", tls, "--status", "tcp:0", "--at-limit", "reject", "--max-connections", "1")
-    with one.connect() as client:
-        wait_for(lambda: total(samples(one), "rtservice_connections") == 1)
-        with one.connect() as refused:
+    running = service("--listen", tls, "--status", "tcp:0", "--at-limit", "reject", "--max-connections", "1")
+    with running.connect() as client:
+        wait_for(lambda: total(samples(running), "rtservice_connections") == 1)
+        with running.connect() as refused:
             assert refused.recv(100) == b""
         client.sendall(b"GET / HTTP/1.0\r\n\r\n")
         with contextlib.suppress(ConnectionResetError):
             while client.recv(100):
                 pass
-    found = wait_for(lambda: (now := samples(one)) and total(now, "rtservice_connections_closed_total") == 1 and now)
-    listener = one.wait_event("listener.listening", listener=re.compile("^ssl:"))["listener"]
+    found = wait_for(
+        lambda: (now := samples(running)) and total(now, "rtservice_connections_closed_total") == 1 and now
+    )
+    listener = running.wait_event("listener.listening", listener=re.compile("^ssl:"))["listener"]
 
     def value(name: str, **labels: str) -> float:
         labels |= {"listener": listener}
@@ -195,7 +199,7 @@ def test_refused_connections_and_failed_handshakes_are_counted_by_kind(
     assert value("connections_refused_total", reason="max-connections", worker="0") == 1
     assert value("handshake_failures_total", kind="HTTP_REQUEST", worker="0") == 1
     assert value("connections_closed_total", reason="TLS failed", worker="0") == 1
-    days = (value("certificate_expiry_timestamp_seconds") - status(one)["time"]) / 86400
+    days = (value("certificate_expiry_timestamp_seconds") - status(running)["time"]) / 86400
     assert 88 < days < 91
 
 
@@ -203,70 +207,70 @@ def test_refused_connections_and_failed_handshakes_are_counted_by_kind(
 def test_readiness_ends_when_a_drain_starts_and_the_status_server_when_it_ends(
     service: Callable[..., Any], wait_for, workers: int
 ) -> None:
-    one = service(TCP, "--status", "tcp:0", "--workers", str(workers), "--drain-timeout", "60")
-    with one.connect() as client:
+    running = service(TCP, "--status", "tcp:0", "--workers", str(workers), "--drain-timeout", "60")
+    with running.connect() as client:
         client.recv(100)
-        assert ask(f"{address(one)}/readyz")[0] == 200
-        one.process.send_signal(signal.SIGTERM)
-        one.wait_event("stop.requested", signal="SIGTERM")
-        assert ask(f"{address(one)}/readyz")[0] == 503
-        assert ask(f"{address(one)}/healthz")[0] == 200
-        assert samples(one)['rtservice_state{state="draining"}'] == 1
-        wait_for(lambda: len(status(one)["connections"]["rows"]) == 1)
-    assert one.process.wait(DEADLINE) == 0
+        assert ask(f"{address(running)}/readyz")[0] == 200
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_event("stop.requested", signal="SIGTERM")
+        assert ask(f"{address(running)}/readyz")[0] == 503
+        assert ask(f"{address(running)}/healthz")[0] == 200
+        assert samples(running)['rtservice_state{state="draining"}'] == 1
+        wait_for(lambda: len(status(running)["connections"]["rows"]) == 1)
+    assert running.process.wait(DEADLINE) == 0
     with pytest.raises(urllib.error.URLError):
-        ask(f"{address(one)}/healthz")
+        ask(f"{address(running)}/healthz")
 
 
 def test_totals_never_decrease_when_workers_are_replaced_killed_or_removed(
     service: Callable[..., Any], wait_for, scraper
 ) -> None:
-    one = service(TCP, "--status", "tcp:0", "--workers", "3", "--drain-timeout", "1")
-    watching = scraper(one)
+    running = service(TCP, "--status", "tcp:0", "--workers", "3", "--drain-timeout", "1")
+    watching = scraper(running)
     opened = 0
 
     def busy(count: int = 30) -> None:
         nonlocal opened
         for _ in range(count):
-            exchange(one, 1000)
+            exchange(running, 1000)
         opened += count
-        wait_for(lambda: total(samples(one), "rtservice_connections_opened_total") == opened)
+        wait_for(lambda: total(samples(running), "rtservice_connections_opened_total") == opened)
 
     def ready(count: int) -> bool:
-        found = [worker["phase"] for worker in status(one, "?limit=0")["workers"]]
+        found = [worker["phase"] for worker in status(running, "?limit=0")["workers"]]
         return found.count("ready") == count
 
     busy()
-    one.process.send_signal(signal.SIGHUP)
-    one.wait_event("reload.done")
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_event("reload.done")
     busy()
     with ExitStack() as clients:
         for _ in range(12):
-            clients.enter_context(one.connect()).recv(100)
+            clients.enter_context(running.connect()).recv(100)
         opened += 12
         victim = wait_for(
             lambda: next(
                 (
                     worker["pid"]
-                    for worker in status(one)["workers"]
-                    if total(samples(one), "rtservice_connections") == 12
+                    for worker in status(running)["workers"]
+                    if total(samples(running), "rtservice_connections") == 12
                     and sum(sum(kept["phase"].values()) for kept in worker["counters"]["listeners"].values())
                 ),
                 None,
             )
         )
         os.kill(victim, signal.SIGKILL)
-        one.wait_event("worker.killed", pid=victim)
+        running.wait_event("worker.killed", pid=victim)
         wait_for(lambda: ready(3))
     busy()
-    one.process.send_signal(signal.SIGTTOU)
-    one.wait_event("slot.removed", slot=2)
+    running.process.send_signal(signal.SIGTTOU)
+    running.wait_event("slot.removed", slot=2)
     busy()
-    one.process.send_signal(signal.SIGTTIN)
+    running.process.send_signal(signal.SIGTTIN)
     wait_for(lambda: ready(3))
     busy()
     watching.stop()
-    found = wait_for(lambda: (now := samples(one)) and total(now, "rtservice_connections") == 0 and now)
+    found = wait_for(lambda: (now := samples(running)) and total(now, "rtservice_connections") == 0 and now)
     assert watching.scrapes > 20
     assert watching.fell == []
     assert total(found, "rtservice_connections_closed_total") == opened
@@ -282,67 +286,67 @@ def test_protocol_metrics_are_exported_and_totals_outlive_workers(
 ) -> None:
     copy_hosted("counting", tmp_path)
     environment["PYTHONPATH"] = "."
-    one = service(TCP, "--protocol=counting:Counts", "--status", "tcp:0", "--workers", str(workers))
+    running = service(TCP, "--protocol=counting:Counts", "--status", "tcp:0", "--workers", str(workers))
 
     def shown(here: float, heard: float) -> bool:
-        now = samples(one)
+        now = samples(running)
         found = [total(now, f"rtservice_protocol_{name}") for name in ("here", "heard_total")]
         return found == [here, heard]
 
     with ExitStack() as clients:
         for count in range(1, 11):
-            client = clients.enter_context(one.connect())
+            client = clients.enter_context(running.connect())
             assert client.recv(100) == b"here"
             client.sendall(b"x" * count)
         assert wait_for(lambda: shown(10, 55))
-        one.process.send_signal(signal.SIGHUP)
-        one.wait_event("reload.started")
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_event("reload.started")
         assert wait_for(lambda: shown(10, 55))  # also of workers that drain
     assert wait_for(lambda: shown(0, 55))
-    with one.connect() as client:
+    with running.connect() as client:
         client.sendall(b"five!")
         assert wait_for(lambda: shown(1, 60))
-        shared = [worker["counters"]["protocol"] for worker in status(one)["workers"]]
+        shared = [worker["counters"]["protocol"] for worker in status(running)["workers"]]
         assert sum(each["heard_total"] for each in shared) == 60
     invalid = re.compile("name 'not a name': not valid")
-    one.wait_event("factory.metrics_rejected", workers, factory="Counts", problem=invalid)
+    running.wait_event("factory.metrics_rejected", workers, factory="Counts", problem=invalid)
 
 
 def test_connections_of_all_workers_are_listed_and_a_silent_worker_is_reported(
     service: Callable[..., Any], wait_for
 ) -> None:
-    one = service(TCP, "--status", "tcp:0", "--workers", "2")
+    running = service(TCP, "--status", "tcp:0", "--workers", "2")
     with ExitStack() as clients:
-        sockets = [clients.enter_context(one.connect()) for _ in range(20)]
+        sockets = [clients.enter_context(running.connect()) for _ in range(20)]
         for place, client in enumerate(sockets):
             client.sendall(b"x" * (place + 1))
             client.recv(100)
-        rows = wait_for(lambda: len(found := status(one, "?sort=-bytes_in")["connections"]["rows"]) == 20 and found)
+        rows = wait_for(lambda: len(found := status(running, "?sort=-bytes_in")["connections"]["rows"]) == 20 and found)
         assert [row["bytes_in"] for row in rows] == list(range(20, 0, -1))
         assert {row["worker"] for row in rows} == {0, 1}
-        page = status(one, "?sort=-bytes_in&offset=5&limit=3")["connections"]["rows"]
+        page = status(running, "?sort=-bytes_in&offset=5&limit=3")["connections"]["rows"]
         assert [row["bytes_in"] for row in page] == [15, 14, 13]
-        stopped = status(one)["workers"][1]["pid"]
+        stopped = status(running)["workers"][1]["pid"]
         os.kill(stopped, signal.SIGSTOP)
-        found = wait_for(lambda: (now := status(one)["connections"])["missing"] and now)
+        found = wait_for(lambda: (now := status(running)["connections"])["missing"] and now)
         assert found["missing"] == [1]
         assert {row["worker"] for row in found["rows"]} == {0}
         os.kill(stopped, signal.SIGCONT)
-        assert wait_for(lambda: not (found := status(one)["connections"])["missing"] and len(found["rows"]) == 20)
+        assert wait_for(lambda: not (found := status(running)["connections"])["missing"] and len(found["rows"]) == 20)
 
 
 def test_status_connections_are_limited_and_do_not_affect_the_service(service: Callable[..., Any], wait_for) -> None:
-    one = service(TCP, "--status", "tcp:0", "--max-connections", "5")
-    where = address(one).removeprefix("http://").split(":")
+    running = service(TCP, "--status", "tcp:0", "--max-connections", "5")
+    where = address(running).removeprefix("http://").split(":")
     with ExitStack() as clients:
         crowd = [
             clients.enter_context(socket.create_connection((where[0], int(where[1])), timeout=DEADLINE))
             for _ in range(150)
         ]
         wait_for(lambda: len(select.select(crowd, [], [], 0)[0]) == 50)  # they are closed
-        with one.connect() as client:
+        with running.connect() as client:
             assert client.recv(100) == b"Hello from the server!"
-    wait_for(lambda: ask(f"{address(one)}/healthz")[0] == 200)
+    wait_for(lambda: ask(f"{address(running)}/healthz")[0] == 200)
 
 
 def code(service: Any, host: str) -> int:
@@ -358,13 +362,15 @@ def test_status_host_is_applied_and_reloaded(service: Callable[..., Any], tmp_pa
     config = tmp_path / "rt.toml"
     config.write_text('status-host = "web-1"')
     where = ("--status", "tcp:0:interface=localhost", "--config", str(config))
-    one = service(TCP, *where, "--workers", str(workers))
-    served = [host for host in ("web-1:9090", "web-2", "localhost", "127.0.0.1", "[::1]:1") if code(one, host) == 200]
+    running = service(TCP, *where, "--workers", str(workers))
+    served = [
+        host for host in ("web-1:9090", "web-2", "localhost", "127.0.0.1", "[::1]:1") if code(running, host) == 200
+    ]
     assert served == ["web-1:9090", "localhost", "127.0.0.1", "[::1]:1"]
     config.write_text('status-host = "web-2,web-3."')
-    one.reload()
-    one.wait_event("settings.reloaded", settings="status-host")
-    assert [code(one, host) for host in ("web-1", "web-2", "WEB-3")] == [421, 200, 200]
+    running.reload()
+    running.wait_event("settings.reloaded", settings="status-host")
+    assert [code(running, host) for host in ("web-1", "web-2", "WEB-3")] == [421, 200, 200]
 
 
 def test_check_validates_the_status_description(run) -> None:

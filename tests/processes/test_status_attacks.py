@@ -51,16 +51,16 @@ def attack() -> Iterator[Callable[[str, Any], subprocess.Popen[str]]]:
     def start(name: str, service: Any) -> subprocess.Popen[str]:
         host, port = where(service)
         command = [sys.executable, str(HOSTILE), name, host, str(port), "1"]
-        one = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        started.append(one)
-        return one
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
 
     yield start
-    for one in started:
-        one.kill()
-        one.wait()
-        assert one.stdout is not None
-        one.stdout.close()
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def counted(hostile: subprocess.Popen[str]) -> int:
@@ -88,23 +88,23 @@ def worst_of(service: Any, client: socket.socket) -> tuple[float, float]:
 def test_an_attack_on_the_status_server_does_not_delay_other_clients(
     service: Callable[..., Any], attack, name: str, workers: int
 ) -> None:
-    one = service(TCP, "--status", "tcp:0", "--workers", str(workers))
+    running = service(TCP, "--status", "tcp:0", "--workers", str(workers))
     with ExitStack() as clients:
         # Of whom there is something to tell.
         for _ in range(600):
-            clients.enter_context(one.connect())
-        client = clients.enter_context(one.connect())
+            clients.enter_context(running.connect())
+        client = clients.enter_context(running.connect())
         assert client.recv(22, socket.MSG_WAITALL) == b"Hello from the server!"
-        before = one.peak_memory
-        hostile = attack(name, one)
+        before = running.peak_memory
+        hostile = attack(name, running)
         for _ in range(3):
             count = counted(hostile)
-            echo, health = worst_of(one, client)
+            echo, health = worst_of(running, client)
             assert (echo < WORST, health < WORST_ANSWER) == (True, True), (echo, health)
         if name in ("pipeline", "healthz", "crowd"):
             assert count > 0
-        assert one.peak_memory - before < 64 << 20
-    assert not any("Traceback" in line or "failed to answer" in line for line in one.lines)
+        assert running.peak_memory - before < 64 << 20
+    assert not any("Traceback" in line or "failed to answer" in line for line in running.lines)
 
 
 @pytest.mark.parametrize("library", ["ssl", "pyopenssl"])
@@ -112,16 +112,16 @@ def test_unfinished_tls_handshakes_are_closed_for_new_status_clients(
     service: Callable[..., Any], attack, certificates, library: str
 ) -> None:
     tls = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}:library={library}"
-    one = service(TCP, "--status", f"ssl:0:interface=127.0.0.1:{tls}")
+    running = service(TCP, "--status", f"ssl:0:interface=127.0.0.1:{tls}")
     context = ssl.create_default_context(cafile=certificates["ca.pem"])
-    hostile = attack("silent", one)
+    hostile = attack("silent", running)
     for _ in range(3):
         counted(hostile)
-        plain = socket.create_connection(where(one), timeout=DEADLINE)
+        plain = socket.create_connection(where(running), timeout=DEADLINE)
         with context.wrap_socket(plain, server_hostname="localhost") as client:
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert client.recv(100).startswith(b"HTTP/1.1 200 OK")
-    assert not any("Traceback" in line for line in one.lines)
+    assert not any("Traceback" in line for line in running.lines)
 
 
 FEW = ["bash", "-c", 'ulimit -n "$0" && exec "$@"']
@@ -132,12 +132,12 @@ FEW = ["bash", "-c", 'ulimit -n "$0" && exec "$@"']
 def test_a_full_service_and_a_full_status_server_never_run_out_of_descriptors(
     service: Callable[..., Any], wait_for, attack, workers: int, descriptors: int
 ) -> None:
-    one = service(TCP, "--status", "tcp:0", "--workers", str(workers), launcher=[*FEW, str(descriptors)])
-    address = where(one)
+    running = service(TCP, "--status", "tcp:0", "--workers", str(workers), launcher=[*FEW, str(descriptors)])
+    address = where(running)
     with ExitStack() as clients:
-        crowd = [clients.enter_context(one.connect()) for _ in range(2 * descriptors)]
-        one.wait_event("connection.limit_reached", workers)
-        hostile = attack("silent", one)
+        crowd = [clients.enter_context(running.connect()) for _ in range(2 * descriptors)]
+        running.wait_event("connection.limit_reached", workers)
+        hostile = attack("silent", running)
         for _ in range(3):
             counted(hostile)
             assert ask(address).startswith(b"HTTP/1.1 200 OK")
@@ -146,7 +146,7 @@ def test_a_full_service_and_a_full_status_server_never_run_out_of_descriptors(
         served[0].recv(22, socket.MSG_WAITALL)
         served[0].sendall(b"hello")
         assert served[0].recv(5, socket.MSG_WAITALL) == b"hello"
-    assert not any("accept.paused" in line or "Too many open files" in line for line in one.lines)
+    assert not any("accept.paused" in line or "Too many open files" in line for line in running.lines)
 
 
 def scrambled(numbers: random.Random) -> bytes:
@@ -173,8 +173,8 @@ def scrambled(numbers: random.Random) -> bytes:
 def test_mutated_requests_cause_no_traceback_and_the_server_keeps_answering(
     service: Callable[..., Any], workers: int
 ) -> None:
-    one = service(TCP, "--status", "tcp:0", "--workers", str(workers))
-    address = where(one)
+    running = service(TCP, "--status", "tcp:0", "--workers", str(workers))
+    address = where(running)
     numbers = random.Random(workers)
     answers = 0
     for _ in range(800):
@@ -189,5 +189,5 @@ def test_mutated_requests_cause_no_traceback_and_the_server_keeps_answering(
                 answers += data.count(b"HTTP/1.")
     assert answers > 500
     assert ask(address).startswith(b"HTTP/1.1 200 OK")
-    assert one.stop() == 0
-    assert [line for line in one.lines if "Traceback" in line or "Error" in line or "failed" in line] == []
+    assert running.stop() == 0
+    assert [line for line in running.lines if "Traceback" in line or "Error" in line or "failed" in line] == []

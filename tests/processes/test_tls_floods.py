@@ -63,14 +63,14 @@ def attacked(request, service, certificates, tmp_path) -> Iterator[tuple[object,
     tls += f":library={library}"
     copy_hosted("spout", tmp_path)
     where = ("--listen", tls, "--listen", "tcp:0:interface=127.0.0.1")
-    one = service(*where, "--workers", workers, "--protocol", "spout:Spout", PYTHONPATH=str(tmp_path))
-    ports = [port_of(one, kind) for kind in ("ssl", "tcp")]
+    running = service(*where, "--workers", workers, "--protocol", "spout:Spout", PYTHONPATH=str(tmp_path))
+    ports = [port_of(running, kind) for kind in ("ssl", "tcp")]
     bystanders = Bystanders(ports[1])
-    yield one, ("127.0.0.1", ports[0]), bystanders
+    yield running, ("127.0.0.1", ports[0]), bystanders
     for client in bystanders.clients:
         client.close()
-    one.stop()
-    assert not [line for line in one.lines if "Traceback" in line]
+    running.stop()
+    assert not [line for line in running.lines if "Traceback" in line]
 
 
 def send_until_closed(sock: socket.socket, data: bytes) -> None:
@@ -138,13 +138,13 @@ def test_key_updates_between_bytes_of_data_do_not_delay_other_clients(attacked) 
 
 def memory(pid: int) -> int:
     """The most that a process, or a child of it, has had resident, in bytes."""
-    found = [Path(f"/proc/{one}/status").read_text() for one in (pid, *children(pid))]
+    found = [Path(f"/proc/{process}/status").read_text() for process in (pid, *children(pid))]
     return max(int(status.split("VmHWM:")[1].split()[0]) * 1024 for status in found)
 
 
 def test_key_update_requests_of_a_peer_that_never_reads_use_bounded_cpu_and_memory(attacked, wait_for) -> None:
-    one, address, bystanders = attacked
-    pid = one.process.pid
+    running, address, bystanders = attacked
+    pid = running.process.pid
     with Forger(address, small_buffers=True) as peer:
         peer.sock.sendall(peer.seal(APPLICATION_DATA, b"much"))
         received = 0
@@ -177,8 +177,8 @@ def test_mutated_client_hellos_cause_no_traceback(service, certificates, alpn) -
     tls = (
         f"ssl:0:interface=127.0.0.1:privateKey={certificates['server.key']}:certKey={certificates['server.pem']}{alpn}"
     )
-    one = service("--listen", tls, "--handshake-timeout", "1")
-    address = "127.0.0.1", one.port
+    running = service("--listen", tls, "--handshake-timeout", "1")
+    address = "127.0.0.1", running.port
     chance = random.Random(14)
     waiting: deque[socket.socket] = deque()
     for hello in mutated_hellos(seed=14, count=2000):
@@ -203,5 +203,7 @@ def test_mutated_client_hellos_cause_no_traceback(service, certificates, alpn) -
         context.wrap_socket(sock, server_hostname="localhost") as peer,
     ):
         assert peer.recv(100) == b"Hello from the server!"
-    assert one.stop() == 0
-    assert not [record for record in one.records if "traceback" in record or record["level"] in ("error", "critical")]
+    assert running.stop() == 0
+    assert not [
+        record for record in running.records if "traceback" in record or record["level"] in ("error", "critical")
+    ]

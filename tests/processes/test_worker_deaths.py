@@ -22,9 +22,9 @@ from tests.support.worker_signals import BLOCK, RAMBLE
 
 
 def test_killing_a_worker_loses_only_its_open_connections(workers, wait_for) -> None:
-    one = workers(TCP)
-    port = one.service.port
-    victim, other = one.settled(2)
+    running = workers(TCP)
+    port = running.service.port
+    victim, other = running.settled(2)
     clients = [greeted(port) for _ in range(40)]
     doomed = accepted_by(victim, clients)
     assert 5 < len(doomed) < 35
@@ -32,103 +32,103 @@ def test_killing_a_worker_loses_only_its_open_connections(workers, wait_for) -> 
     freeze(victim, wait_for)
     queued = [connect(port) for _ in range(40)]
     os.kill(victim, signal.SIGKILL)
-    one.wait_event("worker.killed", pid=victim)
+    running.wait_event("worker.killed", pid=victim)
     later = [connect(port) for _ in range(40)]
 
     assert [client for client in clients if not echoes(client)] == doomed
     assert all(is_greeted(client) and echoes(client) for client in (*queued, *later))
     # There was somebody in the queue of the dead.
     assert len(accepted_by(other, queued)) < len(queued)
-    one.settled(2)
+    running.settled(2)
     for client in (*clients, *queued, *later):
         client.close()
-    assert one.stop() == 0
+    assert running.stop() == 0
 
 
 def test_other_workers_serve_new_clients_while_one_is_dead_or_silent(workers, broken_site, tmp_path) -> None:
-    one = workers("--workers=3", TCP, **broken_site)
-    victim, silent, other = one.settled(3)
+    running = workers("--workers=3", TCP, **broken_site)
+    victim, silent, other = running.settled(3)
     (tmp_path / "broken").touch()
     os.kill(victim, signal.SIGKILL)
-    one.wait_event("worker.restarting", 3, problem="--protocol echo: broken by design")
+    running.wait_event("worker.restarting", 3, problem="--protocol echo: broken by design")
     os.kill(silent, signal.SIGSTOP)
     try:
         wait = threading.Event()
         wait.wait(4)  # by then it has been silent for three seconds, which nothing but a clock tells
-        clients = [greeted(one.service.port) for _ in range(40)]
+        clients = [greeted(running.service.port) for _ in range(40)]
     finally:
         os.kill(silent, signal.SIGCONT)
     assert accepted_by(other, clients) == clients
     for client in clients:
         client.close()
     (tmp_path / "broken").unlink()
-    one.settled(3)
-    assert one.stop() == 0
+    running.settled(3)
+    assert running.stop() == 0
 
 
 def test_the_backlog_of_a_dead_worker_is_served_during_a_stop(workers, broken_site, tmp_path) -> None:
-    one = workers(TCP, **broken_site)
-    victim, other = one.settled(2)
+    running = workers(TCP, **broken_site)
+    victim, other = running.settled(2)
     (tmp_path / "broken").touch()
     os.kill(victim, signal.SIGSTOP)
     os.kill(other, signal.SIGSTOP)
-    clients = [connect(one.service.port) for _ in range(40)]
+    clients = [connect(running.service.port) for _ in range(40)]
     os.kill(victim, signal.SIGKILL)
-    one.wait_event("worker.restarting", 3, problem="--protocol echo: broken by design")
+    running.wait_event("worker.restarting", 3, problem="--protocol echo: broken by design")
     (tmp_path / "broken").unlink()
-    one.send(signal.SIGTERM)
+    running.send(signal.SIGTERM)
     os.kill(other, signal.SIGCONT)
     assert all(is_greeted(client) and echoes(client) for client in clients)
     assert 0 < len(accepted_by(other, clients)) < 40
     for client in clients:
         client.close()
-    assert one.service.process.wait(DEADLINE) == 0
+    assert running.service.process.wait(DEADLINE) == 0
 
 
 def test_a_worker_without_heartbeat_is_killed_and_replaced(workers, wait_for) -> None:
-    one = workers("--hang-timeout=2", TCP)
-    victim = one.of_slot(0)
+    running = workers("--hang-timeout=2", TCP)
+    victim = running.of_slot(0)
     freeze(victim, wait_for)
-    clients = [connect(one.service.port) for _ in range(20)]
-    hung = one.wait_event("worker.hung", slot=0, pid=victim)
+    clients = [connect(running.service.port) for _ in range(20)]
+    hung = running.wait_event("worker.hung", slot=0, pid=victim)
     assert 2 <= hung["seconds"] < 4
-    one.wait_event("worker.killed", slot=0, pid=victim, signal="SIGKILL")
+    running.wait_event("worker.killed", slot=0, pid=victim, signal="SIGKILL")
     assert all(is_greeted(client) for client in clients)
     for client in clients:
         client.close()
-    one.settled(2)
-    assert one.stop() == 0
+    running.settled(2)
+    assert running.stop() == 0
 
 
 def test_the_stack_of_a_blocked_worker_is_logged_before_it_is_replaced(workers, site) -> None:
-    one = workers("--hang-timeout=2", TCP, **site)
-    victim = one.of_slot(1)
+    running = workers("--hang-timeout=2", TCP, **site)
+    victim = running.of_slot(1)
     os.kill(victim, BLOCK)
-    one.wait_event("worker.hung", slot=1, pid=victim)
-    one.wait_event("worker.printed_error", pid=victim, line=re.compile("in blocked_by_its_protocol"))
-    one.wait_event("worker.killed", slot=1, pid=victim, signal="SIGKILL")
-    one.settled(2)
-    assert one.stop() == 0
+    running.wait_event("worker.hung", slot=1, pid=victim)
+    running.wait_event("worker.printed_error", pid=victim, line=re.compile("in blocked_by_its_protocol"))
+    running.wait_event("worker.killed", slot=1, pid=victim, signal="SIGKILL")
+    running.settled(2)
+    assert running.stop() == 0
 
 
 def test_a_worker_that_sends_an_unknown_message_is_replaced(workers, site) -> None:
-    one = workers(TCP, **site)
-    victim = one.of_slot(0)
+    running = workers(TCP, **site)
+    victim = running.of_slot(0)
     os.kill(victim, RAMBLE)
-    one.wait_event("worker.violation", slot=0, pid=victim, problem=re.compile("'no'"))
-    one.settled(2)
-    assert one.stop() == 0
+    running.wait_event("worker.violation", slot=0, pid=victim, problem=re.compile("'no'"))
+    running.settled(2)
+    assert running.stop() == 0
 
 
 def test_workers_drain_and_exit_after_their_parent_dies(workers, tmp_path, wait_for) -> None:
-    one = workers(TCP, "--listen=unix:s")
-    port, pids = one.service.port, one.settled(2)
+    running = workers(TCP, "--listen=unix:s")
+    port, pids = running.service.port, running.settled(2)
     clients = [*(greeted(port) for _ in range(10)), *(greeted(f"{tmp_path}/s") for _ in range(10))]
     for pid in pids:
         freeze(pid, wait_for)
     queued = [*(connect(port) for _ in range(10)), *(connect(f"{tmp_path}/s") for _ in range(10))]
-    one.service.process.kill()
-    one.service.process.wait()
+    running.service.process.kill()
+    running.service.process.wait()
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
     assert all(is_greeted(client) for client in queued)
@@ -142,10 +142,10 @@ def test_workers_drain_and_exit_after_their_parent_dies(workers, tmp_path, wait_
 
 
 def test_workers_exit_within_the_drain_timeout_after_their_parent_dies(workers, wait_for) -> None:
-    one = workers("--drain-timeout=1", TCP)
-    pids = one.settled(2)
-    with greeted(one.service.port) as client:
-        one.service.process.kill()
+    running = workers("--drain-timeout=1", TCP)
+    pids = running.settled(2)
+    with greeted(running.service.port) as client:
+        running.service.process.kill()
         assert client.recv(1) == b""
     wait_for(lambda: not any(alive(pid) for pid in pids))
 
@@ -161,10 +161,10 @@ def test_workers_that_are_not_ready_exit_with_their_parent(service, environment,
 @pytest.mark.timeout(300)
 def test_the_service_survives_random_signals_to_its_workers(workers, manager, wait_for) -> None:
     chance = random.Random(5)
-    one = workers("--workers=3", "--hang-timeout=1", "--drain-timeout=5", TCP, NOTIFY_SOCKET=manager.address)
-    port = one.service.port
+    running = workers("--workers=3", "--hang-timeout=1", "--drain-timeout=5", TCP, NOTIFY_SOCKET=manager.address)
+    port = running.service.port
     wait_for(lambda: manager.messages and "3 of 3" in manager.messages[-1])
-    before = descriptors(one.pid)
+    before = descriptors(running.pid)
 
     def slots(ready: bool = True) -> int:
         """How many there are; 0 unless all are ready, if that is asked for."""
@@ -178,22 +178,22 @@ def test_the_service_survives_random_signals_to_its_workers(workers, manager, wa
         while time.monotonic() < end:
             what = chance.choice((signal.SIGKILL, signal.SIGSTOP, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU))
             # One that is stopped as it starts would only be missed after a minute.
-            pids = one.ready() if what == signal.SIGSTOP else one.pids()
+            pids = running.ready() if what == signal.SIGSTOP else running.pids()
             if what in (signal.SIGKILL, signal.SIGSTOP):
                 if pids:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(chance.choice(pids), what)
             elif not (what == signal.SIGTTIN and slots(ready=False) > 4):
-                one.send(what)
+                running.send(what)
             threading.Event().wait(0.1)
         while not slots():
-            assert time.monotonic() < end + 80, "\n".join(one.lines("worker|slot")[-50:])
+            assert time.monotonic() < end + 80, "\n".join(running.lines("worker|slot")[-50:])
             threading.Event().wait(0.1)
         load.more(200)
         count = load.stop()
     assert count["refused"] == count["silent"] == 0, count
     assert count["ok"] > 1000, count
-    assert one.service.process.poll() is None
+    assert running.service.process.poll() is None
 
     def settled_slots() -> int:
         """How many there are, when nothing that was asked for is still to be done."""
@@ -202,13 +202,13 @@ def test_the_service_survives_random_signals_to_its_workers(workers, manager, wa
     now = wait_for(settled_slots)
     for number in [signal.SIGTTOU] * (now - 3) + [signal.SIGTTIN] * (3 - now):
         now += 1 if number == signal.SIGTTIN else -1
-        one.send(number)
+        running.send(number)
         wait_for(lambda now=now: slots() == now)
     began = time.monotonic()
     for _ in range(100):
         with greeted(port) as client:
             assert echoes(client)
     assert time.monotonic() - began < 5
-    one.settled(3)
-    wait_for(lambda: descriptors(one.pid) <= before)
-    assert one.stop() == 0
+    running.settled(3)
+    wait_for(lambda: descriptors(running.pid) <= before)
+    assert running.stop() == 0

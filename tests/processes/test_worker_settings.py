@@ -34,52 +34,52 @@ def test_a_worker_that_cannot_start_fails_the_start_with_its_error(
 
 
 def test_a_failed_replacement_keeps_the_old_workers_serving(workers, broken_site, tmp_path) -> None:
-    one = workers(TCP, **broken_site)
-    pids = one.settled(2)
-    with Load(port=one.service.port, short=8, long=8) as load:
+    running = workers(TCP, **broken_site)
+    pids = running.settled(2)
+    with Load(port=running.service.port, short=8, long=8) as load:
         (tmp_path / "broken").touch()
-        one.send(signal.SIGHUP)
-        one.wait_event(
+        running.send(signal.SIGHUP)
+        running.wait_event(
             "worker.not_replaced",
             problem=re.compile(r"^worker 0 \(pid \d+\) cannot take over: --protocol echo: broken by design$"),
         )
         load.more(50)
-        assert one.settled(2) == pids
+        assert running.settled(2) == pids
         (tmp_path / "broken").unlink()
-        one.send(signal.SIGHUP)
-        one.wait_event("reload.done", status=re.compile("^serving: 2 of 2 workers ready"))
+        running.send(signal.SIGHUP)
+        running.wait_event("reload.done", status=re.compile("^serving: 2 of 2 workers ready"))
         assert_nobody_lost(load.stop())
-    assert not set(one.settled(2)) & set(pids)
+    assert not set(running.settled(2)) & set(pids)
 
 
 def test_reload_with_an_invalid_setting_changes_nothing(workers, tmp_path) -> None:
     config = tmp_path / "rt.toml"
     config.write_text("idle-timeout = 60\n")
-    one = workers("--config=rt.toml", TCP)
-    pids = one.settled(2)
+    running = workers("--config=rt.toml", TCP)
+    pids = running.settled(2)
     config.write_text("idle-timeout = 1\nmax-connections = -1\n")
-    one.send(signal.SIGHUP)
-    assert "max-connections: '-1' is not" in one.wait_event("reload.failed")["problem"]
-    assert one.settled(2) == pids
-    with greeted(one.service.port) as client:
+    running.send(signal.SIGHUP)
+    assert "max-connections: '-1' is not" in running.wait_event("reload.failed")["problem"]
+    assert running.settled(2) == pids
+    with greeted(running.service.port) as client:
         config.write_text("idle-timeout = 1\nbacklog = 3\n")
-        one.send(signal.SIGHUP)
-        one.wait_event("settings.reloaded", settings="idle-timeout")
-        one.wait_event("settings.need_restart", settings="backlog")
-        one.wait_event("drain.started", 2)
+        running.send(signal.SIGHUP)
+        running.wait_event("settings.reloaded", settings="idle-timeout")
+        running.wait_event("settings.need_restart", settings="backlog")
+        running.wait_event("drain.started", 2)
         assert echoes(client)  # it is its old worker's
-    with greeted(one.service.port) as client:
+    with greeted(running.service.port) as client:
         assert client.recv(1) == b""
-    one.wait_event("connection.closed", reason="idle")
-    assert one.stop() == 0
+    running.wait_event("connection.closed", reason="idle")
+    assert running.stop() == 0
 
 
 def test_workers_auto_starts_one_worker_per_available_cpu(workers, service) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         pytest.skip("this machine has one CPU")
-    one = workers("--workers=auto", TCP)
-    one.settled(len(cpus))
+    running = workers("--workers=auto", TCP)
+    running.settled(len(cpus))
     alone = service("--workers=auto", TCP, launcher=["taskset", "-c", str(cpus[0])])
     assert children(alone.process.pid) == []
     with alone.connect() as client:
@@ -87,16 +87,16 @@ def test_workers_auto_starts_one_worker_per_available_cpu(workers, service) -> N
 
 
 def test_workers_inherit_the_interpreter_options(service) -> None:
-    one = service("--workers=2", TCP, launcher=[sys.executable, "-O", "-W", "error::SyntaxWarning", "-X", "utf8"])
-    for pid in children(one.process.pid):
+    running = service("--workers=2", TCP, launcher=[sys.executable, "-O", "-W", "error::SyntaxWarning", "-X", "utf8"])
+    for pid in children(running.process.pid):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         assert {b"-O", b"-Werror::SyntaxWarning"} <= {*command}
         assert command[command.index(b"-X") + 1] == b"utf8"
 
 
 def test_max_connections_is_divided_among_the_workers(workers, wait_for) -> None:
-    one = workers("--max-connections=7", "--at-limit=reject", TCP)
-    port = one.service.port
+    running = workers("--max-connections=7", "--at-limit=reject", TCP)
+    port = running.service.port
 
     def fill(most: int) -> list[socket.socket]:
         """Those clients of very many that are served."""
@@ -112,15 +112,15 @@ def test_max_connections_is_divided_among_the_workers(workers, wait_for) -> None
         return served
 
     served = fill(7)
-    shares = sorted(len(accepted_by(pid, served)) for pid in one.settled(2))
+    shares = sorted(len(accepted_by(pid, served)) for pid in running.settled(2))
     assert shares == [3, 4]
-    one.wait_event("connection.refused", setting="max-connections")
+    running.wait_event("connection.refused", setting="max-connections")
     for client in served:
         client.close()
-    wait_for(lambda: len(one.recorded("connection.closed")) == 7)
-    one.send(signal.SIGTTIN)
-    one.wait_event("worker.ready", slot=2)
+    wait_for(lambda: len(running.recorded("connection.closed")) == 7)
+    running.send(signal.SIGTTIN)
+    running.wait_event("worker.ready", slot=2)
     served = fill(7)
-    assert sorted(len(accepted_by(pid, served)) for pid in one.settled(3)) == [2, 2, 3]
+    assert sorted(len(accepted_by(pid, served)) for pid in running.settled(3)) == [2, 2, 3]
     for client in served:
         client.close()

@@ -30,14 +30,14 @@ from twisted import plugins
 
 
 def test_sequential_connections_are_balanced_over_the_workers(workers, wait_for) -> None:
-    one = workers("--workers=4", TCP)
-    port = one.service.port
+    running = workers("--workers=4", TCP)
+    port = running.service.port
     for _ in range(800):
         with greeted(port) as client:
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
-    wait_for(lambda: len(one.recorded("connection.closed")) == 800)
-    counts = Counter(str(event["slot"]) for event in one.recorded("connection.closed"))
+    wait_for(lambda: len(running.recorded("connection.closed")) == 800)
+    counts = Counter(str(event["slot"]) for event in running.recorded("connection.closed"))
     assert len(counts) == 4
     assert max(counts.values()) <= 1.5 * min(counts.values()), counts
 
@@ -208,54 +208,54 @@ def test_passed_sockets_are_shared_by_the_workers(workers, tmp_path, wait_for) -
     knocker = threading.Thread(target=lambda: (wait_for(lambda: os.path.exists(path)), greeted(path).close()))
     knocker.start()  # whoever comes first starts the service
     activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}", "-l", path, "-E", "PYTHONUNBUFFERED=1"]
-    one = workers("--listen=systemd:", launcher=activate)
+    running = workers("--listen=systemd:", launcher=activate)
     knocker.join(DEADLINE)
     with Load(port=port, short=16, long=16) as load, Load(path=path, short=16, long=16) as local:
         for count in range(1, 4):
             load.more(30)
             local.more(30)
-            one.send(signal.SIGHUP)
-            one.wait_event("reload.done", count)
-            one.send(signal.SIGTTIN)
-            one.wait_event("worker.ready", count, slot=2)
-            one.send(signal.SIGTTOU)
-            one.wait_event("slot.removed", count, slot=2)
+            running.send(signal.SIGHUP)
+            running.wait_event("reload.done", count)
+            running.send(signal.SIGTTIN)
+            running.wait_event("worker.ready", count, slot=2)
+            running.send(signal.SIGTTOU)
+            running.wait_event("slot.removed", count, slot=2)
         assert_nobody_lost(load.stop())
         assert_nobody_lost(local.stop())
-    assert one.stop() == 0
+    assert running.stop() == 0
     assert os.path.exists(path)
 
 
 def test_reloads_lose_no_client_with_tls_proxy_headers_and_unix_sockets(workers, certificates, tmp_path) -> None:
     tls = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
-    one = workers(f"--listen=proxy:ssl:0:interface=127.0.0.1:{tls}", "--listen=unix:s")
-    port = port_of(one, "proxy:ssl")
+    running = workers(f"--listen=proxy:ssl:0:interface=127.0.0.1:{tls}", "--listen=unix:s")
+    port = port_of(running, "proxy:ssl")
     with (
         Load(port=port, short=8, long=8, ca=certificates["ca.pem"], proxied=True) as load,
         Load(path=f"{tmp_path}/s", short=8, long=8) as local,
     ):
         for count in range(1, 4):
             load.more(20)
-            one.send(signal.SIGHUP)
-            one.wait_event("reload.done", count)
+            running.send(signal.SIGHUP)
+            running.wait_event("reload.done", count)
         assert_nobody_lost(load.stop())
         assert_nobody_lost(local.stop())
-    one.wait_event("connection.closed", peer="192.0.2.1:4711", listener=re.compile("^proxy:ssl:"))
-    assert one.stop() == 0
+    running.wait_event("connection.closed", peer="192.0.2.1:4711", listener=re.compile("^proxy:ssl:"))
+    assert running.stop() == 0
     assert not (tmp_path / "s").exists()
 
 
 def test_every_worker_uses_a_renewed_certificate_after_a_reload(workers, certificates, tmp_path) -> None:
     for name in ("server.pem", "server.key"):
         shutil.copy(certificates[name], tmp_path)
-    one = workers("--listen=ssl:0:interface=127.0.0.1:privateKey=server.key:certKey=server.pem")
+    running = workers("--listen=ssl:0:interface=127.0.0.1:privateKey=server.key:certKey=server.pem")
     for name in ("pem", "key"):
         shutil.copy(certificates[f"rsa.{name}"], tmp_path / f"server.{name}")
-    one.send(signal.SIGHUP)
-    one.wait_event("drain.started", 2)
+    running.send(signal.SIGHUP)
+    running.wait_event("drain.started", 2)
     wanted = ssl.PEM_cert_to_DER_cert(Path(certificates["rsa.pem"]).read_text())
     context = ssl.create_default_context(cafile=certificates["ca.pem"])
     for _ in range(20):
-        with context.wrap_socket(connect(one.service.port), server_hostname="localhost") as client:
+        with context.wrap_socket(connect(running.service.port), server_hostname="localhost") as client:
             assert client.getpeercert(binary_form=True) == wanted
-    assert one.stop() == 0
+    assert running.stop() == 0

@@ -20,25 +20,25 @@ from tests.support.workers import Workers
 
 @pytest.mark.parametrize("whom", ["the parent", "all processes"])
 def test_a_stop_resets_no_connection(workers, whom) -> None:
-    one = workers(TCP)
-    with Load(port=one.service.port, short=32, long=32) as load:
+    running = workers(TCP)
+    with Load(port=running.service.port, short=32, long=32) as load:
         load.more(100)
-        for pid in (one.pid, *(one.pids() if whom == "all processes" else ())):
+        for pid in (running.pid, *(running.pids() if whom == "all processes" else ())):
             os.kill(pid, signal.SIGTERM)
-        assert one.service.process.wait(DEADLINE) == 0
+        assert running.service.process.wait(DEADLINE) == 0
         count = load.stop()
     assert count["refused"] > 0
     assert count["reset"] == count["cut"] == count["silent"] == count["lost"] == 0, count
-    assert [event for event in one.recorded("drain.done", aborted=0) if "slot" not in event]
+    assert [event for event in running.recorded("drain.done", aborted=0) if "slot" not in event]
 
 
 LISTEN = (TCP, "--listen=tcp6:0", "--listen=unix:s")
 
 
-def addresses_of(one: Workers, directory: Path) -> list[Any]:
+def addresses_of(running: Workers, directory: Path) -> list[Any]:
     """Where it can be reached: IPv4, IPv6, and a path."""
     lines = [
-        one.wait_event("listener.listening", listener=re.compile(rf"^tcp:{host}:\d+$"))["listener"]
+        running.wait_event("listener.listening", listener=re.compile(rf"^tcp:{host}:\d+$"))["listener"]
         for host in (r"127\.0\.0\.1", r"\[::\]")
     ]
     port, port6 = (int(line.rpartition(":")[2]) for line in lines)
@@ -66,25 +66,25 @@ def assert_a_successor_takes_over(workers: Callable[..., Workers], addresses: li
 
 
 def test_new_clients_during_a_drain_are_refused_and_a_successor_can_listen(workers, tmp_path, wait_for) -> None:
-    one = workers(*LISTEN)
-    addresses = addresses_of(one, tmp_path)
+    running = workers(*LISTEN)
+    addresses = addresses_of(running, tmp_path)
     # Sockets that were taken from the spares, and given back.
-    one.send(signal.SIGTTIN)
-    one.wait_event("worker.ready", slot=2)
-    one.send(signal.SIGTTOU)
-    one.wait_event("slot.removed", slot=2)
-    pids = one.settled(2)
+    running.send(signal.SIGTTIN)
+    running.wait_event("worker.ready", slot=2)
+    running.send(signal.SIGTTOU)
+    running.wait_event("slot.removed", slot=2)
+    pids = running.settled(2)
     old = [greeted(address) for address in addresses]
     idle = next(pid for pid in pids if not accepted_by(pid, old[:1]))
-    one.send(signal.SIGINT)
-    one.wait_event("drain.started", 3)
+    running.send(signal.SIGINT)
+    running.wait_event("drain.started", 3)
     os.kill(idle, signal.SIGKILL)  # it is not replaced, and nobody has its sockets
     successor = assert_a_successor_takes_over(workers, addresses, wait_for)
     assert echoes(old[0])
-    assert one.service.process.poll() is None
+    assert running.service.process.poll() is None
     for client in old:
         client.close()
-    assert one.service.process.wait(DEADLINE) == 0
+    assert running.service.process.wait(DEADLINE) == 0
     for address in addresses:  # the file of the path is the successor's
         greeted(address).close()
     assert successor.stop() == 0
@@ -92,42 +92,42 @@ def test_new_clients_during_a_drain_are_refused_and_a_successor_can_listen(worke
 
 @pytest.mark.parametrize("change", ["reloaded", "replaced", "reduced"])
 def test_stopping_during_a_replacement_releases_every_address(workers, tmp_path, wait_for, change) -> None:
-    one = workers(*LISTEN)
-    addresses = addresses_of(one, tmp_path)
-    pids = one.settled(2)
+    running = workers(*LISTEN)
+    addresses = addresses_of(running, tmp_path)
+    pids = running.settled(2)
     clients = [greeted(address) for address in addresses * 10]  # some of each worker's
     match change:
         case "reloaded":  # the old workers drain
-            one.send(signal.SIGHUP)
-            one.wait_event("drain.started", 2)
+            running.send(signal.SIGHUP)
+            running.wait_event("drain.started", 2)
         case "replaced":  # successors start
             for pid in pids:
                 os.kill(pid, signal.SIGTERM)
-            wait_for(lambda: len(one.pids()) > 2)
+            wait_for(lambda: len(running.pids()) > 2)
         case "reduced":  # the last slot drains
-            one.send(signal.SIGTTOU)
-            one.wait_event("drain.started", slot=1)
-    one.send(signal.SIGTERM)
+            running.send(signal.SIGTTOU)
+            running.wait_event("drain.started", slot=1)
+    running.send(signal.SIGTERM)
     successor = assert_a_successor_takes_over(workers, addresses, wait_for)
     assert all(echoes(client) for client in clients)
     for client in clients:
         client.close()
-    assert one.service.process.wait(DEADLINE) == 0
-    assert one.left() == []
+    assert running.service.process.wait(DEADLINE) == 0
+    assert running.left() == []
     for address in addresses:
         greeted(address).close()
     assert successor.stop() == 0
 
 
 def test_a_second_signal_ends_the_drain(workers, wait_for) -> None:
-    one = workers(TCP)
-    with greeted(one.service.port) as client:
-        one.send(signal.SIGTERM)
-        one.wait_event("drain.started", count=1)
+    running = workers(TCP)
+    with greeted(running.service.port) as client:
+        running.send(signal.SIGTERM)
+        running.wait_event("drain.started", count=1)
         assert echoes(client)
         # Those of the first half second are the first one once more.
-        wait_for(lambda: one.send(signal.SIGTERM) or one.recorded("stop.repeated", signal="SIGTERM"))
+        wait_for(lambda: running.send(signal.SIGTERM) or running.recorded("stop.repeated", signal="SIGTERM"))
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""
-        assert one.service.process.wait(DEADLINE) == 128 + signal.SIGTERM
-    one.wait_event("drain.done", ended=0, aborted=1)
+        assert running.service.process.wait(DEADLINE) == 128 + signal.SIGTERM
+    running.wait_event("drain.done", ended=0, aborted=1)

@@ -99,9 +99,9 @@ class World:
         return recorded(self.events, name, **fields)
 
 
-def roll(one: World) -> None:
+def roll(world: World) -> None:
     """Answer as workers do that can be replaced, until there is nothing left to do."""
-    while busy := [p for p in one.alive() if p.protocol.phase is WorkerPhase.STARTING or "drain" in p.words()]:
+    while busy := [p for p in world.alive() if p.protocol.phase is WorkerPhase.STARTING or "drain" in p.words()]:
         for process in busy:
             if process.protocol.phase is WorkerPhase.STARTING:
                 process.says("ready")

@@ -43,23 +43,23 @@ class SelectingReactor(FakeReactor):
         busy = True
         while busy:
             busy = False
-            for port in [one for one in self.readers if isinstance(one, Port)]:
+            for port in [reader for reader in self.readers if isinstance(reader, Port)]:
                 if port in self.readers and port.socket.waiting:  # not paused by the one before it
                     busy = True
                     port.doRead()
-            selectables = [one for one in self.readers if not isinstance(one, Port)]
+            selectables = [reader for reader in self.readers if not isinstance(reader, Port)]
             readable, writable, _ = select.select(selectables, list(self.writers), [], 0)
-            for one in readable:
+            for selectable in readable:
                 busy = True
-                why = one.doRead()
+                why = selectable.doRead()
                 if isinstance(why, ConnectionDone):
-                    self.readers.discard(one)
-                    one.readConnectionLost(Failure(why))
+                    self.readers.discard(selectable)
+                    selectable.readConnectionLost(Failure(why))
                 elif why:
-                    one.connectionLost(Failure(why))
-            for one in writable:
+                    selectable.connectionLost(Failure(why))
+            for selectable in writable:
                 busy = True
-                one.doWrite()
+                selectable.doWrite()
         self.advance(0)  # what was to be done later
 
 

@@ -139,8 +139,8 @@ def test_tcp_and_tls_are_served(machine, unit, certificates, host) -> None:
 
 def test_the_status_text_shows_the_number_of_clients(machine, unit, wait_for) -> None:
     wait_for(lambda: re.search(r"\b0\b", machine.property(unit, "StatusText")))
-    with connected(machine) as one, connected(machine) as two:
-        for sock in (one, two):
+    with connected(machine) as first, connected(machine) as second:
+        for sock in (first, second):
             read_exactly(sock, len(GREETING))
         wait_for(lambda: re.search(r"\b2\b", machine.property(unit, "StatusText")))
 
