@@ -1,4 +1,4 @@
-"""Services that write where the test says, services with workers, and what surrounds them."""
+"""Fixtures that start services with chosen output streams or with workers, and their environment."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from tests.support.workers import Workers
 
 @pytest.fixture
 def greets() -> Callable[..., bool]:
-    """Connects to the UNIX socket `s` in a directory, from a socket of a name, and leaves."""
+    """Return whether the service on the UNIX socket `s` of a directory greets a client, optionally bound to a name."""
 
     def greets(directory: Path, name: bytes | None = None) -> bool:
         with socket.socket(socket.AF_UNIX) as client:
@@ -40,9 +40,9 @@ def greets() -> Callable[..., bool]:
 
 @pytest.fixture
 def start(tmp_path, environment, wait_for, greets) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `twistd -n rtservice` on a UNIX socket, with output where the test says, and waits until it serves.
+    """Start `twistd -n rtservice` on a UNIX socket with the given output streams, and wait until it serves.
 
-    `root` is the directory that its --chroot names.
+    `root` is the directory of its --chroot option.
     """
     started = []
 
@@ -70,7 +70,7 @@ def start(tmp_path, environment, wait_for, greets) -> Iterator[Callable[..., sub
 
 @pytest.fixture
 def workers(service, wait_for) -> Iterator[Callable[..., Workers]]:
-    """Starts a service with two workers, or as many as the arguments say; at the end, no process may be left."""
+    """Start a service with two workers, or as many as --workers says; check that no process is left at the end."""
     started: list[Workers] = []
 
     def start(*arguments: str, **more: Any) -> Workers:
@@ -97,13 +97,13 @@ def workers(service, wait_for) -> Iterator[Callable[..., Workers]]:
 
 @pytest.fixture
 def site() -> dict[str, str]:
-    """The environment in which a worker takes BLOCK, DIE and so on."""
+    """The environment in which a worker handles the signals of tests.support.worker_signals."""
     return {"PYTHONPATH": str(PROGRAMS / "worker_signals")}
 
 
 @pytest.fixture
 def broken_site(tmp_path) -> dict[str, str]:
-    """The environment in which a worker finds a setting wrong while there is a file `broken`."""
+    """The environment in which a worker rejects a setting while the file `broken` exists."""
     return {"PYTHONPATH": str(PROGRAMS / "broken_worker"), "BROKEN": str(tmp_path / "broken")}
 
 
@@ -116,7 +116,7 @@ def manager(tmp_path) -> Iterator[ServiceManager]:
 
 @pytest.fixture
 def public_directory() -> Iterator[Path]:
-    """A directory that every user can reach and write; pytest's own are the user's alone."""
+    """A directory that every user can enter and write; those of pytest are private to the user."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o777)
         yield Path(name)

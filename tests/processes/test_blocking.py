@@ -1,7 +1,7 @@
-"""What another user can lock, replace by a pipe or fill delays a start and a reload for a bounded time.
+"""Locked directories, full backlogs, and pipes instead of files delay a start or a reload for a bounded time.
 
-Each case ends with one line that names the file. Without a bound these processes would wait for ever, and the deadline
-of the test would end them.
+Each case ends with one error line that names the file. Without a bound, the processes would wait until the deadline of
+the test.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from tests.support.refused import assert_refused
 
 @contextlib.contextmanager
 def locked(directory: Path, kind: int) -> Iterator[None]:
-    """Hold a lock on a directory as any user can who may read it."""
+    """Lock a directory, which any user with read permission can do."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, kind)
@@ -74,7 +74,7 @@ def test_a_unix_socket_with_a_full_backlog_is_reported_in_use_without_waiting(ru
         assert_refused(run(*FOREGROUND, "rtservice", "--listen=unix:s"), f"'{tmp_path}/s' is in use")
 
 
-# --- pipes in the place of files ---
+# --- pipes instead of files ---
 
 
 def pipes_in(directory: Path, *names: str) -> None:
@@ -112,7 +112,7 @@ def test_a_pipe_instead_of_a_file_is_one_error_line(
 
 
 @pytest.mark.parametrize("where", ["--rundir=.", "--chroot=."])
-@pytest.mark.parametrize("more", [[], ["--workers=2"], ["--check"]], ids=["one", "workers", "check"])
+@pytest.mark.parametrize("more", [[], ["--workers=2"], ["--check"]], ids=["single-process", "workers", "check"])
 def test_a_pidfile_that_is_a_pipe_is_one_error_line(run, tmp_path, where, more) -> None:
     if where.startswith("--chroot") and os.getuid() != 0:
         pytest.skip("only root can change the root")

@@ -1,4 +1,4 @@
-"""The chat under attack, in real processes: what members of another room see meanwhile."""
+"""The chat under attack, in real processes: the latency for members of another room."""
 
 import json
 import selectors
@@ -16,9 +16,9 @@ from tests.support.deadline import DEADLINE
 from tests.support.listen_options import TCP
 from tests.support.programs import PROGRAMS
 
-# The worst round trip of an innocent member, in seconds. In a room of 950 members it was 3 to 30 in most of these
-# attacks when their work was not bounded. It is some 20 ms on a machine that has nothing else to do. Test machines
-# have: the best of ATTEMPTS counts.
+# The maximum round-trip time of a bystander, in seconds. Without bounds on the work per turn it was 3 to 30 s in a room
+# of 950 members in most of these attacks; with them it is about 20 ms on an idle machine. Test machines are busy: the
+# best of ATTEMPTS counts.
 BOUND = 0.5
 ATTEMPTS = 3
 
@@ -26,7 +26,7 @@ MEMBERS = 400
 
 
 class Crowd:
-    """The members of the room `den`, in a process of their own: see crowd.py."""
+    """The members of the room `den`, in a separate process; see crowd.py."""
 
     def __init__(self, port: int, members: int) -> None:
         self.process = subprocess.Popen(
@@ -49,7 +49,7 @@ class Crowd:
         self.process.stdin.flush()
 
     def result(self) -> dict[str, int]:
-        """What the first attack whose result was not asked for has come to, when everything is sent."""
+        """Return the next result: of the oldest attack without one, once everything is sent."""
         return json.loads(self._wait_line(b"{"))
 
     def end(self) -> None:
@@ -72,8 +72,8 @@ def crowd() -> Iterator[Callable[..., Crowd]]:
         each.end()
 
 
-class Innocent:
-    """A member of the room `tea`, which says something and hears it, again and again."""
+class Bystander:
+    """A member of the room `tea` that measures round-trip times of its messages."""
 
     def __init__(self, port: int, room: str = "tea") -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE)
@@ -83,10 +83,10 @@ class Innocent:
         self.wait_for(f"* innocent has joined {room}\r\n".encode())
 
     def wait_for(self, line: bytes) -> None:
-        """Read until a line, or a part of one, has come."""
+        """Read until a line, or a part of a line, is received."""
         while line not in self._received:
             data = self.socket.recv(1 << 16)
-            assert data, "the innocent member is cut off"
+            assert data, "the bystander was disconnected"
             self._received += data
         self._received = self._received.partition(line)[2]
 
@@ -98,7 +98,7 @@ class Innocent:
         return time.monotonic() - began
 
     def worst_round_trip(self, seconds: float) -> float:
-        """The worst of those within so many seconds, and of the one that is under way then."""
+        """Return the maximum round-trip time of messages started within so many seconds."""
         end = time.monotonic() + seconds
         worst = 0.0
         while time.monotonic() < end:
@@ -111,20 +111,20 @@ def chat(service: Callable[..., Any], *arguments: str) -> Any:
 
 
 ATTACKS = {
-    "short lines of one": {"send": "a\n", "times": 200_000, "senders": 1},
-    "short lines of all": {"send": "a\n", "times": 32_768, "senders": MEMBERS},
-    "long lines of all": {"send": "x" * 1023 + "\n", "times": 64, "senders": MEMBERS},
-    "unprintable lines of all": {"send": "\x07" * 1023 + "\n", "times": 64, "senders": MEMBERS},
+    "short lines of one member": {"send": "a\n", "times": 200_000, "senders": 1},
+    "short lines of all members": {"send": "a\n", "times": 32_768, "senders": MEMBERS},
+    "long lines of all members": {"send": "x" * 1023 + "\n", "times": 64, "senders": MEMBERS},
+    "unprintable lines of all members": {"send": "\x07" * 1023 + "\n", "times": 64, "senders": MEMBERS},
     "a million empty lines": {"send": "\n" * 1000, "times": 1000, "senders": 1},
-    "lines without an end": {"send": "x", "times": 1000, "senders": MEMBERS},
-    "nickname flips": {"send": "/nick Flip\n/nick Flop\n", "times": 3000, "senders": 1},
-    "nickname flips of all": {"send": "/nick \u0436\n/nick \u0436\u0436\n", "times": 100, "senders": MEMBERS},
+    "lines without line feed": {"send": "x", "times": 1000, "senders": MEMBERS},
+    "nickname changes": {"send": "/nick Flip\n/nick Flop\n", "times": 3000, "senders": 1},
+    "nickname changes of all members": {"send": "/nick \u0436\n/nick \u0436\u0436\n", "times": 100, "senders": MEMBERS},
     "lists of members": {"send": "/who\n", "times": 2000, "senders": 20},
     "lists of rooms": {"send": "/rooms\n", "times": 10_000, "senders": 20},
     "joining and leaving": {"send": "/join out\n/join den\n/leave\n", "times": 100, "senders": MEMBERS},
-    "answers of all": {"send": "/x\n", "times": 5000, "senders": MEMBERS},
-    "members that come and go": {"come and go": 500},
-    "members that leave at once": {"leave": MEMBERS - 50},
+    "error replies to all members": {"send": "/x\n", "times": 5000, "senders": MEMBERS},
+    "members that join and reset": {"come and go": 500},
+    "members that leave simultaneously": {"leave": MEMBERS - 50},
 }
 
 
@@ -132,11 +132,11 @@ ATTACKS = {
 def test_an_attack_in_one_room_does_not_delay_another_room(service, crowd, attack) -> None:
     def worst_round_trip() -> float:
         running = chat(service)
-        innocent = Innocent(running.port)
+        bystander = Bystander(running.port)
         den = crowd(running.port)
         den.begin(attack)
-        worst = innocent.worst_round_trip(2.5)
-        innocent.socket.close()
+        worst = bystander.worst_round_trip(2.5)
+        bystander.socket.close()
         den.end()
         running.kill()
         return worst
@@ -163,7 +163,7 @@ def test_a_full_room_drains_while_it_is_flooded(service, crowd) -> None:
     running = chat(service)
     den = crowd(running.port)
     den.begin({"send": "a\n", "times": 32_768, "senders": MEMBERS})
-    innocent = Innocent(running.port)
+    bystander = Bystander(running.port)
     running.process.send_signal(signal.SIGTERM)
-    innocent.wait_for(b"the chat shuts down")
+    bystander.wait_for(b"the chat shuts down")
     assert running.process.wait(DEADLINE) == 0

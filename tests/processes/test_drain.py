@@ -1,4 +1,4 @@
-"""The end of a service, and its restart, as clients and the service manager see them: nothing that was said is lost."""
+"""Stop and restart of a service, as clients and the service manager observe it: no data is lost."""
 
 import contextlib
 import fcntl
@@ -31,7 +31,7 @@ from tests.support.recorded import recorded
 
 
 def echoed(client: socket.socket, data: bytes) -> None:
-    """One message there and back."""
+    """Send a message and check that it is echoed."""
     client.sendall(data)
     answer = bytearray()
     while len(answer) < len(data):
@@ -42,15 +42,15 @@ def echoed(client: socket.socket, data: bytes) -> None:
 
 
 def drained(running, **fields) -> bool:
-    """Whether the last event is the end of a drain, with these fields."""
+    """Return whether the last event is `drain.done` with these fields."""
     return bool(recorded(running.events[-1:], "drain.done", **fields))
 
 
 class Load:
-    """Clients that come one after another in each of several threads, until they are told to stop or nobody answers.
+    """Successive clients in each of several threads, until `stop` is called or, with `until_refused`, one is refused.
 
-    Each sends up to 200 KB in one to three messages, reads as it sends, finishes, and reads to the end. `outcome`
-    counts: `served` to the last byte, `refused`, `reset`, or something else that must not be.
+    Each sends up to 200 KB in one to three messages, reads meanwhile, half-closes, and reads to the end. `outcome`
+    counts clients `served` completely, `refused`, `reset`, and unexpected outcomes.
     """
 
     def __init__(self, addresses, until_refused: bool = False) -> None:
@@ -116,7 +116,7 @@ def address_of(running, tmp_path, listen: str):
     return ("::1" if listen == TCP6 else "127.0.0.1", running.port)
 
 
-# --- own sockets ---
+# --- sockets bound by the service ---
 
 
 @pytest.mark.parametrize("listen", KINDS)
@@ -125,7 +125,7 @@ def test_clients_in_the_backlog_at_sigterm_are_served(service, tmp_path, wait_fo
     address = address_of(running, tmp_path, listen)
     freeze(running.process.pid, wait_for)
     clients = [connect(address) for _ in range(100)]
-    for client in clients[:50]:  # some have said all that they have to say before anybody listens
+    for client in clients[:50]:  # half of the clients send and half-close before they are accepted
         client.sendall(b"early")
         client.shutdown(socket.SHUT_WR)
     running.process.send_signal(signal.SIGTERM)
@@ -161,7 +161,7 @@ def test_new_clients_during_a_drain_are_refused_and_a_successor_can_bind_the_por
         running.wait_event("drain.started", count=1, seconds=30)
 
         def refused() -> bool:
-            # Or served, when the line was read faster than the next one of the program was run.
+            # Or served, if the event was read before the listener was closed.
             try:
                 greeted(("127.0.0.1", running.port)).close()
             except ConnectionRefusedError:
@@ -209,7 +209,7 @@ def test_a_second_signal_ends_the_drain_and_sets_the_exit_status(service, wait_f
         running.wait_event("drain.started", count=1)
 
         def counted() -> bool:
-            # Those of the first half second are the first one once more.
+            # Signals within half a second of the first are ignored as duplicates.
             running.process.send_signal(sig)
             return any(event["event"] == "stop.repeated" and event["signal"] == sig.name for event in running.events)
 
@@ -234,12 +234,12 @@ def test_two_different_signals_at_once_end_the_drain(service, wait_for) -> None:
     assert drained(running, ended=0, aborted=1)
 
 
-def stuffed(address) -> tuple[socket.socket, bytes]:
-    """A client that has sent all that it can and read nothing, and what it has sent."""
+def with_full_buffers(address) -> tuple[socket.socket, bytes]:
+    """Return a client that has filled all buffers without reading, and the data that it sent."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
-    client.settimeout(1)  # when nothing can be sent for so long, every buffer on the way is full
+    client.settimeout(1)  # if nothing can be sent for so long, every buffer on the path is full
     client.connect(address)
     data = random.randbytes(64 << 10) * 320
     sent = 0
@@ -252,19 +252,19 @@ def stuffed(address) -> tuple[socket.socket, bytes]:
 
 
 def not_read_by_the_server(client: socket.socket) -> int:
-    """Bytes that the client has sent and its server has not read: in its queue, or in the server's."""
+    """Return the number of bytes that the server has not read: those in the send queue and in its receive queue."""
     waiting = int.from_bytes(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     here, there = client.getsockname()[1], client.getpeername()[1]
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, local, remote, _, queues, *_ = line.split()
         if (int(local[-4:], 16), int(remote[-4:], 16)) == (there, here):
             return waiting + int(queues.partition(":")[2], 16)
-    raise AssertionError("the kernel does not know the server's end")
+    raise AssertionError("/proc/net/tcp has no entry for the server's socket")
 
 
 def test_a_client_that_never_reads_is_aborted_at_the_end_of_the_drain(service) -> None:
     running = service(TCP, "--drain-timeout=0.2")
-    client, _ = stuffed(("127.0.0.1", running.port))
+    client, _ = with_full_buffers(("127.0.0.1", running.port))
     with client:
         assert running.stop() == 0
     assert drained(running, ended=0, aborted=1)
@@ -274,14 +274,14 @@ def test_a_client_that_never_reads_is_aborted_at_the_end_of_the_drain(service) -
 
 def test_a_slow_reader_receives_all_buffered_data_during_a_drain(service) -> None:
     running = service(TCP, "--drain-timeout=0")
-    client, sent = stuffed(("127.0.0.1", running.port))
+    client, sent = with_full_buffers(("127.0.0.1", running.port))
     with client:
         expected = GREETING + sent[: len(sent) - not_read_by_the_server(client)]
         running.process.send_signal(signal.SIGTERM)
         running.wait_event("drain.started", count=1, seconds=0)
         received = bytearray()
         pause = threading.Event()
-        while piece := client.recv(len(expected) // 400):  # over more time than a peer that stands still is given
+        while piece := client.recv(len(expected) // 400):  # takes longer than the timeout for peers that stop reading
             received += piece
             pause.wait(0.02)
         assert received == expected
@@ -307,12 +307,12 @@ def test_a_large_greeting_reaches_200_of_200_half_closed_clients(service, tmp_pa
     assert complete == 200
 
 
-# --- whoever ends it ---
+# --- ways to stop a service ---
 
 
 @pytest.fixture
 def endpoints(tmp_path, environment) -> None:
-    """Twistd finds the endpoints above."""
+    """Install the plugin endpoints_of_the_test, whose endpoints act at SIGUSR2."""
     copy_plugin("endpoints_of_the_test", tmp_path)
     environment["PYTHONPATH"] = str(tmp_path)
 
@@ -369,11 +369,11 @@ def test_two_listeners_that_fail_late_are_one_failure_with_exit_status_1(service
     assert not any("Traceback" in line for line in running.lines)
 
 
-# --- sockets that somebody else holds ---
+# --- passed sockets ---
 
 
 def passing(*sockets: socket.socket) -> dict:
-    """What has `service` start as a service manager that holds these sockets would."""
+    """Return arguments with which `service` passes these sockets, as a service manager does."""
     fds = [sock.fileno() for sock in sockets]
     launcher = program("pass_sockets", "", ",".join(map(str, fds)))
     return {"launcher": launcher, "pass_fds": tuple(fds)}
@@ -381,7 +381,7 @@ def passing(*sockets: socket.socket) -> dict:
 
 @pytest.fixture
 def held(tmp_path):
-    """A listening TCP and a UNIX socket that outlive whoever serves on them."""
+    """A listening TCP and a listening UNIX socket that stay open between services."""
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as tcp, socket.socket(socket.AF_UNIX) as unix:
         unix.bind(f"{tmp_path}/held")
         unix.listen(1000)
@@ -412,7 +412,7 @@ def test_the_backlog_of_a_passed_socket_is_left_to_the_successor(service, held, 
     running = service("--listen=systemd:", **passing(*held))
     freeze(running.process.pid, wait_for)
     clients = [connect(sock.getsockname()) for sock in held for _ in range(50)]
-    # The signal is there before the events of the sockets are looked at: accepting goes on until it is handled.
+    # The signal is pending before the reactor polls the sockets: accepting continues until it is handled.
     running.process.send_signal(signal.SIGTERM)
     running.process.send_signal(signal.SIGCONT)
     served = threading.Thread(target=service, args=("--listen=systemd:",), kwargs=passing(*held))
@@ -455,17 +455,17 @@ def test_systemd_socket_activate_passes_both_sockets_and_the_first_client(
     path = f"{tmp_path}/activated"
     first: list[socket.socket] = []
 
-    def be_the_first() -> None:
-        # Whoever it is that comes, it starts the service.
+    def connect_first() -> None:
+        # The first connection activates the service.
         wait_for(lambda: os.path.exists(path))
         first.append(greeted(path))
 
-    comer = threading.Thread(target=be_the_first)
-    comer.start()
+    client_thread = threading.Thread(target=connect_first)
+    client_thread.start()
     activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{address[1]}", "-l", path, *names]
     running = service(*listen, launcher=[*activate, "-E", "PYTHONUNBUFFERED=1"])
     running.wait_event("listener.listening", 2)
-    comer.join(DEADLINE)
+    client_thread.join(DEADLINE)
     with greeted(address) as second:
         echoed(second, b"over TCP")
         echoed(first[0], b"over UNIX")
@@ -483,7 +483,7 @@ def test_systemd_socket_activate_passes_both_sockets_and_the_first_client(
 def test_ready_is_sent_first_and_once_every_listener_accepts(service, endpoints, manager, tmp_path, wait_for) -> None:
     running = service(TCP, UNIX, "--listen=late:", NOTIFY_SOCKET=manager.address)
     running.wait_event("listener.listening", listener=re.compile("^unix:"))
-    with greeted(("127.0.0.1", running.port)):  # some do already; all of them do not
+    with greeted(("127.0.0.1", running.port)):  # one listener is not accepting yet
         assert manager.messages == []
         asked = time.monotonic()
         running.process.send_signal(signal.SIGUSR2)
@@ -506,7 +506,9 @@ def test_the_service_manager_receives_status_reload_and_stop_in_order(service, m
 
     seen = len(manager.messages)
     running.process.send_signal(signal.SIGTERM)
-    wait_for(lambda: len([m for m in manager.messages if m.startswith("EXTEND")]) >= 3)  # once at first, then each tick
+    wait_for(
+        lambda: len([m for m in manager.messages if m.startswith("EXTEND")]) >= 3
+    )  # one at the start, then one per tick
     for client in clients:
         client.close()
     assert running.process.wait(DEADLINE) == 0
@@ -517,11 +519,11 @@ def test_the_service_manager_receives_status_reload_and_stop_in_order(service, m
     reloading = re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=(\d+)", changes[1])
     assert reloading is not None
     assert before <= int(reloading[1]) <= after
-    # A status may have been under way when the signal was.
+    # A status may have been sent just before the signal was handled.
     if draining[0].startswith("STATUS=serving"):
         del draining[0]
     assert draining[0] == "STOPPING=1\nSTATUS=draining: 3 connections open"
-    assert draining[1] == "EXTEND_TIMEOUT_USEC=60000000"  # --drain-timeout, and what flushing may take
+    assert draining[1] == "EXTEND_TIMEOUT_USEC=60000000"  # --drain-timeout plus the time for flushing
     assert set(draining[2:]) == {"STATUS=draining: 3 connections open", "EXTEND_TIMEOUT_USEC=30000000"}
 
 
@@ -535,14 +537,14 @@ def test_watchdog_notifications_come_at_half_the_interval_and_stop_with_the_proc
         before = len(beats())
         return wait_for(lambda: len(beats()) >= before + count and beats()[before : before + count])
 
-    some = next_beats(9)
-    gaps = sorted(later - sooner for sooner, later in itertools.pairwise(some))
+    times = next_beats(9)
+    gaps = sorted(later - sooner for sooner, later in itertools.pairwise(times))
     assert 0.24 < gaps[len(gaps) // 2] < 0.3
 
     freeze(running.process.pid, wait_for)
     seen = len(beats())
-    threading.Event().wait(1)  # four of them are due
-    assert len(beats()) <= seen + 1  # one that was under way
+    threading.Event().wait(1)  # four notifications are due
+    assert len(beats()) <= seen + 1  # one may have been in flight
     running.process.send_signal(signal.SIGCONT)
     next_beats(2)
 

@@ -1,4 +1,4 @@
-"""A service where signals, process numbers and mounts are not the usual ones when it is started."""
+"""Services started with unusual signal masks, process numbers and mounts."""
 
 import contextlib
 import os
@@ -16,8 +16,8 @@ from tests.support.hosted import copy_hosted
 from tests.support.listen_options import TCP
 from tests.support.programs import program
 
-# Process 1 of a namespace, whose processes all end with it.
-FIRST = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+# Run as process 1 of a PID namespace; its end kills all processes of the namespace.
+AS_PROCESS_1 = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def can(*command: str) -> bool:
@@ -26,11 +26,13 @@ def can(*command: str) -> bool:
     return False
 
 
-needs_namespaces = pytest.mark.skipif(not can(*FIRST), reason="unshare (Debian: util-linux) needs to be run by root")
+needs_namespaces = pytest.mark.skipif(
+    not can(*AS_PROCESS_1), reason="unshare (Debian: util-linux) needs to be run by root"
+)
 
 
 def children(pid: int) -> dict[int, str]:
-    """The children of a process that nobody has waited for, each with its state: Z has ended."""
+    """Return the children of a process that are not reaped, each with its state (Z: zombie)."""
     found = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -39,7 +41,7 @@ def children(pid: int) -> dict[int, str]:
 
 
 def blocked(pid: int) -> int:
-    """The signals that a process does not take now, as a set of bits."""
+    """Return the mask of blocked signals of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(dict(line.split(":", 1) for line in lines)["SigBlk"], 16)
 
@@ -51,7 +53,7 @@ def test_signals_blocked_or_ignored_by_the_parent_are_handled(service, wait_for,
     assert [blocked(process) for process in (pid, *children(pid))] == [0] * (workers if workers == 1 else 3)
     running.reload()
     if workers > 1:
-        # It is reaped, and replaced.
+        # The killed worker is reaped and replaced.
         victim = next(iter(children(pid)))
         os.kill(victim, signal.SIGKILL)
         running.wait_event("worker.killed", pid=victim, signal="SIGKILL")
@@ -61,12 +63,12 @@ def test_signals_blocked_or_ignored_by_the_parent_are_handled(service, wait_for,
     running.wait_event("stop.requested", signal="SIGINT")
 
 
-# --- a stop while it starts ---
+# --- a stop during the start ---
 
 
 @pytest.fixture
 def slow(tmp_path, environment, wait_for) -> Callable[..., subprocess.Popen]:
-    """Starts a service on a UNIX socket as a child of a launcher, and gives its process when it is at a moment."""
+    """Start a service on a UNIX socket that pauses at a moment of its start; return its process and its pid."""
     copy_hosted("slow", tmp_path)
     started = []
 
@@ -95,7 +97,7 @@ def slow(tmp_path, environment, wait_for) -> Callable[..., subprocess.Popen]:
 def test_a_stop_between_bind_and_serving_removes_socket_and_pidfile(slow, tmp_path, workers, number) -> None:
     process, _ = slow("logger", f"--workers={workers}")
     assert (tmp_path / "s").exists()
-    process.send_signal(signal.SIGHUP)  # which would end it if it were not held
+    process.send_signal(signal.SIGHUP)  # would end the process if it were not blocked
     process.send_signal(number)
     (tmp_path / "go").touch()
     output, _ = process.communicate(timeout=DEADLINE)
@@ -107,7 +109,7 @@ def test_a_stop_between_bind_and_serving_removes_socket_and_pidfile(slow, tmp_pa
 @needs_namespaces
 @pytest.mark.parametrize("moment", ["import", "logger"])
 def test_a_stop_during_the_start_of_process_1_is_handled(slow, tmp_path, moment) -> None:
-    process, pid = slow(moment, "--protocol=slow:Slow", launcher=FIRST)
+    process, pid = slow(moment, "--protocol=slow:Slow", launcher=AS_PROCESS_1)
     os.kill(pid, signal.SIGTERM)
     (tmp_path / "go").touch()
     output, _ = process.communicate(timeout=DEADLINE)
@@ -121,21 +123,21 @@ def test_a_stop_during_the_start_of_process_1_is_handled(slow, tmp_path, moment)
 @needs_namespaces
 def test_process_1_reaps_orphans_without_losing_exit_statuses(service, tmp_path, wait_for) -> None:
     copy_hosted("forks", tmp_path)
-    both = [
-        service(TCP, "--protocol=forks:Forks", f"--workers={count}", launcher=FIRST, PYTHONPATH=str(tmp_path))
+    services = [
+        service(TCP, "--protocol=forks:Forks", f"--workers={count}", launcher=AS_PROCESS_1, PYTHONPATH=str(tmp_path))
         for count in (1, 2)
     ]
-    firsts = [next(iter(children(running.process.pid))) for running in both]
-    for running in both:
+    pids = [next(iter(children(running.process.pid))) for running in services]
+    for running in services:
         with running.connect() as client:
             client.sendall(b"x")
             assert client.recv(10) == b"7"
-    victim = next(iter(children(firsts[1])))
+    victim = next(iter(children(pids[1])))
     os.kill(victim, signal.SIGKILL)
-    both[1].wait_event("worker.killed", signal="SIGKILL")
-    for pid in firsts:
+    services[1].wait_event("worker.killed", signal="SIGKILL")
+    for pid in pids:
         wait_for(lambda pid=pid: "Z" not in children(pid).values())
-    for running, pid in zip(both, firsts, strict=True):
+    for running, pid in zip(services, pids, strict=True):
         os.kill(pid, signal.SIGTERM)
         assert running.process.wait(DEADLINE) == 0
 
@@ -148,7 +150,7 @@ def test_process_1_reaps_orphans_without_losing_exit_statuses(service, tmp_path,
     ("workers", "name", "listen"), [(1, "web", "systemd:name=web"), (1, "", "systemd:index=0"), (2, "", "systemd:")]
 )
 def test_passed_sockets_are_found_without_proc(service, tmp_path, workers, name, listen) -> None:
-    # As without a cache of plugins: what is imported then deletes the variables.
+    # As without a plugin cache: importing endpoints deletes the environment variables.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif 'twistd' in sys.orig_argv[1]:\n    import twisted.internet.endpoints\n"
     )

@@ -23,8 +23,8 @@ def greets(host: str, port: int) -> bool:
 def line(result: subprocess.CompletedProcess) -> str:
     assert result.returncode == 1, result
     assert result.stdout == ""
-    (said,) = result.stderr.splitlines()
-    return said
+    (message,) = result.stderr.splitlines()
+    return message
 
 
 @needs_ipv6

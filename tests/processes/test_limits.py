@@ -1,4 +1,4 @@
-"""Limits and deadlines of real processes: under bursts, floods, silence, shortages, injected faults and a set clock."""
+"""Limits and timeouts of real processes under bursts, idle peers, shortages, injected faults and clock changes."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def exchange(client: socket.socket) -> None:
 
 
 def readable(clients: list[socket.socket], seconds: float = 0) -> list[socket.socket]:
-    """Those of many to whom something has come, waited for."""
+    """Wait up to some seconds; return the clients that can read data or an end."""
     poll = select.poll()
     by_descriptor = {client.fileno(): client for client in clients}
     for descriptor in by_descriptor:
@@ -41,7 +41,7 @@ def readable(clients: list[socket.socket], seconds: float = 0) -> list[socket.so
 
 
 def answer(client: socket.socket) -> bytes:
-    """What a client got first; nothing if it was closed."""
+    """Return the first data that a client receives; nothing if it was closed or reset."""
     try:
         return client.recv(100)
     except ConnectionResetError:
@@ -55,21 +55,21 @@ def read_until_reset(client: socket.socket) -> bytes:
             received += piece
     except ConnectionResetError:
         return bytes(received)
-    raise AssertionError("it was closed in order")
+    raise AssertionError("the connection was closed without a reset")
 
 
-def share_of_cpu(pid: int, inside: socket.socket, waiting: list[socket.socket]) -> float:
-    """What the process takes of a core within two seconds in which it serves one now and then, and others wait."""
+def cpu_share(pid: int, served: socket.socket, waiting: list[socket.socket]) -> float:
+    """Return the share of a core that the process uses in two seconds with little traffic while other clients wait."""
     began, cpu = time.monotonic(), cpu_seconds(pid)
     for _ in range(20):
-        exchange(inside)
+        exchange(served)
         assert readable(waiting, 0.1) == []
     return (cpu_seconds(pid) - cpu) / (time.monotonic() - began)
 
 
 @pytest.fixture
 def clients() -> Iterator[Callable[..., list[socket.socket]]]:
-    """Connects many at once, to any listener that a service has on IPv4, and closes them."""
+    """Connect many clients to a port of 127.0.0.1; close them at the end."""
     connected: list[socket.socket] = []
 
     def connect(number: int, port: int, first: bytes = b"") -> list[socket.socket]:
@@ -93,19 +93,19 @@ def clients() -> Iterator[Callable[..., list[socket.socket]]]:
 def test_clients_above_the_limit_wait_in_the_backlog_and_are_served_later(service, clients, reactor) -> None:
     running = service("--listen=tcp:0:interface=127.0.0.1", "--max-connections=5", twistd=(f"--reactor={reactor}",))
     waiting = clients(30, running.port)
-    inside: list[socket.socket] = []
+    served: list[socket.socket] = []
     most = 5
     while waiting:
-        while len(inside) < most:
+        while len(served) < most:
             for client in readable(waiting, DEADLINE):
                 assert client.recv(100) == GREETING
                 waiting.remove(client)
-                inside.append(client)
-        assert len(inside) == 5
-        for client in inside:  # after these, whatever it did before is here too
+                served.append(client)
+        assert len(served) == 5
+        for client in served:  # then every earlier effect is visible too
             exchange(client)
         assert readable(waiting) == []
-        inside.pop(0).close()
+        served.pop(0).close()
     running.wait_event("connection.limit_reached", limit=5)
     assert len([event for event in running.events if event["event"] == "connection.limit_reached"]) == 1
 
@@ -118,12 +118,12 @@ def test_at_limit_reject_closes_clients_above_the_limit_at_once(service, clients
     answers = [answer(client) for client in many]
     assert answers.count(GREETING) == 5
     assert answers.count(b"") == 195
-    inside = [client for client, first in zip(many, answers, strict=True) if first]
-    for client in inside:
+    served = [client for client, first in zip(many, answers, strict=True) if first]
+    for client in served:
         exchange(client)
     running.wait_event("connection.refused", setting="max-connections", suppressed=0)
     assert len([event for event in running.events if event["event"] == "connection.refused"]) == 1
-    inside[0].close()
+    served[0].close()
     running.wait_event("connection.closed", bytes_in=4)
     (late,) = clients(1, running.port)
     assert answer(late) == GREETING
@@ -144,7 +144,7 @@ def test_the_limit_per_peer_does_not_affect_another_address(service, clients) ->
 # --- descriptors ---
 
 
-FEW_DESCRIPTORS = ["bash", "-c", 'ulimit -n 64 && exec "$@"', "bash"]  # soft and hard
+FEW_DESCRIPTORS = ["bash", "-c", 'ulimit -n 64 && exec "$@"', "bash"]  # soft and hard limit
 
 
 def test_the_default_connection_limit_follows_the_descriptor_limit(service, clients) -> None:
@@ -167,23 +167,23 @@ def test_without_descriptors_accepting_pauses_without_spinning_and_resumes_later
     running.wait_event("connection.limit_unreachable", connections=1000, limit=64)
     waiting = clients(100, running.port)
     running.wait_event("accept.paused", problem="Too many open files")
-    inside = readable(waiting, DEADLINE)
-    assert {client.recv(100) for client in inside} == {GREETING}
-    waiting = [client for client in waiting if client not in inside]
-    assert 32 < len(inside) < 64
-    for client in inside:
+    served = readable(waiting, DEADLINE)
+    assert {client.recv(100) for client in served} == {GREETING}
+    waiting = [client for client in waiting if client not in served]
+    assert 32 < len(served) < 64
+    for client in served:
         exchange(client)
-    assert share_of_cpu(running.process.pid, inside[0], waiting) < 0.05
+    assert cpu_share(running.process.pid, served[0], waiting) < 0.05
     assert len([event for event in running.events if event["event"] == "accept.paused"]) == 1
     while waiting:
         for _ in range(20):
-            inside.pop(0).close()
+            served.pop(0).close()
         for _ in range(min(20, len(waiting))):
             client = readable(waiting, DEADLINE)[0]
             assert client.recv(100) == GREETING
             waiting.remove(client)
-            inside.append(client)
-    for client in inside:
+            served.append(client)
+    for client in served:
         exchange(client)
     assert not any("Traceback" in line for line in running.lines)
 
@@ -193,10 +193,10 @@ def test_without_descriptors_accepting_pauses_without_spinning_and_resumes_later
 
 @pytest.fixture
 def strace() -> Callable[..., list[str]]:
-    """A launcher that injects a fault into a system call; skips where that cannot be done."""
+    """Return a launcher that injects a fault into a system call; skip the test if strace cannot trace."""
     if shutil.which("strace") is None:
         pytest.skip("strace (Debian: strace) is not installed")
-    # As a grandchild: the process that is started is the service itself.
+    # -D runs strace as a grandchild: the started process is the service itself.
     launcher = ["strace", "-D", "-f", "-qq", "-o", "/dev/null"]
     if subprocess.run([*launcher, "true"], capture_output=True, timeout=DEADLINE).returncode:
         pytest.skip("strace may not trace here (ptrace(2))")
@@ -222,7 +222,7 @@ def test_a_client_that_closes_before_accept_does_not_affect_others(service, clie
 def test_a_log_that_cannot_be_written_does_not_affect_clients(environment, tmp_path, wait_listening, strace) -> None:
     log, path = tmp_path / "log", tmp_path / "s"
     twistd = str(Path(sys.executable).parent / "twistd")
-    # Lines are written together: the first two times it goes well.
+    # Lines are written in batches: the first two writes succeed.
     launcher = strace("write", "error=ENOSPC:when=3+", "-P", str(log))
     command = [*launcher, twistd, "-n", "--pidfile=", f"--logfile={log}", "rtservice", f"--listen=unix:{path}"]
 
@@ -240,7 +240,7 @@ def test_a_log_that_cannot_be_written_does_not_affect_clients(environment, tmp_p
                 with connected() as client:
                     exchange(client)
             with connected() as client:
-                assert share_of_cpu(process.pid, client, []) < 0.05
+                assert cpu_share(process.pid, client, []) < 0.05
         finally:
             process.terminate()
             process.communicate(timeout=DEADLINE)
@@ -249,7 +249,7 @@ def test_a_log_that_cannot_be_written_does_not_affect_clients(environment, tmp_p
     assert log.read_text().count("bytes in") < 51
 
 
-# --- deadlines ---
+# --- timeouts ---
 
 
 def test_unfinished_handshakes_are_closed_after_the_handshake_timeout(service, clients, certificates, manager) -> None:
@@ -270,10 +270,10 @@ def test_unfinished_handshakes_are_closed_after_the_handshake_timeout(service, c
     assert honest.recv(100) == GREETING
     exchange(honest)
     trusting = ssl.create_default_context(cafile=certificates["ca.pem"])
-    (honest_too,) = clients(1, secure, header)
-    with trusting.wrap_socket(honest_too, server_hostname="localhost") as secured:
+    (honest_tls,) = clients(1, secure, header)
+    with trusting.wrap_socket(honest_tls, server_hostname="localhost") as secured:
         assert secured.recv(100) == GREETING
-        exchange(secured)  # type: ignore[arg-type]  # as good as a socket
+        exchange(secured)  # type: ignore[arg-type]  # has the methods of a socket
         for client in silent:
             assert answer(client) == b""
         assert time.monotonic() - began >= 4
@@ -358,7 +358,7 @@ def test_setting_the_clock_by_an_hour_does_not_move_timeouts(service, clients, m
     assert 1 <= time.monotonic() - began < DEADLINE
     assert running.process.wait(DEADLINE) == 0
     done = running.wait_event("drain.done", ended=1, aborted=0)
-    # The clock was really set: the log's own times show it.
+    # The times in the log show that the clock was changed.
     idle = running.wait_event("connection.closed", reason="idle")
     hours = {re.search(r"T(\d\d):", record["time"])[1] for record in (running.records[0], idle)}
     assert len(hours) == 2, done
@@ -367,9 +367,9 @@ def test_setting_the_clock_by_an_hour_does_not_move_timeouts(service, clients, m
 # --- a flood ---
 
 
-def latencies(client: socket.socket, go_on: Callable[[int], bool]) -> list[float]:
+def latencies(client: socket.socket, proceed: Callable[[int], bool]) -> list[float]:
     took: list[float] = []
-    while go_on(len(took)):
+    while proceed(len(took)):
         began = time.perf_counter()
         exchange(client)
         took.append(time.perf_counter() - began)
@@ -381,7 +381,7 @@ def p99(took: list[float]) -> float:
 
 
 def resident(pid: int) -> int:
-    """Memory of the process, in KiB."""
+    """Return the resident memory of a process, in KiB."""
     return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
 
 
@@ -420,5 +420,5 @@ def test_a_connection_flood_does_not_affect_ten_thousand_idle_clients(service, r
     record_property("figures", figures)
     print(figures)
     assert abs(after - before) < 0.1 * before, figures
-    # Below some milliseconds it is the scheduler that decides: three busy processes on as few cores as there are.
+    # Below a few milliseconds the scheduler dominates: three busy processes share few cores.
     assert p99(during) < max(5 * p99(quiet), 0.01), figures

@@ -1,4 +1,4 @@
-"""Log files of real processes while logrotate, other processes, users and missing rights get in their way."""
+"""Log files of real processes with logrotate, several writers, privilege drop and missing permissions."""
 
 import contextlib
 import gzip
@@ -28,42 +28,42 @@ needs_logrotate = pytest.mark.skipif(LOGROTATE is None, reason="logrotate (Debia
 
 @pytest.fixture
 def public():
-    """A directory that every user can enter; pytest's own are the user's alone."""
+    """A directory that every user can enter; those of pytest are private to the user."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
 
 
 class Traffic(threading.Thread):
-    """Clients one after the other, each from a socket of its own name, until `finish`."""
+    """Successive clients, each bound to a different name, until `finish`."""
 
     def __init__(self, directory: Path, greets, names: Sequence[str] = ()) -> None:
         super().__init__(daemon=True)
         self.names = [*names]
         self._directory = directory
         self._greets = greets
-        self._over = threading.Event()
+        self._stopped = threading.Event()
 
     def run(self) -> None:
-        while not self._over.is_set():
+        while not self._stopped.is_set():
             name = f"client{len(self.names)}"
             assert self._greets(self._directory, name.encode())
             os.unlink(self._directory / name)
             self.names.append(name)
 
     def wait_for(self, count: int, wait_for) -> None:
-        """Wait until so many more have been served."""
+        """Wait until so many more clients have been served."""
         seen = len(self.names) + count
         wait_for(lambda: len(self.names) >= seen)
 
     def finish(self) -> list[str]:
-        self._over.set()
+        self._stopped.set()
         self.join(DEADLINE)
         return self.names
 
 
 def text_of(directory: Path, prefix: str) -> str:
-    """What is in all files that begin so, whether compressed or not."""
+    """Return the content of all files with a prefix; decompress those that end in .gz."""
     found = ""
     for path in sorted(directory.glob(f"{prefix}*")):
         data = path.read_bytes()
@@ -72,12 +72,12 @@ def text_of(directory: Path, prefix: str) -> str:
 
 
 def clients_in(text: str) -> Counter:
-    """How often each client of Traffic is there, in whole lines of the access log."""
+    """Return how often each client of Traffic occurs, in complete lines of the access log."""
     return Counter(re.findall(r"(?m)^start=\S+ peer=\S*/(client\d+) .* worker=\S+$", text))
 
 
-def opened_by(process: subprocess.Popen, directory: Path) -> set[str]:
-    """The names of the files in a directory that a process has open."""
+def open_files(process: subprocess.Popen, directory: Path) -> set[str]:
+    """Return the names of the files in a directory that a process has open."""
     names = set()
     for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
@@ -125,12 +125,12 @@ def test_logrotate_loses_no_record_and_leaves_no_extra_file(
             traffic = Traffic(tmp_path, greets, names)
             traffic.start()
         traffic.wait_for(20, wait_for)
-        if how == "copytruncate":  # what comes between the copy and the truncation is lost to anybody
+        if how == "copytruncate":  # lines written between copy and truncation are always lost
             names = traffic.finish()
             wait_for(lambda names=names: clients_in(text_of(logs, "access.log")).total() == len(names))
         rotate(config)
         if signalled:
-            wait_for(lambda: opened_by(process, logs) == {"access.log", "rt.log"})
+            wait_for(lambda: open_files(process, logs) == {"access.log", "rt.log"})
         if number == 0 and how.startswith("create"):
             assert {stat.S_IMODE(path.stat().st_mode) for path in logs.glob("*.log")} == {0o604}
     if traffic.is_alive():
@@ -139,11 +139,11 @@ def test_logrotate_loses_no_record_and_leaves_no_extra_file(
     process.terminate()
     assert process.wait(DEADLINE) == 0
     assert clients_in(text_of(logs, "access.log")) == dict.fromkeys(names, 1)
-    shown = text_of(logs, "rt.log")
-    assert "\0" not in shown
-    assert len(re.findall("listening on unix:", shown)) == 1
-    assert shown.count("Server Shut Down.") == 1
-    assert all(re.match(r"\d{4}-\d\d-\d\dT", line) for line in shown.splitlines())
+    log_text = text_of(logs, "rt.log")
+    assert "\0" not in log_text
+    assert len(re.findall("listening on unix:", log_text)) == 1
+    assert log_text.count("Server Shut Down.") == 1
+    assert all(re.match(r"\d{4}-\d\d-\d\dT", line) for line in log_text.splitlines())
     rotated = {"", ".1", ".2.gz", ".3.gz", ".4.gz", ".5.gz"}
     assert {path.name for path in logs.iterdir()} == {
         f"{log}{end}" for log in ("access.log", "rt.log") for end in rotated
@@ -170,23 +170,23 @@ def test_the_logrotate_snippet_works_after_privileges_are_dropped(start, public,
     traffic.start()
     for _ in range(3):
         traffic.wait_for(20, wait_for)
-        (logs / "rtservice.log").open("a").write("an operator's note\n")  # notifempty: it is not
+        (logs / "rtservice.log").open("a").write("an operator's note\n")  # because of notifempty
         wait_for(lambda: clients_in((logs / "rtservice-access.log").read_text()))
         rotate(config)
     names = traffic.finish()
     process.terminate()
     assert process.wait(DEADLINE) == 0
     assert clients_in(text_of(logs, "rtservice-access.log")) == dict.fromkeys(names, 1)
-    shown = text_of(logs, "rtservice.log")
-    assert shown.count("Server Shut Down.") == 1
-    assert "cannot be" not in shown
+    log_text = text_of(logs, "rtservice.log")
+    assert log_text.count("Server Shut Down.") == 1
+    assert "cannot be" not in log_text
     for path in logs.glob("*.log"):
         state = path.stat()
         assert (stat.S_IMODE(state.st_mode), state.st_uid) == (0o640, 65534)
     assert len([*logs.iterdir()]) == 8
 
 
-# --- rights and directories ---
+# --- permissions and directories ---
 
 
 @as_root
@@ -202,7 +202,7 @@ def test_a_log_file_without_permission_is_reported_and_reopened_once_permitted(
         )
     for name in ("log", "access"):
         (public / name).rename(public / f"{name}.moved")
-        (public / name).touch(0o600)  # root's
+        (public / name).touch(0o600)  # owned by root
     for _ in range(3):
         process.send_signal(signal.SIGUSR1)
         assert greets(tmp_path)
@@ -316,10 +316,10 @@ def test_a_draining_process_and_its_successor_share_log_files(start, tmp_path, w
     assert first.wait(DEADLINE) == 0
     successor.terminate()
     assert successor.wait(DEADLINE) == 0
-    shown = text_of(tmp_path, "log")
-    assert shown.count("listening on unix:") == shown.count("Server Shut Down.") == 2
-    assert all(re.match(r"\d{4}-\d\d-\d\dT", line) for line in shown.splitlines())
-    assert "\0" not in shown
+    log_text = text_of(tmp_path, "log")
+    assert log_text.count("listening on unix:") == log_text.count("Server Shut Down.") == 2
+    assert all(re.match(r"\d{4}-\d\d-\d\dT", line) for line in log_text.splitlines())
+    assert "\0" not in log_text
     lines = text_of(tmp_path, "access").splitlines()
     assert len([line for line in lines if "in=0 out=22" in line]) >= 22
     assert len([line for line in lines if "in=10 out=32" in line]) == 1
@@ -377,7 +377,7 @@ def test_files_beyond_log_files_are_kept_and_reported_once(start, tmp_path, wait
     process.terminate()
     assert process.wait(DEADLINE) == 0
     assert text_of(tmp_path, "log").count(f"{log}.31 and older files not rotated: --log-files is 30") == 1
-    # The one that was the 30th has made room.
+    # The file that was number 30 is removed.
     numbers = {int(path.read_text()) for path in tmp_path.glob("log.*") if path.name != "log.1"}
     assert numbers == {*range(1, 61)} - {30}
 

@@ -1,4 +1,4 @@
-"""Logs of real processes: disks that are full, pipes that nobody reads, formats, and files that are opened anew."""
+"""Logs of real processes: full disks, pipes without a reader, formats, levels, and reopened files."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from tests.support.programs import PROGRAMS
 
 
 def is_idle(process: subprocess.Popen, directory) -> bool:
-    """Whether it does nothing while there is nothing to do, for a second."""
+    """Return whether a process without traffic uses almost no CPU time within a second."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{directory}/s")
         assert client.recv(100) == GREETING
@@ -30,7 +30,7 @@ def is_idle(process: subprocess.Popen, directory) -> bool:
         return cpu_seconds(process.pid) - before < 0.1
 
 
-def end(process: subprocess.Popen) -> int:
+def stop(process: subprocess.Popen) -> int:
     process.terminate()
     return process.wait(DEADLINE)
 
@@ -40,7 +40,7 @@ def end(process: subprocess.Popen) -> int:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 KiB, and one that is always full where none can be mounted."""
+    """A file system of 64 KiB, or None where tmpfs cannot be mounted: /dev/full is used then."""
     directory = tmp_path / "disk"
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]
@@ -75,7 +75,7 @@ def test_a_full_disk_delays_no_client_and_dropped_lines_are_reported_later(
         wait_for(lambda: f"{file} is written again, lines dropped: 0" in main.read_text())
         if what == "--logfile":
             assert f"{file} cannot be written: No space left on device" in main.read_text()
-    assert end(process) == 0
+    assert stop(process) == 0
     if small_disk is not None:
         assert Path(file).read_text().count("peer finished") >= 301
 
@@ -87,7 +87,7 @@ def test_closed_standard_descriptors_do_not_affect_clients(start, tmp_path, clos
     for _ in range(300):
         assert greets(tmp_path)
     assert is_idle(process, tmp_path)
-    assert end(process) == 0
+    assert stop(process) == 0
 
 
 def test_a_closed_log_pipe_does_not_affect_clients(start, tmp_path, greets) -> None:
@@ -96,7 +96,7 @@ def test_a_closed_log_pipe_does_not_affect_clients(start, tmp_path, greets) -> N
     for _ in range(300):
         assert greets(tmp_path)
     assert is_idle(process, tmp_path)
-    assert end(process) == 0
+    assert stop(process) == 0
 
 
 @pytest.mark.parametrize("logger", ["classic", "json"])
@@ -120,7 +120,7 @@ def test_a_full_log_pipe_delays_no_client_and_dropped_records_are_counted(start,
     assert b"standard output cannot be written: the reader is too slow" not in received.split(b"lines dropped")[1]
     records = sum(b"bytes in" in line for line in received.splitlines())
     assert dropped > 100
-    # Whoever waited until it serves and until it is idle has a record too; what says that it cannot be written has not.
+    # The clients of `start` and `is_idle` have records too; the report of the failed write has none.
     assert records + dropped - served in range(1, 5)
 
 
@@ -169,7 +169,7 @@ def test_json_logs_are_one_object_per_line_for_any_input(start, tmp_path, worker
     assert all([*record][:4] == ["time", "level", "namespace", "message"] for record in records)
     (failed,) = [record for record in records if "traceback" in record]
     assert failed["level"] == "critical"
-    # What a worker sends is escaped before any logger has it.
+    # Records of a worker are escaped before any logger receives them.
     assert ("ValueError: a\nvalue\x1b" if workers == 1 else "ValueError: a\nvalue\\x1b") in failed["traceback"]
     ended = [record for record in records if "bytes_in" in record]
     prefix = f"unix:{tmp_path}/"
@@ -186,26 +186,26 @@ def test_text_logger_writes_to_the_log_file_of_twistd(start, tmp_path) -> None:
     log = tmp_path / "x.log"
     twistd = (f"--logfile={log}", "--logger=rtservice.observe.logs.text")
     process = start(twistd=twistd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert end(process) == 0
+    assert stop(process) == 0
     assert process.stdout.read() == b""
-    shown = log.read_text()
-    assert re.search(r"^\d{4}-\d\d-\d\dT\S+Z info     rtservice: listening on unix:", shown, re.MULTILINE)
-    assert "\x1b" not in shown
+    text = log.read_text()
+    assert re.search(r"^\d{4}-\d\d-\d\dT\S+Z info     rtservice: listening on unix:", text, re.MULTILINE)
+    assert "\x1b" not in text
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_text_logs_are_coloured_on_a_terminal_unless_no_color_is_set(start, tmp_path, no_color) -> None:
-    ours, its = pty.openpty()
+    controller, terminal = pty.openpty()
     process = start(
-        twistd=("--logger=rtservice.observe.logs.text",), env={"NO_COLOR": no_color}, stdout=its, stderr=its
+        twistd=("--logger=rtservice.observe.logs.text",), env={"NO_COLOR": no_color}, stdout=terminal, stderr=terminal
     )
-    os.close(its)
+    os.close(terminal)
     process.terminate()
     shown = b""
     with contextlib.suppress(OSError):  # EIO: the other side is closed
-        while data := os.read(ours, 1 << 16):
+        while data := os.read(controller, 1 << 16):
             shown += data
-    os.close(ours)
+    os.close(controller)
     assert b"listening on" in shown
     assert (b"\x1b[" in shown) == (not no_color)
 
@@ -239,7 +239,7 @@ def test_log_levels_apply_in_workers(service, tmp_path) -> None:
     running.stop()
 
 
-# --- files that are opened anew ---
+# --- reopened files ---
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -315,10 +315,10 @@ def test_sigusr1_does_not_end_a_process_with_any_logger(start, tmp_path, twistd,
     for _ in range(10):
         process.send_signal(signal.SIGUSR1)
         assert greets(tmp_path)
-    assert end(process) == 0
+    assert stop(process) == 0
 
 
-# --- starts ---
+# --- invalid options ---
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""A worker that is mad or compromised: what it can do to the supervisor, to other workers, and to the log.
+"""A faulty or compromised worker: its effects on the supervisor, on other workers, and on the log.
 
-The hosted protocol finds its control channel and writes hostile bytes into it, while an innocent client of the other
-worker and a client of /healthz measure their worst round trips.
+The hosted protocol writes hostile bytes to its control channel, while a bystander, a client of the other worker, and a
+client of /healthz measure their maximum response times.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from tests.support.deadline import DEADLINE
 from tests.support.hosted import copy_hosted
 from tests.support.recorded import recorded
 
-# Seconds that nobody else waits for longer. A record with a large width in its format string was 20 s; this machine may
-# be busy, and what is mad is a whole process of its own.
-PATIENCE = 3.0
+# The maximum response time for other clients, in seconds. A record with a large width in its format string took 20 s.
+# Test machines are busy, and the hostile worker uses a core.
+MAXIMUM_LATENCY = 3.0
 
-# What the supervisor's memory may grow by, in bytes. 200,000 invented counters were 291 MB of metrics.
-GROWTH = 48 << 20
+# The maximum growth of the supervisor's memory, in bytes. 200,000 invented counters were 291 MB of metrics.
+MAXIMUM_GROWTH = 48 << 20
 
 
 class Meter(threading.Thread):
-    """Asks again and again, and measures the longest time until an answer."""
+    """Sends requests repeatedly, and measures the maximum response time."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -50,7 +50,7 @@ class Meter(threading.Thread):
             began = time.monotonic()
             try:
                 self._ask()
-            except Exception as problem:  # which the test shows
+            except Exception as problem:  # reported by `World.check`
                 self.problem = problem
                 return
             self.worst = max(self.worst, time.monotonic() - began)
@@ -58,23 +58,23 @@ class Meter(threading.Thread):
             self._ended.wait(0.01)
 
     def stop(self) -> None:
-        """Have it ask some more, and end."""
-        enough = self.count + 10
-        while self.count < enough and self.is_alive():
+        """Wait for ten more requests, and stop."""
+        last = self.count + 10
+        while self.count < last and self.is_alive():
             self._ended.wait(0.01)
         self._ended.set()
         self.join(DEADLINE)
 
 
 class World:
-    """A service with two workers, an innocent client of one of them, and the other one, which may go mad."""
+    """A service with two workers: one serves a bystander, the other executes attacks."""
 
     def __init__(self, service: Any) -> None:
         self.service = service
         self.pid: int = service.process.pid
         self.site = f"http://{service.wait_event('status.listening')['listener'].rpartition('tcp:')[2]}"
-        self.innocent = service.connect()
-        self.innocent_pid = self.ask_pid(self.innocent)
+        self.bystander = service.connect()
+        self.bystander_pid = self.ask_pid(self.bystander)
         self.memory = service.peak_memory
         self._meters = (Meter(self._exchange), Meter(self._health))
 
@@ -89,7 +89,7 @@ class World:
         return int(answer)
 
     def _exchange(self) -> None:
-        assert self.ask_pid(self.innocent) == self.innocent_pid
+        assert self.ask_pid(self.bystander) == self.bystander_pid
 
     def _health(self) -> None:
         assert self.get("/healthz") == b"alive\n"
@@ -99,13 +99,13 @@ class World:
             return bytes(answer.read())
 
     def victim(self) -> tuple[socket.socket, int]:
-        """A client of the worker that is not the innocent one's."""
+        """Return a client of the other worker, and the pid of that worker."""
         end = time.monotonic() + DEADLINE
         while time.monotonic() < end:
             with contextlib.suppress(ConnectionError):
                 client = self.service.connect()
                 pid = self.ask_pid(client)
-                if pid != self.innocent_pid:
+                if pid != self.bystander_pid:
                     return client, pid
                 client.close()
             threading.Event().wait(0.02)
@@ -118,23 +118,23 @@ class World:
             return pid
 
     def recorded(self, name: str, /, **fields: Any) -> list[dict[str, Any]]:
-        """The records of an event with these fields, so far."""
+        """Return the records of an event with these fields, so far."""
         return recorded(self.service.events, name, **fields)
 
     def check(self) -> None:
-        """That nobody else has noticed anything."""
+        """Check that response times and memory stayed within the limits, and stop the service."""
         for meter in self._meters:
             meter.stop()
             assert meter.problem is None
-            assert meter.worst < PATIENCE, [each.worst for each in self._meters]
-        assert self.service.peak_memory - self.memory < GROWTH
-        self.innocent.close()
+            assert meter.worst < MAXIMUM_LATENCY, [each.worst for each in self._meters]
+        assert self.service.peak_memory - self.memory < MAXIMUM_GROWTH
+        self.bystander.close()
         assert self.service.stop() == 0
 
 
 @pytest.fixture
 def world(hosted, tmp_path) -> Callable[..., World]:
-    """Starts a service with workers that can go mad."""
+    """Start a service whose workers execute attacks."""
     copy_hosted("mad", tmp_path)
 
     def start(*arguments: str) -> World:
@@ -149,7 +149,7 @@ VIOLATIONS = {
     "format": "an unknown message 'log'",
     "names": "a heartbeat with an unknown counter 'invented0'",
     "labels": "a heartbeat with more than 100 labels of 'protocol'",
-    # Whichever is found first: a heartbeat of the worker's may come into it, and end its line.
+    # Depends on timing: a heartbeat of the worker may be interleaved, and end the line.
     "long": "a message of more than 262144 bytes|a message 'beat' of more than 65536 bytes",
     "partial": "a message of more than 262144 bytes",
     "binary": "an unknown message |a message of more than",
@@ -185,7 +185,7 @@ def test_a_worker_that_violates_the_protocol_is_killed_and_logged_once(world, na
         assert len(line) < 300
         running.service.wait_event("worker.restarting", count)
     assert len(running.recorded("worker.violation")) == len(names)
-    running.victim()[0].close()  # it was replaced
+    running.victim()[0].close()  # the worker was replaced
     assert len(running.get("/metrics")) < 100_000
     assert len(running.get("/status.json")) < 100_000
     running.check()
@@ -199,22 +199,22 @@ def test_a_flood_from_a_worker_is_throttled_and_the_supervisor_stays_responsive(
     while time.monotonic() < end:
         running.get("/readyz")
         running.get("/status.json?limit=10")
-    # Signals are obeyed, and questions answered, meanwhile.
+    # Meanwhile, signals are handled and status requests answered.
     running.service.process.send_signal(signal.SIGTTIN)
     wait_for(lambda: running.recorded("worker.ready", slot=2))
-    assert running.innocent_pid in {worker["pid"] for worker in json.loads(running.get("/status.json"))["workers"]}
+    assert running.bystander_pid in {worker["pid"] for worker in json.loads(running.get("/status.json"))["workers"]}
     running.check()
 
 
 def test_a_worker_that_does_not_read_gets_few_queries_and_is_killed(world, wait_for) -> None:
     running = world("--hang-timeout=4")
     pid = running.attack("deaf")
-    asked: list[threading.Thread] = []
+    requests: list[threading.Thread] = []
     for _ in range(40):
-        asked.append(threading.Thread(target=running.get, args=("/status.json?limit=500",), daemon=True))
-        asked[-1].start()
+        requests.append(threading.Thread(target=running.get, args=("/status.json?limit=500",), daemon=True))
+        requests[-1].start()
     running.service.wait_event("worker.unresponsive", pid=pid, seconds=4.0)
-    for thread in asked:
+    for thread in requests:
         thread.join(DEADLINE)
     running.victim()[0].close()
     running.check()

@@ -1,4 +1,4 @@
-"""What is left of root once --uid, --gid and --euid have been followed."""
+"""Privileges of root that remain after --uid, --gid and --euid."""
 
 import os
 import shutil
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can change t
 
 
 def credentials(pid: int) -> dict[str, set[str]]:
-    """The user, group and capability fields of proc_pid_status(5), each as a set of its values."""
+    """Return the user, group and capability fields of proc_pid_status(5), each as a set of its values."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {name: set(fields[name].split()) for name in ("Uid", "Gid", "Groups", "CapPrm", "CapEff")}
 
 
 @pytest.mark.parametrize("daemon", [False, True], ids=["fore", "daemon"])
-@pytest.mark.parametrize("more", [[], ["--workers=2"], ["--check"]], ids=["one", "workers", "check"])
+@pytest.mark.parametrize("more", [[], ["--workers=2"], ["--check"]], ids=["single-process", "workers", "check"])
 @pytest.mark.parametrize(
     "options", [["--uid=nobody"], ["--gid=nogroup"], ["--uid=nobody", "--gid=nogroup"]], ids=" ".join
 )
@@ -78,7 +78,7 @@ def test_a_user_without_a_passwd_entry_gets_only_its_group(service, options, gid
 
 
 def test_a_user_is_looked_up_before_chroot(service, tmp_path) -> None:
-    """The new root has no accounts, as most have not, and no libraries that know of any."""
+    """The new root has no passwd file and no NSS libraries, as is usual."""
     running = service("--listen=unix:/s", twistd=(f"--chroot={tmp_path}", "--uid=nobody"))
     found = credentials(running.process.pid)
     assert (found["Uid"], found["Gid"], found["Groups"]) == ({NOBODY}, {NOBODY}, {NOBODY})
@@ -110,7 +110,7 @@ def test_an_invalid_user_is_one_error_line(run, tmp_path, options, words, check)
     ids=lambda value: " ".join(value),
 )
 def test_missing_privileges_are_one_error_line_before_anything_is_bound(environment, tmp_path, options, words) -> None:
-    # Root without its capabilities: no other user may be able to read the interpreter.
+    # Root without capabilities, because other users may not be able to read the interpreter.
     command = ["setpriv", "--bounding-set=-sys_chroot,-setuid,-setgid", "--inh-caps=-all", "--"]
     command += [BIN / "twistd", "-n", "--pidfile=", *options, "rtservice", "--listen=unix:s"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE)

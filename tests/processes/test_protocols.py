@@ -1,4 +1,4 @@
-"""Protocols of anybody's, in real processes: how they start, what they get, and what a bad one cannot do."""
+"""Hosted protocols in real processes: start, options, and containment of faulty protocols."""
 
 import contextlib
 import signal
@@ -35,15 +35,15 @@ def test_a_factory_starts_once_before_accepting_and_stops_after_the_last_connect
         assert client.recv(100) == b"HI?"
         running.stop()
         assert client.recv(100) == b"bye"
-    told = [record["message"] for record in running.records]
-    order = [told.index(word) for word in ("startFactory", "start", "drain", "stopFactory")]
+    messages = [record["message"] for record in running.records]
+    order = [messages.index(word) for word in ("startFactory", "start", "drain", "stopFactory")]
     assert order == sorted(order)
-    assert [told.count(word) for word in ("startFactory", "start", "drain", "stopFactory")] == [1, 1, 1, 1]
-    listening = next(number for number, line in enumerate(told) if line.startswith("listening on"))
-    assert told.index("start") < listening < told.index("drain")
-    assert any(line.startswith("shouting at 127.0.0.1:") and line.endswith(", 1") for line in told)
-    record = next(number for number, line in enumerate(told) if "bytes out" in line)
-    assert record < told.index("stopFactory")
+    assert [messages.count(word) for word in ("startFactory", "start", "drain", "stopFactory")] == [1, 1, 1, 1]
+    listening = next(number for number, line in enumerate(messages) if line.startswith("listening on"))
+    assert messages.index("start") < listening < messages.index("drain")
+    assert any(line.startswith("shouting at 127.0.0.1:") and line.endswith(", 1") for line in messages)
+    record = next(number for number, line in enumerate(messages) if "bytes out" in line)
+    assert record < messages.index("stopFactory")
 
 
 @pytest.mark.usefixtures("good")
@@ -244,7 +244,7 @@ def test_threads_that_never_end_delay_the_exit_until_a_second_signal(service, wa
         assert client.recv(1) == b"x"
         running.process.send_signal(signal.SIGTERM)
         running.wait_event("drain.done")
-        # Those of the first half second are the first one once more.
+        # Signals within half a second of the first are ignored as duplicates.
         wait_for(lambda: running.process.send_signal(signal.SIGTERM) or running.process.poll() is not None)
         assert running.process.wait(30) == 128 + signal.SIGTERM
 
@@ -256,7 +256,7 @@ def test_a_permanently_blocked_reactor_is_logged_and_repeated_signals_end_it(ser
         client.sendall(b"loop")
         blocked = running.wait_event("reactor.blocked")
         assert "in dataReceived" in blocked["stack"]
-        # Those of half a second are one.
+        # Signals within half a second count once.
         wait_for(lambda: running.process.send_signal(signal.SIGTERM) or running.process.poll() is not None)
         assert running.process.wait(30) == 128 + signal.SIGTERM
     running.wait_event("stop.forced", signal="SIGTERM")
@@ -286,14 +286,14 @@ def test_a_chat_member_that_does_not_read_is_disconnected(service) -> None:
         slow.settimeout(30)
         slow.connect(("127.0.0.1", running.port))
         slow.sendall(b"slow\n/join tea\n")
-        heard = ann.makefile("rb")
+        received = ann.makefile("rb")
         ann.sendall(b"ann\n/join tea\n")
-        said = b"x" * 1000
-        while b"left" not in heard.readline():
-            ann.sendall(said + b"\n")
+        message = b"x" * 1000
+        while b"left" not in received.readline():
+            ann.sendall(message + b"\n")
         ann.sendall(b"/who\n")
-        while (line := heard.readline()) != b"* ann\r\n":
-            assert said in line
+        while (line := received.readline()) != b"* ann\r\n":
+            assert message in line
     assert running.stop() == 0
 
 

@@ -1,4 +1,4 @@
-"""SIGHUP: certificates and settings of a running service are read again, and whatever is wrong changes nothing."""
+"""SIGHUP reloads certificates and settings of a running service; invalid ones change nothing."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl
 
 @pytest.fixture(scope="module")
 def renewed(certificates):
-    """The certificates, with more of localhost's and of some names."""
+    """The certificates, with two more for localhost and one for each of three other names."""
     for name in ("first", "second"):
         certificates.make(name, "server", "ca")
     for name in ("a", "b", "c"):
@@ -37,7 +37,7 @@ def renewed(certificates):
 
 @pytest.fixture
 def put(renewed, tmp_path):
-    """Puts a certificate and its key in place, as an ACME client does: each file at once."""
+    """Install a certificate and its key as an ACME client does: each file is replaced atomically."""
 
     def copy(name: str, file: str = "served", suffixes: tuple[str, ...] = ("key", "pem")) -> None:
         for suffix in suffixes:
@@ -47,7 +47,7 @@ def put(renewed, tmp_path):
     return copy
 
 
-def pipe(path: Path) -> None:
+def replace_by_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
@@ -55,12 +55,12 @@ def pipe(path: Path) -> None:
 TLS = "--listen=ssl:0:interface=127.0.0.1:privateKey=served.key:certKey=served.pem"
 
 
-def shown(port: int, name: str = "localhost") -> bytes:
-    """The certificate that openssl is shown, as DER."""
+def served_certificate(port: int, name: str = "localhost") -> bytes:
+    """Return the certificate that the server sends to openssl, as DER."""
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-servername", name]
-    said = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE).stdout
+    output = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE).stdout
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-    return ssl.PEM_cert_to_DER_cert(begin + said.split(begin)[1].split(end)[0] + end)
+    return ssl.PEM_cert_to_DER_cert(begin + output.split(begin)[1].split(end)[0] + end)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def der(renewed):
 
 @pytest.fixture
 def tls_client(renewed):
-    """Connects with TLS and reads the greeting."""
+    """Connect with TLS and read the greeting."""
 
     def connect(port: int) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=renewed["ca.pem"])
@@ -93,8 +93,8 @@ def echoes(client: socket.socket, data: bytes = b"still here") -> bool:
     return received == data
 
 
-def hang_up(running) -> str:
-    """Reloads; gives the settings that have changed, or what was wrong."""
+def reload(running) -> str:
+    """Reload; return the settings that changed, or the problem if the reload failed."""
     done = running.reload()
     if done["event"] == "reload.failed":
         assert done["level"] == "error"
@@ -117,12 +117,12 @@ def errors(running) -> list[dict]:
 def test_sighup_loads_a_renewed_certificate_and_keeps_open_connections(service, put, der, tls_client, library) -> None:
     put("first")
     running = service(f"{TLS}:library={library}")
-    assert shown(running.port) == der("first")
+    assert served_certificate(running.port) == der("first")
     with tls_client(running.port) as old:
         put("second")
-        assert shown(running.port) == der("first")
-        assert hang_up(running) == "none"
-        assert shown(running.port) == der("second")
+        assert served_certificate(running.port) == der("first")
+        assert reload(running) == "none"
+        assert served_certificate(running.port) == der("second")
         assert old.getpeercert(binary_form=True) == der("first")
         assert echoes(old)
         with tls_client(running.port) as new:
@@ -137,7 +137,7 @@ def test_sighup_loads_a_renewed_certificate_and_keeps_open_connections(service, 
         (lambda put, here: (here / "served.key").write_bytes(b"\0\xff" * 99), "no usable private key in PEM form"),
         (lambda put, here: (here / "served.pem").write_text(""), "no usable certificate in PEM form"),
         (lambda put, here: (here / "served.key").unlink(), "cannot read the private key"),
-        (lambda put, here: pipe(here / "served.key"), "not a regular file"),
+        (lambda put, here: replace_by_pipe(here / "served.key"), "not a regular file"),
     ],
     ids=["mismatch", "garbage", "binary", "empty", "missing", "pipe"],
 )
@@ -148,14 +148,14 @@ def test_reload_with_an_invalid_certificate_logs_one_line_and_keeps_the_current_
     running = service(TLS)
     with tls_client(running.port) as old:
         spoil(put, tmp_path)
-        line = hang_up(running)
+        line = reload(running)
         assert problem in line
         assert str(tmp_path / "served.") in line
-        assert shown(running.port) == der("first")
+        assert served_certificate(running.port) == der("first")
         assert echoes(old)
         put("second")
-        hang_up(running)
-        assert shown(running.port) == der("second")
+        reload(running)
+        assert served_certificate(running.port) == der("second")
     assert running.stop() == 0
     assert len(errors(running)) == 1
     assert not lines(running, "Traceback")
@@ -168,11 +168,11 @@ def test_watch_certificates_loads_a_replaced_certificate_without_a_signal(
     running = service(TLS, "--watch-certificates")
     (tmp_path / "served.key").write_text("half of a ke")
     assert "no usable private key" in running.wait_event("certificates.rejected")["problem"]
-    assert shown(running.port) == der("first")
+    assert served_certificate(running.port) == der("first")
     put("second")
     running.wait_event("certificate.loaded", 2)
-    assert shown(running.port) == der("second")
-    # What is wrong is said once for each change, and not each time that is looked.
+    assert served_certificate(running.port) == der("second")
+    # A problem is logged once per change, not once per check.
     assert len(recorded(running.events, "certificates.rejected")) <= 2
 
 
@@ -185,18 +185,18 @@ def test_the_certificate_of_the_status_server_is_reloaded(service, put, der, wai
         "--listen=tcp:0:interface=127.0.0.1", TLS.replace("--listen", "--status"), f"--workers={workers}", *more
     )
     port = int(running.wait_event("status.listening")["listener"].rpartition(":")[2])
-    assert shown(port) == der("first")
+    assert served_certificate(port) == der("first")
     put("second")
     if how == "SIGHUP":
-        hang_up(running)
-        assert shown(port) == der("second")
+        reload(running)
+        assert served_certificate(port) == der("second")
     else:
-        wait_for(lambda: shown(port) == der("second"))
+        wait_for(lambda: served_certificate(port) == der("second"))
     assert running.stop() == 0
 
 
-def revoked(certificates, path: Path, *names: str, period: tuple[str, ...] = ("-crldays", "30")) -> None:
-    """Puts a list in place in which `ca` has revoked certificates."""
+def write_crl(certificates, path: Path, *names: str, period: tuple[str, ...] = ("-crldays", "30")) -> None:
+    """Install a revocation list of `ca` that contains these certificates."""
     config, index = certificates["revoke.cnf"], certificates["revoke.index"]
     Path(index).write_text("")
     Path(config).write_text(f"[ca]\ndefault_ca=own\n[own]\ndatabase={index}\ndefault_md=sha256\n")
@@ -207,8 +207,8 @@ def revoked(certificates, path: Path, *names: str, period: tuple[str, ...] = ("-
     path.with_suffix(".new").replace(path)
 
 
-def let_in(port: int, certificates, name: str) -> bool:
-    """Whether a client with this certificate is greeted."""
+def is_accepted(port: int, certificates, name: str) -> bool:
+    """Return whether a client with this certificate is greeted."""
     context = ssl.create_default_context(cafile=certificates["ca.pem"])
     context.load_cert_chain(certificates[f"{name}.pem"], certificates[f"{name}.key"])
     with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as plain:
@@ -228,38 +228,38 @@ def test_a_revoked_client_certificate_is_refused_after_a_reload(
     renewed.make("gone", "client", "ca")
     put("first")
     path = tmp_path / "clients.crl"
-    revoked(renewed, path)
+    write_crl(renewed, path)
     more = ["--watch-certificates"] if how == "watched" else []
     policy = f"clientCA={renewed['ca.pem']}:clientCRL={path}:library={library}"
     running = service(f"{TLS}:{policy}", f"--workers={workers}", *more)
     running.wait_event("revocation.loaded", path=re.compile("/clients.crl$"), left="29 days")
-    assert [let_in(running.port, renewed, name) for name in ("client", "gone", "stranger")] == [True, True, False]
-    revoked(renewed, path, "gone")
+    assert [is_accepted(running.port, renewed, name) for name in ("client", "gone", "stranger")] == [True, True, False]
+    write_crl(renewed, path, "gone")
     if how == "SIGHUP":
-        hang_up(running)
-    wait_for(lambda: not let_in(running.port, renewed, "gone"))
-    assert let_in(running.port, renewed, "client")
+        reload(running)
+    wait_for(lambda: not is_accepted(running.port, renewed, "gone"))
+    assert is_accepted(running.port, renewed, "client")
     assert running.stop() == 0
 
 
 def test_an_expired_revocation_list_logs_a_warning_and_refuses_all_clients(service, put, renewed, tmp_path) -> None:
     put("first")
     path = tmp_path / "clients.crl"
-    revoked(renewed, path, period=("-crl_lastupdate", "20200101000000Z", "-crl_nextupdate", "20200201000000Z"))
+    write_crl(renewed, path, period=("-crl_lastupdate", "20200101000000Z", "-crl_nextupdate", "20200201000000Z"))
     running = service(f"{TLS}:clientCA={renewed['ca.pem']}:clientCRL={path}")
     assert running.wait_event("revocation.expired", path=re.compile("/clients.crl$"))["level"] == "warn"
-    assert not let_in(running.port, renewed, "client")
-    revoked(renewed, path)
-    hang_up(running)
-    assert let_in(running.port, renewed, "client")
+    assert not is_accepted(running.port, renewed, "client")
+    write_crl(renewed, path)
+    reload(running)
+    assert is_accepted(running.port, renewed, "client")
     path.write_text("junk")
-    assert "no usable revocation list in PEM form" in hang_up(running)
-    assert let_in(running.port, renewed, "client")
+    assert "no usable revocation list in PEM form" in reload(running)
+    assert is_accepted(running.port, renewed, "client")
     assert running.stop() == 0
 
 
 def hello(name: bytes) -> bytes:
-    """A ClientHello of TLS 1.2 that asks for a name (RFC 5246, section 7.4.1.2; RFC 6066, section 3)."""
+    """Return a ClientHello of TLS 1.2 with a server name (RFC 5246, section 7.4.1.2; RFC 6066, section 3)."""
     entry = struct.pack("!HBH", len(name) + 3, 0, len(name)) + name
     extensions = struct.pack("!HH", 0, len(entry)) + entry
     ciphers = b"\xc0\x2f\xc0\x2b"
@@ -291,15 +291,15 @@ def test_reload_adds_and_removes_names_of_a_certificate_directory(service, put, 
     put("a", "names/a")
     put("b", "names/b")
     running = service("--listen=ssl:0:interface=127.0.0.1:certificates=names")
-    assert [shown(running.port, f"{name}.example") for name in "abc"] == [der("a"), der("b"), der("a")]
+    assert [served_certificate(running.port, f"{name}.example") for name in "abc"] == [der("a"), der("b"), der("a")]
     put("c", "names/c")
     for suffix in ("pem", "key"):
         (tmp_path / f"names/b.{suffix}").unlink()
-    hang_up(running)
-    assert [shown(running.port, f"{name}.example") for name in "abc"] == [der("a"), der("a"), der("c")]
+    reload(running)
+    assert [served_certificate(running.port, f"{name}.example") for name in "abc"] == [der("a"), der("a"), der("c")]
     (tmp_path / "names/c.key").unlink()
-    assert "no private key for" in hang_up(running)
-    assert shown(running.port, "c.example") == der("c")
+    assert "no private key for" in reload(running)
+    assert served_certificate(running.port, "c.example") == der("c")
 
 
 def test_days_until_expiry_are_logged_at_start_and_reload(service, put, renewed) -> None:
@@ -308,11 +308,11 @@ def test_days_until_expiry_are_logged_at_start_and_reload(service, put, renewed)
     running = service(TLS)
     running.wait_event("certificate.loaded", path=re.compile("/served.pem$"), names="localhost", days_left=89)
     put("short")
-    hang_up(running)
+    reload(running)
     running.wait_event("certificate.loaded", path=re.compile("/served.pem$"), names="localhost", days_left=6)
     renewed.make("many", "server", "ca", alternative=",".join(f"DNS:n{number}.example" for number in range(500)))
     put("many")
-    hang_up(running)
+    reload(running)
     running.wait_event(
         "certificate.loaded", names=re.compile(r"^n0\.example,( n[1-4]\.example,?){4} and 495 more$"), days_left=89
     )
@@ -320,7 +320,7 @@ def test_days_until_expiry_are_logged_at_start_and_reload(service, put, renewed)
 
 @pytest.fixture
 def fill(renewed, tmp_path):
-    """Writes certificates into a directory, for NAMEn.example and one key; those of another `serial` are others."""
+    """Write certificates for NAMEn.example, all with one key, into a directory; `serial` makes them differ."""
     (tmp_path / "names").mkdir()
     key = Path(renewed["first.key"]).read_text()
 
@@ -349,8 +349,8 @@ def test_many_certificates_with_odd_names_are_reloaded_while_clients_are_served(
     running.wait_event(
         "certificate.loaded", path=re.compile("/a2.pem$"), names="a2.example, müller2.example", days_left=89
     )
-    assert shown(port, "a1.example") == der_of(tmp_path / "names/a1.pem")
-    # Another one is asked for while this one is read, which finds what has changed meanwhile.
+    assert served_certificate(port, "a1.example") == der_of(tmp_path / "names/a1.pem")
+    # A second reload is requested during the first one, and finds the later change.
     fill("b", range(120))
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(DEADLINE)
@@ -363,18 +363,20 @@ def test_many_certificates_with_odd_names_are_reloaded_while_clients_are_served(
         fill("a", range(1, 2), serial=2)
         running.process.send_signal(signal.SIGHUP)
         running.wait_event("reload.started", 2)
-        running.wait_event("reload.done", 2 if workers == 1 else 1)  # with more, both may end as one
+        running.wait_event("reload.done", 2 if workers == 1 else 1)  # with workers, both may be reported once
         for name in ("a1", "b119"):
-            wait_for(lambda name=name: shown(port, f"{name}.example") == der_of(tmp_path / f"names/{name}.pem"))
+            wait_for(
+                lambda name=name: served_certificate(port, f"{name}.example") == der_of(tmp_path / f"names/{name}.pem")
+            )
         assert echoes(client)
-    # What cannot be read changes nothing, whatever comes before it.
+    # An unreadable file changes nothing, although valid files precede it.
     fill("a", range(1, 2), serial=3)
     (tmp_path / "names/z.pem").write_text("junk")
     running.process.send_signal(signal.SIGHUP)
     assert "/names/z.pem'" in running.wait_event("reload.failed")["problem"]
-    assert shown(port, "b1.example") == der_of(tmp_path / "names/b1.pem")
-    assert shown(port, "a1.example") != der_of(tmp_path / "names/a1.pem")
-    # A stop does not wait for what is read.
+    assert served_certificate(port, "b1.example") == der_of(tmp_path / "names/b1.pem")
+    assert served_certificate(port, "a1.example") != der_of(tmp_path / "names/a1.pem")
+    # A stop does not wait for a reload.
     (tmp_path / "names/z.pem").unlink()
     fill("b", range(120), serial=2)
     running.process.send_signal(signal.SIGHUP)
@@ -384,7 +386,7 @@ def test_many_certificates_with_odd_names_are_reloaded_while_clients_are_served(
     assert len(errors(running)) == 1
 
 
-# The program itself would stand between the test and the service.
+# The program `faketime` would be a process between the test and the service.
 FAKETIME = [str(path) for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1")]
 
 
@@ -394,8 +396,8 @@ def test_a_certificate_outside_its_validity_period_is_served_with_a_warning(serv
     put("first")
     running = service(TLS, LD_PRELOAD=FAKETIME[0], FAKETIME=clock)
     assert running.wait_event(state, path=re.compile("/served.pem$"), names="localhost")["level"] == "warn"
-    assert shown(running.port) == der("first")
-    hang_up(running)
+    assert served_certificate(running.port) == der("first")
+    reload(running)
     running.wait_event(state, 2, path=re.compile("/served.pem$"))
 
 
@@ -404,7 +406,7 @@ def test_a_certificate_outside_its_validity_period_is_served_with_a_warning(serv
 
 @pytest.fixture
 def configured(service, tmp_path):
-    """Starts the service with a file, and gives a function that replaces it and reloads."""
+    """Start the service with a settings file; return it and a function that replaces the file and reloads."""
 
     def start(before: str, *arguments: str, **more):
         file = tmp_path / "rt.toml"
@@ -413,7 +415,7 @@ def configured(service, tmp_path):
 
         def change(content: str) -> str:
             file.write_text(content)
-            return hang_up(running)
+            return reload(running)
 
         return running, change
 
@@ -514,7 +516,7 @@ def test_reload_changes_the_log_level(configured, tmp_path, read_all) -> None:
         return peer
 
     running.wait_event("connection.closed", peer=visit())
-    # Its success is an info, and not seen any more; that of the greeting is a warning.
+    # The reload itself is logged with level info, which is hidden then; the greeting causes a warning.
     (tmp_path / "rt.toml").write_text("log-level = 'warn'\ngreeting = 'x'")
     running.process.send_signal(signal.SIGHUP)
     running.wait_event("settings.need_restart")
@@ -541,11 +543,11 @@ def test_reload_can_enable_watch_certificates(configured, put, der) -> None:
     put("second")
     running.wait_event("certificates.changed")
     running.wait_event("certificate.loaded", 3)
-    assert shown(running.port) == der("second")
+    assert served_certificate(running.port) == der("second")
 
 
 def test_settings_that_need_a_restart_are_reported_at_each_reload_and_not_applied(configured) -> None:
-    # Port 1 would be one that is refused or taken, and is not tried.
+    # Port 1 could not be bound, and is not tried.
     running, change = configured("listen = 'tcp:0:interface=127.0.0.1'", "--backlog=7")
     for count in (1, 2):
         change("port = 1\ngreeting = 'x'\nframing = 'line'\nmax-message = 1\ngreet = 'first-data'\nbacklog = 9\n")
@@ -580,11 +582,11 @@ def test_reload_with_an_invalid_file_changes_nothing(configured, put, der, tmp_p
     put("second")
     file = tmp_path / "rt.toml"
     file.unlink() if content is None else file.write_text(content, errors="surrogateescape")
-    line = hang_up(running)
+    line = reload(running)
     assert line.startswith(f"{file}: ")
     assert problem in line
     with running.connect(), running.connect():
-        assert shown(running.port) == der("first")
+        assert served_certificate(running.port) == der("first")
     assert not recorded(running.events, "connection.refused")
     assert running.stop() == 0
     assert not lines(running, "Traceback")
@@ -601,16 +603,16 @@ def test_reload_with_an_invalid_certificate_keeps_the_current_settings(configure
     assert change("idle-timeout = 0.1") == "idle-timeout"
 
 
-# --- at any time ---
+# --- signals at any time ---
 
 
 def test_a_hundred_sighups_lose_no_client(configured, put, der, tls_client) -> None:
     put("first")
     running, change = configured("", TLS)
-    port, over, served, problems = running.port, threading.Event(), [], []
+    port, stopped, served, problems = running.port, threading.Event(), [], []
 
     def visit() -> None:
-        while not over.is_set():
+        while not stopped.is_set():
             try:
                 with tls_client(port) as client:
                     assert echoes(client)
@@ -626,7 +628,7 @@ def test_a_hundred_sighups_lose_no_client(configured, put, der, tls_client) -> N
             put(("first", "second")[number % 2], suffixes=("pem", "key") if number % 3 else ("pem",))
             running.process.send_signal(signal.SIGHUP)
             assert echoes(old)
-    over.set()
+    stopped.set()
     for visitor in visitors:
         visitor.join(DEADLINE)
     assert not problems
@@ -634,7 +636,7 @@ def test_a_hundred_sighups_lose_no_client(configured, put, der, tls_client) -> N
     put("second")
     change("idle-timeout = 7")
     running.wait_event("settings.reloaded", settings="idle-timeout")
-    assert shown(port) == der("second")
+    assert served_certificate(port) == der("second")
     assert running.stop() == 0
     assert not lines(running, "Traceback")
 
@@ -670,7 +672,7 @@ def test_sigusr1_without_a_log_file_is_harmless(service) -> None:
     assert running.stop() == 0
 
 
-# --- where the process cannot read any more ---
+# --- after privileges are dropped ---
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user or the root")
@@ -678,9 +680,9 @@ def test_reload_after_dropping_privileges_reports_an_unreadable_key(service, put
     put("first")
     (tmp_path / "served.key").chmod(0o600)
     running = service(TLS, twistd=("--uid=nobody",))
-    assert "the private key" in (line := hang_up(running)) or "the certificate" in line
+    assert "the private key" in (line := reload(running)) or "the certificate" in line
     assert "permission denied" in line
-    assert shown(running.port) == der("first")
+    assert served_certificate(running.port) == der("first")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user or the root")
@@ -688,6 +690,6 @@ def test_reload_after_chroot_reports_files_outside_the_root(service, put, der, t
     put("first")
     (tmp_path / "rt.toml").write_text("")
     running = service(TLS, twistd=(f"--chroot={tmp_path}",))
-    line = hang_up(running)
+    line = reload(running)
     assert line.startswith("cannot read the certificate")
-    assert shown(running.port) == der("first")
+    assert served_certificate(running.port) == der("first")

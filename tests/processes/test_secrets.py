@@ -1,4 +1,4 @@
-"""Secret options in real processes: their sources, and that they are shown nowhere."""
+"""Secret options in real processes: their sources, and their absence from every output."""
 
 import json
 import os
@@ -29,17 +29,17 @@ def keeper(tmp_path: Path, environment: dict[str, str]) -> None:
     environment["PYTHONPATH"] = str(tmp_path)
 
 
-def told(running) -> dict[str, object]:
+def options_received(running) -> dict[str, object]:
     with running.connect() as client, client.makefile("rb") as lines:
         return json.loads(lines.readline())
 
 
-def assert_nothing_shown(running) -> None:
+def assert_no_secret_logged(running) -> None:
     shown = [line for line in running.lines if "hunter2" in line]
     assert not shown, shown
 
 
-def asked(running, path: str) -> str:
+def response(running, path: str) -> str:
     port = running.wait_event("status.listening")["listener"].rpartition(":")[2]
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
@@ -57,14 +57,14 @@ def test_a_secret_reaches_the_protocol_and_appears_in_no_output(service, tmp_pat
         RTSERVICE_PROTOCOL_OPTION=json.dumps(["raw=$CARRIED", "number=7"]),
         CARRIED=CARRIED,
     )
-    given = told(running)
+    given = options_received(running)
     assert (given["password"], given["text"], given["raw"]) == (FILED, LITERAL, CARRIED)
     # Child processes of the protocol would inherit it.
     assert given["environment"] == []
     running.wait_line("made with <hidden>")
-    settings = json.loads(asked(running, "/status.json"))["settings"]
+    settings = json.loads(response(running, "/status.json"))["settings"]
     assert settings["protocol-option"] == "password, text, raw, number"
-    assert not any("hunter2" in asked(running, path) for path in ("/", "/status.json", "/metrics", "/nowhere"))
+    assert not any("hunter2" in response(running, path) for path in ("/", "/status.json", "/metrics", "/nowhere"))
     for pid in children(running.process.pid):
         assert b"hunter2" not in Path(f"/proc/{pid}/cmdline").read_bytes()
         assert b"RTSERVICE_PROTOCOL_OPTION" not in Path(f"/proc/{pid}/environ").read_bytes()
@@ -77,23 +77,23 @@ def test_a_secret_reaches_the_protocol_and_appears_in_no_output(service, tmp_pat
     )
     assert running.reload()["event"] == "reload.failed"
     assert running.stop() == 0
-    assert_nothing_shown(running)
+    assert_no_secret_logged(running)
 
 
 def test_new_workers_get_the_current_content_of_the_file(service, tmp_path) -> None:
     (tmp_path / "pw").write_text(FILED)
     running = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, "--workers=2")
-    assert told(running)["password"] == FILED
+    assert options_received(running)["password"] == FILED
     (tmp_path / "pw").write_text(NEWER)
     assert running.reload()["event"] == "reload.done"
-    assert told(running)["password"] == NEWER
+    assert options_received(running)["password"] == NEWER
     (tmp_path / "pw").unlink()
     problem = running.reload()["problem"]
     assert problem.startswith("--protocol keeper:Keeper: option password: cannot read the file")
     assert f"'{tmp_path}/pw': no such file or directory" in problem
-    assert told(running)["password"] == NEWER
+    assert options_received(running)["password"] == NEWER
     assert running.stop() == 0
-    assert_nothing_shown(running)
+    assert_no_secret_logged(running)
 
 
 def test_a_single_process_keeps_the_content_from_its_start(service, tmp_path) -> None:
@@ -101,7 +101,7 @@ def test_a_single_process_keeps_the_content_from_its_start(service, tmp_path) ->
     running = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP)
     (tmp_path / "pw").unlink()
     assert running.reload()["event"] == "reload.done"
-    assert told(running)["password"] == FILED
+    assert options_received(running)["password"] == FILED
 
 
 @with_and_without_workers
@@ -112,9 +112,9 @@ def test_a_relative_path_starts_in_the_directory_of_the_command(service, tmp_pat
         *("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, f"--workers={workers}"),
         twistd=("--rundir=elsewhere",),
     )
-    assert told(running)["password"] == FILED
+    assert options_received(running)["password"] == FILED
     running.reload()
-    assert told(running)["password"] == FILED
+    assert options_received(running)["password"] == FILED
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user")
@@ -122,7 +122,7 @@ def test_a_file_of_root_is_read_before_privileges_are_dropped(service, tmp_path)
     (tmp_path / "pw").write_text(FILED)
     (tmp_path / "pw").chmod(0o600)
     running = service("--protocol=keeper:Keeper", "--protocol-option=password=@pw", TCP, twistd=("--uid=nobody",))
-    assert told(running)["password"] == FILED
+    assert options_received(running)["password"] == FILED
 
 
 @pytest.mark.parametrize(("workers", "text"), [(1, "@@pw"), (2, "$$PW"), (2, "@@@pw"), (1, "a b"), (2, "'\"")])
@@ -132,14 +132,14 @@ def test_any_text_reaches_the_protocol(service, workers, text) -> None:
         RTSERVICE_PROTOCOL_OPTION=json.dumps([f"password={text}", f"text={text}"]),
     )
     expected = text[1:] if text[:2] in ("@@", "$$") else text
-    given = told(running)
+    given = options_received(running)
     assert (given["password"], given["text"]) == (expected, expected)
 
 
 @pytest.mark.parametrize(
     ("workers", "daemon", "check"),
     [(1, False, []), (2, True, []), (2, False, ["--check"])],
-    ids=["one", "daemon-workers", "check-workers"],
+    ids=["single-process", "daemon-workers", "check-workers"],
 )
 @pytest.mark.parametrize(
     ("option", "problem"),
@@ -159,7 +159,9 @@ def test_a_missing_file_or_variable_is_one_error_line(run, tmp_path, workers, da
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize(("workers", "check"), [(1, []), (2, []), (2, ["--check"])], ids=["one", "two", "check"])
+@pytest.mark.parametrize(
+    ("workers", "check"), [(1, []), (2, []), (2, ["--check"])], ids=["single-process", "workers", "check"]
+)
 @pytest.mark.parametrize(
     ("protocol", "options", "problem"),
     [
@@ -212,11 +214,11 @@ def test_a_key_in_a_description_of_another_type_appears_in_no_output(service, ru
     assert port is not None
     with socket.create_connection(("127.0.0.1", int(port[1])), timeout=30) as client:
         assert client.recv(100) == b"Hello from the server!"
-        assert "keyed:0:key=<hidden>" in asked(running, "/status.json")
-        assert "hunter2" not in asked(running, "/status.json") + asked(running, "/metrics")
+        assert "keyed:0:key=<hidden>" in response(running, "/status.json")
+        assert "hunter2" not in response(running, "/status.json") + response(running, "/metrics")
     running.wait_event("connection.closed", listener="keyed:0:key=<hidden>")
     running.stop()
-    assert_nothing_shown(running)
+    assert_no_secret_logged(running)
     result = run(*RTSERVICE, f"--listen=keyed:none:key={LITERAL}")
     assert result.returncode == 1
     assert "--listen keyed:none:key=<hidden>: not a usable endpoint description: no port, but <hidden>" in result.stderr
