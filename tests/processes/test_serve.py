@@ -1,4 +1,4 @@
-"""The service as users start it: in the foreground, as a daemon, under another user, on passed sockets, under load."""
+"""The service in the foreground, as a daemon, as another user, on passed sockets, and under load."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from tests.support.greeting import GREETING
 from tests.support.programs import program
 
 
-def greeted(client: socket.socket, read_all) -> bytes:
+def exchange(client: socket.socket, read_all) -> bytes:
     client.sendall(b"hello")
     client.shutdown(socket.SHUT_WR)
     return read_all(client)
@@ -41,7 +41,7 @@ def test_each_listener_and_each_connection_is_logged_once(service, read_all) -> 
     port = running.port
     with running.connect() as client:
         peer = "{}:{}".format(*client.getsockname())
-        assert greeted(client, read_all) == GREETING + b"hello"
+        assert exchange(client, read_all) == GREETING + b"hello"
     record = running.wait_event("connection.closed")
     assert (record["peer"], record["listener"]) == (peer, f"tcp:0.0.0.0:{port}")
     text = record["message"]
@@ -66,7 +66,7 @@ def test_log_level_warn_disables_connection_records(environment, tmp_path, wait_
             with socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(30)
                 client.connect(f"{tmp_path}/s")
-                assert greeted(client, read_all) == GREETING + b"hello"
+                assert exchange(client, read_all) == GREETING + b"hello"
         finally:
             process.terminate()
             output = process.communicate(timeout=30)[0]
@@ -100,7 +100,7 @@ def test_a_daemon_drops_privileges_and_keeps_its_privileged_port(run, public_dir
     try:
         wait_for(lambda: "listening on" in (here / "d.log").read_text())
         with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
-            assert greeted(client, read_all) == GREETING + b"hello"
+            assert exchange(client, read_all) == GREETING + b"hello"
         with open(f"/proc/{pid}/status") as status:
             uids = next(line for line in status if line.startswith("Uid:")).split()[1:]
         assert set(uids) == {"65534"}
@@ -119,7 +119,7 @@ def test_a_daemon_serves_with_syslog(run, tmp_path, wait_for, read_all) -> None:
     try:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(f"{tmp_path}/s")
-            assert greeted(client, read_all) == GREETING + b"hello"
+            assert exchange(client, read_all) == GREETING + b"hello"
     finally:
         os.kill(pid, signal.SIGTERM)
         wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
@@ -148,7 +148,7 @@ def test_a_custom_logger_receives_structured_records(service, tmp_path, wait_for
     event = json.loads(running.wait_line("listening on"))
     port = int(event["listener"].rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
-        assert greeted(client, read_all) == GREETING + b"hello"
+        assert exchange(client, read_all) == GREETING + b"hello"
     record = json.loads(running.wait_line("bytes_in"))
     assert (record["bytes_in"], record["bytes_out"], record["reason"]) == (5, 27, "peer finished")
     assert record["listener"] == event["listener"]
@@ -159,7 +159,7 @@ def test_a_custom_logger_receives_structured_records(service, tmp_path, wait_for
 def test_a_reactor_chosen_by_the_user_serves(service, reactor, read_all) -> None:
     running = service("--port=0", twistd=(f"--reactor={reactor}",))
     with running.connect() as client:
-        assert greeted(client, read_all) == GREETING + b"hello"
+        assert exchange(client, read_all) == GREETING + b"hello"
 
 
 def test_twist_serves(environment, tmp_path, read_all) -> None:
@@ -172,7 +172,7 @@ def test_twist_serves(environment, tmp_path, read_all) -> None:
         assert any("listening on" in line for line in process.stdout)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(f"{tmp_path}/s")
-            assert greeted(client, read_all) == GREETING + b"hello"
+            assert exchange(client, read_all) == GREETING + b"hello"
     finally:
         process.terminate()
         process.communicate(timeout=30)
@@ -191,10 +191,10 @@ def test_passed_sockets_are_served_and_their_files_kept(service, tmp_path, names
     running = service(*(f"--listen={description}" for description in descriptions), launcher=launcher)
     running.wait_event("listener.listening", listener=re.compile("^unix:"))
     with running.connect() as client:
-        assert greeted(client, read_all) == GREETING + b"hello"
+        assert exchange(client, read_all) == GREETING + b"hello"
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/passed")
-        assert greeted(client, read_all) == GREETING + b"hello"
+        assert exchange(client, read_all) == GREETING + b"hello"
     running.stop()
     assert (tmp_path / "passed").exists()
 
@@ -205,7 +205,7 @@ def raise_descriptor_limit() -> None:
 
 
 def test_a_thousand_simultaneous_clients_are_served_without_syn_retransmission(service) -> None:
-    # As many as the default backlog holds: then it does not matter how busy the server's core is.
+    # No more clients than the default backlog holds, so that the load of the machine does not matter.
     raise_descriptor_limit()
     running = service("--port=0")
     port = running.port
@@ -232,7 +232,7 @@ def test_a_thousand_simultaneous_clients_are_served_without_syn_retransmission(s
                 if answer == GREETING + b"ping":
                     selector.unregister(client)
                     waiting -= 1
-    # A SYN that was dropped is sent again; the kernel says so of each connection (struct tcp_info, tcpi_total_retrans).
+    # A dropped SYN is retransmitted; the kernel counts that per connection (struct tcp_info, tcpi_total_retrans).
     retransmitted = [c.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[100:104] != bytes(4) for c in clients]
     for client in clients:
         client.close()
@@ -249,7 +249,7 @@ def test_clients_that_never_read_use_bounded_memory(service) -> None:
         left[client] = 10 << 20
     piece = bytes(64 << 10)
     quiet = 0
-    while quiet < 3:  # nobody can send: every buffer on the way is full
+    while quiet < 3:  # no client can send: every buffer on the path is full
         writable = select.select([], [client for client in left if left[client] > 0], [], 0.3)[1]
         quiet = 0 if writable else quiet + 1
         for client in writable:
@@ -271,7 +271,7 @@ def test_resets_at_any_moment_do_not_affect_other_clients(service, read_all) -> 
                     client.sendall(bytes(moment * 10_000))
                 if moment % 2:
                     client.recv(10)
-        assert greeted(bystander, read_all) == GREETING + b"hello"
+        assert exchange(bystander, read_all) == GREETING + b"hello"
     for count in range(1, 61):
         running.wait_event("connection.closed", count, reason="reset by peer")
     assert not any("Traceback" in line for line in running.lines)

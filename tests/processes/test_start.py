@@ -1,4 +1,4 @@
-"""What is wrong at the start is one line that names the setting and the value, and a status that is not 0."""
+"""Startup errors are reported as one line naming the setting and its value, with a non-zero exit status."""
 
 import os
 import re
@@ -54,7 +54,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change t
     ("options", "names"),
     [
         (["--pidfile=/no/such/place/d.pid"], ["--pidfile /no/such/place/d.pid", "no such directory: /no/such/place"]),
-        # Not even root may.
+        # Root has no permission either.
         (["--pidfile=/proc/sys/d.pid"], ["--pidfile /proc/sys/d.pid", "permission denied"]),
         (["--pidfile=", "--rundir=/no/such/place"], ["--rundir /no/such/place", "no such directory"]),
         (["--pidfile=", "--chroot=/no/such/place"], ["--chroot /no/such/place", "no such directory"]),
@@ -114,7 +114,7 @@ def test_a_pidfile_without_a_process_id_is_one_error_line_and_is_kept(run, tmp_p
 
 
 def test_an_error_of_twistd_after_binding_is_one_error_line(environment, tmp_path) -> None:
-    # It cannot write its pidfile; nothing of ours looks for a limit of the size of files (RLIMIT_FSIZE).
+    # Twistd cannot write its pidfile; rtservice does not check the limit on file sizes (RLIMIT_FSIZE).
     script = 'ulimit -f 0; exec "$@"'
     result = run_in_shell(script, tmp_path, environment, "-n", "--pidfile=d.pid", "rtservice", "--listen=unix:s")
     assert_refused(result, "rtservice: cannot start: file too large")
@@ -127,7 +127,7 @@ def test_an_error_of_twistd_after_binding_is_one_error_line(environment, tmp_pat
 )
 def test_too_few_descriptors_are_one_error_line(environment, tmp_path, limit, workers) -> None:
     arguments = ("-n", "--pidfile=", "rtservice", "--listen=unix:s", f"--workers={workers}")
-    # Coverage, where it is measured, takes descriptors for itself, and prints its own traceback without them.
+    # Coverage measurement needs descriptors too, and prints a traceback without them.
     bare = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
     result = run_in_shell(f'ulimit -n {limit}; exec "$@"', tmp_path, bare, *arguments)
     assert_refused(result)
@@ -184,11 +184,11 @@ def test_the_command_returns_if_the_daemon_is_killed_before_it_serves(run, tmp_p
 
 
 def test_a_daemon_stopped_before_it_serves_removes_its_files(run, tmp_path, environment, wait_for) -> None:
-    # Found by the name of its plugin, and called after the last fork and before the reactor runs.
+    # The endpoint of the plugin listens after the last fork and before the reactor runs.
     copy_plugin("stopping", tmp_path)
     environment["PYTHONPATH"] = str(tmp_path)
     result = run("--pidfile=d.pid", "--logfile=d.log", "rtservice", "--listen=unix:s", f"--listen=stopped:{tmp_path}/t")
-    assert result.returncode in (0, 1)  # it may serve for a moment
+    assert result.returncode in (0, 1)  # 0 if it served for a moment
     wait_for(lambda: not any((tmp_path / name).exists() for name in ("d.pid", "s", "t")))
     assert "SIGTERM received" in (tmp_path / "d.log").read_text()
 
@@ -234,12 +234,12 @@ def test_a_file_that_is_not_a_socket_is_rejected_and_kept(run, tmp_path) -> None
 
 @pytest.fixture
 def slow_endpoints(tmp_path, environment):
-    """Endpoints of a plugin, which may be slow: slow:fails-now, slow:fails, slow:never, slow:listens:PORT."""
+    """Install a plugin with the endpoints slow:fails-now, slow:fails, slow:never and slow:listens:PORT."""
     copy_plugin("slow_endpoint", tmp_path)
     environment["PYTHONPATH"] = str(tmp_path)
 
 
-def nobody_listens(port: int) -> bool:
+def is_refused(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=DEADLINE).close()
     except ConnectionRefusedError:
@@ -259,13 +259,13 @@ def test_an_endpoint_that_fails_late_closes_all_listeners_and_is_reported(run, t
     result = run(*twistd, "rtservice", *listen)
     assert result.returncode == 1
     problem = f"--listen slow:{outcome}: broken by design"
-    # What follows when it daemonizes are twistd's own words.
+    # A daemonizing twistd adds two lines.
     assert result.stderr.splitlines()[0] == f"rtservice: {problem}"
     assert result.stderr.count("\n") == (1 if twistd == FOREGROUND else 3)
     log = result.stdout if twistd == FOREGROUND else (tmp_path / "d.log").read_text()
     assert f"#critical] cannot start: {problem}" in log
     assert "Traceback" not in result.stderr + log
-    assert nobody_listens(port)
+    assert is_refused(port)
     assert not (tmp_path / "s").exists()
     assert not (tmp_path / "d.pid").exists()
 
@@ -297,9 +297,9 @@ def test_stopping_a_daemon_during_its_start_is_a_failure(environment, tmp_path, 
         log = tmp_path / "d.log"
         wait_for(lambda: log.exists() and "listening on unix" in log.read_text())
         os.kill(int((tmp_path / "d.pid").read_text()), signal.SIGTERM)
-        said = process.communicate(timeout=DEADLINE)[1]
+        errors = process.communicate(timeout=DEADLINE)[1]
     assert process.returncode == 1
-    assert said.startswith("rtservice: stopped before every listener was ready\n")
+    assert errors.startswith("rtservice: stopped before every listener was ready\n")
     wait_for(lambda: not (tmp_path / "d.pid").exists())
     assert not (tmp_path / "s").exists()
 
@@ -322,7 +322,7 @@ def test_the_first_listener_is_closed_if_the_second_fails(run, tmp_path, twistd,
         )
     assert_refused(result, f"rtservice: --listen {description}: ", reason)
     assert result.returncode == 1
-    assert nobody_listens(port)
+    assert is_refused(port)
     assert {path.name for path in tmp_path.iterdir()} <= {"bad.pem", "d.log"}
 
 
@@ -392,7 +392,8 @@ def test_check_reports_the_same_errors_as_a_start(run, certificates, arguments, 
 
 
 needs_strace = pytest.mark.skipif(
-    shutil.which("strace") is None or os.getuid() != 0, reason="strace (Debian: strace), or root, is not there"
+    shutil.which("strace") is None or os.getuid() != 0,
+    reason="strace (Debian: strace) is not installed, or the user is not root",
 )
 
 
@@ -416,8 +417,8 @@ def test_a_setuid_without_effect_fails_the_start(environment, tmp_path, twistd, 
     assert result.returncode == 1
     assert re.match(rf"rtservice: --{what} \d+: the process still runs as {what} 0\n", result.stderr)
     assert "Traceback" not in result.stderr
-    assert nobody_listens(port)
-    # Who is not root any more cannot remove what root has made.
+    assert is_refused(port)
+    # Without root privileges the pidfile of root cannot be removed.
     assert what == "gid" or not (tmp_path / "d.pid").exists()
 
 
@@ -452,7 +453,7 @@ def test_a_failed_write_to_standard_output_is_one_error_line(environment, tmp_pa
 
 @pytest.fixture
 def twist(environment, tmp_path):
-    """Starts `twist rtservice` with arguments, and a log in the file `log`."""
+    """Start `twist rtservice` with arguments, and with `log` as its log file."""
     started = []
 
     def start(*arguments: str):
@@ -497,17 +498,17 @@ def test_twist_reloads_drains_and_exits_with_status_0(twist, tmp_path, wait_for)
 @pytest.mark.parametrize("outcome", ["fails-now", "fails"])
 def test_twist_exits_with_status_1_if_the_start_fails(twist, outcome, tmp_path) -> None:
     process = twist("--listen=unix:s", f"--listen=slow:{outcome}")
-    said = process.communicate(timeout=DEADLINE)[1]
+    errors = process.communicate(timeout=DEADLINE)[1]
     assert process.returncode == 1
-    # Twist opens its log when its reactor runs; until then what is critical is printed, too.
-    assert said.splitlines()[-1] == f"rtservice: --listen slow:{outcome}: broken by design"
-    assert "Traceback" not in said
+    # Twist opens its log when the reactor runs; until then critical events are printed, too.
+    assert errors.splitlines()[-1] == f"rtservice: --listen slow:{outcome}: broken by design"
+    assert "Traceback" not in errors
     assert not (tmp_path / "s").exists()
 
 
 @pytest.fixture
 def daemon_ends(tmp_path, wait_for):
-    """Stops the daemon of d.pid, and waits until it is gone; also at the end of the test."""
+    """Stop the daemon of d.pid, and wait until it has exited; also at the end of the test."""
 
     def end() -> None:
         if (tmp_path / "d.pid").exists():

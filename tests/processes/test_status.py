@@ -1,4 +1,4 @@
-"""--status of real processes: what it says is what clients counted, and it is there from the start to the end."""
+"""The status server of real processes: its values match the counts of clients, from the start to the end of a drain."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.support.listen_options import TCP
 
 
 def address(service: Any) -> str:
-    """Where its site is."""
+    """Return the URL of the status server."""
     return f"http://{service.wait_event('status.listening')['listener'].rpartition('tcp:')[2]}"
 
 
 def ask(url: str) -> tuple[int, str]:
-    """The status and body of an answer."""
+    """Return the status and body of a response."""
     try:
         with urllib.request.urlopen(url, timeout=DEADLINE) as answer:
             return answer.status, answer.read().decode()
@@ -42,18 +42,18 @@ def status(service: Any, query: str = "") -> Any:
 
 
 def samples(service: Any) -> dict[str, float]:
-    """Every sample of a scrape, by its name with its labels."""
+    """Return the samples of a scrape, by name with labels."""
     lines = ask(f"{address(service)}/metrics")[1].splitlines()
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
 
 
 def total(found: dict[str, float], name: str) -> float:
-    """One metric over all of its labels."""
+    """Return the sum of a metric over all labels."""
     return sum(value for key, value in found.items() if key.partition("{")[0] == name)
 
 
 def exchange(service: Any, size: int) -> None:
-    """One connection that sends so many bytes and reads all that comes back."""
+    """Send so many bytes on a new connection, and read the echo to the end."""
     with service.connect() as client:
         client.sendall(b"x" * size)
         client.shutdown(socket.SHUT_WR)
@@ -64,10 +64,10 @@ def exchange(service: Any, size: int) -> None:
 
 
 class Scraper:
-    """Scrapes again and again, and notes each total that fell."""
+    """Scrapes repeatedly, and records each total that decreased."""
 
     def __init__(self, service: Any) -> None:
-        self.fell: list[tuple[str, float, float]] = []
+        self.decreased: list[tuple[str, float, float]] = []
         self.scrapes = 0
         self._service = service
         self._stop = threading.Event()
@@ -81,7 +81,7 @@ class Scraper:
             self.scrapes += 1
             for name, value in before.items():
                 if re.search(r"_(total|bucket|sum|count)($|\{)", name) and now.get(name, -1.0) < value:
-                    self.fell.append((name, value, now.get(name, -1.0)))
+                    self.decreased.append((name, value, now.get(name, -1.0)))
             before = now
 
     def stop(self) -> None:
@@ -91,7 +91,7 @@ class Scraper:
 
 @pytest.fixture
 def scraper() -> Iterator[Callable[[Any], Scraper]]:
-    """Starts scrapers, which are stopped at the end."""
+    """Start scrapers; stop them at the end."""
     started: list[Scraper] = []
 
     def start(service: Any) -> Scraper:
@@ -226,10 +226,10 @@ def test_totals_never_decrease_when_workers_are_replaced_killed_or_removed(
     service: Callable[..., Any], wait_for, scraper
 ) -> None:
     running = service(TCP, "--status", "tcp:0", "--workers", "3", "--drain-timeout", "1")
-    watching = scraper(running)
+    scraping = scraper(running)
     opened = 0
 
-    def busy(count: int = 30) -> None:
+    def make_connections(count: int = 30) -> None:
         nonlocal opened
         for _ in range(count):
             exchange(running, 1000)
@@ -240,10 +240,10 @@ def test_totals_never_decrease_when_workers_are_replaced_killed_or_removed(
         found = [worker["phase"] for worker in status(running, "?limit=0")["workers"]]
         return found.count("ready") == count
 
-    busy()
+    make_connections()
     running.process.send_signal(signal.SIGHUP)
     running.wait_event("reload.done")
-    busy()
+    make_connections()
     with ExitStack() as clients:
         for _ in range(12):
             clients.enter_context(running.connect()).recv(100)
@@ -262,17 +262,17 @@ def test_totals_never_decrease_when_workers_are_replaced_killed_or_removed(
         os.kill(victim, signal.SIGKILL)
         running.wait_event("worker.killed", pid=victim)
         wait_for(lambda: ready(3))
-    busy()
+    make_connections()
     running.process.send_signal(signal.SIGTTOU)
     running.wait_event("slot.removed", slot=2)
-    busy()
+    make_connections()
     running.process.send_signal(signal.SIGTTIN)
     wait_for(lambda: ready(3))
-    busy()
-    watching.stop()
+    make_connections()
+    scraping.stop()
     found = wait_for(lambda: (now := samples(running)) and total(now, "rtservice_connections") == 0 and now)
-    assert watching.scrapes > 20
-    assert watching.fell == []
+    assert scraping.scrapes > 20
+    assert scraping.decreased == []
     assert total(found, "rtservice_connections_closed_total") == opened
     lost = sum(count for name, count in found.items() if 'reason="worker ended"' in name)
     assert 1 <= lost <= 12
@@ -288,7 +288,7 @@ def test_protocol_metrics_are_exported_and_totals_outlive_workers(
     environment["PYTHONPATH"] = "."
     running = service(TCP, "--protocol=counting:Counts", "--status", "tcp:0", "--workers", str(workers))
 
-    def shown(here: float, heard: float) -> bool:
+    def exported(here: float, heard: float) -> bool:
         now = samples(running)
         found = [total(now, f"rtservice_protocol_{name}") for name in ("here", "heard_total")]
         return found == [here, heard]
@@ -298,16 +298,16 @@ def test_protocol_metrics_are_exported_and_totals_outlive_workers(
             client = clients.enter_context(running.connect())
             assert client.recv(100) == b"here"
             client.sendall(b"x" * count)
-        assert wait_for(lambda: shown(10, 55))
+        assert wait_for(lambda: exported(10, 55))
         running.process.send_signal(signal.SIGHUP)
         running.wait_event("reload.started")
-        assert wait_for(lambda: shown(10, 55))  # also of workers that drain
-    assert wait_for(lambda: shown(0, 55))
+        assert wait_for(lambda: exported(10, 55))  # including draining workers
+    assert wait_for(lambda: exported(0, 55))
     with running.connect() as client:
         client.sendall(b"five!")
-        assert wait_for(lambda: shown(1, 60))
-        shared = [worker["counters"]["protocol"] for worker in status(running)["workers"]]
-        assert sum(each["heard_total"] for each in shared) == 60
+        assert wait_for(lambda: exported(1, 60))
+        per_worker = [worker["counters"]["protocol"] for worker in status(running)["workers"]]
+        assert sum(each["heard_total"] for each in per_worker) == 60
     invalid = re.compile("name 'not a name': not valid")
     running.wait_event("factory.metrics_rejected", workers, factory="Counts", problem=invalid)
 
@@ -343,14 +343,14 @@ def test_status_connections_are_limited_and_do_not_affect_the_service(service: C
             clients.enter_context(socket.create_connection((where[0], int(where[1])), timeout=DEADLINE))
             for _ in range(150)
         ]
-        wait_for(lambda: len(select.select(crowd, [], [], 0)[0]) == 50)  # they are closed
+        wait_for(lambda: len(select.select(crowd, [], [], 0)[0]) == 50)  # the excess connections are closed
         with running.connect() as client:
             assert client.recv(100) == b"Hello from the server!"
     wait_for(lambda: ask(f"{address(running)}/healthz")[0] == 200)
 
 
 def code(service: Any, host: str) -> int:
-    """The status of an answer to a client that names this host."""
+    """Return the status of a response to a request with this Host header."""
     asked = urllib.request.Request(f"{address(service)}/healthz", headers={"Host": host})
     with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(asked, timeout=DEADLINE) as answer:
         return int(answer.status)

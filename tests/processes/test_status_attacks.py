@@ -1,4 +1,4 @@
-"""Hostile clients of the status server of real processes: what innocent ones see of them meanwhile."""
+"""Hostile clients of the status server of real processes: the latency for other clients."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tests.support.programs import PROGRAMS
 
 HOSTILE = PROGRAMS / "hostile_http.py"
 
-# Seconds that an innocent client may wait for an echo, and for an answer to a new connection while the places for them
-# are all taken. The faults that this is about were stalls of 7 to 18 s, and no answer at all.
+# The maximum time for an echo, and for a status response on a new connection while the connection limit is reached, in
+# seconds. Earlier faults were stalls of 7 to 18 s, and no response at all.
 WORST, WORST_ANSWER = 1.0, 5.0
 
 
 def where(service: Any) -> tuple[str, int]:
-    """The address of its status server."""
+    """Return the address of the status server."""
     host, port = service.wait_event("status.listening")["listener"].split(":")[1:]
     return host, int(port)
 
 
-def ask(address: tuple[str, int], path: str = "/healthz", patience: float = DEADLINE) -> bytes:
-    """The answer to a client with a connection of its own."""
-    with socket.create_connection(address, timeout=patience) as client:
+def ask(address: tuple[str, int], path: str = "/healthz", timeout: float = DEADLINE) -> bytes:
+    """Return the response to a request on a new connection."""
+    with socket.create_connection(address, timeout=timeout) as client:
         client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         received = bytearray()
         while data := client.recv(1 << 16):
@@ -45,7 +45,7 @@ def ask(address: tuple[str, int], path: str = "/healthz", patience: float = DEAD
 
 @pytest.fixture
 def attack() -> Iterator[Callable[[str, Any], subprocess.Popen[str]]]:
-    """Starts a hostile client; its attacks are in hostile_http.py."""
+    """Start a hostile client; its attacks are in hostile_http.py."""
     started: list[subprocess.Popen[str]] = []
 
     def start(name: str, service: Any) -> subprocess.Popen[str]:
@@ -64,13 +64,13 @@ def attack() -> Iterator[Callable[[str, Any], subprocess.Popen[str]]]:
 
 
 def counted(hostile: subprocess.Popen[str]) -> int:
-    """What it counts in its next report."""
+    """Return the count in the next report of a hostile client."""
     assert hostile.stdout is not None
     return int(hostile.stdout.readline())
 
 
 def worst_of(service: Any, client: socket.socket) -> tuple[float, float]:
-    """The longest that an echo, and an answer of /healthz to a new client, take of several."""
+    """Return the maximum times of ten echoes, and of ten responses of /healthz to new clients."""
     echo = health = 0.0
     for _ in range(10):
         began = time.monotonic()
@@ -90,7 +90,7 @@ def test_an_attack_on_the_status_server_does_not_delay_other_clients(
 ) -> None:
     running = service(TCP, "--status", "tcp:0", "--workers", str(workers))
     with ExitStack() as clients:
-        # Of whom there is something to tell.
+        # Connections for the tables of the status page.
         for _ in range(600):
             clients.enter_context(running.connect())
         client = clients.enter_context(running.connect())
@@ -149,8 +149,8 @@ def test_a_full_service_and_a_full_status_server_never_run_out_of_descriptors(
     assert not any("accept.paused" in line or "Too many open files" in line for line in running.lines)
 
 
-def scrambled(numbers: random.Random) -> bytes:
-    """A request of which some bytes, anywhere in it, are others."""
+def mutated(numbers: random.Random) -> bytes:
+    """Return a request with random changes at random places."""
     target = numbers.choice(
         (b"/", b"/metrics", b"/status.json?sort=age&limit=3", b"/readyz", b"*", b"http://localhost/")
     )
@@ -178,7 +178,7 @@ def test_mutated_requests_cause_no_traceback_and_the_server_keeps_answering(
     numbers = random.Random(workers)
     answers = 0
     for _ in range(800):
-        requests = b"".join(scrambled(numbers) for _ in range(numbers.randrange(1, 10)))
+        requests = b"".join(mutated(numbers) for _ in range(numbers.randrange(1, 10)))
         with socket.create_connection(address, timeout=DEADLINE) as client, contextlib.suppress(OSError):
             while requests:
                 size = numbers.randrange(1, len(requests) + 1)

@@ -1,4 +1,4 @@
-"""Hostile TLS clients of real processes: what others see meanwhile, with and without workers."""
+"""Hostile TLS clients of real processes: the latency for other clients, with and without workers."""
 
 import contextlib
 import random
@@ -21,13 +21,13 @@ pytest.importorskip("cryptography", reason="cryptography (twisted[tls]) is not i
 from tests.support.client_hellos import mutated_hellos
 from tests.support.forge import APPLICATION_DATA, CHANGE_CIPHER_SPEC, HANDSHAKE, Forger, client_hello, record
 
-# The worst round trip that somebody else may see, in seconds. Without bounds these attacks take 1.5 to 6 s, with them
-# some 10 ms; the rest is for busy machines.
+# The maximum round-trip time of other clients, in seconds. Without bounds these attacks cause 1.5 to 6 s, with them
+# about 10 ms; the rest is for busy machines.
 WORST = 1.0
 
 
 def exchange(client: socket.socket) -> float:
-    """One round trip; returns how long it took, in seconds."""
+    """Exchange a message; return the round-trip time, in seconds."""
     began = time.monotonic()
     client.sendall(b"ping")
     assert client.recv(100) == b"ping"
@@ -35,7 +35,7 @@ def exchange(client: socket.socket) -> float:
 
 
 class Bystanders:
-    """Clients of the plain listener, some of each worker, who talk during the attack; `worst` is what they saw."""
+    """Clients of the plain listener, some of each worker; `worst` is their maximum round-trip time during an attack."""
 
     def __init__(self, port: int) -> None:
         self.clients = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(8)]
@@ -44,7 +44,7 @@ class Bystanders:
         self.worst = 0.0
         self.rounds = 0
 
-    def talk_during(self, attack: Callable[[], object]) -> None:
+    def exchange_during(self, attack: Callable[[], object]) -> None:
         thread = threading.Thread(target=attack)
         thread.start()
         while thread.is_alive() or self.rounds < 10:
@@ -57,7 +57,7 @@ class Bystanders:
     params=[("1", "ssl"), ("2", "ssl"), ("1", "pyopenssl")], ids=["one process", "two workers", "Twisted's TLS"]
 )
 def attacked(request, service, certificates, tmp_path) -> Iterator[tuple[object, tuple[str, int], Bystanders]]:
-    """A service with a TLS listener and a plain one: the process, the address of the first, clients of the second."""
+    """A service with a TLS and a plain listener; yields it, the TLS address, and plain clients."""
     workers, library = request.param
     tls = f"ssl:0:interface=127.0.0.1:privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
     tls += f":library={library}"
@@ -99,8 +99,8 @@ def renegotiations(address) -> None:
     flood(address, "TLSv1_2", lambda peer: b"".join(peer.seal(HANDSHAKE, hello) for _ in range(60_000)))
 
 
-def a_hello_of_one_byte_records(address) -> None:
-    """128 KiB of it, with as many change_cipher_spec records as OpenSSL lets pass."""
+def hello_in_one_byte_records(address) -> None:
+    """Send a ClientHello in records of one byte, with as many change_cipher_spec records as OpenSSL permits."""
     with socket.create_connection(address, timeout=30) as sock:
         sock.sendall(record(HANDSHAKE, client_hello()))
         assert sock.recv(65536)[5] == 2, "the HelloRetryRequest"
@@ -108,18 +108,18 @@ def a_hello_of_one_byte_records(address) -> None:
         send_until_closed(sock, b"".join(record(HANDSHAKE, bytes([byte])) + 31 * CHANGE_CIPHER_SPEC for byte in hello))
 
 
-ATTACKS = [key_updates, renegotiations, a_hello_of_one_byte_records]
+ATTACKS = [key_updates, renegotiations, hello_in_one_byte_records]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_records_without_data_do_not_delay_other_clients(attacked, attack) -> None:
     _, address, bystanders = attacked
-    bystanders.talk_during(lambda: attack(address))
+    bystanders.exchange_during(lambda: attack(address))
     assert bystanders.worst < WORST
 
 
 def test_key_updates_between_bytes_of_data_do_not_delay_other_clients(attacked) -> None:
-    """Such a client is a busy one, and has its turn like others; one with most of what costs most has no more of it."""
+    """A client with many expensive records is scheduled like any other busy client."""
     _, address, bystanders = attacked
 
     def attack() -> None:
@@ -132,12 +132,12 @@ def test_key_updates_between_bytes_of_data_do_not_delay_other_clients(attacked) 
             peer.sock.shutdown(socket.SHUT_WR)
             reader.join()
 
-    bystanders.talk_during(attack)
+    bystanders.exchange_during(attack)
     assert bystanders.worst < WORST
 
 
-def memory(pid: int) -> int:
-    """The most that a process, or a child of it, has had resident, in bytes."""
+def peak_memory(pid: int) -> int:
+    """Return the peak resident memory of a process or one of its children, the larger, in bytes."""
     found = [Path(f"/proc/{process}/status").read_text() for process in (pid, *children(pid))]
     return max(int(status.split("VmHWM:")[1].split()[0]) * 1024 for status in found)
 
@@ -148,9 +148,9 @@ def test_key_update_requests_of_a_peer_that_never_reads_use_bounded_cpu_and_memo
     with Forger(address, small_buffers=True) as peer:
         peer.sock.sendall(peer.seal(APPLICATION_DATA, b"much"))
         received = 0
-        while received < 100_000:  # more than the greeting: all is written
+        while received < 100_000:  # more than the greeting: the response is being sent
             received += len(peer.sock.recv(1 << 16))
-        before = memory(pid)
+        before = peak_memory(pid)
 
         def attack() -> None:
             peer.sock.settimeout(1)
@@ -159,17 +159,17 @@ def test_key_update_requests_of_a_peer_that_never_reads_use_bounded_cpu_and_memo
                     updates = b"".join(peer.key_update(ask=True) for _ in range(200))
                     peer.sock.sendall(updates + peer.seal(APPLICATION_DATA, b"x"))
 
-        bystanders.talk_during(attack)
+        bystanders.exchange_during(attack)
         assert bystanders.worst < WORST
 
         def idle() -> bool:
-            """Whether it uses less than a tenth of a processor."""
+            """Return whether the service uses less than a tenth of a core."""
             cpu, began = cpu_seconds(pid, *children(pid)), time.monotonic()
             threading.Event().wait(0.5)
             return cpu_seconds(pid, *children(pid)) - cpu < 0.1 * (time.monotonic() - began)
 
         wait_for(idle)
-        assert memory(pid) - before < 8 << 20
+        assert peak_memory(pid) - before < 8 << 20
 
 
 @pytest.mark.parametrize("alpn", ["", ":alpn=echo,h2"], ids=["", "alpn"])
@@ -188,7 +188,7 @@ def test_mutated_client_hellos_cause_no_traceback(service, certificates, alpn) -
             sock.sendall(hello[:cut])
             sock.sendall(hello[cut:])
         waiting.append(sock)
-        if len(waiting) > 50:  # the oldest stays for its answer, or leaves
+        if len(waiting) > 50:  # the oldest reads its response, or closes
             oldest = waiting.popleft()
             if chance.random() < 0.5:
                 with contextlib.suppress(OSError):  # it was reset

@@ -1,4 +1,4 @@
-"""Workers that die, hang or are stopped, and what clients see."""
+"""Workers that die, hang or are stopped, and the effects on clients."""
 
 import contextlib
 import os
@@ -26,8 +26,8 @@ def test_killing_a_worker_loses_only_its_open_connections(workers, wait_for) -> 
     port = running.service.port
     victim, other = running.settled(2)
     clients = [greeted(port) for _ in range(40)]
-    doomed = accepted_by(victim, clients)
-    assert 5 < len(doomed) < 35
+    lost = accepted_by(victim, clients)
+    assert 5 < len(lost) < 35
 
     freeze(victim, wait_for)
     queued = [connect(port) for _ in range(40)]
@@ -35,9 +35,9 @@ def test_killing_a_worker_loses_only_its_open_connections(workers, wait_for) -> 
     running.wait_event("worker.killed", pid=victim)
     later = [connect(port) for _ in range(40)]
 
-    assert [client for client in clients if not echoes(client)] == doomed
+    assert [client for client in clients if not echoes(client)] == lost
     assert all(is_greeted(client) and echoes(client) for client in (*queued, *later))
-    # There was somebody in the queue of the dead.
+    # Some clients were in the backlog of the killed worker.
     assert len(accepted_by(other, queued)) < len(queued)
     running.settled(2)
     for client in (*clients, *queued, *later):
@@ -54,7 +54,7 @@ def test_other_workers_serve_new_clients_while_one_is_dead_or_silent(workers, br
     os.kill(silent, signal.SIGSTOP)
     try:
         wait = threading.Event()
-        wait.wait(4)  # by then it has been silent for three seconds, which nothing but a clock tells
+        wait.wait(4)  # a worker counts as silent after three seconds
         clients = [greeted(running.service.port) for _ in range(40)]
     finally:
         os.kill(silent, signal.SIGCONT)
@@ -167,17 +167,17 @@ def test_the_service_survives_random_signals_to_its_workers(workers, manager, wa
     before = descriptors(running.pid)
 
     def slots(ready: bool = True) -> int:
-        """How many there are; 0 unless all are ready, if that is asked for."""
+        """Return the number of slots; 0 if `ready` is set and not all are ready."""
         serving = re.search(r"serving: (\d+) of (\d+) workers ready", manager.messages[-1])
         return int(serving[2]) if serving and (serving[1] == serving[2] or not ready) else 0
 
-    # More than the minute that a slot without a worker may have to wait.
+    # Longer than the maximum restart delay of a slot, one minute.
     with Load(port=port, short=50, long=50, seed=5, patience=90) as load:
         load.more(100)
         end = time.monotonic() + 20
         while time.monotonic() < end:
             what = chance.choice((signal.SIGKILL, signal.SIGSTOP, signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU))
-            # One that is stopped as it starts would only be missed after a minute.
+            # A worker stopped during its start would be detected only after a minute.
             pids = running.ready() if what == signal.SIGSTOP else running.pids()
             if what in (signal.SIGKILL, signal.SIGSTOP):
                 if pids:
@@ -196,7 +196,7 @@ def test_the_service_survives_random_signals_to_its_workers(workers, manager, wa
     assert running.service.process.poll() is None
 
     def settled_slots() -> int:
-        """How many there are, when nothing that was asked for is still to be done."""
+        """Return the number of slots once the status is stable, else 0."""
         return slots() if len(set(manager.messages[-3:])) == 1 else 0
 
     now = wait_for(settled_slots)

@@ -1,4 +1,4 @@
-"""The log of a service with workers, and what its service manager is told."""
+"""The log of a service with workers, and its notifications to the service manager."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import textwrap
 from tests.support.clients import echoes, greeted
 from tests.support.deadline import DEADLINE
 from tests.support.listen_options import TCP
-from tests.support.load import Load, assert_nobody_lost
+from tests.support.load import Load, assert_no_client_lost
 from tests.support.worker_signals import DIE, FAIL, FLOOD
 
 
@@ -81,7 +81,7 @@ def test_a_flood_of_records_drops_records_and_affects_no_client(workers, site) -
         os.kill(running.of_slot(0), FLOOD)
         running.wait_event("log.dropped", slot=0)
         load.more(50)
-        assert_nobody_lost(load.stop())
+        assert_no_client_lost(load.stop())
     assert len(running.lines("a flood of")) < 50_000
     assert running.stop() == 0
 
@@ -106,7 +106,7 @@ def test_the_service_manager_receives_one_status_for_all_workers(workers, manage
         client.close()
     assert running.service.process.wait(DEADLINE) == 0
     first, reloading, again, stopping = changes()
-    # A worker that has just started has not counted yet.
+    # A worker that has just started has sent no counters yet.
     assert re.fullmatch(r"READY=1\nSTATUS=serving: 3 of 3 workers ready, 0 connections open", first)
     assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", reloading)
     assert re.fullmatch(r"READY=1\nSTATUS=serving: 3 of 3 workers ready, [0-5] connections open", again)

@@ -1,4 +1,4 @@
-"""Workers are replaced under load, and no client is lost."""
+"""Replacing workers under load loses no client."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import time
 
 from tests.support.clients import connect, echoes, greeted
 from tests.support.listen_options import TCP
-from tests.support.load import Load, assert_nobody_lost
+from tests.support.load import Load, assert_no_client_lost
 from tests.support.processes import accepted_by, descriptors, freeze
 from tests.support.worker_signals import GROW
 
@@ -21,7 +21,7 @@ def test_reloads_lose_no_client(workers) -> None:
             running.send(signal.SIGHUP)
             running.wait_event("reload.done", count, status=re.compile("^serving: 2 of 2 workers ready"))
         load.more(100)
-        assert_nobody_lost(load.stop())
+        assert_no_client_lost(load.stop())
     assert not before & set(running.settled(2))
     assert len(running.recorded("worker.ready")) == 22
     assert running.stop() == 0
@@ -39,8 +39,8 @@ def test_adding_and_removing_workers_loses_no_client(workers) -> None:
             running.wait_event("slot.removed", count, slot=2)
         load.more(100)
         count = load.stop()
-        assert_nobody_lost(count)
-        assert count["longest"] < 1  # nobody had to send a SYN twice, or to wait for a worker that starts
+        assert_no_client_lost(count)
+        assert count["longest"] < 1  # no SYN was retransmitted, and no client waited for a starting worker
     running.settled(2)
     assert running.stop() == 0
 
@@ -52,7 +52,7 @@ def test_adding_and_removing_a_worker_at_once_keeps_the_count(workers) -> None:
             running.send(signal.SIGTTIN)
             running.send(signal.SIGTTOU)
             load.more(100)
-        assert_nobody_lost(load.stop())
+        assert_no_client_lost(load.stop())
     running.settled(2)
 
 
@@ -77,7 +77,7 @@ def test_a_worker_killed_while_draining_is_replaced_until_its_backlog_is_served(
     running.wait_event("worker.ready", 3, slot=1)
     began = time.monotonic()
     clients = [greeted(port) for _ in range(40)]
-    assert time.monotonic() - began < 1  # nobody sent a SYN twice
+    assert time.monotonic() - began < 1  # no SYN was retransmitted
     assert 0 < len(accepted_by(running.of_slot(1), clients)) < 40
     for client in clients:
         client.close()
@@ -86,7 +86,7 @@ def test_a_worker_killed_while_draining_is_replaced_until_its_backlog_is_served(
 
 def test_adding_and_removing_workers_leaks_no_descriptors(workers, wait_for) -> None:
     running = workers(TCP)
-    running.send(signal.SIGHUP)  # a start holds the terminal until it is over
+    running.send(signal.SIGHUP)  # the terminal stays open until the start has finished
     running.wait_event("reload.done")
     running.settled(2)
     before = descriptors(running.pid)
@@ -118,7 +118,7 @@ def test_a_worker_that_receives_sigterm_is_replaced_before_it_exits(workers) -> 
             old = running.settled(2)[0]
             os.kill(old, signal.SIGTERM)
             running.wait_event("worker.ended", pid=old, exit_status=0)
-        assert_nobody_lost(load.stop())
+        assert_no_client_lost(load.stop())
     assert running.stop() == 0
 
 
@@ -126,7 +126,7 @@ def test_workers_above_max_age_are_replaced_one_at_a_time_without_losing_clients
     running = workers("--workers=3", "--max-worker-age=2", TCP)
     with Load(port=running.service.port, short=16, long=16) as load:
         running.wait_event("worker.too_old", 6)
-        assert_nobody_lost(load.stop())
+        assert_no_client_lost(load.stop())
     events = [event for event in running.service.events if event["event"] in ("worker.too_old", "worker.ready")][3:]
     ages = [event["event"] == "worker.too_old" for event in events]
     assert ages[::2] == [True] * len(ages[::2])
@@ -142,5 +142,5 @@ def test_a_worker_above_max_memory_is_replaced_without_losing_clients(workers, s
         os.kill(grown, GROW)
         assert running.wait_event("worker.too_large", pid=grown)["memory"] > 200
         running.wait_event("worker.ended", pid=grown, exit_status=0)
-        assert_nobody_lost(load.stop())
+        assert_no_client_lost(load.stop())
     assert len(running.recorded("worker.too_large")) == 1

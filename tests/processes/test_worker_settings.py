@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.clients import connect, echoes, greeted, is_greeted
 from tests.support.listen_options import TCP
-from tests.support.load import Load, assert_nobody_lost
+from tests.support.load import Load, assert_no_client_lost
 from tests.support.processes import accepted_by, children
 
 
@@ -28,8 +28,8 @@ def test_a_worker_that_cannot_start_fails_the_start_with_its_error(
     assert result.returncode == 1
     assert "Traceback" not in result.stdout + result.stderr
     assert result.stderr.splitlines()[0] == "rtservice: --protocol echo: broken by design"
-    assert len(result.stderr.splitlines()) == (1 if "-n" in twistd else 3)  # twistd says where its log is
-    wait_for(lambda: not (tmp_path / "d.pid").exists())  # a daemon says why before it ends
+    assert len(result.stderr.splitlines()) == (1 if "-n" in twistd else 3)  # twistd prints the path of its log
+    wait_for(lambda: not (tmp_path / "d.pid").exists())  # a daemon reports the problem before it exits
     assert not (tmp_path / "s").exists()
 
 
@@ -48,7 +48,7 @@ def test_a_failed_replacement_keeps_the_old_workers_serving(workers, broken_site
         (tmp_path / "broken").unlink()
         running.send(signal.SIGHUP)
         running.wait_event("reload.done", status=re.compile("^serving: 2 of 2 workers ready"))
-        assert_nobody_lost(load.stop())
+        assert_no_client_lost(load.stop())
     assert not set(running.settled(2)) & set(pids)
 
 
@@ -67,7 +67,7 @@ def test_reload_with_an_invalid_setting_changes_nothing(workers, tmp_path) -> No
         running.wait_event("settings.reloaded", settings="idle-timeout")
         running.wait_event("settings.need_restart", settings="backlog")
         running.wait_event("drain.started", 2)
-        assert echoes(client)  # it is its old worker's
+        assert echoes(client)  # served by the old worker
     with greeted(running.service.port) as client:
         assert client.recv(1) == b""
     running.wait_event("connection.closed", reason="idle")
@@ -99,7 +99,7 @@ def test_max_connections_is_divided_among_the_workers(workers, wait_for) -> None
     port = running.service.port
 
     def fill(most: int) -> list[socket.socket]:
-        """Those clients of very many that are served."""
+        """Connect 100 clients; return those that are served."""
         served: list[socket.socket] = []
         for _ in range(100):
             client = connect(port)

@@ -1,4 +1,4 @@
-"""Sockets of every kind, with workers."""
+"""Listening sockets of every kind, with workers."""
 
 import contextlib
 import importlib.util
@@ -22,7 +22,7 @@ from tests.support.clients import connect, greeted
 from tests.support.deadline import DEADLINE
 from tests.support.listen_options import TCP
 from tests.support.listening import port_of
-from tests.support.load import Load, assert_nobody_lost
+from tests.support.load import Load, assert_no_client_lost
 from tests.support.processes import alive, children
 from twisted import plugins
 
@@ -56,7 +56,7 @@ def privileged_port() -> int:
     raise AssertionError("every port below 1024 is in use")
 
 
-def nobody_can_run(interpreter: str) -> bool:
+def user_nobody_can_run(interpreter: str) -> bool:
     try:
         result = subprocess.run([interpreter, "-c", "import ssl"], user="nobody", group="nogroup", cwd="/", check=False)
     except OSError:
@@ -66,9 +66,9 @@ def nobody_can_run(interpreter: str) -> bool:
 
 @pytest.fixture
 def run_for_all(environment) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Runs twistd with an interpreter and packages that every user can run and read; the tests' own may be root's."""
+    """Run twistd with an interpreter and packages that every user can execute and read."""
     interpreters = [sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"]
-    interpreter = next(filter(nobody_can_run, interpreters), None)
+    interpreter = next(filter(user_nobody_can_run, interpreters), None)
     if interpreter is None:
         pytest.skip("no interpreter of the version of this one that the user nobody can run")
     with tempfile.TemporaryDirectory() as name:
@@ -84,7 +84,7 @@ def run_for_all(environment) -> Iterator[Callable[..., subprocess.CompletedProce
         def run(*arguments: str) -> subprocess.CompletedProcess:
             twistd = [interpreter, "-c", "from twisted.scripts.twistd import run; run()"]
             env = {**environment, "PYTHONPATH": name}
-            # Groups of root's, which nobody else is to have.
+            # Supplementary groups of root, which the service must drop.
             groups = [4, 27] if os.getuid() == 0 else None
             return subprocess.run(
                 [*twistd, *arguments], env=env, capture_output=True, text=True, timeout=DEADLINE, extra_groups=groups
@@ -118,14 +118,14 @@ def test_a_daemon_that_dropped_privileges_serves_with_workers_on_a_privileged_po
     (here / "server.key").chmod(0o600)
     log = here / "d.log"
     log.touch()
-    shutil.chown(log, "nobody")  # or twistd could not rotate it
+    shutil.chown(log, "nobody")  # required for rotation by twistd
     result = run_for_all(
         *(f"--pidfile={here}/d.pid", f"--logfile={log}", f"--rundir={here}", "--uid=nobody", "--gid=nogroup"),
         *("rtservice", "--workers=2", "--listen=unix:s:mode=666"),
         f"--listen=ssl:{port}:interface=127.0.0.1:privateKey=server.key:certKey=server.pem",
     )
     assert (result.returncode, result.stderr) == (0, "")
-    pid = int((here / "d.pid").read_text())  # the command returns when all of it serves
+    pid = int((here / "d.pid").read_text())  # the command returns once every listener is open
     pids = children(pid)
     try:
         wait_for(lambda: "listening on" in log.read_text())
@@ -148,7 +148,7 @@ def test_a_daemon_that_dropped_privileges_serves_with_workers_on_a_privileged_po
                 wait_for(lambda count=count: len(re.findall("slot 2 removed", log.read_text())) == count)
             pids = children(pid)
             os.kill(pid, signal.SIGHUP)
-            # Nobody of these can read the key: whoever serves, serves on.
+            # None of these processes can read the key: the workers keep serving.
             line = wait_for(lambda: re.search("reload failed, .*", log.read_text()))[0]
             assert "server.key" in line
             load.more(20)
@@ -156,8 +156,8 @@ def test_a_daemon_that_dropped_privileges_serves_with_workers_on_a_privileged_po
             wait_for(lambda: (here / "d.log.1").exists())
             load.more(20)
             wait_for(lambda: "bytes in" in log.read_text())
-            assert_nobody_lost(load.stop())
-            assert_nobody_lost(local.stop())
+            assert_no_client_lost(load.stop())
+            assert_no_client_lost(local.stop())
         assert children(pid) == pids
     finally:
         os.kill(pid, signal.SIGTERM)
@@ -205,11 +205,11 @@ def test_passed_sockets_are_shared_by_the_workers(workers, tmp_path, wait_for) -
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     path = f"{tmp_path}/activated"
-    knocker = threading.Thread(target=lambda: (wait_for(lambda: os.path.exists(path)), greeted(path).close()))
-    knocker.start()  # whoever comes first starts the service
+    client_thread = threading.Thread(target=lambda: (wait_for(lambda: os.path.exists(path)), greeted(path).close()))
+    client_thread.start()  # the first connection activates the service
     activate = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}", "-l", path, "-E", "PYTHONUNBUFFERED=1"]
     running = workers("--listen=systemd:", launcher=activate)
-    knocker.join(DEADLINE)
+    client_thread.join(DEADLINE)
     with Load(port=port, short=16, long=16) as load, Load(path=path, short=16, long=16) as local:
         for count in range(1, 4):
             load.more(30)
@@ -220,8 +220,8 @@ def test_passed_sockets_are_shared_by_the_workers(workers, tmp_path, wait_for) -
             running.wait_event("worker.ready", count, slot=2)
             running.send(signal.SIGTTOU)
             running.wait_event("slot.removed", count, slot=2)
-        assert_nobody_lost(load.stop())
-        assert_nobody_lost(local.stop())
+        assert_no_client_lost(load.stop())
+        assert_no_client_lost(local.stop())
     assert running.stop() == 0
     assert os.path.exists(path)
 
@@ -238,8 +238,8 @@ def test_reloads_lose_no_client_with_tls_proxy_headers_and_unix_sockets(workers,
             load.more(20)
             running.send(signal.SIGHUP)
             running.wait_event("reload.done", count)
-        assert_nobody_lost(load.stop())
-        assert_nobody_lost(local.stop())
+        assert_no_client_lost(load.stop())
+        assert_no_client_lost(local.stop())
     running.wait_event("connection.closed", peer="192.0.2.1:4711", listener=re.compile("^proxy:ssl:"))
     assert running.stop() == 0
     assert not (tmp_path / "s").exists()

@@ -1,4 +1,4 @@
-"""The stop of a service with workers."""
+"""Stopping a service with workers."""
 
 import contextlib
 import os
@@ -18,12 +18,12 @@ from tests.support.processes import accepted_by
 from tests.support.workers import Workers
 
 
-@pytest.mark.parametrize("whom", ["the parent", "all processes"])
-def test_a_stop_resets_no_connection(workers, whom) -> None:
+@pytest.mark.parametrize("target", ["parent", "all processes"])
+def test_a_stop_resets_no_connection(workers, target) -> None:
     running = workers(TCP)
     with Load(port=running.service.port, short=32, long=32) as load:
         load.more(100)
-        for pid in (running.pid, *(running.pids() if whom == "all processes" else ())):
+        for pid in (running.pid, *(running.pids() if target == "all processes" else ())):
             os.kill(pid, signal.SIGTERM)
         assert running.service.process.wait(DEADLINE) == 0
         count = load.stop()
@@ -36,7 +36,7 @@ LISTEN = (TCP, "--listen=tcp6:0", "--listen=unix:s")
 
 
 def addresses_of(running: Workers, directory: Path) -> list[Any]:
-    """Where it can be reached: IPv4, IPv6, and a path."""
+    """Return its addresses: IPv4, IPv6, and the path of a UNIX socket."""
     lines = [
         running.wait_event("listener.listening", listener=re.compile(rf"^tcp:{host}:\d+$"))["listener"]
         for host in (r"127\.0\.0\.1", r"\[::\]")
@@ -46,11 +46,11 @@ def addresses_of(running: Workers, directory: Path) -> list[Any]:
 
 
 def assert_a_successor_takes_over(workers: Callable[..., Workers], addresses: list[Any], wait_for: Any) -> Workers:
-    """New clients of a service that drains are refused, and another serves on the same addresses."""
+    """Check that a draining service refuses new clients, and start another service on its addresses."""
 
     def refused(address: Any) -> bool:
         try:
-            connect(address).close()  # when it is not told yet, or its signal has not come
+            connect(address).close()  # accepted if the signal is not handled yet
         except (ConnectionRefusedError, FileNotFoundError):
             return True
         return False
@@ -68,7 +68,7 @@ def assert_a_successor_takes_over(workers: Callable[..., Workers], addresses: li
 def test_new_clients_during_a_drain_are_refused_and_a_successor_can_listen(workers, tmp_path, wait_for) -> None:
     running = workers(*LISTEN)
     addresses = addresses_of(running, tmp_path)
-    # Sockets that were taken from the spares, and given back.
+    # Take a reserve socket, and return it.
     running.send(signal.SIGTTIN)
     running.wait_event("worker.ready", slot=2)
     running.send(signal.SIGTTOU)
@@ -78,14 +78,14 @@ def test_new_clients_during_a_drain_are_refused_and_a_successor_can_listen(worke
     idle = next(pid for pid in pids if not accepted_by(pid, old[:1]))
     running.send(signal.SIGINT)
     running.wait_event("drain.started", 3)
-    os.kill(idle, signal.SIGKILL)  # it is not replaced, and nobody has its sockets
+    os.kill(idle, signal.SIGKILL)  # it is not replaced, and no process has its sockets
     successor = assert_a_successor_takes_over(workers, addresses, wait_for)
     assert echoes(old[0])
     assert running.service.process.poll() is None
     for client in old:
         client.close()
     assert running.service.process.wait(DEADLINE) == 0
-    for address in addresses:  # the file of the path is the successor's
+    for address in addresses:  # the socket file belongs to the successor
         greeted(address).close()
     assert successor.stop() == 0
 
@@ -95,7 +95,7 @@ def test_stopping_during_a_replacement_releases_every_address(workers, tmp_path,
     running = workers(*LISTEN)
     addresses = addresses_of(running, tmp_path)
     pids = running.settled(2)
-    clients = [greeted(address) for address in addresses * 10]  # some of each worker's
+    clients = [greeted(address) for address in addresses * 10]  # some of each worker
     match change:
         case "reloaded":  # the old workers drain
             running.send(signal.SIGHUP)
@@ -125,7 +125,7 @@ def test_a_second_signal_ends_the_drain(workers, wait_for) -> None:
         running.send(signal.SIGTERM)
         running.wait_event("drain.started", count=1)
         assert echoes(client)
-        # Those of the first half second are the first one once more.
+        # Signals within half a second of the first are ignored as duplicates.
         wait_for(lambda: running.send(signal.SIGTERM) or running.recorded("stop.repeated", signal="SIGTERM"))
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""

@@ -64,7 +64,7 @@ class Load:
         return answer
 
 
-def assert_nobody_lost(count: dict[str, Any]) -> None:
+def assert_no_client_lost(count: dict[str, Any]) -> None:
     assert {**count, "ok": 0, "p50": 0, "p99": 0, "longest": 0} == {
         **{"ok": 0, "refused": 0, "reset": 0, "cut": 0, "silent": 0, "lost": 0},
         **{"p50": 0, "p99": 0, "longest": 0, "problems": []},
