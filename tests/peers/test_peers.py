@@ -1,4 +1,4 @@
-"""What other programs see: nc, socat and a plain socket client."""
+"""Clients of other programs: nc, socat and a plain socket."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes during load, and answers with what the clients counted."""
+"""A real Prometheus scrapes the service under load; its values match the counts of the clients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(PROMETHEUS is None, reason="prometheus (Debian: 
 
 @pytest.fixture
 def prometheus(tmp_path: Path) -> Iterator[Callable[[str], Callable[[str], float]]]:
-    """Starts one that scrapes an address each second; gives what asks it for the value of a query."""
+    """Start a Prometheus that scrapes an address each second; return a function that evaluates a query."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(target: str) -> Callable[[str], float]:
@@ -47,7 +47,7 @@ def prometheus(tmp_path: Path) -> Iterator[Callable[[str], Callable[[str], float
             try:
                 with urllib.request.urlopen(url, timeout=DEADLINE) as answer:
                     found = json.load(answer)["data"]["result"]
-            except OSError:  # it is not up yet
+            except OSError:  # it is not ready yet
                 return -1.0
             return float(found[0]["value"][1]) if found else -1.0
 
@@ -72,7 +72,7 @@ def test_prometheus_values_match_the_counts_of_the_clients(
         kept = [clients.enter_context(running.connect()) for _ in range(5)]
         assert {client.recv(100) for client in kept} == {b"Hello from the server!"}
         opened += len(kept)
-        # Load, until the rate of it is known.
+        # Load until Prometheus can compute its rate.
         while ask("sum(rate(rtservice_connections_opened_total[10s]))") <= 1:
             for _ in range(20):
                 with running.connect() as client:

@@ -1,4 +1,4 @@
-"""Real proxies in front that say who the client is: HAProxy and nginx."""
+"""PROXY headers of real proxies: HAProxy and nginx."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from tests.support.listening import port_of
 
 NGINX_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 
-# Debian has them where users' PATH does not go.
+# Debian installs them in /usr/sbin, which is not in the PATH of users.
 HAPROXY, NGINX = (shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") for name in ("haproxy", "nginx"))
 
 needs_haproxy = pytest.mark.skipif(HAPROXY is None, reason="haproxy (Debian: haproxy) is not installed")
@@ -31,7 +31,7 @@ needs_nginx = pytest.mark.skipif(
 
 
 class Front:
-    """A listening socket that a proxy inherits, so that no port is raced for and no client comes too early."""
+    """A listening socket that a proxy inherits, which avoids races for a port and clients that connect too early."""
 
     def __init__(self, host: str) -> None:
         self.socket = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -39,13 +39,13 @@ class Front:
         self.address = self.socket.getsockname()[:2]
 
     def connect(self, source: str | None = None) -> socket.socket:
-        """A client from this address."""
+        """Connect a client from this address."""
         return socket.create_connection(self.address, DEADLINE, source_address=(source, 0) if source else None)
 
 
 @pytest.fixture
 def start(tmp_path) -> Iterator:
-    """Starts a proxy with a command line, to be ended after the test."""
+    """Start a proxy with a command line; terminate it after the test."""
     with contextlib.ExitStack() as stack:
 
         def run(front: Front, *command: str, **env: str) -> Front:
@@ -54,8 +54,8 @@ def start(tmp_path) -> Iterator:
                 command, pass_fds=(front.fd,), env={**os.environ, **env}, stdout=output, stderr=output
             )
             stack.callback(process.wait, DEADLINE)
-            stack.callback(process.terminate)  # nginx's worker ends with its master
-            # Only the proxy holds it from now on: if that has ended, clients are refused, and wait for nobody.
+            stack.callback(process.terminate)  # the nginx worker exits with its master
+            # From here only the proxy has the socket open: if it exits, clients are refused at once.
             front.socket.close()
             return front
 
@@ -64,7 +64,7 @@ def start(tmp_path) -> Iterator:
 
 @pytest.fixture
 def haproxy(start, tmp_path):
-    """Starts HAProxy in front of a server as its configuration calls it, such as `127.0.0.1:8080 send-proxy`."""
+    """Start HAProxy in front of a server in HAProxy syntax, such as `127.0.0.1:8080 send-proxy`."""
 
     def run(server: str, host: str = "127.0.0.1", bind: str = "") -> Front:
         front = Front(host)
@@ -90,7 +90,7 @@ listen echo
 
 @pytest.fixture
 def nginx(start, tmp_path):
-    """Starts nginx, which sends headers of version 1, in front of a server."""
+    """Start nginx, which sends headers of version 1, in front of a server."""
 
     def run(server: str, host: str = "127.0.0.1") -> Front:
         front = Front(host)
@@ -111,7 +111,7 @@ stream {{
     }}
 }}
 """)
-        # NGINX= is how it hands its sockets to a successor; without a master process it would crash.
+        # The variable NGINX passes inherited sockets; without a master process nginx would crash.
         command = (NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", "stderr")
         return start(front, *command, NGINX=f"{front.fd};")
 
@@ -120,7 +120,7 @@ stream {{
 
 @pytest.fixture
 def proxies(haproxy, nginx):
-    """Starts one of PROXIES in front of a server."""
+    """Start one of PROXIES in front of a server."""
 
     def run(name: str, server: str, **settings: str) -> Front:
         if name == "nginx":
@@ -143,13 +143,13 @@ def port(running) -> int:
 
 
 def name(sock: socket.socket) -> str:
-    """How the log calls the client with this socket."""
+    """Return the peer address of this client as logged."""
     host, number = sock.getsockname()[:2]
     return f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
 
 
 def receive(sock: socket.socket, size: int) -> bytes:
-    """This many bytes, or less at the end."""
+    """Receive this many bytes, or fewer at the end of the connection."""
     received = bytearray()
     while len(received) < size and (piece := sock.recv(min(size - len(received), 1 << 18))):
         received += piece
@@ -157,14 +157,14 @@ def receive(sock: socket.socket, size: int) -> bytes:
 
 
 def greet(sock: socket.socket, data: bytes) -> None:
-    """Send a little, and read it after the greeting."""
+    """Send a small message, and read its echo after the greeting."""
     sock.sendall(data)
     answer = receive(sock, len(GREETING) + len(data))
     assert answer == GREETING + data
 
 
 def exchange(sock: socket.socket, data: bytes) -> None:
-    """Send much while it comes back, after the greeting; not for TLS, whose sockets are not for two threads."""
+    """Send large data while reading its echo; not for TLS sockets, which two threads cannot use at once."""
     sender = threading.Thread(target=sock.sendall, args=(data,))
     sender.start()
     answer = receive(sock, len(GREETING) + len(data))
@@ -180,7 +180,7 @@ def problems(running) -> list[str]:
     ]
 
 
-# --- the client is who it is ---
+# --- the logged peer address ---
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
@@ -277,7 +277,7 @@ def test_health_checks_with_a_header_pass_without_errors(service, haproxy, proxy
 @needs_haproxy
 def test_health_checks_without_a_header_pass_and_are_not_logged(service, haproxy, wait_for, tmp_path) -> None:
     running = service("--listen=proxy:tcp:0:interface=127.0.0.1")
-    # With a port of their own, even if it is the same, checks send no header: SYN, and RST instead of the last ACK.
+    # With `check port`, even for the same port, checks send no header: SYN, and RST instead of the last ACK.
     front = haproxy(f"127.0.0.1:{port(running)} send-proxy check port {port(running)} inter 50ms fall 1")
     wait_for(lambda: "Health check for server echo/s succeeded" in (tmp_path / "proxy.log").read_text())
     with front.connect("127.0.0.2") as client:
@@ -306,7 +306,7 @@ def test_the_limit_per_peer_counts_clients_behind_a_proxy(service, proxies, prox
         assert is_closed(third)
         running.wait_event("connection.refused", peer=name(third), setting="max-connections-per-peer")
         greet(connect("127.0.0.4"), b"hello")
-        # One leaves, and there is room for another.
+        # After one connection closes, another is accepted.
         peer = name(last)
         last.close()
         running.wait_event("connection.closed", peer=peer)
@@ -320,7 +320,7 @@ def test_a_proxy_outside_proxy_from_is_refused(service, proxies, proxy) -> None:
     with front.connect() as client:
         assert is_closed(client)
     running.wait_event("connection.refused", peer=re.compile("^127.0.0.1:"), setting="proxy-from")
-    # A proxy of our own, from an address that is.
+    # A PROXY header from a trusted address.
     with socket.create_connection(("127.0.0.1", port(running)), DEADLINE, source_address=("127.0.0.2", 0)) as client:
         client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
         greet(client, b"hello")

@@ -1,4 +1,4 @@
-"""What other programs see of a TLS listener of a real process: openssl, socat, curl, and peers that only hold on."""
+"""Clients of a TLS listener of a real process: openssl, socat, curl, and stalled or idle peers."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ from tests.support.processes import cpu_seconds, descriptors
 
 @pytest.fixture
 def secure(service, certificates):
-    """Starts the service with one `ssl:` listener on a free loopback port."""
+    """Start the service with one `ssl:` listener on a free loopback port."""
 
     def start(*arguments: str, name: str = "server", more: str = ""):
         files = f"privateKey={certificates[f'{name}.key']}:certKey={certificates[f'{name}.pem']}"
@@ -30,8 +30,8 @@ def secure(service, certificates):
     return start
 
 
-class Talk:
-    """A program whose input is the test's, and whose output is read as it comes."""
+class Program:
+    """A program whose standard input and output are connected to the test."""
 
     def __init__(self, *command: str) -> None:
         self.process = subprocess.Popen(
@@ -42,7 +42,7 @@ class Talk:
         self.process.stdin.write(data)
 
     def receive(self, size: int) -> bytes:
-        """This many bytes of its output, or less at its end."""
+        """Read this many bytes of the output, or fewer at its end."""
         received = b""
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -53,7 +53,7 @@ class Talk:
                 received += piece
         return received
 
-    def __enter__(self) -> "Talk":
+    def __enter__(self) -> "Program":
         return self
 
     def __exit__(self, *_) -> None:
@@ -63,7 +63,7 @@ class Talk:
         self.process.stdout.close()
 
 
-# --- friends ---
+# --- TLS clients ---
 
 
 @needs("openssl", "openssl")
@@ -72,7 +72,7 @@ class Talk:
 def test_openssl_is_greeted_and_echoed(secure, certificates, version, name) -> None:
     running = secure(name=name)
     checks = ("-CAfile", certificates["ca.pem"], "-verify_return_error", "-verify_hostname", "localhost")
-    with Talk("openssl", "s_client", "-quiet", version, *checks, "-connect", f"127.0.0.1:{running.port}") as peer:
+    with Program("openssl", "s_client", "-quiet", version, *checks, "-connect", f"127.0.0.1:{running.port}") as peer:
         assert peer.receive(22) == GREETING
         for message in (b"hello\n", b"\0\xff", b"x" * 40_000):
             peer.send(message)
@@ -85,14 +85,14 @@ def test_openssl_accepts_the_chain_and_alpn_and_sends_a_client_certificate(secur
     running = secure(name="leaf", more=more)
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{running.port}", "-CAfile", certificates["ca.pem"]]
     command += ["-verify_return_error", "-alpn", "other,echo", "-ign_eof"]
-    with Talk(*command, "-cert", certificates["client.pem"], "-key", certificates["client.key"]) as peer:
+    with Program(*command, "-cert", certificates["client.pem"], "-key", certificates["client.key"]) as peer:
         output = peer.receive(1)
         while GREETING not in output:
             output += (more := peer.receive(1))
             assert more, output
         assert b"ALPN protocol: echo" in output
         assert b"Verify return code: 0 (ok)" in output
-    with Talk(*command) as stranger:
+    with Program(*command) as stranger:
         output = stranger.receive(1 << 20)
     assert GREETING not in output
     running.wait_event(
@@ -118,7 +118,7 @@ def test_curl_verifies_the_certificate_and_receives_its_request_back(secure, cer
     running = secure()
     url = f"https://localhost:{running.port}/echo"
     common = ("curl", "--silent", "--ipv4", "--no-buffer", "--http0.9")
-    with Talk(*common, "--cacert", certificates["ca.pem"], url) as peer:
+    with Program(*common, "--cacert", certificates["ca.pem"], url) as peer:
         request = f"GET /echo HTTP/1.1\r\nHost: localhost:{running.port}\r\n".encode()
         assert peer.receive(22 + len(request)) == GREETING + request
     refused = subprocess.run([*common, "--cacert", certificates["other.pem"], url], timeout=DEADLINE)
@@ -126,8 +126,8 @@ def test_curl_verifies_the_certificate_and_receives_its_request_back(secure, cer
     running.wait_event("connection.closed", reason=re.compile("^TLS failed"))
 
 
-def send_until_it_is_full(peer: ssl.SSLSocket) -> None:
-    """Send and never read, until nothing more is taken."""
+def fill_buffers(peer: ssl.SSLSocket) -> None:
+    """Send without reading until every buffer is full."""
     peer.settimeout(1)
     with contextlib.suppress(TimeoutError):
         while True:
@@ -138,7 +138,7 @@ def test_a_client_that_never_reads_uses_bounded_memory(secure, trusting) -> None
     running = secure()
     before = running.peak_memory
     with trusting.wrap_socket(running.connect(), server_hostname="localhost") as peer:
-        send_until_it_is_full(peer)
+        fill_buffers(peer)
         assert running.peak_memory < before + 8e6
 
 
@@ -171,19 +171,19 @@ def test_data_that_is_not_tls_is_logged_once_and_other_clients_are_served(secure
     assert not [line for line in running.lines if "Traceback" in line]
 
 
-# --- those who only hold on ---
+# --- stalled and idle peers ---
 
 
 def test_fifty_stalled_handshakes_time_out_while_other_clients_are_served(secure, trusting, wait_for):
     running = secure("--handshake-timeout=1.5")
     with trusting.wrap_socket(running.connect(), server_hostname="localhost") as first:
         assert first.recv(100) == GREETING
-    running.wait_event("connection.closed")  # whatever it opens only once is open
+    running.wait_event("connection.closed")  # then descriptors that are opened once are open
     before = descriptors(running.process.pid)
     with contextlib.ExitStack() as stack:
         stalled = [stack.enter_context(running.connect()) for _ in range(50)]
         for client in stalled[::2]:
-            client.sendall(b"\x16\x03\x01\x02\x00\x01")  # a ClientHello that begins
+            client.sendall(b"\x16\x03\x01\x02\x00\x01")  # the start of a ClientHello
         with trusting.wrap_socket(running.connect(), server_hostname="localhost") as good:
             assert good.recv(100) == GREETING
         for client in stalled:
@@ -194,10 +194,10 @@ def test_fifty_stalled_handshakes_time_out_while_other_clients_are_served(secure
 
 
 def test_idle_peers_use_no_cpu_time(secure, trusting) -> None:
-    """Handshakes that stall, a client that is paused, one that finished and does not read: nothing spins for them."""
+    """Stalled handshakes, a paused client, and a half-closed client that does not read cause no busy loop."""
     running = secure("--handshake-timeout=60")
 
-    def shaken() -> ssl.SSLSocket:
+    def connected() -> ssl.SSLSocket:
         peer = stack.enter_context(trusting.wrap_socket(running.connect(), server_hostname="localhost"))
         assert peer.recv(100) == GREETING
         return peer
@@ -205,15 +205,15 @@ def test_idle_peers_use_no_cpu_time(secure, trusting) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(5):
             stack.enter_context(running.connect()).sendall(b"\x16\x03\x01\x02\x00\x01")
-        shaken()
-        paused, finished = shaken(), shaken()
+        connected()
+        paused, finished = connected(), connected()
         for peer in (paused, finished):
-            send_until_it_is_full(peer)
-        # FIN behind what was never read, and in the middle of a record: the kernel reports it, and nobody can read it.
+            fill_buffers(peer)
+        # FIN after unread data, within a record: the kernel reports an event that reading does not clear.
         finished._sslobj, _ = None, finished._sslobj
         finished.shutdown(socket.SHUT_WR)
         before = cpu_seconds(running.process.pid)
-        # The one place where time has to pass: this is what is measured.
+        # The measurement needs one second of real time.
         end = time.monotonic() + 1
         while (left := end - time.monotonic()) > 0:
             threading.Event().wait(left)
@@ -221,7 +221,7 @@ def test_idle_peers_use_no_cpu_time(secure, trusting) -> None:
         assert not [event for event in running.events if event["event"] == "connection.closed"]
 
 
-# --- a start that fails ---
+# --- failed starts ---
 
 
 @pytest.mark.parametrize(

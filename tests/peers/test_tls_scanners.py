@@ -1,4 +1,4 @@
-"""What scanners think of a TLS listener: testssl.sh, and sslyze with Mozilla's "intermediate" configuration."""
+"""TLS scanners: testssl.sh, and sslyze with Mozilla's "intermediate" configuration."""
 
 import json
 import re
@@ -15,12 +15,12 @@ def needs(program: str, where: str):
 
 @pytest.fixture
 def port(request, service, certificates) -> int:
-    """The port of a service with the certificate of that name."""
+    """The port of a service with the certificate that the parameter names."""
     files = f"privateKey={certificates[f'{request.param}.key']}:certKey={certificates[f'{request.param}.pem']}"
     return service(f"--listen=ssl:0:interface=127.0.0.1:{files}").port
 
 
-# What testssl.sh calls severe, and why it is none of the listener's.
+# Findings of testssl.sh that the listener does not cause, with the reason.
 ACCEPTED = {
     "cert_revocation": "the tests' authority publishes neither a CRL nor an OCSP responder",
 }
@@ -40,7 +40,7 @@ def test_testssl_reports_nothing_of_medium_or_higher_severity(port, certificates
     entries = [{**entry, "id": entry["id"].partition(" ")[0]} for entry in json.loads(report.read_text())]
     assert [entry for entry in entries if entry["severity"] in SEVERE and entry["id"] not in ACCEPTED] == []
     findings = {entry["id"]: entry for entry in entries}
-    # That it was a scan: these have been looked at.
+    # These findings show that the scan ran.
     for name in ("SSLv3", "TLS1", "TLS1_1"):
         assert findings[name]["finding"] == "not offered"
     for name in ("TLS1_2", "TLS1_3"):
@@ -56,9 +56,9 @@ def test_testssl_reports_nothing_of_medium_or_higher_severity(port, certificates
     assert "DH_groups" not in findings
 
 
-# What sslyze holds against it, by the name of its check.
+# Deviations that sslyze reports and the listener does not cause, by check.
 DEVIATIONS = {
-    "certificate_path_validation": "no public trust store knows the tests' authority",
+    "certificate_path_validation": "no public trust store contains the tests' authority",
 }
 
 
@@ -72,7 +72,7 @@ def test_sslyze_reports_mozillas_intermediate_configuration(port, tmp_path) -> N
     found = dict(re.findall(r"^\s*\* (\w+): (.*)$", compliance, re.MULTILINE))
     assert {name: text for name, text in found.items() if name not in DEVIATIONS} == {}
     assert found or "Compliant" in compliance
-    # And what compliance does not look at.
+    # Checks that are not part of the compliance report.
     for line in (
         "Not vulnerable to Heartbleed",
         "Client Renegotiation DoS Attack:   OK",

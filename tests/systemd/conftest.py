@@ -1,7 +1,7 @@
-"""A Debian booted with systemd in a container of its own: network, processes, control groups and file system.
+"""A Debian booted with systemd in a container with separate network, processes, control groups and file system.
 
-Needs root, and a kernel that lets a container boot: where it does not, every test that wants the machine is skipped
-with the reason, which begins with `no systemd can be booted here`. Debian itself is fetched once, into $TESTS_CACHE
+This needs root, and a kernel that permits a container to boot. Otherwise every test that uses the machine is skipped
+with a reason that begins with `no systemd can be booted here`. Debian is downloaded once, into $TESTS_CACHE
 (~/.cache/rtservice-tests): 290 MB.
 """
 
@@ -28,15 +28,15 @@ from tests.support.repository import ETC
 
 SUITE = "bookworm"
 PACKAGES = "systemd,systemd-sysv,python3,procps"
-BOOT = 120  # seconds for what takes five; test machines are busy
+BOOT = 120  # seconds; booting takes five on an idle machine, and test machines are busy
 COMMAND = 60
 
-# Whatever is not of the service would only make the boot longer.
+# Units that the service does not need, masked for a faster boot.
 MASKED = ("getty.target", "systemd-logind.service", "systemd-timesyncd.service", "apt-daily.timer", "e2scrub_all.timer")
 
-# Our own mount namespace and control group, on any host: cgroup2 alone, since Debian's systemd wants nothing else, and
-# a /run of its own, where nspawn would leave things. A signal that ends the boot goes to all of the group: this shell
-# outlives it, and tidies up.
+# A separate mount namespace and control group on any host: cgroup2 only, as Debian's systemd requires, and a private
+# /run, where nspawn leaves files. A signal that ends the boot goes to the whole process group: this shell ignores it,
+# and cleans up.
 LAUNCH = """
 set -e
 trap : TERM
@@ -55,11 +55,11 @@ exit "$status"
 
 
 class CannotBootError(Exception):
-    """This host cannot boot a systemd; the text says why."""
+    """This host cannot boot a systemd; the message is the reason."""
 
 
 class Machine:
-    """The booted container, whose first process is `leader`."""
+    """The booted container; `leader` is the pid of its first process."""
 
     def __init__(self, leader: int) -> None:
         self._root = Path(f"/proc/{leader}/root")
@@ -70,7 +70,7 @@ class Machine:
         self._network = f"/proc/{leader}/ns/net"
 
     def run(self, *command: str) -> str:
-        """What a command in the machine prints; one that fails is a failure."""
+        """Run a command in the machine; return its output, and fail the test if it fails."""
         result = subprocess.run(
             [*self._enter, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND
         )
@@ -78,31 +78,31 @@ class Machine:
         return result.stdout
 
     def property(self, unit: str, name: str) -> str:
-        """A property as `systemctl show` has it, such as StatusText."""
+        """Return a property of `systemctl show`, such as StatusText."""
         return self.run("systemctl", "show", "--value", f"--property={name}", unit).strip()
 
     def journal(self, unit: str) -> list[str]:
-        """What the unit's processes, and systemd about it, have logged."""
+        """Return the log lines of a unit's processes, and those of systemd about the unit."""
         self.run("journalctl", "--sync")
         return self.run("journalctl", "--no-pager", "--output=cat", f"--unit={unit}").splitlines()
 
     def path(self, path: str) -> Path:
-        """Where a file of the machine is for us."""
+        """Return the path of a file of the machine on this host."""
         return self._root / path.lstrip("/")
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
-        """This thread's new sockets are in the machine's network; those that it makes stay there."""
-        with open("/proc/thread-self/ns/net") as ours, open(self._network) as theirs:
-            _enter_network(theirs.fileno())
+        """Enter the network of the machine in this thread; sockets created meanwhile stay in that network."""
+        with open("/proc/thread-self/ns/net") as host, open(self._network) as machine:
+            _enter_network(machine.fileno())
             try:
                 yield
             finally:
-                _enter_network(ours.fileno())
+                _enter_network(host.fileno())
 
 
 def _enter_network(fd: int) -> None:
-    # os.setns() is there from Python 3.12 on.
+    # os.setns() needs Python 3.12.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, 0x40000000):  # CLONE_NEWNET
         raise OSError(ctypes.get_errno(), "setns")
@@ -110,7 +110,7 @@ def _enter_network(fd: int) -> None:
 
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A machine with this package in /opt/rtservice, as docs/howto/systemd.md has it, with the files of etc/."""
+    """A machine with this package in /opt/rtservice, as in docs/howto/systemd.md, and the files of etc/."""
     with contextlib.ExitStack() as stack:
         try:
             directory = tmp_path_factory.mktemp("machine")
@@ -121,9 +121,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def _debian() -> Path:
-    """The root of a minimal Debian, made the first time; raises CannotBootError."""
+    """Return the root of a minimal Debian, created at first use; raises CannotBootError."""
     if os.getuid() != 0:
-        raise CannotBootError("that takes root")
+        raise CannotBootError("root is required")
     for program, package in (
         ("debootstrap", "debootstrap"),
         ("systemd-nspawn", "systemd-container"),
@@ -132,7 +132,7 @@ def _debian() -> Path:
         if shutil.which(program) is None:
             raise CannotBootError(f"{program} (Debian: {package}) is not installed")
     tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True)
-    if tried.returncode:  # before anything is fetched
+    if tried.returncode:  # before anything is downloaded
         raise CannotBootError(tried.stderr.strip())
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtservice-tests"
     cache = Path(os.environ.get("TESTS_CACHE") or default)
@@ -151,7 +151,7 @@ def _debian() -> Path:
             )
             if result.returncode:
                 raise CannotBootError(f"debootstrap: {_last_line(result.stdout + result.stderr)}")
-            # What pip would install in it is copied later.
+            # Packages are copied into the venv later, instead of installed with pip.
             subprocess.run(
                 ["chroot", str(unfinished), "python3", "-m", "venv", "--without-pip", "/opt/rtservice"], check=True
             )
@@ -164,17 +164,17 @@ def _last_line(text: str) -> str:
 
 
 def _install(root: Path, venv: Path) -> None:
-    """Lay the files of the package, of what it needs, and of etc/ over a root; `venv` is the machine's."""
+    """Copy the package, its dependencies and the files of etc/ into a root; `venv` is the venv of the machine."""
     opt = root / "opt" / "rtservice"
     (packages,) = (venv / "lib").glob("python3.*/site-packages")
     site = opt / packages.relative_to(venv)
-    wanted, copied = ["twisted"], set[str]()  # all that rtservice needs
+    wanted, copied = ["twisted"], set[str]()  # the dependencies of rtservice
     while wanted:
         name = wanted.pop()
         if name in copied:
             continue
         copied.add(name)
-        with contextlib.suppress(metadata.PackageNotFoundError):  # for other versions of Python
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a dependency for other versions of Python
             distribution = metadata.distribution(name)
             for requirement in distribution.requires or []:
                 if "extra ==" not in requirement:
@@ -183,7 +183,7 @@ def _install(root: Path, venv: Path) -> None:
                 if ".." not in file.parts:
                     (site / file).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(distribution.locate_file(file), site / file)
-    # Of an editable installation that was a reference alone.
+    # An editable installation contains only a reference to these files.
     package = Path(rtservice.__file__).parent
     plugin = Path("twisted", "plugins", "rtservice_plugin.py")
     shutil.copytree(package, site / "rtservice", dirs_exist_ok=True)
@@ -211,7 +211,7 @@ def _install(root: Path, venv: Path) -> None:
 
 @contextlib.contextmanager
 def _boot(debian: Path, directory: Path) -> Iterator[Machine]:
-    """Boot `debian` with a writable layer of its own, and power it off; raises CannotBootError."""
+    """Boot `debian` with a separate writable layer, and end it; raises CannotBootError."""
     for name in ("upper", "work", "root"):
         (directory / name).mkdir()
     _install(directory / "upper", debian / "opt" / "rtservice")
@@ -229,23 +229,23 @@ def _boot(debian: Path, directory: Path) -> Iterator[Machine]:
             env={**os.environ, "NOTIFY_SOCKET": f"@{name}"},
             start_new_session=True,
         )
-        # The shell ends after what it has started, and leaves no mount and no control group behind.
+        # The shell exits after its children, and removes its mounts and its control group.
         stack.callback(process.wait)
-        # Nothing in there is worth an orderly end: with its first process all of the machine is gone.
+        # The machine needs no graceful shutdown: killing its first process ends it.
         stack.callback(lambda: _end(leader) if leader else os.killpg(process.pid, signal.SIGTERM))
         ended = os.pidfd_open(process.pid)
         stack.callback(os.close, ended)
-        # nspawn passes on what the container's systemd says, and would wait for ever for somebody to read it.
+        # nspawn forwards the notifications of the container's systemd, and blocks until they are read.
         with notified:
-            up = False
-            while not up:
+            ready = False
+            while not ready:
                 readable, _, _ = select.select([notified, ended], [], [], BOOT)
                 if notified not in readable:
-                    why = "it ended" if readable else f"it is not up after {BOOT} s"
+                    why = "it exited" if readable else f"it is not ready after {BOOT} s"
                     raise CannotBootError(f"{why}: {_last_line(console.read_text(errors='replace'))}")
                 news = dict(line.split("=", 1) for line in notified.recv(4096).decode().splitlines())
                 leader = int(news.get("X_NSPAWN_LEADER_PID", leader))
-                up = "READY" in news
+                ready = "READY" in news
         yield Machine(leader)
 
 

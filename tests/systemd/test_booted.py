@@ -1,4 +1,4 @@
-"""The files of etc/ under a real systemd: what is served, reloaded, restarted, watched and stopped."""
+"""The files of etc/ under a real systemd: start, reload, restart, watchdog and stop."""
 
 import contextlib
 import re
@@ -13,17 +13,17 @@ import pytest
 from tests.support.greeting import GREETING
 
 DATA = bytes(range(256)) * 100
-PLAIN, TLS = 8080, 8443  # of the sockets in etc/
+PLAIN, TLS = 8080, 8443  # the ports of the socket units in etc/
 ACTIVATED, STANDALONE = "rtservice.service", "rtservice-standalone.service"
 
-# The first run fetches a Debian.
+# The first run downloads a Debian.
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
 def installed(machine, certificates):
-    """The machine, with certificates and settings where the files of etc/ look for them."""
-    # As docs/howto/systemd.md has it: Twisted's plugin cache, which the service itself may not write.
+    """The machine, with certificates and settings where the files of etc/ expect them."""
+    # As in docs/howto/systemd.md: create the plugin cache of Twisted, which the service has no permission to write.
     machine.run("/opt/rtservice/bin/twistd", "--help")
     machine.run("systemd-sysusers")
     machine.run("systemd-tmpfiles", "--create")
@@ -34,7 +34,7 @@ def installed(machine, certificates):
 
 @pytest.fixture(params=[ACTIVATED, STANDALONE])
 def unit(request, installed, certificates):
-    """The name of a unit, which is started, and serves PLAIN and TLS."""
+    """The name of a started unit that serves PLAIN and TLS."""
     yield from started(request.param, installed, certificates)
 
 
@@ -61,7 +61,7 @@ def started(unit, machine, certificates):
         names = ["rtservice.socket", "rtservice-tls.socket"]
     machine.run("systemctl", "enable", "--now", *names)
     if unit == ACTIVATED:
-        echo(machine)  # a client starts it
+        echo(machine)  # the first connection activates the service
     yield unit
     machine.run("systemctl", "disable", "--now", *names)
     machine.run("systemctl", "stop", unit)
@@ -70,7 +70,7 @@ def started(unit, machine, certificates):
 
 
 def renew(machine, certificates, name) -> None:
-    """Put a certificate where the standalone variant reads it."""
+    """Install a certificate where the standalone unit reads it."""
     for kind in ("pem", "key"):
         path = f"/etc/rtservice/certificates/default.{kind}"
         shutil.copy(certificates[f"{name}.{kind}"], machine.path(path))
@@ -80,7 +80,7 @@ def renew(machine, certificates, name) -> None:
 
 @contextlib.contextmanager
 def connected(machine, host="127.0.0.1", authority=None):
-    """A client's socket, with TLS if there is an authority to believe."""
+    """Connect a client, with TLS if a trusted authority is given."""
     with machine.network():
         sock = socket.create_connection((host, TLS if authority else PLAIN), timeout=30)
     with sock:
@@ -101,7 +101,7 @@ def read_exactly(sock, length: int) -> bytes:
 
 
 def echo(machine, host="127.0.0.1", authority=None) -> None:
-    """One exchange as a client has it, to the last byte."""
+    """Check that a client receives the greeting and the complete echo."""
     with connected(machine, host, authority) as sock:
         sock.sendall(DATA)
         assert read_exactly(sock, len(GREETING + DATA)) == GREETING + DATA
@@ -109,7 +109,7 @@ def echo(machine, host="127.0.0.1", authority=None) -> None:
 
 @contextlib.contextmanager
 def changed(machine, unit, setting: str):
-    """The unit restarted with another setting of its service."""
+    """Restart the unit with an additional setting in its [Service] section."""
     dropin = machine.path(f"/run/systemd/system/{unit}.d/test.conf")
     dropin.parent.mkdir(parents=True)
     dropin.write_text(f"[Service]\n{setting}\n")
@@ -132,7 +132,7 @@ def test_tcp_and_tls_are_served(machine, unit, certificates, host) -> None:
     echo(machine, host)
     echo(machine, host, certificates["ca.pem"])
     assert machine.run("systemctl", "is-active", unit) == "active\n"
-    # It complains about nothing that the sandbox takes away.
+    # The sandbox causes no errors.
     log = "\n".join(machine.journal(unit))
     assert not re.search("Traceback|[Uu]nable|[Ee]rror|denied|not permitted|not supported", log), log
 
@@ -177,10 +177,10 @@ def test_restarts_refuse_no_client_and_lose_no_byte(machine, activated, certific
     problems: list[BaseException] = []
     authorities = [None, None, certificates["ca.pem"]]
     served = [0] * len(authorities)
-    over = threading.Event()
+    stopped = threading.Event()
 
     def keep_connecting(number: int) -> None:
-        while not over.is_set():
+        while not stopped.is_set():
             try:
                 echo(machine, authority=authorities[number])
             except BaseException as problem:
@@ -198,7 +198,7 @@ def test_restarts_refuse_no_client_and_lose_no_byte(machine, activated, certific
             before = served.copy()
             wait_for(lambda before=before: all(now > then + 3 for now, then in zip(served, before, strict=True)))
     finally:
-        over.set()
+        stopped.set()
         for client in clients:
             client.join()
     assert problems == []
@@ -206,13 +206,13 @@ def test_restarts_refuse_no_client_and_lose_no_byte(machine, activated, certific
 
 
 def test_the_watchdog_restarts_only_a_stuck_process(machine, unit, wait_for) -> None:
-    def last_sign() -> int:
+    def last_notification() -> int:
         return int(machine.property(unit, "WatchdogTimestampMonotonic"))
 
     with changed(machine, unit, "WatchdogSec=2"):
         before = main_pid(machine, unit)
-        first = last_sign()
-        wait_for(lambda: last_sign() > first + 3_000_000)
+        first = last_notification()
+        wait_for(lambda: last_notification() > first + 3_000_000)
         assert main_pid(machine, unit) == before
         machine.run("kill", "-STOP", before)
         wait_for(lambda: machine.property(unit, "NRestarts") == "1" and machine.property(unit, "SubState") == "running")
@@ -220,7 +220,7 @@ def test_the_watchdog_restarts_only_a_stuck_process(machine, unit, wait_for) -> 
         assert main_pid(machine, unit) != before
         log = machine.journal(unit)
         assert any("Watchdog timeout" in line for line in log)
-        # Where it was: the traceback comes below this.
+        # The header of the traceback of faulthandler.
         assert "Fatal Python error: Aborted" in log
 
 
