@@ -1,4 +1,4 @@
-"""A protocol whose text a test changes."""
+"""A protocol whose source a test changes."""
 
 from twisted.internet.protocol import Protocol
 

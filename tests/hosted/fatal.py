@@ -1,4 +1,4 @@
-"""A factory that ends its process at the start: by the signal of this number in FATAL, or without one."""
+"""A factory that ends its process at the start: by the signal in FATAL, or by exit if FATAL is empty."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A protocol with a path as its option, which it sends."""
+"""A protocol that sends its option, a path."""
 
 from pathlib import Path
 

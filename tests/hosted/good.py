@@ -1,4 +1,4 @@
-"""Factories and a protocol that use every interface as they should."""
+"""Factories and a protocol that use every interface correctly."""
 
 from twisted.internet import defer, reactor, task
 from twisted.internet.protocol import Factory, Protocol

@@ -1,4 +1,4 @@
-"""Tells each client what it was given, and nobody who reads the log."""
+"""A protocol that sends its options, including a secret, to each client."""
 
 import json
 import os

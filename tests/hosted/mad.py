@@ -1,4 +1,4 @@
-"""A protocol that has its worker send anything to its supervisor."""
+"""A protocol that sends invalid, excessive or hostile messages from its worker to the supervisor."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ log = Logger(namespace="mad")
 
 
 def push(data, descriptor=4):
-    """Write all of it, however long that takes."""
+    """Write all data, and wait as long as necessary."""
     while data:
         select.select([], [descriptor], [])
         with contextlib.suppress(BlockingIOError):
@@ -28,7 +28,7 @@ def record(text="text", fields=None, when=5.0, level="info", namespace="mad", tr
     say("records", [[level, namespace, when, text, traceback, fields or {}]])
 
 
-def for_ever(function, *arguments):
+def forever(function, *arguments):
     while True:
         function(*arguments)
 
@@ -50,15 +50,15 @@ def labels():
 
 def flood_of_records():
     line = b'records [["info", "mad", 5.0, "a flood", "", {}]]\n'
-    for_ever(push, line * 100)
+    forever(push, line * 100)
 
 
 def flood_of_text():
-    for_ever(push, f"records {json.dumps([['info', 'mad', 5.0, chr(1) * 16_000, '', {}]])}\n".encode())
+    forever(push, f"records {json.dumps([['info', 'mad', 5.0, chr(1) * 16_000, '', {}]])}\n".encode())
 
 
 def flood_of_batches():
-    for_ever(say, "records", [["info", "mad", 5.0, "", "", {}]] * 100)
+    forever(say, "records", [["info", "mad", 5.0, "", "", {}]] * 100)
 
 
 def deaf():
@@ -74,12 +74,12 @@ ATTACKS = {
     "names": names,
     "labels": labels,
     "long": lambda: say("beat", {f"invented{number}": 1 for number in range(200_000)}),
-    "partial": lambda: for_ever(push, b"x" * 65536),
-    "binary": lambda: for_ever(push, os.urandom(65536)),
+    "partial": lambda: forever(push, b"x" * 65536),
+    "binary": lambda: forever(push, os.urandom(65536)),
     "deep": lambda: push(b"beat " + b"[" * 60_000 + b"\n"),
     "digits": lambda: push(b'beat {"open": ' + b"9" * 60_000 + b"}\n"),
     "nan": lambda: push(b'beat {"open": NaN}\n'),
-    "ready": lambda: for_ever(say, "ready"),
+    "ready": lambda: forever(say, "ready"),
     "failed": lambda: say("failed", "x"),
     "time": lambda: record(when=1e300),
     "level": lambda: record(level="loud"),
@@ -87,14 +87,14 @@ ATTACKS = {
     "legacy": lambda: record(fields={"format": "%(a)2000000000d", "a": 1}),
     "negative": lambda: say("beat", {"lag_us": -5}),
     "drain": lambda: say("drain", []),
-    # no violations
+    # no protocol violations
     "records": flood_of_records,
     "text": flood_of_text,
     "batches": flood_of_batches,
-    "heartbeats": lambda: for_ever(push, b"beat {}\n" * 1000),
-    "leave": lambda: for_ever(push, b"leave null\n" * 1000),
-    "print": lambda: for_ever(push, b"\x00" * 65536, 1),
-    "lines": lambda: for_ever(push, b"\n" * 65536, 2),
+    "heartbeats": lambda: forever(push, b"beat {}\n" * 1000),
+    "leave": lambda: forever(push, b"leave null\n" * 1000),
+    "print": lambda: forever(push, b"\x00" * 65536, 1),
+    "lines": lambda: forever(push, b"\n" * 65536, 2),
     "deaf": deaf,
     "escapes": lambda: (
         record("\x1b[2Jforged\x07\n2026-01-01 forged\x9b", traceback="\x1b]0;title\x07", namespace="\x1b[31m\nmad"),

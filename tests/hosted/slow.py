@@ -1,6 +1,6 @@
-"""A module that waits for a file `go` while it is imported, or while its logger is made; `here` has which.
+"""A module that waits for a file `go` during its import or the creation of its logger; the file `here` names which.
 
-A logger is made when every socket is bound, and nothing of the service runs yet.
+The logger is created after every socket is bound, and before the service runs.
 """
 
 import os
@@ -24,4 +24,4 @@ def logger():
 if os.environ["SLOW"] == "import":
     wait("import")
 
-from rtservice.protocols.echo import EchoFactory as Slow  # noqa: E402, F401  # what is hosted, after the wait
+from rtservice.protocols.echo import EchoFactory as Slow  # noqa: E402, F401  # imported after the wait

@@ -1,4 +1,4 @@
-"""Echoes after a greeting, and sends more than the kernel takes to those who ask for it."""
+"""A protocol that greets, echoes, and on request sends more than the kernel buffers."""
 
 from twisted.internet.protocol import Protocol
 

@@ -1,4 +1,4 @@
-"""Factories that fail in each step of a start."""
+"""Factories that fail at each step of a start."""
 
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer

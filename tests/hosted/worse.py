@@ -1,4 +1,4 @@
-"""Protocols and factories that exit, never end, log, and fail where it is least expected."""
+"""Protocols and factories that exit, block, log, and fail in every method."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from rtservice.interfaces import IDrainable, IMetrics
 
 @implementer(IDrainable, IMetrics)
 class Exits(Factory):
-    # Ends the process wherever it is asked for something.
+    # Raises SystemExit in every method that the service calls.
     noisy = False
 
     def buildProtocol(self, address):
@@ -43,7 +43,7 @@ class Leaves(Protocol):
 
 
 class Pulls(Protocol):
-    # Fails when it is asked for more; its name is not there yet.
+    # Fails in resumeProducing and in logPrefix.
     count = 0
 
     def logPrefix(self):

@@ -1,16 +1,16 @@
-"""Checks each event that is logged in this process: its fields are those that it declares, and have their types."""
+"""Checks that each event logged in this process has its declared fields with the declared types."""
 
 from collections.abc import Callable
 from typing import Any
 
 from rtservice.events import FIELDS, Event, LimitedEvent
 
-# What was found wrong. A list, since an exception would be raised in the code that logs, which may catch it.
+# The problems found. A list, because the code that logs could catch an exception.
 found: list[str] = []
 
 
 def problems(event: Event, fields: dict[str, object]) -> list[str]:
-    """What is wrong with the fields of a record."""
+    """Return the problems with the fields of a record."""
     if fields.keys() != set(event.fields):
         return [f"{event.name} has the fields {sorted(fields)} instead of {sorted(event.fields)}"]
     return [
@@ -29,7 +29,7 @@ def _checked(log: Callable[..., None]) -> Callable[..., None]:
 
 
 def install() -> None:
-    """Check from now on."""
+    """Wrap the log methods of events with the check."""
     for kind in (Event, LimitedEvent):
         for name in ("log", "failure"):
             if name in vars(kind):

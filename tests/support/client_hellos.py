@@ -1,4 +1,4 @@
-"""ClientHellos for tests: real ones of OpenSSL, and a seeded supply of what is made of them to confuse a reader."""
+"""ClientHellos for tests: real ones of OpenSSL, and mutations of them from a seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 def real_hello(
     *, alpn: list[str] | None = None, name: str | None = None, maximum: ssl.TLSVersion | None = None, ciphers: str = ""
 ) -> bytes:
-    """What a client of Python's `ssl` sends first."""
+    """Return the ClientHello of a client of Python's `ssl`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     if alpn is not None:
@@ -33,12 +33,12 @@ def record(content: bytes, kind: int = 22, version: bytes = b"\x03\x01") -> byte
 
 
 def message(hello: bytes) -> bytes:
-    """The handshake message in a ClientHello of one record."""
+    """Return the handshake message in a ClientHello of one record."""
     return hello[5:]
 
 
 def fragmented(content: bytes, sizes: list[int]) -> list[bytes]:
-    """Records with so many bytes of the content each; the last size is repeated."""
+    """Split the content into records of these sizes; the last size is repeated."""
     records = []
     at = index = 0
     while at < len(content):
@@ -49,7 +49,7 @@ def fragmented(content: bytes, sizes: list[int]) -> list[bytes]:
 
 
 def with_extension(hello: bytes, kind: int, content: bytes) -> bytes:
-    """A ClientHello of one record with one more extension, at the end."""
+    """Return a ClientHello of one record with an extension appended."""
     body = message(hello)[4:]
     at = 34
     at += 1 + body[at]
@@ -73,61 +73,61 @@ def _sources() -> list[bytes]:
 
 
 def mutated_hellos(seed: int, count: int) -> Iterator[bytes]:
-    """First bytes of connections: what honest clients send, and what is made of that.
+    """Yield first bytes of connections: valid ClientHellos and mutations of them.
 
-    The changes are the same for the same seed; the random bytes of the ClientHellos are OpenSSL's.
+    The mutations depend only on the seed; the random bytes within the ClientHellos are from OpenSSL.
     """
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     sources = _sources()
     for _ in range(count):
-        hello = dice.choice(sources)
-        for _ in range(dice.choice((0, 1, 1, 1, 2, 4))):
-            hello = dice.choice(_CHANGES)(dice, hello)
+        hello = rng.choice(sources)
+        for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
+            hello = rng.choice(_CHANGES)(rng, hello)
         yield hello
 
 
-def _flip(dice: random.Random, hello: bytes) -> bytes:
+def _flip(rng: random.Random, hello: bytes) -> bytes:
     changed = bytearray(hello)
-    for _ in range(dice.choice((1, 1, 2, 8))):
+    for _ in range(rng.choice((1, 1, 2, 8))):
         if changed:
-            changed[dice.randrange(len(changed))] = dice.choice((0, 1, 0xFF, dice.randrange(256)))
+            changed[rng.randrange(len(changed))] = rng.choice((0, 1, 0xFF, rng.randrange(256)))
     return bytes(changed)
 
 
-def _flip_a_length(dice: random.Random, hello: bytes) -> bytes:
-    """Change one of the first bytes, or one of the extensions', by one."""
+def _flip_a_length(rng: random.Random, hello: bytes) -> bytes:
+    """Change a byte by one: a length near the start, or any byte."""
     changed = bytearray(hello)
-    at = dice.choice((3, 4, 6, 7, 8, 43, dice.randrange(max(1, len(changed)))))
+    at = rng.choice((3, 4, 6, 7, 8, 43, rng.randrange(max(1, len(changed)))))
     if at < len(changed):
-        changed[at] = (changed[at] + dice.choice((-1, 1))) % 256
+        changed[at] = (changed[at] + rng.choice((-1, 1))) % 256
     return bytes(changed)
 
 
-def _cut(dice: random.Random, hello: bytes) -> bytes:
-    return hello[: dice.randrange(len(hello) + 1)]
+def _cut(rng: random.Random, hello: bytes) -> bytes:
+    return hello[: rng.randrange(len(hello) + 1)]
 
 
-def _insert(dice: random.Random, hello: bytes) -> bytes:
-    at = dice.randrange(len(hello) + 1)
-    return hello[:at] + dice.randbytes(dice.choice((1, 2, 5, 40))) + hello[at:]
+def _insert(rng: random.Random, hello: bytes) -> bytes:
+    at = rng.randrange(len(hello) + 1)
+    return hello[:at] + rng.randbytes(rng.choice((1, 2, 5, 40))) + hello[at:]
 
 
-def _remove(dice: random.Random, hello: bytes) -> bytes:
-    at = dice.randrange(len(hello) + 1)
-    return hello[:at] + hello[at + dice.choice((1, 2, 5)) :]
+def _remove(rng: random.Random, hello: bytes) -> bytes:
+    at = rng.randrange(len(hello) + 1)
+    return hello[:at] + hello[at + rng.choice((1, 2, 5)) :]
 
 
-def _append(dice: random.Random, hello: bytes) -> bytes:
-    return hello + dice.choice((record(b"\1", 20), record(dice.randbytes(40), 23), hello, dice.randbytes(70)))
+def _append(rng: random.Random, hello: bytes) -> bytes:
+    return hello + rng.choice((record(b"\1", 20), record(rng.randbytes(40), 23), hello, rng.randbytes(70)))
 
 
-def _fragment(dice: random.Random, hello: bytes) -> bytes:
-    sizes = [dice.choice((1, 2, 3, 4, 5, 30, 100, 200)) for _ in range(dice.randrange(1, 6))]
+def _fragment(rng: random.Random, hello: bytes) -> bytes:
+    sizes = [rng.choice((1, 2, 3, 4, 5, 30, 100, 200)) for _ in range(rng.randrange(1, 6))]
     return b"".join(fragmented(message(hello), sizes))
 
 
-def _interleave(dice: random.Random, hello: bytes) -> bytes:
-    """Put records between fragments that are no part of the handshake's transcript."""
+def _interleave(rng: random.Random, hello: bytes) -> bytes:
+    """Insert a record that is not part of the handshake transcript between fragments."""
     foreign = (
         record(b""),
         record(b"\1", 20),
@@ -139,12 +139,12 @@ def _interleave(dice: random.Random, hello: bytes) -> bytes:
         record(b"", version=b"\x02\x00"),
         record(b"\0\0\0\0"),  # a HelloRequest
     )
-    records = fragmented(message(hello), [dice.choice((1, 4, 100, 4096))])
-    records.insert(dice.choice((0, 1, len(records))), dice.choice(foreign))
+    records = fragmented(message(hello), [rng.choice((1, 4, 100, 4096))])
+    records.insert(rng.choice((0, 1, len(records))), rng.choice(foreign))
     return b"".join(records)
 
 
-def _extend(dice: random.Random, hello: bytes) -> bytes:
+def _extend(rng: random.Random, hello: bytes) -> bytes:
     if len(hello) < 60 or hello[0] != 22:
         return hello
     extensions = (
@@ -159,23 +159,23 @@ def _extend(dice: random.Random, hello: bytes) -> bytes:
         (0, b"\0\x0c\0\0\x09localhost"),
         (0, b"\0\x0c\1\0\x09localhost"),
         (0, b""),
-        (0xFAFA, dice.randbytes(dice.choice((0, 1, 300, 9000)))),
+        (0xFAFA, rng.randbytes(rng.choice((0, 1, 300, 9000)))),
         (0xFAFA, b""),
-        (21, bytes(dice.choice((0, 200)))),
+        (21, bytes(rng.choice((0, 200)))),
     )
-    with suppress(IndexError, struct.error):  # of a hello that is not whole any more
-        return with_extension(hello, *dice.choice(extensions))
+    with suppress(IndexError, struct.error):  # if the hello is truncated
+        return with_extension(hello, *rng.choice(extensions))
     return hello
 
 
-def _noise(dice: random.Random, hello: bytes) -> bytes:
-    return dice.choice(
+def _noise(rng: random.Random, hello: bytes) -> bytes:
+    return rng.choice(
         (
             b"GET / HTTP/1.1\r\n\r\n",
-            dice.randbytes(dice.choice((1, 5, 100, 20000))),
-            b"\x16\x03\x01" + dice.randbytes(100),
-            b"\x80\x2e\x01\x03\x03\0\x15\0\0\0\x10" + dice.randbytes(37),  # a ClientHello as in SSL 2
-            record(b"\x01\x7f\xff\xff" + dice.randbytes(100)),
+            rng.randbytes(rng.choice((1, 5, 100, 20000))),
+            b"\x16\x03\x01" + rng.randbytes(100),
+            b"\x80\x2e\x01\x03\x03\0\x15\0\0\0\x10" + rng.randbytes(37),  # a ClientHello in SSL 2 format
+            record(b"\x01\x7f\xff\xff" + rng.randbytes(100)),
         )
     )
 

@@ -18,7 +18,7 @@ def greeted(address: Any) -> socket.socket:
 
 
 def echoes(client: socket.socket, data: bytes = b"hello") -> bool:
-    """Whether a message comes back; False at the end of the connection, however it came."""
+    """Return whether a message is echoed; False if the connection ends or is reset."""
     try:
         client.sendall(data)
         return client.recv(len(data), socket.MSG_WAITALL) == data

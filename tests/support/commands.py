@@ -1,4 +1,4 @@
-"""Programs of the environment that runs the tests, and the first arguments of `twistd`."""
+"""Programs of the test environment, and the first arguments of `twistd`."""
 
 import sys
 from pathlib import Path

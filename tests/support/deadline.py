@@ -1,3 +1,3 @@
-"""The time after which a test that waits has failed."""
+"""The timeout after which a waiting test fails."""
 
-DEADLINE = 60  # seconds; generous, since what is waited for takes a fraction of one, and test machines are busy
+DEADLINE = 60  # seconds; most waits take a fraction of a second, but test machines are busy

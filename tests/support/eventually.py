@@ -13,10 +13,10 @@ from tests.support.recording import nothing
 
 
 @pytest_twisted.inlineCallbacks
-def eventually(true: Callable[[], Any]) -> Any:
-    """Fires when the function gives something true, with that."""
+def eventually(condition: Callable[[], Any]) -> Any:
+    """Wait until a function returns a true value; fires with that value."""
     end = time.monotonic() + DEADLINE
-    while not (value := true()):
+    while not (value := condition()):
         assert time.monotonic() < end, "the deadline has passed"
         yield deferLater(reactor, 0.002, nothing)
     return value

@@ -1,4 +1,4 @@
-"""A listener that records what is done to the sockets of its slots."""
+"""A listener that records operations on the sockets of its slots."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from rtservice.net.tls import fingerprint
 
 
 class Slots:
-    """A listener that records what is done to its sockets."""
+    """A listener that records operations on its sockets in `done`."""
 
     name = "tcp:127.0.0.1:1"
     shared = False

@@ -1,4 +1,4 @@
-"""A reactor that spawns fake processes, which the test moves."""
+"""A reactor that spawns fake processes, which the test controls."""
 
 import signal
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.support.fake_reactor import FakeReactor
 
 
 class SpawningReactor(FakeReactor):
-    """A clock with processes. What is to stop it stops the service a turn later, as Twisted's does."""
+    """A fake reactor with fake processes. `stop` calls `before_stop` one turn later, as Twisted does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Pipe:
 
 
 class Process:
-    """A process as its parent sees it: raises where Twisted's does when it is dead, wholly or in part."""
+    """A fake of Twisted's process transport; raises the same exceptions once the process has exited."""
 
     def __init__(
         self, reactor: SpawningReactor, protocol: Any, descriptors: dict[int, Any], environment: Any, pid: int
@@ -71,7 +71,7 @@ class Process:
         self._messages = SupervisorMessages(1_000_000)
         self._reason: Failure | None = None
 
-    # --- what the supervisor does to it ---
+    # --- called by the supervisor ---
 
     def writeToChild(self, descriptor: int, data: bytes) -> None:
         if descriptor not in self.pipes:
@@ -89,10 +89,10 @@ class Process:
 
     @property
     def paused(self) -> set[int]:
-        """The descriptors that are not read for now."""
+        """The descriptors that are currently not read."""
         return {number for number, pipe in self.pipes.items() if not pipe.reads}
 
-    # --- what it does itself ---
+    # --- called by the test: actions of the process ---
 
     def says(self, word: str, value: Any = None) -> None:
         self.writes(encode(word, value))
@@ -105,7 +105,7 @@ class Process:
         self.protocol.childDataReceived(descriptor, data)
 
     def exits(self, status: int = 0, killed: int | None = None) -> None:
-        """It is reaped; its pipes are open still."""
+        """Exit and be reaped; the pipes stay open."""
         self.pid = None
         self._reason = Failure(ProcessTerminated(status, killed) if status or killed else ProcessDone(0))
         self.protocol.processExited(self._reason)
@@ -117,7 +117,7 @@ class Process:
         self._end_if_over()
 
     def dies(self, status: int = 0) -> None:
-        """All of it."""
+        """Exit, and close every pipe."""
         self.exits(status)
         for descriptor in sorted(self.pipes):
             self.loses(descriptor)

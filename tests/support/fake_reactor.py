@@ -1,4 +1,4 @@
-"""A reactor that does nothing by itself: its clock and its events are the test's."""
+"""A reactor whose clock and events the test controls."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ from twisted.internet.testing import MemoryReactorClock
 
 
 class FakeReactor(MemoryReactorClock):
-    """Runs already; records calls from threads, calls for its end and stops; takes descriptors that are not real."""
+    """A running reactor; records stops, calls from threads and shutdown triggers, and accepts fake descriptors."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A listening socket that accepts what the test says, and a reactor for it."""
+"""A fake listening socket with given accept() results, and a reactor for it."""
 
 import socket
 
@@ -8,7 +8,7 @@ from tests.support.recording import Recording
 
 
 class FakeListeningSocket:
-    """A listening socket whose accept() does what it is told."""
+    """A listening socket whose accept() returns or raises the given results."""
 
     family = socket.AF_UNIX
 

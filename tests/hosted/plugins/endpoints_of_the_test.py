@@ -27,12 +27,12 @@ class Parser:
         }[self.prefix]
         before = signal.getsignal(signal.SIGUSR2)
 
-        def acting(*signalled):
+        def handle(*signalled):
             self.reactor.callFromThread(act)
             if callable(before):
                 before(*signalled)
 
-        signal.signal(signal.SIGUSR2, acting)
+        signal.signal(signal.SIGUSR2, handle)
         return succeed(self) if self.prefix == "stopper" else result
 
     def getHost(self):

@@ -1,4 +1,4 @@
-"""An endpoint with a key, which its error shows."""
+"""An endpoint with a key, which its error contains."""
 
 from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.interfaces import IStreamServerEndpointStringParser

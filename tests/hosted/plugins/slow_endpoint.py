@@ -1,4 +1,4 @@
-"""An endpoint that is slow, or fails."""
+"""An endpoint that listens late, fails, or never listens."""
 
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.endpoints import TCP4ServerEndpoint

@@ -1,4 +1,4 @@
-"""An endpoint that stops its process as it listens."""
+"""An endpoint that sends SIGTERM to its process when it listens."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""An endpoint that listens when a file is there."""
+"""An endpoint that listens once a file exists."""
 
 import os
 
