@@ -1,6 +1,6 @@
-"""A TLS client that can send what no TLS library sends: records of its own making, under the keys of a real session.
+"""A TLS client that can send arbitrary records, encrypted with the keys of a real session.
 
-The handshake is done by Python's `ssl`, whose key log gives the secrets; after that each record is encrypted here.
+Python's `ssl` does the handshake, and its key log provides the secrets; after that each record is encrypted here.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 ALERT, HANDSHAKE, APPLICATION_DATA = 21, 22, 23
-CHANGE_CIPHER_SPEC = bytes.fromhex("140303000101")  # a whole record (RFC 8446, appendix D.4)
+CHANGE_CIPHER_SPEC = bytes.fromhex("140303000101")  # a complete record (RFC 8446, appendix D.4)
 
 
 def record(kind: int, content: bytes, version: int = 0x0303) -> bytes:
-    """A record that is not encrypted (RFC 8446, section 5.1)."""
+    """Return an unencrypted record (RFC 8446, section 5.1)."""
     return struct.pack("!BHH", kind, version, len(content)) + content
 
 
 def message(kind: int, body: bytes) -> bytes:
-    """A handshake message (RFC 8446, section 4)."""
+    """Return a handshake message (RFC 8446, section 4)."""
     return bytes([kind]) + len(body).to_bytes(3) + body
 
 
 def client_hello(*, key_share: bytes | None = None, padding: int = 0, version: str = "TLSv1_3") -> bytes:
-    """A ClientHello message. In TLS 1.3 without a key share the server answers with a HelloRetryRequest."""
+    """Return a ClientHello message. In TLS 1.3 without a key share the server answers with a HelloRetryRequest."""
 
     def extension(kind: int, body: bytes) -> bytes:
         return struct.pack("!HH", kind, len(body)) + body
@@ -52,7 +52,7 @@ def client_hello(*, key_share: bytes | None = None, padding: int = 0, version: s
 
 
 class Forger:
-    """A client that has done its handshake, and whose records are then made by `seal`."""
+    """A client that does a handshake when created; `seal` encrypts further records."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Forger:
     ) -> None:
         self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         self.sock.settimeout(timeout)
-        if small_buffers:  # so that the kernel holds little of what the other side does not read
+        if small_buffers:  # so that the kernel buffers little unread data
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         self.sock.connect(address)
@@ -101,13 +101,13 @@ class Forger:
                 sent += self._send(outgoing.read())
                 data = self.sock.recv(1 << 16)
                 if not data:
-                    raise ConnectionError("the server has closed within the handshake") from None
+                    raise ConnectionError("the server closed the connection during the handshake") from None
                 received += data
                 incoming.write(data)
             else:
                 break
         self._send(outgoing.read())
-        # The randoms of both hellos: after record header, message header and version.
+        # The random values of both hellos, which follow record header, message header and version.
         self._randoms = received[11:43] + sent[11:43]
 
     def _send(self, data: bytes) -> bytes:
@@ -138,7 +138,7 @@ class Forger:
         return header + self._aead.encrypt(nonce, inner, header)
 
     def key_update(self, *, ask: bool = False) -> bytes:
-        """A KeyUpdate, which asks for one in return or not (RFC 8446, section 4.6.3)."""
+        """Return a KeyUpdate that does or does not request one in return (RFC 8446, section 4.6.3)."""
         sealed = self.seal(HANDSHAKE, message(24, bytes([ask])))
         self._new_secret_1_3()
         return sealed

@@ -1,3 +1,3 @@
-"""The greeting of the echo protocol, as it is by default."""
+"""The default greeting of the echo protocol."""
 
 GREETING = b"Hello from the server!"

@@ -1,4 +1,4 @@
-"""Modules that tests have hosted: tests/hosted, and in tests/hosted/plugins endpoints for Twisted's plugin system."""
+"""Modules for tests to host, in tests/hosted, and Twisted endpoint plugins, in tests/hosted/plugins."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ def copy_hosted(name: str, directory: Path) -> Path:
 
 
 def copy_plugin(name: str, directory: Path) -> None:
-    """Copy a plugin to where Twisted finds it if the directory is on its path."""
+    """Copy a plugin to where Twisted finds it if the directory is on the Python path."""
     plugins = directory / "twisted" / "plugins"
     plugins.mkdir(parents=True)
     shutil.copy(HOSTED / "plugins" / f"{name}.py", plugins)

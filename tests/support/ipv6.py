@@ -1,4 +1,4 @@
-"""Whether this host has IPv6, and a mark for tests that need it."""
+"""A mark for tests that need IPv6."""
 
 import socket
 

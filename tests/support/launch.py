@@ -1,4 +1,4 @@
-"""A Launch that starts without a check, and reports to nothing but what the test gives."""
+"""A Launch with defaults for tests: no check, and no reports."""
 
 from typing import Any
 

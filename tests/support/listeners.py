@@ -1,4 +1,4 @@
-"""What the tests of listeners ask of a description and of a listener."""
+"""Helpers for tests of descriptions and listeners."""
 
 import contextlib
 import socket
@@ -12,7 +12,7 @@ from rtservice.net.listener import Listener
 
 
 def refusal(description: str) -> str:
-    """The one line with which a description is refused; by a check as well, but for what only listening finds."""
+    """Return the one-line error of an invalid description; check_description reports it too, if it can."""
     with pytest.raises(ListenError) as caught:
         open_description(description, backlog=10)
     line = str(caught.value)
@@ -27,14 +27,14 @@ def refusal(description: str) -> str:
 
 
 def described(certificates, description: str) -> str:
-    """The description with {NAME} replaced by the path of a file of the certificates."""
+    """Return the description with each {NAME} replaced by the path of that certificate file."""
     for name in ("server.key", "server.pem", "leaf.key", "leaf.pem", "inner.pem", "ca.pem", "client.pem"):
         description = description.replace(f"{{{name}}}", certificates[name])
     return description
 
 
 def handshake(listener: Listener, certificates, **attributes) -> dict[str, object]:
-    """What a client that trusts the root finds out in a handshake with the listener's context."""
+    """Return the results of a handshake between a client that trusts the root and the context of a listener."""
     assert listener.tls is not None
     client = ssl.create_default_context(cafile=certificates["ca.pem"])
     client.set_alpn_protocols(["http/1.1", "echo"])

@@ -1,4 +1,4 @@
-"""Many clients at once, in a process of their own."""
+"""Many concurrent clients, in a separate process."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from tests.support.programs import PROGRAMS
 
 
 class Load:
-    """The clients of load.py, with these arguments for its `Clients`. To be used in a `with`."""
+    """The clients of load.py, started with these arguments for `Clients`. Use it in a `with` statement."""
 
     def __init__(self, **arguments: Any) -> None:
         program = PROGRAMS / "load.py"
@@ -36,14 +36,14 @@ class Load:
                 pipe.close()
 
     def count(self) -> dict[str, Any]:
-        """What it has counted so far."""
+        """Return the counts so far."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self._answer()
 
     def more(self, connections: int) -> None:
-        """Wait until so many more connections have ended well."""
+        """Wait until so many more connections have completed successfully."""
         wanted = self.count()["ok"] + connections
         end = time.monotonic() + DEADLINE
         while (count := self.count())["ok"] < wanted:
@@ -51,7 +51,7 @@ class Load:
             threading.Event().wait(0.02)
 
     def stop(self) -> dict[str, Any]:
-        """Have every client end its connection; gives the last count."""
+        """Finish every connection, and return the final counts."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         answer = self._answer()

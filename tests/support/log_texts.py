@@ -1,3 +1,3 @@
-"""Texts of log records that several tests look for."""
+"""Texts of log records that several tests expect."""
 
 STILL = "still writing to the file that was open"

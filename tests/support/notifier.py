@@ -1,8 +1,8 @@
-"""A notifier that records what the service manager is told."""
+"""A notifier that records its notifications to the service manager."""
 
 
 class Notifier:
-    """Records what the service manager is told."""
+    """Records notifications to the service manager."""
 
     watchdog_interval: float | None = 1.0
     connected = True

@@ -1,6 +1,6 @@
-"""Certificates that `openssl req` does not make: the names, dates and numbers of another one are exchanged.
+"""Certificates that `openssl req` cannot create: copies of a certificate with other names, dates and serial numbers.
 
-Their signature is wrong then, which only clients mind.
+Their signature is invalid, which only clients check.
 """
 
 import base64
@@ -11,19 +11,19 @@ from rtservice.net.der import element
 
 
 def tlv(tag: int, *content: bytes) -> bytes:
-    """An element of DER."""
+    """Return a DER element."""
     value = b"".join(content)
     size = len(value).to_bytes((len(value).bit_length() + 7) // 8 or 1)
     return bytes((tag, len(value))) + value if len(value) < 128 else bytes((tag, 128 + len(size))) + size + value
 
 
 def common_name(tag: int, value: bytes) -> bytes:
-    """A subject with this string as its common name."""
+    """Return a subject with this string as its common name."""
     return tlv(0x30, tlv(0x31, tlv(0x30, b"\x06\x03\x55\x04\x03", tlv(tag, value))))
 
 
 def dns(*names: bytes) -> bytes:
-    """Alternative names: DNS names."""
+    """Return alternative names of type DNS."""
     return tlv(0x30, *(tlv(0x82, name) for name in names))
 
 
@@ -36,7 +36,7 @@ def odd_certificate(
     dates: bytes | None = None,
     serial: bytes | None = None,
 ) -> str:
-    """The certificate in a PEM file, as PEM, with these in the place of its own; without `alternative`, with none."""
+    """Return a PEM certificate with these values replaced; without `alternative` it has no alternative names."""
     der = ssl.PEM_cert_to_DER_cert(Path(path).read_text())
     _, at, _ = element(der, 0)
     _, start, end = element(der, at)

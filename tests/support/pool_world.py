@@ -22,7 +22,7 @@ SPEC: dict[str, Any] = {"drain_timeout": 10.0, "hang_timeout": 30.0, "max_age": 
 
 
 class World:
-    """A pool in its process and all that is around it; it is also the Reload of the process."""
+    """A pool in its process, with fakes for its environment; also the Reload of the process."""
 
     def __init__(self, slots: int, problem: str | None = None, watched: tuple[str, ...] = (), **spec: Any) -> None:
         self.reactor = SpawningReactor()
@@ -33,7 +33,7 @@ class World:
         self.spec = self.specified(watch_certificates=bool(watched), **spec)
         self.next_spec: WorkerSpec | None = self.spec
         self.reloads = 0
-        self.reload_steps = 0  # each of which takes a slice, if there are any
+        self.reload_steps = 0  # the number of steps of a reload
         self.handlers: dict[int, Callable[[int, Any], Any]] = {}
         log = Logger(observer=self.events.append)
         self.pool = WorkerPool(
@@ -63,7 +63,7 @@ class World:
             self.pool.apply(self.next_spec)
 
     def renewal(self) -> None:
-        """Only a reload does it."""
+        """Do nothing: tests renew certificates with a reload."""
 
     @property
     def processes(self) -> list[Process]:
@@ -76,7 +76,7 @@ class World:
         self.handlers[number](number, None)
 
     def serve(self) -> list[Process]:
-        """Start, and have all be ready."""
+        """Start, and let every worker become ready."""
         self.service.startService()
         started = list(self.processes)
         for process in started:
@@ -84,7 +84,7 @@ class World:
         return started
 
     def pass_time(self, seconds: float, *, silent: tuple[Process, ...] = ()) -> None:
-        """Let time pass, in which all but these give signs of life."""
+        """Advance the clock; every worker sends heartbeats except the silent ones."""
         for _ in range(int(seconds / BEAT)):
             for process in self.alive():
                 if process not in silent and process.protocol.phase is not WorkerPhase.STARTING:
@@ -95,12 +95,12 @@ class World:
         return [str(formatEvent(event)) for event in self.events]
 
     def recorded(self, name: str, /, **fields: Any) -> list[dict[str, Any]]:
-        """The records of an event with these fields."""
+        """Return the records of an event with these fields."""
         return recorded(self.events, name, **fields)
 
 
 def roll(world: World) -> None:
-    """Answer as workers do that can be replaced, until there is nothing left to do."""
+    """Let workers become ready and drain until no replacement is in progress."""
     while busy := [p for p in world.alive() if p.protocol.phase is WorkerPhase.STARTING or "drain" in p.words()]:
         for process in busy:
             if process.protocol.phase is WorkerPhase.STARTING:

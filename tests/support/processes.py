@@ -1,4 +1,4 @@
-"""Processes, their children and sockets, as /proc shows them."""
+"""Processes, their children and sockets, from /proc."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def children(pid: int) -> list[int]:
-    """The processes that this one has started and not reaped."""
+    """Return the children of a process that are not reaped."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def born(pid: int) -> str:
-    """When a process was started, which with its number makes it the only one; empty when there is none.
+    """Return the start time of a process, which together with the pid identifies it; empty if it does not exist.
 
-    A zombie, which nobody has reaped, is none.
+    A zombie counts as not existing.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -35,7 +35,7 @@ def descriptors(pid: int) -> int:
 
 
 def sockets_of(pid: int) -> set[str]:
-    """The inodes of a process's sockets."""
+    """Return the inodes of the sockets of a process."""
     found = set()
     for entry in os.scandir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -44,22 +44,22 @@ def sockets_of(pid: int) -> set[str]:
 
 
 def accepted_by(pid: int, clients: list[socket.socket]) -> list[socket.socket]:
-    """Those clients of 127.0.0.1 whose connections this process has accepted."""
+    """Return the clients of 127.0.0.1 whose connections a process has accepted."""
     inodes = sockets_of(pid)
     ends = {}
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         ends[fields[1], fields[2]] = fields[9]  # the inode is 0 until it is accepted
 
-    def is_there(client: socket.socket) -> bool:
+    def is_accepted(client: socket.socket) -> bool:
         near, far = (f"0100007F:{name[1]:04X}" for name in (client.getsockname(), client.getpeername()))
         return ends[far, near] in inodes
 
-    return [client for client in clients if is_there(client)]
+    return [client for client in clients if is_accepted(client)]
 
 
 def freeze(pid: int, wait_for: Callable[..., Any]) -> None:
-    """Stop a process as it stands: what comes for it waits in the kernel."""
+    """Stop a process with SIGSTOP; connections and signals stay pending in the kernel."""
     os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
 

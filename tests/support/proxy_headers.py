@@ -6,7 +6,7 @@ SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
 
 
 def v2(command: int, family: int, body: bytes = b"", length: int | None = None) -> bytes:
-    """Return a header; `length` is what it says of the length of its body, by default the truth."""
+    """Return a header; `length` is the declared length of the body, by default the correct one."""
     return SIGNATURE + struct.pack("!BBH", command, family, len(body) if length is None else length) + body
 
 

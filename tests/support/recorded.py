@@ -1,10 +1,10 @@
-"""The records of an event, among all that were logged."""
+"""Select the records of an event."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 def recorded(records: Iterable[dict[str, Any]], name: str, /, **fields: Any) -> list[dict[str, Any]]:
-    """The records of an event with these fields, in their order."""
+    """Return the records of an event with these fields, in order."""
     wanted = {"event": name, **fields}
     return [record for record in records if wanted.items() <= {key: record.get(key) for key in wanted}.items()]

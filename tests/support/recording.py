@@ -1,4 +1,4 @@
-"""A factory and protocols that record what happens to them, and do what the test says."""
+"""A factory and protocols that record events and call hooks of the test."""
 
 import threading
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from tests.support.deadline import DEADLINE
 
 
 def nothing(*_: Any) -> None:
-    """Do nothing, whatever is given."""
+    """Do nothing; accept any arguments."""
 
 
 def echo(protocol: Any, data: bytes) -> None:
-    """Write the data back."""
+    """Echo the data."""
     protocol.transport.write(data)
 
 
@@ -28,7 +28,7 @@ def close(protocol: Any) -> None:
 
 
 class Recorder(Protocol):
-    """Calls the hooks of its factory, a `Recording`, and records there what happens."""
+    """A protocol that calls the hooks of its factory, a `Recording`, and records events there."""
 
     factory: Any
     transport: Any
@@ -47,13 +47,13 @@ class Recorder(Protocol):
         self.factory.secure.append(ISSLTransport.providedBy(self.transport))
         waiting, self.factory.waiting = self.factory.waiting, []
         for deferred in waiting:
-            # Later, since the connection itself ends after its protocol.
+            # In the next turn, because the connection ends after its protocol.
             reactor.callLater(0, deferred.callback, reason.value)
 
 
 @implementer(IHalfCloseableProtocol)
 class HalfClosing(Recorder):
-    """A Recorder that is told of each half of the end."""
+    """A Recorder with half-close notifications."""
 
     def readConnectionLost(self) -> None:
         self.factory.on_fin(self)
@@ -65,17 +65,17 @@ class HalfClosing(Recorder):
 
 @implementer(IHandshakeListener)
 class HandshakeListening(Recorder):
-    """A Recorder that is told of the end of the TLS handshake."""
+    """A Recorder with a notification of the completed TLS handshake."""
 
     def handshakeCompleted(self) -> None:
         self.factory.on_handshake(self)
 
 
 class Recording(Factory):
-    """Records its protocols (`made`), the bytes they received, and each end: its reason, and what its transport was.
+    """Records its protocols (`made`), the received bytes, and for each closed connection the reason and transport type.
 
-    The hooks are called with the protocol, `on_data` with the data too. By default it echoes, and closes after the
-    peer's FIN.
+    The hooks are called with the protocol, `on_data` also with the data. By default it echoes, and closes after the FIN
+    of the peer.
     """
 
     noisy = False
@@ -93,14 +93,14 @@ class Recording(Factory):
         self.made: list[Any] = []
         self.received = bytearray()
         self.lost: list[Exception] = []
-        self.transports: list[type] = []  # of each at its end
-        self.secure: list[bool] = []  # whether each was in TLS at its end
+        self.transports: list[type] = []  # the types at connectionLost
+        self.secure: list[bool] = []  # whether each used TLS at connectionLost
         self.waiting: list[Deferred] = []
         self.write_lost = 0
         self.write_closed = threading.Event()
 
     def end(self) -> Deferred:
-        """Fires with the reason when a connection ends, or at once when one has."""
+        """Return a Deferred that fires with the reason when a connection is lost, or at once if one was."""
         deferred: Deferred = Deferred()
         if self.lost:
             deferred.callback(self.lost[-1])

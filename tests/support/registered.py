@@ -1,4 +1,4 @@
-"""What a reactor watches, whether that is a connection itself or the stage below it."""
+"""Whether a reactor watches a connection, or the TLS or PROXY stage below it."""
 
 from typing import Any
 

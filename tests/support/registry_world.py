@@ -1,4 +1,4 @@
-"""A Registry with its ports and clients from any address, on a clock that the test moves."""
+"""A Registry with ports, clients from any address, and a fake clock."""
 
 import select
 import socket
@@ -20,7 +20,7 @@ from tests.support.fake_reactor import FakeReactor
 
 
 class Queue:
-    """A listening socket whose clients come from wherever a test says."""
+    """A fake listening socket whose clients have any address."""
 
     family = socket.AF_UNIX
 
@@ -37,14 +37,14 @@ class Queue:
 
 
 class SelectingReactor(FakeReactor):
-    """The part of a reactor that connections need; `turn` handles what there is to handle now."""
+    """The part of a reactor that connections need; `turn` handles all pending events."""
 
     def turn(self) -> None:
         busy = True
         while busy:
             busy = False
             for port in [reader for reader in self.readers if isinstance(reader, Port)]:
-                if port in self.readers and port.socket.waiting:  # not paused by the one before it
+                if port in self.readers and port.socket.waiting:  # not paused by a previous port
                     busy = True
                     port.doRead()
             selectables = [reader for reader in self.readers if not isinstance(reader, Port)]
@@ -60,14 +60,14 @@ class SelectingReactor(FakeReactor):
             for selectable in writable:
                 busy = True
                 selectable.doWrite()
-        self.advance(0)  # what was to be done later
+        self.advance(0)  # run delayed calls that are due
 
 
 IPV4 = "192.0.2.1"
 
 
 class World:
-    """A Registry, its ports and its clients, on a clock that stands still until `advance`."""
+    """A Registry, its ports and its clients, with a clock that only `advance` moves."""
 
     def __init__(self, factory: Factory | None = None, **limits: Any) -> None:
         self.events: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ class World:
         return port
 
     def client(self, host: str | None = IPV4, port: Port | None = None, first: bytes = b"") -> socket.socket:
-        """A client from this address (None: of a UNIX socket) that has sent this, and whatever follows from it."""
+        """Connect a client from this address (None: a UNIX socket) that has sent `first`, and handle the events."""
         near, far = socket.socketpair()
         far.settimeout(0)
         far.sendall(first)
@@ -125,12 +125,12 @@ class World:
 
     @property
     def reasons(self) -> list[str]:
-        """Why connections ended, from their records."""
+        """The reasons of closed connections, from their records."""
         return [event["reason"] for event in self.events if "reason" in event]
 
     @property
     def refused(self) -> dict[str, int]:
-        """How many clients were refused, by reason."""
+        """The number of refused clients, by reason."""
         return refused(self.connections)
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class World:
 
 
 def refused(registry: Registry) -> dict[str, int]:
-    """How many clients were refused on all listeners together, by reason."""
+    """Return the number of clients refused on all listeners, by reason."""
     found: Counter[str] = Counter()
     for key, count in registry.counters().items():
         if key.name == "refused":
@@ -149,7 +149,7 @@ def refused(registry: Registry) -> dict[str, int]:
 
 
 def is_served(client: socket.socket) -> bool:
-    """Whether it was greeted; False while it waits."""
+    """Return whether the client was greeted; False while it waits."""
     try:
         return client.recv(100).startswith(b"Hello from the server!")
     except BlockingIOError:
@@ -157,7 +157,7 @@ def is_served(client: socket.socket) -> bool:
 
 
 def is_closed(client: socket.socket) -> bool:
-    """Whether it was closed without a byte."""
+    """Return whether the connection was closed without data."""
     try:
         return client.recv(100) == b""
     except BlockingIOError:
@@ -171,7 +171,7 @@ def header(source: str) -> bytes:
 
 
 def still_open(world: World, until: float, step: float = 0.25) -> None:
-    """Let time pass until `until`, and see that nobody is ended before."""
+    """Advance the clock to `until`, and check that no connection is closed before."""
     while world.clock.seconds() + step < until:
         world.advance(step)
         assert world.reasons == []
@@ -179,7 +179,7 @@ def still_open(world: World, until: float, step: float = 0.25) -> None:
 
 
 class Flood(Protocol):
-    """Sends more than any kernel holds for a peer."""
+    """Sends more than a kernel buffers for a peer."""
 
     def connectionMade(self) -> None:
         self.transport.write(bytes(10 << 20))

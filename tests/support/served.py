@@ -1,4 +1,4 @@
-"""A Server in a ServiceProcess, with fake listeners, endpoints and a clock that the test moves."""
+"""A Server in a ServiceProcess, with fake listeners, endpoints and connections."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from tests.support.launch import launch
 
 
 class Endpoint:
-    """Listens as its result says."""
+    """An endpoint whose `listen` returns the given Deferred."""
 
     def __init__(self, result: Deferred) -> None:
         self.result = result
@@ -40,7 +40,7 @@ class Endpoint:
 def server(
     listeners=(), endpoints=(), drain_timeout=0.0, factory=None, reload: Any = None, **given: Any
 ) -> tuple[ServiceProcess, list[dict[str, Any]]]:
-    """A service whose backend is a Server, and its log. `given` are fields of Launch."""
+    """Return a service whose backend is a Server, and its log events. `given` are fields of Launch."""
     events: list[dict[str, Any]] = []
     log = Logger(observer=events.append)
     made = Server(
@@ -54,7 +54,7 @@ def server(
 
 
 class Held:
-    """A connection as the register sees one; what is asked of it is written down."""
+    """A fake connection for the registry; records calls in `asked`."""
 
     unsent = bytes_in = bytes_out = 0
     seen, still_since, opened = -1, 0.0, 0.0
@@ -89,7 +89,7 @@ class Held:
 
 
 class Told:
-    """A protocol that counts how often it is told of a drain."""
+    """A protocol that counts calls of `drain`."""
 
     def __init__(self) -> None:
         self.drains = 0

@@ -1,4 +1,4 @@
-"""A service manager: a NOTIFY_SOCKET, as systemd has one, and the messages that came through it."""
+"""A fake service manager: a NOTIFY_SOCKET like that of systemd, and its received messages."""
 
 import re
 import select
@@ -12,15 +12,15 @@ from tests.support.deadline import DEADLINE
 class ServiceManager:
     """A NOTIFY_SOCKET at a path, or at an abstract name after `@`.
 
-    `messages` has every message in order, and `times` when each was read, in seconds of time.monotonic(). They are read
-    in a thread as they come, or with `busy` only when the test asks for them, so that the queue of the socket can fill.
+    `messages` has every message in order, and `times` the time of reading each, from time.monotonic(). A thread reads
+    them; with `busy`, they are read only when the test calls `received`, so that the queue of the socket can fill.
     """
 
     def __init__(self, address: str, *, busy: bool = False) -> None:
         self.address = address
         self.messages: list[str] = []
         self.times: list[float] = []
-        self._asked = 0  # how many messages the test has taken
+        self._asked = 0  # the number of messages returned to the test
         self._name = "\0" + address[1:] if address[0] == "@" else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self._name)
@@ -30,7 +30,7 @@ class ServiceManager:
             self._thread.start()
 
     def received(self) -> list[str]:
-        """Return the messages since the last call, or since the one that `wait` gave."""
+        """Return the messages since the last call, or since the message that `wait` returned."""
         if self._thread is None:
             while select.select([self._socket], [], [], 0)[0]:
                 self._read()
@@ -39,7 +39,7 @@ class ServiceManager:
         return new
 
     def wait(self, pattern: str) -> str:
-        """Return the next message that matches; the ones before it are skipped."""
+        """Return the next message that matches; skip earlier ones."""
         end = time.monotonic() + DEADLINE
         pause = threading.Event()
         while time.monotonic() < end:
@@ -52,11 +52,11 @@ class ServiceManager:
         raise AssertionError(f"no {pattern!r} in {self.messages}")
 
     def has(self, pattern: str, since: int = 0) -> bool:
-        """Return whether a message matches, of those from a number on."""
+        """Return whether a message matches, from index `since` on."""
         return any(re.search(pattern, message) for message in self.messages[since:])
 
     def close(self) -> None:
-        """Close the socket; whoever sends to it then is refused."""
+        """Close the socket; later senders are refused."""
         if self._thread is not None:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.sendto(b"", self._name)

@@ -1,4 +1,4 @@
-"""Settings as the command has them: those of the schema and the aliases of shipped protocols."""
+"""Settings of the command: those of the schema, and the aliases of shipped protocols."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The real reactor, with timers that the test moves."""
+"""The real reactor, with timers on a fake clock."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from twisted.internet.task import Clock
 
 
 class Timed:
-    """The reactor, with the timers of `clock`; with `at_once`, but for those that are due at once."""
+    """The reactor with timers on `clock`; with `at_once`, calls without delay stay on the reactor."""
 
     def __init__(self, *, at_once: bool = False) -> None:
         self.clock = Clock()
         self._at_once = at_once
 
     def callLater(self, delay: float, *call: Any, **named: Any) -> Any:
-        """Call in the reactor's next turn, or when the clock gets there."""
+        """Schedule a call on the clock, or on the reactor if `at_once` is set and there is no delay."""
         timers: Any = reactor if self._at_once and not delay else self.clock
         return timers.callLater(delay, *call, **named)
 

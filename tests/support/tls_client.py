@@ -1,4 +1,4 @@
-"""A TLS client for which the test sends every record."""
+"""A TLS client whose records the test sends."""
 
 import contextlib
 import select
@@ -16,7 +16,7 @@ class ResetError(Exception):
 
 
 class Client:
-    """A client of TLS whose every record is the test's to send, on a blocking socket."""
+    """A TLS client on a blocking socket; the test decides when to send records."""
 
     def __init__(self, address, context: ssl.SSLContext, *, receive_buffer: int = 0) -> None:
         self.sock = socket.socket()
@@ -50,7 +50,7 @@ class Client:
             self.incoming.write_eof()
 
     def shake(self, *, finish: bool = True) -> "Client":
-        """Do the handshake; the last flight stays to be sent with `flush` unless told to finish."""
+        """Do the handshake; without `finish`, the last flight is sent by the next `flush`."""
         while True:
             try:
                 self.tls.do_handshake()
@@ -70,11 +70,11 @@ class Client:
             self.flush()
 
     def read(self) -> bytes:
-        """What came; b"" at the server's close_notify. Raises SSLEOFError at a FIN without one, and ResetError."""
+        """Return data; b"" at the server's close_notify. Raises SSLEOFError at a FIN without one, and ResetError."""
         while True:
             try:
                 return self.tls.read(1 << 16)
-            except ssl.SSLZeroReturnError:  # instead of b"", once our own is sent
+            except ssl.SSLZeroReturnError:  # instead of b"", after we sent close_notify
                 return b""
             except ssl.SSLWantReadError:
                 self.feed()
@@ -88,7 +88,7 @@ class Client:
         return bytes(received)
 
     def read_to_end(self) -> bytes:
-        """All that comes until the server's close_notify, which FIN has to follow."""
+        """Return all data until the server's close_notify, which FIN must follow."""
         received = bytearray()
         while piece := self.read():
             received += piece
@@ -97,8 +97,8 @@ class Client:
         return bytes(received)
 
     def close_notify(self) -> None:
-        """Say that nothing more is sent; what the server sends can be read on."""
-        assert not self.incoming.pending  # OpenSSL would look for the server's close_notify in it
+        """Send close_notify; data from the server can still be read."""
+        assert not self.incoming.pending  # OpenSSL would search it for the server's close_notify
         with contextlib.suppress(ssl.SSLWantReadError):
             self.tls.unwrap()
         self.flush()
@@ -110,7 +110,7 @@ class Client:
         reset(self.sock)
 
     def exchange(self, data: bytes) -> bytes:
-        """Send and read at the same time, say close_notify after the data, and read to the server's."""
+        """Send and read concurrently, send close_notify after the data, and read until the server's."""
         received = bytearray()
         view = memoryview(data)
         waiting = memoryview(b"")

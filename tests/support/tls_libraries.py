@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-# Whose TLS it is: what is true of our own alone, and what also with Twisted's on our transport.
+# BOTH skips pyOpenSSL where it is missing; LIBRARIES does not.
 needs_pyopenssl = pytest.mark.skipif(
     importlib.util.find_spec("OpenSSL") is None, reason="pyOpenSSL (twisted[tls]) is not installed"
 )

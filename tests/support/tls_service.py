@@ -1,4 +1,4 @@
-"""A factory that records what its protocols see, served over TLS."""
+"""A TLS port with a recording factory."""
 
 import socket
 from typing import Any
@@ -10,7 +10,7 @@ from tests.support.registered import is_registered
 
 
 class Served:
-    """A port in service, and every connection that it opened and closed."""
+    """A listening port, and the connections that it opened and closed."""
 
     def __init__(self, factory: Recording, tls: Context, on: Any, timeout: float) -> None:
         self.factory = factory

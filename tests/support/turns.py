@@ -1,4 +1,4 @@
-"""A TLS client and a reactor in one thread, each of which does something only when the test tells it to."""
+"""A TLS client and a reactor in one thread, both controlled step by step by the test."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rtservice.net.reactor import Reactor
 from tests.support.forge import ALERT, APPLICATION_DATA, Forger
 
 CLOSE_NOTIFY = b"\x01\x00"
-STREAM = random.Random(0).randbytes(1 << 20)  # what each side sends, from its beginning
+STREAM = random.Random(0).randbytes(1 << 20)  # each side sends this from its start
 
 
 class Turned(Reactor):
-    """A reactor that the test turns, and whose time it sets. It counts the events that it handles."""
+    """A reactor with a fake time, of which the test runs each turn. It counts the events that it handles."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -47,21 +47,21 @@ class Turned(Reactor):
 
 
 class Peer(Forger):
-    """The client's side: sends what the test puts into its queue, as far and in such pieces as it is told to."""
+    """The client: sends the data that the test queues, in pieces of random size."""
 
     def __init__(self, address: Any, version: str, rng: random.Random, turn: Any, *, small_buffers: bool) -> None:
         self.rng, self.turn = rng, turn
         self.queue = bytearray()
-        self.sent = self.received = 0  # of the streams
-        self.notified = self.ended = self.reset = False  # what the server has done
-        self.finished = self.broken = False  # we have
+        self.sent = self.received = 0  # positions in the streams
+        self.notified = self.ended = self.reset = False  # actions of the server
+        self.finished = self.broken = False  # actions of the client
         self.pieces = rng.choice(((1,), (1, 5, 100), (100, 5000), (1 << 20,), (1, 1000, 1 << 20)))
         super().__init__(address, version, small_buffers=small_buffers)
 
     def _shake(self, context: ssl.SSLContext) -> None:
         self.sock.setblocking(False)
         if self.sock.family == socket.AF_INET:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or time matters
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # otherwise Nagle's algorithm adds delays
         self.incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, outgoing, server_hostname="localhost")
         sent = received = b""
@@ -94,7 +94,7 @@ class Peer(Forger):
         return data
 
     def push(self, size: int = 0) -> None:
-        """Send of the queue what the kernel takes, up to a size."""
+        """Send queued data until the kernel accepts no more or a random stop; `size` limits each piece."""
         try:
             while self.queue:
                 sent = self.sock.send(self.queue[: size or self.rng.choice(self.pieces)])
@@ -107,7 +107,7 @@ class Peer(Forger):
             self.queue.clear()
 
     def pull(self, size: int = 1 << 20) -> None:
-        """Read up to a size, and check it."""
+        """Read up to `size` bytes, and check the data."""
         if self.ended:
             return
         self.incoming.write(self.take(size))
@@ -117,13 +117,13 @@ class Peer(Forger):
             except ssl.SSLWantReadError:
                 return
             except ssl.SSLError:
-                if not self.broken:  # it is not a record of the server's
+                if not self.broken:  # the record is not one of the server
                     raise
                 return
             if not data:
                 self.notified = True
                 return
-            assert STREAM.startswith(data, self.received), "not what was written"
+            assert STREAM.startswith(data, self.received), "the data is not what the server wrote"
             self.received += len(data)
 
     def data(self, data: bytes, padding: int = 0) -> None:

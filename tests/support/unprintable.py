@@ -2,7 +2,7 @@
 
 
 class Unprintable:
-    """A value that JSON cannot hold, and whose repr() fails too."""
+    """A value that JSON cannot encode, and whose repr() fails."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no")

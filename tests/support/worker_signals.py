@@ -1,4 +1,4 @@
-"""Signals at which a worker does something to itself, with programs/worker_signals on its path."""
+"""Signals that trigger faults in a worker with programs/worker_signals on its path."""
 
 import signal
 

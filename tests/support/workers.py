@@ -20,29 +20,29 @@ class Workers:
         self.pids()
 
     def pids(self) -> list[int]:
-        """The workers, the oldest first."""
+        """Return the pids of the workers, oldest first."""
         found = children(self.pid)
         self._seen |= {pid: born(pid) for pid in found}
         return found
 
     def left(self) -> list[int]:
-        """Of all its workers that were ever looked at, those that are there."""
+        """Return the pids of all workers seen so far that still exist."""
         return [pid for pid, when in self._seen.items() if when and born(pid) == when]
 
     def of_slot(self, slot: int) -> int:
-        """The one that was ready in a slot last."""
+        """Return the pid of the worker that became ready last in a slot."""
         return int(self.recorded("worker.ready", slot=slot)[-1]["pid"])
 
     def send(self, number: int) -> None:
         self.service.process.send_signal(number)
 
     def ready(self) -> list[int]:
-        """The workers that serve or have served, the oldest first."""
-        said = {event["pid"] for event in self.recorded("worker.ready")}
-        return [pid for pid in self.pids() if pid in said]
+        """Return the pids of the workers that have become ready, oldest first."""
+        ready = {event["pid"] for event in self.recorded("worker.ready")}
+        return [pid for pid in self.pids() if pid in ready]
 
     def settled(self, count: int) -> list[int]:
-        """The workers, when there are so many, and all of them serve."""
+        """Wait until there are exactly so many workers and all are ready; return their pids."""
 
         def are_ready() -> list[int]:
             found = self.pids()
@@ -54,7 +54,7 @@ class Workers:
         return dict(self.service.wait_event(name, number, **fields))
 
     def recorded(self, name: str, /, **fields: Any) -> list[dict[str, Any]]:
-        """The records of an event with these fields, so far."""
+        """Return the records of an event with these fields, so far."""
         return recorded(self.service.events, name, **fields)
 
     def wait_line(self, pattern: str, count: int = 1) -> str:

@@ -1,4 +1,4 @@
-"""A program for `twistd -y`, which prints its reactor and ends."""
+"""A program for `twistd -y` that prints its reactor and exits."""
 
 from twisted.application import service
 from twisted.internet import reactor

@@ -1,4 +1,4 @@
-"""Starts a program with all signals blocked, and some ignored: what a thread of a careless parent has done."""
+"""Start a program with all signals blocked and some ignored, as a parent process may leave them."""
 
 import os
 import signal

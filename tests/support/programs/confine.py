@@ -1,6 +1,6 @@
-"""Runs another program of Python where memory cannot be made executable, or says that this is not possible.
+"""Run another Python program where memory cannot be made executable, or print that this is not possible.
 
-prctl(2): PR_SET_MDWE, of Linux 6.3, forbids what MemoryDenyWriteExecute= of systemd.exec(5) does.
+PR_SET_MDWE of prctl(2), since Linux 6.3, is equivalent to MemoryDenyWriteExecute= of systemd.exec(5).
 """
 
 import ctypes

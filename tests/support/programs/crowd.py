@@ -1,13 +1,13 @@
-"""A program that is many members of one chat room, all of whom read, and some of whom attack the others.
+"""A program with many members of one chat room, all of which read, and some of which attack the others.
 
-Arguments: the port and the number of members. It joins them all to the room `den`, prints `ready`, and takes attacks,
-one JSON object a line on its standard input. For each it prints a JSON object when everything is sent:
+Arguments: the port and the number of members. It joins all members to the room `den`, prints `ready`, and reads attacks
+from standard input, one JSON object per line. For each it prints a JSON object once everything is sent:
 
-- `{"send": TEXT, "times": N, "senders": K}`: K members send TEXT N times each, as fast as the server takes it;
-- `{"leave": K}`: K members reset their connections at the same moment;
-- `{"come and go": N}`: N connections are made one after the other, each joins and is reset.
+- `{"send": TEXT, "times": N, "senders": K}`: K members send TEXT N times each, as fast as the server accepts it;
+- `{"leave": K}`: K members reset their connections simultaneously;
+- `{"come and go": N}`: N successive connections join and are reset.
 
-The answer has how many members the server has `cut` off since the start, and how many bytes were `received`.
+The result has the number of members that the server disconnected (`cut`) since the start, and of bytes `received`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RESET = struct.pack("ii", 1, 0)  # struct linger of socket(7)
 
 
 class Crowd:
-    """So many members of the room `den`."""
+    """The members of the room `den`."""
 
     def __init__(self, port: int, members: int) -> None:
         self._port = port
@@ -32,14 +32,14 @@ class Crowd:
         self._buffer = bytearray(1 << 20)
         self.cut = self.received = 0
         self._members = [self._join(f"member{number}") for number in range(members)]
-        # When a new member has been heard by the last one, everybody is in the room.
+        # When the last member sees its own join, every member is in the room.
         last = b"* last has joined den\r\n"
         probe = self._join("last")
-        heard = b""
-        while last not in heard:
+        received = b""
+        while last not in received:
             self._step()
             probe.setblocking(True)
-            heard += probe.recv(1 << 16)
+            received += probe.recv(1 << 16)
             probe.setblocking(False)
 
     def _join(self, nick: str) -> socket.socket:
@@ -100,7 +100,7 @@ class Crowd:
         return {"cut": self.cut, "received": self.received}
 
     def run(self) -> None:
-        """Take attacks until the standard input is closed."""
+        """Execute attacks until standard input is closed."""
         self._selector.register(sys.stdin, selectors.EVENT_READ)
         print("ready", flush=True)
         while True:

@@ -1,11 +1,11 @@
-"""Connects to a port: so many clients, so many at once; prints how many were served and refused, as JSON."""
+"""Connect many clients to a port, some at a time; print how many were served and refused, as JSON."""
 
 import json
 import selectors
 import socket
 import sys
 
-sys.stdin.readline()  # it is there, and idle, before
+sys.stdin.readline()  # wait until the test starts the flood
 port, count, at_once = map(int, sys.argv[1:])
 selector = selectors.DefaultSelector()
 results = {"served": 0, "refused": 0}

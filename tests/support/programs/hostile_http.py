@@ -1,6 +1,6 @@
-"""A program that is a hostile client of a status server: `hostile_http.py ATTACK HOST PORT SEED`.
+"""A hostile client of a status server: `hostile_http.py ATTACK HOST PORT SEED`.
 
-It prints a line each second with how many answers it has had, until it is killed. Each attack is a function below.
+It prints the number of received responses each second, until it is killed. Each attack is a function below.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def request(target: bytes, headers: bytes = b"") -> bytes:
 
 
 def variants(numbers: random.Random) -> bytes:
-    """A request for one of the answers that are expensive to make."""
+    """Return a request for an expensive response."""
     if numbers.random() < 0.3:
         accept = numbers.choice((b"text/plain", b"application/openmetrics-text", b"x/y;q=%.3f" % numbers.random()))
         return request(b"/metrics", b"Accept: " + accept + b"\r\n")
@@ -32,7 +32,7 @@ def variants(numbers: random.Random) -> bytes:
 
 
 async def keep(attack: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> None:
-    """Attack on one connection after the other."""
+    """Attack on successive connections."""
     while True:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             reader, writer = await asyncio.open_connection(sys.argv[2], int(sys.argv[3]))
@@ -44,14 +44,14 @@ async def keep(attack: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Aw
 
 
 async def count(reader: asyncio.StreamReader) -> None:
-    """Read answers as they come."""
+    """Read responses, and count them."""
     global answers
     while data := await reader.read(1 << 16):
         answers += data.count(b"HTTP/1.1 ")
 
 
 async def pipeline(numbers: random.Random, expensive: bool = True, deaf: bool = False) -> None:
-    """20 connections with 64 KiB of requests again and again, which read all answers, or none."""
+    """Send batches of 1000 requests repeatedly on 20 connections, and read all responses, or none."""
 
     async def attack(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if deaf:
@@ -80,7 +80,7 @@ async def deaf(numbers: random.Random) -> None:
 
 
 async def crowd(numbers: random.Random) -> None:
-    """100 connections that each ask for another variant as soon as they have an answer."""
+    """Send the next request on each of 100 connections as soon as the response is received."""
 
     async def attack(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         global answers
@@ -95,7 +95,7 @@ async def crowd(numbers: random.Random) -> None:
 
 
 async def trickle(numbers: random.Random) -> None:
-    """130 connections with a byte each half a second."""
+    """Send a byte each half second on 130 connections."""
 
     async def attack(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for byte in request(b"/healthz", b"X: " + b"x" * 1000):
@@ -107,7 +107,7 @@ async def trickle(numbers: random.Random) -> None:
 
 
 async def silent(numbers: random.Random) -> None:
-    """130 connections that say nothing, or have had an answer and stay."""
+    """Keep 130 connections open without a request, or after one response."""
 
     async def attack(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if numbers.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Checks that the initial environment is found in memory, as /proc has it."""
+"""Check that the initial environment is found in memory, equal to that in /proc."""
 
 import os
 

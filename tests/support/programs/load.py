@@ -1,7 +1,7 @@
-"""A program that is a load of clients, and counts how each of their connections ends.
+"""A load generator that counts how the connections of its clients end.
 
-It takes a JSON object of arguments for `Clients`, answers each line on its standard input with one of what it has
-counted so far, and when that is closed lets every client finish, and answers once more.
+Its argument is a JSON object of arguments for `Clients`. It answers each line on standard input with the counts so far,
+as JSON; when standard input is closed, every client finishes, and the final counts are printed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ GREETING = b"Hello from the server!"
 
 
 class Clients:
-    """So many clients, each of which makes one connection after another.
+    """Clients that each open one connection after another.
 
-    The `short` ones send up to 4 KiB and finish. The `long` ones say something every 50 ms for one to two seconds, and
-    finish then. All read to the end, and know what has to come. `think` is the most seconds between two connections of
-    one client. With `ca`, a file, they speak TLS, and with `proxied` begin with a PROXY header.
+    The `short` ones send up to 4 KiB and half-close. The `long` ones send a message every 50 ms for one to two seconds,
+    and half-close. All read to the end, and compare the data. `think` is the maximum pause between two connections of a
+    client, in seconds. With `ca`, a file, they use TLS, and with `proxied` they send a PROXY header.
 
-    `count` has how many connections ended `ok`, were `refused` or `reset`, were `cut` off before all had come, or were
-    given up as `silent` after `patience` seconds; and how many bytes were `lost`, of all that had to come back.
+    `count` has the number of connections that ended `ok`, were `refused` or `reset`, ended before all data was received
+    (`cut`), or timed out after `patience` seconds (`silent`); and the number of `lost` bytes of all expected ones.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Clients:
                 await asyncio.wait_for(self._stopping.wait(), self._random.random() * self._think)
 
     async def _connection(self, kind: Any) -> None:
-        """One connection from its beginning to its end, and one more in the count."""
+        """Open a connection, use and close it, and count its outcome."""
         sent, received = bytearray(), bytearray()
         began = time.monotonic()
         writer: asyncio.StreamWriter | None = None

@@ -1,4 +1,4 @@
-"""Loads a key and a certificate where memory cannot be made executable; prints what is missing of TLS then."""
+"""Load a key and a certificate where memory cannot be made executable; print the unavailable TLS features."""
 
 import mmap
 import sys

@@ -1,4 +1,4 @@
-"""Loads a key and a certificate in an interpreter that a statement has spoiled; prints what is missing of TLS then."""
+"""Load a key and a certificate after a statement that breaks the interpreter; print the unavailable TLS features."""
 
 import _ctypes  # noqa: F401  # for the statement
 import ssl
@@ -6,7 +6,7 @@ import sys
 
 exec(sys.argv[3])
 
-from rtservice.net import openssl  # noqa: E402  # in the spoiled interpreter
+from rtservice.net import openssl  # noqa: E402  # after the statement
 from rtservice.net.tls import ServerTLS  # noqa: E402
 
 if hasattr(ssl.SSLContext, "set_groups"):

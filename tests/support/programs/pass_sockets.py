@@ -1,4 +1,4 @@
-"""Starts a program as a service manager does: with listening sockets from descriptor 3 on (sd_listen_fds(3)).
+"""Start a program with listening sockets from descriptor 3 on, as a service manager does (sd_listen_fds(3)).
 
 Arguments: the names for LISTEN_FDNAMES, or nothing; the sockets, separated by commas, each the number of a descriptor,
 `tcp` for a new one on loopback, or the path of a new UNIX socket; the program and its arguments.
@@ -23,7 +23,7 @@ def descriptor(what: str) -> int:
 
 
 names, sockets, *command = sys.argv[1:]
-# Out of the way first: a number from 3 on may be one of theirs.
+# Move all sockets to high numbers first: one may have a number that is needed for another.
 moved = [fcntl.fcntl(descriptor(what), fcntl.F_DUPFD_CLOEXEC, 50) for what in sockets.split(",")]
 for to, fd in enumerate(moved, 3):
     os.dup2(fd, to, inheritable=True)

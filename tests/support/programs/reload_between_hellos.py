@@ -1,4 +1,4 @@
-"""A context is freed while a client is between two hellos; prints what it negotiates."""
+"""Free a context while a client is between two hellos; print the negotiated version and cipher."""
 
 import contextlib
 import gc
@@ -8,7 +8,7 @@ import sys
 from rtservice.net.tls import DirectoryTLS
 
 server = DirectoryTLS(sys.argv[1]).load().context
-server.set_ecdh_curve("secp384r1")  # which clients know, and do not guess: they are told to say hello again
+server.set_ecdh_curve("secp384r1")  # clients support it but send no share of it: the server requests a second hello
 client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
 to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -23,7 +23,7 @@ def turn(end):
 
 turn(near)
 turn(far)
-assert far.context is not server  # its first hello was heard
+assert far.context is not server  # the first hello was handled
 del server
 gc.collect()
 for end in (near, far, near):

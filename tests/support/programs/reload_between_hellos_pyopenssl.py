@@ -1,4 +1,4 @@
-"""A context of pyOpenSSL is freed while a client is between two hellos; prints what it negotiates."""
+"""Free a context of pyOpenSSL while a client is between two hellos; print the negotiated version and cipher."""
 
 import contextlib
 import gc
@@ -11,7 +11,9 @@ from OpenSSL import SSL
 from rtservice.net.tls import DirectoryTLS
 
 server = DirectoryTLS(sys.argv[1], library="pyopenssl").load().context
-server._context.set_tmp_ecdh(ec.SECP384R1())  # which clients know, and do not guess: they are told to say hello again
+server._context.set_tmp_ecdh(
+    ec.SECP384R1()
+)  # clients support it but send no share of it: the server requests a second hello
 client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
 to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -33,7 +35,7 @@ def turn(end):
 
 turn(near)
 turn(far)
-assert far.get_context() is not server._context  # its first hello was heard
+assert far.get_context() is not server._context  # the first hello was handled
 del server
 gc.collect()
 for end in (near, far, near):

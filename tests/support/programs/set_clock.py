@@ -1,12 +1,15 @@
-"""Sets the clock of libfaketime while a timer of our reactor runs: the clock's file, and its new offset."""
+"""Set the clock of libfaketime while a timer runs on the reactor of rtservice.
+
+Arguments: the file of the clock, and its new offset.
+"""
 
 import sys
 import time
 from pathlib import Path
 
-from rtservice.net import reactor as ours
+from rtservice.net import reactor as rtservice_reactor
 
-ours.install()
+rtservice_reactor.install()
 from twisted.internet import reactor  # noqa: E402  # after the installation
 
 began = time.monotonic()
@@ -21,7 +24,7 @@ print("wall", time.time(), flush=True)
 
 
 def set_clock():
-    # libfaketime reads its file again for each look at the clock.
+    # libfaketime reads its file each time the clock is read.
     Path(sys.argv[1]).write_text(sys.argv[2])
     print("wall", time.time(), flush=True)
 

@@ -1,4 +1,4 @@
-"""Prints what is missing of TLS where contexts seem to have another layout."""
+"""Print the unavailable TLS features if contexts appear to have a different layout."""
 
 import ctypes
 

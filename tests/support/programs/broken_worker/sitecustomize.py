@@ -1,4 +1,4 @@
-"""A setting that only a worker finds to be wrong, while the file in BROKEN is there."""
+"""Makes a worker reject its settings while the file in BROKEN exists."""
 
 import functools
 import os
@@ -7,7 +7,7 @@ import sys
 if "rtservice.pool.worker" in sys.orig_argv and os.path.exists(os.environ["BROKEN"]):
     from rtservice.protocols import echo
 
-    @functools.wraps(echo.EchoFactory.__init__)  # whose arguments are the options of the protocol
+    @functools.wraps(echo.EchoFactory.__init__)  # the arguments are the options of the protocol
     def refuse(self, *arguments):
         raise ValueError("broken by design")
 

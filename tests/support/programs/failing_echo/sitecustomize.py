@@ -1,4 +1,4 @@
-"""The echo protocol, but with an exchange that fails when it is told to."""
+"""Makes the echo protocol raise an exception when it receives `fail`."""
 
 from twisted.logger import Logger
 

@@ -1,4 +1,4 @@
-"""Has a worker do something to itself for a signal, since only its own Python can block its reactor, or fail in it."""
+"""Signal handlers in a worker that block its reactor, log, crash, or send invalid messages."""
 
 import signal
 import sys
