@@ -240,7 +240,7 @@ def test_idle_peers_use_no_cpu_time(secure, trusting) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
+    "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["foreground", "daemon"]
 )
 def test_an_unusable_certificate_is_one_error_line(
     run, certificates, tmp_path, twistd, key, certificate, more, names

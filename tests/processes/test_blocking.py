@@ -35,7 +35,7 @@ def locked(directory: Path, kind: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("twistd", "kind", "more"),
     [(FOREGROUND, fcntl.LOCK_EX, []), (DAEMON, fcntl.LOCK_SH, ["--workers=2"])],
-    ids=["exclusive-fore", "shared-daemon-workers"],
+    ids=["exclusive-foreground", "shared-daemon-workers"],
 )
 def test_a_locked_directory_is_one_error_line_and_leaves_no_files(run, tmp_path, twistd, kind, more) -> None:
     (tmp_path / "run").mkdir()

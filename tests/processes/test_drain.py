@@ -506,9 +506,8 @@ def test_the_service_manager_receives_status_reload_and_stop_in_order(service, m
 
     seen = len(manager.messages)
     running.process.send_signal(signal.SIGTERM)
-    wait_for(
-        lambda: len([m for m in manager.messages if m.startswith("EXTEND")]) >= 3
-    )  # one at the start, then one per tick
+    # One at the start, then one per tick.
+    wait_for(lambda: len([m for m in manager.messages if m.startswith("EXTEND")]) >= 3)
     for client in clients:
         client.close()
     assert running.process.wait(DEADLINE) == 0

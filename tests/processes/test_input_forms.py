@@ -68,7 +68,7 @@ def test_two_listeners_on_one_address_are_reported_before_anything_is_bound(run,
     (tmp_path / "sub").mkdir()
     (tmp_path / "link").symlink_to("sub")
     port = free_port()
-    for arguments, said in (
+    for arguments, expected_text in (
         (
             [f"--listen=tcp:{port}", f"--listen=tcp:{port}"],
             f"--listen tcp:{port}: 0.0.0.0:{port} is taken by --listen tcp:{port}",
@@ -86,7 +86,7 @@ def test_two_listeners_on_one_address_are_reported_before_anything_is_bound(run,
             f"--listen unix:./link/s: unix:{tmp_path}/link/s is taken by --listen unix:sub/s (unix:{tmp_path}/sub/s)",
         ),
     ):
-        expected = f"rtservice: {said}; change or remove one of the two"
+        expected = f"rtservice: {expected_text}; change or remove one of the two"
         assert line(run(*FOREGROUND, "rtservice", *arguments)) == expected
     assert line(run(*FOREGROUND, "rtservice", "--check", *arguments)) == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "sub"]
@@ -98,19 +98,22 @@ def test_a_reload_reports_conflicting_listeners_and_invalid_descriptions(service
     config = tmp_path / "rt.toml"
     config.write_text(f"workers = {workers}\nlisten = ['unix:s']\n", encoding="utf-8-sig")
     running = service("--config=rt.toml")
-    ours = f"{config}: listen"
-    for listen, said in (
+    setting = f"{config}: listen"
+    for listen, expected_text in (
         (
             f"['unix:s', 'tcp:{port}', '127.0.0.1:{port}']",
-            f"{ours} 127.0.0.1:{port}: 127.0.0.1:{port} is taken by {config}: listen tcp:{port} ",
+            f"{setting} 127.0.0.1:{port}: 127.0.0.1:{port} is taken by {config}: listen tcp:{port} ",
         ),
-        ("['unix:s', 'unix:./s']", f"{ours} unix:./s: unix:{tmp_path}/s is taken by {config}: listen unix:s; change"),
-        ("['ttcp:1']", f"{ours} ttcp:1: unknown type 'ttcp'; accepted are 8080, "),
-        ("['::1:80']", f"{ours} ::1:80: '::1:80' may be an IPv6 address or one with a port"),
+        (
+            "['unix:s', 'unix:./s']",
+            f"{setting} unix:./s: unix:{tmp_path}/s is taken by {config}: listen unix:s; change",
+        ),
+        ("['ttcp:1']", f"{setting} ttcp:1: unknown type 'ttcp'; accepted are 8080, "),
+        ("['::1:80']", f"{setting} ::1:80: '::1:80' may be an IPv6 address or one with a port"),
     ):
         config.write_text(f"workers = {workers}\nlisten = {listen}\n")
         running.process.send_signal(signal.SIGHUP)
-        running.wait_event("reload.failed", problem=re.compile(f"^{re.escape(said)}"))
+        running.wait_event("reload.failed", problem=re.compile(f"^{re.escape(expected_text)}"))
     config.write_text(f"workers = {workers}\nlisten = ['unix:s', 'tcp:{port}', 'tcp6:{port}']\n")
     running.process.send_signal(signal.SIGHUP)
     running.wait_event("settings.need_restart", settings="listen")
@@ -119,11 +122,11 @@ def test_a_reload_reports_conflicting_listeners_and_invalid_descriptions(service
 def test_a_suggestion_is_part_of_one_error_line(run, tmp_path) -> None:
     (tmp_path / "wide.toml").write_bytes("port = 1".encode("utf-16"))
     (tmp_path / "key.pem").write_bytes("key".encode("utf-16"))
-    for arguments, said in (
+    for arguments, expected_text in (
         (["--draintimeout=3"], "option --draintimeout not recognized; did you mean --drain-timeout?"),
         (["--logfile=x"], "option --logfile not recognized; put --logfile before the word rtservice"),
         (["--config=wide.toml"], f"{tmp_path}/wide.toml: is UTF-16 by its byte order mark; save it as UTF-8"),
         (["--listen=ssl:0:privateKey=key.pem"], f"the certificate '{tmp_path}/key.pem' is UTF-16 by its byte order"),
         (["--listen=tls:8443"], "Twisted's type tls begins with a directory, not with a port; did you mean ssl:…?"),
     ):
-        assert said in line(run(*FOREGROUND, "rtservice", *arguments)), arguments
+        assert expected_text in line(run(*FOREGROUND, "rtservice", *arguments)), arguments

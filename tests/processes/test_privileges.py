@@ -23,7 +23,7 @@ def credentials(pid: int) -> dict[str, set[str]]:
     return {name: set(fields[name].split()) for name in ("Uid", "Gid", "Groups", "CapPrm", "CapEff")}
 
 
-@pytest.mark.parametrize("daemon", [False, True], ids=["fore", "daemon"])
+@pytest.mark.parametrize("daemon", [False, True], ids=["foreground", "daemon"])
 @pytest.mark.parametrize("more", [[], ["--workers=2"], ["--check"]], ids=["single-process", "workers", "check"])
 @pytest.mark.parametrize(
     "options", [["--uid=nobody"], ["--gid=nogroup"], ["--uid=nobody", "--gid=nogroup"]], ids=" ".join

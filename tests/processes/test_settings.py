@@ -23,7 +23,7 @@ def test_printed_settings_can_be_read_back(run, tmp_path, environment) -> None:
     ]
 
 
-@pytest.mark.parametrize("twistd", [("--nodaemon", "--pidfile="), ()], ids=["fore", "daemon"])
+@pytest.mark.parametrize("twistd", [("--nodaemon", "--pidfile="), ()], ids=["foreground", "daemon"])
 def test_check_binds_nothing_and_reports_valid_settings(run, tmp_path, twistd) -> None:
     result = run(*twistd, "rtservice", "--check", "--listen=unix:s")
     assert (result.returncode, result.stdout, result.stderr) == (0, "rtservice: the configuration is valid\n", "")

@@ -49,7 +49,7 @@ def test_an_invalid_option_is_one_error_line(run, arguments, names) -> None:
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change the root directory")
 
 
-@pytest.mark.parametrize("daemon", [False, True], ids=["fore", "daemon"])
+@pytest.mark.parametrize("daemon", [False, True], ids=["foreground", "daemon"])
 @pytest.mark.parametrize(
     ("options", "names"),
     [
@@ -194,7 +194,7 @@ def test_a_daemon_stopped_before_it_serves_removes_its_files(run, tmp_path, envi
 
 
 @pytest.mark.parametrize(
-    "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
+    "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["foreground", "daemon"]
 )
 def test_a_port_in_use_is_one_error_line_also_for_a_daemon(run, tmp_path, twistd) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -247,7 +247,7 @@ def is_refused(port: int) -> bool:
     return False
 
 
-both = pytest.mark.parametrize("twistd", [FOREGROUND, DAEMON], ids=["fore", "daemon"])
+both = pytest.mark.parametrize("twistd", [FOREGROUND, DAEMON], ids=["foreground", "daemon"])
 
 
 @pytest.mark.usefixtures("slow_endpoints")

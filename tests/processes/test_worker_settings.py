@@ -17,7 +17,7 @@ from tests.support.processes import accepted_by, children
 
 
 @pytest.mark.parametrize(
-    "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["fore", "daemon"]
+    "twistd", [["-n", "--pidfile="], ["--pidfile=d.pid", "--logfile=d.log"]], ids=["foreground", "daemon"]
 )
 def test_a_worker_that_cannot_start_fails_the_start_with_its_error(
     run, environment, broken_site, tmp_path, wait_for, twistd

@@ -11,9 +11,8 @@ from OpenSSL import SSL
 from rtservice.net.tls import DirectoryTLS
 
 server = DirectoryTLS(sys.argv[1], library="pyopenssl").load().context
-server._context.set_tmp_ecdh(
-    ec.SECP384R1()
-)  # clients support it but send no share of it: the server requests a second hello
+# Clients support it but send no share of it: the server requests a second hello.
+server._context.set_tmp_ecdh(ec.SECP384R1())
 client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
 to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
