@@ -42,10 +42,10 @@ class Traffic(threading.Thread):
         self.names = [*names]
         self._directory = directory
         self._greets = greets
-        self._stopped = threading.Event()
+        self._finished = threading.Event()
 
     def run(self) -> None:
-        while not self._stopped.is_set():
+        while not self._finished.is_set():
             name = f"client{len(self.names)}"
             assert self._greets(self._directory, name.encode())
             os.unlink(self._directory / name)
@@ -57,7 +57,7 @@ class Traffic(threading.Thread):
         wait_for(lambda: len(self.names) >= seen)
 
     def finish(self) -> list[str]:
-        self._stopped.set()
+        self._finished.set()
         self.join(DEADLINE)
         return self.names
 
