@@ -10,20 +10,20 @@ from rtservice.pool.worker_process import WorkerPhase
 from rtservice.process.counters import ENDED
 
 
-def test_the_back_off_doubles_from_a_tenth_of_a_second_to_half_a_minute() -> None:
+def test_backoff_doubles_from_a_tenth_of_a_second_to_30_seconds() -> None:
     assert [round(backoff(deaths, 0.5), 1) for deaths in range(1, 12)] == [
         *(0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0)
     ]
     assert backoff(10**9, 0.5) == 30.0
 
 
-def test_the_jitter_is_a_quarter_either_way() -> None:
+def test_backoff_jitter_is_plus_or_minus_25_percent() -> None:
     assert backoff(1, 0) == pytest.approx(0.075)
     assert backoff(1, 1) == pytest.approx(0.125)
     assert backoff(50, 1) == pytest.approx(37.5)
 
 
-def test_a_worker_that_dies_is_replaced_after_its_back_off(world) -> None:
+def test_worker_that_dies_is_replaced_after_its_backoff(world) -> None:
     one = world()
     first, second = one.serve()
     waits = []
@@ -41,7 +41,7 @@ def test_a_worker_that_dies_is_replaced_after_its_back_off(world) -> None:
     assert first.signals == second.signals == []
 
 
-def test_a_minute_of_health_forgets_the_deaths_before(world) -> None:
+def test_backoff_is_reset_after_a_minute_without_deaths(world) -> None:
     one = world()
     one.serve()
     for _ in range(3):
@@ -54,7 +54,7 @@ def test_a_minute_of_health_forgets_the_deaths_before(world) -> None:
     assert one.events[-1]["seconds"] == pytest.approx(0.1, rel=0.26)
 
 
-def test_a_respawn_for_which_there_is_no_process_is_tried_again(world) -> None:
+def test_failed_respawn_is_retried(world) -> None:
     one = world()
     _, second = one.serve()
     one.reactor.refuse = OSError(12, "Cannot allocate memory")
@@ -67,7 +67,7 @@ def test_a_respawn_for_which_there_is_no_process_is_tried_again(world) -> None:
     assert [slot.ready for slot in one.pool.slots] == [True, True]
 
 
-def test_a_signal_that_has_no_name_is_one_like_any_other(world) -> None:
+def test_worker_killed_by_a_signal_without_a_name_is_restarted(world) -> None:
     one = world()
     _, second = one.serve()
     second.exits(killed=signal.SIGRTMIN + 6)
@@ -77,7 +77,7 @@ def test_a_signal_that_has_no_name_is_one_like_any_other(world) -> None:
     assert one.recorded("worker.restarting", slot=1)
 
 
-def test_nothing_is_sent_to_a_process_that_is_dead_and_whose_output_is_still_read(world) -> None:
+def test_nothing_is_sent_to_a_dead_worker_whose_output_is_still_read(world) -> None:
     one = world()
     first, second = one.serve()
     second.loses(CONTROL_IN)
@@ -96,7 +96,7 @@ def test_nothing_is_sent_to_a_process_that_is_dead_and_whose_output_is_still_rea
     assert one.done == [None]
 
 
-def test_last_words_are_read_before_a_slot_gets_its_next_worker(world) -> None:
+def test_last_output_of_a_dead_worker_is_read_before_it_is_replaced(world) -> None:
     one = world()
     _, second = one.serve()
     second.exits(11)
@@ -108,7 +108,7 @@ def test_last_words_are_read_before_a_slot_gets_its_next_worker(world) -> None:
     assert one.pool.totals.ended() == {ENDED: 3}
 
 
-def test_a_child_that_holds_the_pipes_of_a_dead_worker_does_not_keep_its_slot(world) -> None:
+def test_pipes_held_by_a_child_of_a_dead_worker_do_not_prevent_its_replacement(world) -> None:
     one = world()
     _, second = one.serve()
     second.exits(9)
@@ -122,7 +122,7 @@ def test_a_child_that_holds_the_pipes_of_a_dead_worker_does_not_keep_its_slot(wo
     assert len(one.processes) == 3
 
 
-def test_a_worker_that_closes_its_channel_and_lives_on_is_killed(world) -> None:
+def test_worker_that_closes_its_channel_and_keeps_running_is_killed(world) -> None:
     one = world(hang_timeout=0.0)
     _, second = one.serve()
     second.loses(CONTROL_OUT)

@@ -5,7 +5,7 @@ import signal
 from rtservice.pool.control import BEAT
 
 
-def test_a_worker_that_is_not_heard_prints_its_stack_and_is_killed(world) -> None:
+def test_worker_without_heartbeat_dumps_its_stack_and_is_killed(world) -> None:
     one = world()
     first, second = one.serve()
     one.pass_time(29, silent=(second,))
@@ -24,7 +24,7 @@ def test_a_worker_that_is_not_heard_prints_its_stack_and_is_killed(world) -> Non
     assert one.recorded("worker.printed_error", line='  File "x.py", line 1 in loop')
 
 
-def test_a_worker_that_hangs_while_it_drains_is_killed_as_well(world) -> None:
+def test_worker_that_hangs_while_draining_is_killed(world) -> None:
     one = world(drain_timeout=1000.0)
     one.serve()
     one.send(signal.SIGTERM)
@@ -34,7 +34,7 @@ def test_a_worker_that_hangs_while_it_drains_is_killed_as_well(world) -> None:
     assert all(process.killed for process in one.processes)
 
 
-def test_without_a_hang_timeout_nobody_is_killed_for_silence(world) -> None:
+def test_without_a_hang_timeout_no_worker_is_killed_for_a_missing_heartbeat(world) -> None:
     one = world(hang_timeout=0.0)
     one.serve()
     one.pass_time(500, silent=tuple(one.processes))
@@ -42,7 +42,7 @@ def test_without_a_hang_timeout_nobody_is_killed_for_silence(world) -> None:
     assert one.notifier.signs > 490
 
 
-def test_a_parent_that_was_away_kills_nobody(world) -> None:
+def test_supervisor_that_was_suspended_kills_no_worker(world) -> None:
     one = world()
     first, second = one.serve()
     second.dies(9)
@@ -56,7 +56,7 @@ def test_a_parent_that_was_away_kills_nobody(world) -> None:
     assert first.signals == starting.signals == []
 
 
-def test_the_service_manager_hears_nothing_of_a_parent_whose_workers_cannot_be_killed(world) -> None:
+def test_watchdog_is_not_notified_while_a_hung_worker_cannot_be_killed(world) -> None:
     one = world()
     first, _ = one.serve()
     one.pass_time(50, silent=(first,))
@@ -67,7 +67,7 @@ def test_the_service_manager_hears_nothing_of_a_parent_whose_workers_cannot_be_k
     assert one.notifier.signs == before
 
 
-def test_one_look_that_fails_does_not_end_the_others(world, monkeypatch) -> None:
+def test_failing_periodic_check_is_logged_and_workers_are_still_checked(world, monkeypatch) -> None:
     one = world()
     _, second = one.serve()
     monkeypatch.setattr(one.notifier, "status", lambda text: 1 / 0)

@@ -28,7 +28,7 @@ RUBBISH = [
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH, ids=lambda rubbish: repr(rubbish[:24]))
-def test_rubbish_costs_the_worker_that_sends_it_its_life_and_nobody_else(world, rubbish) -> None:
+def test_only_the_worker_that_sends_an_invalid_message_is_killed_and_replaced(world, rubbish) -> None:
     one = world()
     first, second = one.serve()
     second.writes(rubbish)
@@ -46,7 +46,7 @@ def test_rubbish_costs_the_worker_that_sends_it_its_life_and_nobody_else(world, 
     assert one.pool.status == "serving: 2 of 2 workers ready, 0 connections open"
 
 
-def test_a_record_that_cannot_be_handled_costs_only_its_worker(world, monkeypatch) -> None:
+def test_only_the_worker_whose_record_cannot_be_handled_is_killed(world, monkeypatch) -> None:
     one = world()
     first, second = one.serve()
     monkeypatch.setattr(one.pool, "publish", lambda event: 1 / 0)
@@ -57,7 +57,7 @@ def test_a_record_that_cannot_be_handled_costs_only_its_worker(world, monkeypatc
     assert one.recorded("worker.message_failed", slot=1, pid=1001)[0]["problem"].startswith("ZeroDivisionError")
 
 
-def test_no_format_string_of_a_worker_is_run(world) -> None:
+def test_format_strings_from_a_worker_are_not_evaluated(world) -> None:
     one = world(1)
     [only] = one.serve()
     text = "{a:>2000000000} {a.__class__} %(a)2000000000d %s"
@@ -76,7 +76,7 @@ def legacy(event: dict[str, Any]) -> dict[str, Any]:
     return found[0]
 
 
-def test_a_worker_s_failure_is_the_text_of_its_traceback(world) -> None:
+def test_failure_from_a_worker_contains_its_traceback_as_text(world) -> None:
     one = world(1)
     [only] = one.serve()
     traceback = "Traceback:\n  at x\x1b\nbuiltins.ValueError: no"
@@ -90,7 +90,7 @@ def test_a_worker_s_failure_is_the_text_of_its_traceback(world) -> None:
     assert file.getvalue() == failure.getTraceback()
 
 
-def test_a_worker_that_violates_again_and_again_is_replaced_with_back_off(world) -> None:
+def test_worker_that_repeatedly_sends_invalid_messages_is_replaced_with_backoff(world) -> None:
     one = world()
     first, _ = one.serve()
     waits = []
@@ -104,7 +104,7 @@ def test_a_worker_that_violates_again_and_again_is_replaced_with_back_off(world)
     assert first.signals == []
 
 
-def test_a_heartbeat_alone_is_a_sign_of_life(world) -> None:
+def test_only_heartbeats_reset_the_hang_timeout(world) -> None:
     one = world()
     _, second = one.serve()
     for _ in range(30):
@@ -114,7 +114,7 @@ def test_a_heartbeat_alone_is_a_sign_of_life(world) -> None:
     assert second.signals == [signal.SIGUSR2]
 
 
-def test_a_worker_that_wants_to_leave_again_and_again_is_replaced_with_back_off(world) -> None:
+def test_workers_that_repeatedly_request_replacement_are_replaced_with_backoff(world) -> None:
     one = world(1)
     one.serve()
     counts = []
@@ -133,7 +133,7 @@ def test_a_worker_that_wants_to_leave_again_and_again_is_replaced_with_back_off(
     assert one.pool.slots[0].ready
 
 
-def test_a_worker_that_wants_to_leave_too_soon_leaves_later(world) -> None:
+def test_early_replacement_request_is_delayed_by_the_backoff(world) -> None:
     one = world(1)
     one.serve()
     for _ in range(5):  # 0.1, 0.2, 0.4, 0.8, 1.6
@@ -150,7 +150,7 @@ def test_a_worker_that_wants_to_leave_too_soon_leaves_later(world) -> None:
     assert last.words() == ["start", "drain"]
 
 
-def test_a_worker_that_says_that_it_is_too_large_is_replaced_with_back_off(world) -> None:
+def test_workers_that_report_too_much_memory_are_replaced_with_backoff(world) -> None:
     one = world(1, max_memory=100)
     one.serve()
     for _ in range(100):
@@ -164,7 +164,7 @@ def test_a_worker_that_says_that_it_is_too_large_is_replaced_with_back_off(world
     assert 5 < len(one.processes) < 15  # and not 100
 
 
-def test_a_worker_that_does_not_read_its_questions_is_asked_few_and_killed(world) -> None:
+def test_worker_that_does_not_answer_gets_a_bounded_number_of_requests_and_is_killed(world) -> None:
     one = world()
     first, second = one.serve()
     answers: list[Any] = []
@@ -184,7 +184,7 @@ def test_a_worker_that_does_not_read_its_questions_is_asked_few_and_killed(world
     assert first.signals == []
 
 
-def test_an_answer_that_comes_late_is_no_violation_and_a_second_one_is(world) -> None:
+def test_late_answer_is_accepted_and_a_second_answer_is_a_violation(world) -> None:
     one = world(1)
     [only] = one.serve()
     answers: list[Any] = []
@@ -197,7 +197,7 @@ def test_an_answer_that_comes_late_is_no_violation_and_a_second_one_is(world) ->
     assert only.killed
 
 
-def test_labels_of_workers_that_come_and_go_are_few(world) -> None:
+def test_number_of_labels_of_successive_workers_is_bounded(world) -> None:
     one = world(1)
     one.serve()
     for generation in range(20):
@@ -212,7 +212,7 @@ def test_labels_of_workers_that_come_and_go_are_few(world) -> None:
     assert sum(closed) == shown["counters"][ENDED] == 1000
 
 
-def test_a_worker_that_floods_is_paused_until_the_next_look(world) -> None:
+def test_worker_that_floods_the_channel_is_paused_until_the_next_check(world) -> None:
     one = world()
     first, second = one.serve()
     for _ in range(4998):
@@ -228,7 +228,7 @@ def test_a_worker_that_floods_is_paused_until_the_next_look(world) -> None:
     assert not second.paused
 
 
-def test_what_is_printed_is_taken_some_lines_at_a_time_and_silences_no_heartbeat(world) -> None:
+def test_printed_lines_are_read_in_portions_and_do_not_delay_heartbeats(world) -> None:
     one = world()
     first, second = one.serve()
     second.writes(b"\n" * 8192, 1)
@@ -244,7 +244,7 @@ def test_what_is_printed_is_taken_some_lines_at_a_time_and_silences_no_heartbeat
     assert second.paused == first.paused == set()
 
 
-def test_what_a_worker_has_printed_before_it_died_is_in_the_log_before_it_is_replaced(world) -> None:
+def test_output_of_a_dead_worker_is_logged_before_it_is_replaced(world) -> None:
     one = world(1)
     [only] = one.serve()
     only.writes(b"a line\n" * 1000, 2)
@@ -257,7 +257,7 @@ def test_what_a_worker_has_printed_before_it_died_is_in_the_log_before_it_is_rep
     assert len(one.processes) == 2
 
 
-def test_what_a_worker_prints_is_logged_by_lines_and_escaped(world) -> None:
+def test_output_of_a_worker_is_logged_by_line_and_escaped(world) -> None:
     one = world(1)
     [only] = one.serve()
     only.writes(b"one\ntw", 2)
@@ -271,7 +271,7 @@ def test_what_a_worker_prints_is_logged_by_lines_and_escaped(world) -> None:
     assert one.recorded("worker.printed_error", line="no end")
 
 
-def test_a_line_without_end_that_is_printed_takes_no_more_than_so_much_memory(world) -> None:
+def test_unterminated_output_line_takes_bounded_memory(world) -> None:
     one = world(1)
     [only] = one.serve()
     for _ in range(100):
@@ -280,7 +280,7 @@ def test_a_line_without_end_that_is_printed_takes_no_more_than_so_much_memory(wo
     assert all(len(text) < 9000 for text in one.texts())
 
 
-def test_a_record_of_a_worker_is_in_the_log_with_its_slot_and_all_that_it_had(world) -> None:
+def test_record_of_a_worker_is_logged_with_its_slot_and_all_its_fields(world) -> None:
     one = world()
     _, second = one.serve()
     second.logs("{peer} went", peer="1.2.3.4", seconds=1.5)

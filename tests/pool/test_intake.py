@@ -79,7 +79,7 @@ class World:
             function()
 
 
-def test_what_is_little_is_taken_at_once() -> None:
+def test_input_below_the_limit_of_a_turn_is_taken_at_once() -> None:
     one = World()
     one.intake.feed(bytes([1, 2, 3]))
     assert one.taken == [1, 2, 3]
@@ -87,7 +87,7 @@ def test_what_is_little_is_taken_at_once() -> None:
     assert not one.turns
 
 
-def test_a_turn_takes_a_portion_and_the_pipe_is_not_read_until_all_is_taken() -> None:
+def test_each_turn_takes_a_portion_and_reading_is_paused_until_all_is_taken() -> None:
     one = World()
     one.intake.feed(bytes([1] * 15))
     assert len(one.taken) == 10
@@ -98,7 +98,7 @@ def test_a_turn_takes_a_portion_and_the_pipe_is_not_read_until_all_is_taken() ->
     assert not one.turns
 
 
-def test_a_beat_takes_a_portion_and_goes_on_with_the_next() -> None:
+def test_input_over_the_limit_of_a_beat_continues_with_the_next_beat() -> None:
     one = World()
     one.intake.feed(bytes([1] * 60))
     for _ in range(10):
@@ -115,7 +115,7 @@ def test_a_beat_takes_a_portion_and_goes_on_with_the_next() -> None:
     assert one.reads
 
 
-def test_a_beat_in_the_middle_of_its_turns_does_not_go_on_twice() -> None:
+def test_beat_between_turns_schedules_no_second_turn() -> None:
     one = World()
     one.intake.feed(bytes([1] * 100))
     one.intake.beat()
@@ -123,7 +123,7 @@ def test_a_beat_in_the_middle_of_its_turns_does_not_go_on_twice() -> None:
     assert len(one.taken) == 10
 
 
-def test_what_costs_more_than_a_turn_is_taken_alone() -> None:
+def test_item_that_costs_more_than_a_turn_is_taken_alone() -> None:
     one = World()
     one.intake.feed(bytes([20, 20, 1]))
     assert one.taken == [20]
@@ -137,7 +137,7 @@ def test_what_costs_more_than_a_turn_is_taken_alone() -> None:
 
 @pytest.mark.parametrize(("mistake", "kind"), [(0, ValueError), (7, LookupError)])
 @pytest.mark.parametrize("before", [0, 15])
-def test_after_a_mistake_nothing_is_taken(mistake, kind, before) -> None:
+def test_nothing_is_taken_after_an_error(mistake, kind, before) -> None:
     one = World()
     one.intake.feed(bytes([1] * before + [mistake, 1, mistake]))
     one.turn()
@@ -151,7 +151,7 @@ def test_after_a_mistake_nothing_is_taken(mistake, kind, before) -> None:
     assert one.done == 1
 
 
-def test_the_end_takes_the_rest_turn_by_turn_whatever_a_beat_allows() -> None:
+def test_finish_takes_the_rest_over_turns_without_the_limit_of_a_beat() -> None:
     one = World()
     one.intake.feed(bytes([1] * 55))
     one.intake.finish(one.finished)
@@ -164,7 +164,7 @@ def test_the_end_takes_the_rest_turn_by_turn_whatever_a_beat_allows() -> None:
     assert not one.turns
 
 
-def test_the_end_of_an_intake_that_had_used_up_its_beat_goes_on_by_itself() -> None:
+def test_finish_resumes_an_intake_that_has_used_up_its_beat() -> None:
     one = World()
     one.intake.feed(bytes([1] * 40))
     one.turn()
@@ -178,7 +178,7 @@ def test_the_end_of_an_intake_that_had_used_up_its_beat_goes_on_by_itself() -> N
     assert one.done == 1
 
 
-def test_a_mistake_at_the_end_is_the_end() -> None:
+def test_error_while_finishing_finishes_the_intake() -> None:
     one = World()
     one.intake.feed(bytes([1] * 15 + [0, 1]))
     one.intake.finish(one.finished)
@@ -186,7 +186,7 @@ def test_a_mistake_at_the_end_is_the_end() -> None:
     assert (len(one.problems), one.done) == (1, 1)
 
 
-def test_an_intake_that_is_closed_takes_no_more() -> None:
+def test_closed_intake_takes_nothing() -> None:
     one = World()
     one.intake.feed(bytes([1] * 15))
     one.intake.close()
@@ -198,7 +198,7 @@ def test_an_intake_that_is_closed_takes_no_more() -> None:
     assert one.done == 1
 
 
-def test_intakes_take_turns() -> None:
+def test_intakes_alternate() -> None:
     clock = Clock()
     order: list[str] = []
     for name in ("a", "b"):
@@ -248,17 +248,17 @@ def lines(*pieces: bytes, end: bool = False) -> list[str]:
         ([b"x" * 8192, b"\n"], ["x" * 8192]),
     ],
 )
-def test_what_is_printed_becomes_lines_of_bounded_length(pieces, found) -> None:
+def test_output_is_split_into_lines_of_bounded_length(pieces, found) -> None:
     assert lines(*pieces) == found
 
 
-def test_a_line_without_end_is_a_line_at_the_end() -> None:
+def test_unterminated_line_is_returned_at_the_end_of_output() -> None:
     assert lines(b"one\ntw", b"o") == ["one"]
     assert lines(b"one\ntw", b"o", end=True) == ["one", "two"]
     assert lines(b"one\n", end=True) == ["one"]
 
 
-def test_output_without_line_ends_takes_little_memory_and_linear_time() -> None:
+def test_output_without_line_ends_takes_bounded_memory() -> None:
     made = PrintedLines()
     taken = 0
     for _ in range(200):

@@ -14,7 +14,7 @@ def counted(pool: WorkerPool) -> dict[str, float]:
     return {key.name: count for key, count in counters.items()}
 
 
-def test_totals_are_of_all_workers_and_never_fall(world) -> None:
+def test_totals_cover_all_workers_and_never_decrease(world) -> None:
     one = world()
     first, second = one.serve()
     first.says("beat", {"open": 2, "memory": 10, "ended": 5, "aborted": 1})
@@ -28,7 +28,7 @@ def test_totals_are_of_all_workers_and_never_fall(world) -> None:
     assert counted(one.pool)["ended"] == 14
 
 
-def test_a_worker_that_counts_backwards_does_not_turn_the_totals_back(world) -> None:
+def test_decreasing_counter_of_a_worker_does_not_decrease_the_totals(world) -> None:
     one = world(1)
     [only] = one.serve()
     only.says("beat", {"ended": 5, "open": 3})

@@ -8,7 +8,7 @@ from rtservice.pool.control import BEAT, FIRST_SOCKET
 from rtservice.process.start_errors import StartError
 
 
-def test_every_slot_gets_a_process_with_its_own_sockets_and_what_to_serve(world) -> None:
+def test_each_slot_gets_a_process_with_its_sockets_and_a_start_message(world) -> None:
     one = world(3)
     one.service.startService()
     assert [process.descriptors[FIRST_SOCKET] for process in one.processes] == [100, 101, 102]
@@ -18,7 +18,7 @@ def test_every_slot_gets_a_process_with_its_own_sockets_and_what_to_serve(world)
         assert set(process.descriptors) == {0, 1, 2, 3, 4, FIRST_SOCKET}
 
 
-def test_it_serves_once_all_are_ready_and_says_so_once(world) -> None:
+def test_service_is_reported_ready_once_when_all_workers_are_ready(world) -> None:
     one = world()
     one.service.startService()
     one.processes[1].says("ready")
@@ -32,7 +32,7 @@ def test_it_serves_once_all_are_ready_and_says_so_once(world) -> None:
     assert one.pool.status == "serving: 2 of 2 workers ready, 0 connections open"
 
 
-def test_the_status_counts_workers_and_connections(world) -> None:
+def test_status_shows_the_number_of_workers_and_connections(world) -> None:
     one = world(3)
     one.service.startService()
     assert one.pool.status == "starting: 0 of 3 workers ready, 0 connections open"
@@ -49,7 +49,7 @@ def test_the_status_counts_workers_and_connections(world) -> None:
     assert one.pool.status == "draining: 0 of 3 workers ready, 5 connections open"
 
 
-def test_a_worker_that_cannot_start_ends_the_start_with_its_reason(world) -> None:
+def test_worker_that_cannot_start_fails_the_start_with_its_reason(world) -> None:
     one = world()
     one.service.startService()
     one.processes[0].says("ready")
@@ -64,7 +64,7 @@ def test_a_worker_that_cannot_start_ends_the_start_with_its_reason(world) -> Non
     assert one.done == [None]
 
 
-def test_a_start_that_failed_waits_a_few_seconds_for_the_others_and_no_longer(world) -> None:
+def test_other_workers_are_killed_five_seconds_after_a_failed_start(world) -> None:
     one = world()
     one.service.startService()
     one.processes[1].dies(1)
@@ -76,7 +76,7 @@ def test_a_start_that_failed_waits_a_few_seconds_for_the_others_and_no_longer(wo
     assert one.done == [None]
 
 
-def test_a_worker_that_dies_at_the_start_without_a_word_ends_it_too(world) -> None:
+def test_worker_that_dies_during_the_start_fails_the_start(world) -> None:
     one = world()
     one.service.startService()
     one.processes[1].dies(3)
@@ -86,7 +86,7 @@ def test_a_worker_that_dies_at_the_start_without_a_word_ends_it_too(world) -> No
     assert len(one.processes) == 2
 
 
-def test_a_service_that_serves_is_not_ended_by_a_worker_that_cannot_start(world) -> None:
+def test_worker_that_cannot_start_does_not_stop_a_serving_service(world) -> None:
     one = world()
     _, second = one.serve()
     second.dies(9)
@@ -100,7 +100,7 @@ def test_a_service_that_serves_is_not_ended_by_a_worker_that_cannot_start(world)
     assert one.recorded("worker.restarting", slot=1, seconds=30.0, problem="no certificate")
 
 
-def test_a_start_for_which_the_system_has_no_process_fails_with_one_line(world) -> None:
+def test_failed_spawn_during_the_start_is_reported_in_one_line(world) -> None:
     one = world()
     one.reactor.refuse = BlockingIOError(11, "Resource temporarily unavailable")
     one.service.startService()
@@ -111,7 +111,7 @@ def test_a_start_for_which_the_system_has_no_process_fails_with_one_line(world) 
 
 
 @pytest.mark.parametrize("error", [LookupError("no page"), SystemExit(0), ValueError("embedded\nnull byte")], ids=repr)
-def test_whatever_fails_as_workers_are_started_ends_the_start_with_one_line(world, monkeypatch, error) -> None:
+def test_unexpected_error_while_starting_workers_is_reported_in_one_line(world, monkeypatch, error) -> None:
     def refuse(*given: object, **more: object) -> None:
         raise error
 
@@ -127,13 +127,13 @@ def test_whatever_fails_as_workers_are_started_ends_the_start_with_one_line(worl
     assert one.done == [None]
 
 
-def test_a_start_that_is_abandoned_leaves_no_socket_and_no_file(world) -> None:
+def test_abandoned_start_leaves_no_socket_and_no_file(world) -> None:
     one = world()
     one.service.abandon()
     assert one.listener.done == ["remove file", "close"]
 
 
-def test_what_the_check_finds_is_reported_before_anything_is_spawned(world) -> None:
+def test_failed_check_is_reported_before_any_worker_is_spawned(world) -> None:
     one = world(problem="the process still runs as root")
     with pytest.raises(StartError, match="still runs as root"):
         one.service.startService()
@@ -143,7 +143,7 @@ def test_what_the_check_finds_is_reported_before_anything_is_spawned(world) -> N
     assert one.listener.done == ["remove file", "close"]
 
 
-def test_a_stop_before_all_are_ready_is_reported_as_a_start_that_did_not_happen(world) -> None:
+def test_stop_before_all_workers_are_ready_is_reported_as_a_failed_start(world) -> None:
     one = world()
     one.service.startService()
     one.processes[0].says("ready")
@@ -156,7 +156,7 @@ def test_a_stop_before_all_are_ready_is_reported_as_a_start_that_did_not_happen(
     assert one.service.exit_status == 0
 
 
-def test_a_worker_that_is_not_ready_within_a_minute_is_killed(world) -> None:
+def test_worker_that_is_not_ready_within_a_minute_is_killed(world) -> None:
     one = world()
     first, _ = one.serve()
     first.dies(9)

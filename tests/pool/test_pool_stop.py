@@ -7,7 +7,7 @@ from typing import Any
 from tests.support.recorded import recorded
 
 
-def test_a_stop_drains_all_and_ends_with_the_last_one(world) -> None:
+def test_stop_drains_all_workers_and_ends_with_the_last_one(world) -> None:
     one = world()
     first, second = one.serve()
     first.says("beat", {"drain_ended": 0})
@@ -29,7 +29,7 @@ def test_a_stop_drains_all_and_ends_with_the_last_one(world) -> None:
     assert len(one.processes) == 2
 
 
-def test_sockets_of_a_service_manager_are_kept_until_a_drain_is_over(world) -> None:
+def test_sockets_of_the_service_manager_are_kept_until_the_drain_ends(world) -> None:
     one = world(1)
     one.listener.shared = True
     [only] = one.serve()
@@ -40,7 +40,7 @@ def test_sockets_of_a_service_manager_are_kept_until_a_drain_is_over(world) -> N
     assert one.listener.done == ["remove file", "close"]
 
 
-def test_what_was_drained_before_the_stop_is_not_counted_at_its_end(world) -> None:
+def test_connections_drained_by_an_earlier_reload_are_not_counted_at_the_stop(world) -> None:
     one = world(1)
     [first] = one.serve()
     one.send(signal.SIGHUP)
@@ -54,7 +54,7 @@ def test_what_was_drained_before_the_stop_is_not_counted_at_its_end(world) -> No
     assert recorded(one.events[-1:], "drain.done", ended=1, aborted=0)
 
 
-def test_workers_that_do_not_end_are_killed_after_one_deadline_for_all(world) -> None:
+def test_workers_that_do_not_end_are_killed_after_a_common_deadline(world) -> None:
     one = world()
     one.serve()
     one.send(signal.SIGTERM)
@@ -64,7 +64,7 @@ def test_workers_that_do_not_end_are_killed_after_one_deadline_for_all(world) ->
     assert all(process.killed for process in one.processes)
 
 
-def test_a_second_signal_aborts_the_drain_and_kills_workers_that_go_on(world) -> None:
+def test_second_signal_aborts_the_drain_and_kills_workers_that_do_not_end(world) -> None:
     one = world()
     first, second = one.serve()
     one.send(signal.SIGINT)
@@ -79,7 +79,7 @@ def test_a_second_signal_aborts_the_drain_and_kills_workers_that_go_on(world) ->
     assert one.service.exit_status == 128 + signal.SIGTERM
 
 
-def test_two_signals_in_one_turn_of_the_reactor_are_two(world) -> None:
+def test_two_different_signals_in_one_reactor_turn_count_separately(world) -> None:
     one = world(1)
     [only] = one.serve()
     one.send(signal.SIGTERM)
@@ -90,7 +90,7 @@ def test_two_signals_in_one_turn_of_the_reactor_are_two(world) -> None:
     assert only.killed
 
 
-def test_a_signal_that_is_sent_again_at_once_is_one(world) -> None:
+def test_signal_repeated_at_once_counts_once(world) -> None:
     one = world(1)
     [only] = one.serve()
     for _ in range(4):
@@ -101,7 +101,7 @@ def test_a_signal_that_is_sent_again_at_once_is_one(world) -> None:
     assert only.words() == ["start", "drain", "abort_drain"]
 
 
-def test_a_stop_from_elsewhere_drains_as_well(world) -> None:
+def test_stop_of_the_reactor_drains_the_workers(world) -> None:
     one = world(1)
     [only] = one.serve()
     one.reactor.stop()
@@ -113,7 +113,7 @@ def test_a_stop_from_elsewhere_drains_as_well(world) -> None:
     assert one.done == [None]
 
 
-def test_a_stop_ends_a_successor_and_what_still_drains_too(world) -> None:
+def test_stop_also_ends_starting_successors_and_draining_workers(world) -> None:
     one = world()
     first, second = one.serve()
     one.send(signal.SIGHUP)
@@ -131,7 +131,7 @@ def test_a_stop_ends_a_successor_and_what_still_drains_too(world) -> None:
     assert len(one.processes) == 4
 
 
-def test_a_worker_that_dies_while_it_drains_is_not_replaced(world) -> None:
+def test_worker_that_dies_while_draining_is_not_replaced(world) -> None:
     one = world()
     first, second = one.serve()
     one.send(signal.SIGTERM)
@@ -143,7 +143,7 @@ def test_a_worker_that_dies_while_it_drains_is_not_replaced(world) -> None:
     assert len(one.processes) == 2
 
 
-def test_a_slot_that_waits_for_its_next_worker_gets_one_for_its_queue_when_all_stops(world) -> None:
+def test_stop_starts_a_worker_for_the_backlog_of_an_empty_slot(world) -> None:
     one = world(1)
     [only] = one.serve()
     only.dies(9)
@@ -157,7 +157,7 @@ def test_a_slot_that_waits_for_its_next_worker_gets_one_for_its_queue_when_all_s
     assert one.done == [None]
 
 
-def test_signals_after_the_stop_change_nothing(world) -> None:
+def test_signals_after_the_stop_have_no_effect(world) -> None:
     one = world()
     one.serve()
     one.send(signal.SIGTERM)
@@ -172,7 +172,7 @@ def test_signals_after_the_stop_change_nothing(world) -> None:
     assert one.done == [None]
 
 
-def test_stopping_twice_is_stopping_once(world) -> None:
+def test_second_stop_waits_for_the_first_one(world) -> None:
     one = world(1)
     [only] = one.serve()
     one.send(signal.SIGTERM)
@@ -184,7 +184,7 @@ def test_stopping_twice_is_stopping_once(world) -> None:
     assert only.words() == ["start", "drain"]
 
 
-def test_the_environment_finds_the_same_modules(world, monkeypatch) -> None:
+def test_workers_have_the_module_search_path_of_the_supervisor(world, monkeypatch) -> None:
     monkeypatch.setattr("sys.path", ["", "/one", "/two"])
     one = world(1)
     one.service.startService()

@@ -4,7 +4,7 @@ from rtservice.pool import worker_process as worker_module
 from rtservice.pool.control import BEAT
 
 
-def test_workers_of_an_age_are_replaced_one_at_a_time(world) -> None:
+def test_workers_over_the_maximum_age_are_replaced_one_at_a_time(world) -> None:
     one = world(3, max_age=100.0)
     one.serve()
     one.pass_time(99)
@@ -18,7 +18,7 @@ def test_workers_of_an_age_are_replaced_one_at_a_time(world) -> None:
     assert one.recorded("worker.too_old", slot=0, pid=1000)
 
 
-def test_the_age_differs_by_a_tenth_from_worker_to_worker(world, monkeypatch) -> None:
+def test_maximum_age_of_each_worker_varies_by_10_percent(world, monkeypatch) -> None:
     one = world(1, max_age=100.0)
     asked = []
     monkeypatch.setattr(worker_module.random, "uniform", lambda *bounds: asked.append(bounds) or 0.9)
@@ -30,7 +30,7 @@ def test_the_age_differs_by_a_tenth_from_worker_to_worker(world, monkeypatch) ->
     assert len(one.processes) == 2
 
 
-def test_workers_with_too_much_memory_are_replaced_one_at_a_time(world) -> None:
+def test_workers_over_the_memory_limit_are_replaced_one_at_a_time(world) -> None:
     one = world(3, max_memory=100 << 20)
     first, second, third = one.serve()
     first.says("beat", {"memory": 100 << 20})
@@ -45,7 +45,7 @@ def test_workers_with_too_much_memory_are_replaced_one_at_a_time(world) -> None:
     assert first.words() == ["start"]
 
 
-def test_after_a_replacement_that_failed_worn_workers_are_left_alone_for_a_while(world) -> None:
+def test_next_replacement_is_delayed_after_a_failed_one(world) -> None:
     one = world(1, max_age=10.0)
     one.serve()
     one.pass_time(12)

@@ -11,7 +11,7 @@ from rtservice.process.slices import in_slices
 from tests.support.pool_world import roll
 
 
-def test_a_reload_replaces_one_after_the_other_and_each_serves_before_the_old_one_drains(world) -> None:
+def test_reload_replaces_one_worker_at_a_time_and_starts_each_successor_before_the_drain(world) -> None:
     one = world()
     first, second = one.serve()
     one.next_spec = one.specified(2)
@@ -40,7 +40,7 @@ def test_a_reload_replaces_one_after_the_other_and_each_serves_before_the_old_on
     assert third.signals == fourth.signals == []
 
 
-def test_an_old_worker_that_does_not_end_is_killed_after_its_deadlines(world) -> None:
+def test_replaced_worker_that_does_not_end_is_killed_after_its_deadlines(world) -> None:
     one = world(1)
     [first] = one.serve()
     one.send(signal.SIGHUP)
@@ -52,7 +52,7 @@ def test_an_old_worker_that_does_not_end_is_killed_after_its_deadlines(world) ->
     assert not one.processes[-1].killed
 
 
-def test_a_successor_that_fails_leaves_the_old_one_and_ends_the_reload(world) -> None:
+def test_failed_successor_ends_the_reload_and_keeps_the_current_worker(world) -> None:
     one = world()
     first, second = one.serve()
     one.next_spec = one.specified(2)
@@ -67,7 +67,7 @@ def test_a_successor_that_fails_leaves_the_old_one_and_ends_the_reload(world) ->
     assert not one.reactor.stopped
 
 
-def test_a_reload_for_which_there_is_no_process_leaves_the_old_ones(world) -> None:
+def test_failed_spawn_during_a_reload_keeps_the_current_workers(world) -> None:
     one = world()
     one.serve()
     one.reactor.refuse = OSError(11, "Resource temporarily unavailable")
@@ -79,7 +79,7 @@ def test_a_reload_for_which_there_is_no_process_leaves_the_old_ones(world) -> No
     assert [slot.ready for slot in one.pool.slots] == [True, True]
 
 
-def test_a_reload_that_finds_a_mistake_touches_nobody(world) -> None:
+def test_failed_reload_keeps_the_current_workers(world) -> None:
     one = world()
     one.serve()
     one.next_spec = None
@@ -88,7 +88,7 @@ def test_a_reload_that_finds_a_mistake_touches_nobody(world) -> None:
     assert len(one.processes) == 2
 
 
-def test_a_reload_during_a_reload_replaces_all_again_by_the_newest(world) -> None:
+def test_reload_during_a_reload_replaces_all_workers_with_the_newest_settings(world) -> None:
     one = world()
     one.serve()
     one.next_spec = one.specified(2)
@@ -102,7 +102,7 @@ def test_a_reload_during_a_reload_replaces_all_again_by_the_newest(world) -> Non
     assert len(one.alive()) == 2
 
 
-def test_a_second_reload_repairs_what_the_first_would_have_broken(world) -> None:
+def test_second_reload_succeeds_after_the_successor_of_the_first_fails(world) -> None:
     one = world()
     one.serve()
     one.next_spec = one.specified(2)
@@ -116,7 +116,7 @@ def test_a_second_reload_repairs_what_the_first_would_have_broken(world) -> None
     assert one.notifier.said[-1] == "READY"
 
 
-def test_a_reload_that_is_asked_for_before_all_are_ready_comes_then(world) -> None:
+def test_reload_requested_during_the_start_runs_when_all_workers_are_ready(world) -> None:
     one = world()
     one.service.startService()
     one.send(signal.SIGHUP)
@@ -136,7 +136,7 @@ def slow(monkeypatch):
     monkeypatch.setattr(service_module, "in_slices", partial(in_slices, size=0.0, pause=0.1))
 
 
-def test_a_reload_that_is_read_in_slices_leaves_the_workers_alone_until_all_is_read(world, slow) -> None:
+def test_workers_are_not_replaced_until_all_settings_are_read(world, slow) -> None:
     one = world()
     one.serve()
     one.reload_steps, one.next_spec = 10, one.specified(2)
@@ -150,7 +150,7 @@ def test_a_reload_that_is_read_in_slices_leaves_the_workers_alone_until_all_is_r
     assert [word for word in one.notifier.said if word != "EXTEND"] == ["READY", "RELOADING", "READY"]
 
 
-def test_all_signals_while_a_reload_is_read_are_one_more_reload(world, slow) -> None:
+def test_signals_while_a_reload_reads_settings_cause_one_more_reload(world, slow) -> None:
     one = world()
     one.serve()
     one.reload_steps, one.next_spec = 10, one.specified(2)
@@ -171,7 +171,7 @@ def test_all_signals_while_a_reload_is_read_are_one_more_reload(world, slow) -> 
 
 
 @pytest.mark.parametrize("turns", [0, 1, 5])
-def test_a_stop_while_a_reload_is_read_gives_it_up(world, slow, turns) -> None:
+def test_stop_while_a_reload_reads_settings_cancels_the_reload(world, slow, turns) -> None:
     one = world()
     processes = one.serve()
     one.reload_steps, one.next_spec = 10, one.specified(2)
@@ -189,7 +189,7 @@ def test_a_stop_while_a_reload_is_read_gives_it_up(world, slow, turns) -> None:
     assert len(one.processes) == 2
 
 
-def test_certificates_that_change_again_while_a_reload_is_read_are_read_again(world, slow, tmp_path) -> None:
+def test_certificates_that_change_during_a_reload_are_reloaded_again(world, slow, tmp_path) -> None:
     file = tmp_path / "server.pem"
     file.write_text("one")
     one = world(1, watched=(str(file),))
@@ -209,7 +209,7 @@ def test_certificates_that_change_again_while_a_reload_is_read_are_read_again(wo
 
 
 @pytest.mark.parametrize(("count", "seconds"), [(0, 60), (100, 62), (5000, 160)])
-def test_a_worker_has_the_more_time_to_start_the_more_certificates_it_loads(world, count, seconds) -> None:
+def test_start_timeout_of_a_worker_grows_with_its_certificates(world, count, seconds) -> None:
     one = world(2)
     one.listener.certificates = (None,) * count
     one.service.startService()
@@ -221,7 +221,7 @@ def test_a_worker_has_the_more_time_to_start_the_more_certificates_it_loads(worl
     assert ("EXTEND" in one.notifier.said) is (count > 0)
 
 
-def test_a_worker_that_dies_while_its_successor_starts_leaves_it_the_slot(world) -> None:
+def test_starting_successor_takes_over_the_slot_of_a_worker_that_dies(world) -> None:
     one = world()
     first, second = one.serve()
     one.next_spec = one.specified(2)
@@ -239,7 +239,7 @@ def test_a_worker_that_dies_while_its_successor_starts_leaves_it_the_slot(world)
     assert one.notifier.said == ["READY", "RELOADING", "READY"]
 
 
-def test_a_worker_and_its_successor_that_both_die_are_replaced_like_any_other(world) -> None:
+def test_slot_is_restarted_if_its_worker_and_its_successor_die(world) -> None:
     one = world(1)
     [first] = one.serve()
     one.send(signal.SIGHUP)
@@ -251,7 +251,7 @@ def test_a_worker_and_its_successor_that_both_die_are_replaced_like_any_other(wo
     assert len(one.alive()) == 1
 
 
-def test_a_stop_ends_a_successor_that_starts_at_once_and_the_worker_in_charge_serves_the_queue(world) -> None:
+def test_stop_ends_a_starting_successor_and_the_current_worker_serves_the_backlog(world) -> None:
     """The successor has copies of the sockets: until they are closed nobody is refused, and no other can listen."""
     one = world()
     first, second = one.serve()
@@ -266,7 +266,7 @@ def test_a_stop_ends_a_successor_that_starts_at_once_and_the_worker_in_charge_se
         assert worker.signals == []
 
 
-def test_a_stop_has_a_worker_that_starts_alone_in_its_slot_serve_the_queue(world) -> None:
+def test_stop_lets_a_starting_worker_alone_in_its_slot_serve_the_backlog(world) -> None:
     one = world(1)
     [first] = one.serve()
     first.dies(9)
@@ -277,7 +277,7 @@ def test_a_stop_has_a_worker_that_starts_alone_in_its_slot_serve_the_queue(world
     assert one.processes[-1].signals == []
 
 
-def test_a_worker_that_still_starts_by_the_old_plan_is_replaced_too(world) -> None:
+def test_worker_starting_with_the_old_settings_is_replaced(world) -> None:
     one = world(1)
     [first] = one.serve()
     first.dies(9)
@@ -289,7 +289,7 @@ def test_a_worker_that_still_starts_by_the_old_plan_is_replaced_too(world) -> No
     assert [process.told[0][1]["generation"] for process in one.alive()] == [2]
 
 
-def test_a_worker_that_was_asked_to_end_is_replaced_first_and_once(world) -> None:
+def test_worker_that_requests_replacement_drains_after_its_successor_is_ready(world) -> None:
     one = world()
     first, second = one.serve()
     first.says("leave")
@@ -304,7 +304,7 @@ def test_a_worker_that_was_asked_to_end_is_replaced_first_and_once(world) -> Non
     assert one.alive() == [second, one.processes[2]]
 
 
-def test_changed_certificates_are_a_reload(world, tmp_path) -> None:
+def test_changed_certificates_cause_one_reload(world, tmp_path) -> None:
     file = tmp_path / "server.pem"
     file.write_text("one")
     one = world(1, watched=(str(file),))

@@ -52,30 +52,30 @@ def start(**given: Any) -> bytes:
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("total", [1, 2, 15, 16, 17, 1000, 1001])
-def test_the_shares_of_a_total_are_the_total_or_one_each(total, slots) -> None:
+def test_shares_add_up_to_the_total_and_are_at_least_one(total, slots) -> None:
     shares = [share(total, slot, slots) for slot in range(slots)]
     assert sum(shares) == max(total, slots)
     assert max(shares) - min(shares) <= 1
 
 
 @pytest.mark.parametrize("slots", [1, 3, 4])
-def test_limits_are_divided_among_workers_as_the_documentation_says(slots) -> None:
+def test_limits_are_divided_among_workers(slots) -> None:
     current = dataclasses.replace(Settings(), max_connections=10, max_connections_per_peer=10)
     limits = [runtime_settings(current, slot=slot, slots=slots).limits for slot in range(slots)]
     assert sum(one.max_connections for one in limits) == 10
     assert {one.max_connections_per_peer for one in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
 
 
-def test_no_limit_for_each_peer_stays_none() -> None:
+def test_limit_per_peer_of_zero_stays_disabled_in_a_worker() -> None:
     assert runtime_settings(Settings(), slot=1, slots=3).limits.max_connections_per_peer == 0
 
 
-def test_the_descriptor_limit_is_each_process_s_own() -> None:
+def test_default_connection_limit_of_a_worker_is_its_descriptor_limit() -> None:
     whole = runtime_settings(Settings()).limits.max_connections
     assert runtime_settings(Settings(), slot=1, slots=3).limits.max_connections == whole
 
 
-def test_certificates_are_watched_by_the_supervisor_where_there_is_one() -> None:
+def test_workers_do_not_watch_certificates() -> None:
     current = dataclasses.replace(Settings(), watch_certificates=True)
     assert runtime_settings(current).watch_certificates
     assert not runtime_settings(current, slot=0, slots=2).watch_certificates
@@ -108,7 +108,7 @@ def adopted() -> Iterator[Callable[..., list[Listener]]]:
         listener.close()
 
 
-def test_a_worker_adopts_its_socket_under_the_listener_s_name(adopted) -> None:
+def test_worker_adopts_its_socket_with_the_name_of_the_listener(adopted) -> None:
     [listener] = adopted("proxy:tcp:0:interface=127.0.0.1")
     assert listener.name.startswith("proxy:tcp:127.0.0.1:")
     assert listener.proxied
@@ -119,7 +119,7 @@ def test_a_worker_adopts_its_socket_under_the_listener_s_name(adopted) -> None:
     assert listener.shared
 
 
-def test_a_worker_shows_certificates_that_it_could_not_read(adopted, certificates, tmp_path) -> None:
+def test_worker_uses_certificates_that_it_cannot_read_from_disk(adopted, certificates, tmp_path) -> None:
     for name in ("server.pem", "server.key", "ca.pem"):
         shutil.copy(certificates[name], tmp_path)
     description = (
@@ -133,7 +133,7 @@ def test_a_worker_shows_certificates_that_it_could_not_read(adopted, certificate
     assert [one.names for one in listener.certificates] == [("localhost",)]
 
 
-def test_a_worker_shows_the_certificates_of_a_directory_by_name(adopted, certificates, tmp_path) -> None:
+def test_worker_uses_a_certificate_directory_that_it_cannot_read(adopted, certificates, tmp_path) -> None:
     directory = tmp_path / "certificates"
     directory.mkdir()
     for name in ("server.pem", "server.key"):
@@ -146,7 +146,7 @@ def test_a_worker_shows_the_certificates_of_a_directory_by_name(adopted, certifi
     assert listener.tls.sni_callback is not None
 
 
-def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeypatch) -> None:
+def test_start_message_contains_the_kind_of_each_socket_and_its_file(tmp_path, monkeypatch) -> None:
     opened = [
         *open_description("tcp:0:interface=127.0.0.1", backlog=10, slots=2),
         *open_description(f"unix:{tmp_path}/rt.sock", backlog=10, slots=2),
@@ -161,7 +161,7 @@ def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeyp
             listener.close()
 
 
-def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
+def test_worker_has_the_settings_of_its_supervisor() -> None:
     given = {"max-connections": "7", "greeting": r"\x00\xff", "proxy-from": ("10.0.0.0/8,::1",), "log-level": "debug"}
     current = load_settings(
         {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None, ALIASES
@@ -171,7 +171,7 @@ def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
     assert described["sources"] == current.sources
 
 
-def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tmp_path) -> None:
+def test_removed_key_file_raises_an_error_in_the_supervisor(certificates, tmp_path) -> None:
     for name in ("server.pem", "server.key"):
         shutil.copy(certificates[name], tmp_path)
     files = f"privateKey={tmp_path}/server.key:certKey={tmp_path}/server.pem"
@@ -226,7 +226,7 @@ def connected() -> tuple[Worker, Channel, FakeReactor]:
     return made, channel, reactor
 
 
-def test_a_worker_says_that_it_serves_and_then_that_it_lives(connected, monkeypatch) -> None:
+def test_worker_sends_ready_then_heartbeats(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     made.dataReceived(start())
@@ -251,7 +251,7 @@ def test_a_worker_says_that_it_serves_and_then_that_it_lives(connected, monkeypa
         ({"listeners": [{"kind": "own"}]}, "KeyError"),
     ],
 )
-def test_a_worker_that_cannot_start_says_why_and_ends(connected, given, reason) -> None:
+def test_worker_that_cannot_start_reports_the_reason_and_exits(connected, given, reason) -> None:
     made, channel, reactor = connected
     made.dataReceived(start(**given))
     [problem] = [value for word, value in channel.said() if word == "failed"]
@@ -270,7 +270,7 @@ class SlowFactory(Factory):
         return Deferred()
 
 
-def test_a_worker_that_fails_after_it_was_ready_ends_and_reports_no_failed_start(connected, monkeypatch) -> None:
+def test_worker_that_fails_after_ready_stops_without_reporting_a_failed_start(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
@@ -284,7 +284,7 @@ def test_a_worker_that_fails_after_it_was_ready_ends_and_reports_no_failed_start
     assert made.status == 0
 
 
-def test_a_worker_that_drains_before_its_factory_has_started_reports_a_failed_start(connected, monkeypatch) -> None:
+def test_worker_drained_before_its_factory_has_started_reports_a_failed_start(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     monkeypatch.setattr(worker, "make_factory", lambda *given, **more: SlowFactory())
@@ -322,7 +322,7 @@ def loading(connected, monkeypatch, tmp_path) -> Iterator[tuple[Worker, Channel,
     listener.close()
 
 
-def test_a_worker_loads_its_certificates_in_slices_and_serves_then(loading) -> None:
+def test_worker_loads_its_certificates_in_slices_before_it_is_ready(loading) -> None:
     made, channel, reactor = loading
     reactor.pump([0.1] * 9)
     assert channel.said() == []
@@ -337,7 +337,7 @@ def test_a_worker_loads_its_certificates_in_slices_and_serves_then(loading) -> N
     "message", [encode("abort_drain"), encode("drain", []), b"garbage\n"], ids=["abort_drain", "drain", "garbage"]
 )
 @pytest.mark.parametrize("slices", [0, 5])
-def test_a_worker_that_is_to_end_at_once_does_not_load_on(loading, message, slices) -> None:
+def test_worker_stops_loading_if_it_has_to_end_at_once(loading, message, slices) -> None:
     made, channel, reactor = loading
     reactor.pump([0.1] * slices)
     made.dataReceived(message)
@@ -347,7 +347,7 @@ def test_a_worker_that_is_to_end_at_once_does_not_load_on(loading, message, slic
     assert reactor.getDelayedCalls() == []
 
 
-def test_a_worker_that_has_a_queue_to_serve_loads_on_and_then_drains(loading) -> None:
+def test_worker_that_has_to_serve_its_backlog_finishes_loading_then_drains(loading) -> None:
     made, _, reactor = loading
     made.dataReceived(encode("drain", ["slot"]))
     assert not reactor.stops
@@ -359,7 +359,7 @@ def test_a_worker_that_has_a_queue_to_serve_loads_on_and_then_drains(loading) ->
     made.dataReceived(encode("abort_drain"))  # it is too late, and harms nobody
 
 
-def test_an_aborted_drain_gives_up_what_would_have_been_loaded_for_a_queue(loading) -> None:
+def test_aborted_drain_cancels_loading(loading) -> None:
     made, _, reactor = loading
     made.dataReceived(encode("drain", ["slot"]))
     made.dataReceived(encode("abort_drain"))
@@ -368,7 +368,7 @@ def test_an_aborted_drain_gives_up_what_would_have_been_loaded_for_a_queue(loadi
     assert made._server is None
 
 
-def test_a_worker_that_loads_removes_all_files_when_its_supervisor_dies(connected, monkeypatch, tmp_path) -> None:
+def test_loading_worker_removes_its_socket_files_when_its_supervisor_dies(connected, monkeypatch, tmp_path) -> None:
     made, _, reactor = connected
     monkeypatch.setattr(worker, "adopt_listener", lambda given, descriptor: iter([None] * 10))
     monkeypatch.setattr(worker, "in_slices", lambda steps, clock, **how: in_slices(steps, clock, size=0.0, pause=0.1))
@@ -385,7 +385,7 @@ def test_a_worker_that_loads_removes_all_files_when_its_supervisor_dies(connecte
     reactor.pump([1] * 6)
 
 
-def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading) -> None:
+def test_share_received_while_loading_applies_from_the_start(loading) -> None:
     made, _, reactor = loading
     made.dataReceived(encode("share", 5))
     reactor.pump([0.1] * 10)
@@ -394,13 +394,13 @@ def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading)
     reactor.pump([1] * 5)
 
 
-def test_a_worker_whose_supervisor_is_gone_before_it_was_told_anything_ends(connected) -> None:
+def test_worker_whose_supervisor_dies_before_the_start_message_stops(connected) -> None:
     _, channel, reactor = connected
     channel.loseConnection()
     assert reactor.stops == 1
 
 
-def test_a_worker_whose_supervisor_has_died_removes_the_socket_files_of_its_own_alone(connected, tmp_path) -> None:
+def test_worker_whose_supervisor_dies_removes_only_its_socket_files(connected, tmp_path) -> None:
     made, channel, _ = connected
     for name in ("ours", "successors"):
         (tmp_path / name).touch()
@@ -411,7 +411,7 @@ def test_a_worker_whose_supervisor_has_died_removes_the_socket_files_of_its_own_
 
 
 @pytest.mark.parametrize("finish", [["slot", "own"], ["slot"], []])
-def test_a_worker_that_drains_removes_no_file_that_its_supervisor_has_removed(connected, tmp_path, finish) -> None:
+def test_draining_worker_keeps_files_that_its_supervisor_already_removed(connected, tmp_path, finish) -> None:
     made, channel, _ = connected
     (tmp_path / "s").touch()  # a successor's; an inode number is used again
     made._files = [(f"{tmp_path}/s", (tmp_path / "s").stat().st_ino)]
@@ -422,7 +422,7 @@ def test_a_worker_that_drains_removes_no_file_that_its_supervisor_has_removed(co
     assert os.listdir(tmp_path) == (["s"] if "own" in finish else [])
 
 
-def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
+def test_worker_asked_to_end_requests_its_replacement(connected) -> None:
     made, channel, reactor = connected
     made.ask_for_replacement()
     assert channel.said() == [("leave", None)]
@@ -437,7 +437,7 @@ def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
     ],
     ids=lambda garbage: repr(garbage[:20]),
 )
-def test_a_worker_drains_and_ends_when_its_supervisor_sends_garbage(connected, monkeypatch, garbage) -> None:
+def test_worker_drains_and_stops_when_its_supervisor_sends_an_invalid_message(connected, monkeypatch, garbage) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     made.dataReceived(start())
@@ -452,14 +452,14 @@ def test_a_worker_drains_and_ends_when_its_supervisor_sends_garbage(connected, m
     assert said[-1][0] == "beat"
 
 
-def test_a_worker_that_was_told_nothing_but_garbage_ends(connected) -> None:
+def test_worker_that_receives_an_invalid_first_message_stops(connected) -> None:
     made, channel, reactor = connected
     made.dataReceived(b"garbage\n")
     assert channel.said() == []
     assert reactor.stops == 1
 
 
-def test_a_heartbeat_with_very_many_counters_is_several(connected, monkeypatch) -> None:
+def test_heartbeat_with_many_counters_is_sent_in_several_messages(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     channel.checked = WorkerMessages(slot=0, listeners=[f"tcp:{number}" for number in range(300)], access=True)
@@ -475,7 +475,7 @@ def test_a_heartbeat_with_very_many_counters_is_several(connected, monkeypatch) 
     assert encode_counters(more).items() <= sent.items()
 
 
-def test_rows_that_are_too_long_for_a_message_are_fewer(connected, monkeypatch) -> None:
+def test_number_of_rows_is_reduced_to_fit_one_message(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     name = "unix:/" + "\U0001f600" * 100
@@ -490,7 +490,7 @@ def test_rows_that_are_too_long_for_a_message_are_fewer(connected, monkeypatch) 
     assert 100 < len(answer["rows"]) < 500
 
 
-def test_a_question_is_answered_even_if_the_connections_cannot_be_listed(connected, monkeypatch) -> None:
+def test_request_for_rows_is_answered_if_the_connections_cannot_be_listed(connected, monkeypatch) -> None:
     made, channel, _ = connected
     monkeypatch.setattr("twisted.internet.reactor", made._reactor)
     made.dataReceived(start())
@@ -501,14 +501,14 @@ def test_a_question_is_answered_even_if_the_connections_cannot_be_listed(connect
     assert ("rows", {"id": 1, "rows": []}) in channel.said()
 
 
-def test_the_reason_why_a_worker_cannot_start_is_short(connected) -> None:
+def test_start_failure_of_a_worker_is_reported_in_a_short_text(connected) -> None:
     made, channel, _ = connected
     made.dataReceived(start(settings={"x" * 1_000_000: "1"}))
     [problem] = [value for word, value in channel.said() if word == "failed"]
     assert len(problem) <= 4096
 
 
-def test_lines_for_the_access_log_are_sent_in_messages_that_are_accepted(connected) -> None:
+def test_access_log_lines_are_sent_in_messages_within_the_limits(connected) -> None:
     made, channel, reactor = connected
     for _ in range(250):
         made._access(f"start=1 peer={'x' * 2000} worker=0\n")
@@ -560,13 +560,13 @@ def test_a_traceback_is_sent_with_its_record(connected) -> None:
 @pytest.mark.parametrize(
     "value", ["x" * 1_000_000, b"\xff\x00", object(), {1, 2}, float("nan"), Unprintable(), "\ud800"]
 )
-def test_whatever_is_in_a_record_it_is_one_message_that_is_accepted(connected, value) -> None:
+def test_record_with_any_value_is_sent_as_one_accepted_message(connected, value) -> None:
     made, channel, reactor = connected
     record(made, "about {value}", value=value)
     assert only_record(channel, reactor).text.startswith(("about ", "MESSAGE LOST"))
 
 
-def test_a_record_that_refers_to_itself_is_sent_as_text(connected) -> None:
+def test_self_referencing_record_is_sent_as_text(connected) -> None:
     made, channel, reactor = connected
     loop: list[Any] = []
     loop.append(loop)
@@ -574,7 +574,7 @@ def test_a_record_that_refers_to_itself_is_sent_as_text(connected) -> None:
     assert only_record(channel, reactor).text == "about [[...]]"
 
 
-def test_a_record_is_sent_in_the_order_of_the_others_and_an_error_at_once(connected) -> None:
+def test_records_are_sent_in_order_and_an_error_at_once(connected) -> None:
     made, channel, _ = connected
     record(made, "first")
     assert channel.said() == []

@@ -9,7 +9,7 @@ from tests.support.fake_listener import Slots
 from tests.support.pool_world import roll
 
 
-def test_a_slot_is_added_with_a_socket_and_all_are_told_of_their_share(world) -> None:
+def test_added_slot_gets_a_socket_and_all_workers_receive_their_share(world) -> None:
     one = world()
     first, second = one.serve()
     one.send(signal.SIGTTIN)
@@ -22,7 +22,7 @@ def test_a_slot_is_added_with_a_socket_and_all_are_told_of_their_share(world) ->
     assert one.pool.status.startswith("serving: 3 of 3 workers ready")
 
 
-def test_several_slots_are_added_in_a_row(world) -> None:
+def test_several_slots_are_added_in_sequence(world) -> None:
     one = world()
     one.serve()
     for _ in range(3):
@@ -32,7 +32,7 @@ def test_several_slots_are_added_in_a_row(world) -> None:
     assert one.pool.status.startswith("serving: 5 of 5 workers ready")
 
 
-def test_a_slot_that_is_wanted_before_all_are_ready_comes_then(world) -> None:
+def test_slot_requested_during_the_start_is_added_when_all_workers_are_ready(world) -> None:
     one = world()
     one.service.startService()
     one.send(signal.SIGTTIN)
@@ -41,7 +41,7 @@ def test_a_slot_that_is_wanted_before_all_are_ready_comes_then(world) -> None:
     assert one.pool.status.startswith("serving: 3 of 3 workers ready")
 
 
-def test_a_slot_that_cannot_have_its_sockets_is_given_up_whole(world) -> None:
+def test_slot_is_not_added_if_one_of_its_sockets_cannot_be_opened(world) -> None:
     one = world()
     another: Any = Slots(2)
     another.problem = ListenError("cannot listen on 127.0.0.1:1: permission denied")
@@ -57,7 +57,7 @@ def test_a_slot_that_cannot_have_its_sockets_is_given_up_whole(world) -> None:
     assert one.pool.status.startswith("serving: 3 of 3")
 
 
-def test_the_last_slot_leaves_in_order_and_nothing_of_its_queue_is_lost(world) -> None:
+def test_removed_slot_serves_its_backlog_before_its_socket_is_closed(world) -> None:
     one = world(3)
     first, second, third = one.serve()
     one.send(signal.SIGTTOU)
@@ -73,7 +73,7 @@ def test_the_last_slot_leaves_in_order_and_nothing_of_its_queue_is_lost(world) -
     assert one.pool.status.startswith("serving: 2 of 2")
 
 
-def test_several_slots_leave_in_a_row_and_the_last_one_stays(world) -> None:
+def test_several_slots_are_removed_in_sequence_except_the_last_one(world) -> None:
     one = world(3)
     one.serve()
     for _ in range(5):
@@ -85,7 +85,7 @@ def test_several_slots_leave_in_a_row_and_the_last_one_stays(world) -> None:
     assert one.alive() == [one.processes[0]]
 
 
-def test_a_slot_without_a_worker_gets_one_that_serves_its_queue_before_it_leaves(world) -> None:
+def test_removed_slot_without_a_worker_gets_one_for_its_backlog(world) -> None:
     one = world()
     _, second = one.serve()
     second.dies(9)
@@ -99,7 +99,7 @@ def test_a_slot_without_a_worker_gets_one_that_serves_its_queue_before_it_leaves
     assert one.listener.done[-1] == "drop"
 
 
-def test_a_slot_that_was_removed_and_added_again_is_removed_and_added(world) -> None:
+def test_slot_removed_and_added_again_is_removed_first(world) -> None:
     one = world()
     one.serve()
     one.send(signal.SIGTTOU)
@@ -109,7 +109,7 @@ def test_a_slot_that_was_removed_and_added_again_is_removed_and_added(world) -> 
     assert one.pool.status.startswith("serving: 2 of 2")
 
 
-def test_slots_wait_for_a_reload_and_a_reload_passes_over_a_slot_that_leaves(world) -> None:
+def test_added_slot_waits_for_a_reload_that_skips_a_slot_being_removed(world) -> None:
     one = world(3)
     one.serve()
     one.send(signal.SIGTTOU)

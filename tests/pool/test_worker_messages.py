@@ -140,7 +140,7 @@ def test_a_message_is_decoded(data, message) -> None:
     assert decoded(data, (3, 2)) == [message]
 
 
-def test_what_is_as_large_as_allowed_is_accepted() -> None:
+def test_messages_of_the_maximum_size_are_accepted() -> None:
     labels = {f"handshake_failed\tKIND_{number}\t{TCP}": number for number in range(51)}
     names = {f"protocol\tname_{number}\t": 1e300 for number in range(100)}
     lags = {f"lag\t{bucket}\t": 2**63 - 1 for bucket in range(len(LAGS) + 1)}
@@ -320,7 +320,7 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("data", "problem"), VIOLATIONS.values(), ids=VIOLATIONS)
-def test_what_is_not_allowed_is_a_violation_with_a_short_printable_text(data, problem) -> None:
+def test_invalid_message_is_a_violation_with_a_short_printable_text(data, problem) -> None:
     with pytest.raises(ProtocolViolation, match=problem) as error:
         decoded(data, (3, 2))
     assert len(str(error.value)) < 200
@@ -328,12 +328,12 @@ def test_what_is_not_allowed_is_a_violation_with_a_short_printable_text(data, pr
     assert str(error.value).isascii()
 
 
-def test_lines_are_a_violation_where_there_is_no_access_log() -> None:
+def test_access_log_lines_without_an_access_log_are_a_violation() -> None:
     with pytest.raises(ProtocolViolation, match="an access log that does not exist"):
         decoded(encode("access", [LINE]), access=False)
 
 
-def test_labels_are_few_over_all_heartbeats() -> None:
+def test_number_of_labels_is_bounded_over_all_heartbeats() -> None:
     made = decoder()
     for number in range(51):
         made.feed(encode("beat", {f"refused\t{number}\t{TCP}": 1, f"refused\t{number}\tunix:/s": 1}))
@@ -345,7 +345,7 @@ def test_labels_are_few_over_all_heartbeats() -> None:
         made.next()
 
 
-def test_an_answer_is_not_decoded_before_it_is_asked_for() -> None:
+def test_unrequested_answer_is_rejected_without_decoding() -> None:
     with pytest.raises(ProtocolViolation, match="an answer without a question"):
         decoded(b"rows this would not be JSON\n")
 
@@ -398,7 +398,7 @@ def checked(message: Message) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_is_fed_it_is_messages_or_a_violation_and_nothing_else(seed) -> None:
+def test_random_bytes_yield_only_valid_messages_or_a_violation(seed) -> None:
     source = random.Random(seed)
     violations: list[str] = []
     messages = 0
@@ -443,7 +443,7 @@ HEAVY = {
 
 
 @pytest.mark.parametrize("data", HEAVY.values(), ids=HEAVY)
-def test_the_most_expensive_messages_take_milliseconds_and_little_memory(data) -> None:
+def test_most_expensive_messages_take_bounded_time_and_memory(data) -> None:
     tracemalloc.start()
     try:
         began = time.thread_time()
@@ -457,7 +457,7 @@ def test_the_most_expensive_messages_take_milliseconds_and_little_memory(data) -
     assert peak < 16 << 20
 
 
-def test_what_costs_the_supervisor_more_is_counted_as_more() -> None:
+def test_message_cost_grows_with_the_work_for_the_supervisor() -> None:
     def cost(data: bytes) -> int:
         [message] = decoded(data, (3, 500))
         return message.cost
@@ -513,7 +513,7 @@ VALUES: dict[str, Any] = {
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("name", ["value", "format", "isError", "log_system", "x" * 100, "a b", "slot", "\x1b"])
-def test_a_record_is_accepted_whatever_hosted_code_puts_into_it(name, value) -> None:
+def test_record_with_any_field_of_hosted_code_is_accepted(name, value) -> None:
     event = {"log_level": LogLevel.warn, "log_namespace": "a", "log_time": 5.0, name: value, "more": 1}
     message = sent(event, "text", "")
     assert (message.level, message.namespace, message.time, message.text) == (LogLevel.warn, "a", 5.0, "text")
@@ -522,13 +522,13 @@ def test_a_record_is_accepted_whatever_hosted_code_puts_into_it(name, value) -> 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("name", ["log_level", "log_namespace", "log_time", "log_format"])
-def test_a_record_is_accepted_whatever_twisted_s_own_fields_are(name, value) -> None:
+def test_record_with_any_value_in_the_fields_of_twisted_is_accepted(name, value) -> None:
     event = {"log_level": LogLevel.warn, "log_namespace": "a", "log_time": 5.0, name: value}
     message = sent(event, "text", "trace")
     assert (message.text, message.traceback) == ("text", "trace")
 
 
-def test_a_record_is_accepted_however_many_fields_it_has_and_however_long_it_is() -> None:
+def test_record_with_many_fields_or_long_text_is_shortened_and_accepted() -> None:
     base = {"log_level": LogLevel.warn, "log_namespace": "a" * 1000, "log_time": 5.0}
     for event in (
         base | {f"f{number}": "\U0001f600" * 5000 for number in range(1000)},
@@ -541,7 +541,7 @@ def test_a_record_is_accepted_however_many_fields_it_has_and_however_long_it_is(
             assert "characters left out" in message.traceback
 
 
-def test_records_that_are_too_long_together_are_several_messages() -> None:
+def test_records_too_long_for_one_message_are_sent_in_several() -> None:
     event = {"log_level": LogLevel.info, "log_namespace": "a", "log_time": 5.0, "value": "x" * 3000}
     for text in ("short", "x" * LONGEST_TEXT, "\U0001f600" * LONGEST_TEXT):
         records = [finished_record(event, text) for _ in range(MOST_RECORDS)]
@@ -550,7 +550,7 @@ def test_records_that_are_too_long_together_are_several_messages() -> None:
         assert sum(len(message.records) for message in messages if isinstance(message, Records)) == MOST_RECORDS
 
 
-def test_plain_fields_arrive_as_they_are_but_for_the_one_that_is_the_text() -> None:
+def test_plain_fields_arrive_unchanged_except_the_one_that_is_the_text() -> None:
     event = {
         **{"log_level": LogLevel.info, "log_namespace": "a", "log_time": 5.0, "log_format": "{record}"},
         **{
@@ -570,7 +570,7 @@ def test_plain_fields_arrive_as_they_are_but_for_the_one_that_is_the_text() -> N
     }
 
 
-def test_an_event_of_a_worker_arrives_with_its_name_and_its_fields() -> None:
+def test_event_of_a_worker_arrives_with_its_name_and_fields() -> None:
     records: list[Any] = []
     DRAIN_DONE.log(Logger("rtservice", observer=records.append), ended=1, aborted=2, seconds=0.5)
     arrived = as_event(sent(records[0], "the text"), 3)
@@ -579,7 +579,7 @@ def test_an_event_of_a_worker_arrives_with_its_name_and_its_fields() -> None:
     }
 
 
-def test_fields_that_legacy_observers_obey_have_other_names() -> None:
+def test_fields_that_legacy_observers_interpret_are_renamed_or_dropped() -> None:
     event = {"log_level": LogLevel.info, "log_namespace": "a", "log_time": 5.0, "message": "hi", "format": "%s"}
     message = sent(event, "hi")
     assert message.fields == {"message_": "hi", "format_": "%s"}
@@ -587,5 +587,5 @@ def test_fields_that_legacy_observers_obey_have_other_names() -> None:
     assert message.fields == {"own": 1}
 
 
-def test_the_limits_of_messages_are_of_all_words() -> None:
+def test_every_message_of_a_worker_has_a_length_limit() -> None:
     assert LONGEST_FROM_WORKER.keys() == decoder()._decoders.keys()

@@ -7,7 +7,7 @@ from rtservice.pool.worker_messages import WorkerMessages
 from rtservice.pool.worker_process import WorkerPhase, WorkerProcess
 
 
-def test_a_worker_goes_through_its_phases_and_no_other_way(world) -> None:
+def test_worker_phases_change_only_along_the_allowed_transitions(world) -> None:
     allowed = {
         (WorkerPhase.STARTING, WorkerPhase.READY),
         (WorkerPhase.STARTING, WorkerPhase.DRAINING),

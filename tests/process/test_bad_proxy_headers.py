@@ -19,7 +19,7 @@ from tests.support.registry_world import IPV4, World, is_closed
         (b"x" * 1000, f"'{'x' * 64}'"),
     ],
 )
-def test_a_bad_proxy_header_is_logged_with_its_beginning_and_harms_no_terminal(world, sent, shown) -> None:
+def test_invalid_proxy_header_is_logged_with_its_first_bytes_escaped(world, sent, shown) -> None:
     one = world(proxy_from=(ip_network(IPV4),))
     assert is_closed(one.client(port=one.add_port(proxied=True), first=sent))
     invalid, closed = one.events
@@ -31,7 +31,7 @@ def test_a_bad_proxy_header_is_logged_with_its_beginning_and_harms_no_terminal(w
     assert closed["reason"] == "invalid PROXY header"
 
 
-def test_a_header_that_turns_bad_later_is_shown_from_its_first_byte(world) -> None:
+def test_header_that_becomes_invalid_later_is_logged_from_its_first_byte(world) -> None:
     one = world(proxy_from=(ip_network(IPV4),))
     client = one.client(port=one.add_port(proxied=True), first=b"PROXY TCP4 192")
     client.sendall(b".0.2.9 nobody\r\n")
@@ -44,7 +44,7 @@ def bad_headers(one: World) -> list[int]:
     return [event.get("count", 1) for event in one.events if event["event"].startswith("proxy.")]
 
 
-def test_bad_proxy_headers_are_a_few_lines_and_a_sum_whatever_their_number(world) -> None:
+def test_many_invalid_proxy_headers_are_logged_as_a_few_records_and_a_count(world) -> None:
     one = world(proxy_from=(ip_network(IPV4),))
     port = one.add_port(proxied=True)
     for _ in range(500):
@@ -62,7 +62,7 @@ def test_bad_proxy_headers_are_a_few_lines_and_a_sum_whatever_their_number(world
     assert one.connections.counters()[CounterKey("handshake_failed", "invalid PROXY header", "test")] == 506
 
 
-def test_the_sum_is_logged_at_the_end_at_the_latest(world) -> None:
+def test_suppressed_count_is_logged_at_the_latest_when_the_registry_stops(world) -> None:
     one = world(proxy_from=(ip_network(IPV4),))
     port = one.add_port(proxied=True)
     for _ in range(7):
@@ -75,7 +75,7 @@ def test_the_sum_is_logged_at_the_end_at_the_latest(world) -> None:
     assert len(bad_headers(one)) == 6
 
 
-def test_who_says_nothing_has_no_bad_header(world) -> None:
+def test_connection_without_a_complete_header_is_not_an_invalid_header(world) -> None:
     one = world(proxy_from=(ip_network(IPV4),))
     one.leave(one.client(port=one.add_port(proxied=True)))
     one.leave(one.client(port=one.add_port(proxied=True), first=b"PROXY TCP4 1"))

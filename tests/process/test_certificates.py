@@ -51,26 +51,26 @@ def logged(monkeypatch: pytest.MonkeyPatch, *listeners: Listener) -> list[str]:
         (253402300799 - NOW, 2912063, "info: certificate /c for a: expires in 2912063 days"),
     ],
 )
-def test_the_log_and_the_page_have_one_number_of_days(monkeypatch, seconds, days, text) -> None:
+def test_log_and_status_page_show_the_same_remaining_days(monkeypatch, seconds, days, text) -> None:
     one = listener(Certificate("/c", ("a",), 0, int(NOW + seconds)))
     assert days_left(NOW + seconds, NOW) == days
     assert logged(monkeypatch, one) == [text]
     assert [row["days_left"] for row in certificates_of([one], NOW)] == [days]
 
 
-def test_a_revocation_list_has_days_of_the_same_kind(monkeypatch) -> None:
+def test_revocation_list_is_logged_with_the_remaining_days(monkeypatch) -> None:
     for seconds, text in ((1.9 * DAY, "in 1 day"), (0.5, "in less than 1 day"), (8.9 * DAY, "in 8 days")):
         lists = RevocationLists("/l", 1, int(NOW + seconds))
         assert logged(monkeypatch, listener(revocation=lists)) == [f"info: revocation list /l: next update {text}"]
 
 
-def test_a_certificate_that_is_not_valid_yet_is_a_warning(monkeypatch) -> None:
+def test_certificate_that_is_not_valid_yet_is_logged_as_a_warning(monkeypatch) -> None:
     one = listener(Certificate("/c", ("a",), int(NOW + DAY), int(NOW + 9 * DAY)))
     assert logged(monkeypatch, one) == ["warn: certificate /c for a: not valid yet"]
     assert certificates_of([one], NOW)[0]["not_before"] > NOW
 
 
-def test_of_many_those_are_shown_that_end_first_and_one_of_each_listener() -> None:
+def test_certificates_that_expire_first_and_one_of_each_listener_are_shown() -> None:
     many = [Certificate(f"/{number}", ("a",), 0, 1000 - number) for number in range(1000)]
     late = [Certificate(f"/late{number}", ("a",), 0, 5000 + number) for number in range(3)]
     shown = certificates_of([listener(*many), listener(), listener(*late)], NOW)
@@ -111,7 +111,7 @@ def contexts(one: Listener) -> dict[str, Any]:
     return {name: one.tls if context is None else context for name, context in found.items()}
 
 
-def test_only_what_has_changed_is_made_again(directory, monkeypatch) -> None:
+def test_only_contexts_of_changed_certificates_are_created_again(directory, monkeypatch) -> None:
     pairs = served(DirectoryTLS(directory.path))
     [(one, port)] = pairs
     before = contexts(one)
@@ -131,9 +131,7 @@ def test_only_what_has_changed_is_made_again(directory, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("other", ["clients", "key"])
-def test_a_context_of_other_authorities_or_with_another_key_is_not_the_same(
-    directory, certificates, tmp_path, other
-) -> None:
+def test_context_is_not_reused_if_the_client_ca_or_the_key_changes(directory, certificates, tmp_path, other) -> None:
     authorities = tmp_path / "authorities"
     authorities.write_text(Path(certificates["ca.pem"]).read_text())
     pairs = served(DirectoryTLS(directory.path, client_ca=str(authorities)))
@@ -148,7 +146,7 @@ def test_a_context_of_other_authorities_or_with_another_key_is_not_the_same(
     assert not [name for name in after if after[name] is before[name]]
 
 
-def test_what_cannot_be_read_of_one_listener_changes_none(directory, certificates, tmp_path) -> None:
+def test_unreadable_certificate_of_one_listener_changes_no_listener(directory, certificates, tmp_path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
     for suffix in ("pem", "key"):
@@ -162,7 +160,7 @@ def test_what_cannot_be_read_of_one_listener_changes_none(directory, certificate
     assert [contexts(one) | {"": one.tls} for one, _ in pairs] == before
 
 
-def test_a_step_is_one_certificate_at_the_most(directory, monkeypatch) -> None:
+def test_each_step_loads_at_most_one_certificate(directory, monkeypatch) -> None:
     made = []
     make = DirectoryTLS._make
     monkeypatch.setattr(DirectoryTLS, "_make", lambda *given: made.append(1) or make(*given))
@@ -197,7 +195,7 @@ class Changing(Files):
     ],
     ids=["gone", "later", "earlier", "more"],
 )
-def test_a_directory_that_changes_while_it_is_read_is_read_again_if_need_be(directory, monkeypatch, change) -> None:
+def test_directory_changed_during_reading_is_read_again(directory, monkeypatch, change) -> None:
     pairs = served(DirectoryTLS(directory.path))
     monkeypatch.setattr("rtservice.process.certificates.Files", Changing)
     monkeypatch.setattr(Changing, "at", "b.pem")
@@ -207,9 +205,7 @@ def test_a_directory_that_changes_while_it_is_read_is_read_again_if_need_be(dire
     assert "a.example" in contexts(pairs[0][0])
 
 
-def test_a_pair_of_which_one_half_is_replaced_is_read_again_and_no_longer_than_three_times(
-    directory, certificates, monkeypatch
-) -> None:
+def test_mismatched_key_pair_is_read_at_most_three_times(directory, certificates, monkeypatch) -> None:
     pairs = served(DirectoryTLS(directory.path))
     before = contexts(pairs[0][0])
     other = Path(certificates["client.key"]).read_text()
@@ -238,7 +234,7 @@ def test_a_pair_of_which_one_half_is_replaced_is_read_again_and_no_longer_than_t
     assert contexts(pairs[0][0]) == in_force
 
 
-def test_what_does_not_change_is_not_read_again_because_it_is_wrong(directory, certificates, monkeypatch) -> None:
+def test_invalid_certificate_that_does_not_change_is_not_read_again(directory, certificates, monkeypatch) -> None:
     pairs = served(DirectoryTLS(directory.path))
     directory.write("b", key=Path(certificates["client.key"]).read_text())
     reads = []

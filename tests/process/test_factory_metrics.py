@@ -40,7 +40,7 @@ def of_factory(service: ServiceProcess) -> dict[CounterKey, float]:
     return {key: count for key, count in service.backend.counters().items() if key.name == "protocol"}
 
 
-def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> None:
+def test_factory_metrics_are_read_only_between_its_start_and_stop(timed) -> None:
     service, _, _ = timed(factory=Counting({"a_total": 1}))
     service.backend.factory.counts = {"a_total": 2, "b": 0.5}
     service.stopService()
@@ -59,7 +59,7 @@ def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> 
         ({"a b": 1}, "factory.metrics_rejected"),
     ],
 )
-def test_a_factory_that_counts_badly_is_logged_once_and_keeps_what_it_had(timed, counts, event) -> None:
+def test_invalid_factory_metrics_are_logged_once_and_the_previous_values_kept(timed, counts, event) -> None:
     service, _, events = timed(factory=Counting({"a_total": 1}))
     assert of_factory(service) == {CounterKey("protocol", "a_total"): 1}
     before = len(events)

@@ -27,7 +27,7 @@ def wrap(factory: Any, connections: Registry, name: str = "x") -> ForeignFactory
     return ForeignFactory(factory, name, connections, Logger())
 
 
-def test_a_wrapped_connection_is_registered_counted_and_recorded() -> None:
+def test_foreign_connection_is_registered_counted_and_recorded() -> None:
     events: list[dict] = []
     connections = Registry(Logger(observer=events.append), Limits(max_connections=10))
     factory = wrap(EchoFactory(), connections, "stdio:")
@@ -47,7 +47,7 @@ def test_a_wrapped_connection_is_registered_counted_and_recorded() -> None:
     assert formatEvent(event).startswith("192.0.2.1:1 on stdio:: 0.0")
 
 
-def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
+def test_foreign_protocol_without_half_close_support_gets_none() -> None:
     connections = Registry(Logger(observer=lambda event: None), Limits(max_connections=10))
     protocol = wrap(Factory.forProtocol(Protocol), connections).buildProtocol(None)
     protocol.makeConnection(StringTransportWithDisconnection())
@@ -55,7 +55,7 @@ def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
 
 
 @pytest.mark.parametrize("build", [lambda address: None, lambda address: 1 / 0], ids=["None", "raises"])
-def test_a_client_that_a_factory_gives_no_protocol_is_not_left_in_silence(build) -> None:
+def test_foreign_connection_without_a_protocol_is_closed(build) -> None:
     """Twisted's wrappers would keep it connected."""
     factory = Factory()
     factory.buildProtocol = build
@@ -82,7 +82,7 @@ def listen():
 
 @pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_peer"])
 @pytest_twisted.inlineCallbacks
-def test_limits_hold_for_foreign_transports_too(listen, limit):
+def test_connection_limits_apply_to_foreign_transports(listen, limit):
     connections = Registry(Logger(observer=lambda event: None), Limits(**{"max_connections": 9, limit: 2}))
     port = listen(connections)
 
@@ -121,7 +121,7 @@ def wrapped(connections: Registry) -> tuple[Any, StringTransportWithDisconnectio
     return protocol, transport
 
 
-def test_a_silent_foreign_transport_is_closed_and_one_that_does_not_close_is_cut(world) -> None:
+def test_idle_foreign_transport_is_closed_then_aborted_if_it_stays_open(world) -> None:
     one = world(idle_timeout=20)
     wrapped(one.connections)
     still_open(one, 21)
@@ -135,7 +135,7 @@ def test_a_silent_foreign_transport_is_closed_and_one_that_does_not_close_is_cut
     assert one.reasons == ["idle", "stopped reading"]
 
 
-def test_a_foreign_transport_ends_with_the_others(world) -> None:
+def test_close_all_and_abort_all_include_foreign_transports(world) -> None:
     one = world()
     wrapped(one.connections)
     one.connections.close_all("drained")

@@ -10,7 +10,7 @@ from tests.support.registry_world import IPV4, header, is_closed, is_served
 # --- limits ---
 
 
-def test_at_the_limit_every_listener_pauses_and_a_free_place_is_the_next_ones(world) -> None:
+def test_every_listener_pauses_at_the_limit_and_accepts_one_client_for_each_closed(world) -> None:
     one = world(max_connections=3)
     other = one.add_port()
     inside = [one.client(), one.client("192.0.2.2", other), one.client(None)]
@@ -29,7 +29,7 @@ def test_at_the_limit_every_listener_pauses_and_a_free_place_is_the_next_ones(wo
     assert [event["limit"] for event in one.events if event["event"] == "connection.limit_reached"] == [3]
 
 
-def test_at_the_limit_a_client_is_closed_at_once_and_counted_with_reject(world) -> None:
+def test_reject_closes_and_counts_each_client_at_the_limit(world) -> None:
     one = world(max_connections=2, at_limit="reject")
     inside = [one.client(), one.client()]
     assert all(map(is_served, inside))
@@ -41,7 +41,7 @@ def test_at_the_limit_a_client_is_closed_at_once_and_counted_with_reject(world) 
     assert (one.connections.ended, len(one.reasons)) == (1, 1)  # a refused client has no record, and is no end
 
 
-def test_a_connection_takes_a_place_from_its_first_moment_to_its_last(world) -> None:
+def test_connection_counts_towards_the_limit_in_every_phase(world) -> None:
     one = world(max_connections=4, at_limit="reject", proxy_from=(ip_network("192.0.2.0/24"),))
     one.client(port=one.add_port(proxied=True), first=b"PROXY TCP4 ")
     one.client(port=one.add_port(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
@@ -57,7 +57,7 @@ def test_a_connection_takes_a_place_from_its_first_moment_to_its_last(world) -> 
 
 
 @pytest.mark.parametrize("at_limit", ["pause", "reject"])
-def test_a_peer_has_so_many_and_others_are_not_touched(world, at_limit) -> None:
+def test_limit_per_peer_does_not_affect_other_peers(world, at_limit) -> None:
     one = world(max_connections_per_peer=2, at_limit=at_limit)
     mine = [one.client(), one.client(f"::ffff:{IPV4}")]
     assert all(map(is_served, mine))
@@ -70,7 +70,7 @@ def test_a_peer_has_so_many_and_others_are_not_touched(world, at_limit) -> None:
     assert is_closed(one.client())
 
 
-def test_ipv6_peers_are_networks_of_the_prefix(world) -> None:
+def test_ipv6_peers_are_grouped_by_the_prefix(world) -> None:
     one = world(max_connections_per_peer=1, peer_prefix_v6=64)
     assert is_served(one.client("2001:db8::1"))
     assert is_closed(one.client("2001:db8::2"))
@@ -80,12 +80,12 @@ def test_ipv6_peers_are_networks_of_the_prefix(world) -> None:
     assert is_closed(one.client("2001:db8::1"))
 
 
-def test_clients_of_a_unix_socket_are_no_peers(world) -> None:
+def test_unix_clients_have_no_limit_per_peer(world) -> None:
     one = world(max_connections_per_peer=1)
     assert all(is_served(one.client(None)) for _ in range(5))
 
 
-def test_a_peer_that_has_gone_is_not_remembered(world) -> None:
+def test_peer_without_connections_is_removed_from_the_count(world) -> None:
     one = world(max_connections_per_peer=1)
     proxied = one.add_port(proxied=True)
     one.apply(proxy_from=(ip_network(IPV4),))
@@ -101,7 +101,7 @@ def test_a_peer_that_has_gone_is_not_remembered(world) -> None:
 # --- limits with a PROXY header ---
 
 
-def test_behind_a_proxy_the_peer_is_the_real_client_and_never_the_proxy(world) -> None:
+def test_limit_per_peer_applies_to_the_client_behind_a_proxy_not_to_the_proxy(world) -> None:
     one = world(max_connections_per_peer=1, proxy_from=(ip_network(IPV4),))
     port = one.add_port(proxied=True)
     first = one.client(port=port, first=header("192.0.2.9"))
@@ -114,7 +114,7 @@ def test_behind_a_proxy_the_peer_is_the_real_client_and_never_the_proxy(world) -
     assert is_served(one.client(port=port, first=header("192.0.2.9")))
 
 
-def test_a_client_that_is_refused_once_it_is_known_leaves_its_place_to_who_waits(world) -> None:
+def test_client_refused_after_its_proxy_header_frees_a_place_for_a_waiting_client(world) -> None:
     one = world(max_connections=2, max_connections_per_peer=1, proxy_from=(ip_network(IPV4),))
     port = one.add_port(proxied=True)
     assert is_served(one.client(port=port, first=header("192.0.2.9")))
@@ -143,7 +143,7 @@ def test_a_client_that_is_refused_once_it_is_known_leaves_its_place_to_who_waits
         (None, "", True),
     ],
 )
-def test_whose_headers_are_believed(world, host, networks, believed) -> None:
+def test_client_with_a_proxy_header_is_served_only_from_trusted_networks(world, host, networks, believed) -> None:
     one = world(proxy_from=tuple(map(ip_network, networks.split())))
     client = one.client(host, one.add_port(proxied=True), header("192.0.2.9"))
     assert (is_served if believed else is_closed)(client)
@@ -160,7 +160,7 @@ def test_whose_headers_are_believed(world, host, networks, believed) -> None:
 # --- a change while it serves ---
 
 
-def test_a_higher_limit_lets_those_in_who_wait(world) -> None:
+def test_raised_limit_accepts_waiting_clients(world) -> None:
     one = world(max_connections=1)
     clients = [one.client() for _ in range(4)]
     assert list(map(is_served, clients)) == [True, False, False, False]
@@ -168,7 +168,7 @@ def test_a_higher_limit_lets_those_in_who_wait(world) -> None:
     assert list(map(is_served, clients)) == [False, True, True, False]
 
 
-def test_a_lower_limit_ends_nobody_and_lets_nobody_in(world) -> None:
+def test_lowered_limit_keeps_open_connections_and_accepts_no_new_clients(world) -> None:
     one = world(max_connections=3)
     inside = [one.client() for _ in range(3)]
     one.apply(max_connections=1)
@@ -181,7 +181,7 @@ def test_a_lower_limit_ends_nobody_and_lets_nobody_in(world) -> None:
     assert is_served(waiting)
 
 
-def test_whoever_waits_is_refused_when_that_is_asked_for(world) -> None:
+def test_waiting_clients_are_refused_after_a_change_to_reject(world) -> None:
     one = world(max_connections=1)
     inside, waiting = one.client(), one.client()
     one.apply(at_limit="reject")
@@ -193,7 +193,7 @@ def test_whoever_waits_is_refused_when_that_is_asked_for(world) -> None:
     assert is_served(waiting)
 
 
-def test_a_limit_for_each_peer_counts_who_is_there_already(world) -> None:
+def test_new_limit_per_peer_counts_open_connections(world) -> None:
     one = world()
     inside = [one.client() for _ in range(3)]
     one.apply(max_connections_per_peer=2)
@@ -210,7 +210,7 @@ def test_a_limit_for_each_peer_counts_who_is_there_already(world) -> None:
 # --- what is logged of refusals ---
 
 
-def test_refusals_are_all_counted_and_logged_once_in_ten_seconds(world) -> None:
+def test_all_refusals_are_counted_and_logged_once_in_10_seconds(world) -> None:
     one = world(max_connections=1, at_limit="reject")
     one.client()
     for _ in range(1000):
@@ -230,7 +230,7 @@ def test_refusals_are_all_counted_and_logged_once_in_ten_seconds(world) -> None:
     assert one.refused["max-connections"] == 1003
 
 
-def test_each_reason_has_its_own_line(world) -> None:
+def test_each_refusal_reason_is_logged_separately(world) -> None:
     one = world(max_connections=2, max_connections_per_peer=1, at_limit="reject")
     for host in (IPV4, IPV4, "192.0.2.2", "192.0.2.3"):
         one.client(host)

@@ -14,7 +14,7 @@ from rtservice.process import orphans
 from rtservice.process.orphans import PATIENCE, OrphanReaper, Overdue, ended_children
 
 
-def test_a_child_is_overdue_when_it_has_been_seen_to_have_ended_for_long_enough() -> None:
+def test_ended_child_is_overdue_after_the_patience_time() -> None:
     overdue = Overdue()
     assert overdue.update(0, [5]) == []
     assert overdue.update(PATIENCE - 1, [5, 6]) == []
@@ -22,7 +22,7 @@ def test_a_child_is_overdue_when_it_has_been_seen_to_have_ended_for_long_enough(
     assert overdue.update(2 * PATIENCE - 1, [6]) == [6]
 
 
-def test_a_child_that_somebody_has_waited_for_begins_anew_when_its_number_is_used_again() -> None:
+def test_reused_pid_of_a_reaped_child_is_timed_from_the_start() -> None:
     overdue = Overdue()
     overdue.update(0, [5])
     overdue.update(1, [])
@@ -72,7 +72,7 @@ def pass_time(clock: Clock, seconds: float) -> None:
     clock.pump([1.0] * int(seconds))
 
 
-def test_orphans_are_reaped_when_nobody_has_waited_for_them(reaper, child) -> None:
+def test_orphans_are_reaped_after_the_patience_time(reaper, child) -> None:
     several = [child(), child(1), child(2)]
     assert set(several) <= set(ended_children())
     pass_time(reaper, PATIENCE - 1)
@@ -81,14 +81,14 @@ def test_orphans_are_reaped_when_nobody_has_waited_for_them(reaper, child) -> No
     assert all(map(gone, several))
 
 
-def test_without_proc_orphans_are_reaped_one_after_the_other(reaper, child, monkeypatch, tmp_path) -> None:
+def test_without_proc_orphans_are_reaped_one_at_a_time(reaper, child, monkeypatch, tmp_path) -> None:
     several = [child(), child()]
     monkeypatch.setattr(orphans, "_TASKS", tmp_path / "missing")
     pass_time(reaper, 3 * PATIENCE + 3)
     assert all(map(gone, several))
 
 
-def test_the_status_of_a_child_of_twisteds_is_left_to_twisted(reaper, child, monkeypatch) -> None:
+def test_exit_status_of_a_child_of_twisted_is_left_to_twisted(reaper, child, monkeypatch) -> None:
     worker, orphan = child(7), child()
     monkeypatch.setitem(process.reapProcessHandlers, worker, object())
     pass_time(reaper, 3 * PATIENCE)
@@ -96,25 +96,25 @@ def test_the_status_of_a_child_of_twisteds_is_left_to_twisted(reaper, child, mon
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
 
 
-def test_a_child_that_lives_is_left_alone(reaper) -> None:
+def test_running_child_is_not_reaped(reaper) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
         pass_time(reaper, 3 * PATIENCE)
         living.send_signal(signal.SIGKILL)
         assert living.wait() == -signal.SIGKILL
 
 
-def test_hosted_code_has_some_seconds_to_ask_for_a_status(reaper) -> None:
+def test_hosted_code_can_read_an_exit_status_within_the_patience_time(reaper) -> None:
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]) as polled:
         os.waitid(os.P_PID, polled.pid, os.WEXITED | os.WNOWAIT)
         pass_time(reaper, PATIENCE - 1)
         assert polled.poll() == 7
 
 
-def test_any_other_process_reaps_nobody(child) -> None:
+def test_only_process_1_reaps_orphans(child) -> None:
     clock = Clock()
     OrphanReaper().start(clock)
     assert clock.getDelayedCalls() == []
 
 
-def test_a_process_without_children_has_none_that_have_ended() -> None:
+def test_process_without_children_has_no_ended_children() -> None:
     assert list(ended_children()) == []

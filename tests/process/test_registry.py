@@ -36,14 +36,14 @@ def now(result: Deferred) -> Any:
         (UNIXAddress(b"/tmp/\x1b[31m\nx\xff"), r"unix:/tmp/\x1b[31m\nx\xff"),
     ],
 )
-def test_a_peer_is_named_and_what_it_controls_is_escaped(address, name) -> None:
+def test_peer_name_is_its_address_with_control_characters_escaped(address, name) -> None:
     assert peer_name(address) == name
 
 
 # --- what is counted and who is shown ---
 
 
-def test_what_an_open_connection_moved_is_counted_and_stays_so(world) -> None:
+def test_bytes_of_an_open_connection_are_counted_and_kept_after_it_closes(world) -> None:
     one = world()
     client = one.client(first=b"hello")
     open_now = one.connections.counters()
@@ -57,7 +57,7 @@ def test_what_an_open_connection_moved_is_counted_and_stays_so(world) -> None:
     assert (gone[CounterKey("in", "", "test")], gone[CounterKey("out", "", "test")]) == (5, 27)
 
 
-def test_whoever_was_opened_is_there_or_closed_also_when_refused_once_known(world) -> None:
+def test_opened_connections_equal_open_plus_closed_including_those_refused_after_the_header(world) -> None:
     one = world(max_connections_per_peer=1, proxy_from=(ip_network("192.0.2.0/24"),))
     proxied = one.add_port(proxied=True)
     one.client(port=proxied, first=header("198.51.100.1"))
@@ -72,7 +72,7 @@ def test_whoever_was_opened_is_there_or_closed_also_when_refused_once_known(worl
     assert found[CounterKey("handshake_failed", "invalid PROXY header", "test")] == 1
 
 
-def test_connections_are_shown_in_the_order_that_is_asked_for(world) -> None:
+def test_connections_are_listed_in_the_requested_order(world) -> None:
     one = world(idle_timeout=100)
     for number, size in enumerate((20, 300, 1)):
         one.client(host=f"192.0.2.{number}", first=b"x" * size)
@@ -95,7 +95,7 @@ def test_connections_are_shown_in_the_order_that_is_asked_for(world) -> None:
     assert idle[first] == idle[third] > idle[second]
 
 
-def test_without_an_idle_timeout_nobody_knows_who_is_idle(world) -> None:
+def test_idle_time_is_none_without_an_idle_timeout(world) -> None:
     one = world()
     one.client()
     [row] = now(one.connections.rows("idle", 10))
@@ -113,7 +113,7 @@ class Stranger:
         return UNIXAddress("/" + "\U0001f600" * 100)
 
 
-def test_a_row_is_short_whatever_a_client_calls_itself(world) -> None:
+def test_peer_name_in_a_row_is_ascii_and_at_most_64_characters(world) -> None:
     one = world()
     one.connections.add(Stranger())
     [row] = now(one.connections.rows("age", 10))
@@ -169,7 +169,7 @@ def test_many_connections_are_listed_over_several_turns(many) -> None:
     assert [row[COLUMNS.index("bytes_in")] for row in found[0]] == list(range(94, 74, -1))
 
 
-def test_many_connections_are_counted_over_several_turns_and_no_total_falls(many) -> None:
+def test_many_connections_are_counted_over_several_turns_and_no_total_decreases(many) -> None:
     connections, clock, opened = many
     done: list[Any] = []
     connections.refresh().addCallback(done.append)
@@ -190,7 +190,7 @@ def test_many_connections_are_counted_over_several_turns_and_no_total_falls(many
     assert connections.phases() == {"proxy": 0, "tls": 0, "open": 94, "closing": 0}
 
 
-def test_two_who_ask_for_a_count_share_it(many) -> None:
+def test_concurrent_refreshes_share_one_count(many) -> None:
     connections, clock, _ = many
     first: list[Any] = []
     second: list[Any] = []

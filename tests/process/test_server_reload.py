@@ -22,7 +22,7 @@ from tests.support.recorded import recorded
 from tests.support.served import Held, server
 
 
-def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
+def test_applied_settings_take_effect_at_once(timed, tmp_path) -> None:
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     service, clock, events = timed(listener, drain_timeout=30)
     (port,) = service.backend.connections.ports
@@ -54,7 +54,7 @@ def reloading(monkeypatch, steps, *listeners, **how) -> tuple[ServiceProcess, li
 
 
 @pytest_twisted.inlineCallbacks
-def test_clients_are_served_while_a_reload_goes_on(monkeypatch):
+def test_clients_are_served_during_a_reload(monkeypatch):
     from twisted.internet import reactor
 
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
@@ -82,7 +82,7 @@ def test_clients_are_served_while_a_reload_goes_on(monkeypatch):
 
 
 @pytest_twisted.inlineCallbacks
-def test_signals_during_a_reload_are_one_more_reload_after_it(monkeypatch):
+def test_signals_during_a_reload_cause_one_more_reload(monkeypatch):
     from twisted.internet import reactor
 
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
@@ -112,7 +112,7 @@ def test_signals_during_a_reload_are_one_more_reload_after_it(monkeypatch):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
+def test_stop_during_a_reload_cancels_the_reload_and_drains(monkeypatch):
     from twisted.internet import reactor
 
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
@@ -137,7 +137,7 @@ def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_reload_that_fails_in_a_way_nobody_thought_of_is_logged_and_the_next_one_goes_on(monkeypatch):
+def test_unexpected_reload_failure_is_logged_and_the_next_reload_succeeds(monkeypatch):
     from twisted.internet import reactor
 
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)

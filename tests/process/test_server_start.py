@@ -16,7 +16,7 @@ from tests.support.recorded import recorded
 from tests.support.served import Endpoint, server
 
 
-def test_an_endpoint_that_cannot_listen_stops_the_start_with_its_description() -> None:
+def test_endpoint_that_cannot_listen_fails_the_start_and_is_named() -> None:
     service, events = server(endpoints=[("x:1", Endpoint(fail(CannotListenError("x", 1, OSError("no way")))))])
     with pytest.raises(StartError, match=r"--listen x:1: .*no way"):
         service.privilegedStartService()
@@ -28,7 +28,7 @@ def test_a_start_error_is_reported_by_twistd_and_printed_without_traceback() -> 
     assert issubclass(StartError, SystemExit)
 
 
-def test_an_endpoint_that_fails_later_stops_the_process_with_a_status(monkeypatch) -> None:
+def test_late_endpoint_failure_stops_the_process_with_exit_status_1(monkeypatch) -> None:
     from twisted.internet import reactor
 
     stops: list[int] = []
@@ -87,7 +87,7 @@ def failing_factory(count: int, error: BaseException) -> Factory:
     ],
     ids=["socket", "interrupt", "exit"],
 )
-def test_nothing_that_fails_in_a_start_is_lost(monkeypatch, factory, problem) -> None:
+def test_every_failure_during_the_start_is_reported(monkeypatch, factory, problem) -> None:
     clock = FakeReactor()
     monkeypatch.setattr("twisted.internet.reactor", clock)
     unfit: Any = Unfit()
@@ -103,7 +103,7 @@ def test_nothing_that_fails_in_a_start_is_lost(monkeypatch, factory, problem) ->
     assert all(event["log_level"].name == "debug" for event in events if "log_failure" in event)
 
 
-def test_a_status_server_that_cannot_start_ends_the_start(monkeypatch) -> None:
+def test_status_server_that_cannot_start_fails_the_start(monkeypatch) -> None:
     def fail_to_start(reactor: object, site: object) -> None:
         raise LookupError("no page")
 
@@ -119,7 +119,7 @@ def test_a_status_server_that_cannot_start_ends_the_start(monkeypatch) -> None:
     assert [event["log_level"].name for event in events if "log_failure" in event] == ["error"]
 
 
-def test_an_exception_is_one_line_whatever_it_says_of_itself() -> None:
+def test_exception_is_formatted_as_one_line_even_if_str_fails() -> None:
     class MuteError(Exception):
         def __str__(self) -> str:
             raise SystemExit(3)
@@ -129,7 +129,7 @@ def test_an_exception_is_one_line_whatever_it_says_of_itself() -> None:
     assert one_line(Failure(MuteError())) == "MuteError"
 
 
-def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
+def test_endpoint_connections_are_recorded_and_the_endpoint_is_stopped() -> None:
     endpoint = Endpoint(Deferred())
     service, events = server(endpoints=[("x:1", endpoint)])
     service.startService()  # as `twist` does, without the privileged half
@@ -148,7 +148,7 @@ def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
     assert endpoint.stopped == 1
 
 
-def test_an_endpoint_that_listens_at_once_needs_no_reactor() -> None:
+def test_endpoint_that_listens_at_once_needs_no_reactor() -> None:
     endpoint = Endpoint(Deferred())
     endpoint.result = succeed(endpoint)
     service, events = server(endpoints=[("x:1", endpoint)])

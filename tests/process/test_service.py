@@ -105,7 +105,7 @@ class Running:
         self.clock.advance(1)
 
 
-def test_a_start_is_reported_once_and_a_later_failure_ends_the_process(monkeypatch) -> None:
+def test_start_is_reported_once_and_a_later_failure_stops_the_process(monkeypatch) -> None:
     one = Running(monkeypatch)
     assert one.reports == [None]
     assert one.notifier.said == ["READY"]
@@ -118,7 +118,7 @@ def test_a_start_is_reported_once_and_a_later_failure_ends_the_process(monkeypat
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_third_signal_ends_the_process_only_if_no_other_is_left_behind(monkeypatch, alone) -> None:
+def test_third_signal_exits_at_once_only_if_no_other_process_remains(monkeypatch, alone) -> None:
     one = Running(monkeypatch, exits_at_once=alone)
     one.clock.stop = one.service.stopService
     for _ in range(3):
@@ -129,7 +129,7 @@ def test_a_third_signal_ends_the_process_only_if_no_other_is_left_behind(monkeyp
     assert "abort" in one.backend.calls
 
 
-def test_the_end_of_a_reload_is_reported_once_the_backend_has_replaced_all(monkeypatch) -> None:
+def test_reload_is_reported_as_finished_after_all_workers_are_replaced(monkeypatch) -> None:
     one = Running(monkeypatch, replacing=True)
     one.send(signal.SIGHUP)
     assert (one.reloads, one.notifier.said) == (["reload"], ["READY", "RELOADING"])
@@ -140,7 +140,7 @@ def test_the_end_of_a_reload_is_reported_once_the_backend_has_replaced_all(monke
     assert one.notifier.said == ["READY", "RELOADING", "RELOADING", "READY"]
 
 
-def test_readiness_ends_with_the_signal_and_before_the_drain(monkeypatch) -> None:
+def test_stop_signal_ends_readiness_before_the_drain_starts(monkeypatch) -> None:
     one = Running(monkeypatch)
     assert one.service.standing == (True, "fine")
     one.send(signal.SIGTERM)
@@ -151,7 +151,7 @@ def test_readiness_ends_with_the_signal_and_before_the_drain(monkeypatch) -> Non
 
 
 @pytest.mark.parametrize(("alone", "done", "said"), [(True, "renewal", []), (False, "reload", ["RELOADING", "READY"])])
-def test_changed_certificates_are_renewed_alone_or_by_a_reload(monkeypatch, alone, done, said) -> None:
+def test_changed_certificates_are_renewed_separately_or_by_a_reload(monkeypatch, alone, done, said) -> None:
     listener = Listener()
     one = Running(monkeypatch, watches_certificates=True, listeners=(listener,))
     one.alone = alone
@@ -163,7 +163,7 @@ def test_changed_certificates_are_renewed_alone_or_by_a_reload(monkeypatch, alon
     assert one.notifier.said == ["READY", *said]
 
 
-def test_a_check_that_fails_is_logged_and_does_not_end_the_others(monkeypatch) -> None:
+def test_failing_periodic_check_is_logged_and_repeated(monkeypatch) -> None:
     one = Running(monkeypatch)
     one.backend.tick = lambda: 1 / 0
     one.clock.pump([1] * 2)
@@ -173,7 +173,7 @@ def test_a_check_that_fails_is_logged_and_does_not_end_the_others(monkeypatch) -
     assert one.backend.calls == ["tick"] * 2
 
 
-def test_the_watchdog_is_not_notified_while_the_backend_is_not_alive(monkeypatch) -> None:
+def test_watchdog_is_not_notified_while_the_backend_is_not_alive(monkeypatch) -> None:
     one = Running(monkeypatch)
     one.clock.pump([1] * 3)
     assert one.notifier.signs == 4
@@ -182,7 +182,7 @@ def test_the_watchdog_is_not_notified_while_the_backend_is_not_alive(monkeypatch
     assert one.notifier.signs == 4
 
 
-def test_a_stop_waits_for_the_backend_and_leaves_nothing_to_be_called(monkeypatch) -> None:
+def test_stop_waits_for_the_backend_and_leaves_no_delayed_call(monkeypatch) -> None:
     one = Running(monkeypatch)
     done, again = one.service.stopService(), one.service.stopService()
     assert one.notifier.said == ["READY", "STOPPING"]

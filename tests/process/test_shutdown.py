@@ -11,7 +11,7 @@ from rtservice.interfaces import IDrainable
 from tests.support.registry_world import IPV4, Flood, header, is_closed, is_served
 
 
-def test_close_all_sends_what_is_buffered_and_aborts_who_has_nothing(world) -> None:
+def test_close_all_flushes_buffers_and_aborts_unfinished_handshakes(world) -> None:
     one = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
     reading = one.client()
     one.client(port=one.add_port(proxied=True), first=b"PROXY ")
@@ -27,7 +27,7 @@ def test_close_all_sends_what_is_buffered_and_aborts_who_has_nothing(world) -> N
     assert (one.connections.ended, one.connections.aborted) == (2, 1)
 
 
-def test_close_all_closes_also_a_transport_that_is_its_own_producer_and_paused(world) -> None:
+def test_close_all_closes_a_paused_transport_registered_as_its_producer(world) -> None:
     one = world()
     client = one.client()
     (connection,) = one.connections.open
@@ -42,7 +42,7 @@ def test_close_all_closes_also_a_transport_that_is_its_own_producer_and_paused(w
     assert is_closed(client)
 
 
-def test_abort_all_leaves_nobody_in_any_phase(world) -> None:
+def test_abort_all_closes_connections_in_every_phase(world) -> None:
     one = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
     one.client()
     one.client(port=one.add_port(proxied=True), first=b"PROXY ")
@@ -71,7 +71,7 @@ class Impolite(Protocol):
         raise ZeroDivisionError
 
 
-def test_a_protocol_that_wants_to_know_of_the_drain_is_told_once(world) -> None:
+def test_drainable_protocol_is_notified_once(world) -> None:
     one = world(Factory.forProtocol(Polite), proxy_from=(ip_network(IPV4),))
     first = one.client()
     late = one.client(port=one.add_port(proxied=True))
@@ -88,7 +88,7 @@ def test_a_protocol_that_wants_to_know_of_the_drain_is_told_once(world) -> None:
     assert len(one.connections.open) == 2
 
 
-def test_a_protocol_below_a_layer_that_wraps_it_is_told(world) -> None:
+def test_wrapped_drainable_protocol_is_notified(world) -> None:
     one = world(Factory.forProtocol(Polite))
     client = one.client()
     (connection,) = one.connections.open
@@ -99,7 +99,7 @@ def test_a_protocol_below_a_layer_that_wraps_it_is_told(world) -> None:
     assert client.recv(100) == b"bye"
 
 
-def test_a_protocol_that_fails_in_drain_loses_its_own_connection(world) -> None:
+def test_failure_in_drain_aborts_only_the_connection_of_that_protocol(world) -> None:
     one = world(Factory.forProtocol(Impolite))
     one.client()
     one.factory.protocol = Polite
@@ -112,7 +112,7 @@ def test_a_protocol_that_fails_in_drain_loses_its_own_connection(world) -> None:
     assert [event["log_failure"].type for event in one.events if "log_failure" in event] == [ZeroDivisionError]
 
 
-def test_a_protocol_that_knows_nothing_of_a_drain_is_left_alone(world) -> None:
+def test_protocol_without_drain_support_is_served_during_the_drain(world) -> None:
     one = world()
     client = one.client()
     one.connections.notify_drain()

@@ -25,7 +25,7 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
         ([(100.0, TERM), (0.0, TERM)], [True, True]),  # the clock was set back
     ],
 )
-def test_the_same_signal_within_half_a_second_counts_once(sent, count) -> None:
+def test_same_signal_within_half_a_second_counts_once(sent, count) -> None:
     clock = iter([when for when, _ in sent])
     repeats = Repeats(lambda: next(clock))
     assert [not repeats.is_repeat(number) for _, number in sent] == count
@@ -59,19 +59,19 @@ def blocked() -> set[int]:
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
 
-def test_a_start_takes_all_signals_that_the_parent_had_blocked() -> None:
+def test_signals_blocked_by_the_parent_are_unblocked_at_the_start() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR2})
     signals.reset_inherited_signals()
     assert blocked() == set()
 
 
-def test_children_have_a_status_where_the_parent_ignored_sigchld() -> None:
+def test_children_have_an_exit_status_if_the_parent_ignored_sigchld() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signals.reset_inherited_signals()
     assert subprocess.run([sys.executable, "-c", "raise SystemExit(7)"], check=False).returncode == 7
 
 
-def test_what_is_held_waits_and_is_not_lost(came) -> None:
+def test_held_signals_are_delivered_after_release(came) -> None:
     signals.hold()
     signals.hold()  # process 1 does so twice
     for number in (TERM, signal.SIGHUP, signal.SIGHUP):
@@ -83,7 +83,7 @@ def test_what_is_held_waits_and_is_not_lost(came) -> None:
     assert came == [TERM, signal.SIGHUP, TERM]
 
 
-def test_handlers_that_the_service_sets_meanwhile_stay_and_get_what_waited() -> None:
+def test_handler_set_while_signals_are_held_stays_and_receives_the_held_signal() -> None:
     came: list[int] = []
     signals.hold()
     signal.raise_signal(INT)
@@ -92,7 +92,7 @@ def test_handlers_that_the_service_sets_meanwhile_stay_and_get_what_waited() -> 
     assert came == [INT]
 
 
-def test_what_the_service_does_not_handle_is_as_before_and_does_not_end_it() -> None:
+def test_default_action_of_an_unhandled_signal_is_restored_and_not_executed() -> None:
     signal.signal(signal.SIGTTIN, signal.SIG_DFL)
     signals.hold()
     signal.raise_signal(signal.SIGTTIN)
@@ -100,7 +100,7 @@ def test_what_the_service_does_not_handle_is_as_before_and_does_not_end_it() -> 
     assert signal.getsignal(signal.SIGTTIN) is signal.SIG_DFL
 
 
-def test_what_hosted_code_has_blocked_to_wait_for_it_stays_blocked() -> None:
+def test_signals_blocked_by_hosted_code_stay_blocked() -> None:
     signals.hold()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGRTMIN, TERM})
     signals.release()
@@ -108,7 +108,7 @@ def test_what_hosted_code_has_blocked_to_wait_for_it_stays_blocked() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, TERM])
-def test_the_handler_of_hosted_code_is_found_while_its_signal_is_held(number) -> None:
+def test_handler_of_hosted_code_is_returned_while_its_signal_is_held(number) -> None:
     def first(number: int, frame: object) -> None: ...
 
     def second(number: int, frame: object) -> None: ...
@@ -123,7 +123,7 @@ def test_the_handler_of_hosted_code_is_found_while_its_signal_is_held(number) ->
     assert signals.handler(number) is second
 
 
-def test_a_child_that_is_started_meanwhile_takes_signals() -> None:
+def test_child_started_while_signals_are_held_receives_signals() -> None:
     signals.hold()
     child = subprocess.Popen([sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"], text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_child_that_is_started_meanwhile_takes_signals() -> None:
         ([(0.0, TERM), (0.1, INT)], 128 + INT),
     ],
 )
-def test_a_second_stop_ends_a_start_that_hangs(came, monkeypatch, stops, status) -> None:
+def test_second_stop_signal_ends_a_start_that_hangs(came, monkeypatch, stops, status) -> None:
     times = iter([when for when, _ in stops])
     monkeypatch.setattr(signals, "_repeats", Repeats(lambda: next(times)))
     signals.hold()
@@ -163,7 +163,7 @@ def test_a_second_stop_ends_a_start_that_hangs(came, monkeypatch, stops, status)
         (2, ["twistd", "rtservice"], False),
     ],
 )
-def test_process_1_holds_signals_from_the_first_import_on(came, monkeypatch, pid, command, held) -> None:
+def test_process_1_holds_signals_from_the_first_import(came, monkeypatch, pid, command, held) -> None:
     monkeypatch.setattr("os.getpid", lambda: pid)
     monkeypatch.setattr("sys.argv", command)
     signals.hold_in_first_process()

@@ -49,14 +49,14 @@ def results(deferred: Deferred) -> list:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 7])
-def test_what_fits_into_one_slice_is_done_at_once(steps) -> None:
+def test_work_that_fits_into_one_slice_finishes_at_once(steps) -> None:
     work = Work(steps, SLICE / 10)
     assert results(work.begin()) == ["result"]
     assert work.clock.getDelayedCalls() == []
 
 
 @pytest.mark.parametrize(("seconds", "each"), [(SLICE, 1), (10 * SLICE, 1), (SLICE / 3.5, 4), (SLICE / 100, 100)])
-def test_others_have_their_turn_after_each_slice(seconds, each) -> None:
+def test_other_calls_run_after_each_slice(seconds, each) -> None:
     work = Work(400, seconds)
     found = results(work.begin())
     while not found:
@@ -70,7 +70,7 @@ def test_others_have_their_turn_after_each_slice(seconds, each) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 5])
-def test_what_is_raised_is_the_failure_of_the_deferred(steps) -> None:
+def test_exception_in_the_work_fails_the_deferred(steps) -> None:
     work = Work(steps, SLICE, ValueError("no"))
     found = results(work.begin())
     while not found:
@@ -79,7 +79,7 @@ def test_what_is_raised_is_the_failure_of_the_deferred(steps) -> None:
 
 
 @pytest.mark.parametrize("turns", [0, 1, 3])
-def test_work_that_is_cancelled_ends_where_it_is(turns) -> None:
+def test_cancelled_work_stops_at_its_current_step(turns) -> None:
     work = Work(100, SLICE)
     going = work.begin()
     for _ in range(turns):

@@ -96,7 +96,7 @@ def is_closed(client: socket.socket) -> Any:
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_oldest_unfinished_request_makes_room_then_the_oldest_that_is_idle(status_server, monkeypatch) -> Any:
+def test_oldest_unfinished_request_is_closed_first_then_the_oldest_idle_connection(status_server, monkeypatch) -> Any:
     monkeypatch.setattr("rtservice.process.status_server._STAY", 0)
     _, _, connect = status_server(4)
     clients = []
@@ -117,7 +117,7 @@ def test_the_oldest_unfinished_request_makes_room_then_the_oldest_that_is_idle(s
 
 
 @pytest_twisted.inlineCallbacks
-def test_who_has_come_only_now_stays_for_a_moment_and_others_wait(status_server) -> Any:
+def test_new_connection_is_kept_for_a_minimum_time_while_others_wait(status_server) -> Any:
     _, _, connect = status_server(4)
     began = monotonic()
     clients = []
@@ -130,7 +130,7 @@ def test_who_has_come_only_now_stays_for_a_moment_and_others_wait(status_server)
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_request_of_just_now_does_not_make_room_for_one_more_that_is_idle(status_server, monkeypatch) -> Any:
+def test_idle_connections_are_closed_before_a_recent_request(status_server, monkeypatch) -> Any:
     monkeypatch.setattr("rtservice.process.status_server._STAY", 0)
     monkeypatch.setattr("rtservice.process.status_server._SLOW", 1000)
     _, protocols, connect = status_server(4)
@@ -150,7 +150,7 @@ def test_a_request_of_just_now_does_not_make_room_for_one_more_that_is_idle(stat
 
 
 @pytest_twisted.inlineCallbacks
-def test_one_that_leaves_lets_another_in_at_once(status_server) -> Any:
+def test_closed_connection_frees_its_place_at_once(status_server) -> Any:
     _, protocols, connect = status_server(4)
     clients = []
     for _ in range(4):
@@ -164,7 +164,7 @@ def test_one_that_leaves_lets_another_in_at_once(status_server) -> Any:
 
 
 @pytest_twisted.inlineCallbacks
-def test_each_of_hundreds_that_come_and_stay_is_served(status_server) -> Any:
+def test_each_of_hundreds_of_idle_clients_is_served(status_server) -> Any:
     server, _, connect = status_server(10)
     for _ in range(200):
         yield connect()
@@ -172,7 +172,7 @@ def test_each_of_hundreds_that_come_and_stay_is_served(status_server) -> Any:
 
 
 @pytest.mark.parametrize("descriptors", [64, 128, 256, 320, 1024, 1 << 20])
-def test_the_service_and_its_side_leave_descriptors_for_the_rest(descriptors: int) -> None:
+def test_default_limits_of_service_and_status_server_reserve_descriptors(descriptors: int) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
     status_server = StatusServer(Logger(), [Listener(listening, "test")], descriptors_for_status(descriptors))
     connections = default_max_connections(descriptors, status_server.descriptors)
@@ -184,12 +184,12 @@ def test_the_service_and_its_side_leave_descriptors_for_the_rest(descriptors: in
     listening.close()
 
 
-def test_without_a_side_nothing_is_reserved_for_it() -> None:
+def test_without_a_status_server_no_descriptors_are_reserved_for_it() -> None:
     status_server = StatusServer(Logger(), [], descriptors_for_status(1024))
     assert status_server.descriptors == 0
     assert default_max_connections(1024, 0) == 960
 
 
-def test_without_a_limit_of_descriptors_there_is_no_share() -> None:
+def test_without_a_descriptor_limit_the_defaults_are_fixed() -> None:
     assert descriptors_for_status(-1) is None
     assert default_max_connections(-1, 117) == 10_000_000

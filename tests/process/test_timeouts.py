@@ -12,7 +12,7 @@ from twisted.internet.protocol import Factory, Protocol
 from tests.support.registry_world import IPV4, Flood, header, is_closed, is_served, still_open
 
 
-def test_a_silent_connection_is_closed_between_the_timeout_and_two_sweeps_more(world) -> None:
+def test_idle_connection_is_closed_within_two_sweeps_after_the_timeout(world) -> None:
     one = world(idle_timeout=20)  # a sweep each second
     client = one.client()
     assert is_served(client)
@@ -23,7 +23,7 @@ def test_a_silent_connection_is_closed_between_the_timeout_and_two_sweeps_more(w
 
 
 @pytest.mark.parametrize("direction", ["in", "out"])
-def test_a_byte_in_either_direction_starts_the_clock_again(world, direction) -> None:
+def test_byte_in_either_direction_restarts_the_idle_timeout(world, direction) -> None:
     one = world(Factory.forProtocol(Protocol), idle_timeout=20)
     client = one.client()
     (connection,) = one.connections.open
@@ -38,7 +38,7 @@ def test_a_byte_in_either_direction_starts_the_clock_again(world, direction) -> 
     assert one.reasons == ["idle"]
 
 
-def test_whoever_speaks_now_and_then_stays(world) -> None:
+def test_connection_active_before_each_timeout_stays_open(world) -> None:
     one = world(idle_timeout=20)
     client = one.client()
     for _ in range(10):
@@ -48,7 +48,7 @@ def test_whoever_speaks_now_and_then_stays(world) -> None:
     assert one.reasons == []
 
 
-def test_zero_is_never(world) -> None:
+def test_idle_timeout_of_zero_disables_it(world) -> None:
     one = world(idle_timeout=0)
     one.client()
     one.advance(1e6)
@@ -56,7 +56,7 @@ def test_zero_is_never(world) -> None:
     assert one.clock.getDelayedCalls() == []
 
 
-def test_a_new_timeout_is_in_force_at_once(world) -> None:
+def test_new_idle_timeout_applies_at_once(world) -> None:
     one = world(idle_timeout=0)
     assert is_served(one.client())
     one.advance(100)
@@ -69,7 +69,7 @@ def test_a_new_timeout_is_in_force_at_once(world) -> None:
     assert one.reasons == ["idle"]
 
 
-def test_a_peer_that_stopped_reading_is_cut_by_the_same_clock(world) -> None:
+def test_peer_that_stopped_reading_is_aborted_after_the_idle_timeout(world) -> None:
     one = world(Factory.forProtocol(Flood), idle_timeout=20)
     one.client()
     still_open(one, 21)
@@ -77,7 +77,7 @@ def test_a_peer_that_stopped_reading_is_cut_by_the_same_clock(world) -> None:
     assert (one.connections.ended, one.connections.aborted) == (1, 1)
 
 
-def test_a_peer_that_reads_slowly_is_not_cut(world) -> None:
+def test_peer_that_reads_slowly_is_not_aborted(world) -> None:
     one = world(Factory.forProtocol(Flood), idle_timeout=20)
     client = one.client()
     for _ in range(10):
@@ -87,7 +87,7 @@ def test_a_peer_that_reads_slowly_is_not_cut(world) -> None:
     assert one.reasons == []
 
 
-def test_a_peer_that_does_not_read_cannot_prevent_a_close_that_its_protocol_asked_for(world) -> None:
+def test_peer_that_does_not_read_cannot_prevent_a_close_by_the_protocol(world) -> None:
     one = world(Factory.forProtocol(Flood), idle_timeout=20)
     one.client()
     (connection,) = one.connections.open
@@ -109,7 +109,7 @@ class Stubborn(Protocol):
         pass
 
 
-def test_a_producer_that_never_finishes_keeps_nobody_for_more_than_another_sweep(world) -> None:
+def test_unfinished_producer_delays_the_close_by_at_most_one_sweep(world) -> None:
     one = world(Factory.forProtocol(Stubborn), idle_timeout=20)
     one.client()
     still_open(one, 20)
@@ -125,7 +125,7 @@ class Upgrading(Protocol):
         self.transport.startTLS(self.factory.context)
 
 
-def test_a_peer_in_twisteds_tls_that_answers_no_close_notify_is_not_waited_for(world, certificates) -> None:
+def test_missing_close_notify_in_the_tls_of_twisted_does_not_delay_the_close(world, certificates) -> None:
     if importlib.util.find_spec("OpenSSL") is None:
         pytest.skip("pyOpenSSL (twisted[tls]) is not installed")
     from twisted.internet.ssl import DefaultOpenSSLContextFactory
@@ -148,7 +148,7 @@ def test_a_peer_in_twisteds_tls_that_answers_no_close_notify_is_not_waited_for(w
     assert one.reasons == ["idle"]
 
 
-def test_a_handshake_is_no_idle_time_and_none_of_it_counts(world) -> None:
+def test_handshake_time_does_not_count_as_idle_time(world) -> None:
     """The handshake's own deadline is ten seconds; this clock is shorter."""
     one = world(Factory.forProtocol(Protocol), idle_timeout=2, proxy_from=(ip_network(IPV4),))
     client = one.client(port=one.add_port(proxied=True))
@@ -161,7 +161,7 @@ def test_a_handshake_is_no_idle_time_and_none_of_it_counts(world) -> None:
     assert one.reasons == ["idle"]
 
 
-def test_a_header_that_does_not_come_is_its_own_deadline(world) -> None:
+def test_missing_proxy_header_and_missing_tls_handshake_time_out_separately(world) -> None:
     one = world(idle_timeout=2, proxy_from=(ip_network(IPV4),))
     one.client(port=one.add_port(proxied=True), first=b"PROXY ")
     one.client(port=one.add_port(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))

@@ -20,7 +20,7 @@ def raised(text: str) -> None:
     sys.excepthook(type(error), error, None)
 
 
-def test_the_excepthook_of_before_is_back_once_a_start_is_over(hooks) -> None:
+def test_previous_excepthook_is_restored_after_the_start(hooks) -> None:
     before = sys.excepthook
     start = StartReporter({})
     start.watch()
@@ -29,7 +29,7 @@ def test_the_excepthook_of_before_is_back_once_a_start_is_over(hooks) -> None:
     assert sys.excepthook is before
 
 
-def test_an_excepthook_that_hosted_code_installs_stays_and_a_start_that_is_over_is_not_reported(hooks, capfd) -> None:
+def test_excepthook_of_hosted_code_stays_installed_after_the_start(hooks, capfd) -> None:
     start = StartReporter({})
     start.watch()
     ours = sys.excepthook
@@ -46,7 +46,7 @@ def test_an_excepthook_that_hosted_code_installs_stays_and_a_start_that_is_over_
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_raised_in_a_start_is_reported_through_an_excepthook_of_hosted_code(hooks, capfd) -> None:
+def test_start_error_is_reported_through_an_excepthook_of_hosted_code(hooks, capfd) -> None:
     start = StartReporter({})
     start.watch()
     ours = sys.excepthook
