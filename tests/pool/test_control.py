@@ -1,4 +1,4 @@
-"""The control channel: framing, JSON that costs little to decode, and what a worker receives."""
+"""The control channel: framing, bounded JSON decoding, and the messages to a worker."""
 
 import time
 
@@ -28,7 +28,7 @@ BYTES = b"".join(encode(word, value) for word, value in SENT)
 def test_messages_split_into_pieces_of_any_size_are_decoded(size: int) -> None:
     receiver = SupervisorMessages(1000)
     pieces = [BYTES[at : at + size] for at in range(0, len(BYTES), size)]
-    assert [one for piece in pieces for one in receiver.feed(piece)] == SENT
+    assert [message for piece in pieces for message in receiver.feed(piece)] == SENT
 
 
 def test_message_may_be_split_at_any_byte() -> None:
@@ -107,8 +107,8 @@ def test_very_long_message_takes_linear_time() -> None:
     data = encode("start", text)
     receiver = SupervisorMessages(16 << 20)
     began = time.process_time()
-    found = [one for at in range(0, len(data), 8192) for one in receiver.feed(data[at : at + 8192])]
-    # To copy what is there with each of a thousand pieces took many seconds.
+    found = [message for at in range(0, len(data), 8192) for message in receiver.feed(data[at : at + 8192])]
+    # Copying the whole buffer for each of a thousand pieces took many seconds.
     assert time.process_time() - began < 1.5
     assert found == [("start", text)]
 

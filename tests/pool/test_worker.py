@@ -1,4 +1,4 @@
-"""What a worker makes of what its supervisor tells it, and what it says itself."""
+"""A worker: the messages that it receives from its supervisor, and the messages that it sends."""
 
 import dataclasses
 import json
@@ -62,8 +62,8 @@ def test_shares_add_up_to_the_total_and_are_at_least_one(total, slots) -> None:
 def test_limits_are_divided_among_workers(slots) -> None:
     current = dataclasses.replace(Settings(), max_connections=10, max_connections_per_peer=10)
     limits = [runtime_settings(current, slot=slot, slots=slots).limits for slot in range(slots)]
-    assert sum(one.max_connections for one in limits) == 10
-    assert {one.max_connections_per_peer for one in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
+    assert sum(worker_limits.max_connections for worker_limits in limits) == 10
+    assert {worker_limits.max_connections_per_peer for worker_limits in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
 
 
 def test_limit_per_peer_of_zero_stays_disabled_in_a_worker() -> None:
@@ -81,16 +81,16 @@ def test_workers_do_not_watch_certificates() -> None:
     assert not runtime_settings(current, slot=0, slots=2).watch_certificates
 
 
-# --- from a supervisor's listeners to a worker's ---
+# --- listeners passed from the supervisor to a worker ---
 
 
 @pytest.fixture
 def adopted() -> Iterator[Callable[..., list[Listener]]]:
-    """Opens descriptions for two slots, and gives what a worker of the second one adopts of them."""
+    """Return a function that opens descriptions for two slots and returns the listeners adopted for the second slot."""
     made: list[Listener] = []
 
     def adopt(*descriptions: str, before: Callable[[], None] = lambda: None) -> list[Listener]:
-        opened = [one for text in descriptions for one in open_description(text, backlog=10, slots=2)]
+        opened = [listener for text in descriptions for listener in open_description(text, backlog=10, slots=2)]
         made.extend(opened)
         described = json.loads(json.dumps(describe(DEFAULTS, opened, options=(), directory="/")))
         before()
@@ -114,7 +114,7 @@ def test_worker_adopts_its_socket_with_the_name_of_the_listener(adopted) -> None
     assert listener.proxied
     assert listener.tls is None
     assert not listener.socket.getblocking()
-    # What a worker starts has no business with it.
+    # Child processes of the worker must not inherit it.
     assert not listener.socket.get_inheritable()
     assert listener.shared
 
@@ -130,7 +130,7 @@ def test_worker_uses_certificates_that_it_cannot_read_from_disk(adopted, certifi
     assert listener.tls is not None
     assert listener.tls.minimum_version is ssl.TLSVersion.TLSv1_3
     assert listener.tls.verify_mode is ssl.CERT_REQUIRED
-    assert [one.names for one in listener.certificates] == [("localhost",)]
+    assert [certificate.names for certificate in listener.certificates] == [("localhost",)]
 
 
 def test_worker_uses_a_certificate_directory_that_it_cannot_read(adopted, certificates, tmp_path) -> None:
@@ -141,7 +141,7 @@ def test_worker_uses_a_certificate_directory_that_it_cannot_read(adopted, certif
     [listener] = adopted(
         f"ssl:unix:{tmp_path}/rt.sock:certificates={directory}", before=lambda: shutil.rmtree(directory)
     )
-    assert [one.path for one in listener.certificates] == [f"{directory}/server.pem"]
+    assert [certificate.path for certificate in listener.certificates] == [f"{directory}/server.pem"]
     assert listener.tls is not None
     assert listener.tls.sni_callback is not None
 
@@ -154,8 +154,8 @@ def test_start_message_contains_the_kind_of_each_socket_and_its_file(tmp_path, m
     ]
     try:
         described = describe(DEFAULTS, opened, options=(), directory="/")["listeners"]
-        assert [one["kind"] for one in described] == ["slot", "own", "passed"]
-        assert [one["file"] for one in described] == [None, opened[1].file, None]
+        assert [described_listener["kind"] for described_listener in described] == ["slot", "own", "passed"]
+        assert [described_listener["file"] for described_listener in described] == [None, opened[1].file, None]
     finally:
         for listener in opened:
             listener.close()
@@ -184,11 +184,11 @@ def test_removed_key_file_raises_an_error_in_the_supervisor(certificates, tmp_pa
         listener.close()
 
 
-# --- a worker's side of the channel ---
+# --- the control channel in the worker ---
 
 
 class Channel(StringTransportWithDisconnection):
-    """What a worker writes, as its supervisor reads it."""
+    """The channel of a worker; the output is decoded like in the supervisor."""
 
     @property
     def disconnected(self) -> bool:
@@ -198,8 +198,8 @@ class Channel(StringTransportWithDisconnection):
         super().__init__(protocol)
         self.checked = WorkerMessages(slot=0, listeners=(), access=True)
 
-    def said(self) -> list[tuple[str, Any]]:
-        """The messages of now, each of which the supervisor accepts."""
+    def messages(self) -> list[tuple[str, Any]]:
+        """Return the messages sent since the last call, and check that the supervisor accepts each."""
         lines = self.value().splitlines()
         self.records: list[Record] = []
         self.checked.feed(self.value())
@@ -217,7 +217,7 @@ class Channel(StringTransportWithDisconnection):
 
 @pytest.fixture
 def connected() -> tuple[Worker, Channel, FakeReactor]:
-    """A worker that has not been told anything."""
+    """A worker that has not received a message."""
     reactor = FakeReactor()
     made = Worker(reactor)
     channel = Channel(made)
@@ -230,17 +230,17 @@ def test_worker_sends_ready_then_heartbeats(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     made.dataReceived(start())
-    said = channel.said()
+    said = channel.messages()
     assert [word for word, _ in said] == ["beat", "ready"]
     counters = said[0][1]
     assert counters["open"] == 0
     assert counters["memory"] > 1 << 20
     reactor.advance(1)
-    assert [word for word, _ in channel.said()] == ["beat"]
+    assert [word for word, _ in channel.messages()] == ["beat"]
     made.dataReceived(encode("drain", ["slot"]))
     reactor.pump([1] * 5)
     assert reactor.stops
-    assert channel.said()[-1][0] == "beat"
+    assert channel.messages()[-1][0] == "beat"
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_worker_sends_ready_then_heartbeats(connected, monkeypatch) -> None:
 def test_worker_that_cannot_start_reports_the_reason_and_exits(connected, given, reason) -> None:
     made, channel, reactor = connected
     made.dataReceived(start(**given))
-    [problem] = [value for word, value in channel.said() if word == "failed"]
+    [problem] = [value for word, value in channel.messages() if word == "failed"]
     assert reason in problem
     assert made.status == 1
     assert reactor.stops == 1
@@ -275,9 +275,9 @@ def test_worker_that_fails_after_ready_stops_without_reporting_a_failed_start(co
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     made.failed("unix:/s cannot accept any more: broken")
-    assert [word for word, _ in channel.said()] == ["records"]
+    assert [word for word, _ in channel.messages()] == ["records"]
     [record] = channel.records
     assert record.text == "service failed, stopping: unix:/s cannot accept any more: broken"
     assert reactor.stops
@@ -289,9 +289,9 @@ def test_worker_drained_before_its_factory_has_started_reports_a_failed_start(co
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     monkeypatch.setattr(worker, "make_factory", lambda *given, **more: SlowFactory())
     made.dataReceived(start())
-    assert "ready" not in [word for word, _ in channel.said()]
+    assert "ready" not in [word for word, _ in channel.messages()]
     made.dataReceived(encode("drain", ["slot"]))
-    assert ("failed", "stopped before every listener was ready") in channel.said()
+    assert ("failed", "stopped before every listener was ready") in channel.messages()
     assert made.status == 1
     assert reactor.stops
 
@@ -317,7 +317,7 @@ def loading(connected, monkeypatch, tmp_path) -> Iterator[tuple[Worker, Channel,
     monkeypatch.setattr(worker, "in_slices", lambda steps, clock, **how: in_slices(steps, clock, **{**how, **slow}))
     channel.checked = WorkerMessages(slot=0, listeners=[listener.name], access=True)
     made.dataReceived(start(listeners=[{"kind": "slot", "file": None}], slots=2))
-    assert channel.said() == []
+    assert channel.messages() == []
     yield made, channel, reactor
     listener.close()
 
@@ -325,9 +325,9 @@ def loading(connected, monkeypatch, tmp_path) -> Iterator[tuple[Worker, Channel,
 def test_worker_loads_its_certificates_in_slices_before_it_is_ready(loading) -> None:
     made, channel, reactor = loading
     reactor.pump([0.1] * 9)
-    assert channel.said() == []
+    assert channel.messages() == []
     reactor.advance(0.1)
-    assert [word for word, _ in channel.said()] == ["beat", "ready"]
+    assert [word for word, _ in channel.messages()] == ["beat", "ready"]
     made.dataReceived(encode("drain", []))
     reactor.pump([1] * 5)
     assert reactor.stops
@@ -343,7 +343,7 @@ def test_worker_stops_loading_if_it_has_to_end_at_once(loading, message, slices)
     made.dataReceived(message)
     reactor.pump([1] * 6)
     assert reactor.stops
-    assert "ready" not in [word for word, _ in channel.said()]
+    assert "ready" not in [word for word, _ in channel.messages()]
     assert reactor.getDelayedCalls() == []
 
 
@@ -356,7 +356,7 @@ def test_worker_that_has_to_serve_its_backlog_finishes_loading_then_drains(loadi
     assert made._server.state in (State.DRAINING, State.STOPPED)
     reactor.pump([1] * 5)
     assert reactor.stops
-    made.dataReceived(encode("abort_drain"))  # it is too late, and harms nobody
+    made.dataReceived(encode("abort_drain"))  # too late, has no effect
 
 
 def test_aborted_drain_cancels_loading(loading) -> None:
@@ -413,7 +413,7 @@ def test_worker_whose_supervisor_dies_removes_only_its_socket_files(connected, t
 @pytest.mark.parametrize("finish", [["slot", "own"], ["slot"], []])
 def test_draining_worker_keeps_files_that_its_supervisor_already_removed(connected, tmp_path, finish) -> None:
     made, channel, _ = connected
-    (tmp_path / "s").touch()  # a successor's; an inode number is used again
+    (tmp_path / "s").touch()  # a file of the successor with the same inode number, which can be reused
     made._files = [(f"{tmp_path}/s", (tmp_path / "s").stat().st_ino)]
     made._ready = True
     made._server = SimpleNamespace(drain=Deferred)
@@ -425,7 +425,7 @@ def test_draining_worker_keeps_files_that_its_supervisor_already_removed(connect
 def test_worker_asked_to_end_requests_its_replacement(connected) -> None:
     made, channel, reactor = connected
     made.ask_for_replacement()
-    assert channel.said() == [("leave", None)]
+    assert channel.messages() == [("leave", None)]
     assert not reactor.stops
 
 
@@ -441,13 +441,13 @@ def test_worker_drains_and_stops_when_its_supervisor_sends_an_invalid_message(co
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     made.dataReceived(garbage)
     made.dataReceived(garbage)
     made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 5}))
     reactor.pump([1] * 5)
     assert reactor.stops
-    said = channel.said()
+    said = channel.messages()
     assert {word for word, _ in said} <= {"records", "beat"}
     assert said[-1][0] == "beat"
 
@@ -455,7 +455,7 @@ def test_worker_drains_and_stops_when_its_supervisor_sends_an_invalid_message(co
 def test_worker_that_receives_an_invalid_first_message_stops(connected) -> None:
     made, channel, reactor = connected
     made.dataReceived(b"garbage\n")
-    assert channel.said() == []
+    assert channel.messages() == []
     assert reactor.stops == 1
 
 
@@ -464,12 +464,12 @@ def test_heartbeat_with_many_counters_is_sent_in_several_messages(connected, mon
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     channel.checked = WorkerMessages(slot=0, listeners=[f"tcp:{number}" for number in range(300)], access=True)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     more = {CounterKey(name, "", f"tcp:{number}"): 1 for number in range(300) for name in ("in", "out")}
     counters = made._server.counters
     monkeypatch.setattr(made._server, "counters", lambda: counters() | more)
     reactor.advance(1)
-    beats = [value for word, value in channel.said() if word == "beat"]
+    beats = [value for word, value in channel.messages() if word == "beat"]
     assert len(beats) == 4
     sent = {name: count for beat in beats for name, count in beat.items()}
     assert encode_counters(more).items() <= sent.items()
@@ -482,11 +482,11 @@ def test_number_of_rows_is_reduced_to_fit_one_message(connected, monkeypatch) ->
     channel.checked = WorkerMessages(slot=0, listeners=[name], access=True)
     channel.checked.ask(1, 500)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     row = ["x" * 64, name, PHASES[2], 1.0, None, 1, 2]
     monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: succeed([row] * count))
     made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 500}))
-    [(_, answer)] = channel.said()
+    [(_, answer)] = channel.messages()
     assert 100 < len(answer["rows"]) < 500
 
 
@@ -494,17 +494,17 @@ def test_request_for_rows_is_answered_if_the_connections_cannot_be_listed(connec
     made, channel, _ = connected
     monkeypatch.setattr("twisted.internet.reactor", made._reactor)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     channel.checked.ask(1, 500)
     monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: fail(LookupError("no")))
     made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 500}))
-    assert ("rows", {"id": 1, "rows": []}) in channel.said()
+    assert ("rows", {"id": 1, "rows": []}) in channel.messages()
 
 
 def test_start_failure_of_a_worker_is_reported_in_a_short_text(connected) -> None:
     made, channel, _ = connected
     made.dataReceived(start(settings={"x" * 1_000_000: "1"}))
-    [problem] = [value for word, value in channel.said() if word == "failed"]
+    [problem] = [value for word, value in channel.messages() if word == "failed"]
     assert len(problem) <= 4096
 
 
@@ -514,24 +514,24 @@ def test_access_log_lines_are_sent_in_messages_within_the_limits(connected) -> N
         made._access(f"start=1 peer={'x' * 2000} worker=0\n")
         made._access('start=1 peer="' + r"\x00" * 300 + '" worker=0\n')
     reactor.advance(0.1)
-    assert sum(len(lines) for word, lines in channel.said() if word == "access") == 500
+    assert sum(len(lines) for word, lines in channel.messages() if word == "access") == 500
     for _ in range(1000):
         made._access("start=1 worker=0\n")
     reactor.advance(0.1)
-    assert [len(lines) for _, lines in channel.said()] == [100] * 10
+    assert [len(lines) for _, lines in channel.messages()] == [100] * 10
 
 
-# --- its log ---
+# --- log records ---
 
 
 def record(made: Worker, text: str, **fields: Any) -> None:
-    Logger(namespace="its.own", observer=made.observe).info(text, **fields)  # type: ignore[arg-type]  # a function is one
+    Logger(namespace="its.own", observer=made.observe).info(text, **fields)  # type: ignore[arg-type]  # a function is an observer
 
 
 def only_record(channel: Channel, reactor: FakeReactor) -> Record:
-    """The one record that was sent, as the supervisor takes it."""
+    """Return the only record sent, as decoded by the supervisor."""
     reactor.advance(0.1)
-    [(word, _)] = channel.said()
+    [(word, _)] = channel.messages()
     assert word == "records"
     [only] = channel.records
     return only
@@ -551,7 +551,7 @@ def test_a_traceback_is_sent_with_its_record(connected) -> None:
         raise ValueError("no")
     except ValueError:
         record(made, "it raised", log_failure=Failure())
-    channel.said()
+    channel.messages()
     [only] = channel.records
     assert only.text == "it raised"
     assert "ValueError: no" in only.traceback
@@ -577,10 +577,10 @@ def test_self_referencing_record_is_sent_as_text(connected) -> None:
 def test_records_are_sent_in_order_and_an_error_at_once(connected) -> None:
     made, channel, _ = connected
     record(made, "first")
-    assert channel.said() == []
-    Logger(namespace="its.own", observer=made.observe).error("second")  # type: ignore[arg-type]  # a function is one
-    channel.said()
-    assert [one.text for one in channel.records] == ["first", "second"]
+    assert channel.messages() == []
+    Logger(namespace="its.own", observer=made.observe).error("second")  # type: ignore[arg-type]  # a function is an observer
+    channel.messages()
+    assert [sent.text for sent in channel.records] == ["first", "second"]
 
 
 def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(connected, monkeypatch) -> None:
@@ -588,10 +588,10 @@ def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(conne
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     made.pauseProducing()
     for _ in range(3):
         record(made, "hello")
-    assert channel.said() == []
+    assert channel.messages() == []
     made.resumeProducing()
     assert only_record(channel, reactor).text == "log records dropped: 3"

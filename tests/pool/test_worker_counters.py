@@ -1,4 +1,4 @@
-"""What a worker may report: the encoding of counters, their checks, and the bounded number that a slot shows."""
+"""Counters reported by a worker: encoding, checks, and the bounded number of labels in a slot."""
 
 import pytest
 from twisted.logger import Logger
@@ -80,5 +80,5 @@ def test_labels_of_a_slot_are_bounded_over_all_its_workers_and_stable() -> None:
     assert len([key for key in totals if key.name == "protocol"]) == 300
     assert slot.shown(CounterKey("closed", "0-0", TCP)) == CounterKey("closed", "0-0", TCP)
     assert slot.shown(CounterKey("closed", "99-0", TCP)) == CounterKey("closed", "other", TCP)
-    other_listener = CounterKey("closed", "0", "unix:/s")  # has labels of its own
+    other_listener = CounterKey("closed", "0", "unix:/s")  # has separate labels
     assert slot.shown(other_listener) == other_listener

@@ -1,4 +1,4 @@
-"""Decisions on clients, without a reactor: limits, peers, trusted proxies, and what the log says of refusals."""
+"""Admission of clients, without a reactor: limits, peers, trusted proxies, and the log of refusals."""
 
 from ipaddress import ip_network
 from typing import Any
@@ -12,7 +12,7 @@ from rtservice.process.admission import REFUSALS, Admission, Limits, RefusalLog,
 
 
 def address(host: str | None) -> Any:
-    """The address of a client at this host; None is a UNIX client."""
+    """Return the address of a client at this host; None is a UNIX client."""
     if host is None:
         return UNIXAddress(None)
     return (IPv6Address if ":" in host else IPv4Address)("TCP", host, 1)

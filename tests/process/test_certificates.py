@@ -1,4 +1,4 @@
-"""What is said of certificates, in the log and on the status page; and how they are renewed."""
+"""Certificates in the log and on the status page, and their renewal."""
 
 import os
 import re
@@ -23,7 +23,7 @@ DAY, NOW = 86400, 1_800_000_000.5
 
 
 def listener(*certificates: Certificate, source: Any = None, **more: Any) -> Listener:
-    return Listener(None, "ssl", certificates=certificates, source=source, **more)  # type: ignore[arg-type]  # it is not served
+    return Listener(None, "ssl", certificates=certificates, source=source, **more)  # type: ignore[arg-type]  # it is not used
 
 
 def logged(monkeypatch: pytest.MonkeyPatch, *listeners: Listener) -> list[str]:
@@ -52,10 +52,10 @@ def logged(monkeypatch: pytest.MonkeyPatch, *listeners: Listener) -> list[str]:
     ],
 )
 def test_log_and_status_page_show_the_same_remaining_days(monkeypatch, seconds, days, text) -> None:
-    one = listener(Certificate("/c", ("a",), 0, int(NOW + seconds)))
+    served_listener = listener(Certificate("/c", ("a",), 0, int(NOW + seconds)))
     assert days_left(NOW + seconds, NOW) == days
-    assert logged(monkeypatch, one) == [text]
-    assert [row["days_left"] for row in certificates_of([one], NOW)] == [days]
+    assert logged(monkeypatch, served_listener) == [text]
+    assert [row["days_left"] for row in certificates_of([served_listener], NOW)] == [days]
 
 
 def test_revocation_list_is_logged_with_the_remaining_days(monkeypatch) -> None:
@@ -65,9 +65,9 @@ def test_revocation_list_is_logged_with_the_remaining_days(monkeypatch) -> None:
 
 
 def test_certificate_that_is_not_valid_yet_is_logged_as_a_warning(monkeypatch) -> None:
-    one = listener(Certificate("/c", ("a",), int(NOW + DAY), int(NOW + 9 * DAY)))
-    assert logged(monkeypatch, one) == ["warn: certificate /c for a: not valid yet"]
-    assert certificates_of([one], NOW)[0]["not_before"] > NOW
+    served_listener = listener(Certificate("/c", ("a",), int(NOW + DAY), int(NOW + 9 * DAY)))
+    assert logged(monkeypatch, served_listener) == ["warn: certificate /c for a: not valid yet"]
+    assert certificates_of([served_listener], NOW)[0]["not_before"] > NOW
 
 
 def test_certificates_that_expire_first_and_one_of_each_listener_are_shown() -> None:
@@ -77,12 +77,12 @@ def test_certificates_that_expire_first_and_one_of_each_listener_are_shown() -> 
     assert [row["not_after"] for row in shown] == [*range(1, 101), 5000]
 
 
-# --- renewed ---
+# --- renewal ---
 
 
 @pytest.fixture
 def directory(certificates, tmp_path):
-    """A directory with `default.pem` and certificates a, b and c, and how to write another one."""
+    """A directory with `default.pem` and certificates a, b and c, and a function that writes a certificate."""
     key = Path(certificates["server.key"]).read_text()
 
     def write(name: str, serial: int = 1, key: str = key) -> None:
@@ -97,37 +97,37 @@ def directory(certificates, tmp_path):
 
 
 def served(*sources: Any) -> list[tuple[Listener, Any]]:
-    """Listeners with these certificates in force, each with a port."""
+    """Return listeners that have loaded these certificates, each with its port."""
     pairs = []
     for source in sources:
-        one = listener(source=source)
-        one.adopt(source.load())
-        pairs.append((one, SimpleNamespace(tls=one.tls)))
+        served_listener = listener(source=source)
+        served_listener.adopt(source.load())
+        pairs.append((served_listener, SimpleNamespace(tls=served_listener.tls)))
     return pairs
 
 
-def contexts(one: Listener) -> dict[str, Any]:
-    found = dict(one.reusable.names.contexts)
-    return {name: one.tls if context is None else context for name, context in found.items()}
+def contexts(served_listener: Listener) -> dict[str, Any]:
+    found = dict(served_listener.reusable.names.contexts)
+    return {name: served_listener.tls if context is None else context for name, context in found.items()}
 
 
 def test_only_contexts_of_changed_certificates_are_created_again(directory, monkeypatch) -> None:
     pairs = served(DirectoryTLS(directory.path))
-    [(one, port)] = pairs
-    before = contexts(one)
+    [(served_listener, port)] = pairs
+    before = contexts(served_listener)
     directory.write("b", 2)
     directory.write("d")
     made = []
     make = DirectoryTLS._make
     monkeypatch.setattr(DirectoryTLS, "_make", lambda *given: made.append(os.path.basename(given[1])) or make(*given))
     adopt = finish(renewing(pairs))
-    assert contexts(one) == before
+    assert contexts(served_listener) == before
     assert port.tls is before["default.example"]
     finish(adopt())
-    after = contexts(one)
-    assert made == ["b.pem", "d.pem", "default.pem"]  # the last finds the others, and is never shared
+    after = contexts(served_listener)
+    assert made == ["b.pem", "d.pem", "default.pem"]  # the default holds the SNI lookup and is never reused
     assert {name for name in after if after[name] is before.get(name)} == {"a.example", "c.example"}
-    assert port.tls is one.tls is after["default.example"]
+    assert port.tls is served_listener.tls is after["default.example"]
 
 
 @pytest.mark.parametrize("other", ["clients", "key"])
@@ -138,7 +138,7 @@ def test_context_is_not_reused_if_the_client_ca_or_the_key_changes(directory, ce
     before = contexts(pairs[0][0])
     if other == "clients":
         authorities.write_text(Path(certificates["other.pem"]).read_text())
-    else:  # the same one, in other bytes
+    else:  # the same key in other bytes
         for name in ("a", "b", "c", "default"):
             directory.write(name, key=Path(certificates["server.key"]).read_text() + "\n")
     finish(finish(renewing(pairs))())
@@ -152,12 +152,12 @@ def test_unreadable_certificate_of_one_listener_changes_no_listener(directory, c
     for suffix in ("pem", "key"):
         shutil.copy(certificates[f"server.{suffix}"], alone)
     pairs = served(DirectoryTLS(directory.path), ServerTLS(str(alone / "server.key"), str(alone / "server.pem")))
-    before = [contexts(one) | {"": one.tls} for one, _ in pairs]
+    before = [contexts(served_listener) | {"": served_listener.tls} for served_listener, _ in pairs]
     directory.write("a", 2)
     (alone / "server.key").write_text("half of a ke")
     with pytest.raises(ListenError, match="no usable private key"):
         finish(renewing(pairs))
-    assert [contexts(one) | {"": one.tls} for one, _ in pairs] == before
+    assert [contexts(served_listener) | {"": served_listener.tls} for served_listener, _ in pairs] == before
 
 
 def test_each_step_loads_at_most_one_certificate(directory, monkeypatch) -> None:
@@ -173,7 +173,7 @@ def test_each_step_loads_at_most_one_certificate(directory, monkeypatch) -> None
 
 
 class Changing(Files):
-    """A directory whose files somebody replaces while they are read: `change` is called before the file `at`."""
+    """Files that change while they are read: `change` is called before the file `at` is read."""
 
     change: Any = None
     at = ""
@@ -211,27 +211,27 @@ def test_mismatched_key_pair_is_read_at_most_three_times(directory, certificates
     other = Path(certificates["client.key"]).read_text()
     readings = []
 
-    def halves() -> None:
+    def replace_pair() -> None:
         readings.append(1)
         directory.write("b", 2, key=other if len(readings) < good else Path(certificates["server.key"]).read_text())
-        Changing.change = halves if len(readings) < 9 else None
+        Changing.change = replace_pair if len(readings) < 9 else None
 
     monkeypatch.setattr("rtservice.process.certificates.Files", Changing)
     monkeypatch.setattr(Changing, "at", "b.pem")
     good = 3
-    monkeypatch.setattr(Changing, "change", staticmethod(halves))
+    monkeypatch.setattr(Changing, "change", staticmethod(replace_pair))
     finish(finish(renewing(pairs))())
     assert len(readings) == 3
-    in_force = contexts(pairs[0][0])
-    assert in_force["b.example"] is not before["b.example"]
+    current = contexts(pairs[0][0])
+    assert current["b.example"] is not before["b.example"]
 
     readings.clear()
     good = 99
-    monkeypatch.setattr(Changing, "change", staticmethod(halves))
+    monkeypatch.setattr(Changing, "change", staticmethod(replace_pair))
     with pytest.raises(ListenError, match=re.escape("b.pem' does not belong to the certificate")):
         finish(renewing(pairs))
     assert len(readings) == 3
-    assert contexts(pairs[0][0]) == in_force
+    assert contexts(pairs[0][0]) == current
 
 
 def test_invalid_certificate_that_does_not_change_is_not_read_again(directory, certificates, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""What a process counts: totals that never fall, histograms, and what the hosted factory counts."""
+"""Counters of a process: totals that never decrease, histograms, and counters of the hosted factory."""
 
 import math
 
@@ -62,10 +62,10 @@ def test_process_counters_include_memory_cpu_time_and_descriptors() -> None:
 
 def test_factory_counter_named_total_is_a_total() -> None:
     found, problem = factory_counters({"said_total": 3, "rooms": 1.5, "full": True})
-    said = CounterKey("protocol", "said_total")
-    assert found == {said: 3, CounterKey("protocol", "rooms"): 1.5, CounterKey("protocol", "full"): 1}
+    total = CounterKey("protocol", "said_total")
+    assert found == {total: 3, CounterKey("protocol", "rooms"): 1.5, CounterKey("protocol", "full"): 1}
     assert problem == ""
-    assert [key for key in found if key.is_total] == [said]
+    assert [key for key in found if key.is_total] == [total]
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_factory_counter_named_total_is_a_total() -> None:
     ],
 )
 def test_invalid_factory_counter_is_left_out_and_reported(name, value, problem) -> None:
-    found, said = factory_counters({name: value, "good_total": 7})
+    found, reported = factory_counters({name: value, "good_total": 7})
     assert found == {CounterKey("protocol", "good_total"): 7}
-    assert problem in said
-    assert len(said) < 250
+    assert problem in reported
+    assert len(reported) < 250
 
 
 def test_factory_has_at_most_100_counters() -> None:

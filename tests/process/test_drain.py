@@ -1,4 +1,4 @@
-"""Graceful shutdown of a serving process, by a clock that the test moves."""
+"""Graceful shutdown of a serving process, on a clock that the test advances."""
 
 import signal
 import socket
@@ -66,7 +66,7 @@ def test_backlog_of_a_shared_listener_is_kept(timed, tmp_path) -> None:
         held = Held(service)
         service.stopService()
         assert not port.listening
-        assert listener.socket.fileno() == -1  # also while connections go on
+        assert listener.socket.fileno() == -1  # also while connections are open
         held.closes()
         assert service.backend.state is State.STOPPED
         near, _ = other.accept()
@@ -75,13 +75,13 @@ def test_backlog_of_a_shared_listener_is_kept(timed, tmp_path) -> None:
 
 def test_each_drainable_protocol_is_notified_once_also_if_it_opens_later(timed) -> None:
     service, clock, _ = timed(drain_timeout=30)
-    protocols = [implementer(IDrainable)(type("Telling", (Told,), {}))() for _ in range(3)]
-    deaf = Told()  # has the method, and does not say so
-    somebody_else = Told()  # as Twisted's layer of TLS is, until its handshake is done
+    protocols = [implementer(IDrainable)(type("Drainable", (Told,), {}))() for _ in range(3)]
+    not_drainable = Told()  # has the method, but does not declare IDrainable
+    tls_layer = Told()  # like the TLS layer of Twisted during the handshake
     held = [
         Held(service, protocol=protocols[0]),
-        Held(service, protocol=deaf),
-        Held(service, TLS, protocol=somebody_else),
+        Held(service, protocol=not_drainable),
+        Held(service, TLS, protocol=tls_layer),
     ]
     service.stopService()
     assert protocols[0].drains == 1
@@ -89,10 +89,10 @@ def test_each_drainable_protocol_is_notified_once_also_if_it_opens_later(timed) 
     held[2].phase, held[2].protocol = OPEN, protocols[2]
     clock.pump([1] * 10)
     assert [protocol.drains for protocol in protocols] == [1, 1, 1]
-    assert deaf.drains == 0
-    assert [one.asked for one in held] == [[]] * 4
-    for one in held:
-        one.closes()
+    assert not_drainable.drains == 0
+    assert [connection.asked for connection in held] == [[]] * 4
+    for connection in held:
+        connection.closes()
 
 
 def test_only_the_connection_of_a_protocol_that_fails_in_drain_is_aborted(timed) -> None:
@@ -111,14 +111,14 @@ def test_only_the_connection_of_a_protocol_that_fails_in_drain_is_aborted(timed)
 
 def test_buffered_data_is_sent_after_the_drain_timeout_while_the_peer_reads(timed) -> None:
     service, clock, events = timed(drain_timeout=10)
-    reading, silent, shaking, closing = (Held(service, phase) for phase in (OPEN, OPEN, TLS, CLOSING))
+    reading, silent, handshaking, closing = (Held(service, phase) for phase in (OPEN, OPEN, TLS, CLOSING))
     reading.unsent = silent.unsent = 1000
     done = service.stopService()
     clock.pump([0.5] * 19)
-    assert [one.asked for one in (reading, silent, shaking, closing)] == [[]] * 4
+    assert [connection.asked for connection in (reading, silent, handshaking, closing)] == [[]] * 4
     clock.advance(0.5)
     assert (reading.asked, silent.asked) == (["close: drained"], ["close: drained"])
-    assert (shaking.asked, closing.asked) == (["abort: drained"], [])  # it has nothing to flush; it ends by itself
+    assert (handshaking.asked, closing.asked) == (["abort: drained"], [])  # nothing to flush; it is already closing
     for _ in range(4):
         clock.advance(1)
         reading.bytes_out += 1
@@ -170,9 +170,9 @@ def test_abort_ends_a_drain(timed, after) -> None:
 
 def test_stop_signal_repeated_at_once_neither_aborts_the_drain_nor_exits(timed, monkeypatch) -> None:
     handlers: dict[int, Callable] = {}
-    left: list[bool] = []
+    exits: list[bool] = []
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    service, clock, _ = timed(drain_timeout=30, exit_now=lambda: left.append(True))
+    service, clock, _ = timed(drain_timeout=30, exit_now=lambda: exits.append(True))
     clock.stop = service.stopService
     clock.callFromThread = lambda call, *arguments: call(*arguments)
     held = Held(service)
@@ -185,9 +185,9 @@ def test_stop_signal_repeated_at_once_neither_aborts_the_drain_nor_exits(timed, 
     assert held.asked == ["abort: cut off"]
     clock.advance(0.25)
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-        assert not left
+        assert not exits
         handlers[number](number, None)
-    assert left == [True]
+    assert exits == [True]
     assert service.exit_status == 128 + signal.SIGTERM
 
 
@@ -231,7 +231,7 @@ def test_late_endpoint_failure_stops_the_service_without_a_drain(timed, tmp_path
     held = Held(service)
     for result in results:
         result.errback(OSError("too late"))
-    assert (clock.stops, service.exit_status) == (1, 1)  # a reactor that stops twice says that it is a mistake
+    assert (clock.stops, service.exit_status) == (1, 1)  # a second stop of a reactor raises
     assert reports == ["--listen x:0: too late"]
     done = service.stopService()
     assert held.asked == ["abort: cut off"]
@@ -250,5 +250,5 @@ def test_endpoint_that_starts_listening_after_the_stop_is_stopped(monkeypatch) -
     assert service.stopService().called
     early.result.callback(early)
     assert early.stopped == 1
-    late.result.errback(OSError("too late"))  # which is nobody's concern any more
+    late.result.errback(OSError("too late"))  # ignored after the stop
     assert (service.exit_status, clock.stops) == (0, 0)

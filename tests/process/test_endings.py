@@ -1,4 +1,4 @@
-"""Why a connection ended."""
+"""The reason of the end of a connection."""
 
 import errno
 

@@ -15,7 +15,7 @@ from tests.support.served import server
 
 @implementer(IMetrics)
 class Counting(Factory):
-    """Has counted what a test says, or fails; `serving` is what it has between its start and its stop."""
+    """Returns the counters that the test sets, or raises; `serving` is True between its start and its stop."""
 
     noisy = False
     serving = None
@@ -36,7 +36,7 @@ class Counting(Factory):
         return self.counts
 
 
-def of_factory(service: ServiceProcess) -> dict[CounterKey, float]:
+def counters_of_factory(service: ServiceProcess) -> dict[CounterKey, float]:
     return {key: count for key, count in service.backend.counters().items() if key.name == "protocol"}
 
 
@@ -46,9 +46,9 @@ def test_factory_metrics_are_read_only_between_its_start_and_stop(timed) -> None
     service.stopService()
     assert service.backend.state is State.STOPPED
     service.backend.factory.counts = {"a_total": 3}
-    assert of_factory(service) == {CounterKey("protocol", "a_total"): 2, CounterKey("protocol", "b"): 0.5}
+    assert counters_of_factory(service) == {CounterKey("protocol", "a_total"): 2, CounterKey("protocol", "b"): 0.5}
     not_started, _ = server(factory=Counting(RuntimeError("not yet")))
-    assert of_factory(not_started) == {}
+    assert counters_of_factory(not_started) == {}
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_factory_metrics_are_read_only_between_its_start_and_stop(timed) -> None
 )
 def test_invalid_factory_metrics_are_logged_once_and_the_previous_values_kept(timed, counts, event) -> None:
     service, _, events = timed(factory=Counting({"a_total": 1}))
-    assert of_factory(service) == {CounterKey("protocol", "a_total"): 1}
+    assert counters_of_factory(service) == {CounterKey("protocol", "a_total"): 1}
     before = len(events)
     for each in (counts, counts, {"a_total": 2}, counts):
         service.backend.factory.counts = each
         service.backend.counters()
-    # Once more after it was well.
+    # Logged again after valid metrics in between.
     assert [(record["event"], record["factory"]) for record in events[before:]] == [(event, "Counting")] * 2
-    assert of_factory(service).get(CounterKey("protocol", "a_total"), 2) == 2
+    assert counters_of_factory(service).get(CounterKey("protocol", "a_total"), 2) == 2
     assert service.backend.counters()[OPEN_CONNECTIONS] == 0

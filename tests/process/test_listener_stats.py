@@ -1,4 +1,4 @@
-"""What a listener's connections amount to, with a bounded number of labels."""
+"""Statistics of a listener, with a bounded number of labels."""
 
 from rtservice.net.phases import OPEN, PROXY, TLS
 from rtservice.process.counters import CounterKey

@@ -1,4 +1,4 @@
-"""A peer cannot fill a log."""
+"""The rate limit of log records."""
 
 from rtservice.process.log_rate import LogRateLimit
 

@@ -1,4 +1,4 @@
-"""Whose children process 1 waits for, and whose it leaves alone."""
+"""Process 1 reaps orphans, and leaves other children to their parent."""
 
 import os
 import signal
@@ -31,8 +31,8 @@ def test_reused_pid_of_a_reaped_child_is_timed_from_the_start() -> None:
 
 
 @pytest.fixture
-def child() -> Iterator[Callable[[], int]]:
-    """Forks a child that has ended, and that nobody has waited for."""
+def ended_child() -> Iterator[Callable[[], int]]:
+    """Return a function that starts a child and returns its pid once it has ended, before it is reaped."""
     made: list[int] = []
 
     def make(status: int = 0) -> int:
@@ -43,12 +43,12 @@ def child() -> Iterator[Callable[[], int]]:
 
     yield make
     for pid in made:
-        if not gone(pid):
+        if not is_reaped(pid):
             os.waitpid(pid, 0)
 
 
-def gone(pid: int) -> bool:
-    """Whether somebody has waited for a child."""
+def is_reaped(pid: int) -> bool:
+    """Return whether a child has been reaped."""
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -58,13 +58,13 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture
 def reaper(monkeypatch) -> Iterator[Clock]:
-    """The clock of a Reaper of a process that takes itself for process 1."""
+    """The clock of an OrphanReaper that treats this process as process 1."""
     monkeypatch.setattr(orphans, "is_first_process", lambda: True)
     clock = Clock()
-    made = OrphanReaper()
-    made.start(clock)
+    orphan_reaper = OrphanReaper()
+    orphan_reaper.start(clock)
     yield clock
-    made.stop()
+    orphan_reaper.stop()
     assert clock.getDelayedCalls() == []
 
 
@@ -72,27 +72,27 @@ def pass_time(clock: Clock, seconds: float) -> None:
     clock.pump([1.0] * int(seconds))
 
 
-def test_orphans_are_reaped_after_the_patience_time(reaper, child) -> None:
-    several = [child(), child(1), child(2)]
-    assert set(several) <= set(ended_children())
+def test_orphans_are_reaped_after_the_patience_time(reaper, ended_child) -> None:
+    children = [ended_child(), ended_child(1), ended_child(2)]
+    assert set(children) <= set(ended_children())
     pass_time(reaper, PATIENCE - 1)
-    assert not any(map(gone, several))
+    assert not any(map(is_reaped, children))
     pass_time(reaper, PATIENCE + 1)
-    assert all(map(gone, several))
+    assert all(map(is_reaped, children))
 
 
-def test_without_proc_orphans_are_reaped_one_at_a_time(reaper, child, monkeypatch, tmp_path) -> None:
-    several = [child(), child()]
+def test_without_proc_orphans_are_reaped_one_at_a_time(reaper, ended_child, monkeypatch, tmp_path) -> None:
+    children = [ended_child(), ended_child()]
     monkeypatch.setattr(orphans, "_TASKS", tmp_path / "missing")
     pass_time(reaper, 3 * PATIENCE + 3)
-    assert all(map(gone, several))
+    assert all(map(is_reaped, children))
 
 
-def test_exit_status_of_a_child_of_twisted_is_left_to_twisted(reaper, child, monkeypatch) -> None:
-    worker, orphan = child(7), child()
+def test_exit_status_of_a_child_of_twisted_is_left_to_twisted(reaper, ended_child, monkeypatch) -> None:
+    worker, orphan = ended_child(7), ended_child()
     monkeypatch.setitem(process.reapProcessHandlers, worker, object())
     pass_time(reaper, 3 * PATIENCE)
-    assert gone(orphan)
+    assert is_reaped(orphan)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
 
 
@@ -110,7 +110,7 @@ def test_hosted_code_can_read_an_exit_status_within_the_patience_time(reaper) ->
         assert polled.poll() == 7
 
 
-def test_only_process_1_reaps_orphans(child) -> None:
+def test_only_process_1_reaps_orphans(ended_child) -> None:
     clock = Clock()
     OrphanReaper().start(clock)
     assert clock.getDelayedCalls() == []

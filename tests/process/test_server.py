@@ -1,4 +1,4 @@
-"""The lifecycle of a serving process, and what is left when it stops."""
+"""The lifecycle of a serving process, and its cleanup."""
 
 import socket
 from typing import Any
@@ -21,11 +21,11 @@ from tests.support.served import server
 
 
 def test_factory_is_stopped_after_the_last_foreign_protocol_is_disconnected(timed) -> None:
-    told: list[str] = []
+    calls: list[str] = []
     factory: Any = Factory()
     factory.noisy = False
-    factory.protocol = type("Telling", (Protocol,), {"connectionLost": lambda one, reason: told.append("lost")})
-    factory.stopFactory = lambda: told.append("stopped")
+    factory.protocol = type("Recording", (Protocol,), {"connectionLost": lambda self, reason: calls.append("lost")})
+    factory.stopFactory = lambda: calls.append("stopped")
     service, _, _ = timed(factory=factory, drain_timeout=30)
     protocol = ForeignFactory(factory, "x:1", service.backend.connections, Logger()).buildProtocol(None)
     transport = StringTransportWithDisconnection()
@@ -33,7 +33,7 @@ def test_factory_is_stopped_after_the_last_foreign_protocol_is_disconnected(time
     protocol.makeConnection(transport)
     service.stopService()
     transport.loseConnection()
-    assert told == ["lost", "stopped"]
+    assert calls == ["lost", "stopped"]
 
 
 @pytest.mark.parametrize("ending", [False, True])
@@ -82,7 +82,7 @@ def test_process_states_change_only_forward(now, then) -> None:
     service.backend.state = now
     forward = [State.STARTING, State.SERVING, State.DRAINING, State.STOPPED]
     steps = forward.index(then) - forward.index(now)
-    # One at a time; a start that is broken off has nothing to drain, if it came to nothing.
+    # One state at a time, except from STARTING: a cancelled start has nothing to drain.
     if steps == 1 or (now is State.STARTING and steps > 0):
         service.backend._move(then)
         assert service.backend.state is then
@@ -118,7 +118,7 @@ def test_process_starts_serves_drains_and_stops_with_its_last_connection(tmp_pat
 
 
 @implementer(IDrainable)
-class Polite(Protocol):
+class SendsBye(Protocol):
     def drain(self) -> None:
         self.transport.write(b"bye")
         self.transport.loseConnection()
@@ -129,7 +129,7 @@ def test_drainable_protocol_also_notifies_clients_from_the_backlog():
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
     address = listener.socket.getsockname()
     service, events = server([listener], drain_timeout=30)
-    service.backend.factory = Factory.forProtocol(Polite)
+    service.backend.factory = Factory.forProtocol(SendsBye)
     service.startService()
     with socket.create_connection(address, timeout=20) as early:
         while not service.backend.connections.open:

@@ -1,4 +1,4 @@
-"""The start of a serving process, and everything that can fail in it."""
+"""The start of a serving process, and its failures."""
 
 import socket
 from typing import Any
@@ -42,8 +42,8 @@ def test_late_endpoint_failure_stops_the_process_with_exit_status_1(monkeypatch)
     assert "--listen x:1: too late" in events[-1]["problem"]
 
 
-class Unfit:
-    """A listener whose socket nothing can be done with, and what it is to be rid of."""
+class UnusableListener:
+    """A listener whose socket is closed; it records its cleanup."""
 
     name = "tcp:192.0.2.1:7"
     proxied = False
@@ -65,7 +65,7 @@ class Unfit:
 
 
 def failing_factory(count: int, error: BaseException) -> Factory:
-    """One whose doStart raises, the second or a later time."""
+    """Return a factory whose doStart succeeds `count` times, then raises."""
     factory = Factory()
     factory.noisy = False
     times = iter(range(count))
@@ -74,7 +74,7 @@ def failing_factory(count: int, error: BaseException) -> Factory:
         if next(times, None) is None:
             raise error
 
-    factory.doStart = start  # type: ignore[method-assign]  # it is the test's own
+    factory.doStart = start  # type: ignore[method-assign]  # replaced by the test
     return factory
 
 
@@ -90,16 +90,16 @@ def failing_factory(count: int, error: BaseException) -> Factory:
 def test_every_failure_during_the_start_is_reported(monkeypatch, factory, problem) -> None:
     clock = FakeReactor()
     monkeypatch.setattr("twisted.internet.reactor", clock)
-    unfit: Any = Unfit()
+    unusable: Any = UnusableListener()
     reports: list[str | None] = []
-    service, events = server([unfit], factory=factory, report=reports.append)
+    service, events = server([unusable], factory=factory, report=reports.append)
     service.startService()
     assert [str(report)[: len(problem)] for report in reports] == [problem]
     assert service.exit_status == 1
     clock.advance(0)
     service.stopService()
     clock.advance(1)
-    assert (unfit.done[0], unfit.done[-1]) == ("remove file", "close")
+    assert (unusable.done[0], unusable.done[-1]) == ("remove file", "close")
     assert all(event["log_level"].name == "debug" for event in events if "log_failure" in event)
 
 
@@ -115,7 +115,7 @@ def test_status_server_that_cannot_start_fails_the_start(monkeypatch) -> None:
     service.startService()
     assert reports == ["the service did not start: LookupError: no page"]
     assert service.exit_status == 1
-    # Nothing of the system's refuses this: who is to correct it needs the traceback.
+    # This is not an error of the system: its traceback is needed to correct it.
     assert [event["log_level"].name for event in events if "log_failure" in event] == ["error"]
 
 
@@ -132,7 +132,7 @@ def test_exception_is_formatted_as_one_line_even_if_str_fails() -> None:
 def test_endpoint_connections_are_recorded_and_the_endpoint_is_stopped() -> None:
     endpoint = Endpoint(Deferred())
     service, events = server(endpoints=[("x:1", endpoint)])
-    service.startService()  # as `twist` does, without the privileged half
+    service.startService()  # like `twist`, which does not call privilegedStartService
     endpoint.result.callback(endpoint)
     assert recorded(events, "listener.listening", listener="x:1 (an address)")
     assert recorded(events[-1:], "service.serving")

@@ -1,4 +1,4 @@
-"""Long work is done in slices, and everything else has its turn between them."""
+"""Long work runs in slices; other calls run between them."""
 
 from collections.abc import Generator
 
@@ -10,14 +10,14 @@ from rtservice.process.slices import PAUSE, SLICE, in_slices
 
 
 class Work:
-    """Steps of which each takes so many seconds of a clock that only this moves."""
+    """Steps that each take a number of seconds, by a clock that only these steps advance."""
 
     def __init__(self, steps: int, seconds: float, problem: Exception | None = None) -> None:
         self.clock = Clock()
         self.done = 0
         self.closed = False
         self.now = 0.0
-        self.turns: list[int] = []  # how many steps were done when others had their turn
+        self.turns: list[int] = []  # number of steps done each time other calls ran
         self._steps, self._seconds, self._problem = steps, seconds, problem
 
     def begin(self) -> Deferred[str]:
@@ -36,8 +36,8 @@ class Work:
             self.closed = True
             raise
 
-    def others(self) -> None:
-        """Let others have their turn, and then the next slice."""
+    def run_other_calls(self) -> None:
+        """Run other calls, then the next slice."""
         self.turns.append(self.done)
         self.clock.advance(PAUSE)
 
@@ -60,7 +60,7 @@ def test_other_calls_run_after_each_slice(seconds, each) -> None:
     work = Work(400, seconds)
     found = results(work.begin())
     while not found:
-        work.others()
+        work.run_other_calls()
     assert found == ["result"]
     assert [after - before for before, after in zip(work.turns, work.turns[1:], strict=False)] == [
         pytest.approx(each, abs=1) if each == 100 else each
@@ -74,7 +74,7 @@ def test_exception_in_the_work_fails_the_deferred(steps) -> None:
     work = Work(steps, SLICE, ValueError("no"))
     found = results(work.begin())
     while not found:
-        work.others()
+        work.run_other_calls()
     assert found[0].check(ValueError)
 
 
@@ -83,7 +83,7 @@ def test_cancelled_work_stops_at_its_current_step(turns) -> None:
     work = Work(100, SLICE)
     going = work.begin()
     for _ in range(turns):
-        work.others()
+        work.run_other_calls()
     going.cancel()
     assert results(going)[0].check(CancelledError)
     assert work.closed

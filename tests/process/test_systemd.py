@@ -1,4 +1,4 @@
-"""What the service manager is told, read from the socket that it would read."""
+"""Notifications to the service manager, read from its socket."""
 
 import os
 import time
@@ -25,7 +25,7 @@ def manager(tmp_path) -> Iterator[ServiceManager]:
 
 @pytest.fixture
 def logged() -> Iterator[Callable[[], list[str]]]:
-    """The texts that were logged since the start of the test."""
+    """Return the texts logged since the start of the test."""
     events: list = []
     globalLogPublisher.addObserver(events.append)
     yield lambda: [str(formatEvent(event)) for event in events]

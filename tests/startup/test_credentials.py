@@ -1,4 +1,4 @@
-"""What --uid and --gid come to: which user, which group, which supplementary groups."""
+"""The user, group and supplementary groups selected by --uid and --gid."""
 
 import os
 import pwd
@@ -9,7 +9,7 @@ import pytest
 from rtservice.startup import credentials as module
 from rtservice.startup.credentials import Credentials, CredentialsError, resolve
 
-# Of the world below: a user with two groups beside its own; 27 is a group, and no user.
+# In the fake account database: a user with two supplementary groups. 27 is a group but not a user.
 WEB, WEB_GROUP = 1000, 1001
 
 
@@ -74,7 +74,7 @@ def test_current_credentials_need_no_system_call(monkeypatch) -> None:
 
     for call in ("setgroups", "setresgid", "setresuid"):
         monkeypatch.setattr(os, call, forbidden)
-    Credentials(os.getuid(), os.getgid(), tuple(os.getgroups())).assume()  # raises nothing
+    Credentials(os.getuid(), os.getgid(), tuple(os.getgroups())).assume()  # does not raise
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A change is tried in a child process, and this one stays as it is."""
+"""A change is tried in a child process and does not affect this one."""
 
 import atexit
 import os
@@ -38,7 +38,7 @@ def test_killed_child_process_is_a_problem() -> None:
 
 
 def test_problem_is_returned_while_sigchld_is_ignored() -> None:
-    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as some parents leave it to what they start
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # some parents leave SIGCHLD ignored
     try:
         assert problem_of(lambda: "no") == "no"
     finally:

@@ -1,4 +1,4 @@
-"""The end of a start shows how to try the service, and how to stop it."""
+"""The message after the start shows how to try the service and how to stop it."""
 
 import pytest
 

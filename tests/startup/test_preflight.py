@@ -1,4 +1,4 @@
-"""What is wrong with a start, in one line, where no process has to be started to find it."""
+"""Start errors that are found without starting a process, each reported in one line."""
 
 import errno
 import os
@@ -13,8 +13,8 @@ from rtservice.startup.start import unexpected
 
 
 @pytest.fixture
-def nobody(tmp_path: Path, monkeypatch) -> Iterator[Path]:
-    """A directory of somebody else's, and a process that may not enter it."""
+def inaccessible(tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """A directory of another user that this process may not enter."""
     closed = tmp_path / "closed"
     (closed / "inner").mkdir(parents=True)
     monkeypatch.chdir(closed / "inner")
@@ -38,12 +38,12 @@ def problem(twistd: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("option", ["rundir", "chroot"])
 @pytest.mark.parametrize("below", ["", "/inner"])
-def test_inaccessible_directory_is_rejected(nobody, option, below) -> None:
-    path = f"{nobody}{below}"
+def test_inaccessible_directory_is_rejected(inaccessible, option, below) -> None:
+    path = f"{inaccessible}{below}"
     assert problem({option: path}) == f"--{option} {path}: permission denied"
 
 
-def test_inaccessible_working_directory_is_rejected_unless_rundir_is_set(nobody) -> None:
+def test_inaccessible_working_directory_is_rejected_unless_rundir_is_set(inaccessible) -> None:
     assert problem({"rundir": "."}) == (
         "the working directory: permission denied; change to another directory, or set --rundir"
     )
@@ -52,8 +52,8 @@ def test_inaccessible_working_directory_is_rejected_unless_rundir_is_set(nobody)
 
 
 @pytest.mark.parametrize("name", ["d.pid", "inner/d.pid"])
-def test_pidfile_in_an_inaccessible_directory_is_rejected(nobody, name) -> None:
-    path = f"{nobody}/{name}"
+def test_pidfile_in_an_inaccessible_directory_is_rejected(inaccessible, name) -> None:
+    path = f"{inaccessible}/{name}"
     assert problem({"rundir": "/", "pidfile": path}) == f"--pidfile {path}: permission denied"
 
 
