@@ -53,7 +53,7 @@ def six_socket() -> socket.socket:
 @needs_ipv6
 @pytest.mark.parametrize("names", [None, "", "a:b:c", "a"])
 @pytest.mark.parametrize("description", ["systemd:", "systemd"])
-def test_all_sockets_that_are_passed_are_adopted_named_or_not(
+def test_all_passed_sockets_are_adopted_with_and_without_names(
     opened, pass_sockets, tmp_path, names, description
 ) -> None:
     passed = [tcp_socket(), six_socket(), unix_socket(f"{tmp_path}/s")]
@@ -71,7 +71,7 @@ def test_all_sockets_that_are_passed_are_adopted_named_or_not(
     assert all(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in passed)
 
 
-def test_passed_sockets_are_chosen_by_name_and_by_index(opened, pass_sockets) -> None:
+def test_passed_sockets_are_selected_by_name_or_index(opened, pass_sockets) -> None:
     passed = [tcp_socket(), tcp_socket(), tcp_socket()]
     names = [f"tcp:127.0.0.1:{sock.getsockname()[1]}" for sock in passed]
     pass_sockets(*passed, names="web:other:web")
@@ -93,12 +93,12 @@ def test_passed_sockets_are_chosen_by_name_and_by_index(opened, pass_sockets) ->
         ("systemd:domain=INET6", "descriptor 300 is of domain INET, not 'INET6'"),
     ],
 )
-def test_a_passed_socket_that_is_not_there_is_refused_with_what_is(pass_sockets, description, problem) -> None:
+def test_a_missing_passed_socket_is_an_error_that_lists_the_passed_ones(pass_sockets, description, problem) -> None:
     pass_sockets(tcp_socket(), names="rt")
     assert refusal(description) == problem
 
 
-def test_a_passed_socket_that_does_not_listen_is_refused_and_the_others_are_let_go(pass_sockets) -> None:
+def test_a_passed_socket_that_does_not_listen_is_rejected_and_the_others_are_closed(pass_sockets) -> None:
     before = len(os.listdir("/proc/self/fd"))
     pass_sockets(tcp_socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     passed = len(os.listdir("/proc/self/fd"))
@@ -156,21 +156,19 @@ class Directory:
 
 
 @pytest.mark.parametrize("kind", passed_descriptors())
-def test_what_a_service_manager_passes_and_nobody_can_serve_is_refused_with_its_number(
-    pass_sockets, tmp_path, kind
-) -> None:
+def test_an_unusable_passed_descriptor_is_rejected_with_its_number(pass_sockets, tmp_path, kind) -> None:
     pass_sockets(tcp_socket(), passed_descriptors()[kind](tmp_path))
     expected = "is not a socket" if kind in ("pipe", "file", "directory") else "is not a listening stream socket"
     assert refusal("systemd:") == f"descriptor 301 {expected}"
 
 
-def test_a_descriptor_that_is_closed_is_refused(pass_sockets) -> None:
+def test_a_closed_descriptor_is_rejected(pass_sockets) -> None:
     pass_sockets(tcp_socket())
     activation._initial_environment()["LISTEN_FDS"] = "2"  # type: ignore[index]  # it is the test's own
     assert refusal("systemd:") == "descriptor 301 cannot be used: bad file descriptor"
 
 
-def test_more_descriptors_than_there_can_be_are_refused_and_cost_nothing(pass_sockets) -> None:
+def test_an_impossible_number_of_descriptors_is_rejected_cheaply(pass_sockets) -> None:
     pass_sockets(tcp_socket())
     activation._initial_environment()["LISTEN_FDS"] = "9" * 18  # type: ignore[index]  # it is the test's own
     assert refusal("systemd:") == f"LISTEN_FDS is {'9' * 18}, which is more than the descriptor limit of a process"
@@ -191,13 +189,13 @@ def test_more_descriptors_than_there_can_be_are_refused_and_cost_nothing(pass_so
         (socket.AF_INET6, 256, "a socket of protocol 256; accepted are TCP and MPTCP"),  # IPPROTO_SMC
     ],
 )
-def test_a_listening_socket_of_a_foreign_family_or_protocol_is_refused(family, proto, problem) -> None:
+def test_a_listening_socket_of_an_unsupported_family_or_protocol_is_rejected(family, proto, problem) -> None:
     sock: Any = SimpleNamespace(family=family, type=socket.SOCK_STREAM, proto=proto, getsockopt=lambda level, option: 1)
     for domain in (None, "VSOCK"):
         assert activation._unfit(sock, domain) == f"is {problem}"
 
 
-def test_a_socket_of_multipath_tcp_is_served(opened, pass_sockets) -> None:
+def test_a_multipath_tcp_socket_is_served(opened, pass_sockets) -> None:
     try:
         multipath = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)  # IPPROTO_MPTCP, which Python 3.11 lacks
     except OSError:
@@ -209,13 +207,13 @@ def test_a_socket_of_multipath_tcp_is_served(opened, pass_sockets) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract UNIX addresses are Linux's")
-def test_an_abstract_unix_socket_has_a_name_that_can_be_logged(opened, pass_sockets) -> None:
+def test_an_abstract_unix_socket_has_a_printable_name(opened, pass_sockets) -> None:
     abstract = f"rtservice-{os.getpid()}"
     pass_sockets(unix_socket(f"\0{abstract}"), unix_socket(f"\0{abstract}\0\xff".encode("latin-1")))
     assert [one.name for one in opened("systemd:")] == [f"unix:@{abstract}", f"unix:@{abstract}@\\xff"]
 
 
-def test_ssl_and_proxy_go_before_passed_sockets(opened, pass_sockets, certificates) -> None:
+def test_ssl_and_proxy_prefixes_apply_to_passed_sockets(opened, pass_sockets, certificates) -> None:
     passed = [tcp_socket(), tcp_socket()]
     ports = [sock.getsockname()[1] for sock in passed]
     pass_sockets(*passed, names="plain:web")
@@ -228,7 +226,7 @@ def test_ssl_and_proxy_go_before_passed_sockets(opened, pass_sockets, certificat
     assert [one.name for one in both] == [f"proxy:ssl:127.0.0.1:{port}" for port in ports]
 
 
-def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certificates) -> None:
+def test_a_service_serves_tls_on_passed_sockets(service, certificates) -> None:
     description = described(certificates, f"--listen=ssl:systemd:{FILES}")
     one = service(description, launcher=program("pass_sockets", "", "tcp,tcp"))
     client = ssl.create_default_context(cafile=certificates["ca.pem"])
@@ -247,11 +245,11 @@ def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certific
 
 @pytest.mark.parametrize("arguments", [(), ("",), ("a=b", "", "LISTEN_PID=7")])
 @pytest.mark.parametrize("variables", [{"LISTEN_PID": "1", "X": "=", "E": "", "Ä": "\udcff" * 5}, {"LISTEN_PID": "1"}])
-def test_the_initial_environment_is_found_without_proc(arguments, variables) -> None:
+def test_the_initial_environment_is_read_without_proc(arguments, variables) -> None:
     subprocess.run(program("initial_environment", *arguments), env=variables, check=True)
 
 
-def test_a_c_library_that_tells_nothing_leaves_the_environment_of_now(monkeypatch) -> None:
+def test_the_current_environment_is_used_if_the_c_library_has_no_initial_one(monkeypatch) -> None:
     def missing(name, *how):
         raise OSError(name)
 

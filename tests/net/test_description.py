@@ -109,7 +109,7 @@ V6 = "2001:db8::1"
         ("unix:", (("unix",), ("",), {})),
     ],
 )
-def test_a_description_is_read(text: str, parts: tuple[object, ...]) -> None:
+def test_a_description_is_parsed(text: str, parts: tuple[object, ...]) -> None:
     assert read(text) == parts
     assert parse(text).ours == (not text.startswith("exotic"))
 
@@ -139,7 +139,7 @@ def test_a_description_is_read(text: str, parts: tuple[object, ...]) -> None:
         ("a=b", "the type is missing; begin with a type such as tcp: or unix:"),
     ],
 )
-def test_what_can_be_read_in_two_ways_or_in_none_is_refused_with_what_to_write(text: str, problem: str) -> None:
+def test_an_ambiguous_or_invalid_description_is_rejected_with_a_correction(text: str, problem: str) -> None:
     with pytest.raises(ListenError) as caught:
         parse(text)
     assert str(caught.value).startswith(problem)
@@ -160,7 +160,7 @@ def test_what_can_be_read_in_two_ways_or_in_none_is_refused_with_what_to_write(t
         ("exotic:1", None),
     ],
 )
-def test_an_unknown_type_is_named_with_what_is_accepted_and_what_was_meant(text: str, meant: str | None) -> None:
+def test_an_unknown_type_is_rejected_with_the_accepted_types_and_a_suggestion(text: str, meant: str | None) -> None:
     said = unknown_type(parse(text), ["slow", "tcp6"])
     assert said.startswith(f"unknown type {text.partition(':')[0]!r}; accepted are 8080, HOST:PORT such as ")
     assert "systemd:, proxy: before these, and of Twisted slow:" in said
@@ -185,7 +185,7 @@ def some_address(chance: random.Random) -> str:
     )
 
 
-def test_an_address_is_the_same_in_whatever_form_and_among_whatever_fields() -> None:
+def test_all_spellings_of_an_address_are_parsed_alike() -> None:
     chance = random.Random(20261124)
     for _ in range(1500):
         port = str(chance.randrange(65536))
@@ -216,7 +216,7 @@ def test_an_address_is_the_same_in_whatever_form_and_among_whatever_fields() -> 
             assert ":".join([*found.prefixes, found.kind, ""]) == prefix, form
 
 
-def test_whatever_twisted_understands_is_read_as_it_reads_it() -> None:
+def test_twisted_descriptions_are_parsed_as_twisted_parses_them() -> None:
     """And what this grammar adds is nothing that Twisted would serve."""
     from twisted.internet.endpoints import _parse, _tokenize
 
@@ -268,7 +268,7 @@ def test_whatever_twisted_understands_is_read_as_it_reads_it() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "ssl:", "proxy:", "proxy:ssl:"])
-def test_what_the_log_prints_is_a_description(prefix: str) -> None:
+def test_a_logged_listener_name_is_a_valid_description(prefix: str) -> None:
     chance = random.Random(20261126)
     for _ in range(300):
         host, port = chance.choice([some_address(chance), "0.0.0.0", "127.0.0.1"]), chance.randrange(65536)
@@ -285,7 +285,7 @@ def test_what_the_log_prints_is_a_description(prefix: str) -> None:
     ("text", "host"),
     [("[::1]", "::1"), ("::1", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0"), ("localhost", "localhost"), ("[x]", "[x]")],
 )
-def test_brackets_are_no_part_of_a_host(text: str, host: str) -> None:
+def test_brackets_are_removed_from_a_host(text: str, host: str) -> None:
     assert bare_host(text) == host
 
 
@@ -304,13 +304,13 @@ def test_brackets_are_no_part_of_a_host(text: str, host: str) -> None:
         ("", ""),
     ],
 )
-def test_the_interface_of_a_description_is_what_it_says(description: str, interface: str) -> None:
+def test_a_description_yields_its_interface(description: str, interface: str) -> None:
     assert parse(description).interface == interface
 
 
 @pytest.mark.parametrize(
     "text", ["tcp:8080" + ":a" * 200_000, ":]" * 200_000, "ssl:ssl" + ":" * 200_000, "proxy" + ":proxy" * 200_000]
 )
-def test_the_work_for_a_description_grows_with_its_length_and_not_with_its_square(text: str) -> None:
+def test_parsing_a_long_description_takes_linear_time(text: str) -> None:
     with contextlib.suppress(ListenError):
         parse(text)  # minutes otherwise

@@ -57,21 +57,21 @@ def accepts(context, group: int) -> bool:
 
 @LIBRARIES
 @pytest.mark.parametrize("name", ["server", "rsa"])
-def test_three_groups_are_accepted_and_expensive_ones_are_not(load, library, name) -> None:
+def test_only_the_three_inexpensive_groups_are_accepted(load, library, name) -> None:
     context, warnings = load(library, name)
     assert warnings == ()
     assert [accepts(context, group) for group in (X25519, P256, P384)] == [True] * 3
     assert [accepts(context, group) for group in (X448, P521, *FFDHE.values())] == [False] * 7
 
 
-def test_without_a_limit_openssl_accepts_them_all(certificates) -> None:
+def test_openssl_accepts_all_groups_without_the_limit(certificates) -> None:
     """Or the test before would show nothing."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates["server.pem"], certificates["server.key"])
     assert all(accepts(context, group) for group in (X25519, P256, P384, X448, P521, *FFDHE.values()))
 
 
-def test_a_hybrid_with_ml_kem_is_preferred_where_openssl_has_it(load) -> None:
+def test_an_ml_kem_hybrid_is_preferred_if_openssl_supports_it(load) -> None:
     context, _ = load("pyopenssl")
     hybrid = 0x11EC
     retry = answered(context, client_hello([X25519, hybrid], SHARE))
@@ -115,7 +115,7 @@ def test_every_context_of_a_directory_is_limited(certificates, tmp_path) -> None
 # --- what cannot be had ---
 
 
-def test_without_access_below_ssl_p256_alone_is_left_and_a_line_says_so(load, monkeypatch) -> None:
+def test_without_access_to_openssl_groups_are_limited_to_p256_with_a_warning(load, monkeypatch) -> None:
     def unavailable(*_: object) -> bool:
         raise openssl.UnavailableError("no reason")
 
@@ -130,7 +130,7 @@ def test_without_access_below_ssl_p256_alone_is_left_and_a_line_says_so(load, mo
         assert not any(accepts(context, group) for group in (X25519, P384, X448, P521, *FFDHE.values()))
 
 
-def test_without_the_function_below_pyopenssl_p256_alone_is_left_and_a_line_says_so(load, monkeypatch) -> None:
+def test_without_the_pyopenssl_function_groups_are_limited_to_p256_with_a_warning(load, monkeypatch) -> None:
     pytest.importorskip("OpenSSL")
     from rtservice.net import pyopenssl
 
@@ -142,21 +142,21 @@ def test_without_the_function_below_pyopenssl_p256_alone_is_left_and_a_line_says
     assert not any(accepts(context, group) for group in (X25519, P384, X448, P521, *FFDHE.values()))
 
 
-def test_a_way_that_does_not_hold_what_it_says_is_not_believed(load, monkeypatch) -> None:
+def test_a_method_that_does_not_limit_the_groups_falls_back_to_p256(load, monkeypatch) -> None:
     monkeypatch.setattr(SSL_GROUPS, "full", (lambda context: True,))
     context, (line,) = load()
     assert "is limited to P-256" in line
     assert not accepts(context, FFDHE[2048])
 
 
-def test_it_is_said_when_no_way_holds(load, monkeypatch) -> None:
+def test_a_warning_is_logged_if_no_method_limits_the_groups(load, monkeypatch) -> None:
     monkeypatch.setattr(SSL_GROUPS, "full", ())
     monkeypatch.setattr(SSL_GROUPS, "fallback", lambda context: True)
     _, (line,) = load()
     assert line.startswith("TLS key exchange is not proven to be limited")
 
 
-def test_the_proof_is_made_once_in_a_process(load, monkeypatch) -> None:
+def test_the_group_limit_is_verified_once_per_process(load, monkeypatch) -> None:
     answers = []
     answer = SSL_GROUPS.answer
     monkeypatch.setattr(SSL_GROUPS, "answer", lambda context, hello: answers.append(1) or answer(context, hello))
@@ -176,7 +176,7 @@ def test_the_proof_is_made_once_in_a_process(load, monkeypatch) -> None:
         "ssl.OPENSSL_VERSION_NUMBER += 1",
     ],
 )
-def test_no_assumption_about_the_interpreter_is_trusted(certificates, spoil) -> None:
+def test_a_wrong_assumption_about_the_interpreter_falls_back_to_p256(certificates, spoil) -> None:
     """In a process of its own, since it is asked once in each."""
     command = program("load_spoiled", certificates["server.key"], certificates["server.pem"], spoil)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -184,14 +184,14 @@ def test_no_assumption_about_the_interpreter_is_trusted(certificates, spoil) -> 
     assert done.stdout == "True TLS key exchange is limited to P-256, without X25519\n"
 
 
-def test_an_address_that_is_none_is_not_followed(certificates) -> None:
+def test_an_unexpected_context_layout_is_detected(certificates) -> None:
     """Where contexts had another layout."""
     done = subprocess.run(program("shift_contexts"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "another layout" in done.stdout
 
 
-def test_a_list_that_openssl_refuses_leaves_no_error_for_ssl_to_find(load) -> None:
+def test_a_rejected_group_list_leaves_no_error_in_the_openssl_queue(load) -> None:
     context, _ = load()
     assert openssl.unavailable() is None
     assert not openssl.set_groups(context, "bogus")
@@ -200,13 +200,13 @@ def test_a_list_that_openssl_refuses_leaves_no_error_for_ssl_to_find(load) -> No
         context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True).do_handshake()
 
 
-def test_the_last_list_is_known_to_every_openssl() -> None:
+def test_every_openssl_supports_the_last_group_list() -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     assert openssl.set_groups(context, GROUP_LISTS[-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
-def test_memory_deny_write_execute_permits_it(certificates) -> None:
+def test_group_limits_work_with_memory_deny_write_execute(certificates) -> None:
     loads = str(PROGRAMS / "load_confined.py"), certificates["server.key"], certificates["server.pem"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(program("confine", *loads), capture_output=True, text=True, timeout=60, env=environment)
@@ -222,7 +222,7 @@ def test_memory_deny_write_execute_permits_it(certificates) -> None:
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
 @LIBRARIES
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
-def test_s_client_is_served_on_these_groups_alone(service, certificates, library, version) -> None:
+def test_s_client_can_use_only_the_accepted_groups(service, certificates, library, version) -> None:
     if library == "pyopenssl":
         pytest.importorskip("OpenSSL")
     # RSA: in TLS 1.2 the groups that a client lists are for certificates too (RFC 8422, section 5.1).

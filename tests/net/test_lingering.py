@@ -51,7 +51,7 @@ def talking(address) -> bytes:
 
 @pytest.mark.parametrize("description", ["tcp:0:interface=127.0.0.1", "unix:{}/s"], ids=["tcp", "unix"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_sends_on_while_we_close_reads_every_byte_and_the_end(serve, tmp_path, description):
+def test_a_client_that_keeps_sending_during_close_receives_every_byte_and_eof(serve, tmp_path, description):
     def write_and_close(protocol, data):
         protocol.transport.write(content)
         protocol.transport.loseConnection()
@@ -68,7 +68,7 @@ def test_a_client_that_sends_on_while_we_close_reads_every_byte_and_the_end(serv
     assert factory.transports == [Connection] * 20
 
 
-def test_what_comes_in_the_very_moment_of_our_close_takes_nothing_from_the_client(monkeypatch) -> None:
+def test_data_received_at_close_causes_no_reset(monkeypatch) -> None:
     def too_late(connection, reason):
         one.client.sendall(b"now")
         connection_lost(connection, reason)
@@ -128,7 +128,7 @@ def ending():
     assert one.clock.getReaders() == one.clock.getWriters() == []
 
 
-def test_a_connection_that_lingers_has_said_all_and_its_protocol_has_not_heard_of_the_end(ending) -> None:
+def test_a_lingering_connection_has_sent_everything_before_connection_lost(ending) -> None:
     assert ending.connection.phase == "closing"
     assert type(ending.connection) is Connection
     assert not ISSLTransport.providedBy(ending.connection)
@@ -144,7 +144,7 @@ def test_a_connection_that_lingers_has_said_all_and_its_protocol_has_not_heard_o
     assert ending.factory.transports == [Connection]
 
 
-def test_a_peer_that_neither_reads_nor_sends_is_let_go_when_nothing_has_moved_for_a_second(ending) -> None:
+def test_lingering_ends_after_a_second_without_progress(ending) -> None:
     ending.says_more()
     ending.clock.advance(1)
     ending.clock.advance(0.99)
@@ -155,7 +155,7 @@ def test_a_peer_that_neither_reads_nor_sends_is_let_go_when_nothing_has_moved_fo
     assert ending.connection.disconnected
 
 
-def test_a_peer_that_sends_for_ever_is_let_go_after_half_a_minute(ending) -> None:
+def test_lingering_ends_after_thirty_seconds_if_the_peer_keeps_sending(ending) -> None:
     for _ in range(30):
         assert ending.factory.lost == []
         ending.says_more()
@@ -163,7 +163,7 @@ def test_a_peer_that_sends_for_ever_is_let_go_after_half_a_minute(ending) -> Non
     assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
 
 
-def test_abort_of_a_connection_that_lingers_resets_it_and_is_heard_of_once(ending) -> None:
+def test_abort_resets_a_lingering_connection_and_is_reported_once(ending) -> None:
     ending.connection.abortConnection()
     assert ending.factory.lost == []
     ending.clock.advance(0)
@@ -173,14 +173,14 @@ def test_abort_of_a_connection_that_lingers_resets_it_and_is_heard_of_once(endin
         ending.client.sendall(b"x")
 
 
-def test_abort_in_the_very_moment_in_which_it_is_let_go_is_one_end(ending) -> None:
+def test_abort_at_the_end_of_lingering_is_reported_once(ending) -> None:
     ending.clock.callLater(1, ending.connection.abortConnection)
     ending.clock.advance(1)
     ending.clock.advance(0)
     assert len(ending.factory.lost) == 1
 
 
-def test_a_peer_that_resets_a_connection_that_lingers_ends_it_with_the_error(ending) -> None:
+def test_a_reset_of_a_lingering_connection_ends_it_with_the_error(ending) -> None:
     reset(ending.client)
     select.select([ending.connection.socket], [], [], DEADLINE)
     assert ending.descriptor.doRead() is None  # what was unread
@@ -191,7 +191,7 @@ def test_a_peer_that_resets_a_connection_that_lingers_ends_it_with_the_error(end
     assert ending.factory.transports == [Connection]
 
 
-def test_an_end_of_ours_does_not_wait_for_a_producer_and_lets_it_know() -> None:
+def test_close_stops_a_producer_without_waiting_for_it() -> None:
     """Neither for one that is paused, nor for one that would go on for ever, nor for the transport itself."""
     calls: list[str] = []
 

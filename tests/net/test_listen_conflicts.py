@@ -49,12 +49,12 @@ FILE = FilePlace((1, 2), "s")
         (PassedPlace(5, None), ANY4, False),
     ],
 )
-def test_places_exclude_each_other_or_not(one: Place, other: Place, excluded: bool) -> None:
+def test_conflicting_addresses_are_detected(one: Place, other: Place, excluded: bool) -> None:
     assert exclude(one, other) == excluded
     assert exclude(other, one) == excluded
 
 
-def test_the_conflict_is_named_with_both_settings_and_what_to_do() -> None:
+def test_a_conflict_names_both_settings_and_the_remedy() -> None:
     any4, one4 = TCPPlace(False, "0.0.0.0", 80, shown="0.0.0.0:80"), TCPPlace(False, "127.0.0.1", 80, shown="1:80")
     is_ipv6 = TCPPlace(True, "::", 80, shown="[::]:80")
     assert first_conflict([("--a", [any4, is_ipv6]), ("--b", []), ("--c", [one4])]) == (
@@ -78,7 +78,7 @@ def conflict(wanted: list[ListenerSpec], *, look_up: bool = True) -> bool:
 
 
 @pytest.mark.parametrize("slots", [0, 2])
-def test_the_kernel_decides_the_same_with_and_without_workers(slots: int) -> None:
+def test_the_kernel_agrees_with_and_without_workers(slots: int) -> None:
     hosts = ["0.0.0.0", "127.0.0.1", "127.0.0.2", *(["::", "::1"] if has_ipv6() else [])]
     chance = random.Random(os.getpid())
     for first, second in itertools.product(hosts, hosts):
@@ -124,9 +124,7 @@ def test_the_kernel_decides_the_same_with_and_without_workers(slots: int) -> Non
     ],
 )
 @pytest.mark.parametrize("look_up", [True, False])
-def test_descriptions_of_one_address_are_found_however_they_are_written(
-    tmp_path, descriptions, conflicts, look_up
-) -> None:
+def test_descriptions_of_the_same_address_conflict_in_any_spelling(tmp_path, descriptions, conflicts, look_up) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "link").symlink_to("sub")
     wanted = described(*(one.format(tmp_path) for one in descriptions))
@@ -134,7 +132,7 @@ def test_descriptions_of_one_address_are_found_however_they_are_written(
     assert conflict(wanted[::-1], look_up=look_up) == conflicts
 
 
-def test_a_port_is_both_families_and_a_status_description_is_on_loopback() -> None:
+def test_a_port_uses_both_families_and_a_status_description_uses_loopback() -> None:
     port = read_port(8080, interface="", backlog=5)
     for description in ("tcp:8080", "tcp6:8080"):
         assert conflict([port, *described(description)])
@@ -143,7 +141,7 @@ def test_a_port_is_both_families_and_a_status_description_is_on_loopback() -> No
     assert conflict([read_port(8080, interface="localhost", backlog=5), *described("localhost:8080")])
 
 
-def test_without_a_look_up_no_name_server_is_asked_and_a_name_is_itself(monkeypatch) -> None:
+def test_without_look_up_names_are_compared_as_text(monkeypatch) -> None:
     def refuse(host, *arguments, **keywords):
         assert host == "localhost" or keywords.get("flags") == socket.AI_NUMERICHOST, host
         return resolve(host, *arguments, **keywords)

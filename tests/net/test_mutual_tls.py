@@ -140,7 +140,7 @@ def client(world):
 
 @LIBRARIES
 @VERSIONS
-def test_no_session_is_resumed_where_clients_show_a_certificate(load, client, library, version) -> None:
+def test_no_session_with_a_client_certificate_is_resumed(load, client, library, version) -> None:
     context = load(library).context
     one = client(version=version)
     first, _ = shake(context, one)
@@ -164,7 +164,7 @@ def two_names(world, tmp_path):
 
 @LIBRARIES
 @VERSIONS
-def test_a_session_with_a_certificate_is_not_resumed_on_another_name(
+def test_a_session_with_a_client_certificate_is_not_resumed_for_another_name(
     world, two_names, client, library, version
 ) -> None:
     if library == "pyopenssl":
@@ -204,7 +204,7 @@ def not_after(world, name: str) -> float:
     return ssl.cert_time_to_seconds(str(ssl._ssl._test_decode_cert(world[f"{name}.pem"])["notAfter"]))
 
 
-def test_without_access_to_openssl_a_resumed_session_ends_with_the_certificate(
+def test_without_access_to_openssl_a_resumed_session_expires_with_its_certificate(
     world, load, client, monkeypatch
 ) -> None:
     monkeypatch.setattr(openssl, "_outcome", lambda: "no reason")
@@ -223,7 +223,7 @@ def test_without_access_to_openssl_a_resumed_session_ends_with_the_certificate(
 
 
 @VERSIONS
-def test_a_context_of_others_is_checked_too(world, client, version) -> None:
+def test_resumption_is_checked_for_foreign_contexts(world, client, version) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(world["server.pem"], world["server.key"])
     context.load_verify_locations(world["ca.pem"])
@@ -242,7 +242,7 @@ def test_a_context_of_others_is_checked_too(world, client, version) -> None:
 
 @LIBRARIES
 @VERSIONS
-def test_a_revoked_client_is_refused_and_others_are_not(world, load, client, library, version) -> None:
+def test_only_revoked_clients_are_rejected(world, load, client, library, version) -> None:
     world.make("gone", "client", "ca")
     context = load(library, client_crl=world.revoke("one", "ca", "gone")).context
     shake(context, client(version=version))
@@ -252,7 +252,7 @@ def test_a_revoked_client_is_refused_and_others_are_not(world, load, client, lib
 
 @LIBRARIES
 @VERSIONS
-def test_each_name_of_a_directory_looks_certificates_up(world, two_names, client, library, version) -> None:
+def test_revocation_applies_to_each_name_of_a_directory(world, two_names, client, library, version) -> None:
     if library == "pyopenssl":
         pytest.importorskip("OpenSSL")
     world.make("gone", "client", "ca")
@@ -265,7 +265,7 @@ def test_each_name_of_a_directory_looks_certificates_up(world, two_names, client
 
 
 @LIBRARIES
-def test_an_authority_below_the_root_may_be_revoked(world, load, client, library) -> None:
+def test_an_intermediate_authority_can_be_revoked(world, load, client, library) -> None:
     lists = [world.revoke("inner", "inner"), world.revoke("root", "ca"), world.revoke("root-less", "ca", "inner")]
     whole = world.join("whole.crl", "inner.crl", "root.crl")
     shake(load(library, client_crl=whole).context, client("deep"))
@@ -278,14 +278,14 @@ def test_an_authority_below_the_root_may_be_revoked(world, load, client, library
 
 
 @LIBRARIES
-def test_without_a_list_of_its_authority_a_client_is_refused(world, load, client, library) -> None:
+def test_a_client_is_rejected_without_a_revocation_list_of_its_authority(world, load, client, library) -> None:
     context = load(library, client_crl=world.revoke("other", "other")).context
     with pytest.raises(ssl.SSLError):
         shake(context, client())
 
 
 @LIBRARIES
-def test_after_its_next_update_a_list_refuses_all_and_says_when(world, load, client, library) -> None:
+def test_an_expired_revocation_list_rejects_every_client_and_reports_its_expiry(world, load, client, library) -> None:
     list_ = world.revoke("old", "ca", last="20200101000000Z", following="20200201000000Z")
     loaded = load(library, client_crl=list_)
     assert loaded.revocation == crl.RevocationLists(list_, 1, 1580515200)
@@ -293,7 +293,7 @@ def test_after_its_next_update_a_list_refuses_all_and_says_when(world, load, cli
         shake(loaded.context, client())
 
 
-def test_of_several_lists_the_first_to_end_is_said(world, load) -> None:
+def test_the_earliest_expiry_of_several_revocation_lists_is_reported(world, load) -> None:
     world.revoke("far", "ca", last="20200101000000Z", following="20550201000000Z")  # a GeneralizedTime
     world.revoke("near", "other", last="20200101000000Z", following="20490201000000Z")  # the last of UTCTime
     loaded = load(client_crl=world.join("two.crl", "far.crl", "near.crl"))
@@ -312,7 +312,7 @@ def test_of_several_lists_the_first_to_end_is_said(world, load) -> None:
         None,
     ],
 )
-def test_a_file_without_a_usable_list_is_named(world, load, content, tmp_path) -> None:
+def test_a_file_without_a_usable_revocation_list_is_named(world, load, content, tmp_path) -> None:
     path = tmp_path / "bad.crl"
     path.write_text(Path(world["ca.pem"]).read_text() if content is None else content)
     with pytest.raises(TLSError) as caught:
@@ -323,7 +323,7 @@ def test_a_file_without_a_usable_list_is_named(world, load, content, tmp_path) -
         load(client_crl=str(path))
 
 
-def test_a_list_that_is_cut_or_changed_anywhere_is_an_error_and_no_traceback(world) -> None:
+def test_a_damaged_revocation_list_raises_only_value_error(world) -> None:
     (block,) = crl.pem_blocks(Path(world.revoke("cut", "ca", "client")).read_text())
     der = crl.base64.b64decode(block.split("-----")[2])
     for at in range(len(der)):
@@ -332,7 +332,7 @@ def test_a_list_that_is_cut_or_changed_anywhere_is_an_error_and_no_traceback(wor
                 crl._next_update(data)
 
 
-def test_its_file_is_read_watched_and_recorded_with_the_others(world, tmp_path, client) -> None:
+def test_a_revocation_list_is_read_watched_and_recorded_with_the_other_files(world, tmp_path, client) -> None:
     world.make("gone", "client", "ca")
     path = tmp_path / "clients.crl"
     shutil.copy(world.revoke("watched", "ca", "gone"), path)
@@ -354,7 +354,7 @@ def test_its_file_is_read_watched_and_recorded_with_the_others(world, tmp_path, 
 
 
 @VERSIONS
-def test_a_long_chain_is_refused_before_its_certificates_are_read(world, load, client, version) -> None:
+def test_a_too_long_chain_is_rejected_before_decoding(world, load, client, version) -> None:
     if openssl.unavailable() is not None:
         pytest.skip("contexts cannot be reached below ssl")
     context = load().context
@@ -376,7 +376,7 @@ def test_a_long_chain_is_refused_before_its_certificates_are_read(world, load, c
 # --- what protocols are told ---
 
 
-def test_a_client_whose_name_is_not_utf8_is_served_and_has_no_name(world, client, tmp_path) -> None:
+def test_a_client_whose_name_is_not_utf8_is_served_without_a_name(world, client, tmp_path) -> None:
     config = tmp_path / "odd.cnf"
     config.write_bytes(
         b"[req]\ndistinguished_name=d\nx509_extensions=e\nprompt=no\n[d]\nCN=ok.example\n"
@@ -396,7 +396,7 @@ def test_a_client_whose_name_is_not_utf8_is_served_and_has_no_name(world, client
 # --- ALPN ---
 
 
-def test_a_context_with_protocols_has_a_gate_and_others_have_none(world, two_names) -> None:
+def test_only_contexts_with_alpn_protocols_have_a_gate(world, two_names) -> None:
     assert alpn_gate(ServerTLS(world["server.key"], world["server.pem"]).load().context) is None
     assert alpn_gate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) is None
     context = DirectoryTLS(two_names, alpn=("echo", "h2")).load().context

@@ -91,7 +91,7 @@ class Log:
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_it_is_served_alone_and_by_the_names_that_a_client_can_ask_for(certificates, tmp_path, odd) -> None:
+def test_an_unusual_certificate_is_served_alone_and_by_its_names(certificates, tmp_path, odd) -> None:
     exchanged, names, served = ODD[odd]
     pem = odd_certificate(certificates["server.pem"], **exchanged)
     der = ssl.PEM_cert_to_DER_cert(pem)
@@ -125,7 +125,7 @@ def test_it_is_served_alone_and_by_the_names_that_a_client_can_ask_for(certifica
 
 
 @pytest.mark.parametrize("odd", ["Latin-1", "a NUL", "a common name of UTF-16", "for ever"])
-def test_it_is_served_by_pyopenssl_too(certificates, tmp_path, odd) -> None:
+def test_an_unusual_certificate_is_served_with_pyopenssl(certificates, tmp_path, odd) -> None:
     pytest.importorskip("OpenSSL")
     exchanged, names, _ = ODD[odd]
     (tmp_path / "odd.pem").write_text(odd_certificate(certificates["server.pem"], **exchanged))
@@ -143,14 +143,14 @@ def test_it_is_served_by_pyopenssl_too(certificates, tmp_path, odd) -> None:
         {"serial": b"\xff\x80"},
     ],
 )
-def test_what_openssl_does_not_take_is_named(certificates, tmp_path, junk) -> None:
+def test_a_certificate_that_openssl_rejects_is_named(certificates, tmp_path, junk) -> None:
     path = tmp_path / "odd.pem"
     path.write_text(odd_certificate(certificates["server.pem"], **junk))
     with pytest.raises(TLSError, match=f"certificate.* {re.escape(repr(str(path)))}"):
         ServerTLS(certificates["server.key"], str(path)).load()
 
 
-def test_a_line_has_the_beginning_of_a_name_that_is_very_long(certificates, tmp_path) -> None:
+def test_a_very_long_name_is_truncated_in_the_error(certificates, tmp_path) -> None:
     (tmp_path / "odd.pem").write_text(odd_certificate(certificates["server.pem"], alternative=dns(b"n" * 10_000)))
     log = Log()
     found = ServerTLS(certificates["server.key"], str(tmp_path / "odd.pem")).load().certificates
@@ -160,7 +160,7 @@ def test_a_line_has_the_beginning_of_a_name_that_is_very_long(certificates, tmp_
     assert len(log.lines[0]) < 1000
 
 
-def test_two_that_nobody_can_ask_for_do_not_contradict_each_other(certificates, tmp_path) -> None:
+def test_equal_names_that_no_client_can_request_do_not_conflict(certificates, tmp_path) -> None:
     key = Path(certificates["server.key"]).read_text()
     for number in range(3):
         pem = odd_certificate(certificates["server.pem"], alternative=dns(b"m\xfcller.example", b"a b"))
@@ -168,7 +168,7 @@ def test_two_that_nobody_can_ask_for_do_not_contradict_each_other(certificates, 
     assert len(DirectoryTLS(str(tmp_path)).load().certificates) == 3
 
 
-def test_two_whose_names_differ_in_a_dot_or_in_their_case_contradict_each_other(certificates, tmp_path) -> None:
+def test_names_that_differ_in_case_or_a_final_dot_conflict(certificates, tmp_path) -> None:
     key = Path(certificates["server.key"]).read_text()
     for number, name in enumerate((b"ok.example", b"OK.example.")):
         (tmp_path / f"{number}.pem").write_text(
@@ -178,7 +178,7 @@ def test_two_whose_names_differ_in_a_dot_or_in_their_case_contradict_each_other(
         DirectoryTLS(str(tmp_path)).load()
 
 
-def test_files_may_have_names_of_upper_case_and_control_characters(certificates, tmp_path) -> None:
+def test_file_names_may_contain_upper_case_and_control_characters(certificates, tmp_path) -> None:
     key = Path(certificates["server.key"]).read_text()
     for number, name in enumerate(("UPPER.example..pem", "a\x1b\nb.pem", "\udcff.pem")):
         made = odd_certificate(certificates["server.pem"], alternative=dns(b"n%d.example" % number))
@@ -193,7 +193,7 @@ def test_files_may_have_names_of_upper_case_and_control_characters(certificates,
         text.encode()
 
 
-def test_the_names_and_dates_are_those_that_openssl_finds(certificates) -> None:
+def test_names_and_dates_equal_those_of_openssl(certificates) -> None:
     for name in ("server", "rsa", "leaf", "client", "ca"):
         path = certificates[f"{name}.pem"]
         (found,) = ServerTLS(certificates[f"{name}.key"], path).load().certificates
@@ -216,7 +216,7 @@ def test_the_names_and_dates_are_those_that_openssl_finds(certificates) -> None:
         (0x17, b"700101000000-0030", 1800),
     ],
 )
-def test_a_time_is_read_as_the_rfc_says(kind, text, seconds) -> None:
+def test_a_time_is_parsed_as_in_rfc_5280(kind, text, seconds) -> None:
     assert der_time(kind, text) == seconds
 
 
@@ -229,12 +229,12 @@ def test_a_time_is_read_as_the_rfc_says(kind, text, seconds) -> None:
         (0x04, b"700101000000Z"),
     ],
 )  # fmt: skip
-def test_what_is_no_time_is_none(kind, text) -> None:
+def test_an_invalid_time_is_rejected(kind, text) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  # its text is nobody's
         der_time(kind, text)
 
 
-def test_a_chain_with_an_authority_that_cannot_be_read_is_named_in_a_directory_too(certificates, tmp_path) -> None:
+def test_a_file_with_an_unreadable_chain_certificate_is_named_in_a_directory(certificates, tmp_path) -> None:
     junk = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
     parts = [Path(certificates[name]).read_text() for name in ("server.pem", "server.key")]
     (tmp_path / "a.pem").write_text(parts[0] + junk + parts[1])

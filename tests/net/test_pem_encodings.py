@@ -34,7 +34,7 @@ def pem(tmp_path, certificates) -> Path:
 
 
 @pytest.mark.parametrize("name", ["key.pem", "cert.pem", "chain.pem", "ca.pem", "list.crl"])
-def test_marks_line_ends_and_comments_are_accepted_and_other_encodings_are_named(pem, name) -> None:
+def test_byte_order_marks_line_endings_and_comments_are_accepted_and_other_encodings_named(pem, name) -> None:
     text = (pem / name).read_text()
     for content in (
         text.encode("utf-8-sig"),
@@ -51,7 +51,7 @@ def test_marks_line_ends_and_comments_are_accepted_and_other_encodings_are_named
         assert f"'{pem}/{name}' is {said} by its byte order mark; save it as UTF-8" in str(caught.value)
 
 
-def test_a_certificate_in_a_directory_may_have_a_mark(pem, certificates) -> None:
+def test_a_certificate_in_a_directory_may_have_a_byte_order_mark(pem, certificates) -> None:
     (pem / "d").mkdir()
     for name in ("server.pem", "server.key"):
         (pem / "d" / name).write_bytes(Path(certificates[name]).read_text().encode("utf-8-sig"))

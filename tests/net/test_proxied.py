@@ -280,7 +280,7 @@ class TLS:
 
 @pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_a_header_may_be_split_at_any_byte_and_nothing_is_sent_or_built_before_its_last(serve, connect, reads, header):
+def test_a_header_may_be_split_at_any_byte_and_the_protocol_is_built_after_its_last(serve, connect, reads, header):
     one = serve()
     for split in range(1, len(header)):
         before = reads.count
@@ -300,7 +300,7 @@ def test_a_header_may_be_split_at_any_byte_and_nothing_is_sent_or_built_before_i
 
 @pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_data_in_the_same_segment_is_neither_lost_nor_duplicated(serve, connect, header):
+def test_data_in_the_segment_of_the_header_is_neither_lost_nor_duplicated(serve, connect, header):
     one = serve()
     for size in (0, 1, 1023 - len(header), 1024 - len(header), 1025 - len(header), 200_000):
         data = os.urandom(size)
@@ -326,7 +326,7 @@ def test_a_second_header_is_data(serve, connect):
 
 
 @pytest_twisted.inlineCallbacks
-def test_urgent_data_within_a_header_is_no_part_of_it(serve, connect):
+def test_urgent_data_within_a_header_is_ignored(serve, connect):
     one = serve()
     for split in range(1, len(V1) + 5):
         sock = connect(one.address)
@@ -339,7 +339,7 @@ def test_urgent_data_within_a_header_is_no_part_of_it(serve, connect):
 
 @pytest.mark.parametrize("size", [1, 7, 1000, len(LONGEST)])
 @pytest_twisted.inlineCallbacks
-def test_the_longest_header_is_read_also_byte_by_byte(serve, connect, reads, size):
+def test_the_longest_header_is_accepted_even_byte_by_byte(serve, connect, reads, size):
     one = serve()
     sock = connect(one.address)
 
@@ -360,7 +360,7 @@ def test_the_longest_header_is_read_also_byte_by_byte(serve, connect, reads, siz
 
 
 @pytest_twisted.inlineCallbacks
-def test_what_a_header_says_stays_within_its_bytes_for_each_connection(serve, connect):
+def test_the_memory_for_a_header_is_bounded_by_its_length(serve, connect):
     one = serve()
     header = v2(0x21, 0x11, INET + tlv(4, b"") * ((65535 - len(INET)) // 3))
     tracemalloc.start()
@@ -401,7 +401,7 @@ def test_a_header_comes_before_the_tls_handshake(serve, connect, reads, context,
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_header_inside_of_tls_is_none(serve, connect, context, trusting):
+def test_a_header_inside_tls_is_data(serve, connect, context, trusting):
     one = serve(tls=context)
     sock = connect(one.address)
     with pytest.raises((AssertionError, ConnectionResetError)):
@@ -429,7 +429,7 @@ def exchange(one: Served, sock: socket.socket, header: bytes):
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_protocol_sees_the_client_and_where_it_connected_to(serve, connect):
+def test_the_protocol_sees_the_addresses_of_the_header(serve, connect):
     one = serve()
     for header in (V1, V2):
         peer, host, proxied = yield exchange(one, connect(one.address), header)
@@ -442,14 +442,14 @@ def test_the_protocol_sees_the_client_and_where_it_connected_to(serve, connect):
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_client_may_be_of_another_family_than_the_proxy(serve, connect):
+def test_client_and_proxy_may_have_different_address_families(serve, connect):
     one = serve()
     peer, host, _ = yield exchange(one, connect(one.address), b"PROXY TCP6 2001:DB8:0::1 2001:db8::2 4711 443\r\n")
     assert (peer, host) == (IPv6Address("TCP", "2001:db8::1", 4711), IPv6Address("TCP", "2001:db8::2", 443))
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_client_of_a_proxys_unix_socket_has_its_path(serve, connect):
+def test_the_client_of_a_proxys_unix_socket_has_its_path(serve, connect):
     one = serve()
     peer, host, _ = yield exchange(one, connect(one.address), v2(0x21, 0x31, UNIX))
     assert (type(peer), peer.name) == (UNIXAddress, b"/run/client")
@@ -459,7 +459,7 @@ def test_a_client_of_a_proxys_unix_socket_has_its_path(serve, connect):
 
 @pytest.mark.parametrize("header", ANONYMOUS.values(), ids=ANONYMOUS)
 @pytest_twisted.inlineCallbacks
-def test_a_header_that_names_nobody_leaves_the_connections_own_addresses(serve, connect, header):
+def test_a_header_without_addresses_keeps_the_addresses_of_the_connection(serve, connect, header):
     one = serve()
     sock = connect(one.address)
     peer, host, proxied = yield exchange(one, sock, header)
@@ -470,7 +470,7 @@ def test_a_header_that_names_nobody_leaves_the_connections_own_addresses(serve, 
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_proxy_may_come_over_a_unix_socket(serve, connect, tmp_path):
+def test_a_proxy_may_connect_to_a_unix_socket(serve, connect, tmp_path):
     path = f"{tmp_path}/s"
     one = serve(f"proxy:unix:{path}")
     assert (yield exchange(one, connect(path), V2))[:2] == (CLIENT, SERVER)
@@ -494,7 +494,7 @@ def test_a_proxy_may_come_over_a_unix_socket(serve, connect, tmp_path):
     ],
 )
 @pytest_twisted.inlineCallbacks
-def test_who_sends_no_header_is_closed_without_a_word(serve, connect, data):
+def test_a_connection_without_a_header_is_closed_and_nothing_is_sent(serve, connect, data):
     one = serve()
     sock = connect(one.address)
     sock.sendall(data)
@@ -517,9 +517,7 @@ def test_who_sends_no_header_is_closed_without_a_word(serve, connect, data):
 @pytest.mark.parametrize("secured", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("begun", [b"", b"PROXY ", V2[:20]], ids=["nothing", "v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_a_header_has_a_deadline_and_half_of_one_costs_nothing_until_then(
-    serve, connect, reads, context, begun, secured
-):
+def test_an_incomplete_header_ends_at_the_deadline_and_uses_no_cpu(serve, connect, reads, context, begun, secured):
     timed = Timed()
     one = serve(on=timed, tls=context if secured else None)
     one.port.handshake_timeout = 10.0
@@ -543,7 +541,7 @@ def test_a_header_has_a_deadline_and_half_of_one_costs_nothing_until_then(
 
 
 @pytest_twisted.inlineCallbacks
-def test_bytes_of_a_header_do_not_prolong_its_deadline(serve, connect, reads):
+def test_received_header_bytes_do_not_extend_the_deadline(serve, connect, reads):
     timed = Timed()
     one = serve(on=timed)
     sock = connect(one.address)
@@ -556,7 +554,7 @@ def test_bytes_of_a_header_do_not_prolong_its_deadline(serve, connect, reads):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_header_in_time_leaves_no_timer_and_the_tls_handshake_has_its_own(serve, connect, reads, context):
+def test_a_complete_header_cancels_its_timer_and_the_tls_handshake_has_another(serve, connect, reads, context):
     timed = Timed()
     plain, secure = serve(on=timed), serve(on=timed, tls=context)
     sock, other = connect(plain.address), connect(secure.address)
@@ -578,7 +576,7 @@ def test_a_header_in_time_leaves_no_timer_and_the_tls_handshake_has_its_own(serv
 
 @pytest.mark.parametrize("begun", [b"", V1[:20], V2[:20]], ids=["nothing", "v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_finishes_before_its_header_has_finished(serve, connect, begun):
+def test_a_half_close_before_the_header_ends_the_connection_cleanly(serve, connect, begun):
     one = serve()
     sock = connect(one.address)
     sock.sendall(begun)
@@ -592,7 +590,7 @@ def test_a_client_that_finishes_before_its_header_has_finished(serve, connect, b
 
 @pytest.mark.parametrize("begun", [b"", V1[:20], V2[:20]], ids=["nothing", "v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_resets_before_its_header_is_a_lost_connection(serve, connect, reads, begun):
+def test_a_reset_before_the_header_is_reported_as_connection_lost(serve, connect, reads, begun):
     one = serve()
     sock = connect(one.address)
     sock.sendall(begun)
@@ -606,7 +604,7 @@ def test_a_client_that_resets_before_its_header_is_a_lost_connection(serve, conn
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_finishes_right_after_its_header_is_answered_in_full(serve, connect):
+def test_a_client_that_half_closes_right_after_its_header_receives_everything(serve, connect):
     one = serve()
     for _ in range(20):
         sock = connect(one.address)
@@ -617,7 +615,7 @@ def test_a_client_that_finishes_right_after_its_header_is_answered_in_full(serve
 
 @pytest.mark.parametrize("how", ["abortConnection", "loseConnection"])
 @pytest_twisted.inlineCallbacks
-def test_a_connection_may_be_ended_by_us_before_its_header(serve, connect, reads, how):
+def test_the_server_can_end_a_connection_before_its_header(serve, connect, reads, how):
     one = serve()
     sock = connect(one.address)
     sock.sendall(V1[:20])
@@ -641,7 +639,7 @@ def test_a_connection_may_be_ended_by_us_before_its_header(serve, connect, reads
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_limit_per_peer_counts_clients_and_not_the_proxy(serve, connect):
+def test_a_limit_per_peer_counts_clients_instead_of_the_proxy(serve, connect):
     one = serve(limits=Limits(max_connections=100, max_connections_per_peer=2, proxy_from=LOOPBACK))
     socks = [connect(one.address) for _ in range(4)]
     for sock in socks[:2]:
@@ -659,7 +657,7 @@ def test_a_limit_per_peer_counts_clients_and_not_the_proxy(serve, connect):
 
 
 @pytest_twisted.inlineCallbacks
-def test_who_is_not_believed_is_closed_before_a_byte_is_read(serve, connect, reads):
+def test_an_untrusted_proxy_is_closed_before_reading(serve, connect, reads):
     one = serve(limits=Limits(max_connections=100))
     for header in (V1, b""):
         sock = connect(one.address)

@@ -290,7 +290,7 @@ def answer(data: bytes) -> tuple | str | None:
 
 
 @pytest.mark.parametrize("case", VALID.values(), ids=VALID)
-def test_a_header_is_read_at_its_last_byte_and_no_sooner(case) -> None:
+def test_a_header_is_complete_exactly_at_its_last_byte(case) -> None:
     data, source, destination, tlvs = case
     for length in range(len(data)):
         assert parse(data[:length]) is None, length
@@ -301,13 +301,13 @@ def test_a_header_is_read_at_its_last_byte_and_no_sooner(case) -> None:
 
 @pytest.mark.parametrize("case", VALID.values(), ids=VALID)
 @pytest.mark.parametrize("after", [b"\0", b"\r\n", b"GET / HTTP/1.1\r\n", b"\xff" * 70_000, "again"])
-def test_what_follows_a_header_changes_nothing(case, after) -> None:
+def test_data_after_a_header_does_not_change_the_result(case, after) -> None:
     data = case[0]
     assert answer(data + (data if after == "again" else after)) == answer(data)
 
 
 @pytest.mark.parametrize("case", INVALID.values(), ids=INVALID)
-def test_what_is_no_header_is_refused_as_soon_as_that_is_known(case) -> None:
+def test_an_invalid_header_is_rejected_at_the_first_wrong_byte(case) -> None:
     data, soonest, text = case
     soonest = len(data) if soonest is None else soonest
     for length in range(soonest):
@@ -339,13 +339,13 @@ def test_what_is_no_header_is_refused_as_soon_as_that_is_known(case) -> None:
         (tcp4(destination_port="1" * 50), NOT_A_PORT),
     ],
 )
-def test_a_whole_line_is_refused_for_its_own_reason(line, text) -> None:
+def test_a_complete_invalid_line_is_rejected_with_its_reason(line, text) -> None:
     with pytest.raises(ProxyError, match=re.escape(text)):
         parse(line)
 
 
 @pytest.mark.parametrize("line", [tcp4("192.0.2.01"), tcp6("fe80::1%eth0")])
-def test_a_system_that_reads_more_than_addresses_changes_nothing(line, monkeypatch) -> None:
+def test_a_lenient_inet_pton_does_not_change_the_result(line, monkeypatch) -> None:
     def reads_more(family, host):
         return socket.inet_pton(family, re.sub(r"%.*|\b0+(?=[1-9])", "", host))
 
@@ -354,11 +354,11 @@ def test_a_system_that_reads_more_than_addresses_changes_nothing(line, monkeypat
         parse(line)
 
 
-def test_nothing_received_is_the_beginning_of_anything() -> None:
+def test_empty_input_is_incomplete() -> None:
     assert parse(b"") is None
 
 
-def test_the_longest_header_that_v2_can_state_is_read() -> None:
+def test_the_longest_possible_v2_header_is_accepted() -> None:
     values = tlv(3, b"####") + tlv(4, bytes(65535 - 12 - 7 - 3))
     data = checked(v2(0x21, 0x11, inet() + values))
     assert len(data) == 65551
@@ -368,7 +368,7 @@ def test_the_longest_header_that_v2_can_state_is_read() -> None:
     assert header.source == CLIENT
 
 
-def test_a_header_takes_no_more_memory_than_its_bytes_however_many_tlvs_they_are() -> None:
+def test_the_memory_for_a_header_does_not_depend_on_its_number_of_tlvs() -> None:
     count = (65535 - 12) // 3
     data = v2(0x21, 0x11, inet() + tlv(4) * count)
     sizes = []
@@ -383,7 +383,7 @@ def test_a_header_takes_no_more_memory_than_its_bytes_however_many_tlvs_they_are
     assert header.tlvs == ((4, b""),) * count
 
 
-def test_any_bit_of_a_header_with_a_checksum_matters() -> None:
+def test_a_checksum_detects_any_changed_bit() -> None:
     data = VALID["v2 CRC32C among others"][0]
     for bit in range(16 * 8, len(data) * 8):  # before them it may be another command, or a longer header
         changed = bytearray(data)
@@ -570,7 +570,7 @@ def mutated(chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_changed_headers_get_the_verdict_of_the_oracle_however_they_are_split(seed) -> None:
+def test_mutated_headers_get_the_result_of_the_oracle_in_any_split(seed) -> None:
     chance = random.Random(seed)
     seen = dict.fromkeys(("header", "refused", "more"), 0)
     for _ in range(3000):
@@ -600,7 +600,7 @@ def test_changed_headers_get_the_verdict_of_the_oracle_however_they_are_split(se
     assert min(seen.values()) > 300, seen  # else the changes are too few, or too many, to say anything
 
 
-def test_bytes_of_every_kind_are_answered_or_refused() -> None:
+def test_random_bytes_are_parsed_or_rejected() -> None:
     chance = random.Random(2)
     for _ in range(20_000):
         beginning = chance.choice((b"", b"PROXY ", b"PROXY TCP4 ", b"PROXY TCP6 ", SIGNATURE, SIGNATURE + b"\x21"))

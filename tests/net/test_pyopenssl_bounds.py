@@ -249,7 +249,7 @@ def assert_bounded(events: list[tuple[int, int, bool]]) -> None:
 
 @pytest.mark.parametrize(("version", "make", "count"), FLOODS)
 @pytest_twisted.inlineCallbacks
-def test_a_flood_without_data_is_taken_in_small_parts_and_closed_with_a_reason(serve, fed, begin, version, make, count):
+def test_a_flood_without_data_is_read_in_small_parts_and_closed_with_a_reason(serve, fed, begin, version, make, count):
     served = serve(begin=begin)
 
     def flood() -> None:
@@ -270,9 +270,7 @@ def test_a_flood_without_data_is_taken_in_small_parts_and_closed_with_a_reason(s
 
 @pytest.mark.parametrize(("version", "make", "count"), FLOODS[:3])
 @pytest_twisted.inlineCallbacks
-def test_a_flood_with_some_data_is_taken_in_small_parts_and_none_of_its_data_is_lost(
-    serve, fed, begin, version, make, count
-):
+def test_a_flood_with_some_data_is_read_in_small_parts_and_loses_no_data(serve, fed, begin, version, make, count):
     """The byte of data ends each run of records before it is too much."""
     served = serve(begin=begin)
     run = {"TLSv1_3": 2_000, "TLSv1_2": 100}[version]
@@ -295,7 +293,7 @@ def test_a_flood_with_some_data_is_taken_in_small_parts_and_none_of_its_data_is_
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_thousand_records_in_few_segments_are_all_handled_some_in_each_turn(serve, fed, begin):
+def test_a_thousand_records_in_few_segments_are_processed_over_several_turns(serve, fed, begin):
     """Also by a protocol that pauses in each of them."""
     served = serve(begin=begin)
 
@@ -318,7 +316,7 @@ def test_a_thousand_records_in_few_segments_are_all_handled_some_in_each_turn(se
 
 
 @pytest_twisted.inlineCallbacks
-def test_what_is_read_ahead_waits_while_the_protocol_has_paused(serve, begin):
+def test_read_ahead_data_waits_while_the_protocol_is_paused(serve, begin):
     served = serve(begin=begin)
     served.factory.on_data = lambda protocol, data: protocol.transport.pauseProducing()
     with (yield deferToThread(connect, served, "TLSv1_3")) as client:
@@ -345,7 +343,7 @@ def test_what_is_read_ahead_waits_while_the_protocol_has_paused(serve, begin):
 
 @pytest.mark.parametrize("between", [0, 31], ids=["alone", "with change_cipher_spec between them"])
 @pytest_twisted.inlineCallbacks
-def test_one_byte_records_after_a_hello_retry_request_end_with_a_reason(serve, fed, begin, between):
+def test_one_byte_records_after_a_hello_retry_request_close_the_connection_with_a_reason(serve, fed, begin, between):
     served = serve(begin=begin)
     step = record(HANDSHAKE, b"\0") + CHANGE_CIPHER_SPEC * between
 
@@ -382,7 +380,7 @@ def held_connection(served: Served, client: Hostile) -> Any:
 
 
 @pytest_twisted.inlineCallbacks
-def test_answers_to_a_peer_that_does_not_read_are_bounded_and_cost_nothing_while_they_wait(serve, begin, monkeypatch):
+def test_answers_to_a_peer_that_does_not_read_are_bounded_and_use_no_cpu(serve, begin, monkeypatch):
     served = serve(begin=begin, send_buffer=4096)
     with (yield deferToThread(connect, served, "TLSv1_3", small_buffers=True)) as client:
         connection = yield held_connection(served, client)
@@ -400,7 +398,7 @@ def test_answers_to_a_peer_that_does_not_read_are_bounded_and_cost_nothing_while
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_reads_its_answers_after_all_is_served_on(serve, begin):
+def test_a_peer_that_reads_its_answers_later_is_served(serve, begin):
     served = serve(begin=begin, send_buffer=4096)
     served.factory.on_data = lambda protocol, data: data.endswith(b"!") and protocol.transport.write(b"here")
     with (yield deferToThread(connect, served, "TLSv1_3", small_buffers=True)) as client:
@@ -420,7 +418,7 @@ def test_a_peer_that_reads_its_answers_after_all_is_served_on(serve, begin):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_does_not_read_its_answers_is_aborted_after_a_time_without_progress(serve, begin):
+def test_a_peer_that_does_not_read_its_answers_is_aborted_after_the_answer_timeout(serve, begin):
     timed = Timed()
     served = serve(begin=begin, on=timed, send_buffer=4096)
     with (yield deferToThread(connect, served, "TLSv1_3", small_buffers=True)) as client:
@@ -457,7 +455,7 @@ def ended(timed: Timed, served: Served) -> list[Any]:
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_writes_much_to_a_slow_reader_is_heard_and_not_held(serve, begin):
+def test_unsent_data_for_a_slow_reader_does_not_stop_reading(serve, begin):
     """Also when the reader updates its keys meanwhile, as peers do after many bytes."""
     served = serve(begin=begin)
     content = os.urandom(50_000_000)
@@ -486,7 +484,7 @@ def test_a_protocol_that_writes_much_to_a_slow_reader_is_heard_and_not_held(serv
 
 
 @pytest_twisted.inlineCallbacks
-def test_tls_that_fails_while_much_is_unsent_is_bounded_in_time(serve, begin):
+def test_a_tls_error_with_much_unsent_data_ends_in_bounded_time(serve, begin):
     timed = Timed()
     served = serve(begin=begin, on=timed, send_buffer=4096)
     served.factory.on_data = lambda protocol, data: protocol.transport.write(bytes(1_000_000))
@@ -502,7 +500,7 @@ def test_tls_that_fails_while_much_is_unsent_is_bounded_in_time(serve, begin):
         assert timed.clock.getDelayedCalls() == []
 
 
-def test_marks_count_what_is_unsent_of_one_kind() -> None:
+def test_marks_count_the_unsent_bytes_of_marked_ranges() -> None:
     marks = pyopenssl_stream.Marks()
     assert not marks
     assert marks.after(0) == 0
@@ -540,7 +538,7 @@ def no_collection() -> Iterator[None]:
 )
 @pytest.mark.parametrize("begin", ["ssl", "proxy", "startTLS"])
 @pytest_twisted.inlineCallbacks
-def test_however_a_connection_ends_its_descriptor_is_closed_and_it_is_freed_without_a_collection(
+def test_an_ended_connection_closes_its_descriptor_and_is_freed_without_garbage_collection(
     serve, begin, end, no_collection
 ):
     served = serve(begin=begin)
@@ -610,7 +608,7 @@ def test_however_a_connection_ends_its_descriptor_is_closed_and_it_is_freed_with
 @pytest.mark.filterwarnings("ignore::twisted.protocols._tls_legacy.LegacyContextFactoryWarning")
 @pytest.mark.parametrize("wrong", ["no context at all", "a context that raises"])
 @pytest_twisted.inlineCallbacks
-def test_a_context_that_cannot_be_used_costs_its_own_connection(serve, wrong):
+def test_an_unusable_context_ends_only_its_connection(serve, wrong):
     class Raising(DefaultOpenSSLContextFactory):
         def getContext(self) -> Any:
             raise ZeroDivisionError("of the test")

@@ -76,7 +76,7 @@ def exchange(client: ssl.SSLSocket, data: bytes) -> bytes:
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_is_given_what_twisteds_own_tls_listeners_give(serve, certificates):
+def test_a_protocol_sees_the_same_transport_as_on_twisteds_tls_listeners(serve, certificates):
     seen: dict[str, Any] = {}
     calls: list[str] = []
 
@@ -129,7 +129,7 @@ def test_a_protocol_is_given_what_twisteds_own_tls_listeners_give(serve, certifi
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_client_without_a_common_alpn_protocol_gets_the_alert_and_others_are_served(serve, logged):
+def test_a_client_without_a_common_alpn_protocol_receives_the_alert_and_others_are_served(serve, logged):
     factory, _, connect = serve(HandshakeListening, ":alpn=two,one")
     with pytest.raises(ssl.SSLError, match="no application protocol"):
         yield deferToThread(connect, alpn=["three"])
@@ -143,7 +143,7 @@ def test_a_client_without_a_common_alpn_protocol_gets_the_alert_and_others_are_s
 
 @pytest.mark.parametrize("where", ["on_connect", "on_handshake", "on_data"])
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(serve, logged, where):
+def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(serve, logged, where):
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of the test")
 
@@ -171,7 +171,7 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_has_failed_hears_no_more(serve, logged, version):
+def test_a_failed_protocol_receives_no_more_calls(serve, logged, version):
     """Also of what was there already, together with the end of the client's handshake."""
 
     def fail(one: Recorder) -> None:
@@ -208,7 +208,7 @@ def test_a_protocol_that_has_failed_hears_no_more(serve, logged, version):
 
 @pytest.mark.parametrize("who", ["client", "server"])
 @pytest_twisted.inlineCallbacks
-def test_who_has_finished_first_is_told_apart(serve, who):
+def test_the_side_that_closed_first_is_recorded(serve, who):
     factory, _, connect = serve(on_data=lambda one, data: one.transport.loseConnection())
 
     def client() -> None:
@@ -228,7 +228,7 @@ def test_who_has_finished_first_is_told_apart(serve, who):
 
 
 @pytest_twisted.inlineCallbacks
-def test_an_end_of_ours_sends_all_that_is_written(serve):
+def test_close_sends_all_written_data(serve):
     content = os.urandom(8_000_000)
     unsent: list[int] = []
 
@@ -258,7 +258,7 @@ def test_an_end_of_ours_sends_all_that_is_written(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_slow_reader_costs_bounded_memory_where_the_protocol_asks_for_that(serve):
+def test_a_producer_bounds_the_memory_for_a_slow_reader(serve):
     """As with Twisted's: a transport that is registered as its own producer is paused."""
     most = 0
 
@@ -290,9 +290,7 @@ def test_a_slow_reader_costs_bounded_memory_where_the_protocol_asks_for_that(ser
 
 
 @pytest_twisted.inlineCallbacks
-def test_each_name_is_shown_its_certificate_and_a_renewed_one_is_shown_to_whoever_comes_then(
-    serve, certificates, tmp_path
-):
+def test_sni_selects_the_certificate_and_new_clients_see_a_renewed_one(serve, certificates, tmp_path):
     for name, alternative in (("a", "DNS:a.example"), ("star", "DNS:*.example"), ("default", "DNS:d.example")):
         certificates.make(f"layered-{name}", "server", "ca", alternative=alternative)
         both = certificates.join(f"layered-{name}-both.pem", f"layered-{name}.key", f"layered-{name}.pem")
@@ -320,7 +318,7 @@ def test_each_name_is_shown_its_certificate_and_a_renewed_one_is_shown_to_whoeve
     assert (yield deferToThread(names, "b.example")) == ["star"]
 
 
-def test_without_pyopenssl_the_start_says_how_to_get_it(certificates, monkeypatch) -> None:
+def test_without_pyopenssl_the_error_explains_how_to_install_it(certificates, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "OpenSSL", None)
     monkeypatch.delitem(sys.modules, "rtservice.net.pyopenssl", raising=False)
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
@@ -329,7 +327,7 @@ def test_without_pyopenssl_the_start_says_how_to_get_it(certificates, monkeypatc
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_producer_ends_with_the_clients_close_notify(serve):
+def test_a_producer_is_stopped_at_the_clients_close_notify(serve):
     """Twisted's layer leaves it to produce, for nobody."""
     asked = 0
 
@@ -360,7 +358,7 @@ def test_a_producer_ends_with_the_clients_close_notify(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_clients_close_notify_is_not_waited_for_and_what_comes_after_ours_is_not_heard(serve):
+def test_close_does_not_wait_for_the_clients_close_notify_and_ignores_later_data(serve):
     heard: list[bytes] = []
 
     def close(one: Recorder, data: bytes) -> None:
@@ -389,7 +387,7 @@ def test_the_clients_close_notify_is_not_waited_for_and_what_comes_after_ours_is
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_chain_of_certificates_may_be_long(serve, certificates):
+def test_a_server_certificate_chain_may_be_long(serve, certificates):
     chain = certificates.join("layered-long.pem", *["ca.pem"] * 100)
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}:extraCertChain={chain}"
     factory, _, connect = serve(files=files)
@@ -408,7 +406,7 @@ def test_a_chain_of_certificates_may_be_long(serve, certificates):
     ids=["tampered", "garbage", "FIN"],
 )
 @pytest_twisted.inlineCallbacks
-def test_what_ends_tls_is_known_as_it_is_with_our_own(serve, sent, error):
+def test_tls_errors_are_classified_as_with_the_ssl_library(serve, sent, error):
     factory, _, connect = serve()
 
     def client() -> None:

@@ -95,7 +95,7 @@ def tracebacks(events: list[dict[str, Any]]) -> list[str]:
     return [str(event["failure"].value) for event in events if event.get("failure") is not None]
 
 
-def test_each_descriptor_that_is_ready_has_one_read_in_a_batch(reactor) -> None:
+def test_each_ready_descriptor_is_read_once_per_batch(reactor) -> None:
     made = make(reactor, "a", "b", "c")
     reactor.doIteration(0)
     assert [one.reads for one in made] == [1, 1, 1]
@@ -116,7 +116,7 @@ class Below(Descriptor):
         self.reads = self.writes = 0
 
 
-def test_a_descriptor_in_the_place_of_another_is_called_from_the_next_event_on(reactor) -> None:
+def test_a_replacement_descriptor_receives_the_next_events(reactor) -> None:
     (first,) = make(reactor, "first")
     second = Below(first, "second")
     prefixes: list[str] = []
@@ -139,7 +139,7 @@ def test_a_descriptor_in_the_place_of_another_is_called_from_the_next_event_on(r
     assert not any(isinstance(each, Descriptor) for each in watched(reactor))
 
 
-def test_a_descriptor_in_the_place_of_one_that_is_not_registered_is_not_either(reactor) -> None:
+def test_replacing_an_unregistered_descriptor_registers_nothing(reactor) -> None:
     (first,) = make(reactor, "first")
     reactor.removeReader(first)
     reactor.exchange(first, Below(first, "second"))
@@ -148,7 +148,7 @@ def test_a_descriptor_in_the_place_of_one_that_is_not_registered_is_not_either(r
     first.close()
 
 
-def test_a_descriptor_in_the_place_of_another_asks_nothing_of_the_kernel(reactor, monkeypatch) -> None:
+def test_replacing_a_descriptor_makes_no_system_call(reactor, monkeypatch) -> None:
     (first,) = make(reactor, "first")
     poller, calls = reactor._poller, []
 
@@ -165,7 +165,7 @@ def test_a_descriptor_in_the_place_of_another_asks_nothing_of_the_kernel(reactor
 
 
 @pytest.mark.parametrize("method", ["on_read", "on_write"])
-def test_a_handler_that_raises_is_logged_and_loses_only_its_descriptor(reactor, events, method) -> None:
+def test_an_exception_in_a_handler_is_logged_and_ends_only_its_descriptor(reactor, events, method) -> None:
     bad, good = make(reactor, "bad", "good")
     setattr(bad, method, boom)
     reactor.addWriter(bad)
@@ -177,7 +177,7 @@ def test_a_handler_that_raises_is_logged_and_loses_only_its_descriptor(reactor, 
     assert bad not in reactor.getReaders() + reactor.getWriters()
 
 
-def test_a_descriptor_that_raises_at_its_end_is_logged_and_the_others_go_on(reactor, events) -> None:
+def test_an_exception_in_connection_lost_is_logged_and_the_others_continue(reactor, events) -> None:
     made = make(reactor, "a", "b", "c")
     for one in made:
         one.on_read, one.on_lost = (lambda: main.CONNECTION_LOST), boom
@@ -186,7 +186,7 @@ def test_a_descriptor_that_raises_at_its_end_is_logged_and_the_others_go_on(reac
     assert tracebacks(events) == ["boom"] * 3
 
 
-def test_what_a_read_returns_ends_the_connection_with_that_reason(reactor) -> None:
+def test_the_return_value_of_do_read_is_the_reason_of_connection_lost(reactor) -> None:
     done, lost = make(reactor, "done", "lost")
     done.on_read = lambda: main.CONNECTION_DONE
     lost.on_read = lambda: main.CONNECTION_LOST
@@ -195,7 +195,7 @@ def test_what_a_read_returns_ends_the_connection_with_that_reason(reactor) -> No
     assert lost.lost[0].type is error.ConnectionLost
 
 
-def test_a_descriptor_closed_by_another_in_the_batch_is_not_handled(reactor) -> None:
+def test_a_descriptor_closed_earlier_in_the_batch_receives_no_event(reactor) -> None:
     first, second = make(reactor, "first", "second")
 
     def close_the_other(own: Descriptor, other: Descriptor) -> None:
@@ -210,7 +210,7 @@ def test_a_descriptor_closed_by_another_in_the_batch_is_not_handled(reactor) -> 
     assert first.reads + second.reads == 1
 
 
-def test_a_number_used_again_in_the_batch_belongs_to_its_new_owner(reactor) -> None:
+def test_a_descriptor_number_reused_within_a_batch_belongs_to_its_new_owner(reactor) -> None:
     first, second = make(reactor, "first", "second")
     new: list[Descriptor] = []
 
@@ -236,7 +236,7 @@ def test_a_number_used_again_in_the_batch_belongs_to_its_new_owner(reactor) -> N
     assert new[0].reads >= 1
 
 
-def test_a_descriptor_without_a_number_is_lost_and_does_not_spin(reactor) -> None:
+def test_a_descriptor_without_a_number_is_lost_without_a_busy_loop(reactor) -> None:
     (one,) = make(reactor, "one")
     number = one.fileno()
     one.fileno = lambda: -1
@@ -246,7 +246,7 @@ def test_a_descriptor_without_a_number_is_lost_and_does_not_spin(reactor) -> Non
     assert number not in reactor._selectables
 
 
-def test_a_peer_that_is_gone_is_reported_to_who_reads_and_to_who_writes(reactor) -> None:
+def test_a_disconnected_peer_is_reported_to_readers_and_writers(reactor) -> None:
     reading, writing = Descriptor(reactor), Descriptor(reactor)
     reactor.addReader(reading)
     reactor.addWriter(writing)
@@ -270,13 +270,13 @@ def prefixes(reactor: Reactor) -> list[str]:
     return seen
 
 
-def test_a_handler_has_the_log_context_of_its_descriptor_and_only_then(reactor) -> None:
+def test_the_log_context_of_a_descriptor_is_set_only_during_its_handler(reactor) -> None:
     before = list(theContextTracker.currentContext().contexts)
     assert sorted(prefixes(reactor)) == ["a", "b"]
     assert theContextTracker.currentContext().contexts == before
 
 
-def test_the_log_context_of_who_runs_the_reactor_is_below(reactor) -> None:
+def test_a_handler_inherits_the_log_context_of_the_reactors_caller(reactor) -> None:
     seen: list[Any] = []
     (one,) = make(reactor, "one")
     one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext))
@@ -284,7 +284,7 @@ def test_the_log_context_of_who_runs_the_reactor_is_below(reactor) -> None:
     assert seen == [{"system": "one", "request": 7}]
 
 
-def test_what_is_logged_in_a_handler_has_the_prefix(reactor, events) -> None:
+def test_messages_logged_in_a_handler_have_its_prefix(reactor, events) -> None:
     (one,) = make(reactor, "the prefix")
     one.on_read = lambda: log.msg("hello")
     reactor.doIteration(0)
@@ -306,7 +306,7 @@ def test_a_signal_handler_may_log_while_the_reactor_waits(reactor, events) -> No
     assert [event["message"] for event in events if event.get("message")] == [("signalled",)]
 
 
-def test_a_prefix_that_raises_harms_nobody(reactor) -> None:
+def test_an_exception_in_log_prefix_is_harmless(reactor) -> None:
     seen: list[str] = []
     (one,) = make(reactor, "one")
     one.logPrefix = boom
@@ -315,7 +315,7 @@ def test_a_prefix_that_raises_harms_nobody(reactor) -> None:
     assert seen == ["(buggy logPrefix method)"]
 
 
-def test_a_context_that_outlives_the_event_is_still_its_descriptors(reactor) -> None:
+def test_a_saved_log_context_stays_that_of_its_descriptor(reactor) -> None:
     kept: list[Any] = []
     (one,) = make(reactor, "one")
     # As the thread pool keeps it, for what it runs later in another thread.
@@ -339,7 +339,7 @@ def test_write_soon_writes_once_before_the_reactor_waits(reactor) -> None:
     one.close()
 
 
-def test_write_soon_in_a_write_is_for_the_next_round(reactor) -> None:
+def test_write_soon_during_a_write_applies_to_the_next_iteration(reactor) -> None:
     one = Descriptor(reactor)
     one.on_write = lambda: reactor.write_soon(one)
     reactor.write_soon(one)
@@ -350,7 +350,7 @@ def test_write_soon_in_a_write_is_for_the_next_round(reactor) -> None:
     one.close()
 
 
-def test_a_write_that_fails_loses_only_its_descriptor(reactor, events) -> None:
+def test_a_failed_write_ends_only_its_descriptor(reactor, events) -> None:
     bad, good = Descriptor(reactor, "bad"), Descriptor(reactor, "good")
     bad.on_write = boom
     reactor.write_soon(bad)

@@ -24,7 +24,7 @@ def put(certificates, name: str, certificate: pathlib.Path, key: pathlib.Path) -
         shutil.copy(certificates[f"{name}.{suffix}"], path)
 
 
-def test_a_renewed_certificate_is_in_force_once_it_is_adopted(renewable, certificates) -> None:
+def test_clients_see_a_renewed_certificate_after_adopt(renewable, certificates) -> None:
     certificate, key, listener = renewable
     before = facts(listener)
     assert [one.path for one in listener.certificates] == [str(certificate)]
@@ -41,7 +41,7 @@ def test_a_renewed_certificate_is_in_force_once_it_is_adopted(renewable, certifi
 
 
 @pytest.mark.parametrize("wrong", ["gone", "junk", "of another"])
-def test_a_renewed_certificate_that_is_wrong_is_named_and_changes_nothing(renewable, certificates, wrong) -> None:
+def test_an_invalid_renewed_certificate_is_named_and_the_current_one_stays(renewable, certificates, wrong) -> None:
     certificate, _, listener = renewable
     before = facts(listener)
     if wrong == "gone":
@@ -57,7 +57,7 @@ def test_a_renewed_certificate_that_is_wrong_is_named_and_changes_nothing(renewa
     assert handshake(listener, certificates) == PLAIN
 
 
-def test_names_that_come_and_go_are_noticed_at_renewal(open_secure, certificates, tmp_path) -> None:
+def test_renewal_picks_up_added_and_removed_files(open_secure, certificates, tmp_path) -> None:
     def names(listener: Listener) -> list[str]:
         return [name for one in listener.certificates for name in one.names]
 

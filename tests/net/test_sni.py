@@ -109,21 +109,21 @@ def shown(named, server: ssl.SSLContext, name: str | None) -> str:
         (None, "fallback"),
     ],
 )
-def test_each_name_is_shown_its_certificate(named, put, name, file) -> None:
+def test_sni_selects_the_certificate(named, put, name, file) -> None:
     for one in ("a", "wild", "www", "cn.example", "idn"):
         put(one)
     put("fallback", "default")
     assert shown(named, DirectoryTLS(str(put.directory)).load().context, name) == file
 
 
-def test_the_first_file_is_the_default_when_none_is_called_so(named, put) -> None:
+def test_the_first_file_is_the_default_without_default_pem(named, put) -> None:
     put("www", "2")
     put("a", "10")
     context = DirectoryTLS(str(put.directory)).load().context
     assert [shown(named, context, name) for name in (None, "unknown", "www.example.org")] == ["a", "a", "www"]
 
 
-def test_the_default_may_have_the_names_of_others_which_keep_them(named, put) -> None:
+def test_a_name_shared_with_the_default_selects_the_other_certificate(named, put) -> None:
     put("a")
     put("again", "default")
     put("www")
@@ -140,7 +140,7 @@ def test_the_default_may_be_a_link_to_another_file(named, put) -> None:
     assert [shown(named, context, name) for name in (None, "a.example", "www.example.org")] == ["www", "a", "www"]
 
 
-def test_two_files_for_one_name_are_both_named(put) -> None:
+def test_two_files_with_the_same_name_are_both_reported(put) -> None:
     put("a")
     put("again")
     assert refusal(put.directory) == (
@@ -157,14 +157,14 @@ def test_a_file_may_hold_the_chain_and_the_key(named, put) -> None:
     assert end.getpeercert()["subjectAltName"] == (("DNS", "deep.example"),)
 
 
-def test_what_is_not_called_pem_and_what_is_hidden_is_left_alone(named, put) -> None:
+def test_other_extensions_and_hidden_files_are_ignored(named, put) -> None:
     put("a")
     for name in ("README", "a.pem.bak", ".b.pem", ".pem", "other.key"):
         (put.directory / name).write_text("junk")
     assert [one.path for one in DirectoryTLS(str(put.directory)).load().certificates] == [f"{put.directory}/a.pem"]
 
 
-def test_each_certificate_says_its_names_and_when_it_ends(named, put) -> None:
+def test_names_and_expiry_of_each_certificate_are_reported(named, put) -> None:
     put("a")
     put("cn.example", "default")
     put("wild")
@@ -193,7 +193,7 @@ def refusal(directory: object, **policy) -> str:
     return line
 
 
-def test_a_directory_that_is_missing_or_empty_or_none_is_named(tmp_path) -> None:
+def test_a_path_that_is_missing_empty_or_no_directory_is_named(tmp_path) -> None:
     assert refusal(tmp_path / "none") == f"cannot read the directory '{tmp_path}/none': no such file or directory"
     assert refusal(tmp_path) == f"no certificate in the directory '{tmp_path}'; add a file NAME.pem"
     (tmp_path / "file").touch()
@@ -217,14 +217,14 @@ def test_a_key_of_another_certificate_is_named(named, put) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "junk", "-----BEGIN CERTIFICATE-----\n"])
-def test_a_file_without_a_usable_certificate_is_named_and_not_passed_over(put, content) -> None:
+def test_a_file_without_a_usable_certificate_is_named_and_not_skipped(put, content) -> None:
     put("a")
     (put.directory / "b.pem").write_text(content)
     (put.directory / "b.key").touch()
     assert refusal(put.directory) == f"no usable certificate in PEM form in '{put.directory}/b.pem'"
 
 
-def test_a_file_that_cannot_be_read_is_named(put) -> None:
+def test_an_unreadable_file_is_named(put) -> None:
     put("a")
     (put.directory / "b.pem").symlink_to("gone.pem")
     assert refusal(put.directory) == f"cannot read the certificate '{put.directory}/b.pem': no such file or directory"
@@ -245,7 +245,7 @@ EACH = pytest.mark.parametrize("name", ["a.example", "unknown", None])
 
 
 @EACH
-def test_alpn_is_the_servers_preference_for_each_name(two, name) -> None:
+def test_alpn_follows_the_servers_preference_for_each_name(two, name) -> None:
     client = careless()
     client.set_alpn_protocols(["two", "one"])
     ends = shake(DirectoryTLS(two, alpn=("one", "two")).load().context, client, name)
@@ -253,7 +253,7 @@ def test_alpn_is_the_servers_preference_for_each_name(two, name) -> None:
 
 
 @EACH
-def test_the_minimum_holds_for_each_name(two, name) -> None:
+def test_the_minimum_version_applies_to_each_name(two, name) -> None:
     context = DirectoryTLS(two, minimum="1.3").load().context
     assert shake(context, careless(), name)[0].version() == "TLSv1.3"
     with pytest.raises(ssl.SSLError):
@@ -261,7 +261,7 @@ def test_the_minimum_holds_for_each_name(two, name) -> None:
 
 
 @EACH
-def test_the_suites_are_the_same_for_each_name(two, name) -> None:
+def test_the_cipher_suites_are_the_same_for_each_name(two, name) -> None:
     context = DirectoryTLS(two).load().context
     client = careless(maximum_version=ssl.TLSVersion.TLSv1_2)
     client.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE+AESGCM")
@@ -273,7 +273,7 @@ def test_the_suites_are_the_same_for_each_name(two, name) -> None:
 
 @EACH
 @VERSIONS
-def test_a_client_needs_a_certificate_whichever_name_it_asks_for(named, two, name, version) -> None:
+def test_a_client_certificate_is_required_for_each_name(named, two, name, version) -> None:
     context = DirectoryTLS(two, client_ca=named["ca.pem"]).load().context
 
     def client(*names: str) -> ssl.SSLContext:
@@ -291,14 +291,14 @@ def test_a_client_needs_a_certificate_whichever_name_it_asks_for(named, two, nam
 
 @EACH
 @VERSIONS
-def test_a_session_is_resumed_whichever_name_it_is_for(named, two, name, version) -> None:
+def test_a_session_is_resumed_for_each_name(named, two, name, version) -> None:
     context = DirectoryTLS(two).load().context
     client = careless(maximum_version=ssl.TLSVersion[version])
     first, _ = shake(context, client, name)
     assert shake(context, client, name, first.session)[0].session_reused
 
 
-def test_a_client_between_two_hellos_survives_a_reload(two) -> None:
+def test_a_reload_between_two_client_hellos_is_safe(two) -> None:
     # In a process of its own, which would crash: freed memory is overwritten at once.
     environment = {**os.environ, "PYTHONMALLOC": "debug"}
     done = subprocess.run(
@@ -308,7 +308,7 @@ def test_a_client_between_two_hellos_survives_a_reload(two) -> None:
     assert done.stdout == "TLSv1.3 TLS_AES_256_GCM_SHA384\n"
 
 
-def test_a_client_of_pyopenssl_between_two_hellos_survives_a_reload(two) -> None:
+def test_a_reload_between_two_client_hellos_is_safe_with_pyopenssl(two) -> None:
     pytest.importorskip("OpenSSL")
     # In a process of its own, which would crash: freed memory is overwritten at once.
     environment = {**os.environ, "PYTHONMALLOC": "debug"}
@@ -342,7 +342,7 @@ def test_contexts_are_freed_without_the_garbage_collector(put, library) -> None:
         gc.enable()
 
 
-def test_a_connection_with_the_default_of_before_keeps_no_other_context_in_memory(named, put) -> None:
+def test_a_connection_with_a_replaced_default_keeps_no_other_context_in_memory(named, put) -> None:
     put("a")
     put("www")
     put("fallback", "default")
@@ -382,7 +382,7 @@ def test_contexts_are_freed_after_connections_that_used_them(two) -> None:
 @pytest.mark.parametrize(
     "name", [b"a..example", b"a.example..", b"." * 9, b"-_x%y'z\x1b\r\n", b"x" * 60, b"xn--a-\x7f"]
 )
-def test_a_name_that_is_no_host_name_is_shown_the_default(two, name, capfd) -> None:
+def test_an_invalid_host_name_selects_the_default(two, name, capfd) -> None:
     context = DirectoryTLS(two).load().context
     stand_in = b"n" * len(name)
     to_server, to_client, altered = ssl.MemoryBIO(), ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -404,7 +404,7 @@ def test_a_name_that_is_no_host_name_is_shown_the_default(two, name, capfd) -> N
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
-def test_s_client_sees_the_certificate_of_its_name_and_is_asked_for_its_own(named, two, service) -> None:
+def test_s_client_sees_the_certificate_of_its_name_and_a_certificate_request(named, two, service) -> None:
     one = service(f"--listen=ssl:0:interface=127.0.0.1:certificates={two}:clientCA={named['ca.pem']}:alpn=echo")
 
     def client(*arguments: str) -> str:

@@ -162,7 +162,7 @@ FLOODS = [
 
 @pytest.mark.parametrize(("version", "flood"), FLOODS)
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_sends_much_without_data_is_closed_with_a_reason(serve, version, flood):
+def test_a_flood_of_records_without_data_closes_the_connection_with_a_reason(serve, version, flood):
     def client():
         with Forger(served.address, version) as peer:
             peer.sock.sendall(peer.seal(APPLICATION_DATA, b"hello"))
@@ -179,7 +179,7 @@ def test_a_peer_that_sends_much_without_data_is_closed_with_a_reason(serve, vers
 
 
 @pytest_twisted.inlineCallbacks
-def test_records_without_data_between_data_end_nothing(serve):
+def test_records_without_data_between_data_are_accepted(serve):
     """As many key updates as would end it together, but never much without data."""
 
     def client() -> Forger:
@@ -246,7 +246,7 @@ def empty_records(address) -> int:
 
 @pytest.mark.parametrize("attack", [hello_of_one_byte_records, hello_without_end, warnings, empty_records])
 @pytest_twisted.inlineCallbacks
-def test_a_handshake_that_is_too_large_is_closed_with_a_reason(serve, attack):
+def test_a_too_large_handshake_closes_the_connection_with_a_reason(serve, attack):
     served = serve()
     yield deferToThread(attack, served.address)
     yield eventually(lambda: served.ended)
@@ -256,7 +256,7 @@ def test_a_handshake_that_is_too_large_is_closed_with_a_reason(serve, attack):
     assert not served.factory.made
 
 
-def test_a_handshake_may_have_a_chain_of_certificates_of_tomorrow() -> None:
+def test_a_handshake_with_a_post_quantum_chain_fits_the_limit() -> None:
     """Three with ML-DSA-65 keys and signatures, a CertificateVerify, and a ClientHello with an ML-KEM-768 share."""
     certificate, signature = 1952 + 3309 + 400, 3309
     assert 3 * certificate + signature + 1800 < MAX_HANDSHAKE_BYTES
@@ -265,7 +265,7 @@ def test_a_handshake_may_have_a_chain_of_certificates_of_tomorrow() -> None:
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 @pytest.mark.parametrize("pieces", [1, 7, 1000])
 @pytest_twisted.inlineCallbacks
-def test_a_client_without_a_common_alpn_protocol_gets_the_alert_for_it(serve, version, pieces):
+def test_a_client_without_a_common_alpn_protocol_receives_the_alert(serve, version, pieces):
     """RFC 7301, section 3.2; in whatever pieces its ClientHello comes."""
     hello = real_hello(alpn=["other"], maximum=ssl.TLSVersion[version])
 
@@ -349,7 +349,7 @@ def shows_chain(certificates):
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 @pytest.mark.parametrize("others", [0, 8])
 @pytest_twisted.inlineCallbacks
-def test_a_long_chain_of_a_client_is_decoded_in_a_thread(serve, certificates, in_thread, shows_chain, version, others):
+def test_a_long_client_chain_is_decoded_in_a_thread(serve, certificates, in_thread, shows_chain, version, others):
     def client() -> bytes:
         with shows_chain(served.address, version, others) as tls:
             tls.sendall(b"hello")
@@ -362,7 +362,7 @@ def test_a_long_chain_of_a_client_is_decoded_in_a_thread(serve, certificates, in
 
 
 @pytest_twisted.inlineCallbacks
-def test_others_are_served_while_a_chain_is_decoded(serve, certificates, in_thread, shows_chain):
+def test_other_clients_are_served_while_a_chain_is_decoded(serve, certificates, in_thread, shows_chain):
     served = serve(client_ca=certificates["ca.pem"])
     with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)) as slow:
         yield eventually(in_thread.begun.is_set)
@@ -407,7 +407,7 @@ def test_a_handshake_may_end_while_its_chain_is_decoded(serve, certificates, in_
 
 
 @pytest_twisted.inlineCallbacks
-def test_nothing_else_uses_a_connection_while_its_chain_is_decoded(serve, certificates, in_thread, shows_chain):
+def test_a_connection_is_not_used_while_its_chain_is_decoded(serve, certificates, in_thread, shows_chain):
     served = serve(client_ca=certificates["ca.pem"])
     with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)):
         yield eventually(in_thread.begun.is_set)
@@ -421,7 +421,7 @@ def test_nothing_else_uses_a_connection_while_its_chain_is_decoded(serve, certif
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_handshake_that_failed_in_a_thread_leaves_nothing_to_a_garbage_collection():
+def test_a_handshake_that_failed_in_a_thread_is_freed_without_garbage_collection():
     class Failing:
         def do_handshake(self) -> None:
             raise ssl.SSLError(1, "no certificate that is trusted")
@@ -442,7 +442,7 @@ def test_a_handshake_that_failed_in_a_thread_leaves_nothing_to_a_garbage_collect
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_long_chain_of_a_client_is_refused_by_twisteds_tls_too(serve, certificates, shows_chain):
+def test_a_too_long_client_chain_is_also_rejected_with_pyopenssl(serve, certificates, shows_chain):
     """It is decoded in the reactor's thread there, so it is refused by its size alone."""
     pytest.importorskip("OpenSSL", reason="pyOpenSSL (twisted[tls]) is not installed")
     served = serve(client_ca=certificates["ca.pem"], library="pyopenssl")
@@ -482,7 +482,7 @@ class Asker:
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_asks_for_key_updates_and_never_reads_is_read_no_more(serve):
+def test_reading_stops_for_a_peer_that_requests_key_updates_and_never_reads(serve):
     """In bounded memory, without a spin, and it is gone after the deadline."""
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
@@ -505,7 +505,7 @@ def test_a_peer_that_asks_for_key_updates_and_never_reads_is_read_no_more(serve)
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_reads_again_goes_on(serve):
+def test_a_peer_that_reads_its_key_updates_again_is_served(serve):
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
     asker = yield deferToThread(Asker, served.address)
@@ -531,7 +531,7 @@ def test_a_peer_that_reads_again_goes_on(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_pauses_is_not_resumed_by_a_peer_that_reads_again(serve):
+def test_a_paused_protocol_stays_paused_when_the_peer_reads_its_key_updates(serve):
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
     asker = yield deferToThread(Asker, served.address)
@@ -557,7 +557,7 @@ def test_a_protocol_that_pauses_is_not_resumed_by_a_peer_that_reads_again(serve)
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_slow_reader_of_our_own_data_is_not_hurt_by_a_key_update(serve):
+def test_a_key_update_sets_no_deadline_for_a_slow_reader_of_data(serve):
     """Its answer waits behind the data, without a deadline of its own."""
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: protocol.transport.write(bytes(8 << 20)))
@@ -586,7 +586,7 @@ def test_a_slow_reader_of_our_own_data_is_not_hurt_by_a_key_update(serve):
 @pytest.mark.parametrize("header", [b"", b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"], ids=["plain", "proxied"])
 @pytest.mark.parametrize("moment", ["at once", "garbage", "within", "after", "header only"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_resets_leaves_no_descriptor_behind(serve, header, moment):
+def test_a_client_reset_leaves_no_open_descriptor(serve, header, moment):
     def client():
         for _ in range(30):
             if moment == "after":

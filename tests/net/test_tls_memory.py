@@ -19,7 +19,7 @@ def records_of(sizes: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_records_are_found_in_whatever_pieces_they_come(seed: int) -> None:
+def test_record_boundaries_are_found_in_any_split(seed: int) -> None:
     chance = random.Random(seed)
     sizes = [chance.choice((0, 1, 2, 5, 17, 200, 16640)) for _ in range(chance.randrange(1, 60))]
     data = records_of(sizes)
@@ -39,7 +39,7 @@ def test_records_are_found_in_whatever_pieces_they_come(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_more_records_are_taken_than_asked_for(seed: int) -> None:
+def test_no_more_records_are_taken_than_requested(seed: int) -> None:
     chance = random.Random(seed)
     data = records_of([chance.randrange(0, 50) for _ in range(100)])
     records, rest, counts = Records(), data, []
@@ -55,7 +55,7 @@ def test_no_more_records_are_taken_than_asked_for(seed: int) -> None:
     assert counts == [7] * 14 + [2]
 
 
-def test_records_that_are_no_data_cost_by_their_size() -> None:
+def test_records_without_data_count_by_their_size() -> None:
     hello = struct.pack("!BHH", 22, 0x0303, 16384) + bytes(16384)
     assert Records().take(hello * 4, MAX_RECORDS) == [len(hello)]
     small = struct.pack("!BHH", 22, 0x0303, 128) + bytes(128)
@@ -99,7 +99,7 @@ class Pair:
 
 @VERSIONS
 @pytest.mark.parametrize("seed", range(10))
-def test_data_arrives_whole_in_whatever_pieces_it_comes(certificates, version, seed) -> None:
+def test_data_arrives_complete_in_any_split(certificates, version, seed) -> None:
     chance = random.Random(seed)
     pair = Pair(certificates, version)
     data = chance.randbytes(100_000)
@@ -120,7 +120,7 @@ def test_data_arrives_whole_in_whatever_pieces_it_comes(certificates, version, s
     assert pair.server.aligned
 
 
-def test_a_read_of_many_small_records_is_taken_in_turns(certificates) -> None:
+def test_a_read_of_many_small_records_is_processed_over_several_turns(certificates) -> None:
     pair = Pair(certificates)
     sent = pair.say(b"x" * 700, 1)
     assert FIRST_READ < len(sent) <= FULL_READ
@@ -131,7 +131,7 @@ def test_a_read_of_many_small_records_is_taken_in_turns(certificates) -> None:
     assert [len(turn) for turn in turns] == [MAX_RECORDS] * 5 + [60]
 
 
-def test_data_before_a_record_that_is_broken_is_given_first(certificates) -> None:
+def test_data_before_a_broken_record_is_delivered_first(certificates) -> None:
     pair = Pair(certificates)
     good, bad = pair.say(b"good"), bytearray(pair.say(b"bad"))
     bad[-1] ^= 1
@@ -141,7 +141,7 @@ def test_data_before_a_record_that_is_broken_is_given_first(certificates) -> Non
     assert pair.server.outgoing.pending, "an alert says why"
 
 
-def test_data_before_close_notify_is_given_first(certificates) -> None:
+def test_data_before_close_notify_is_delivered_first(certificates) -> None:
     pair = Pair(certificates)
     sent = pair.say(b"last")
     with pytest.raises(ssl.SSLWantReadError):
@@ -152,7 +152,7 @@ def test_data_before_close_notify_is_given_first(certificates) -> None:
 
 @VERSIONS
 @pytest.mark.parametrize("size", [1, RECORD_SIZE - 1, RECORD_SIZE, RECORD_SIZE + 1, SEAL_SIZE])
-def test_what_is_sealed_is_in_as_few_records_as_can_be(certificates, version, size) -> None:
+def test_data_is_encrypted_in_the_fewest_possible_records(certificates, version, size) -> None:
     pair = Pair(certificates, version)
     pair.server.seal(b"y" * size)
     sealed = bytes(pair.server.sealed)
@@ -165,7 +165,7 @@ def test_what_is_sealed_is_in_as_few_records_as_can_be(certificates, version, si
     assert pair.hear(sealed) == b"y" * size
 
 
-def test_close_notify_is_made_once(certificates) -> None:
+def test_close_notify_is_generated_once(certificates) -> None:
     pair = Pair(certificates)
     pair.server.notify()
     assert pair.server.take()

@@ -440,7 +440,7 @@ def run(reactor: Any, tls: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
-def test_random_exchanges_lose_nothing_and_end_once(turned: Any, tls: Any, block: int) -> None:
+def test_random_exchanges_lose_no_data_and_end_once(turned: Any, tls: Any, block: int) -> None:
     for seed in range(block, SEEDS, BLOCKS):
         try:
             run(turned, tls, seed)

@@ -111,7 +111,7 @@ def full(_: bytes) -> int:
     raise BlockingIOError
 
 
-def test_a_protocol_that_resumes_twice_hears_once_that_its_peer_has_finished(service: Service) -> None:
+def test_read_connection_lost_is_called_once_if_a_protocol_resumes_twice(service: Service) -> None:
     peer, protocol = service.begin()
     protocol.transport.pauseProducing()
     peer.data(b"hello")
@@ -126,7 +126,7 @@ def test_a_protocol_that_resumes_twice_hears_once_that_its_peer_has_finished(ser
     assert protocol.heard == [b"hello", "end of input"]
 
 
-def test_a_key_update_after_our_close_notify_is_not_answered_and_data_goes_on(service: Service) -> None:
+def test_a_key_update_after_close_notify_is_not_answered_and_data_continues(service: Service) -> None:
     peer, protocol = service.begin()
     protocol.transport.loseWriteConnection()
     service.settle()
@@ -145,9 +145,7 @@ def test_a_key_update_after_our_close_notify_is_not_answered_and_data_goes_on(se
 
 
 @pytest.mark.parametrize("close", ["loseConnection", "loseWriteConnection"])
-def test_a_write_while_close_notify_waits_for_room_is_dropped_and_the_end_is_clean(
-    service: Service, close: str
-) -> None:
+def test_a_write_while_close_notify_is_pending_is_dropped_and_the_close_is_clean(service: Service, close: str) -> None:
     peer, protocol = service.begin()
     transport = protocol.transport
     transport.write(STREAM[:100])
@@ -171,7 +169,9 @@ def test_a_write_while_close_notify_waits_for_room_is_dropped_and_the_end_is_cle
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_data_with_the_clients_finished_is_not_lost_when_output_ends_at_once(service: Service, whole: bool) -> None:
+def test_data_with_the_client_finished_message_survives_an_immediate_end_of_output(
+    service: Service, whole: bool
+) -> None:
     service.factory.on_connect = lambda protocol: protocol.transport.loseWriteConnection()
     peer = service.connect()
     peer.data(b"early")
@@ -185,7 +185,7 @@ def test_data_with_the_clients_finished_is_not_lost_when_output_ends_at_once(ser
     assert service.factory.made.received == b"earlysecond"
 
 
-def test_what_is_unsent_is_never_negative_after_an_abort(service: Service) -> None:
+def test_unsent_is_not_negative_after_abort(service: Service) -> None:
     peer, protocol = service.begin()
     transport = protocol.transport
     transport.write(bytes(1 << 20))
@@ -199,7 +199,7 @@ def test_what_is_unsent_is_never_negative_after_an_abort(service: Service) -> No
     assert (transport.unsent, transport.bytes_out) == (0, sent)
 
 
-def test_a_record_that_is_broken_is_the_reason_of_the_end_and_gets_its_alert_whatever_is_written(
+def test_a_broken_record_is_the_reason_of_the_close_and_gets_an_alert_despite_writes(
     service: Service,
 ) -> None:
     peer, protocol = service.begin()
@@ -228,7 +228,7 @@ class Slow:
         pass
 
 
-def test_a_pull_producer_is_asked_again_only_when_it_has_written(service: Service) -> None:
+def test_a_pull_producer_is_resumed_only_after_it_has_written(service: Service) -> None:
     peer, protocol = service.begin()
     producer = Slow()
     protocol.transport.registerProducer(producer, False)
@@ -260,7 +260,7 @@ def test_a_protocol_that_pauses_while_its_connection_closes_loses_no_output(serv
     assert protocol.heard == ["end"]
 
 
-def test_a_close_in_the_middle_of_what_was_read_reads_on_until_its_peer_has_finished(service: Service) -> None:
+def test_a_close_in_the_middle_of_input_reads_until_the_peer_has_finished(service: Service) -> None:
     """Input that stays in the kernel would make it reset the connection, and the output be lost."""
     peer, protocol = service.begin()
 
@@ -298,7 +298,7 @@ class Failing:
         pass
 
 
-def test_a_producer_that_raises_in_a_later_turn_of_a_read_ends_its_connection(service: Service) -> None:
+def test_an_exception_in_a_producer_in_a_later_turn_ends_the_connection(service: Service) -> None:
     peer, protocol = service.begin()
     protocol.transport.pauseProducing()
     service.turn()
@@ -318,7 +318,7 @@ def test_a_producer_that_raises_in_a_later_turn_of_a_read_ends_its_connection(se
     assert not reads(protocol.transport, service.reactor)
 
 
-def test_an_end_of_ours_after_the_end_is_nothing(service: Service) -> None:
+def test_close_and_abort_after_the_end_do_nothing(service: Service) -> None:
     _, protocol = service.begin()
     service.port.write_soon = None  # as on other reactors
     protocol.transport.abortConnection()
@@ -328,7 +328,7 @@ def test_an_end_of_ours_after_the_end_is_nothing(service: Service) -> None:
     assert protocol.transport.error is None
 
 
-def test_nothing_is_read_for_a_protocol_that_closed_before_its_handshake_was_done(service: Service) -> None:
+def test_input_is_not_delivered_after_a_close_during_the_handshake(service: Service) -> None:
     opened: list[Any] = []
     service.port.connection_opened = opened.append
     service.factory.on_connect = lambda protocol: protocol.transport.write(STREAM)  # more than the kernel takes

@@ -25,7 +25,7 @@ from tests.support.tls_versions import VERSIONS
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_fin_without_close_notify_is_a_connection_lost(serve, client_context, version, logged):
+def test_fin_without_close_notify_is_reported_as_connection_lost(serve, client_context, version, logged):
     def client():
         with Client(served.address, client_context(version)).shake() as peer:
             peer.write(b"cut?")
@@ -47,7 +47,7 @@ def test_fin_without_close_notify_is_a_connection_lost(serve, client_context, ve
 @BOTH
 @pytest.mark.parametrize("moment", ["connected", "hello", "shaken", "reading", "writing"])
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_resets_ends_its_connection_alone(serve, client_context, moment, logged):
+def test_a_client_reset_ends_only_its_connection(serve, client_context, moment, logged):
     def client():
         peer = Client(served.address, client_context())
         if moment == "hello":
@@ -95,7 +95,7 @@ GARBAGE = {
 @BOTH
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
 @pytest_twisted.inlineCallbacks
-def test_garbage_instead_of_a_client_hello_is_closed_at_once(serve, garbage, logged):
+def test_garbage_instead_of_a_client_hello_closes_the_connection_immediately(serve, garbage, logged):
     def client():
         with socket.create_connection(served.address, timeout=DEADLINE) as sock:
             sock.sendall(garbage)
@@ -117,7 +117,7 @@ def test_garbage_instead_of_a_client_hello_is_closed_at_once(serve, garbage, log
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, client_context, logged):
+def test_a_client_may_leave_after_any_prefix_of_its_handshake(serve, client_context, logged):
     """With FIN or with RST, after each of many parts of both of a client's flights."""
 
     def client():
@@ -155,7 +155,7 @@ def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, client_c
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_record_that_was_tampered_with_ends_its_connection(serve, client_context, version, logged):
+def test_a_tampered_record_ends_its_connection(serve, client_context, version, logged):
     def client():
         with Client(served.address, client_context(version)).shake() as peer:
             peer.tls.write(b"hello")
@@ -175,7 +175,7 @@ def test_a_record_that_was_tampered_with_ends_its_connection(serve, client_conte
 
 
 @pytest_twisted.inlineCallbacks
-def test_abort_resets_the_peer_and_drops_what_is_unsent(serve, client_context):
+def test_abort_resets_the_connection_and_drops_unsent_data(serve, client_context):
     def abort(protocol, data):
         protocol.transport.write(b"never")
         protocol.transport.abortConnection()
@@ -197,7 +197,7 @@ def test_abort_resets_the_peer_and_drops_what_is_unsent(serve, client_context):
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_close_notify_first(serve, client_context):
+def test_lose_connection_delivers_unsent_data_to_a_client_that_sends_close_notify_first(serve, client_context):
     """Both say close_notify at once; what is unsent is sent all the same."""
     data = os.urandom(4 << 20)
 
@@ -221,7 +221,7 @@ def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_clo
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serve, client_context, version):
+def test_a_client_that_keeps_sending_during_close_receives_every_byte_and_no_reset(serve, client_context, version):
     data = os.urandom(4 << 20)
 
     def write_and_close(protocol, _):
@@ -257,7 +257,7 @@ def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serv
 
 @pytest.mark.parametrize("where", ["on_connect", "on_data", "on_fin", "on_handshake"])
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(serve, client_context, where, logged):
+def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(serve, client_context, where, logged):
     def fail(*_):
         raise ZeroDivisionError("of the test")
 
@@ -293,7 +293,7 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
 @BOTH
 @pytest.mark.parametrize("build", [lambda address: None, lambda address: 1 / 0], ids=["None", "raises"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, client_context, build):
+def test_a_connection_is_closed_if_no_protocol_is_built(serve, client_context, build):
     def client():
         with Client(served.address, client_context()).shake() as peer, contextlib.suppress(ssl.SSLEOFError, ResetError):
             assert peer.read() == b""
@@ -307,7 +307,7 @@ def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, client_context,
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_lose_write_connection_sends_close_notify_and_goes_on_reading(serve, client_context, version):
+def test_lose_write_connection_sends_close_notify_and_continues_reading(serve, client_context, version):
     def on_data(protocol, data):
         if data == b"first":
             protocol.transport.write(b"last words")

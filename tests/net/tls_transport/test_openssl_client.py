@@ -67,7 +67,7 @@ class OpenSSLClient:
 @BOTH
 @needs_openssl
 @pytest_twisted.inlineCallbacks
-def test_a_peer_may_update_its_keys_and_ask_for_ours(serve):
+def test_a_client_may_update_its_keys_and_request_an_update(serve):
     def client():
         with OpenSSLClient(served.address, "-tls1_3") as peer:
             peer.send(b"first\n")
@@ -87,7 +87,7 @@ def test_a_peer_may_update_its_keys_and_ask_for_ours(serve):
 @BOTH
 @needs_openssl
 @pytest_twisted.inlineCallbacks
-def test_a_renegotiation_is_refused_and_others_do_not_notice(serve, client_context, logged):
+def test_renegotiation_is_refused_without_affecting_other_clients(serve, client_context, logged):
     def client():
         with OpenSSLClient(served.address, "-tls1_2") as peer:
             peer.send(b"first\n")
