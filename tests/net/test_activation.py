@@ -59,14 +59,14 @@ def test_all_passed_sockets_are_adopted_with_and_without_names(
     passed = [tcp_socket(), six_socket(), unix_socket(f"{tmp_path}/s")]
     pass_sockets(*passed, names=names)
     found = opened(description)
-    assert [one.name for one in found] == [
+    assert [listener.name for listener in found] == [
         f"tcp:127.0.0.1:{passed[0].getsockname()[1]}",
         f"tcp:[::1]:{passed[1].getsockname()[1]}",
         f"unix:{tmp_path}/s",
     ]
-    assert all(one.shared and not one.socket.getblocking() for one in found)
-    for one in found:
-        one.close()
+    assert all(listener.shared and not listener.socket.getblocking() for listener in found)
+    for listener in found:
+        listener.close()
     assert (tmp_path / "s").exists()
     assert all(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in passed)
 
@@ -81,7 +81,7 @@ def test_passed_sockets_are_selected_by_name_or_index(opened, pass_sockets) -> N
         ("systemd:index=1", [names[1]]),
         ("systemd:domain=INET", names),
     ):
-        assert [one.name for one in opened(description)] == chosen
+        assert [listener.name for listener in opened(description)] == chosen
         check_description(description)
 
 
@@ -203,14 +203,16 @@ def test_a_multipath_tcp_socket_is_served(opened, pass_sockets) -> None:
     multipath.bind(("127.0.0.1", 0))
     multipath.listen()
     pass_sockets(multipath)
-    assert [one.name for one in opened("systemd:domain=INET")] == [f"tcp:127.0.0.1:{multipath.getsockname()[1]}"]
+    assert [listener.name for listener in opened("systemd:domain=INET")] == [
+        f"tcp:127.0.0.1:{multipath.getsockname()[1]}"
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract UNIX addresses are Linux's")
 def test_an_abstract_unix_socket_has_a_printable_name(opened, pass_sockets) -> None:
     abstract = f"rtservice-{os.getpid()}"
     pass_sockets(unix_socket(f"\0{abstract}"), unix_socket(f"\0{abstract}\0\xff".encode("latin-1")))
-    assert [one.name for one in opened("systemd:")] == [f"unix:@{abstract}", f"unix:@{abstract}@\\xff"]
+    assert [listener.name for listener in opened("systemd:")] == [f"unix:@{abstract}", f"unix:@{abstract}@\\xff"]
 
 
 def test_ssl_and_proxy_prefixes_apply_to_passed_sockets(opened, pass_sockets, certificates) -> None:
@@ -223,18 +225,18 @@ def test_ssl_and_proxy_prefixes_apply_to_passed_sockets(opened, pass_sockets, ce
     (plain,) = opened("proxy:systemd:name=plain")
     assert (plain.name, plain.shared, plain.proxied) == (f"proxy:tcp:127.0.0.1:{ports[0]}", True, True)
     both = opened(described(certificates, f"proxy:ssl:systemd:{FILES}"))
-    assert [one.name for one in both] == [f"proxy:ssl:127.0.0.1:{port}" for port in ports]
+    assert [listener.name for listener in both] == [f"proxy:ssl:127.0.0.1:{port}" for port in ports]
 
 
 def test_a_service_serves_tls_on_passed_sockets(service, certificates) -> None:
     description = described(certificates, f"--listen=ssl:systemd:{FILES}")
-    one = service(description, launcher=program("pass_sockets", "", "tcp,tcp"))
+    running = service(description, launcher=program("pass_sockets", "", "tcp,tcp"))
     client = ssl.create_default_context(cafile=certificates["ca.pem"])
     for count in (1, 2):
         port = int(
-            one.wait_event("listener.listening", count, listener=re.compile("^ssl:127.0.0.1:"))["listener"].rpartition(
-                ":"
-            )[2]
+            running.wait_event("listener.listening", count, listener=re.compile("^ssl:127.0.0.1:"))[
+                "listener"
+            ].rpartition(":")[2]
         )
         with (
             socket.create_connection(("127.0.0.1", port), timeout=30) as sock,

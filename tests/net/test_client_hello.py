@@ -34,7 +34,7 @@ SHORT = client_hello([29], (29, b"\x09" + bytes(31)))
 def test_the_client_hello_of_the_ssl_module_is_parsed(maximum, alpn, name) -> None:
     found = parse_client_hello(real_hello(alpn=alpn, name=name, maximum=maximum))
     assert found == ClientHello(
-        None if alpn is None else tuple(one.encode() for one in alpn), None if name is None else name.encode()
+        None if alpn is None else tuple(protocol.encode() for protocol in alpn), None if name is None else name.encode()
     )
 
 
@@ -316,4 +316,4 @@ def test_memory_is_bounded_while_many_threads_use_separate_gates() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [one for one in results if one is not None] == [hello] * 4
+    assert [result for result in results if result is not None] == [hello] * 4

@@ -227,10 +227,10 @@ def test_s_client_can_use_only_the_accepted_groups(service, certificates, librar
         pytest.importorskip("OpenSSL")
     # RSA: in TLS 1.2 the groups that a client lists are for certificates too (RFC 8422, section 5.1).
     files = f"privateKey={certificates['rsa.key']}:certKey={certificates['rsa.pem']}"
-    one = service(f"--listen=ssl:0:interface=127.0.0.1:{files}:library={library}")
+    running = service(f"--listen=ssl:0:interface=127.0.0.1:{files}:library={library}")
 
     def served(group: str) -> bool:
-        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{one.port}", version, "-groups", group]
+        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{running.port}", version, "-groups", group]
         command += ["-CAfile", certificates["ca.pem"], "-verify_return_error"]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
         return "Verify return code: 0 (ok)" in done.stdout and done.returncode == 0
@@ -239,5 +239,5 @@ def test_s_client_can_use_only_the_accepted_groups(service, certificates, librar
         assert served(group), group
     for group in ("X448", "P-521", *(f"ffdhe{bits}" for bits in FFDHE)):
         assert not served(group), group
-    assert one.stop() == 0
-    assert not [line for line in one.lines if "TLS key exchange" in line]
+    assert running.stop() == 0
+    assert not [line for line in running.lines if "TLS key exchange" in line]

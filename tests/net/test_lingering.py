@@ -70,17 +70,17 @@ def test_a_client_that_keeps_sending_during_close_receives_every_byte_and_eof(se
 
 def test_data_received_at_close_causes_no_reset(monkeypatch) -> None:
     def too_late(connection, reason):
-        one.client.sendall(b"now")
+        ending.client.sendall(b"now")
         connection_lost(connection, reason)
 
     connection_lost = Connection.connectionLost
     monkeypatch.setattr(Connection, "connectionLost", too_late)
-    one = Ending(b"")
-    one.closes()
-    assert one.connection.disconnected
-    assert one.client.recv(100) == b"last words"
-    assert one.client.recv(100) == b""  # and no reset
-    one.client.close()
+    ending = Ending(b"")
+    ending.closes()
+    assert ending.connection.disconnected
+    assert ending.client.recv(100) == b"last words"
+    assert ending.client.recv(100) == b""  # and no reset
+    ending.client.close()
 
 
 class Ending:
@@ -120,12 +120,12 @@ class Ending:
 
 @pytest.fixture
 def ending():
-    one = Ending()
-    one.closes()
-    yield one
-    one.client.close()
-    assert one.clock.getDelayedCalls() == []
-    assert one.clock.getReaders() == one.clock.getWriters() == []
+    ending = Ending()
+    ending.closes()
+    yield ending
+    ending.client.close()
+    assert ending.clock.getDelayedCalls() == []
+    assert ending.clock.getReaders() == ending.clock.getWriters() == []
 
 
 def test_a_lingering_connection_has_sent_everything_before_connection_lost(ending) -> None:

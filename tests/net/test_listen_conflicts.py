@@ -74,7 +74,7 @@ def described(*descriptions: str, slots: int = 0, **how) -> list[ListenerSpec]:
 
 
 def conflict(wanted: list[ListenerSpec], *, look_up: bool = True) -> bool:
-    return first_conflict(("x", one.places(look_up=look_up)) for one in wanted) is not None
+    return first_conflict(("x", spec.places(look_up=look_up)) for spec in wanted) is not None
 
 
 @pytest.mark.parametrize("slots", [0, 2])
@@ -89,11 +89,11 @@ def test_the_kernel_agrees_with_and_without_workers(slots: int) -> None:
             wanted = described(f"tcp:{port}:interface={first}", f"tcp:{port}:interface={second}", slots=slots)
             with contextlib.ExitStack() as stack:
                 had = []
-                for one in wanted:
+                for spec in wanted:
                     with contextlib.suppress(ListenError):
-                        for opened in one.open():
+                        for opened in spec.open():
                             stack.callback(opened.close)
-                            had.append(one)
+                            had.append(spec)
             if wanted[0] in had and (wanted[1] in had) != conflict(wanted):
                 break
         assert wanted[0] in had
@@ -127,7 +127,7 @@ def test_the_kernel_agrees_with_and_without_workers(slots: int) -> None:
 def test_descriptions_of_the_same_address_conflict_in_any_spelling(tmp_path, descriptions, conflicts, look_up) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "link").symlink_to("sub")
-    wanted = described(*(one.format(tmp_path) for one in descriptions))
+    wanted = described(*(description.format(tmp_path) for description in descriptions))
     assert conflict(wanted, look_up=look_up) == conflicts
     assert conflict(wanted[::-1], look_up=look_up) == conflicts
 

@@ -142,11 +142,11 @@ def client(world):
 @VERSIONS
 def test_no_session_with_a_client_certificate_is_resumed(load, client, library, version) -> None:
     context = load(library).context
-    one = client(version=version)
-    first, _ = shake(context, one)
+    peer = client(version=version)
+    first, _ = shake(context, peer)
     if library == "ssl":  # pyOpenSSL's are of no use, but sent
         assert first.session is None or not first.session.has_ticket
-    again, far = shake(context, one, session=first.session)
+    again, far = shake(context, peer, session=first.session)
     assert not again.session_reused
     if library == "ssl":
         assert far.getpeercert()
@@ -170,10 +170,10 @@ def test_a_session_with_a_client_certificate_is_not_resumed_for_another_name(
     if library == "pyopenssl":
         pytest.importorskip("OpenSSL")
     context = DirectoryTLS(two_names, client_ca=world["ca.pem"], library=library).load().context
-    one = client(version=version)
+    peer = client(version=version)
     for before, after in (("localhost", "a.example"), ("a.example", "localhost"), ("a.example", "a.example")):
-        first, _ = shake(context, one, before)
-        assert not shake(context, one, after, first.session)[0].session_reused
+        first, _ = shake(context, peer, before)
+        assert not shake(context, peer, after, first.session)[0].session_reused
 
 
 @VERSIONS
@@ -186,18 +186,18 @@ def test_a_session_is_not_resumed_after_a_reload(
     if not access:
         monkeypatch.setattr(openssl, "_outcome", lambda: "no reason")
         monkeypatch.setattr(SSL_GROUPS, "_proven", None)  # what is proven meanwhile is not so afterwards
-    one = client(version=version)
+    peer = client(version=version)
     source = DirectoryTLS(two_names, client_ca=world["both-ca.pem"] if verified else None)
     changed = DirectoryTLS(two_names, client_ca=world["other.pem"] if verified else None)
     for name in ("localhost", "a.example"):
         before, after = source.load().context, source.load().context
-        first, _ = shake(before, one, name)
+        first, _ = shake(before, peer, name)
         if not verified:  # or this test would show nothing
-            assert shake(before, one, name, first.session)[0].session_reused
-        assert not shake(after, one, name, first.session)[0].session_reused
+            assert shake(before, peer, name, first.session)[0].session_reused
+        assert not shake(after, peer, name, first.session)[0].session_reused
         if verified:
             with pytest.raises(ssl.SSLError):
-                shake(changed.load().context, one, name, first.session)
+                shake(changed.load().context, peer, name, first.session)
 
 
 def not_after(world, name: str) -> float:
@@ -211,10 +211,10 @@ def test_without_access_to_openssl_a_resumed_session_expires_with_its_certificat
     monkeypatch.setattr(SSL_GROUPS, "_proven", None)
     context = load().context
     for version in ("TLSv1_2", "TLSv1_3"):
-        one = client(version=version)
-        first, far = shake(context, one)
+        peer = client(version=version)
+        first, far = shake(context, peer)
         assert check_resumed(far, not_after(world, "client") + 1) is None  # it was verified in this handshake
-        again, far = shake(context, one, session=first.session)
+        again, far = shake(context, peer, session=first.session)
         assert again.session_reused == (version == "TLSv1_2")
         if version == "TLSv1_2":
             assert check_resumed(far) is None
@@ -229,9 +229,9 @@ def test_resumption_is_checked_for_foreign_contexts(world, client, version) -> N
     context.load_verify_locations(world["ca.pem"])
     context.verify_mode = ssl.CERT_OPTIONAL
     for name in ("client", None):
-        one = client(name, version)
-        first, _ = shake(context, one)
-        again, far = shake(context, one, session=first.session)
+        peer = client(name, version)
+        first, _ = shake(context, peer)
+        again, far = shake(context, peer, session=first.session)
         assert again.session_reused
         assert check_resumed(far) is None
         assert (check_resumed(far, time.time() + 1e9) is not None) == (name is not None)
@@ -358,19 +358,19 @@ def test_a_too_long_chain_is_rejected_before_decoding(world, load, client, versi
     if openssl.unavailable() is not None:
         pytest.skip("contexts cannot be reached below ssl")
     context = load().context
-    one = client(version=version)
+    peer = client(version=version)
     length = len(ssl.PEM_cert_to_DER_cert(Path(world["inner.pem"]).read_text()))
     for count, accepted in (
         (MAX_CLIENT_CERTIFICATES // length - 3, True),
         (MAX_CLIENT_CERTIFICATES // length + 3, False),
     ):
         chain = world.join(f"{count}.pem", "client.pem", *["inner.pem"] * count)
-        one.load_cert_chain(chain, world["client.key"])
+        peer.load_cert_chain(chain, world["client.key"])
         if accepted:
-            shake(context, one)
+            shake(context, peer)
         else:
             with pytest.raises(ssl.SSLError, match=r"(?i)excessive message size"):
-                shake(context, one)
+                shake(context, peer)
 
 
 # --- what protocols are told ---
@@ -385,10 +385,10 @@ def test_a_client_whose_name_is_not_utf8_is_served_without_a_name(world, client,
     made = ["-out", str(tmp_path / "odd.pem"), "-keyout", str(tmp_path / "odd.key")]
     world.openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3", "-config", str(config), *made)
     source = ServerTLS(world["server.key"], world["server.pem"], client_ca=str(tmp_path / "odd.pem"))
-    one = client(name=None)
-    one.load_cert_chain(tmp_path / "odd.pem", tmp_path / "odd.key")
+    peer = client(name=None)
+    peer.load_cert_chain(tmp_path / "odd.pem", tmp_path / "odd.key")
     tls = MemoryTLS(source.load().context, server_side=True)
-    tls.object = shake(source.load().context, one)[1]
+    tls.object = shake(source.load().context, peer)[1]
     assert tls.peer_certificate == {"subject": ()}
     assert tls.object.getpeercert(binary_form=True)
 
@@ -409,10 +409,10 @@ def test_only_contexts_with_alpn_protocols_have_a_gate(world, two_names) -> None
 def test_pyopenssl_answers_no_common_protocol_with_an_alert(two_names, client, name, version) -> None:
     pytest.importorskip("OpenSSL")
     context = DirectoryTLS(two_names, alpn=("echo",), library="pyopenssl").load().context
-    one = client(version=version)
-    one.set_alpn_protocols(["h2"])
+    peer = client(version=version)
+    peer.set_alpn_protocols(["h2"])
     with pytest.raises(ssl.SSLError, match="no application protocol"):
-        shake(context, one, name)
-    one.set_alpn_protocols(["h2", "echo"])
-    assert shake(context, one, name)[0].selected_alpn_protocol() == "echo"
+        shake(context, peer, name)
+    peer.set_alpn_protocols(["h2", "echo"])
+    assert shake(context, peer, name)[0].selected_alpn_protocol() == "echo"
     assert shake(context, client(version=version), name)[0].selected_alpn_protocol() is None

@@ -106,7 +106,7 @@ def test_an_unusual_certificate_is_served_alone_and_by_its_names(certificates, t
     assert shown(alone.context, "localhost") == der
 
     among = DirectoryTLS(str(tmp_path / "all")).load()
-    assert [one.names for one in among.certificates] == [names, ("default.example",)]
+    assert [certificate.names for certificate in among.certificates] == [names, ("default.example",)]
     for name in served[:5]:
         assert shown(among.context, name.replace("*.", "any.")) == der
     for name in ("unknown.org", "localhos", None):
@@ -118,7 +118,7 @@ def test_an_unusual_certificate_is_served_alone_and_by_its_names(certificates, t
     (line,) = [line for line in log.lines if "/odd.pem" in line]
     assert line.isprintable()
     assert len(line) < 1000
-    (row,) = [one for one in certificates_of([listener]) if "odd.pem" in one["path"]]
+    (row,) = [row for row in certificates_of([listener]) if "odd.pem" in row["path"]]
     for text in (line, row["names"]):
         assert escaped(", ".join(names[:5])) in text
         assert ("and 995 more" in text) is (len(names) == 1000)
@@ -188,7 +188,7 @@ def test_file_names_may_contain_upper_case_and_control_characters(certificates, 
     log = Log()
     finish(logging_certificates(log, [listener]))
     assert len(log.lines) == 3
-    for text in (*log.lines, *(one["path"] for one in certificates_of([listener]))):
+    for text in (*log.lines, *(row["path"] for row in certificates_of([listener]))):
         assert text.isprintable()
         text.encode()
 

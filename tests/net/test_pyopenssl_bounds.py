@@ -201,8 +201,8 @@ def serve(certificates: Any) -> Iterator[Callable[..., Served]]:
         return started[-1]
 
     yield start
-    for one in started:
-        one.stop()
+    for served in started:
+        served.stop()
 
 
 @pytest.fixture(params=["ssl", "startTLS"])
@@ -306,9 +306,9 @@ def test_a_thousand_records_in_few_segments_are_processed_over_several_turns(ser
     content = os.urandom(3_000)
 
     def client() -> bytes:
-        with connect(served, "TLSv1_3") as one:
-            one.sock.sendall(b"".join(one.data(content[i : i + 1]) for i in range(len(content))))
-            return one.read(len(content))
+        with connect(served, "TLSv1_3") as hostile:
+            hostile.sock.sendall(b"".join(hostile.data(content[i : i + 1]) for i in range(len(content))))
+            return hostile.read(len(content))
 
     assert (yield deferToThread(client)) == content
     assert_bounded(fed)
@@ -470,12 +470,12 @@ def test_unsent_data_for_a_slow_reader_does_not_stop_reading(serve, begin):
     served.factory.on_data = on_data
 
     def client() -> bytes:
-        with connect(served, "TLSv1_3") as one:
-            one.sock.sendall(one.data(b"go"))
+        with connect(served, "TLSv1_3") as hostile:
+            hostile.sock.sendall(hostile.data(b"go"))
             for _ in range(100):
-                one.sock.sendall(key_updates_that_ask(one, 2) + one.data(b"meanwhile."))
+                hostile.sock.sendall(key_updates_that_ask(hostile, 2) + hostile.data(b"meanwhile."))
             assert heard.wait(DEADLINE)
-            return one.read(len(content))
+            return hostile.read(len(content))
 
     received = yield deferToThread(client)
     assert received == content

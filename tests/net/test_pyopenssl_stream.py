@@ -80,9 +80,9 @@ def test_a_protocol_sees_the_same_transport_as_on_twisteds_tls_listeners(serve, 
     seen: dict[str, Any] = {}
     calls: list[str] = []
 
-    def look(one: Recorder) -> None:
+    def look(protocol: Recorder) -> None:
         calls.append("connectionMade")
-        transport = one.transport
+        transport = protocol.transport
         seen.update(
             layer=isinstance(transport, tls.TLSMemoryBIOProtocol),
             interfaces=[interface.providedBy(transport) for interface in (ISSLTransport, INegotiated)],
@@ -101,7 +101,7 @@ def test_a_protocol_sees_the_same_transport_as_on_twisteds_tls_listeners(serve, 
         HandshakeListening,
         f":clientCA={certificates['ca.pem']}:alpn=two,one",
         on_connect=look,
-        on_handshake=lambda one: calls.append("handshakeCompleted"),
+        on_handshake=lambda protocol: calls.append("handshakeCompleted"),
     )
     client = yield deferToThread(connect, certificate="client", alpn=["one", "two"])
     with client:
@@ -152,10 +152,10 @@ def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(
     bystander = yield deferToThread(connect_elsewhere)
 
     def client() -> None:
-        with connect() as one:
+        with connect() as tls:
             try:
-                one.sendall(b"x")
-                assert one.recv(10) == b""
+                tls.sendall(b"x")
+                assert tls.recv(10) == b""
             except OSError:  # reset, or no close_notify
                 pass
 
@@ -174,27 +174,27 @@ def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(
 def test_a_failed_protocol_receives_no_more_calls(serve, logged, version):
     """Also of what was there already, together with the end of the client's handshake."""
 
-    def fail(one: Recorder) -> None:
+    def fail(protocol: Recorder) -> None:
         raise ZeroDivisionError("of the test")
 
     heard: list[bytes] = []
-    factory, port, _ = serve(on_connect=fail, on_data=lambda one, data: heard.append(data))
+    factory, port, _ = serve(on_connect=fail, on_data=lambda protocol, data: heard.append(data))
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = context.maximum_version = version
 
     def client() -> None:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        one = context.wrap_bio(incoming, outgoing)
+        tls = context.wrap_bio(incoming, outgoing)
         with socket.create_connection(port.socket.getsockname(), timeout=DEADLINE) as sock:
             for _ in range(3):
                 with contextlib.suppress(ssl.SSLWantReadError):
-                    one.do_handshake()
+                    tls.do_handshake()
                     break
                 sock.sendall(outgoing.read())
                 incoming.write(sock.recv(1 << 16))
             if version == ssl.TLSVersion.TLSv1_3:  # the handshake's last flight is the client's
-                one.write(b"right behind it")
+                tls.write(b"right behind it")
             sock.sendall(outgoing.read())
             with contextlib.suppress(ConnectionResetError):
                 while sock.recv(1 << 16):
@@ -209,17 +209,17 @@ def test_a_failed_protocol_receives_no_more_calls(serve, logged, version):
 @pytest.mark.parametrize("who", ["client", "server"])
 @pytest_twisted.inlineCallbacks
 def test_the_side_that_closed_first_is_recorded(serve, who):
-    factory, _, connect = serve(on_data=lambda one, data: one.transport.loseConnection())
+    factory, _, connect = serve(on_data=lambda protocol, data: protocol.transport.loseConnection())
 
     def client() -> None:
-        with connect() as one:
+        with connect() as tls:
             if who == "client":
-                one.unwrap()
+                tls.unwrap()
             else:
-                one.sendall(b"close")
-                assert one.recv(10) == b""
+                tls.sendall(b"close")
+                assert tls.recv(10) == b""
                 with contextlib.suppress(OSError):
-                    one.unwrap()
+                    tls.unwrap()
 
     yield deferToThread(client)
     connection, reason = yield factory.closed.addTimeout(DEADLINE, reactor)
@@ -232,13 +232,13 @@ def test_close_sends_all_written_data(serve):
     content = os.urandom(8_000_000)
     unsent: list[int] = []
 
-    def end(one: Recorder) -> None:
-        unsent.append(one.transport.unsent)
-        one.transport.close("drained")
+    def end(protocol: Recorder) -> None:
+        unsent.append(protocol.transport.unsent)
+        protocol.transport.close("drained")
 
-    def write(one: Recorder, data: bytes) -> None:
-        one.transport.write(content)
-        reactor.callLater(0, end, one)
+    def write(protocol: Recorder, data: bytes) -> None:
+        protocol.transport.write(content)
+        reactor.callLater(0, end, protocol)
 
     factory, _, connect = serve(on_data=write)
 
@@ -262,26 +262,26 @@ def test_a_producer_bounds_the_memory_for_a_slow_reader(serve):
     """As with Twisted's: a transport that is registered as its own producer is paused."""
     most = 0
 
-    def register(one: Recorder) -> None:
-        one.transport.registerProducer(one.transport, True)
+    def register(protocol: Recorder) -> None:
+        protocol.transport.registerProducer(protocol.transport, True)
 
-    def echo(one: Recorder, data: bytes) -> None:
+    def echo(protocol: Recorder, data: bytes) -> None:
         nonlocal most
-        one.transport.write(data)
-        most = max(most, one.transport.unsent)
+        protocol.transport.write(data)
+        most = max(most, protocol.transport.unsent)
 
     factory, _, connect = serve(on_connect=register, on_data=echo)
     size = 20_000_000
 
     def client() -> int:
-        with connect() as one:
-            one.setblocking(False)
+        with connect() as tls:
+            tls.setblocking(False)
             sent = received = 0
             while received < size:
                 with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                    sent += one.send(b"x" * min(1 << 16, size - sent)) if sent < size else 0
+                    sent += tls.send(b"x" * min(1 << 16, size - sent)) if sent < size else 0
                 with contextlib.suppress(ssl.SSLWantReadError):
-                    received += len(one.recv(1 << 12))
+                    received += len(tls.recv(1 << 12))
             return received
 
     assert (yield deferToThread(client)) == size
@@ -347,10 +347,10 @@ def test_a_producer_is_stopped_at_the_clients_close_notify(serve):
     factory, _, connect = serve(Endless)
 
     def client() -> None:
-        with connect() as one:
-            one.recv(1000)
+        with connect() as tls:
+            tls.recv(1000)
             with contextlib.suppress(OSError):
-                one.unwrap()
+                tls.unwrap()
 
     yield deferToThread(client)
     yield factory.closed.addTimeout(DEADLINE, reactor)
@@ -361,19 +361,19 @@ def test_a_producer_is_stopped_at_the_clients_close_notify(serve):
 def test_close_does_not_wait_for_the_clients_close_notify_and_ignores_later_data(serve):
     heard: list[bytes] = []
 
-    def close(one: Recorder, data: bytes) -> None:
+    def close(protocol: Recorder, data: bytes) -> None:
         heard.append(data)
-        one.transport.write(b"bye")
-        one.transport.loseConnection()
+        protocol.transport.write(b"bye")
+        protocol.transport.loseConnection()
 
     factory, _, connect = serve(on_data=close)
 
     def client() -> bytes:
-        with connect() as one:
-            one.sendall(b"quit")
-            received = one.recv(10)
-            assert one.recv(10) == b""  # its close_notify
-            plain = socket.socket(fileno=one.detach())
+        with connect() as tls:
+            tls.sendall(b"quit")
+            received = tls.recv(10)
+            assert tls.recv(10) == b""  # its close_notify
+            plain = socket.socket(fileno=tls.detach())
             with plain, contextlib.suppress(OSError):
                 assert plain.recv(10) == b""  # its FIN, without any answer of ours
                 plain.sendall(bytes(100))
@@ -393,8 +393,8 @@ def test_a_server_certificate_chain_may_be_long(serve, certificates):
     factory, _, connect = serve(files=files)
 
     def client() -> bytes:
-        with connect(verify=False) as one:
-            return exchange(one, b"hello")
+        with connect(verify=False) as tls:
+            return exchange(tls, b"hello")
 
     assert (yield deferToThread(client)) == b"hello"
     yield factory.closed.addTimeout(DEADLINE, reactor)
@@ -410,9 +410,9 @@ def test_tls_errors_are_classified_as_with_the_ssl_library(serve, sent, error):
     factory, _, connect = serve()
 
     def client() -> None:
-        one = connect()
-        assert exchange(one, b"hello") == b"hello"
-        with socket.socket(fileno=one.detach()) as plain:
+        tls = connect()
+        assert exchange(tls, b"hello") == b"hello"
+        with socket.socket(fileno=tls.detach()) as plain:
             plain.sendall(sent)
             if not sent:
                 plain.shutdown(socket.SHUT_WR)

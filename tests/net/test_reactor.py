@@ -61,15 +61,15 @@ class Descriptor:
 
 @pytest.fixture
 def reactor() -> Iterator[Reactor]:
-    one = Reactor()
-    yield one
-    for reader in one.removeAll():
+    instance = Reactor()
+    yield instance
+    for reader in instance.removeAll():
         if isinstance(reader, Descriptor):
             reader.close()
-    for reader in set(one._internalReaders):
-        one._internalReaders.discard(reader)
+    for reader in set(instance._internalReaders):
+        instance._internalReaders.discard(reader)
         reader.connectionLost(None)
-    one._poller.close()
+    instance._poller.close()
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def events() -> Iterator[list[dict[str, Any]]]:
 
 def make(reactor: Reactor, *names: str) -> list[Descriptor]:
     made = [Descriptor(reactor, name) for name in names]
-    for one in made:
-        reactor.addReader(one)
+    for descriptor in made:
+        reactor.addReader(descriptor)
     return made
 
 
@@ -98,9 +98,9 @@ def tracebacks(events: list[dict[str, Any]]) -> list[str]:
 def test_each_ready_descriptor_is_read_once_per_batch(reactor) -> None:
     made = make(reactor, "a", "b", "c")
     reactor.doIteration(0)
-    assert [one.reads for one in made] == [1, 1, 1]
+    assert [descriptor.reads for descriptor in made] == [1, 1, 1]
     reactor.doIteration(0)
-    assert [one.reads for one in made] == [2, 2, 2]
+    assert [descriptor.reads for descriptor in made] == [2, 2, 2]
 
 
 def watched(reactor: Reactor) -> list[Any]:
@@ -179,10 +179,10 @@ def test_an_exception_in_a_handler_is_logged_and_ends_only_its_descriptor(reacto
 
 def test_an_exception_in_connection_lost_is_logged_and_the_others_continue(reactor, events) -> None:
     made = make(reactor, "a", "b", "c")
-    for one in made:
-        one.on_read, one.on_lost = (lambda: main.CONNECTION_LOST), boom
+    for descriptor in made:
+        descriptor.on_read, descriptor.on_lost = (lambda: main.CONNECTION_LOST), boom
     reactor.doIteration(0)
-    assert [one.reads for one in made] == [1, 1, 1]
+    assert [descriptor.reads for descriptor in made] == [1, 1, 1]
     assert tracebacks(events) == ["boom"] * 3
 
 
@@ -237,12 +237,12 @@ def test_a_descriptor_number_reused_within_a_batch_belongs_to_its_new_owner(reac
 
 
 def test_a_descriptor_without_a_number_is_lost_without_a_busy_loop(reactor) -> None:
-    (one,) = make(reactor, "one")
-    number = one.fileno()
-    one.fileno = lambda: -1
+    (descriptor,) = make(reactor, "one")
+    number = descriptor.fileno()
+    descriptor.fileno = lambda: -1
     reactor.doIteration(0)
-    assert one.reads == 0
-    assert one.lost[0].type is error.ConnectionFdescWentAway
+    assert descriptor.reads == 0
+    assert descriptor.lost[0].type is error.ConnectionFdescWentAway
     assert number not in reactor._selectables
 
 
@@ -250,9 +250,9 @@ def test_a_disconnected_peer_is_reported_to_readers_and_writers(reactor) -> None
     reading, writing = Descriptor(reactor), Descriptor(reactor)
     reactor.addReader(reading)
     reactor.addWriter(writing)
-    for one in (reading, writing):
-        one.socket.recv(1)
-        one.peer.close()
+    for descriptor in (reading, writing):
+        descriptor.socket.recv(1)
+        descriptor.peer.close()
     reading.on_read = lambda: main.CONNECTION_DONE if not reading.socket.recv(1) else None
     reactor.doIteration(0)
     assert reading.lost[0].type is error.ConnectionDone
@@ -264,8 +264,8 @@ def test_a_disconnected_peer_is_reported_to_readers_and_writers(reactor) -> None
 
 def prefixes(reactor: Reactor) -> list[str]:
     seen: list[str] = []
-    for one in make(reactor, "a", "b"):
-        one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
+    for descriptor in make(reactor, "a", "b"):
+        descriptor.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
     reactor.doIteration(0)
     return seen
 
@@ -278,15 +278,15 @@ def test_the_log_context_of_a_descriptor_is_set_only_during_its_handler(reactor)
 
 def test_a_handler_inherits_the_log_context_of_the_reactors_caller(reactor) -> None:
     seen: list[Any] = []
-    (one,) = make(reactor, "one")
-    one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext))
+    (descriptor,) = make(reactor, "one")
+    descriptor.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext))
     call({log.ILogContext: {"system": "outer", "request": 7}}, reactor.doIteration, 0)
     assert seen == [{"system": "one", "request": 7}]
 
 
 def test_messages_logged_in_a_handler_have_its_prefix(reactor, events) -> None:
-    (one,) = make(reactor, "the prefix")
-    one.on_read = lambda: log.msg("hello")
+    (descriptor,) = make(reactor, "the prefix")
+    descriptor.on_read = lambda: log.msg("hello")
     reactor.doIteration(0)
     assert [event["system"] for event in events if event.get("message") == ("hello",)] == ["the prefix"]
 
@@ -296,8 +296,8 @@ def test_a_signal_handler_may_log_while_the_reactor_waits(reactor, events) -> No
     try:
         timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
         timer.start()
-        (one,) = make(reactor, "one")
-        one.on_read = lambda: one.socket.recv(1)
+        (descriptor,) = make(reactor, "one")
+        descriptor.on_read = lambda: descriptor.socket.recv(1)
         reactor.doIteration(0)
         while timer.is_alive():
             reactor.doIteration(0.3)
@@ -308,18 +308,18 @@ def test_a_signal_handler_may_log_while_the_reactor_waits(reactor, events) -> No
 
 def test_an_exception_in_log_prefix_is_harmless(reactor) -> None:
     seen: list[str] = []
-    (one,) = make(reactor, "one")
-    one.logPrefix = boom
-    one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
+    (descriptor,) = make(reactor, "one")
+    descriptor.logPrefix = boom
+    descriptor.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
     reactor.doIteration(0)
     assert seen == ["(buggy logPrefix method)"]
 
 
 def test_a_saved_log_context_stays_that_of_its_descriptor(reactor) -> None:
     kept: list[Any] = []
-    (one,) = make(reactor, "one")
+    (descriptor,) = make(reactor, "one")
     # As the thread pool keeps it, for what it runs later in another thread.
-    one.on_read = lambda: kept.append(theContextTracker.currentContext().contexts[-1])
+    descriptor.on_read = lambda: kept.append(theContextTracker.currentContext().contexts[-1])
     reactor.doIteration(0)
     assert kept[0][log.ILogContext]["system"] == "one"
     assert call(kept[0], theContextTracker.getContext, log.ILogContext)["system"] == "one"
@@ -329,25 +329,25 @@ def test_a_saved_log_context_stays_that_of_its_descriptor(reactor) -> None:
 
 
 def test_write_soon_writes_once_before_the_reactor_waits(reactor) -> None:
-    one = Descriptor(reactor)
-    reactor.write_soon(one)
+    descriptor = Descriptor(reactor)
+    reactor.write_soon(descriptor)
     reactor.doIteration(None)  # with nothing else to do it would wait without end
-    assert one.writes == 1
+    assert descriptor.writes == 1
     reactor.doIteration(0)
-    assert one.writes == 1
+    assert descriptor.writes == 1
     assert reactor.getWriters() == []
-    one.close()
+    descriptor.close()
 
 
 def test_write_soon_during_a_write_applies_to_the_next_iteration(reactor) -> None:
-    one = Descriptor(reactor)
-    one.on_write = lambda: reactor.write_soon(one)
-    reactor.write_soon(one)
+    descriptor = Descriptor(reactor)
+    descriptor.on_write = lambda: reactor.write_soon(descriptor)
+    reactor.write_soon(descriptor)
     reactor.doIteration(None)
-    assert one.writes == 1
+    assert descriptor.writes == 1
     reactor.doIteration(None)
-    assert one.writes == 2
-    one.close()
+    assert descriptor.writes == 2
+    descriptor.close()
 
 
 def test_a_failed_write_ends_only_its_descriptor(reactor, events) -> None:

@@ -27,7 +27,7 @@ def put(certificates, name: str, certificate: pathlib.Path, key: pathlib.Path) -
 def test_clients_see_a_renewed_certificate_after_adopt(renewable, certificates) -> None:
     certificate, key, listener = renewable
     before = facts(listener)
-    assert [one.path for one in listener.certificates] == [str(certificate)]
+    assert [loaded.path for loaded in listener.certificates] == [str(certificate)]
     assert sorted(listener.tls_files()) == sorted([str(certificate), str(key)])
     put(certificates, "rsa", certificate, key)
     loaded = listener.renew()
@@ -59,7 +59,7 @@ def test_an_invalid_renewed_certificate_is_named_and_the_current_one_stays(renew
 
 def test_renewal_picks_up_added_and_removed_files(open_secure, certificates, tmp_path) -> None:
     def names(listener: Listener) -> list[str]:
-        return [name for one in listener.certificates for name in one.names]
+        return [name for loaded in listener.certificates for name in loaded.names]
 
     for name in ("one", "two", "three"):
         certificates.make(name, "server", "ca", alternative=f"DNS:{name}.example")

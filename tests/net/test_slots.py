@@ -24,12 +24,12 @@ def opened() -> Iterator[Callable[..., Listener]]:
     """Opens a port for a number of slots, and closes it."""
     made: list[Listener] = []
 
-    def one(slots: int, interface: str = "127.0.0.1", backlog: int = 1000) -> Listener:
+    def open_slots(slots: int, interface: str = "127.0.0.1", backlog: int = 1000) -> Listener:
         [listener] = open_port(0, interface=interface, backlog=backlog, slots=slots)
         made.append(listener)
         return listener
 
-    yield one
+    yield open_slots
     for listener in made:
         listener.close()
 

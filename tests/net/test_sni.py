@@ -110,8 +110,8 @@ def shown(named, server: ssl.SSLContext, name: str | None) -> str:
     ],
 )
 def test_sni_selects_the_certificate(named, put, name, file) -> None:
-    for one in ("a", "wild", "www", "cn.example", "idn"):
-        put(one)
+    for stem in ("a", "wild", "www", "cn.example", "idn"):
+        put(stem)
     put("fallback", "default")
     assert shown(named, DirectoryTLS(str(put.directory)).load().context, name) == file
 
@@ -161,7 +161,9 @@ def test_other_extensions_and_hidden_files_are_ignored(named, put) -> None:
     put("a")
     for name in ("README", "a.pem.bak", ".b.pem", ".pem", "other.key"):
         (put.directory / name).write_text("junk")
-    assert [one.path for one in DirectoryTLS(str(put.directory)).load().certificates] == [f"{put.directory}/a.pem"]
+    assert [certificate.path for certificate in DirectoryTLS(str(put.directory)).load().certificates] == [
+        f"{put.directory}/a.pem"
+    ]
 
 
 def test_names_and_expiry_of_each_certificate_are_reported(named, put) -> None:
@@ -169,17 +171,17 @@ def test_names_and_expiry_of_each_certificate_are_reported(named, put) -> None:
     put("cn.example", "default")
     put("wild")
     found = DirectoryTLS(str(put.directory)).load().certificates
-    assert [(Path(one.path).name, one.names) for one in found] == [
+    assert [(Path(certificate.path).name, certificate.names) for certificate in found] == [
         ("a.pem", ("a.example", "b.example")),
         ("wild.pem", ("*.example.org",)),
         ("default.pem", ("cn.example",)),
     ]
-    for one in found:
-        text = subprocess.check_output(["openssl", "x509", "-in", one.path, "-noout", "-dates"], text=True)
+    for certificate in found:
+        text = subprocess.check_output(["openssl", "x509", "-in", certificate.path, "-noout", "-dates"], text=True)
         dates = dict(line.split("=") for line in text.splitlines())
-        assert one.not_before == ssl.cert_time_to_seconds(dates["notBefore"]) <= time.time()
-        assert one.not_after == ssl.cert_time_to_seconds(dates["notAfter"])
-        assert one.not_after - one.not_before == 90 * 86400
+        assert certificate.not_before == ssl.cert_time_to_seconds(dates["notBefore"]) <= time.time()
+        assert certificate.not_after == ssl.cert_time_to_seconds(dates["notAfter"])
+        assert certificate.not_after - certificate.not_before == 90 * 86400
 
 
 # --- what is wrong ---
@@ -278,8 +280,8 @@ def test_a_client_certificate_is_required_for_each_name(named, two, name, versio
 
     def client(*names: str) -> ssl.SSLContext:
         made = careless(maximum_version=ssl.TLSVersion[version])
-        for one in names:
-            made.load_cert_chain(named[f"{one}.pem"], named[f"{one}.key"])
+        for client_name in names:
+            made.load_cert_chain(named[f"{client_name}.pem"], named[f"{client_name}.key"])
         return made
 
     _, far = shake(context, client("client"), name)
@@ -326,18 +328,18 @@ def test_contexts_are_freed_without_the_garbage_collector(put, library) -> None:
     for name in ("a", "wild", "www"):
         put(name)
     put("again", "default")
-    before = {id(one) for one in gc.get_objects()}  # other tests may keep some
+    before = {id(value) for value in gc.get_objects()}  # other tests may keep some
     loaded = DirectoryTLS(str(put.directory), library=library).load()
     kind = type(loaded.context)
     gc.collect()
     gc.disable()
     try:
-        kept = [weakref.ref(one) for one in gc.get_objects() if isinstance(one, kind) and id(one) not in before]
+        kept = [weakref.ref(value) for value in gc.get_objects() if isinstance(value, kind) and id(value) not in before]
         assert len(kept) >= 3
-        mine = [one for one in kept if one() is loaded.context]
+        mine = [reference for reference in kept if reference() is loaded.context]
         del loaded
         assert mine[0]() is None
-        assert not [one for one in kept if one() is not None]
+        assert not [reference for reference in kept if reference() is not None]
     finally:
         gc.enable()
 
@@ -355,7 +357,7 @@ def test_a_connection_with_a_replaced_default_keeps_no_other_context_in_memory(n
     assert shown(named, first.context, "a.example") == "a"  # nothing has changed yet
     second.take_effect()
     before, first = first.context, None
-    assert [one() is None for one in others] == [True, False]
+    assert [reference() is None for reference in others] == [True, False]
     # Who connected before, and says only now which name it wants, is shown what is in force.
     assert shown(named, before, "a.example") == shown(named, second.context, "a.example") == "again"
     assert shown(named, before, "www.example.org") == "www"
@@ -372,9 +374,9 @@ def test_contexts_are_freed_after_connections_that_used_them(two) -> None:
         used = [weakref.ref(far.context) for _, far in ends]
         assert used[0]() is not used[1]()
         del context
-        assert all(one() is not None for one in used)  # a connection holds its own
+        assert all(reference() is not None for reference in used)  # a connection holds its own
         ends.clear()
-        assert [one() for one in used] == [None, None]
+        assert [reference() for reference in used] == [None, None]
     finally:
         gc.enable()
 
@@ -405,11 +407,11 @@ def test_an_invalid_host_name_selects_the_default(two, name, capfd) -> None:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
 def test_s_client_sees_the_certificate_of_its_name_and_a_certificate_request(named, two, service) -> None:
-    one = service(f"--listen=ssl:0:interface=127.0.0.1:certificates={two}:clientCA={named['ca.pem']}:alpn=echo")
+    running = service(f"--listen=ssl:0:interface=127.0.0.1:certificates={two}:clientCA={named['ca.pem']}:alpn=echo")
 
     def client(*arguments: str) -> str:
         done = subprocess.run(
-            ["openssl", "s_client", "-connect", f"127.0.0.1:{one.port}", "-CAfile", named["ca.pem"], *arguments],
+            ["openssl", "s_client", "-connect", f"127.0.0.1:{running.port}", "-CAfile", named["ca.pem"], *arguments],
             input="Q\n",
             capture_output=True,
             text=True,

@@ -434,7 +434,10 @@ def test_a_recorded_directory_loads_the_same_certificates(certificates, tmp_path
     before = source.load(files)
     shutil.rmtree(directory)
     after = source.load(RecordedFiles(files.texts, files.entries))
-    assert [one.path for one in after.certificates] == [f"{directory}/one.pem", f"{directory}/default.pem"]
+    assert [certificate.path for certificate in after.certificates] == [
+        f"{directory}/one.pem",
+        f"{directory}/default.pem",
+    ]
     assert after.certificates == before.certificates
     assert served(after.context, certificates["ca.pem"]) == served(before.context, certificates["ca.pem"])
     assert not any(path.endswith(".txt") for path in files.texts)

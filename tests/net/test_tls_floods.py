@@ -110,9 +110,9 @@ def serve(certificates):
         return started[-1]
 
     yield start
-    for one in started:
-        one.stop()
-    pytest_twisted.blockon(eventually(lambda: not any(one.opened for one in started)))
+    for served in started:
+        served.stop()
+    pytest_twisted.blockon(eventually(lambda: not any(served.opened for served in started)))
 
 
 def send_until_closed(sock: socket.socket, data: bytes) -> int:

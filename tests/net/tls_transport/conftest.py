@@ -36,22 +36,24 @@ def serve(contexts):
     started: list[Served] = []
 
     def start(factory: Recording, *, on: Any = reactor, timeout: float = 10.0, **settings: Any) -> Served:
-        one = Served(factory, contexts(**settings), on, timeout)
-        started.append(one)
-        return one
+        served = Served(factory, contexts(**settings), on, timeout)
+        started.append(served)
+        return served
 
     yield start
-    for one in started:
-        one.stop()
+    for served in started:
+        served.stop()
 
     # An aborted connection ends in a later event; on a Clock of the test's it ends never, and has no need to.
     def ended() -> bool:
-        return all(len(one.opened) == len(one.closed) for one in started if not isinstance(one.port.reactor, Timed))
+        return all(
+            len(served.opened) == len(served.closed) for served in started if not isinstance(served.port.reactor, Timed)
+        )
 
     pytest_twisted.blockon(eventually(ended))
-    for one in started:
-        if isinstance(one.port.reactor, Timed):
-            one.port.reactor.clock.advance(0)
+    for served in started:
+        if isinstance(served.port.reactor, Timed):
+            served.port.reactor.clock.advance(0)
 
 
 @pytest.fixture

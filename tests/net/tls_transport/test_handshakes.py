@@ -144,7 +144,7 @@ def test_handshakes_and_connections_continue_after_the_port_stops(serve, client_
         yield eventually(lambda: len(served.opened) == 2)
         served.port.stopListening()
         yield deferToThread(peer.shake)
-        for one in (done, peer):
-            one.write(b"hello")
-            answer = yield deferToThread(one.read_exactly, 5)
+        for client in (done, peer):
+            client.write(b"hello")
+            answer = yield deferToThread(client.read_exactly, 5)
             assert answer == b"hello"
