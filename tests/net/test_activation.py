@@ -1,4 +1,4 @@
-"""Listening sockets that a service manager passes."""
+"""Listening sockets passed by a service manager."""
 
 import contextlib
 import fcntl
@@ -24,7 +24,7 @@ from tests.support.programs import program
 
 @pytest.fixture
 def pass_sockets(monkeypatch):
-    """Passes listening sockets as a service manager would, with LISTEN_FDNAMES or without."""
+    """Pass listening sockets as a service manager does, with or without LISTEN_FDNAMES."""
     with contextlib.ExitStack() as stack:
 
         def pass_all(*sockets: socket.socket, names: str | None = None) -> None:
@@ -107,7 +107,7 @@ def test_a_passed_socket_that_does_not_listen_is_rejected_and_the_others_are_clo
 
 
 def passed_descriptors() -> dict[str, Callable[[pathlib.Path], Any]]:
-    """What is no socket that can be served, by how it is refused; each made in a directory."""
+    """Factories of descriptors that cannot be served, by kind; each takes a directory."""
 
     def sequenced(directory: pathlib.Path) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -140,7 +140,7 @@ def passed_descriptors() -> dict[str, Callable[[pathlib.Path], Any]]:
 
 
 class Directory:
-    """A directory that is open."""
+    """An open directory."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -164,13 +164,13 @@ def test_an_unusable_passed_descriptor_is_rejected_with_its_number(pass_sockets,
 
 def test_a_closed_descriptor_is_rejected(pass_sockets) -> None:
     pass_sockets(tcp_socket())
-    activation._initial_environment()["LISTEN_FDS"] = "2"  # type: ignore[index]  # it is the test's own
+    activation._initial_environment()["LISTEN_FDS"] = "2"  # type: ignore[index]  # replaced by the fixture
     assert refusal("systemd:") == "descriptor 301 cannot be used: bad file descriptor"
 
 
 def test_an_impossible_number_of_descriptors_is_rejected_cheaply(pass_sockets) -> None:
     pass_sockets(tcp_socket())
-    activation._initial_environment()["LISTEN_FDS"] = "9" * 18  # type: ignore[index]  # it is the test's own
+    activation._initial_environment()["LISTEN_FDS"] = "9" * 18  # type: ignore[index]  # replaced by the fixture
     assert refusal("systemd:") == f"LISTEN_FDS is {'9' * 18}, which is more than the descriptor limit of a process"
 
 
@@ -183,7 +183,7 @@ def test_an_impossible_number_of_descriptors_is_rejected_cheaply(pass_sockets) -
             "a socket of AF_VSOCK; accepted are AF_INET, AF_INET6 and AF_UNIX",
         ),
         (socket.AddressFamily.AF_TIPC, 0, "a socket of AF_TIPC; accepted are AF_INET, AF_INET6 and AF_UNIX"),
-        # AF_SMC, of which Python knows no name.
+        # AF_SMC, which has no name in Python.
         (43, 0, "a socket of address family 43; accepted are AF_INET, AF_INET6 and AF_UNIX"),
         (socket.AF_INET, 132, "a socket of protocol 132; accepted are TCP and MPTCP"),  # IPPROTO_SCTP
         (socket.AF_INET6, 256, "a socket of protocol 256; accepted are TCP and MPTCP"),  # IPPROTO_SMC

@@ -1,4 +1,4 @@
-"""The ClientHello as read before OpenSSL: never another ALPN than what OpenSSL sees, never an exception, bounded."""
+"""The ClientHello parser: it finds the same ALPN as OpenSSL, raises no exception, and uses bounded memory."""
 
 import random
 import shutil
@@ -137,11 +137,11 @@ def test_buffered_bytes_are_bounded() -> None:
 
 @pytest.fixture(scope="module")
 def seen_by_openssl(certificates):
-    """What the OpenSSL of pyOpenSSL makes of first bytes: the ALPN protocols, the name, and its answer.
+    """Return what pyOpenSSL's OpenSSL finds in the first bytes: the ALPN protocols, the server name, and its answer.
 
-    The first is None when OpenSSL does not ask for a choice.
+    The ALPN protocols are None if OpenSSL does not call the ALPN callback.
     """
-    SSL = pytest.importorskip("OpenSSL.SSL")  # noqa: N806  # its name
+    SSL = pytest.importorskip("OpenSSL.SSL")  # noqa: N806  # the name of the module
     asked: list[list[bytes]] = []
     names: list[bytes | None] = []
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
@@ -197,7 +197,7 @@ def test_openssl_sees_the_same_alpn_as_the_parser(seen_by_openssl, seed) -> None
             counts["none" if alpn is None else "same"] += 1
         elif found in (Unread.MISPLACED, Unread.TOO_LARGE):
             counts["refused"] += 1
-        else:  # OpenSSL's turn, which cannot have been offered a choice
+        else:  # passed to OpenSSL, which must not find ALPN protocols
             assert alpn is None, shown
             counts["left"] += 1
     assert min(counts.values()) > 5, counts
@@ -205,7 +205,7 @@ def test_openssl_sees_the_same_alpn_as_the_parser(seen_by_openssl, seed) -> None
 
 @pytest.mark.parametrize("seed", range(4))
 def test_clients_past_the_gate_have_a_common_protocol_or_offered_none(certificates, seed) -> None:
-    """With the OpenSSL of `ssl`, which is another one."""
+    """Against the OpenSSL of `ssl`, which may differ from pyOpenSSL's."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates["server.pem"], certificates["server.key"])
     context.set_alpn_protocols(["echo"])
@@ -303,7 +303,7 @@ def test_a_client_reports_the_alert(alert, words, maximum) -> None:
 
 
 def test_memory_is_bounded_while_many_threads_use_separate_gates() -> None:
-    """No state is shared."""
+    """Gates share no state."""
     hello = real_hello(alpn=["echo"])
     results: list[object] = []
 

@@ -1,4 +1,4 @@
-"""Connections: the contract of a transport, on loopback sockets and the real reactor."""
+"""Connections: the ITransport contract, on loopback sockets and the real reactor."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ from tests.support.reset import reset
 
 
 def talk(address, *steps) -> bytes:
-    """A blocking client: sends bytes steps, or calls a step with the socket; then reads to the end."""
+    """Run a blocking client: send each bytes step, call each other step with the socket, then read until EOF."""
     family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
     with socket.socket(family) as sock:
         sock.settimeout(DEADLINE)
@@ -63,7 +63,7 @@ def test_half_close_echoes_everything_received_even_without_ihalfcloseableprotoc
 
 
 def exchange(address, data: bytes) -> bytes:
-    """Send and read at the same time, as nc does."""
+    """Send and read concurrently, as nc does."""
     with connected(address) as sock:
 
         def send():
@@ -301,7 +301,7 @@ def test_abort_resets_the_connection_and_drops_unsent_data(serve):
     def abort(protocol, data):
         protocol.transport.write(b"never")
         protocol.transport.abortConnection()
-        assert not factory.lost  # the protocol hears of it in a later event
+        assert not factory.lost  # connectionLost is called in a later event
 
     factory = Recording(on_data=abort)
     address, closed = serve(factory)
@@ -355,7 +355,7 @@ def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(
     bystander = yield deferToThread(connected, good_address)
     globalLogPublisher.addObserver(others)
     try:
-        with contextlib.suppress(OSError):  # a reset may meet the client at any of its steps
+        with contextlib.suppress(OSError):  # the reset may interrupt any of the client's steps
             yield deferToThread(talk, address, b"x", finish)
         reason = yield factory.end()
         assert isinstance(reason, ZeroDivisionError)

@@ -1,4 +1,4 @@
-"""The grammar of descriptions: one text is read in one way, or refused in one line that says what to write."""
+"""The grammar of descriptions: a text has exactly one meaning, or is rejected with one line that says what to write."""
 
 import contextlib
 import random
@@ -23,7 +23,7 @@ def read(text: str) -> tuple[object, ...]:
 
 
 def tcp(port: str, interface: str | None = None, *types: str, **keywords: str) -> tuple[object, ...]:
-    """What a description of these types is read as, with a port and, as a keyword, an interface."""
+    """Return the parts of a TCP description with this port and interface."""
     return types or ("tcp",), (port,), {**({} if interface is None else {"interface": interface}), **keywords}
 
 
@@ -33,7 +33,7 @@ V6 = "2001:db8::1"
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        # A port alone.
+        # Only a port.
         ("8080", tcp("8080")),
         ("tcp:8080", tcp("8080")),
         (":8080", tcp("8080")),
@@ -42,7 +42,7 @@ V6 = "2001:db8::1"
         ("proxy::8080", tcp("8080", None, "proxy", "tcp")),
         ("8080:backlog=5", tcp("8080", backlog="5")),
         ("8080:interface=::1:backlog=5", tcp("8080", "::1", backlog="5")),
-        # HOST:PORT, as people and as our log write it.
+        # HOST:PORT, as users and the log write it.
         ("localhost:8080", tcp("8080", "localhost")),
         ("127.0.0.1:8080", tcp("8080", "127.0.0.1")),
         ("*:8080", tcp("8080", "*")),
@@ -79,7 +79,7 @@ V6 = "2001:db8::1"
         ("tcp6:8080:interface=[::1]:backlog=5", tcp("8080", "::1", "tcp6", backlog="5")),
         ("tcp6:interface=[::1]:8080", tcp("8080", "::1", "tcp6")),
         ("tcp6:interface=::1:port=8080", (("tcp6",), (), {"interface": "::1", "port": "8080"})),
-        # It extends to the next key=value field, also where that makes another address of it.
+        # The address extends to the next key=value field, even if that changes it.
         ("tcp6:8080:interface=::1:50", tcp("8080", "::1:50", "tcp6")),
         ("tcp6:interface=::1:8080", (("tcp6",), (), {"interface": "::1:8080"})),
         ("tcp6:8080:::1", (("tcp6",), ("8080", "::1"), {})),
@@ -94,7 +94,7 @@ V6 = "2001:db8::1"
             f"ssl:8443:privateKey=k:interface={V6}:certKey=c",
             tcp("8443", V6, "ssl", privateKey="k", certKey="c"),
         ),
-        # As Twisted reads it.
+        # As Twisted parses it.
         ("tcp:8080:127.0.0.1:50", (("tcp",), ("8080", "127.0.0.1", "50"), {})),
         ("tcp:8080::50", (("tcp",), ("8080", "", "50"), {})),
         ("tcp:interface=localhost:8080", tcp("8080", "localhost")),
@@ -166,7 +166,7 @@ def test_an_unknown_type_is_rejected_with_the_accepted_types_and_a_suggestion(te
     assert "systemd:, proxy: before these, and of Twisted slow:" in said
     assert "proxy:" not in unknown_type(parse(text), proxy=False).partition("; a host")[0]
     assert re.findall("did you mean (.*)[?]$", said) == ([] if meant is None else [meant])
-    # A name that may be a host's is not taken for one.
+    # A word that could be a host name is not interpreted as one.
     assert ("a host of that name is tcp:" in said) == bool(re.fullmatch("[^:]*:[0-9]+", text))
 
 
@@ -175,7 +175,7 @@ def escaped(value: str) -> str:
 
 
 def some_address(chance: random.Random) -> str:
-    """An IPv6 address in one of the ways to write it."""
+    """Return an IPv6 address in a random valid spelling."""
     if chance.random() < 0.2:
         return chance.choice(["::", "::1", "fe80::1%eth0", "::ffff:192.0.2.1", "1:2:3:4:5:6:7:8", "fe80::%a-b.c"])
     groups = [f"{chance.getrandbits(16):x}" for _ in range(8)]
@@ -217,7 +217,7 @@ def test_all_spellings_of_an_address_are_parsed_alike() -> None:
 
 
 def test_twisted_descriptions_are_parsed_as_twisted_parses_them() -> None:
-    """And what this grammar adds is nothing that Twisted would serve."""
+    """The extensions of this grammar are invalid in Twisted."""
     from twisted.internet.endpoints import _parse, _tokenize
 
     chance = random.Random(20261125)
@@ -251,7 +251,7 @@ def test_twisted_descriptions_are_parsed_as_twisted_parses_them() -> None:
             continue
         names = ["interface", "backlog"]
         servable = kind not in ("tcp", "tcp6", "ssl") or (
-            # The port is the first one, and there are not more than Twisted takes.
+            # The port is the first argument, and there are no more arguments than Twisted accepts.
             re.fullmatch("[0-9]+", "".join(positional[1:2]))
             and len(positional) <= 4
             and not any(name in keywords for name in names[: len(positional) - 2])
@@ -313,4 +313,4 @@ def test_a_description_yields_its_interface(description: str, interface: str) ->
 )
 def test_parsing_a_long_description_takes_linear_time(text: str) -> None:
     with contextlib.suppress(ListenError):
-        parse(text)  # minutes otherwise
+        parse(text)  # quadratic time would take minutes

@@ -1,4 +1,4 @@
-"""Keys are exchanged on X25519, P-256, P-384 and hybrids of them; where that cannot be had, the log has a line."""
+"""TLS key exchange is limited to X25519, P-256, P-384 and hybrids of them; the log has a warning where that fails."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from rtservice.net.tls import DirectoryTLS, ServerTLS
 from tests.support.programs import PROGRAMS, program
 from tests.support.tls_libraries import LIBRARIES
 
-# Numbers of RFC 8446, section 4.2.7, and a public key.
+# Group numbers (RFC 8446, section 4.2.7) and a public key.
 X25519, P256, P384, P521, X448 = 29, 23, 24, 25, 30
 FFDHE = {2048: 256, 3072: 257, 4096: 258, 6144: 259, 8192: 260}
 SHARE = X25519, b"\x09" + bytes(31)
@@ -23,7 +23,7 @@ SHARE = X25519, b"\x09" + bytes(31)
 
 @pytest.fixture
 def load(certificates):
-    """A context and the warnings that came with it."""
+    """Load a context; return it with its warnings."""
 
     def make(library: str = "ssl", name: str = "server", **policy):
         if library == "pyopenssl":
@@ -36,12 +36,12 @@ def load(certificates):
 
 @pytest.fixture(autouse=True)
 def _proven_anew(monkeypatch) -> None:
-    """What was proven by other tests is not known."""
+    """Clear the verification result of other tests."""
     monkeypatch.setattr(SSL_GROUPS, "_proven", None)
 
 
 def answered(context, hello: bytes) -> bytes:
-    """What a context answers to a ClientHello."""
+    """Return the answer of a context to a ClientHello."""
     if isinstance(context, ssl.SSLContext):
         return groups._answer(context, hello)
     from rtservice.net import pyopenssl
@@ -50,8 +50,8 @@ def answered(context, hello: bytes) -> bytes:
 
 
 def accepts(context, group: int) -> bool:
-    """Whether a context goes on with a client that has this group alone."""
-    hello = client_hello([group])  # without a public key yet: it is told to send one
+    """Return whether a context accepts a client that supports only this group."""
+    hello = client_hello([group])  # no key share yet: the answer is a HelloRetryRequest
     return answered(context, hello)[:1] == b"\x16"
 
 
@@ -65,7 +65,7 @@ def test_only_the_three_inexpensive_groups_are_accepted(load, library, name) -> 
 
 
 def test_openssl_accepts_all_groups_without_the_limit(certificates) -> None:
-    """Or the test before would show nothing."""
+    """Otherwise the test above would prove nothing."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates["server.pem"], certificates["server.key"])
     assert all(accepts(context, group) for group in (X25519, P256, P384, X448, P521, *FFDHE.values()))
@@ -91,7 +91,7 @@ def test_every_context_of_a_directory_is_limited(certificates, tmp_path) -> None
     certificates.make("other.example", "server", "ca", alternative="")
     for suffix in ("pem", "key"):
         shutil.copy(certificates[f"other.example.{suffix}"], tmp_path / f"default.{suffix}")
-        for name in ("rsa", "leaf"):  # for the same name as `server`
+        for name in ("rsa", "leaf"):  # they have the same name as `server`
             (tmp_path / f"{name}.{suffix}").unlink()
     loaded = DirectoryTLS(str(tmp_path)).load()
     assert loaded.warnings == ()
@@ -112,7 +112,7 @@ def test_every_context_of_a_directory_is_limited(certificates, tmp_path) -> None
         assert accepts(context, X25519)
 
 
-# --- what cannot be had ---
+# --- fallbacks ---
 
 
 def test_without_access_to_openssl_groups_are_limited_to_p256_with_a_warning(load, monkeypatch) -> None:
@@ -121,7 +121,7 @@ def test_without_access_to_openssl_groups_are_limited_to_p256_with_a_warning(loa
 
     monkeypatch.setattr(openssl, "set_groups", unavailable)
     monkeypatch.setattr(openssl, "unavailable", lambda: "no reason")
-    monkeypatch.setattr(SSL_GROUPS, "full", (groups._below_ssl,))  # Python 3.15 has another way
+    monkeypatch.setattr(SSL_GROUPS, "full", (groups._below_ssl,))  # Python 3.15 has another method
     for _ in range(2):
         context, warnings = load()
         (line,) = warnings
@@ -177,7 +177,7 @@ def test_the_group_limit_is_verified_once_per_process(load, monkeypatch) -> None
     ],
 )
 def test_a_wrong_assumption_about_the_interpreter_falls_back_to_p256(certificates, spoil) -> None:
-    """In a process of its own, since it is asked once in each."""
+    """In a separate process, since the check runs once per process."""
     command = program("load_spoiled", certificates["server.key"], certificates["server.pem"], spoil)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -185,7 +185,7 @@ def test_a_wrong_assumption_about_the_interpreter_falls_back_to_p256(certificate
 
 
 def test_an_unexpected_context_layout_is_detected(certificates) -> None:
-    """Where contexts had another layout."""
+    """The program simulates contexts with another memory layout."""
     done = subprocess.run(program("shift_contexts"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "another layout" in done.stdout

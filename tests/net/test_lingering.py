@@ -1,4 +1,4 @@
-"""Connections that we close before their peers have finished."""
+"""Connections that the server closes before the peer has finished sending."""
 
 import contextlib
 import errno
@@ -25,11 +25,11 @@ from tests.support.reset import reset
 
 
 def talking(address) -> bytes:
-    """A client that sends and sends, until it has read all that its server says."""
+    """Run a client that keeps sending until it has read everything."""
     enough = threading.Event()
 
     def send(sock: socket.socket) -> None:
-        # When we are closed with all said and all read, what is sent later comes too late.
+        # After a complete close, later data is answered with a reset.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while not enough.is_set():
                 sock.sendall(b"x" * 65536)
@@ -84,7 +84,7 @@ def test_data_received_at_close_causes_no_reset(monkeypatch) -> None:
 
 
 class Ending:
-    """A connection with a client, on the test's clock: everything is sent, and what came from the client is unread."""
+    """A connection on a fake clock: all output is sent, and the client's data is unread."""
 
     def __init__(self, unread: bytes = b"unread") -> None:
         self.clock = FakeReactor()
@@ -107,12 +107,12 @@ class Ending:
 
     @property
     def descriptor(self) -> Any:
-        """What the reactor reads from."""
+        """The descriptor that is registered with the reactor."""
         (reader,) = self.clock.getReaders()
         return reader
 
     def says_more(self) -> None:
-        """The client sends something, which is read."""
+        """Send data from the client, and let the server read it."""
         self.client.sendall(b"more")
         select.select([self.connection.socket], [], [], DEADLINE)
         assert self.descriptor.doRead() is None
@@ -138,7 +138,7 @@ def test_a_lingering_connection_has_sent_everything_before_connection_lost(endin
     ending.connection.loseConnection()
     assert ending.factory.lost == []
     ending.client.close()
-    assert ending.descriptor.doRead() is None  # what was unread
+    assert ending.descriptor.doRead() is None  # the unread data
     ending.descriptor.readConnectionLost(Failure(ConnectionDone()))
     assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
     assert ending.factory.transports == [Connection]
@@ -183,7 +183,7 @@ def test_abort_at_the_end_of_lingering_is_reported_once(ending) -> None:
 def test_a_reset_of_a_lingering_connection_ends_it_with_the_error(ending) -> None:
     reset(ending.client)
     select.select([ending.connection.socket], [], [], DEADLINE)
-    assert ending.descriptor.doRead() is None  # what was unread
+    assert ending.descriptor.doRead() is None  # the unread data
     why = ending.descriptor.doRead()
     assert isinstance(why, ConnectionLost)
     assert ending.connection.error.errno == errno.ECONNRESET
@@ -192,7 +192,7 @@ def test_a_reset_of_a_lingering_connection_ends_it_with_the_error(ending) -> Non
 
 
 def test_close_stops_a_producer_without_waiting_for_it() -> None:
-    """Neither for one that is paused, nor for one that would go on for ever, nor for the transport itself."""
+    """This applies to a paused producer, an endless producer, and the transport as its own producer."""
     calls: list[str] = []
 
     class Producer:
@@ -219,7 +219,7 @@ def test_close_stops_a_producer_without_waiting_for_it() -> None:
                 left -= len(far.recv(left))
                 connection.doWrite()
             far.close()
-        (connection._stage or connection).readConnectionLost(Failure(ConnectionDone()))  # if it lingered
+        (connection._stage or connection).readConnectionLost(Failure(ConnectionDone()))  # ends lingering
         assert [type(reason) for reason in factory.lost] == [ConnectionDone]
         assert calls == ([] if itself else ["stop"])
         assert str(connection.error) == "drained"

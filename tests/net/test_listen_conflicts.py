@@ -1,4 +1,4 @@
-"""Two listeners that exclude each other are found before either is bound, and the kernel agrees."""
+"""Conflicting listeners are detected before either is bound, and the kernel agrees."""
 
 import contextlib
 import itertools
@@ -65,7 +65,7 @@ def test_a_conflict_names_both_settings_and_the_remedy() -> None:
         "--a",
         "0.0.0.0:80 is taken by --a; change or remove one of the two",
     )
-    # One setting may stand for several sockets of one address, as the service manager was told.
+    # One setting may select several passed sockets of one address, as configured in the service manager.
     assert first_conflict([("--a", [PassedPlace(1, any4), PassedPlace(2, any4)]), ("--b", [is_ipv6])]) is None
 
 

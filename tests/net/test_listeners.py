@@ -1,4 +1,4 @@
-"""Listen descriptions to listeners: TCP, PROXY, and checks of every type."""
+"""From listen descriptions to listeners: TCP, PROXY, and checks of every type."""
 
 import errno
 import os
@@ -91,7 +91,7 @@ def test_port_zero_selects_the_same_port_for_both_families(interface) -> None:
 
 @pytest.fixture
 def both_example(monkeypatch) -> str:
-    """A host name of 127.0.0.1, ::1, and an address of IPv6 that no host has (RFC 3849)."""
+    """A host name that resolves to 127.0.0.1, ::1, and a documentation address (RFC 3849)."""
     addresses = {
         socket.AF_INET: [("127.0.0.1", 0)],
         socket.AF_INET6: [("::1", 0, 0, 0), ("2001:db8::10", 0, 0, 0)],
@@ -155,7 +155,7 @@ def test_a_host_name_on_a_host_without_ipv6_is_served_on_ipv4_with_a_warning(bot
         for address in ("::1", "2001:db8::10")
     ]
     check_port(0, interface=both_example)
-    with pytest.raises(ListenError, match=r"cannot listen on \[::1\]:0"):  # there is nothing else to serve on
+    with pytest.raises(ListenError, match=r"cannot listen on \[::1\]:0"):  # no other address remains
         open_description(f"tcp6:0:interface={both_example}", backlog=10, slots=slots)
 
 
@@ -170,7 +170,7 @@ def test_the_wildcard_is_ipv4_only_without_a_warning_on_a_host_without_ipv6(monk
 
 
 def refuse_ipv6(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Have each socket of IPv6 fail as it is made, with this errno."""
+    """Make the creation of IPv6 sockets fail with this errno."""
 
     class Socket(socket.socket):
         def __init__(self, family: int = -1, *how: Any, **more: Any) -> None:
@@ -190,7 +190,7 @@ def test_tcp_and_tcp6_share_a_port(opened) -> None:
 
 
 def test_a_link_local_address_is_named_with_its_zone() -> None:
-    """Without it, the name could not be listened on: the address may be on any network interface."""
+    """Without the zone, the address is ambiguous: it may be on any network interface."""
     number, zone = socket.if_nameindex()[0]
 
     class Bound:
@@ -250,7 +250,7 @@ def test_a_check_binds_no_port_and_creates_no_file(tmp_path, certificates) -> No
         check_port(port, interface="127.0.0.1")
         check_description(f"tcp:{port}:interface=127.0.0.1")
         check_description(described(certificates, f"ssl:{port}:{FILES}:interface=127.0.0.1"))
-        # A service that runs is what a check is mostly made beside.
+        # A check usually runs beside a running service.
         check_description(f"unix:{tmp_path}/live")
         check_description(f"unix:{tmp_path}/new")
     assert sorted(os.listdir(tmp_path)) == ["live"]
@@ -282,7 +282,7 @@ def test_a_non_local_address_fails_its_check(interface, problem) -> None:
 def test_an_unwritable_socket_directory_fails_the_check(tmp_path) -> None:
     tmp_path.chmod(0o755)
     root = os.geteuid() == 0
-    if root:  # who may write anywhere
+    if root:  # root may write anywhere
         os.seteuid(65534)
     else:
         tmp_path.chmod(0o555)
@@ -299,7 +299,7 @@ def test_an_unwritable_socket_directory_fails_the_check(tmp_path) -> None:
 @needs_ipv6
 @pytest.mark.parametrize("host", ["::ffff:127.0.0.1", "::ffff:0.0.0.0", "::ffff:7f00:1"])
 def test_a_check_rejects_ipv4_mapped_addresses_as_binding_does(host: str) -> None:
-    """Peers would show as such addresses too, which limits and PROXY rules do not mean."""
+    """Peers would appear with IPv4-mapped addresses, which limits and PROXY rules do not match."""
     for find in (check_description, partial(open_description, backlog=1)):
         with pytest.raises(ListenError, match=r"cannot listen on \[::ffff:.*\]:0: invalid argument"):
             find(f"tcp6:[{host}]:0")

@@ -1,4 +1,4 @@
-"""Clients that show a certificate: revoked ones are refused, their sessions end with them, and long chains too."""
+"""Client certificates: revocation, session resumption, and the limit on chain length."""
 
 import os
 import shutil
@@ -27,12 +27,12 @@ from rtservice.net.tls_memory import MemoryTLS
 from tests.support.tls_libraries import LIBRARIES
 from tests.support.tls_versions import VERSIONS
 
-# The second is all that pyOpenSSL says.
+# The second is pyOpenSSL's only text.
 REVOKED = r"(?i)certificate revoked|certificate verify failed'"
 
 
 class PyOpenSSLEnd:
-    """A server's end of pyOpenSSL, as an SSLObject."""
+    """The server side of pyOpenSSL, with the interface of an SSLObject."""
 
     def __init__(self, context, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
         from OpenSSL import SSL
@@ -66,7 +66,7 @@ class PyOpenSSLEnd:
 
 
 def shake(server, client: ssl.SSLContext, name: str | None = "localhost", session: ssl.SSLSession | None = None):
-    """Both ends after a handshake without a network; raises the SSLError of the one that refuses."""
+    """Perform a handshake in memory; return both ends, or raise the SSLError of the side that rejects it."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     near = client.wrap_bio(to_client, to_server, server_hostname=name, session=session)
     if isinstance(server, ssl.SSLContext):
@@ -79,7 +79,7 @@ def shake(server, client: ssl.SSLContext, name: str | None = "localhost", sessio
                 end.do_handshake()
     for end in (near, far):
         with suppress(ssl.SSLWantReadError):
-            end.read(1)  # a session of TLS 1.3, or its refusal of the client, comes after the handshake
+            end.read(1)  # TLS 1.3 sends the session, or the rejection of the client, after the handshake
     return near, far
 
 
@@ -92,7 +92,7 @@ def world(certificates):
     config = certificates["ca.cnf"]
 
     def revoke(file: str, authority: str, *names: str, last: str = "", following: str = "") -> str:
-        """The path of a new list of `authority` in which these are revoked."""
+        """Return the path of a new revocation list of `authority` with these certificates."""
         index = certificates[f"{file}.index"]
         Path(index).write_text("")
         Path(config).write_text(f"[ca]\ndefault_ca=own\n[own]\ndatabase={index}\ndefault_md=sha256\n")
@@ -121,7 +121,7 @@ def load(world):
 
 @pytest.fixture
 def client(world):
-    """A client with a certificate, and its chain if it has one."""
+    """Return a client context with a certificate, and its chain if there is one."""
 
     def make(name: str | None = "client", version: str = "TLSv1_3") -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -144,7 +144,7 @@ def test_no_session_with_a_client_certificate_is_resumed(load, client, library, 
     context = load(library).context
     peer = client(version=version)
     first, _ = shake(context, peer)
-    if library == "ssl":  # pyOpenSSL's are of no use, but sent
+    if library == "ssl":  # pyOpenSSL sends sessions, but they cannot be resumed
         assert first.session is None or not first.session.has_ticket
     again, far = shake(context, peer, session=first.session)
     assert not again.session_reused
@@ -154,7 +154,7 @@ def test_no_session_with_a_client_certificate_is_resumed(load, client, library, 
 
 @pytest.fixture
 def two_names(world, tmp_path):
-    """A directory with a default and a.example."""
+    """A directory with the default certificate and one for a.example."""
     world.make("a.example", "server", "ca", alternative="")
     for source, file in (("server", "default"), ("a.example", "a.example")):
         for suffix in ("pem", "key"):
@@ -182,17 +182,17 @@ def test_a_session_with_a_client_certificate_is_not_resumed_for_another_name(
 def test_a_session_is_not_resumed_after_a_reload(
     world, two_names, client, version, access, verified, monkeypatch
 ) -> None:
-    """Another authority, or another list of what it revoked, is for resumed sessions too: there are none."""
+    """A changed authority or revocation list also applies to old sessions: they are not resumed."""
     if not access:
         monkeypatch.setattr(openssl, "_outcome", lambda: "no reason")
-        monkeypatch.setattr(SSL_GROUPS, "_proven", None)  # what is proven meanwhile is not so afterwards
+        monkeypatch.setattr(SSL_GROUPS, "_proven", None)  # restores the verification result after the test
     peer = client(version=version)
     source = DirectoryTLS(two_names, client_ca=world["both-ca.pem"] if verified else None)
     changed = DirectoryTLS(two_names, client_ca=world["other.pem"] if verified else None)
     for name in ("localhost", "a.example"):
         before, after = source.load().context, source.load().context
         first, _ = shake(before, peer, name)
-        if not verified:  # or this test would show nothing
+        if not verified:  # otherwise this test would prove nothing
             assert shake(before, peer, name, first.session)[0].session_reused
         assert not shake(after, peer, name, first.session)[0].session_reused
         if verified:
@@ -213,7 +213,7 @@ def test_without_access_to_openssl_a_resumed_session_expires_with_its_certificat
     for version in ("TLSv1_2", "TLSv1_3"):
         peer = client(version=version)
         first, far = shake(context, peer)
-        assert check_resumed(far, not_after(world, "client") + 1) is None  # it was verified in this handshake
+        assert check_resumed(far, not_after(world, "client") + 1) is None  # verified in this handshake
         again, far = shake(context, peer, session=first.session)
         assert again.session_reused == (version == "TLSv1_2")
         if version == "TLSv1_2":
@@ -373,7 +373,7 @@ def test_a_too_long_chain_is_rejected_before_decoding(world, load, client, versi
                 shake(context, peer)
 
 
-# --- what protocols are told ---
+# --- client names ---
 
 
 def test_a_client_whose_name_is_not_utf8_is_served_without_a_name(world, client, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Whatever OpenSSL serves is served: names and dates of a certificate that are unusual are no reason to refuse it."""
+"""Certificates with unusual names and dates are served if OpenSSL accepts them."""
 
 import re
 import ssl
@@ -25,7 +25,7 @@ EMAIL, URI = tlv(0x81, b"m\xfcller@example"), tlv(0x86, b"https://m\xfcller.exam
 OTHERS = (OTHER_NAME, DIRECTORY_NAME, EMAIL, URI, ADDRESS)
 NOW = (b"\x17\x0d240101000000Z", b"\x18\x0f99991231235959Z")
 
-# What is exchanged in a certificate; its names; and those by which a client can ask for it.
+# The replaced fields of a certificate; its names; and the names that a client can request.
 ODD: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
     "Latin-1": ({"alternative": dns(b"m\xfcller", b"ok")}, ("müller", "ok"), ["ok"]),
     "UTF-8": ({"alternative": dns("müller".encode(), b"ok")}, ("müller", "ok"), ["ok"]),
@@ -57,7 +57,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
     "a negative serial number": ({"alternative": dns(b"ok"), "serial": b"\x80"}, ("ok",), ["ok"]),
     "a serial number of 0": ({"alternative": dns(b"ok"), "serial": b"\0"}, ("ok",), ["ok"]),
     "a serial number of 64 bytes": ({"alternative": dns(b"ok"), "serial": b"\x7f" * 64}, ("ok",), ["ok"]),
-    "for ever": ({"alternative": dns(b"ok"), "dates": b"".join(NOW)}, ("ok",), ["ok"]),
+    "no expiry": ({"alternative": dns(b"ok"), "dates": b"".join(NOW)}, ("ok",), ["ok"]),
     "after 2049": ({"alternative": dns(b"ok"), "dates": NOW[0] + b"\x18\x0f20500101000000Z"}, ("ok",), ["ok"]),
     "without seconds": ({"alternative": dns(b"ok"), "dates": b"\x17\x0b2401010000Z" + NOW[1]}, ("ok",), ["ok"]),
     "an offset": ({"alternative": dns(b"ok"), "dates": b"\x17\x11240101000000+0100" + NOW[1]}, ("ok",), ["ok"]),
@@ -66,7 +66,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
 
 
 def shown(server: ssl.SSLContext, name: str | None) -> bytes:
-    """The certificate that a client is shown, as DER."""
+    """Return the certificate that a client receives, in DER."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -81,7 +81,7 @@ def shown(server: ssl.SSLContext, name: str | None) -> bytes:
 
 
 class Log:
-    """Records the lines that are logged."""
+    """Records the logged lines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -113,7 +113,7 @@ def test_an_unusual_certificate_is_served_alone_and_by_its_names(certificates, t
         assert shown(among.context, name) == ssl.PEM_cert_to_DER_cert(default)
 
     log = Log()
-    listener = Listener(None, "ssl", certificates=among.certificates)  # type: ignore[arg-type]  # it is not served
+    listener = Listener(None, "ssl", certificates=among.certificates)  # type: ignore[arg-type]  # it is not used
     finish(logging_certificates(log, [listener]))
     (line,) = [line for line in log.lines if "/odd.pem" in line]
     assert line.isprintable()
@@ -124,7 +124,7 @@ def test_an_unusual_certificate_is_served_alone_and_by_its_names(certificates, t
         assert ("and 995 more" in text) is (len(names) == 1000)
 
 
-@pytest.mark.parametrize("odd", ["Latin-1", "a NUL", "a common name of UTF-16", "for ever"])
+@pytest.mark.parametrize("odd", ["Latin-1", "a NUL", "a common name of UTF-16", "no expiry"])
 def test_an_unusual_certificate_is_served_with_pyopenssl(certificates, tmp_path, odd) -> None:
     pytest.importorskip("OpenSSL")
     exchanged, names, _ = ODD[odd]
@@ -154,7 +154,7 @@ def test_a_very_long_name_is_truncated_in_the_error(certificates, tmp_path) -> N
     (tmp_path / "odd.pem").write_text(odd_certificate(certificates["server.pem"], alternative=dns(b"n" * 10_000)))
     log = Log()
     found = ServerTLS(certificates["server.key"], str(tmp_path / "odd.pem")).load().certificates
-    listener = Listener(None, "ssl", certificates=found)  # type: ignore[arg-type]  # it is not served
+    listener = Listener(None, "ssl", certificates=found)  # type: ignore[arg-type]  # it is not used
     finish(logging_certificates(log, [listener]))
     assert "n" * 200 in log.lines[0]
     assert len(log.lines[0]) < 1000
@@ -184,7 +184,7 @@ def test_file_names_may_contain_upper_case_and_control_characters(certificates, 
         made = odd_certificate(certificates["server.pem"], alternative=dns(b"n%d.example" % number))
         (tmp_path / name).write_text(made + key)
     found = DirectoryTLS(str(tmp_path)).load().certificates
-    listener = Listener(None, "ssl", certificates=found)  # type: ignore[arg-type]  # it is not served
+    listener = Listener(None, "ssl", certificates=found)  # type: ignore[arg-type]  # it is not used
     log = Log()
     finish(logging_certificates(log, [listener]))
     assert len(log.lines) == 3
@@ -230,7 +230,7 @@ def test_a_time_is_parsed_as_in_rfc_5280(kind, text, seconds) -> None:
     ],
 )  # fmt: skip
 def test_an_invalid_time_is_rejected(kind, text) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011  # its text is nobody's
+    with pytest.raises(ValueError):  # noqa: PT011  # the text is never shown
         der_time(kind, text)
 
 

@@ -1,4 +1,4 @@
-"""Certificates, keys and revocation lists as any editor writes them, or one line that names the file."""
+"""Certificates, keys and revocation lists in the encodings of common editors; others are rejected by file name."""
 
 import subprocess
 from pathlib import Path
@@ -16,7 +16,7 @@ FILES = (
 
 @pytest.fixture
 def pem(tmp_path, certificates) -> Path:
-    """A directory with a file of each kind."""
+    """A directory with one file of each kind."""
     for name, source in (("key", "server.key"), ("cert", "server.pem"), ("chain", "inner.pem"), ("ca", "ca.pem")):
         (tmp_path / f"{name}.pem").write_text(Path(certificates[source]).read_text())
     (tmp_path / "index.txt").write_text("")

@@ -1,4 +1,4 @@
-"""The table of phases: what may follow what."""
+"""The table of phases: the allowed transitions."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Ports: accept, pause, rest after a shortage, refuse, and finish."""
+"""Ports: accept, pause, delay after a shortage, refuse, and finish."""
 
 import errno
 import os
@@ -54,7 +54,7 @@ def test_a_connection_that_failed_before_accept_is_skipped(code) -> None:
         assert far.recv(10) == b"hello"
 
 
-# --- a listener that pauses, rests and refuses ---
+# --- pause, shortage delay and refusal ---
 
 
 def test_a_pause_outlasts_a_shortage_delay() -> None:
@@ -179,7 +179,7 @@ def test_a_connection_refused_after_its_header_is_closed_without_a_closed_callba
     assert clock.getReaders() == [port]
     assert clock.getDelayedCalls() == []
     assert (port.factory.made, port.factory.lost, closed) == ([], [], [])
-    # What a reactor or a protocol may still ask of it does nothing.
+    # Later calls from a reactor or a protocol do nothing.
     connection.write(b"x")
     connection.loseConnection()
     connection.abortConnection()
@@ -197,7 +197,7 @@ def test_finish_waits_for_a_pause_and_for_a_shortage_delay() -> None:
     clock.advance(5)
     assert port.listening
     port.resume()
-    clock.pump([0.2] * 2)  # it runs into the shortage
+    clock.pump([0.2] * 2)  # the accept fails with the shortage
     assert port.listening
     clock.pump([0.2] * 10)
     assert finished == [None]
@@ -205,7 +205,7 @@ def test_finish_waits_for_a_pause_and_for_a_shortage_delay() -> None:
         assert len(port.factory.made) == 1
 
 
-# --- the end of a listener ---
+# --- finish ---
 
 
 def state_of(sock: socket.socket) -> int:
@@ -220,7 +220,7 @@ SYN_SENT = 2  # include/net/tcp_states.h
 @pytest.mark.parametrize("description", ["tcp:0:interface=127.0.0.1", "unix:{}/s"], ids=["tcp", "unix"])
 @pytest_twisted.inlineCallbacks
 def test_finish_serves_the_backlog_and_no_later_clients(serve, tmp_path, description, count):
-    """With more in the queue than one event accepts; and what is accepted lives on without the listener."""
+    """The backlog holds more clients than one event accepts, and accepted connections survive the listener."""
     factory, ports = Recording(), []
     address, _ = serve(factory, description.format(tmp_path), ports)
     ((port, listener),) = ports
@@ -254,7 +254,7 @@ def test_finish_serves_the_backlog_and_no_later_clients(serve, tmp_path, descrip
 
 
 def finishing(*results) -> tuple[FakeReactor, Port, Recording, list[bool]]:
-    """A port with a queue of these, on the test's clock, and whether it has finished."""
+    """Return a started port with these accept() results: its reactor, the port, its factory, and a list for results."""
     clock, factory, done = FakeReactor(), Recording(), []
     port = Port(clock, FakeListeningSocket(*results), factory, name="test")
     port.startListening()
@@ -262,7 +262,7 @@ def finishing(*results) -> tuple[FakeReactor, Port, Recording, list[bool]]:
 
 
 def pair() -> tuple[socket.socket, str]:
-    """What accept() gives."""
+    """A result of accept()."""
     near, _ = socket.socketpair()
     return near, ""
 
@@ -271,7 +271,7 @@ def test_finish_completes_after_a_handshake_time_without_new_clients() -> None:
     clock, port, factory, done = finishing()
     port.finish().addCallback(done.append)
     clock.advance(0.1)
-    port.socket.results.append(pair())  # a client far away, whose handshake was under way
+    port.socket.results.append(pair())  # a distant client whose handshake was in progress
     port.doRead()
     clock.pump([0.1, 0.1])
     port.socket.results.append(pair())
@@ -300,7 +300,7 @@ def test_a_paused_port_finishes_after_resume() -> None:
 
 
 def test_finish_waits_for_a_pause_that_begins_meanwhile() -> None:
-    """The register pauses it when the limit is reached, by a client of its queue."""
+    """The register pauses the port when a queued client reaches the connection limit."""
     clock, port, factory, done = finishing(pair(), pair())
     factory.on_connect = lambda protocol: port.pause()
     port.finish().addCallback(done.append)
@@ -331,5 +331,5 @@ def test_finish_completes_when_the_port_is_stopped() -> None:
     port.stopListening()
     assert done == [None]
     assert clock.getDelayedCalls() == []
-    port.finish().addCallback(done.append)  # nothing is left to do
+    port.finish().addCallback(done.append)  # no call is pending
     assert done == [None, None]

@@ -1,4 +1,4 @@
-"""The PROXY header before a connection: whom the protocol sees, what is never lost, and who is sent away."""
+"""The PROXY header before a connection: addresses, data after the header, deadlines, and rejected peers."""
 
 import contextlib
 import errno
@@ -48,10 +48,10 @@ UNIX = b"/run/client".ljust(108, b"\0") + b"/run/server".ljust(108, b"\0")
 
 V1 = b"PROXY TCP4 192.0.2.1 198.51.100.2 56324 443\r\n"
 V2 = v2(0x21, 0x11, INET + AUTHORITY)
-# The most that a header can be.
+# The longest possible header.
 LONGEST = v2(0x21, 0x11, INET + AUTHORITY + tlv(4, bytes(65535 - 12 - len(AUTHORITY) - 3)))
 
-# Those that name nobody: the connection's own addresses hold.
+# Headers without addresses: those of the connection apply.
 ANONYMOUS = {
     "v1 UNKNOWN": b"PROXY UNKNOWN\r\n",
     "v1 UNKNOWN with addresses": b"PROXY UNKNOWN 2001:db8::1 2001:db8::2 1 2\r\n",
@@ -67,7 +67,7 @@ LOOPBACK = (ip_network("127.0.0.0/8"),)
 
 
 class Witness(Recording):
-    """Greets and echoes; records the addresses that protocols were built for, and what each saw in its first moment."""
+    """Greets and echoes; records the addresses passed to buildProtocol and the state seen in connectionMade."""
 
     def __init__(self) -> None:
         super().__init__(on_connect=self.greet)
@@ -85,7 +85,7 @@ class Witness(Recording):
 
 
 class Served:
-    """A port in service that expects headers."""
+    """A listening port that expects headers."""
 
     def __init__(self, description: str, on: Any, tls: ssl.SSLContext | None, limits: Limits) -> None:
         self.factory = Witness()
@@ -93,8 +93,8 @@ class Served:
         self.address = self.listener.socket.getsockname()
         self.on = on
         self.opened: list[Any] = []
-        self.ended: list[tuple[Any, str]] = []  # connections, and why, as in their records
-        self.events: list[Any] = []  # of the register's log
+        self.ended: list[tuple[Any, str]] = []  # connections, each with the reason in its record
+        self.events: list[Any] = []  # log lines of the register
         self.register = Registry(Logger(observer=self.events.append), limits)
         self._waiting: list[Deferred[None]] = []
         self.port = Port(
@@ -124,7 +124,7 @@ class Served:
 
     @pytest_twisted.inlineCallbacks
     def end(self, count: int = 1):
-        """The last of so many ends: what ended it, and why."""
+        """Wait for this many ended connections; return the Failure value and the reason of the last one."""
         while len(self.ended) < count:
             deferred: Deferred[None] = Deferred()
             self._waiting.append(deferred)
@@ -134,7 +134,7 @@ class Served:
 
 @pytest.fixture
 def serve():
-    """Serves a Witness on a free loopback port, or what the description says."""
+    """Serve a Witness as the description says, by default on a free loopback port."""
     started: list[Served] = []
 
     def start(
@@ -161,7 +161,7 @@ def serve():
 
 
 class Reads:
-    """The events of connections that wait for their header."""
+    """Counts the read events of connections that wait for their header."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -175,7 +175,7 @@ class Reads:
 
     @pytest_twisted.inlineCallbacks
     def wait(self, count: int):
-        """Until there were so many."""
+        """Wait until this many have happened."""
         while self.count < count:
             deferred: Deferred[None] = Deferred()
             self._waiting.append(deferred)
@@ -207,7 +207,7 @@ def context(certificates) -> ssl.SSLContext:
 
 @pytest.fixture
 def connect():
-    """Connects a blocking socket, every send of which is a segment."""
+    """Connect a blocking socket that sends each write as one segment."""
     with contextlib.ExitStack() as stack:
 
         def start(address: Any) -> socket.socket:
@@ -225,7 +225,7 @@ def connect():
 
 
 def read(sock: socket.socket, size: int) -> bytes:
-    """This many bytes, or less at the end."""
+    """Read this many bytes, or fewer at EOF."""
     received = bytearray()
     while len(received) < size and (piece := sock.recv(size - len(received))):
         received += piece
@@ -235,7 +235,7 @@ def read(sock: socket.socket, size: int) -> bytes:
 def nothing_came(sock: socket.socket) -> bool:
     sock.setblocking(False)
     try:
-        return sock.recv(1) is None  # the end is something too
+        return sock.recv(1) is None  # EOF counts as input too
     except BlockingIOError:
         return True
     finally:
@@ -243,7 +243,7 @@ def nothing_came(sock: socket.socket) -> bool:
 
 
 class TLS:
-    """A client of TLS on a socket, whose first flight may come with something before it in one segment."""
+    """A TLS client on a socket; `before` is sent in one segment with its first flight."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, before: bytes = b"") -> None:
         self.sock = sock
@@ -266,7 +266,7 @@ class TLS:
             self._incoming.write(data)
 
     def exchange(self, data: bytes) -> bytes:
-        """Shake hands, send this, and read the greeting and as much."""
+        """Perform the handshake, send data, and read the greeting and the same number of bytes."""
         self._do(lambda: self._tls.do_handshake() or True)
         self._do(self._tls.write, data)
         received = b""
@@ -293,7 +293,7 @@ def test_a_header_may_be_split_at_any_byte_and_the_protocol_is_built_after_its_l
         sock.sendall(header[split:] + b"hello")
         answer = yield deferToThread(read, sock, 11)
         assert answer == b"Hello!hello"
-        assert reads.count == before + 2  # one for each piece: nothing is read twice
+        assert reads.count == before + 2  # one per piece: no data is read twice
         assert service.factory.built[-1] == CLIENT
     assert service.factory.received == b"hello" * (len(header) - 1)
 
@@ -311,7 +311,7 @@ def test_data_in_the_segment_of_the_header_is_neither_lost_nor_duplicated(serve,
         yield sending
         assert answer == GREETING + data
         assert service.factory.received[before:] == data
-        # The header is no byte of the exchange.
+        # The header does not count as received data.
         connection = service.opened[-1]
         assert (connection.bytes_in, connection.bytes_out) == (size, len(GREETING) + size)
 
@@ -411,12 +411,12 @@ def test_a_header_inside_tls_is_data(serve, connect, context, trusting):
     assert not service.factory.built
 
 
-# --- whom the protocol sees ---
+# --- addresses ---
 
 
 @pytest_twisted.inlineCallbacks
 def exchange(service: Served, sock: socket.socket, header: bytes):
-    """What the protocol saw from connectionMade on, once it has echoed."""
+    """Exchange data; return what the protocol saw in connectionMade."""
     sock.sendall(header + b"hello")
     answer = yield deferToThread(read, sock, 11)
     assert answer == b"Hello!hello"
@@ -480,7 +480,7 @@ def test_a_proxy_may_connect_to_a_unix_socket(serve, connect, tmp_path):
     assert (peer.name, host.name) == (None, path.encode())
 
 
-# --- who is sent away ---
+# --- rejected connections ---
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_a_connection_without_a_header_is_closed_and_nothing_is_sent(serve, conn
     reason, why = yield service.end()
     assert isinstance(reason, ConnectionLost)
     assert why == "invalid PROXY header"
-    # What was found, and what was sent, is logged.
+    # The problem and the received bytes are logged.
     detail, record = service.events
     assert (detail["log_level"], record["log_level"]) == (LogLevel.info, LogLevel.info)
     assert (detail["event"], record["event"]) == ("proxy.header_invalid", "connection.closed")
@@ -512,7 +512,7 @@ def test_a_connection_without_a_header_is_closed_and_nothing_is_sent(serve, conn
     assert record["reason"] == why
     assert not service.factory.built
     assert not service.register.open
-    # The next one is served.
+    # The next client is served.
     yield exchange(service, connect(service.address), V1)
 
 
@@ -526,7 +526,7 @@ def test_an_incomplete_header_ends_at_the_deadline_and_uses_no_cpu(serve, connec
     sock = connect(service.address)
     sock.sendall(begun)
     yield reads.wait(len(begun) and 1)
-    other = connect(service.address)  # many turns of the reactor, in none of which the first one has an event
+    other = connect(service.address)  # many reactor turns, none with an event of the first connection
     for byte in V1[:-1]:
         count = reads.count
         other.sendall(bytes([byte]))
@@ -637,7 +637,7 @@ def test_the_server_can_end_a_connection_before_its_header(serve, connect, reads
     ]
 
 
-# --- what the register does with them ---
+# --- limits and trust ---
 
 
 @pytest_twisted.inlineCallbacks
@@ -652,7 +652,7 @@ def test_a_limit_per_peer_counts_clients_instead_of_the_proxy(serve, connect):
     assert refused(service.register) == {"max-connections-per-peer": 1}
     assert len(service.register.open) == 3
     assert len(service.factory.built) == 3
-    # One of the two leaves, and there is room for another.
+    # One of the two disconnects, which admits another.
     socks[0].close()
     yield service.end()
     yield exchange(service, connect(service.address), V2)
@@ -668,4 +668,4 @@ def test_an_untrusted_proxy_is_closed_before_reading(serve, connect, reads):
     assert refused(service.register) == {"proxy-from": 2}
     assert not service.register.open
     assert reads.count == 0
-    assert not service.ended  # it was refused, and never was one
+    assert not service.ended  # a refused connection does not count as ended

@@ -1,4 +1,4 @@
-"""Hostile clients of Twisted's TLS on our transport (`library=pyopenssl`, startTLS): what they cost is bounded."""
+"""Hostile clients of pyOpenSSL streams (`library=pyopenssl`, startTLS): their cost is bounded."""
 
 import contextlib
 import gc
@@ -59,14 +59,14 @@ from tests.support.forge import (
 
 
 def start_tls(sock: socket.socket, begin: bytes) -> None:
-    """Send what comes before TLS; ask for TLS and wait until it may begin."""
+    """Send the plain text before TLS; request TLS and wait for the answer."""
     sock.sendall(begin)
     if begin == STARTTLS:
         assert sock.recv(1) == b"+"
 
 
 class Hostile(Forger):
-    """A Forger that can ask for TLS before, and read after."""
+    """A Forger that can request STARTTLS before the handshake and read after it."""
 
     def __init__(self, address: Any, version: str, *, begin: bytes, **options: Any) -> None:
         self._begin = begin
@@ -80,13 +80,13 @@ class Hostile(Forger):
         return self.seal(APPLICATION_DATA, content)
 
     def send_until_closed(self, flood: bytes) -> None:
-        """Send a flood without reading, until the server has closed."""
+        """Send a flood without reading until the server closes."""
         with contextlib.suppress(ConnectionError):
             self.sock.sendall(flood)
         read_to_end(self.sock)
 
     def send_what_is_taken(self, make: Callable[[], bytes]) -> None:
-        """Send what a function makes until nothing more is taken."""
+        """Send the output of a function until the kernel accepts no more."""
         self.sock.settimeout(0.5)
         with contextlib.suppress(TimeoutError):
             while True:
@@ -127,12 +127,12 @@ def hellos(client: Hostile, count: int) -> bytes:
 
 
 def one_byte_records(client: Hostile, count: int) -> bytes:
-    """Records of a ClientHello that never ends, one byte each."""
+    """One-byte records of an endless ClientHello."""
     begun = b"\x01\0\xff\xff"
     return b"".join(client.seal(HANDSHAKE, begun[i : i + 1] or b"\0") for i in range(count))
 
 
-# What a client sends after its handshake that carries no data, and how much of it for more than is allowed.
+# Records without data after the handshake, and how many of them exceed the limit.
 FLOODS = [
     pytest.param("TLSv1_3", key_updates, 20_000, id="key updates"),
     pytest.param("TLSv1_3", key_updates_that_ask, 20_000, id="key updates that ask for ours"),
@@ -145,7 +145,7 @@ FLOODS = [
 
 
 class StartingTLS(Recorder):
-    """Starts TLS when it is asked to."""
+    """Starts TLS on request."""
 
     def dataReceived(self, data: bytes) -> None:
         if data == STARTTLS:
@@ -156,7 +156,7 @@ class StartingTLS(Recorder):
 
 
 class Served:
-    """A port with `library=pyopenssl`, or one whose protocol starts TLS with Twisted's contexts."""
+    """A port with `library=pyopenssl`, or with a protocol that starts TLS with Twisted's contexts."""
 
     def __init__(self, certificates: Any, *, begin: str = "ssl", on: Any = reactor, send_buffer: int = 0) -> None:
         self.factory: Any = Recording(StartingTLS, on_data=nothing)
@@ -207,7 +207,7 @@ def serve(certificates: Any) -> Iterator[Callable[..., Served]]:
 
 @pytest.fixture(params=["ssl", "startTLS"])
 def begin(request: Any) -> str:
-    """How TLS begins."""
+    """How TLS begins: at once, or on request."""
     begins: str = request.param
     return begins
 
@@ -218,7 +218,7 @@ def connect(served: Served, version: str, **options: Any) -> Hostile:
 
 @pytest.fixture
 def fed(monkeypatch: Any) -> list[tuple[int, int, bool]]:
-    """What OpenSSL was given in each event: bytes, records that began, and whether its handshake was done."""
+    """The input of OpenSSL in each event: bytes, records begun, and whether the handshake was complete."""
     events: list[tuple[int, int, bool]] = []
     ahead: dict[Any, bytes] = {}
     original = pyopenssl_stream.Layer.dataReceived
@@ -240,7 +240,7 @@ def fed(monkeypatch: Any) -> list[tuple[int, int, bool]]:
 def assert_bounded(events: list[tuple[int, int, bool]]) -> None:
     for size, records, done in events:
         assert size <= (FULL_READ if done else FIRST_READ)
-        # One more has begun in an event before.
+        # One more record began in an earlier event.
         assert size <= FIRST_READ or records <= MAX_RECORDS + 1
 
 
@@ -258,7 +258,7 @@ def test_a_flood_without_data_is_read_in_small_parts_and_closed_with_a_reason(se
 
     yield deferToThread(flood)
     (connection,) = yield eventually(lambda: served.closed)
-    if make is one_byte_records:  # OpenSSL does not read on
+    if make is one_byte_records:  # OpenSSL stops reading
         assert isinstance(connection.error, ssl.SSLError | LocalClose)
     else:
         assert isinstance(connection.error, LocalClose)
@@ -271,7 +271,7 @@ def test_a_flood_without_data_is_read_in_small_parts_and_closed_with_a_reason(se
 @pytest.mark.parametrize(("version", "make", "count"), FLOODS[:3])
 @pytest_twisted.inlineCallbacks
 def test_a_flood_with_some_data_is_read_in_small_parts_and_loses_no_data(serve, fed, begin, version, make, count):
-    """The byte of data ends each run of records before it is too much."""
+    """The byte of data ends each run of empty records before the limit."""
     served = serve(begin=begin)
     run = {"TLSv1_3": 2_000, "TLSv1_2": 100}[version]
 
@@ -294,7 +294,7 @@ def test_a_flood_with_some_data_is_read_in_small_parts_and_loses_no_data(serve, 
 
 @pytest_twisted.inlineCallbacks
 def test_a_thousand_records_in_few_segments_are_processed_over_several_turns(serve, fed, begin):
-    """Also by a protocol that pauses in each of them."""
+    """This also applies to a protocol that pauses in each dataReceived."""
     served = serve(begin=begin)
 
     def pause(protocol: Any, data: bytes) -> None:
@@ -331,7 +331,7 @@ def test_read_ahead_data_waits_while_the_protocol_is_paused(serve, begin):
         while len(served.factory.received) < 600:
             before = len(served.factory.received)
             protocol.transport.resumeProducing()
-            protocol.transport.resumeProducing()  # is no second turn
+            protocol.transport.resumeProducing()  # must not start a second turn
             yield eventually(lambda: len(served.factory.received) > before)  # noqa: B023  # called in this turn of the loop
     yield deferLater(reactor, 0)
     protocol.transport.resumeProducing()
@@ -352,7 +352,7 @@ def test_one_byte_records_after_a_hello_retry_request_close_the_connection_with_
             start_tls(sock, served.begin)
             sock.sendall(record(HANDSHAKE, client_hello()))
             assert sock.recv(1) == bytes([HANDSHAKE])
-            # Of a ClientHello of 64 KiB.
+            # For a ClientHello of 64 KiB.
             sock.sendall(b"".join(record(HANDSHAKE, bytes([byte])) for byte in b"\x01\0\xff\xff"))
             with contextlib.suppress(ConnectionError):
                 sock.sendall(step * (1_000_000 // len(step)))
@@ -372,7 +372,7 @@ def test_one_byte_records_after_a_hello_retry_request_close_the_connection_with_
 
 @pytest_twisted.inlineCallbacks
 def held_connection(served: Served, client: Hostile) -> Any:
-    """Fires with a connection that reads nothing more, since its client floods it with requests for key updates."""
+    """Fire with a connection that stopped reading because its client floods it with key update requests."""
     yield deferToThread(client.send_what_is_taken, lambda: key_updates_that_ask(client, 500) + client.data(b"x"))
     (connection,) = served.opened
     yield eventually(lambda: connection._stage.held)
@@ -389,7 +389,7 @@ def test_answers_to_a_peer_that_does_not_read_are_bounded_and_use_no_cpu(serve, 
         events: list[str] = []
         for name in ("doRead", "doWrite", "take_rest"):
             monkeypatch.setattr(type(connection._stage), name, lambda *_, name=name: events.append(name))
-        connection.resumeProducing()  # is no way around it
+        connection.resumeProducing()  # must not bypass the limit
         for _ in range(100):
             yield deferLater(reactor, 0.001)
         assert events == []
@@ -402,7 +402,7 @@ def test_a_peer_that_reads_its_answers_later_is_served(serve, begin):
     served = serve(begin=begin, send_buffer=4096)
     served.factory.on_data = lambda protocol, data: data.endswith(b"!") and protocol.transport.write(b"here")
     with (yield deferToThread(connect, served, "TLSv1_3", small_buffers=True)) as client:
-        # Whole key updates, so that it can go on: what is not taken now is sent below.
+        # Complete key updates, so that the stream stays valid: the rest is sent below.
         sealed = b"".join(key_updates_that_ask(client, 500) + client.data(b"x") for _ in range(20))
         sealed += client.data(b"!")
         sender = threading.Thread(target=client.sock.sendall, args=(sealed,))
@@ -448,7 +448,7 @@ def test_a_peer_that_does_not_read_its_answers_is_aborted_after_the_answer_timeo
 
 
 def ended(timed: Timed, served: Served) -> list[Any]:
-    """Let ANSWER_TIMEOUT pass; the connections that have ended. What the kernel still takes may be progress."""
+    """Let ANSWER_TIMEOUT pass; return the ended connections. Data that the kernel still accepts counts as progress."""
     timed.clock.advance(ANSWER_TIMEOUT)
     timed.clock.advance(0)
     return served.closed
@@ -456,7 +456,7 @@ def ended(timed: Timed, served: Served) -> list[Any]:
 
 @pytest_twisted.inlineCallbacks
 def test_unsent_data_for_a_slow_reader_does_not_stop_reading(serve, begin):
-    """Also when the reader updates its keys meanwhile, as peers do after many bytes."""
+    """This also applies if the reader updates its keys meanwhile, as peers do after many bytes."""
     served = serve(begin=begin)
     content = os.urandom(50_000_000)
     heard = threading.Event()
@@ -505,7 +505,7 @@ def test_marks_count_the_unsent_bytes_of_marked_ranges() -> None:
     assert not marks
     assert marks.after(0) == 0
     marks.add(10, 110)
-    marks.add(5, 115)  # goes on
+    marks.add(5, 115)  # extends the previous mark
     marks.add(7, 200)
     assert marks.after(50) == 22
     assert marks.after(103) == 19
@@ -517,7 +517,7 @@ def test_marks_count_the_unsent_bytes_of_marked_ranges() -> None:
     assert not marks
 
 
-# --- the end ---
+# --- closing ---
 
 
 ENDS_BEFORE = ["reset at once", "FIN at once", "reset within", "FIN within", "garbage", "large", "timeout"]

@@ -1,4 +1,4 @@
-"""Listeners with library=pyopenssl: Twisted's TLS on our transport, from a description to what a protocol is given."""
+"""Listeners with library=pyopenssl: Twisted's TLS on the Connection transport, from the description to the protocol."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ tls = pytest.importorskip("twisted.protocols.tls", reason="pyOpenSSL (twisted[tl
 
 @pytest.fixture
 def serve(certificates):
-    """Serves a protocol as a description says; gives its factory, its port, and a function that connects a client."""
+    """Serve a protocol as a description says; return its factory, its port, and a function that connects a client."""
     started: list[Any] = []
 
     def start(protocol: type[Recorder] = Recorder, more: str = "", files: str = "", **hooks: Any) -> Any:
@@ -172,7 +172,7 @@ def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest_twisted.inlineCallbacks
 def test_a_failed_protocol_receives_no_more_calls(serve, logged, version):
-    """Also of what was there already, together with the end of the client's handshake."""
+    """This includes data that arrived with the client's Finished message."""
 
     def fail(protocol: Recorder) -> None:
         raise ZeroDivisionError("of the test")
@@ -193,7 +193,7 @@ def test_a_failed_protocol_receives_no_more_calls(serve, logged, version):
                     break
                 sock.sendall(outgoing.read())
                 incoming.write(sock.recv(1 << 16))
-            if version == ssl.TLSVersion.TLSv1_3:  # the handshake's last flight is the client's
+            if version == ssl.TLSVersion.TLSv1_3:  # the client sends the last flight of the handshake
                 tls.write(b"right behind it")
             sock.sendall(outgoing.read())
             with contextlib.suppress(ConnectionResetError):
@@ -259,7 +259,7 @@ def test_close_sends_all_written_data(serve):
 
 @pytest_twisted.inlineCallbacks
 def test_a_producer_bounds_the_memory_for_a_slow_reader(serve):
-    """As with Twisted's: a transport that is registered as its own producer is paused."""
+    """As in Twisted, a transport that is registered as its own producer is paused."""
     most = 0
 
     def register(protocol: Recorder) -> None:
@@ -328,7 +328,7 @@ def test_without_pyopenssl_the_error_explains_how_to_install_it(certificates, mo
 
 @pytest_twisted.inlineCallbacks
 def test_a_producer_is_stopped_at_the_clients_close_notify(serve):
-    """Twisted's layer leaves it to produce, for nobody."""
+    """Twisted's TLS layer would let it continue."""
     asked = 0
 
     @implementer(IPullProducer)
@@ -375,7 +375,7 @@ def test_close_does_not_wait_for_the_clients_close_notify_and_ignores_later_data
             assert tls.recv(10) == b""  # its close_notify
             plain = socket.socket(fileno=tls.detach())
             with plain, contextlib.suppress(OSError):
-                assert plain.recv(10) == b""  # its FIN, without any answer of ours
+                assert plain.recv(10) == b""  # the FIN, without further data
                 plain.sendall(bytes(100))
             return received
 
@@ -423,5 +423,5 @@ def test_tls_errors_are_classified_as_with_the_ssl_library(serve, sent, error):
     yield deferToThread(client)
     connection, _ = yield factory.closed.addTimeout(DEADLINE, reactor)
     assert type(connection.error) is error
-    if error is ssl.SSLError:  # which word it is depends on OpenSSL
+    if error is ssl.SSLError:  # the word depends on the OpenSSL version
         assert re.fullmatch("[A-Z0-9_]+", connection.error.reason)

@@ -1,4 +1,4 @@
-"""The reactor keeps Twisted's contract with each descriptor, whatever the others in a batch of events do."""
+"""The reactor honours Twisted's contract with each descriptor, regardless of the others in a batch of events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rtservice.net.reactor import Reactor
 
 
 class Descriptor:
-    """One end of a socket pair whose other end has sent a byte: readable until it reads."""
+    """One end of a socket pair that is readable until it reads."""
 
     def __init__(self, reactor: Reactor, name: str = "some descriptor") -> None:
         self.reactor = reactor
@@ -128,7 +128,7 @@ def test_a_replacement_descriptor_receives_the_next_events(reactor) -> None:
     first.on_read = exchange
     reactor.addWriter(first)
     reactor.doIteration(0)
-    assert (first.reads, first.writes, second.reads) == (1, 1, 0)  # of one event, the rest is the first one's
+    assert (first.reads, first.writes, second.reads) == (1, 1, 0)  # the rest of an event goes to the first descriptor
     reactor.doIteration(0)
     assert (first.reads, first.writes) == (1, 1)
     assert (second.reads, second.writes) == (1, 1)
@@ -224,7 +224,7 @@ def test_a_descriptor_number_reused_within_a_batch_belongs_to_its_new_owner(reac
         if successor.fileno() != number:
             os.dup2(successor.fileno(), number)
             successor.fileno = lambda: number
-        # It has something to read: a read of it is right, one of the old owner never is.
+        # The successor is readable: reading it is right, reading the old owner never is.
         reactor.addReader(successor)
         new.append(successor)
 
@@ -318,7 +318,7 @@ def test_an_exception_in_log_prefix_is_harmless(reactor) -> None:
 def test_a_saved_log_context_stays_that_of_its_descriptor(reactor) -> None:
     kept: list[Any] = []
     (descriptor,) = make(reactor, "one")
-    # As the thread pool keeps it, for what it runs later in another thread.
+    # As the thread pool saves it for calls in another thread.
     descriptor.on_read = lambda: kept.append(theContextTracker.currentContext().contexts[-1])
     reactor.doIteration(0)
     assert kept[0][log.ILogContext]["system"] == "one"
@@ -331,7 +331,7 @@ def test_a_saved_log_context_stays_that_of_its_descriptor(reactor) -> None:
 def test_write_soon_writes_once_before_the_reactor_waits(reactor) -> None:
     descriptor = Descriptor(reactor)
     reactor.write_soon(descriptor)
-    reactor.doIteration(None)  # with nothing else to do it would wait without end
+    reactor.doIteration(None)  # without events it would wait indefinitely
     assert descriptor.writes == 1
     reactor.doIteration(0)
     assert descriptor.writes == 1

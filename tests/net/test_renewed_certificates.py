@@ -1,4 +1,4 @@
-"""Certificates are read again, and adopted when all are right."""
+"""Renewed certificates are loaded, and adopted if all are valid."""
 
 import pathlib
 import shutil
@@ -13,7 +13,7 @@ from tests.support.listeners import PLAIN, facts, handshake
 
 @pytest.fixture
 def renewable(open_secure, certificates, tmp_path):
-    """A listener with a certificate in files of its own, as Path of the certificate, Path of the key, Listener."""
+    """A listener with separate certificate files, as (certificate path, key path, Listener)."""
     paths = tmp_path / "x.pem", tmp_path / "x.key"
     put(certificates, "server", *paths)
     return *paths, open_secure(f"ssl:0:privateKey={paths[1]}:certKey={paths[0]}:interface=127.0.0.1")

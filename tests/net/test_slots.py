@@ -1,4 +1,4 @@
-"""A listener with a socket for each of several processes: who gets which connection, and who keeps it."""
+"""A listener with one socket per process (slot): the distribution of clients, and adding and removing slots."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ interfaces = pytest.mark.parametrize("interface", ["127.0.0.1", pytest.param("::
 
 @pytest.fixture
 def opened() -> Iterator[Callable[..., Listener]]:
-    """Opens a port for a number of slots, and closes it."""
+    """Open a port with a number of slots; it is closed after the test."""
     made: list[Listener] = []
 
     def open_slots(slots: int, interface: str = "127.0.0.1", backlog: int = 1000) -> Listener:
@@ -36,14 +36,14 @@ def opened() -> Iterator[Callable[..., Listener]]:
 
 @pytest.fixture
 def connect() -> Iterator[Callable[[Listener, int], list[socket.socket]]]:
-    """Connects a number of clients to a listener."""
+    """Connect a number of clients to a listener."""
     with contextlib.ExitStack() as stack:
 
         def clients(listener: Listener, count: int) -> list[socket.socket]:
             address = listener.socket.getsockname()
             made = []
             for _ in range(count):
-                # From another address: with the same one at both ends, the kernel may pick the server's port here too.
+                # From another address: with equal addresses, the kernel may choose the server's port for the client.
                 source = ("127.0.0.2", 0) if listener.socket.family == socket.AF_INET else None
                 made.append(stack.enter_context(socket.create_connection(address[:2], 10, source)))
             return made
@@ -52,7 +52,7 @@ def connect() -> Iterator[Callable[[Listener, int], list[socket.socket]]]:
 
 
 def accept_all(sock: socket.socket) -> int:
-    """How many clients are in the queue of a socket, which is empty then."""
+    """Accept all clients in the backlog of a socket; return their number."""
     count = 0
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -87,7 +87,7 @@ def test_clients_are_distributed_over_all_slots(opened, connect, interface) -> N
     connect(listener, 400)
     found = queued(listener)
     assert sum(found) == 400
-    # Each has 100 on average, and a standard deviation of 9.
+    # Each slot has 100 clients on average, with a standard deviation of 9.
     assert all(50 <= count <= 150 for count in found), found
 
 
@@ -170,7 +170,7 @@ def test_spare_sockets_receive_no_clients(opened, connect) -> None:
     listener = opened(2)
     connect(listener, 50)
     for spare in listener.reserve_sockets:
-        with pytest.raises(OSError, match="Invalid argument") as refused:  # it does not listen
+        with pytest.raises(OSError, match="Invalid argument") as refused:  # a spare does not listen
             spare.accept()
         assert refused.value.errno == errno.EINVAL
     assert sum(queued(listener)) == 50
@@ -179,7 +179,7 @@ def test_spare_sockets_receive_no_clients(opened, connect) -> None:
 def test_undoing_a_failed_slot_addition_loses_no_client(opened, connect) -> None:
     listener = opened(2)
     listener.add_slot()
-    listener.remove_slot()  # which was not left out before
+    listener.remove_slot()  # without leaving it out first
     connect(listener, 100)
     found = queued(listener)
     assert sum(found) == 100
@@ -212,7 +212,7 @@ def test_an_unprivileged_user_can_add_as_many_slots_as_there_are_spares(opened, 
         with pytest.raises(ListenError) as refused:
             listener.add_slot()
         listener.remove_slot()
-        listener.add_slot()  # the one that was given back
+        listener.add_slot()  # the spare that was returned
     finally:
         os.seteuid(0)
     assert str(refused.value) == (
@@ -280,7 +280,7 @@ def test_every_slot_has_the_configured_backlog(opened) -> None:
             client.setblocking(False)
             assert client.connect_ex(address) in (0, errno.EINPROGRESS)
         _, connected, _ = select.select([], clients, [], 0)
-        # Linux queues one more than it is told; the clients of a full queue send their SYN again later.
+        # Linux queues one more than the backlog; with a full queue, clients retransmit their SYN.
         assert len(connected) <= 6
         assert sum(queued(listener)) <= 6
 
@@ -328,5 +328,5 @@ def test_queued_clients_survive_the_end_of_their_worker(opened, connect) -> None
     listener = opened(2)
     connect(listener, 40)
     for sock in listener.slot_sockets:
-        sock.dup().close()  # as that of a worker that dies
+        sock.dup().close()  # as at the end of a worker
     assert sum(queued(listener)) == 40

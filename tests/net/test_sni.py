@@ -1,4 +1,4 @@
-"""A directory of certificates: each client is shown the one for the name that it asks for."""
+"""A directory of certificates: SNI selects the certificate for each client."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ from rtservice.steps import finish
 from tests.support.programs import program
 from tests.support.tls_versions import VERSIONS
 
-# File and the alternative names in it; `cn.example` has none.
+# Files and their alternative names; `cn.example` has none.
 NAMES = {
     "a": "DNS:a.example,DNS:B.example,IP:127.0.0.1",
     "wild": "DNS:*.example.org,IP:127.0.0.1",
@@ -31,7 +31,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def named(certificates):
-    """The certificates, with those of NAMES."""
+    """The certificates, including those of NAMES."""
     for name, alternative in NAMES.items():
         certificates.make(name, "server", "ca", alternative=alternative)
     return certificates
@@ -39,7 +39,7 @@ def named(certificates):
 
 @pytest.fixture
 def put(named, tmp_path):
-    """Puts certificate NAME and its key into a directory, as FILE.pem and FILE.key."""
+    """Copy certificate NAME and its key into a directory, as FILE.pem and FILE.key."""
     (tmp_path / "certificates").mkdir()
 
     def copy(name: str, file: str = "") -> None:
@@ -51,7 +51,7 @@ def put(named, tmp_path):
 
 
 def shake(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None, session=None):
-    """Both ends after a handshake without a network; raises the SSLError of whoever refuses."""
+    """Perform a handshake in memory; return both ends, or raise the SSLError of the side that rejects it."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_hostname=name, session=session),
@@ -63,12 +63,12 @@ def shake(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None, sess
                 end.do_handshake()
     for end in ends:
         with suppress(ssl.SSLWantReadError):
-            end.read(1)  # a session of TLS 1.3, or its refusal of the client, comes after the handshake
+            end.read(1)  # TLS 1.3 sends the session, or the rejection of the client, after the handshake
     return ends
 
 
 def careless(**attributes) -> ssl.SSLContext:
-    """A client that takes any certificate."""
+    """Return a client context that accepts any certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -78,7 +78,7 @@ def careless(**attributes) -> ssl.SSLContext:
 
 
 def shown(named, server: ssl.SSLContext, name: str | None) -> str:
-    """Which of NAMES a client that asks for `name` is shown."""
+    """Return which of NAMES a client that requests `name` receives."""
     end, _ = shake(server, careless(), name)
     pem = ssl.DER_cert_to_PEM_cert(end.getpeercert(binary_form=True))
     (found,) = (file for file in NAMES if pem in Path(named[f"{file}.pem"]).read_text())
@@ -99,7 +99,7 @@ def shown(named, server: ssl.SSLContext, name: str | None) -> str:
         ("mail.example.org.", "wild"),
         ("cn.example", "cn.example"),
         ("bücher.example", "idn"),
-        # Who is not known is shown the default.
+        # Unknown names select the default.
         ("example.org", "fallback"),
         ("x.mail.example.org", "fallback"),
         ("*.a.example", "fallback"),
@@ -184,7 +184,7 @@ def test_names_and_expiry_of_each_certificate_are_reported(named, put) -> None:
         assert certificate.not_after - certificate.not_before == 90 * 86400
 
 
-# --- what is wrong ---
+# --- errors ---
 
 
 def refusal(directory: object, **policy) -> str:
@@ -237,7 +237,7 @@ def test_an_unreadable_file_is_named(put) -> None:
 
 @pytest.fixture
 def two(put):
-    """A directory with a default and `a.example`."""
+    """A directory with the default certificate and one for `a.example`."""
     put("a")
     put("fallback", "default")
     return str(put.directory)
@@ -301,7 +301,7 @@ def test_a_session_is_resumed_for_each_name(named, two, name, version) -> None:
 
 
 def test_a_reload_between_two_client_hellos_is_safe(two) -> None:
-    # In a process of its own, which would crash: freed memory is overwritten at once.
+    # In a separate process, since a bug would crash it: freed memory is overwritten immediately.
     environment = {**os.environ, "PYTHONMALLOC": "debug"}
     done = subprocess.run(
         program("reload_between_hellos", two), env=environment, capture_output=True, text=True, timeout=60
@@ -312,7 +312,7 @@ def test_a_reload_between_two_client_hellos_is_safe(two) -> None:
 
 def test_a_reload_between_two_client_hellos_is_safe_with_pyopenssl(two) -> None:
     pytest.importorskip("OpenSSL")
-    # In a process of its own, which would crash: freed memory is overwritten at once.
+    # In a separate process, since a bug would crash it: freed memory is overwritten immediately.
     environment = {**os.environ, "PYTHONMALLOC": "debug"}
     done = subprocess.run(
         program("reload_between_hellos_pyopenssl", two), env=environment, capture_output=True, text=True, timeout=60
@@ -328,7 +328,7 @@ def test_contexts_are_freed_without_the_garbage_collector(put, library) -> None:
     for name in ("a", "wild", "www"):
         put(name)
     put("again", "default")
-    before = {id(value) for value in gc.get_objects()}  # other tests may keep some
+    before = {id(value) for value in gc.get_objects()}  # other tests may keep contexts
     loaded = DirectoryTLS(str(put.directory), library=library).load()
     kind = type(loaded.context)
     gc.collect()
@@ -354,11 +354,11 @@ def test_a_connection_with_a_replaced_default_keeps_no_other_context_in_memory(n
     others = [weakref.ref(made.context) for made in first.reusable.made.values()]
     put("again", "a")  # another certificate for the same name
     second = finish(source.loading(None, first.reusable))
-    assert shown(named, first.context, "a.example") == "a"  # nothing has changed yet
+    assert shown(named, first.context, "a.example") == "a"  # the first reload changes nothing
     second.take_effect()
     before, first = first.context, None
     assert [reference() is None for reference in others] == [True, False]
-    # Who connected before, and says only now which name it wants, is shown what is in force.
+    # A client that connected before and sends its server name now receives the current certificate.
     assert shown(named, before, "a.example") == shown(named, second.context, "a.example") == "again"
     assert shown(named, before, "www.example.org") == "www"
     assert shown(named, before, None) == "fallback"
@@ -374,7 +374,7 @@ def test_contexts_are_freed_after_connections_that_used_them(two) -> None:
         used = [weakref.ref(far.context) for _, far in ends]
         assert used[0]() is not used[1]()
         del context
-        assert all(reference() is not None for reference in used)  # a connection holds its own
+        assert all(reference() is not None for reference in used)  # a connection keeps its context
         ends.clear()
         assert [reference() for reference in used] == [None, None]
     finally:

@@ -1,4 +1,4 @@
-"""ssl: descriptions to listeners with a TLS context."""
+"""From `ssl:` descriptions to listeners with a TLS context."""
 
 import pathlib
 import socket
@@ -41,7 +41,7 @@ def test_minimum_1_3_rejects_1_2_and_the_default_accepts_it(open_secure, certifi
 
 
 def test_ssl_file_names_have_twisteds_defaults(certificates, tmp_path, monkeypatch) -> None:
-    """`ssl:PORT` alone reads server.pem for both, and the certificate is where the key is."""
+    """`ssl:PORT` reads key and certificate from server.pem; the default certificate file is the key file."""
     monkeypatch.chdir(tmp_path)
     both = certificates.join("both.pem", "server.key", "server.pem")
     for description, name in (("ssl:0", "server.pem"), ("ssl:0:privateKey=own.pem", "own.pem")):
@@ -113,7 +113,7 @@ def test_an_invalid_ssl_description_is_rejected_with_the_problem(certificates, d
 
 def test_files_are_checked_before_binding(certificates) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ListenError, match="no such file"):
-        # A port in use would be the complaint, were it tried first.
+        # If the port were bound first, the error would be the port in use.
         open_description(f"ssl:{taken.getsockname()[1]}:privateKey=/no/key:interface=127.0.0.1", backlog=10)
 
 

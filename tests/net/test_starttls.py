@@ -1,4 +1,4 @@
-"""A plain connection that goes on in TLS: with the standard library's contexts, and with Twisted's."""
+"""STARTTLS on a plain connection, with contexts of the standard library and of Twisted."""
 
 import contextlib
 import importlib.util
@@ -27,7 +27,7 @@ from tests.support.starttls import STARTTLS
 
 @implementer(IHandshakeListener)
 class Upgrading(Protocol):
-    """Starts TLS when it is asked to; then echoes."""
+    """Starts TLS on request, then echoes."""
 
     factory: Any
     transport: Any
@@ -44,14 +44,14 @@ class Upgrading(Protocol):
         self.factory.shaken += 1
 
     def connectionLost(self, reason):
-        self.transport.unregisterProducer()  # many do, and the layer is gone by then
+        self.transport.unregisterProducer()  # many protocols do, and the TLS layer is already removed
         self.factory.secure = ISSLTransport.providedBy(self.transport)
         self.factory.lost.callback(reason.value)
 
 
 @pytest.fixture
 def serve():
-    """Serves Upgrading with a context, after some plain text; gives the factory and the port's address."""
+    """Serve Upgrading with a context, after some plain text; return the factory and the port's address."""
     started = []
 
     def start(context, plain=b"go on\r\n", **port):
@@ -73,7 +73,7 @@ def serve():
 
 @pytest.fixture(params=["ssl", "pyOpenSSL"])
 def context(request, certificates):
-    """A server's context for startTLS, of each kind."""
+    """A server context for startTLS, one per library."""
     if request.param == "ssl":
         return ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     if importlib.util.find_spec("OpenSSL") is None:
@@ -84,7 +84,7 @@ def context(request, certificates):
 
 
 def upgrade(address, certificates, plain: bytes) -> ssl.SSLSocket:
-    """A client that has read the plain text and shaken hands."""
+    """Return a client that has read the plain text and completed the handshake."""
     sock = socket.create_connection(address, timeout=DEADLINE)
     sock.sendall(STARTTLS)
     received = bytearray()
@@ -323,7 +323,7 @@ def test_a_context_for_the_other_side_is_rejected_and_ends_only_its_connection(s
 
 @pytest_twisted.inlineCallbacks
 def test_a_paused_producer_is_resumed_after_the_handshake(serve, context, certificates):
-    """One that is its own transport's is paused again, too, when its client does not read."""
+    """A transport that is its own producer is also paused again if its client does not read."""
     factory, address = serve(context)
     most = 0
 
@@ -421,7 +421,7 @@ def test_close_sends_written_data_even_while_a_producer_is_paused(serve, context
     made: Deferred = Deferred()
 
     class Own(Upgrading):
-        """Its transport is its producer, as an echo's is."""
+        """Registers its transport as its producer, as an echo protocol does."""
 
         def dataReceived(self, data):
             if data == STARTTLS:

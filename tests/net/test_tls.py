@@ -1,4 +1,4 @@
-"""From files to a context of `ssl`: whatever is wrong is one line that names the file."""
+"""From files to an `ssl` context: each error is one line that names the file."""
 
 import base64
 import os
@@ -16,7 +16,7 @@ FILES = ("private_key", "certificate", "chain", "client_ca")
 
 @pytest.fixture
 def good(certificates) -> dict[str, str]:
-    """Files that fit together."""
+    """Matching key, certificate, chain and CA files."""
     names = ("leaf.key", "leaf.pem", "inner.pem", "ca.pem")
     return {field: certificates[name] for field, name in zip(FILES, names, strict=True)}
 
@@ -31,7 +31,7 @@ def refusal(**arguments) -> str:
 
 @contextmanager
 def as_nobody():
-    """Without the rights of root, who can read everything."""
+    """Run the test without root, which can read every file."""
     if os.geteuid() != 0:
         yield
         return
@@ -43,24 +43,24 @@ def as_nobody():
 
 
 def shake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
-    """A handshake without a network; raises the SSLError of whoever refuses."""
+    """Perform a handshake in memory; raise the SSLError of the side that rejects it."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_hostname="localhost"),
         server.wrap_bio(to_server, to_client, server_side=True),
     ]
-    for _ in range(3):  # three flights are a full handshake of either version
+    for _ in range(3):  # three flights complete a handshake of either version
         for end in ends:
             with suppress(ssl.SSLWantReadError):
                 end.do_handshake()
     for end in ends:
         with suppress(ssl.SSLWantReadError):
-            end.read(1)  # a client of TLS 1.3 learns here that its certificate is refused
+            end.read(1)  # a TLS 1.3 client receives the rejection of its certificate here
     return ends[0], ends[1]
 
 
 def trusting(certificates, **attributes) -> ssl.SSLContext:
-    """A client that trusts the root and checks the name."""
+    """Return a client context that trusts the root and checks the name."""
     context = ssl.create_default_context(cafile=certificates["ca.pem"])
     for name, value in attributes.items():
         setattr(context, name, value)
@@ -83,7 +83,7 @@ def test_an_unreadable_file_is_named(good, field, tmp_path) -> None:
     closed = tmp_path / "closed.pem"
     closed.write_text(Path(good[field]).read_text())
     closed.chmod(0)
-    # The other files are out of reach for nobody too: the one in question is opened first, or alone.
+    # User 65534 cannot reach the other files either: the tested file is opened first, or alone.
     given = {**{name: str(closed) for name in ("private_key", "certificate")}, field: str(closed)}
     with as_nobody():
         assert f"{str(closed)!r}: permission denied" in refusal(**given)
@@ -289,7 +289,7 @@ def test_a_context_keeps_its_certificate_when_the_file_changes(certificates, tmp
 
 
 def altered(certificates, path: Path, old: bytes, new: bytes) -> str:
-    """The server's certificate with other bytes in it, which nothing but its signature would show."""
+    """Write the server's certificate with replaced bytes, which only its signature would reveal; return its path."""
     der = ssl.PEM_cert_to_DER_cert(Path(certificates["server.pem"]).read_text())
     body = base64.encodebytes(der.replace(old, new)).decode()
     path.write_text(f"-----BEGIN CERTIFICATE-----\n{body}-----END CERTIFICATE-----\n")
@@ -394,7 +394,7 @@ def test_other_files_of_a_directory_do_not_change_its_fingerprint(tmp_path) -> N
 
 
 def served(context: ssl.SSLContext, client_ca: str) -> bytes:
-    """The certificate that a client is shown, in DER."""
+    """Return the certificate that a client receives, in DER."""
     client = ssl.create_default_context(cafile=client_ca)
     return shake(context, client)[0].getpeercert(binary_form=True)
 

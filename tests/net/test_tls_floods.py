@@ -1,4 +1,4 @@
-"""What a hostile TLS peer may cost, in the transport and on loopback: bytes, records, memory and time are bounded."""
+"""The cost of a hostile TLS peer on loopback is bounded in bytes, records, memory and time."""
 
 import contextlib
 import gc
@@ -61,7 +61,7 @@ class Echo(Protocol):
 
 
 class Served:
-    """A port with TLS, its connections and what ended them."""
+    """A TLS port, its connections and the reasons of their ends."""
 
     def __init__(self, certificates, on: Any, on_data: Any, proxied: bool = False, **policy: Any) -> None:
         self.factory = factory = Factory.forProtocol(Echo)
@@ -70,7 +70,7 @@ class Served:
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.socket.setblocking(False)
         for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            self.socket.setsockopt(socket.SOL_SOCKET, buffer, 4096)  # what is accepted inherits it
+            self.socket.setsockopt(socket.SOL_SOCKET, buffer, 4096)  # accepted sockets inherit it
         self.address = self.socket.getsockname()
         self.opened: list[Any] = []
         self.ended: list[str] = []
@@ -116,7 +116,7 @@ def serve(certificates):
 
 
 def send_until_closed(sock: socket.socket, data: bytes) -> int:
-    """Send until the server has closed; returns how many bytes it took."""
+    """Send until the server closes; return the number of bytes accepted."""
     view, sent = memoryview(data), 0
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         while sent < len(view):
@@ -172,7 +172,7 @@ def test_a_flood_of_records_without_data_closes_the_connection_with_a_reason(ser
     yield deferToThread(client)
     yield eventually(lambda: served.ended)
     assert served.factory.received == 5
-    # OpenSSL may have a bound of its own, which is met before ours.
+    # OpenSSL may have a lower limit.
     assert served.ended[0] in (TOO_MUCH_WITHOUT_DATA, "SSLError")
     if flood is key_updates:
         assert served.ended == [TOO_MUCH_WITHOUT_DATA]
@@ -180,7 +180,7 @@ def test_a_flood_of_records_without_data_closes_the_connection_with_a_reason(ser
 
 @pytest_twisted.inlineCallbacks
 def test_records_without_data_between_data_are_accepted(serve):
-    """As many key updates as would end it together, but never much without data."""
+    """The total of key updates exceeds the limit, but each run without data is short."""
 
     def client() -> Forger:
         peer = Forger(served.address)
@@ -215,7 +215,7 @@ def test_a_client_may_pad_its_records(serve, padding):
 
 
 def trickle(hello: bytes) -> bytes:
-    """The message in records of one byte, each with 31 change_cipher_spec records behind it (RFC 8446, D.4)."""
+    """Return the message in one-byte records, each followed by 31 change_cipher_spec records (RFC 8446, D.4)."""
     return b"".join(record(HANDSHAKE, bytes([byte])) + 31 * CHANGE_CIPHER_SPEC for byte in hello)
 
 
@@ -228,7 +228,7 @@ def hello_of_one_byte_records(address) -> int:
 
 def hello_without_end(address) -> int:
     with socket.create_connection(address, timeout=DEADLINE) as sock:
-        # 128 KiB and more are announced, in records as large as they may be.
+        # Announces 128 KiB or more, in records of the maximum size.
         return send_until_closed(
             sock, b"".join(record(HANDSHAKE, b"\x01\x01\xff\xff" + bytes(16000)) for _ in range(100))
         )
@@ -257,7 +257,7 @@ def test_a_too_large_handshake_closes_the_connection_with_a_reason(serve, attack
 
 
 def test_a_handshake_with_a_post_quantum_chain_fits_the_limit() -> None:
-    """Three with ML-DSA-65 keys and signatures, a CertificateVerify, and a ClientHello with an ML-KEM-768 share."""
+    """Three certificates with ML-DSA-65 keys and signatures, a CertificateVerify, and an ML-KEM-768 key share."""
     certificate, signature = 1952 + 3309 + 400, 3309
     assert 3 * certificate + signature + 1800 < MAX_HANDSHAKE_BYTES
 
@@ -266,7 +266,7 @@ def test_a_handshake_with_a_post_quantum_chain_fits_the_limit() -> None:
 @pytest.mark.parametrize("pieces", [1, 7, 1000])
 @pytest_twisted.inlineCallbacks
 def test_a_client_without_a_common_alpn_protocol_receives_the_alert(serve, version, pieces):
-    """RFC 7301, section 3.2; in whatever pieces its ClientHello comes."""
+    """RFC 7301, section 3.2; for any split of the ClientHello."""
     hello = real_hello(alpn=["other"], maximum=ssl.TLSVersion[version])
 
     def client() -> bytes:
@@ -303,7 +303,7 @@ def test_a_client_with_a_common_alpn_protocol_or_without_alpn_is_served(serve, c
 
 
 class InThread:
-    """Handshakes that were given to a thread, which waits for `go`."""
+    """Handshakes passed to a thread, which waits for `go`."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -333,7 +333,7 @@ def in_thread(monkeypatch):
 
 @pytest.fixture
 def shows_chain(certificates):
-    """Connects with a client certificate, and this many others behind it, and does its part of the handshake."""
+    """Connect with a client certificate and this many others in its chain, and perform the handshake."""
 
     def connect(address: Any, version: str, others: int) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=certificates["ca.pem"])
@@ -401,7 +401,7 @@ def test_a_handshake_may_end_while_its_chain_is_decoded(serve, certificates, in_
     in_thread.go.set()
     made = len(served.factory.made)
     assert not made or end == "reset", "a reset is seen after what came before it"
-    # The next one has its turn, whatever became of the one before.
+    # The next handshake runs, regardless of how the previous one ended.
     with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)):
         yield eventually(lambda: len(served.factory.made) > made)
 
@@ -413,7 +413,7 @@ def test_a_connection_is_not_used_while_its_chain_is_decoded(serve, certificates
         yield eventually(in_thread.begun.is_set)
         connection = served.opened[0]
         reactor.addWriter(connection)
-        connection._waiting = True  # as after a write of the protocol's, where TLS was started on a plain connection
+        connection._waiting = True  # as after a write by the protocol before startTLS
         yield eventually(lambda: connection not in reactor.getWriters())
         assert in_thread.count == 1
         in_thread.go.set()
@@ -443,7 +443,7 @@ def test_a_handshake_that_failed_in_a_thread_is_freed_without_garbage_collection
 
 @pytest_twisted.inlineCallbacks
 def test_a_too_long_client_chain_is_also_rejected_with_pyopenssl(serve, certificates, shows_chain):
-    """It is decoded in the reactor's thread there, so it is refused by its size alone."""
+    """pyOpenSSL decodes it in the reactor's thread, so it is rejected by its size."""
     pytest.importorskip("OpenSSL", reason="pyOpenSSL (twisted[tls]) is not installed")
     served = serve(client_ca=certificates["ca.pem"], library="pyopenssl")
 
@@ -460,11 +460,11 @@ def test_a_too_long_client_chain_is_also_rejected_with_pyopenssl(serve, certific
     yield eventually(lambda: HANDSHAKE_TOO_LARGE in served.ended)
 
 
-# --- what TLS itself has to send ---
+# --- output of the TLS layer ---
 
 
 class Asker:
-    """A peer that asks for key updates and never reads, until the kernel takes no more of its records."""
+    """A peer that requests key updates and never reads, until the kernel accepts no more records."""
 
     def __init__(self, address: Any) -> None:
         self.peer = Forger(address, small_buffers=True)
@@ -472,7 +472,7 @@ class Asker:
         self.sent = 0
 
     def ask(self, data: bytes = b"x", size: int = 4 << 20) -> None:
-        """Send updates that ask for one each, with some data after every 100th of them."""
+        """Send key updates that each request an answer, with some data after every 100th."""
         with contextlib.suppress(TimeoutError):
             while self.sent < size:
                 batch = b"".join(self.peer.key_update(ask=True) for _ in range(100))
@@ -483,7 +483,7 @@ class Asker:
 
 @pytest_twisted.inlineCallbacks
 def test_reading_stops_for_a_peer_that_requests_key_updates_and_never_reads(serve):
-    """In bounded memory, without a spin, and it is gone after the deadline."""
+    """Memory is bounded, there is no busy loop, and the connection ends at the deadline."""
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
     asker = yield deferToThread(Asker, served.address)
@@ -497,7 +497,7 @@ def test_reading_stops_for_a_peer_that_requests_key_updates_and_never_reads(serv
         assert not served.ended
         timed.clock.advance(ANSWER_TIMEOUT - 1)
         assert not served.ended
-        timed.clock.advance(ANSWER_TIMEOUT + 2)  # what the kernel took meanwhile may have begun another step
+        timed.clock.advance(ANSWER_TIMEOUT + 2)  # data that the kernel accepted meanwhile may have started another step
         timed.clock.advance(ANSWER_TIMEOUT + 2)
         yield eventually(lambda: served.ended)
     assert served.ended == [ANSWERS_NOT_READ]
@@ -516,7 +516,7 @@ def test_a_peer_that_reads_its_key_updates_again_is_served(serve):
                 asker.peer.sock.recv(1 << 16)
 
     with asker.peer:
-        # Within the sendall that the deadline interrupts, a record is cut: so the last one is sent to its end.
+        # The deadline interrupts sendall within a record, so the last record is completed.
         yield deferToThread(asker.ask)
         connection = served.opened[0]
         assert connection._stage.held
@@ -540,7 +540,7 @@ def test_a_paused_protocol_stays_paused_when_the_peer_reads_its_key_updates(serv
         connection = served.opened[0]
         connection.pauseProducing()
         connection.resumeProducing()
-        assert not reads(connection), "held all the same"
+        assert not reads(connection), "the connection stopped reading"
         connection.pauseProducing()
 
         def read() -> None:
@@ -558,7 +558,7 @@ def test_a_paused_protocol_stays_paused_when_the_peer_reads_its_key_updates(serv
 
 @pytest_twisted.inlineCallbacks
 def test_a_key_update_sets_no_deadline_for_a_slow_reader_of_data(serve):
-    """Its answer waits behind the data, without a deadline of its own."""
+    """The answer to the key update waits behind the data, without a separate deadline."""
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: protocol.transport.write(bytes(8 << 20)))
 
@@ -570,7 +570,7 @@ def test_a_key_update_sets_no_deadline_for_a_slow_reader_of_data(serve):
     peer = yield deferToThread(begin)
     with peer:
         yield eventually(lambda: served.opened and served.opened[0].unsent)
-        # OpenSSL answers one with the next record that it reads.
+        # OpenSSL answers a key update when it reads the next record.
         peer.sock.sendall(peer.key_update(ask=True) + peer.key_update(ask=True))
         yield deferLater(reactor, 0, lambda: None)
         timed.clock.advance(10 * ANSWER_TIMEOUT)

@@ -1,4 +1,4 @@
-"""TLS in memory: where records begin, and how much of what a peer sends OpenSSL gets at a time."""
+"""TLS in memory: record boundaries, and how much input OpenSSL gets per turn."""
 
 import contextlib
 import random
@@ -63,7 +63,7 @@ def test_records_without_data_count_by_their_size() -> None:
 
 
 class Pair:
-    """A MemoryTLS of the server's, and a client whose records the test carries over."""
+    """A server's MemoryTLS and a client; the test transfers the records."""
 
     def __init__(self, certificates, version: str = "TLSv1_3") -> None:
         context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
@@ -80,13 +80,13 @@ class Pair:
                 self.incoming.write(self.server.take())
 
     def say(self, data: bytes, size: int = RECORD_SIZE) -> bytes:
-        """What the client sends for this data, in records of `size` bytes."""
+        """Return the client's output for this data, in records of `size` bytes."""
         for at in range(0, len(data), size):
             self.client.write(data[at : at + size])
         return self.outgoing.read()
 
     def hear(self, data: bytes) -> bytes:
-        """What the client reads of records of the server's."""
+        """Return what the client reads from the server's records."""
         self.incoming.write(data)
         heard = b""
         try:

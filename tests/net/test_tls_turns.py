@@ -1,4 +1,4 @@
-"""TLS in the transport, turn by turn: what one side does at a moment that loopback and threads would seldom hit."""
+"""TLS in the transport, turn by turn: event orders that rarely occur on loopback with threads."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class CallRecorder(Protocol):
 
 
 class Service:
-    """A port on a reactor that the test turns."""
+    """A port on a reactor that the test steps."""
 
     def __init__(self, certificates: Any, version: str) -> None:
         self.reactor = Turned()
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.bind("")  # abstract, of the kernel's choice
+        self.socket.bind("")  # an abstract name chosen by the kernel
         self.socket.listen()
         self.socket.setblocking(False)
         self.version = version
@@ -71,7 +71,7 @@ class Service:
         self.port.startListening()
 
     def connect(self, kind: type[Peer] = Peer) -> Peer:
-        """A client whose handshake is done; its last flight stays in its queue."""
+        """Return a client whose handshake is complete; its last flight stays in its queue."""
         address = "\0" + self.socket.getsockname()[1:].decode()
         self.peer = kind(address, self.version, random.Random(0), self.reactor.turn, small_buffers=False)
         self.peer.pieces = (1 << 20,)
@@ -158,7 +158,7 @@ def test_a_write_while_close_notify_is_pending_is_dropped_and_the_close_is_clean
     transport._send = send
     service.settle()
     transport.loseConnection()
-    for _ in range(3):  # it waits for the client to read
+    for _ in range(3):  # it waits until the client reads
         service.settle()
         service.reactor.now += 1
     assert peer.notified
@@ -261,7 +261,7 @@ def test_a_protocol_that_pauses_while_its_connection_closes_loses_no_output(serv
 
 
 def test_a_close_in_the_middle_of_input_reads_until_the_peer_has_finished(service: Service) -> None:
-    """Input that stays in the kernel would make it reset the connection, and the output be lost."""
+    """The kernel resets a connection that is closed with unread input, and the output would be lost."""
     peer, protocol = service.begin()
 
     def answer_and_close(protocol: Any) -> None:
@@ -286,7 +286,7 @@ def test_a_close_in_the_middle_of_input_reads_until_the_peer_has_finished(servic
 
 
 class Failing:
-    """A push producer that cannot be resumed."""
+    """A push producer that raises when it is resumed."""
 
     def pauseProducing(self) -> None:
         pass
@@ -320,7 +320,7 @@ def test_an_exception_in_a_producer_in_a_later_turn_ends_the_connection(service:
 
 def test_close_and_abort_after_the_end_do_nothing(service: Service) -> None:
     _, protocol = service.begin()
-    service.port.write_soon = None  # as on other reactors
+    service.port.write_soon = None  # as with other reactors
     protocol.transport.abortConnection()
     service.turn(3)
     protocol.transport.close("enough")
@@ -331,7 +331,7 @@ def test_close_and_abort_after_the_end_do_nothing(service: Service) -> None:
 def test_input_is_not_delivered_after_a_close_during_the_handshake(service: Service) -> None:
     opened: list[Any] = []
     service.port.connection_opened = opened.append
-    service.factory.on_connect = lambda protocol: protocol.transport.write(STREAM)  # more than the kernel takes
+    service.factory.on_connect = lambda protocol: protocol.transport.write(STREAM)  # more than the kernel accepts
 
     class Closed(Peer):
         def _shake(self, context: ssl.SSLContext) -> None:

@@ -69,7 +69,7 @@ def test_close_keeps_the_socket_file_of_a_successor(opened, tmp_path) -> None:
 
 @pytest.fixture
 def locked_directory(tmp_path) -> Iterator[tuple[pathlib.Path, int]]:
-    """A directory that somebody else has locked, and the descriptor whose closing unlocks it."""
+    """A directory locked by another descriptor; closing that descriptor unlocks it."""
     descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     yield tmp_path, descriptor
@@ -95,7 +95,7 @@ def test_a_lock_released_in_time_is_acquired(locked_directory, monkeypatch) -> N
 def test_a_lock_that_stays_held_is_an_error_in_bounded_time_and_leaves_no_socket(locked_directory, monkeypatch) -> None:
     directory, _ = locked_directory
     monkeypatch.setattr(unix, "_LOCK_WAIT", 0.1)
-    for _ in range(2):  # and no descriptor
+    for _ in range(2):  # and no open descriptor
         before = os.listdir("/proc/self/fd")
         with pytest.raises(ListenError, match=f"'{directory}/s': another process has locked its directory"):
             open_description(f"unix:{directory}/s", backlog=1)

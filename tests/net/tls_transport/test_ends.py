@@ -1,4 +1,4 @@
-"""TLS in the transport: every way in which a connection ends."""
+"""TLS in the transport: all ways a connection can end."""
 
 import contextlib
 import os
@@ -101,7 +101,7 @@ def test_garbage_instead_of_a_client_hello_closes_the_connection_immediately(ser
             sock.sendall(garbage)
             if len(garbage) < 2:
                 sock.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionResetError):  # what was not read makes the kernel say so
+            with contextlib.suppress(ConnectionResetError):  # the kernel sends RST because of unread data
                 while sock.recv(1000):
                     pass
 
@@ -118,7 +118,7 @@ def test_garbage_instead_of_a_client_hello_closes_the_connection_immediately(ser
 @BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_client_may_leave_after_any_prefix_of_its_handshake(serve, client_context, logged):
-    """With FIN or with RST, after each of many parts of both of a client's flights."""
+    """With FIN or RST, after many prefixes of both flights of a client."""
 
     def client():
         count = 0
@@ -179,7 +179,7 @@ def test_abort_resets_the_connection_and_drops_unsent_data(serve, client_context
     def abort(protocol, data):
         protocol.transport.write(b"never")
         protocol.transport.abortConnection()
-        assert not served.factory.lost  # the protocol hears of it in a later event
+        assert not served.factory.lost  # connectionLost is called in a later event
 
     def client():
         with Client(served.address, client_context()).shake() as peer:
@@ -198,7 +198,7 @@ def test_abort_resets_the_connection_and_drops_unsent_data(serve, client_context
 @BOTH
 @pytest_twisted.inlineCallbacks
 def test_lose_connection_delivers_unsent_data_to_a_client_that_sends_close_notify_first(serve, client_context):
-    """Both say close_notify at once; what is unsent is sent all the same."""
+    """Both sides send close_notify at the same time; unsent data is still sent."""
     data = os.urandom(4 << 20)
 
     def write_and_close(protocol, _):
@@ -262,7 +262,7 @@ def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(
         raise ZeroDivisionError("of the test")
 
     def client():
-        # The server may be gone at any of these steps.
+        # The server may have closed at any of these steps.
         with contextlib.suppress(OSError, ResetError), Client(served.address, client_context()).shake() as peer:
             peer.write(b"x")
             if where == "on_fin":
@@ -319,7 +319,7 @@ def test_lose_write_connection_sends_close_notify_and_continues_reading(serve, c
             answer = b""
             while piece := peer.read():
                 answer += piece
-            # An answer within the microseconds in which `ssl` closes would end the connection.
+            # An answer while `ssl` closes would end the connection.
             assert served.factory.write_closed.wait(DEADLINE)
             peer.write(b"second")
             with contextlib.suppress(ssl.SSLError):

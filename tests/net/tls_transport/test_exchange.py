@@ -1,4 +1,4 @@
-"""TLS in the transport: greeting, echo, and clients that finish."""
+"""TLS in the transport: greeting, echo, and half-close."""
 
 import contextlib
 import os
@@ -89,7 +89,7 @@ def test_data_in_one_segment_with_close_notify_is_echoed(serve, client_context, 
 @pytest.mark.parametrize("notify", [False, True], ids=["open", "close_notify"])
 @pytest_twisted.inlineCallbacks
 def test_data_sent_with_the_client_finished_message_is_not_lost(serve, client_context, version, notify):
-    """In TLS 1.3 the client may send right after its Finished; in 1.2 it waits for the server's, which does no harm."""
+    """In TLS 1.3 the client may send data right after its Finished; in 1.2 it waits for the server's."""
 
     def client():
         with Client(served.address, client_context(version)) as peer:

@@ -1,4 +1,4 @@
-"""TLS in the transport: handshakes that are slow, late or rubbish."""
+"""TLS in the transport: slow, stalled and failed handshakes."""
 
 import contextlib
 import os
@@ -102,7 +102,7 @@ def test_a_client_hello_sent_byte_by_byte_does_not_extend_the_deadline(serve, cl
             assert served.closed == []
             peer.sock.sendall(hello[i : i + 1])
             for _ in range(3):
-                yield deferToThread(nothing)  # a turn of the reactor, with its poll
+                yield deferToThread(nothing)  # one iteration of the reactor, including its poll
             timed.clock.advance(0.1)
         assert len(served.closed) == 1
 
@@ -118,7 +118,7 @@ def test_abort_and_lose_connection_end_a_handshake(serve, client_context):
     yield eventually(lambda: len(served.closed) == 1)
     with pytest.raises(ConnectionResetError):
         yield deferToThread(peers[0].recv, 10)
-    # A write and a close of before the handshake's end wait for it.
+    # A write and a close before the end of the handshake wait for it.
     served.opened[1].write(b"last words")
     served.opened[1].loseConnection()
 

@@ -48,7 +48,7 @@ def test_a_slow_reader_receives_fifty_mebibytes_and_close_notify_in_bounded_memo
     finally:
         tracemalloc.stop()
     assert same
-    # The client's copy is in this process too; the rest is what the server keeps beyond what it was given.
+    # The client's copy is also in this process; the rest is the server's memory beyond the written data.
     assert peak < size * 1.15 + (4 << 20)
     yield eventually(lambda: served.closed)
     assert isinstance(served.closed[0][1], ConnectionDone)
@@ -77,7 +77,7 @@ def test_lose_connection_right_after_a_large_write_delivers_everything_and_close
 @BOTH
 @pytest_twisted.inlineCallbacks
 def test_a_slow_reader_that_also_sends_loses_no_data(serve, client_context):
-    """Reads and writes alternate on one TLS state, with a write that the kernel refused in between."""
+    """Reads and writes alternate on one TLS state, with a write in between that the kernel did not accept."""
     data = os.urandom(8 << 20)
 
     def client():

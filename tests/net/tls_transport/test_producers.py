@@ -133,7 +133,7 @@ def test_paused_reading_loses_no_data(serve, client_context, version):
 
 @pytest_twisted.inlineCallbacks
 def test_data_received_during_a_read_pause_is_delivered_on_resume(serve, client_context):
-    """Nothing of it may wait inside of TLS, where the kernel does not see it."""
+    """No data may remain inside OpenSSL, where poll does not report it."""
     made: Deferred = Deferred()
 
     def pause(protocol):
@@ -152,7 +152,7 @@ def test_data_received_during_a_read_pause_is_delivered_on_resume(serve, client_
     with peer:
         protocol = yield made.addTimeout(DEADLINE, reactor)
         for _ in range(20):
-            yield deferToThread(nothing)  # a turn of the reactor, with its poll
+            yield deferToThread(nothing)  # one iteration of the reactor, including its poll
         assert served.factory.received == b""
         protocol.transport.resumeProducing()
         answer = yield deferToThread(peer.read_exactly, 11)

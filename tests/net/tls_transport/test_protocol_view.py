@@ -1,4 +1,4 @@
-"""TLS in the transport: what a protocol can read from its transport."""
+"""TLS in the transport: the information available to a protocol."""
 
 import ssl
 import threading
@@ -57,7 +57,7 @@ def test_version_cipher_alpn_and_certificate_are_available_in_connection_made(
     assert seen["host"] == served.address[1]
     assert calls == ["connectionMade", "handshakeCompleted", "dataReceived"]
     yield eventually(lambda: served.closed)
-    # It can still be told at the end, for a record.
+    # It is still available in connectionLost, for records.
     assert served.closed[0][0].tls_version == version.replace("_", ".")
     assert served.closed[0][0].getPeerCertificate()["subject"] == seen["subject"]
 
