@@ -186,19 +186,19 @@ def test_openssl_sees_the_same_alpn_as_the_parser(seen_by_openssl, seed) -> None
         assert found == parse_client_hello(data)
         alpn, name, answer = seen_by_openssl(data)
         goes_on = answer[:1] == b"\x16"
-        shown = data.hex()
+        hexadecimal = data.hex()
         if isinstance(found, ClientHello):
             if alpn is not None:
-                assert found.alpn == alpn, shown
+                assert found.alpn == alpn, hexadecimal
             elif goes_on:
-                assert found.alpn is None, shown
+                assert found.alpn is None, hexadecimal
             if goes_on and name is not None:
-                assert found.server_name == name, shown
+                assert found.server_name == name, hexadecimal
             counts["none" if alpn is None else "same"] += 1
         elif found in (Unread.MISPLACED, Unread.TOO_LARGE):
             counts["refused"] += 1
         else:  # passed to OpenSSL, which must not find ALPN protocols
-            assert alpn is None, shown
+            assert alpn is None, hexadecimal
             counts["left"] += 1
     assert min(counts.values()) > 5, counts
 
@@ -218,18 +218,18 @@ def test_clients_past_the_gate_have_a_common_protocol_or_offered_none(certificat
         connection = context.wrap_bio(incoming, outgoing, server_side=True)
         with suppress(ssl.SSLError):
             connection.do_handshake()
-        shown = data.hex()
+        hexadecimal = data.hex()
         if outgoing.read(1) != b"\x16":
             counts["failed"] += 1
         elif isinstance(passed, HandshakeRejection):
-            assert not isinstance(found, ClientHello) or connection.selected_alpn_protocol() is None, shown
+            assert not isinstance(found, ClientHello) or connection.selected_alpn_protocol() is None, hexadecimal
             counts["refused"] += 1
         elif connection.selected_alpn_protocol() == "echo":
-            assert isinstance(found, ClientHello), shown
-            assert b"echo" in (found.alpn or ()), shown
+            assert isinstance(found, ClientHello), hexadecimal
+            assert b"echo" in (found.alpn or ()), hexadecimal
             counts["chosen"] += 1
         else:
-            assert found == ClientHello(None, found.server_name), shown
+            assert found == ClientHello(None, found.server_name), hexadecimal
             counts["without"] += 1
     assert min(counts.values()) > 5, counts
 

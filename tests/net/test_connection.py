@@ -382,13 +382,13 @@ def test_a_connection_is_closed_if_no_protocol_is_built(serve, build):
 def test_peer_and_host_addresses_are_those_of_the_socket(serve, tmp_path):
     seen = []
 
-    def look(protocol):
+    def record_addresses(protocol):
         seen.append((protocol.transport.getPeer(), protocol.transport.getHost(), protocol.transport.getTcpNoDelay()))
         protocol.transport.loseConnection()
 
-    address, _ = serve(Recording(on_connect=look))
+    address, _ = serve(Recording(on_connect=record_addresses))
     yield deferToThread(talk, address)
-    path, _ = serve(Recording(on_connect=look), f"unix:{tmp_path}/s")
+    path, _ = serve(Recording(on_connect=record_addresses), f"unix:{tmp_path}/s")
     yield deferToThread(talk, path)
     (tcp_peer, tcp_host, no_delay), (unix_peer, unix_host, _) = seen
     assert (tcp_peer.host, tcp_host.host, tcp_host.port, no_delay) == ("127.0.0.1", "127.0.0.1", address[1], True)

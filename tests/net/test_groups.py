@@ -35,12 +35,12 @@ def load(certificates):
 
 
 @pytest.fixture(autouse=True)
-def _proven_anew(monkeypatch) -> None:
+def _clear_verification(monkeypatch) -> None:
     """Clear the verification result of other tests."""
     monkeypatch.setattr(SSL_GROUPS, "_proven", None)
 
 
-def answered(context, hello: bytes) -> bytes:
+def answer_of(context, hello: bytes) -> bytes:
     """Return the answer of a context to a ClientHello."""
     if isinstance(context, ssl.SSLContext):
         return groups._answer(context, hello)
@@ -52,7 +52,7 @@ def answered(context, hello: bytes) -> bytes:
 def accepts(context, group: int) -> bool:
     """Return whether a context accepts a client that supports only this group."""
     hello = client_hello([group])  # no key share yet: the answer is a HelloRetryRequest
-    return answered(context, hello)[:1] == b"\x16"
+    return answer_of(context, hello)[:1] == b"\x16"
 
 
 @LIBRARIES
@@ -74,7 +74,7 @@ def test_openssl_accepts_all_groups_without_the_limit(certificates) -> None:
 def test_an_ml_kem_hybrid_is_preferred_if_openssl_supports_it(load) -> None:
     context, _ = load("pyopenssl")
     hybrid = 0x11EC
-    retry = answered(context, client_hello([X25519, hybrid], SHARE))
+    retry = answer_of(context, client_hello([X25519, hybrid], SHARE))
     assert retry[:1] == b"\x16"
     from OpenSSL import SSL
 
@@ -225,7 +225,7 @@ def test_group_limits_work_with_memory_deny_write_execute(certificates) -> None:
 def test_s_client_can_use_only_the_accepted_groups(service, certificates, library, version) -> None:
     if library == "pyopenssl":
         pytest.importorskip("OpenSSL")
-    # RSA: in TLS 1.2 the groups that a client lists are for certificates too (RFC 8422, section 5.1).
+    # An RSA certificate: in TLS 1.2 a client's groups also restrict ECDSA certificates (RFC 8422, section 5.1).
     files = f"privateKey={certificates['rsa.key']}:certKey={certificates['rsa.pem']}"
     running = service(f"--listen=ssl:0:interface=127.0.0.1:{files}:library={library}")
 

@@ -70,20 +70,20 @@ def test_a_client_that_keeps_sending_during_close_receives_every_byte_and_eof(se
 
 def test_data_received_at_close_causes_no_reset(monkeypatch) -> None:
     def too_late(connection, reason):
-        ending.client.sendall(b"now")
+        lingering.client.sendall(b"now")
         connection_lost(connection, reason)
 
     connection_lost = Connection.connectionLost
     monkeypatch.setattr(Connection, "connectionLost", too_late)
-    ending = Ending(b"")
-    ending.closes()
-    assert ending.connection.disconnected
-    assert ending.client.recv(100) == b"last words"
-    assert ending.client.recv(100) == b""  # and no reset
-    ending.client.close()
+    lingering = LingeringConnection(b"")
+    lingering.close()
+    assert lingering.connection.disconnected
+    assert lingering.client.recv(100) == b"last words"
+    assert lingering.client.recv(100) == b""  # and no reset
+    lingering.client.close()
 
 
-class Ending:
+class LingeringConnection:
     """A connection on a fake clock: all output is sent, and the client's data is unread."""
 
     def __init__(self, unread: bytes = b"unread") -> None:
@@ -100,7 +100,7 @@ class Ending:
             self.client.sendall(unread)
             select.select([near], [], [], DEADLINE)
 
-    def closes(self) -> None:
+    def close(self) -> None:
         self.connection.write(b"last words")
         self.connection.loseConnection()
         self.connection.doWrite()
@@ -111,7 +111,7 @@ class Ending:
         (reader,) = self.clock.getReaders()
         return reader
 
-    def says_more(self) -> None:
+    def send_more(self) -> None:
         """Send data from the client, and let the server read it."""
         self.client.sendall(b"more")
         select.select([self.connection.socket], [], [], DEADLINE)
@@ -119,76 +119,76 @@ class Ending:
 
 
 @pytest.fixture
-def ending():
-    ending = Ending()
-    ending.closes()
-    yield ending
-    ending.client.close()
-    assert ending.clock.getDelayedCalls() == []
-    assert ending.clock.getReaders() == ending.clock.getWriters() == []
+def lingering():
+    lingering = LingeringConnection()
+    lingering.close()
+    yield lingering
+    lingering.client.close()
+    assert lingering.clock.getDelayedCalls() == []
+    assert lingering.clock.getReaders() == lingering.clock.getWriters() == []
 
 
-def test_a_lingering_connection_has_sent_everything_before_connection_lost(ending) -> None:
-    assert ending.connection.phase == "closing"
-    assert type(ending.connection) is Connection
-    assert not ISSLTransport.providedBy(ending.connection)
-    assert ending.client.recv(100) == b"last words"
-    assert ending.client.recv(100) == b""
-    ending.connection.write(b"too late")
-    ending.connection.loseConnection()
-    assert ending.factory.lost == []
-    ending.client.close()
-    assert ending.descriptor.doRead() is None  # the unread data
-    ending.descriptor.readConnectionLost(Failure(ConnectionDone()))
-    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
-    assert ending.factory.transports == [Connection]
+def test_a_lingering_connection_has_sent_everything_before_connection_lost(lingering) -> None:
+    assert lingering.connection.phase == "closing"
+    assert type(lingering.connection) is Connection
+    assert not ISSLTransport.providedBy(lingering.connection)
+    assert lingering.client.recv(100) == b"last words"
+    assert lingering.client.recv(100) == b""
+    lingering.connection.write(b"too late")
+    lingering.connection.loseConnection()
+    assert lingering.factory.lost == []
+    lingering.client.close()
+    assert lingering.descriptor.doRead() is None  # the unread data
+    lingering.descriptor.readConnectionLost(Failure(ConnectionDone()))
+    assert [type(reason) for reason in lingering.factory.lost] == [ConnectionDone]
+    assert lingering.factory.transports == [Connection]
 
 
-def test_lingering_ends_after_a_second_without_progress(ending) -> None:
-    ending.says_more()
-    ending.clock.advance(1)
-    ending.clock.advance(0.99)
-    assert ending.factory.lost == []
-    ending.clock.advance(0.01)
-    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
-    assert ending.factory.transports == [Connection]
-    assert ending.connection.disconnected
+def test_lingering_ends_after_a_second_without_progress(lingering) -> None:
+    lingering.send_more()
+    lingering.clock.advance(1)
+    lingering.clock.advance(0.99)
+    assert lingering.factory.lost == []
+    lingering.clock.advance(0.01)
+    assert [type(reason) for reason in lingering.factory.lost] == [ConnectionDone]
+    assert lingering.factory.transports == [Connection]
+    assert lingering.connection.disconnected
 
 
-def test_lingering_ends_after_thirty_seconds_if_the_peer_keeps_sending(ending) -> None:
+def test_lingering_ends_after_thirty_seconds_if_the_peer_keeps_sending(lingering) -> None:
     for _ in range(30):
-        assert ending.factory.lost == []
-        ending.says_more()
-        ending.clock.advance(1)
-    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
+        assert lingering.factory.lost == []
+        lingering.send_more()
+        lingering.clock.advance(1)
+    assert [type(reason) for reason in lingering.factory.lost] == [ConnectionDone]
 
 
-def test_abort_resets_a_lingering_connection_and_is_reported_once(ending) -> None:
-    ending.connection.abortConnection()
-    assert ending.factory.lost == []
-    ending.clock.advance(0)
-    assert [type(reason) for reason in ending.factory.lost] == [ConnectionAborted]
-    assert ending.factory.transports == [Connection]
+def test_abort_resets_a_lingering_connection_and_is_reported_once(lingering) -> None:
+    lingering.connection.abortConnection()
+    assert lingering.factory.lost == []
+    lingering.clock.advance(0)
+    assert [type(reason) for reason in lingering.factory.lost] == [ConnectionAborted]
+    assert lingering.factory.transports == [Connection]
     with pytest.raises(BrokenPipeError):  # a reset, after FIN
-        ending.client.sendall(b"x")
+        lingering.client.sendall(b"x")
 
 
-def test_abort_at_the_end_of_lingering_is_reported_once(ending) -> None:
-    ending.clock.callLater(1, ending.connection.abortConnection)
-    ending.clock.advance(1)
-    ending.clock.advance(0)
-    assert len(ending.factory.lost) == 1
+def test_abort_at_the_end_of_lingering_is_reported_once(lingering) -> None:
+    lingering.clock.callLater(1, lingering.connection.abortConnection)
+    lingering.clock.advance(1)
+    lingering.clock.advance(0)
+    assert len(lingering.factory.lost) == 1
 
 
-def test_a_reset_of_a_lingering_connection_ends_it_with_the_error(ending) -> None:
-    reset(ending.client)
-    select.select([ending.connection.socket], [], [], DEADLINE)
-    assert ending.descriptor.doRead() is None  # the unread data
-    why = ending.descriptor.doRead()
+def test_a_reset_of_a_lingering_connection_ends_it_with_the_error(lingering) -> None:
+    reset(lingering.client)
+    select.select([lingering.connection.socket], [], [], DEADLINE)
+    assert lingering.descriptor.doRead() is None  # the unread data
+    why = lingering.descriptor.doRead()
     assert isinstance(why, ConnectionLost)
-    assert ending.connection.error.errno == errno.ECONNRESET
-    ending.descriptor.connectionLost(Failure(why))
-    assert ending.factory.transports == [Connection]
+    assert lingering.connection.error.errno == errno.ECONNRESET
+    lingering.descriptor.connectionLost(Failure(why))
+    assert lingering.factory.transports == [Connection]
 
 
 def test_close_stops_a_producer_without_waiting_for_it() -> None:

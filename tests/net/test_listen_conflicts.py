@@ -82,8 +82,8 @@ def test_the_kernel_agrees_with_and_without_workers(slots: int) -> None:
     hosts = ["0.0.0.0", "127.0.0.1", "127.0.0.2", *(["::", "::1"] if has_ipv6() else [])]
     chance = random.Random(os.getpid())
     for first, second in itertools.product(hosts, hosts):
-        # A port may be another process's, in one of the families alone: then another one is tried. Those that clients
-        # are given (ip(7), ip_local_port_range) may be taken in thousands.
+        # Another process may use the port, in one family only: then another port is tried. Ephemeral ports
+        # (ip(7), ip_local_port_range) are avoided, since thousands may be in use.
         for _ in range(50):
             port = chance.randrange(10_000, 20_000)
             wanted = described(f"tcp:{port}:interface={first}", f"tcp:{port}:interface={second}", slots=slots)
@@ -151,7 +151,7 @@ def test_without_look_up_names_are_compared_as_text(monkeypatch) -> None:
     assert conflict(described("tcp:Web:8080", "tcp:web:8080", "localhost:8080"), look_up=False)
     assert conflict(described("tcp:web:8080", "tcp:8080"), look_up=False)
     assert not conflict(described("tcp:web:8080", "tcp:db:8080", "localhost:8080"), look_up=False)
-    # A name of `--interface` may have addresses of one family alone: what its look-up would tell is no mistake here.
+    # A name in `--interface` may have addresses of one family only, which is unknown without a look-up: no conflict.
     port = read_port(8080, interface="web", backlog=5)
     for description in ("tcp:8080", "tcp6:8080"):
         assert not conflict([port, *described(description)], look_up=False)

@@ -65,7 +65,7 @@ class PyOpenSSLEnd:
         self._call(lambda: self.connection.recv(size))
 
 
-def shake(server, client: ssl.SSLContext, name: str | None = "localhost", session: ssl.SSLSession | None = None):
+def handshake(server, client: ssl.SSLContext, name: str | None = "localhost", session: ssl.SSLSession | None = None):
     """Perform a handshake in memory; return both ends, or raise the SSLError of the side that rejects it."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     near = client.wrap_bio(to_client, to_server, server_hostname=name, session=session)
@@ -143,10 +143,10 @@ def client(world):
 def test_no_session_with_a_client_certificate_is_resumed(load, client, library, version) -> None:
     context = load(library).context
     peer = client(version=version)
-    first, _ = shake(context, peer)
+    first, _ = handshake(context, peer)
     if library == "ssl":  # pyOpenSSL sends sessions, but they cannot be resumed
         assert first.session is None or not first.session.has_ticket
-    again, far = shake(context, peer, session=first.session)
+    again, far = handshake(context, peer, session=first.session)
     assert not again.session_reused
     if library == "ssl":
         assert far.getpeercert()
@@ -172,8 +172,8 @@ def test_a_session_with_a_client_certificate_is_not_resumed_for_another_name(
     context = DirectoryTLS(two_names, client_ca=world["ca.pem"], library=library).load().context
     peer = client(version=version)
     for before, after in (("localhost", "a.example"), ("a.example", "localhost"), ("a.example", "a.example")):
-        first, _ = shake(context, peer, before)
-        assert not shake(context, peer, after, first.session)[0].session_reused
+        first, _ = handshake(context, peer, before)
+        assert not handshake(context, peer, after, first.session)[0].session_reused
 
 
 @VERSIONS
@@ -191,13 +191,13 @@ def test_a_session_is_not_resumed_after_a_reload(
     changed = DirectoryTLS(two_names, client_ca=world["other.pem"] if verified else None)
     for name in ("localhost", "a.example"):
         before, after = source.load().context, source.load().context
-        first, _ = shake(before, peer, name)
+        first, _ = handshake(before, peer, name)
         if not verified:  # otherwise this test would prove nothing
-            assert shake(before, peer, name, first.session)[0].session_reused
-        assert not shake(after, peer, name, first.session)[0].session_reused
+            assert handshake(before, peer, name, first.session)[0].session_reused
+        assert not handshake(after, peer, name, first.session)[0].session_reused
         if verified:
             with pytest.raises(ssl.SSLError):
-                shake(changed.load().context, peer, name, first.session)
+                handshake(changed.load().context, peer, name, first.session)
 
 
 def not_after(world, name: str) -> float:
@@ -212,9 +212,9 @@ def test_without_access_to_openssl_a_resumed_session_expires_with_its_certificat
     context = load().context
     for version in ("TLSv1_2", "TLSv1_3"):
         peer = client(version=version)
-        first, far = shake(context, peer)
+        first, far = handshake(context, peer)
         assert check_resumed(far, not_after(world, "client") + 1) is None  # verified in this handshake
-        again, far = shake(context, peer, session=first.session)
+        again, far = handshake(context, peer, session=first.session)
         assert again.session_reused == (version == "TLSv1_2")
         if version == "TLSv1_2":
             assert check_resumed(far) is None
@@ -230,8 +230,8 @@ def test_resumption_is_checked_for_foreign_contexts(world, client, version) -> N
     context.verify_mode = ssl.CERT_OPTIONAL
     for name in ("client", None):
         peer = client(name, version)
-        first, _ = shake(context, peer)
-        again, far = shake(context, peer, session=first.session)
+        first, _ = handshake(context, peer)
+        again, far = handshake(context, peer, session=first.session)
         assert again.session_reused
         assert check_resumed(far) is None
         assert (check_resumed(far, time.time() + 1e9) is not None) == (name is not None)
@@ -245,9 +245,9 @@ def test_resumption_is_checked_for_foreign_contexts(world, client, version) -> N
 def test_only_revoked_clients_are_rejected(world, load, client, library, version) -> None:
     world.make("gone", "client", "ca")
     context = load(library, client_crl=world.revoke("one", "ca", "gone")).context
-    shake(context, client(version=version))
+    handshake(context, client(version=version))
     with pytest.raises(ssl.SSLError, match=REVOKED):
-        shake(context, client("gone", version))
+        handshake(context, client("gone", version))
 
 
 @LIBRARIES
@@ -259,29 +259,29 @@ def test_revocation_applies_to_each_name_of_a_directory(world, two_names, client
     list_ = world.revoke("each", "ca", "gone")
     context = DirectoryTLS(two_names, client_ca=world["ca.pem"], client_crl=list_, library=library).load().context
     for name in ("localhost", "a.example", None):
-        shake(context, client(version=version), name)
+        handshake(context, client(version=version), name)
         with pytest.raises(ssl.SSLError, match=REVOKED):
-            shake(context, client("gone", version), name)
+            handshake(context, client("gone", version), name)
 
 
 @LIBRARIES
 def test_an_intermediate_authority_can_be_revoked(world, load, client, library) -> None:
     lists = [world.revoke("inner", "inner"), world.revoke("root", "ca"), world.revoke("root-less", "ca", "inner")]
     whole = world.join("whole.crl", "inner.crl", "root.crl")
-    shake(load(library, client_crl=whole).context, client("deep"))
+    handshake(load(library, client_crl=whole).context, client("deep"))
     revoked = world.join("revoked.crl", "inner.crl", "root-less.crl")
     with pytest.raises(ssl.SSLError, match=REVOKED):
-        shake(load(library, client_crl=revoked).context, client("deep"))
+        handshake(load(library, client_crl=revoked).context, client("deep"))
     for only in lists[:2]:  # fail closed
         with pytest.raises(ssl.SSLError):
-            shake(load(library, client_crl=only).context, client("deep"))
+            handshake(load(library, client_crl=only).context, client("deep"))
 
 
 @LIBRARIES
 def test_a_client_is_rejected_without_a_revocation_list_of_its_authority(world, load, client, library) -> None:
     context = load(library, client_crl=world.revoke("other", "other")).context
     with pytest.raises(ssl.SSLError):
-        shake(context, client())
+        handshake(context, client())
 
 
 @LIBRARIES
@@ -290,7 +290,7 @@ def test_an_expired_revocation_list_rejects_every_client_and_reports_its_expiry(
     loaded = load(library, client_crl=list_)
     assert loaded.revocation == crl.RevocationLists(list_, 1, 1580515200)
     with pytest.raises(ssl.SSLError):
-        shake(loaded.context, client())
+        handshake(loaded.context, client())
 
 
 def test_the_earliest_expiry_of_several_revocation_lists_is_reported(world, load) -> None:
@@ -347,7 +347,7 @@ def test_a_revocation_list_is_read_watched_and_recorded_with_the_other_files(wor
     recorded = ServerTLS(**asdict(source)).load(RecordedFiles(files.texts, files.entries))
     assert recorded.revocation == loaded.revocation
     with pytest.raises(ssl.SSLError, match=REVOKED):
-        shake(recorded.context, client("gone"))
+        handshake(recorded.context, client("gone"))
 
 
 # --- chains ---
@@ -367,10 +367,10 @@ def test_a_too_long_chain_is_rejected_before_decoding(world, load, client, versi
         chain = world.join(f"{count}.pem", "client.pem", *["inner.pem"] * count)
         peer.load_cert_chain(chain, world["client.key"])
         if accepted:
-            shake(context, peer)
+            handshake(context, peer)
         else:
             with pytest.raises(ssl.SSLError, match=r"(?i)excessive message size"):
-                shake(context, peer)
+                handshake(context, peer)
 
 
 # --- client names ---
@@ -388,7 +388,7 @@ def test_a_client_whose_name_is_not_utf8_is_served_without_a_name(world, client,
     peer = client(name=None)
     peer.load_cert_chain(tmp_path / "odd.pem", tmp_path / "odd.key")
     tls = MemoryTLS(source.load().context, server_side=True)
-    tls.object = shake(source.load().context, peer)[1]
+    tls.object = handshake(source.load().context, peer)[1]
     assert tls.peer_certificate == {"subject": ()}
     assert tls.object.getpeercert(binary_form=True)
 
@@ -412,7 +412,7 @@ def test_pyopenssl_answers_no_common_protocol_with_an_alert(two_names, client, n
     peer = client(version=version)
     peer.set_alpn_protocols(["h2"])
     with pytest.raises(ssl.SSLError, match="no application protocol"):
-        shake(context, peer, name)
+        handshake(context, peer, name)
     peer.set_alpn_protocols(["h2", "echo"])
-    assert shake(context, peer, name)[0].selected_alpn_protocol() == "echo"
-    assert shake(context, client(version=version), name)[0].selected_alpn_protocol() is None
+    assert handshake(context, peer, name)[0].selected_alpn_protocol() == "echo"
+    assert handshake(context, client(version=version), name)[0].selected_alpn_protocol() is None

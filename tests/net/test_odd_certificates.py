@@ -65,7 +65,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
 }  # fmt: skip
 
 
-def shown(server: ssl.SSLContext, name: str | None) -> bytes:
+def served_der(server: ssl.SSLContext, name: str | None) -> bytes:
     """Return the certificate that a client receives, in DER."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
@@ -103,14 +103,14 @@ def test_an_unusual_certificate_is_served_alone_and_by_its_names(certificates, t
     alone = ServerTLS(certificates["server.key"], str(tmp_path / "all" / "odd.pem")).load()
     assert alone.certificates[0].names == names
     assert list(alone.certificates[0].served) == served
-    assert shown(alone.context, "localhost") == der
+    assert served_der(alone.context, "localhost") == der
 
     among = DirectoryTLS(str(tmp_path / "all")).load()
     assert [certificate.names for certificate in among.certificates] == [names, ("default.example",)]
     for name in served[:5]:
-        assert shown(among.context, name.replace("*.", "any.")) == der
+        assert served_der(among.context, name.replace("*.", "any.")) == der
     for name in ("unknown.org", "localhos", None):
-        assert shown(among.context, name) == ssl.PEM_cert_to_DER_cert(default)
+        assert served_der(among.context, name) == ssl.PEM_cert_to_DER_cert(default)
 
     log = Log()
     listener = Listener(None, "ssl", certificates=among.certificates)  # type: ignore[arg-type]  # it is not used

@@ -160,14 +160,14 @@ def serve():
             pytest_twisted.blockon(served.end(len(served.ended) + len(served.register.open)))
 
 
-class Reads:
+class ReadCounter:
     """Counts the read events of connections that wait for their header."""
 
     def __init__(self) -> None:
         self.count = 0
         self._waiting: list[Deferred[None]] = []
 
-    def happened(self) -> None:
+    def count_read(self) -> None:
         self.count += 1
         waiting, self._waiting = self._waiting, []
         for deferred in waiting:
@@ -184,14 +184,14 @@ class Reads:
 
 @pytest.fixture
 def reads(monkeypatch):
-    counter = Reads()
+    counter = ReadCounter()
     read = ProxyHandshake.doRead
 
     def counted(self):
         try:
             return read(self)
         finally:
-            counter.happened()
+            counter.count_read()
 
     monkeypatch.setattr(ProxyHandshake, "doRead", counted)
     return counter

@@ -135,7 +135,7 @@ def one_byte_records(client: Hostile, count: int) -> bytes:
 # Records without data after the handshake, and how many of them exceed the limit.
 FLOODS = [
     pytest.param("TLSv1_3", key_updates, 20_000, id="key updates"),
-    pytest.param("TLSv1_3", key_updates_that_ask, 20_000, id="key updates that ask for ours"),
+    pytest.param("TLSv1_3", key_updates_that_ask, 20_000, id="key updates with requests"),
     pytest.param("TLSv1_2", hellos, 2_000, id="ClientHellos"),
     pytest.param("TLSv1_2", one_byte_records, 10_000, id="one-byte handshake records"),
 ]
@@ -282,10 +282,10 @@ def test_a_flood_with_some_data_is_read_in_small_parts_and_loses_no_data(serve, 
                 pieces += [make(client, run), client.data(b"%d," % i)]
             pieces.append(client.data(b"end"))
             client.sock.sendall(b"".join(pieces))
-            assert heard.wait(DEADLINE)
+            assert all_received.wait(DEADLINE)
 
-    heard = threading.Event()
-    served.factory.on_data = lambda protocol, data: data.endswith(b"end") and heard.set()
+    all_received = threading.Event()
+    served.factory.on_data = lambda protocol, data: data.endswith(b"end") and all_received.set()
     yield deferToThread(flood)
     assert served.factory.received == b"".join(b"%d," % i for i in range(count // run)) + b"end"
     assert_bounded(fed)
@@ -459,13 +459,13 @@ def test_unsent_data_for_a_slow_reader_does_not_stop_reading(serve, begin):
     """This also applies if the reader updates its keys meanwhile, as peers do after many bytes."""
     served = serve(begin=begin)
     content = os.urandom(50_000_000)
-    heard = threading.Event()
+    all_received = threading.Event()
 
     def on_data(protocol: Any, data: bytes) -> None:
         if data.startswith(b"go"):
             protocol.transport.write(content)
         if data.endswith(b"."):
-            heard.set()
+            all_received.set()
 
     served.factory.on_data = on_data
 
@@ -474,7 +474,7 @@ def test_unsent_data_for_a_slow_reader_does_not_stop_reading(serve, begin):
             hostile.sock.sendall(hostile.data(b"go"))
             for _ in range(100):
                 hostile.sock.sendall(key_updates_that_ask(hostile, 2) + hostile.data(b"meanwhile."))
-            assert heard.wait(DEADLINE)
+            assert all_received.wait(DEADLINE)
             return hostile.read(len(content))
 
     received = yield deferToThread(client)

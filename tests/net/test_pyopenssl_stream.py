@@ -80,7 +80,7 @@ def test_a_protocol_sees_the_same_transport_as_on_twisteds_tls_listeners(serve, 
     seen: dict[str, Any] = {}
     calls: list[str] = []
 
-    def look(protocol: Recorder) -> None:
+    def record_view(protocol: Recorder) -> None:
         calls.append("connectionMade")
         transport = protocol.transport
         seen.update(
@@ -100,7 +100,7 @@ def test_a_protocol_sees_the_same_transport_as_on_twisteds_tls_listeners(serve, 
     factory, _, connect = serve(
         HandshakeListening,
         f":clientCA={certificates['ca.pem']}:alpn=two,one",
-        on_connect=look,
+        on_connect=record_view,
         on_handshake=lambda protocol: calls.append("handshakeCompleted"),
     )
     client = yield deferToThread(connect, certificate="client", alpn=["one", "two"])
@@ -177,8 +177,8 @@ def test_a_failed_protocol_receives_no_more_calls(serve, logged, version):
     def fail(protocol: Recorder) -> None:
         raise ZeroDivisionError("of the test")
 
-    heard: list[bytes] = []
-    factory, port, _ = serve(on_connect=fail, on_data=lambda protocol, data: heard.append(data))
+    received: list[bytes] = []
+    factory, port, _ = serve(on_connect=fail, on_data=lambda protocol, data: received.append(data))
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = context.maximum_version = version
@@ -203,7 +203,7 @@ def test_a_failed_protocol_receives_no_more_calls(serve, logged, version):
     yield deferToThread(client)
     yield factory.closed.addTimeout(DEADLINE, reactor)
     assert len(logged) == 1
-    assert heard == []
+    assert received == []
 
 
 @pytest.mark.parametrize("who", ["client", "server"])
@@ -359,10 +359,10 @@ def test_a_producer_is_stopped_at_the_clients_close_notify(serve):
 
 @pytest_twisted.inlineCallbacks
 def test_close_does_not_wait_for_the_clients_close_notify_and_ignores_later_data(serve):
-    heard: list[bytes] = []
+    received: list[bytes] = []
 
     def close(protocol: Recorder, data: bytes) -> None:
-        heard.append(data)
+        received.append(data)
         protocol.transport.write(b"bye")
         protocol.transport.loseConnection()
 
@@ -371,17 +371,17 @@ def test_close_does_not_wait_for_the_clients_close_notify_and_ignores_later_data
     def client() -> bytes:
         with connect() as tls:
             tls.sendall(b"quit")
-            received = tls.recv(10)
+            answer = tls.recv(10)
             assert tls.recv(10) == b""  # its close_notify
             plain = socket.socket(fileno=tls.detach())
             with plain, contextlib.suppress(OSError):
                 assert plain.recv(10) == b""  # the FIN, without further data
                 plain.sendall(bytes(100))
-            return received
+            return answer
 
     assert (yield deferToThread(client)) == b"bye"
     connection, reason = yield factory.closed.addTimeout(DEADLINE, reactor)
-    assert heard == [b"quit"]
+    assert received == [b"quit"]
     assert isinstance(reason, ConnectionDone)
     assert not connection.peer_finished
 

@@ -87,7 +87,7 @@ def make(reactor: Reactor, *names: str) -> list[Descriptor]:
     return made
 
 
-def boom() -> None:
+def raise_error() -> None:
     raise ValueError("boom")
 
 
@@ -107,7 +107,7 @@ def watched(reactor: Reactor) -> list[Any]:
     return [*reactor.getReaders(), *reactor.getWriters()]
 
 
-class Below(Descriptor):
+class Replacement(Descriptor):
     """Another descriptor of the same socket."""
 
     def __init__(self, of: Descriptor, name: str) -> None:
@@ -118,7 +118,7 @@ class Below(Descriptor):
 
 def test_a_replacement_descriptor_receives_the_next_events(reactor) -> None:
     (first,) = make(reactor, "first")
-    second = Below(first, "second")
+    second = Replacement(first, "second")
     prefixes: list[str] = []
     second.on_read = lambda: prefixes.append(theContextTracker.getContext(log.ILogContext)["system"])
 
@@ -142,7 +142,7 @@ def test_a_replacement_descriptor_receives_the_next_events(reactor) -> None:
 def test_replacing_an_unregistered_descriptor_registers_nothing(reactor) -> None:
     (first,) = make(reactor, "first")
     reactor.removeReader(first)
-    reactor.exchange(first, Below(first, "second"))
+    reactor.exchange(first, Replacement(first, "second"))
     reactor.doIteration(0)
     assert not any(isinstance(each, Descriptor) for each in watched(reactor))
     first.close()
@@ -158,7 +158,7 @@ def test_replacing_a_descriptor_makes_no_system_call(reactor, monkeypatch) -> No
             return getattr(poller, name)
 
     monkeypatch.setattr(reactor, "_poller", Counting())
-    second = Below(first, "second")
+    second = Replacement(first, "second")
     reactor.exchange(first, second)
     reactor.addReader(second)
     assert calls == []
@@ -167,7 +167,7 @@ def test_replacing_a_descriptor_makes_no_system_call(reactor, monkeypatch) -> No
 @pytest.mark.parametrize("method", ["on_read", "on_write"])
 def test_an_exception_in_a_handler_is_logged_and_ends_only_its_descriptor(reactor, events, method) -> None:
     bad, good = make(reactor, "bad", "good")
-    setattr(bad, method, boom)
+    setattr(bad, method, raise_error)
     reactor.addWriter(bad)
     reactor.doIteration(0)
     reactor.doIteration(0)
@@ -180,7 +180,7 @@ def test_an_exception_in_a_handler_is_logged_and_ends_only_its_descriptor(reacto
 def test_an_exception_in_connection_lost_is_logged_and_the_others_continue(reactor, events) -> None:
     made = make(reactor, "a", "b", "c")
     for descriptor in made:
-        descriptor.on_read, descriptor.on_lost = (lambda: main.CONNECTION_LOST), boom
+        descriptor.on_read, descriptor.on_lost = (lambda: main.CONNECTION_LOST), raise_error
     reactor.doIteration(0)
     assert [descriptor.reads for descriptor in made] == [1, 1, 1]
     assert tracebacks(events) == ["boom"] * 3
@@ -309,7 +309,7 @@ def test_a_signal_handler_may_log_while_the_reactor_waits(reactor, events) -> No
 def test_an_exception_in_log_prefix_is_harmless(reactor) -> None:
     seen: list[str] = []
     (descriptor,) = make(reactor, "one")
-    descriptor.logPrefix = boom
+    descriptor.logPrefix = raise_error
     descriptor.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
     reactor.doIteration(0)
     assert seen == ["(buggy logPrefix method)"]
@@ -352,7 +352,7 @@ def test_write_soon_during_a_write_applies_to_the_next_iteration(reactor) -> Non
 
 def test_a_failed_write_ends_only_its_descriptor(reactor, events) -> None:
     bad, good = Descriptor(reactor, "bad"), Descriptor(reactor, "good")
-    bad.on_write = boom
+    bad.on_write = raise_error
     reactor.write_soon(bad)
     reactor.write_soon(good)
     reactor.doIteration(0)

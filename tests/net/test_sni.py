@@ -50,7 +50,7 @@ def put(named, tmp_path):
     return copy
 
 
-def shake(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None, session=None):
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None, session=None):
     """Perform a handshake in memory; return both ends, or raise the SSLError of the side that rejects it."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
@@ -67,7 +67,7 @@ def shake(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None, sess
     return ends
 
 
-def careless(**attributes) -> ssl.SSLContext:
+def unverifying_client(**attributes) -> ssl.SSLContext:
     """Return a client context that accepts any certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -77,9 +77,9 @@ def careless(**attributes) -> ssl.SSLContext:
     return context
 
 
-def shown(named, server: ssl.SSLContext, name: str | None) -> str:
+def served_name(named, server: ssl.SSLContext, name: str | None) -> str:
     """Return which of NAMES a client that requests `name` receives."""
-    end, _ = shake(server, careless(), name)
+    end, _ = handshake(server, unverifying_client(), name)
     pem = ssl.DER_cert_to_PEM_cert(end.getpeercert(binary_form=True))
     (found,) = (file for file in NAMES if pem in Path(named[f"{file}.pem"]).read_text())
     return found
@@ -113,14 +113,14 @@ def test_sni_selects_the_certificate(named, put, name, file) -> None:
     for stem in ("a", "wild", "www", "cn.example", "idn"):
         put(stem)
     put("fallback", "default")
-    assert shown(named, DirectoryTLS(str(put.directory)).load().context, name) == file
+    assert served_name(named, DirectoryTLS(str(put.directory)).load().context, name) == file
 
 
 def test_the_first_file_is_the_default_without_default_pem(named, put) -> None:
     put("www", "2")
     put("a", "10")
     context = DirectoryTLS(str(put.directory)).load().context
-    assert [shown(named, context, name) for name in (None, "unknown", "www.example.org")] == ["a", "a", "www"]
+    assert [served_name(named, context, name) for name in (None, "unknown", "www.example.org")] == ["a", "a", "www"]
 
 
 def test_a_name_shared_with_the_default_selects_the_other_certificate(named, put) -> None:
@@ -128,7 +128,7 @@ def test_a_name_shared_with_the_default_selects_the_other_certificate(named, put
     put("again", "default")
     put("www")
     context = DirectoryTLS(str(put.directory)).load().context
-    assert [shown(named, context, name) for name in (None, "a.example", "b.example")] == ["again", "a", "a"]
+    assert [served_name(named, context, name) for name in (None, "a.example", "b.example")] == ["again", "a", "a"]
 
 
 def test_the_default_may_be_a_link_to_another_file(named, put) -> None:
@@ -137,13 +137,13 @@ def test_the_default_may_be_a_link_to_another_file(named, put) -> None:
     for suffix in ("pem", "key"):
         (put.directory / f"default.{suffix}").symlink_to(f"www.{suffix}")
     context = DirectoryTLS(str(put.directory)).load().context
-    assert [shown(named, context, name) for name in (None, "a.example", "www.example.org")] == ["www", "a", "www"]
+    assert [served_name(named, context, name) for name in (None, "a.example", "www.example.org")] == ["www", "a", "www"]
 
 
 def test_two_files_with_the_same_name_are_both_reported(put) -> None:
     put("a")
     put("again")
-    assert refusal(put.directory) == (
+    assert error_of(put.directory) == (
         f"'{put.directory}/a.pem' and '{put.directory}/again.pem' are both for 'a.example'; remove one of them"
     )
 
@@ -153,7 +153,7 @@ def test_a_file_may_hold_the_chain_and_the_key(named, put) -> None:
     shutil.copy(named.join("all.pem", "deep.key", "deep.pem", "inner.pem"), put.directory)
     put("a")
     client = ssl.create_default_context(cafile=named["ca.pem"])
-    end, _ = shake(DirectoryTLS(str(put.directory)).load().context, client, "deep.example")
+    end, _ = handshake(DirectoryTLS(str(put.directory)).load().context, client, "deep.example")
     assert end.getpeercert()["subjectAltName"] == (("DNS", "deep.example"),)
 
 
@@ -187,7 +187,7 @@ def test_names_and_expiry_of_each_certificate_are_reported(named, put) -> None:
 # --- errors ---
 
 
-def refusal(directory: object, **policy) -> str:
+def error_of(directory: object, **policy) -> str:
     with pytest.raises(TLSError) as caught:
         DirectoryTLS(str(directory), **policy).load()
     line = str(caught.value)
@@ -196,10 +196,10 @@ def refusal(directory: object, **policy) -> str:
 
 
 def test_a_path_that_is_missing_empty_or_no_directory_is_named(tmp_path) -> None:
-    assert refusal(tmp_path / "none") == f"cannot read the directory '{tmp_path}/none': no such file or directory"
-    assert refusal(tmp_path) == f"no certificate in the directory '{tmp_path}'; add a file NAME.pem"
+    assert error_of(tmp_path / "none") == f"cannot read the directory '{tmp_path}/none': no such file or directory"
+    assert error_of(tmp_path) == f"no certificate in the directory '{tmp_path}'; add a file NAME.pem"
     (tmp_path / "file").touch()
-    assert refusal(tmp_path / "file") == f"cannot read the directory '{tmp_path}/file': not a directory"
+    assert error_of(tmp_path / "file") == f"cannot read the directory '{tmp_path}/file': not a directory"
 
 
 def test_a_certificate_without_a_key_is_named(put) -> None:
@@ -207,7 +207,7 @@ def test_a_certificate_without_a_key_is_named(put) -> None:
     put("www")
     (put.directory / "www.key").unlink()
     path = f"{put.directory}/www"
-    assert refusal(put.directory) == f"no private key for '{path}.pem'; add the key to it, or as '{path}.key'"
+    assert error_of(put.directory) == f"no private key for '{path}.pem'; add the key to it, or as '{path}.key'"
 
 
 def test_a_key_of_another_certificate_is_named(named, put) -> None:
@@ -215,7 +215,7 @@ def test_a_key_of_another_certificate_is_named(named, put) -> None:
     put("www")
     shutil.copy(named["a.key"], put.directory / "www.key")
     path = f"{put.directory}/www"
-    assert refusal(put.directory) == f"the private key '{path}.key' does not belong to the certificate '{path}.pem'"
+    assert error_of(put.directory) == f"the private key '{path}.key' does not belong to the certificate '{path}.pem'"
 
 
 @pytest.mark.parametrize("content", ["", "junk", "-----BEGIN CERTIFICATE-----\n"])
@@ -223,20 +223,20 @@ def test_a_file_without_a_usable_certificate_is_named_and_not_skipped(put, conte
     put("a")
     (put.directory / "b.pem").write_text(content)
     (put.directory / "b.key").touch()
-    assert refusal(put.directory) == f"no usable certificate in PEM form in '{put.directory}/b.pem'"
+    assert error_of(put.directory) == f"no usable certificate in PEM form in '{put.directory}/b.pem'"
 
 
 def test_an_unreadable_file_is_named(put) -> None:
     put("a")
     (put.directory / "b.pem").symlink_to("gone.pem")
-    assert refusal(put.directory) == f"cannot read the certificate '{put.directory}/b.pem': no such file or directory"
+    assert error_of(put.directory) == f"cannot read the certificate '{put.directory}/b.pem': no such file or directory"
 
 
 # --- one policy for all names ---
 
 
 @pytest.fixture
-def two(put):
+def two_names(put):
     """A directory with the default certificate and one for `a.example`."""
     put("a")
     put("fallback", "default")
@@ -247,75 +247,79 @@ EACH = pytest.mark.parametrize("name", ["a.example", "unknown", None])
 
 
 @EACH
-def test_alpn_follows_the_servers_preference_for_each_name(two, name) -> None:
-    client = careless()
+def test_alpn_follows_the_servers_preference_for_each_name(two_names, name) -> None:
+    client = unverifying_client()
     client.set_alpn_protocols(["two", "one"])
-    ends = shake(DirectoryTLS(two, alpn=("one", "two")).load().context, client, name)
+    ends = handshake(DirectoryTLS(two_names, alpn=("one", "two")).load().context, client, name)
     assert [end.selected_alpn_protocol() for end in ends] == ["one", "one"]
 
 
 @EACH
-def test_the_minimum_version_applies_to_each_name(two, name) -> None:
-    context = DirectoryTLS(two, minimum="1.3").load().context
-    assert shake(context, careless(), name)[0].version() == "TLSv1.3"
+def test_the_minimum_version_applies_to_each_name(two_names, name) -> None:
+    context = DirectoryTLS(two_names, minimum="1.3").load().context
+    assert handshake(context, unverifying_client(), name)[0].version() == "TLSv1.3"
     with pytest.raises(ssl.SSLError):
-        shake(context, careless(maximum_version=ssl.TLSVersion.TLSv1_2), name)
+        handshake(context, unverifying_client(maximum_version=ssl.TLSVersion.TLSv1_2), name)
 
 
 @EACH
-def test_the_cipher_suites_are_the_same_for_each_name(two, name) -> None:
-    context = DirectoryTLS(two).load().context
-    client = careless(maximum_version=ssl.TLSVersion.TLSv1_2)
+def test_the_cipher_suites_are_the_same_for_each_name(two_names, name) -> None:
+    context = DirectoryTLS(two_names).load().context
+    client = unverifying_client(maximum_version=ssl.TLSVersion.TLSv1_2)
     client.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE+AESGCM")
-    assert shake(context, client, name)[0].cipher()[0] == "ECDHE-ECDSA-AES256-GCM-SHA384"
+    assert handshake(context, client, name)[0].cipher()[0] == "ECDHE-ECDSA-AES256-GCM-SHA384"
     client.set_ciphers("ECDHE-ECDSA-AES128-SHA256:ECDHE-ECDSA-AES256-SHA")
     with pytest.raises(ssl.SSLError):
-        shake(context, client, name)
+        handshake(context, client, name)
 
 
 @EACH
 @VERSIONS
-def test_a_client_certificate_is_required_for_each_name(named, two, name, version) -> None:
-    context = DirectoryTLS(two, client_ca=named["ca.pem"]).load().context
+def test_a_client_certificate_is_required_for_each_name(named, two_names, name, version) -> None:
+    context = DirectoryTLS(two_names, client_ca=named["ca.pem"]).load().context
 
     def client(*names: str) -> ssl.SSLContext:
-        made = careless(maximum_version=ssl.TLSVersion[version])
+        made = unverifying_client(maximum_version=ssl.TLSVersion[version])
         for client_name in names:
             made.load_cert_chain(named[f"{client_name}.pem"], named[f"{client_name}.key"])
         return made
 
-    _, far = shake(context, client("client"), name)
+    _, far = handshake(context, client("client"), name)
     assert (("commonName", "client"),) in far.getpeercert()["subject"]
     for names in ([], ["stranger"]):
         with pytest.raises(ssl.SSLError):
-            shake(context, client(*names), name)
+            handshake(context, client(*names), name)
 
 
 @EACH
 @VERSIONS
-def test_a_session_is_resumed_for_each_name(named, two, name, version) -> None:
-    context = DirectoryTLS(two).load().context
-    client = careless(maximum_version=ssl.TLSVersion[version])
-    first, _ = shake(context, client, name)
-    assert shake(context, client, name, first.session)[0].session_reused
+def test_a_session_is_resumed_for_each_name(named, two_names, name, version) -> None:
+    context = DirectoryTLS(two_names).load().context
+    client = unverifying_client(maximum_version=ssl.TLSVersion[version])
+    first, _ = handshake(context, client, name)
+    assert handshake(context, client, name, first.session)[0].session_reused
 
 
-def test_a_reload_between_two_client_hellos_is_safe(two) -> None:
+def test_a_reload_between_two_client_hellos_is_safe(two_names) -> None:
     # In a separate process, since a bug would crash it: freed memory is overwritten immediately.
     environment = {**os.environ, "PYTHONMALLOC": "debug"}
     done = subprocess.run(
-        program("reload_between_hellos", two), env=environment, capture_output=True, text=True, timeout=60
+        program("reload_between_hellos", two_names), env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "TLSv1.3 TLS_AES_256_GCM_SHA384\n"
 
 
-def test_a_reload_between_two_client_hellos_is_safe_with_pyopenssl(two) -> None:
+def test_a_reload_between_two_client_hellos_is_safe_with_pyopenssl(two_names) -> None:
     pytest.importorskip("OpenSSL")
     # In a separate process, since a bug would crash it: freed memory is overwritten immediately.
     environment = {**os.environ, "PYTHONMALLOC": "debug"}
     done = subprocess.run(
-        program("reload_between_hellos_pyopenssl", two), env=environment, capture_output=True, text=True, timeout=60
+        program("reload_between_hellos_pyopenssl", two_names),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "TLSv1.3 TLS_AES_256_GCM_SHA384\n"
@@ -350,27 +354,27 @@ def test_a_connection_with_a_replaced_default_keeps_no_other_context_in_memory(n
     put("fallback", "default")
     source = DirectoryTLS(str(put.directory))
     first = source.load()
-    client = shake(first.context, careless(), None)
+    client = handshake(first.context, unverifying_client(), None)
     others = [weakref.ref(made.context) for made in first.reusable.made.values()]
     put("again", "a")  # another certificate for the same name
     second = finish(source.loading(None, first.reusable))
-    assert shown(named, first.context, "a.example") == "a"  # the first reload changes nothing
+    assert served_name(named, first.context, "a.example") == "a"  # the first reload changes nothing
     second.take_effect()
     before, first = first.context, None
     assert [reference() is None for reference in others] == [True, False]
     # A client that connected before and sends its server name now receives the current certificate.
-    assert shown(named, before, "a.example") == shown(named, second.context, "a.example") == "again"
-    assert shown(named, before, "www.example.org") == "www"
-    assert shown(named, before, None) == "fallback"
+    assert served_name(named, before, "a.example") == served_name(named, second.context, "a.example") == "again"
+    assert served_name(named, before, "www.example.org") == "www"
+    assert served_name(named, before, None) == "fallback"
     assert client[1].version() == "TLSv1.3"
 
 
-def test_contexts_are_freed_after_connections_that_used_them(two) -> None:
-    context = DirectoryTLS(two).load().context
+def test_contexts_are_freed_after_connections_that_used_them(two_names) -> None:
+    context = DirectoryTLS(two_names).load().context
     gc.collect()
     gc.disable()
     try:
-        ends = [shake(context, careless(), name) for name in ("a.example", "unknown")]
+        ends = [handshake(context, unverifying_client(), name) for name in ("a.example", "unknown")]
         used = [weakref.ref(far.context) for _, far in ends]
         assert used[0]() is not used[1]()
         del context
@@ -384,11 +388,11 @@ def test_contexts_are_freed_after_connections_that_used_them(two) -> None:
 @pytest.mark.parametrize(
     "name", [b"a..example", b"a.example..", b"." * 9, b"-_x%y'z\x1b\r\n", b"x" * 60, b"xn--a-\x7f"]
 )
-def test_an_invalid_host_name_selects_the_default(two, name, capfd) -> None:
-    context = DirectoryTLS(two).load().context
+def test_an_invalid_host_name_selects_the_default(two_names, name, capfd) -> None:
+    context = DirectoryTLS(two_names).load().context
     stand_in = b"n" * len(name)
     to_server, to_client, altered = ssl.MemoryBIO(), ssl.MemoryBIO(), ssl.MemoryBIO()
-    near = careless().wrap_bio(to_client, to_server, server_hostname=stand_in.decode())
+    near = unverifying_client().wrap_bio(to_client, to_server, server_hostname=stand_in.decode())
     with suppress(ssl.SSLWantReadError):
         near.do_handshake()
     hello = to_server.read()
@@ -406,8 +410,10 @@ def test_an_invalid_host_name_selects_the_default(two, name, capfd) -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
-def test_s_client_sees_the_certificate_of_its_name_and_a_certificate_request(named, two, service) -> None:
-    running = service(f"--listen=ssl:0:interface=127.0.0.1:certificates={two}:clientCA={named['ca.pem']}:alpn=echo")
+def test_s_client_sees_the_certificate_of_its_name_and_a_certificate_request(named, two_names, service) -> None:
+    running = service(
+        f"--listen=ssl:0:interface=127.0.0.1:certificates={two_names}:clientCA={named['ca.pem']}:alpn=echo"
+    )
 
     def client(*arguments: str) -> str:
         done = subprocess.run(

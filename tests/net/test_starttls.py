@@ -132,19 +132,19 @@ def test_the_transport_stays_the_same_object_and_provides_issltransport_after_st
     seen: list[Any] = []
 
     class Looking(Upgrading):
-        def look(self):
+        def record_state(self):
             transport = self.transport
             claims = [interface.providedBy(transport) for interface in (ISSLTransport, INegotiated, ITCPTransport)]
             has = [hasattr(transport, name) for name in ("getPeerCertificate", "negotiatedProtocol", "tls_version")]
             seen.append((transport, type(transport), str(transport.phase), claims, has))
 
         def dataReceived(self, data):
-            self.look()
+            self.record_state()
             super().dataReceived(data)
-            self.look()
+            self.record_state()
 
         def connectionLost(self, reason):
-            self.look()
+            self.record_state()
             super().connectionLost(reason)
 
     factory.protocol = Looking

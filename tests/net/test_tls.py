@@ -21,7 +21,7 @@ def good(certificates) -> dict[str, str]:
     return {field: certificates[name] for field, name in zip(FILES, names, strict=True)}
 
 
-def refusal(**arguments) -> str:
+def error_of(**arguments) -> str:
     with pytest.raises(TLSError) as caught:
         ServerTLS(**arguments).load()
     line = str(caught.value)
@@ -30,7 +30,7 @@ def refusal(**arguments) -> str:
 
 
 @contextmanager
-def as_nobody():
+def as_unprivileged_user():
     """Run the test without root, which can read every file."""
     if os.geteuid() != 0:
         yield
@@ -42,7 +42,7 @@ def as_nobody():
         os.seteuid(0)
 
 
-def shake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
     """Perform a handshake in memory; raise the SSLError of the side that rejects it."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
@@ -70,12 +70,12 @@ def trusting(certificates, **attributes) -> ssl.SSLContext:
 @pytest.mark.parametrize("field", FILES)
 def test_a_missing_file_is_named(good, field) -> None:
     path = "/no/such/file.pem"
-    assert f"{path!r}: no such file or directory" in refusal(**{**good, field: path})
+    assert f"{path!r}: no such file or directory" in error_of(**{**good, field: path})
 
 
 @pytest.mark.parametrize("field", FILES)
 def test_a_directory_is_named(good, field, tmp_path) -> None:
-    assert f"{str(tmp_path)!r}: is a directory" in refusal(**{**good, field: str(tmp_path)})
+    assert f"{str(tmp_path)!r}: is a directory" in error_of(**{**good, field: str(tmp_path)})
 
 
 @pytest.mark.parametrize("field", FILES)
@@ -85,8 +85,8 @@ def test_an_unreadable_file_is_named(good, field, tmp_path) -> None:
     closed.chmod(0)
     # User 65534 cannot reach the other files either: the tested file is opened first, or alone.
     given = {**{name: str(closed) for name in ("private_key", "certificate")}, field: str(closed)}
-    with as_nobody():
-        assert f"{str(closed)!r}: permission denied" in refusal(**given)
+    with as_unprivileged_user():
+        assert f"{str(closed)!r}: permission denied" in error_of(**given)
 
 
 JUNK = {
@@ -114,23 +114,23 @@ JUNK = {
 def test_a_file_with_invalid_content_is_named(good, field, junk, tmp_path) -> None:
     path = tmp_path / "junk.pem"
     path.write_bytes(JUNK[junk])
-    assert repr(str(path)) in refusal(**{**good, field: str(path)})
+    assert repr(str(path)) in error_of(**{**good, field: str(path)})
 
 
 @pytest.mark.parametrize("field", ["certificate", "chain", "client_ca"])
 @pytest.mark.parametrize(
-    "cut", [lambda text: text[: len(text) // 2], lambda text: text[:40]], ids=["in the middle", "in its second line"]
+    "cut", [lambda text: text[: len(text) // 2], lambda text: text[:40]], ids=["in the middle", "in the second line"]
 )
 def test_a_file_with_a_truncated_second_certificate_is_named(good, certificates, field, cut, tmp_path) -> None:
     path = tmp_path / "cut.pem"
     text = Path(certificates["ca.pem"]).read_text()
     path.write_text(Path(good[field]).read_text() + cut(text))
-    assert repr(str(path)) in refusal(**{**good, field: str(path)})
+    assert repr(str(path)) in error_of(**{**good, field: str(path)})
 
 
 @pytest.mark.parametrize("other", ["server.key", "rsa.key"])
 def test_a_key_of_another_certificate_is_named_with_both_files(certificates, other) -> None:
-    line = refusal(private_key=certificates[other], certificate=certificates["client.pem"])
+    line = error_of(private_key=certificates[other], certificate=certificates["client.pem"])
     assert f"private key {certificates[other]!r} does not belong to" in line
     assert repr(certificates["client.pem"]) in line
 
@@ -138,24 +138,24 @@ def test_a_key_of_another_certificate_is_named_with_both_files(certificates, oth
 def test_an_encrypted_key_is_named_without_a_passphrase_prompt(certificates, tmp_path) -> None:
     path = str(tmp_path / "encrypted.key")
     certificates.openssl("pkey", "-in", certificates["server.key"], "-aes256", "-passout", "pass:x", "-out", path)
-    line = refusal(private_key=path, certificate=certificates["server.pem"])
+    line = error_of(private_key=path, certificate=certificates["server.pem"])
     assert "encrypted" in line
     assert repr(path) in line
 
 
 def test_a_certificate_where_the_key_should_be_is_named(certificates) -> None:
     path = certificates["server.pem"]
-    assert f"private key in PEM form in {path!r}" in refusal(private_key=path, certificate=path)
+    assert f"private key in PEM form in {path!r}" in error_of(private_key=path, certificate=path)
 
 
 def test_a_key_where_the_certificate_should_be_is_named(certificates) -> None:
     path = certificates["server.key"]
-    assert f"certificate in PEM form in {path!r}" in refusal(private_key=path, certificate=path)
+    assert f"certificate in PEM form in {path!r}" in error_of(private_key=path, certificate=path)
 
 
 def test_a_too_short_key_is_named(certificates) -> None:
     certificates.make("weak", "server", "ca", newkey=("rsa:1024",))
-    line = refusal(private_key=certificates["weak.key"], certificate=certificates["weak.pem"])
+    line = error_of(private_key=certificates["weak.key"], certificate=certificates["weak.pem"])
     assert repr(certificates["weak.pem"]) in line
     assert "weak" in line
 
@@ -164,21 +164,21 @@ def test_error_messages_contain_no_key_material(certificates, tmp_path) -> None:
     secret = Path(certificates["server.key"]).read_text()
     path = tmp_path / "bad.key"
     path.write_text(secret.replace("\n", "\nA", 1))
-    line = refusal(private_key=str(path), certificate=certificates["server.pem"])
+    line = error_of(private_key=str(path), certificate=certificates["server.pem"])
     assert not any(part in line for part in secret.splitlines()[1:-1])
 
 
 def test_one_file_may_hold_key_certificate_and_chain(certificates) -> None:
     path = certificates.join("all.pem", "leaf.key", "leaf.pem", "inner.pem")
     context = ServerTLS(private_key=path, certificate=path).load().context
-    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
 def test_the_chain_is_sent(certificates) -> None:
     key, certificate = certificates["leaf.key"], certificates["leaf.pem"]
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(ServerTLS(key, certificate).load().context, trusting(certificates))
-    shake(ServerTLS(key, certificate, certificates["inner.pem"]).load().context, trusting(certificates))
+        handshake(ServerTLS(key, certificate).load().context, trusting(certificates))
+    handshake(ServerTLS(key, certificate, certificates["inner.pem"]).load().context, trusting(certificates))
 
 
 def test_text_around_certificates_is_ignored(certificates, tmp_path) -> None:
@@ -186,7 +186,7 @@ def test_text_around_certificates_is_ignored(certificates, tmp_path) -> None:
     text = Path(certificates["server.pem"]).read_text()
     path.write_text(f"Subject: CN = zoë\n{text}\nthat was it\n", encoding="utf-8")
     context = ServerTLS(certificates["server.key"], str(path)).load().context
-    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
 def test_crlf_line_endings_are_accepted(certificates, tmp_path) -> None:
@@ -194,22 +194,22 @@ def test_crlf_line_endings_are_accepted(certificates, tmp_path) -> None:
     for name in ("server.key", "server.pem"):
         (tmp_path / name).write_bytes(Path(certificates[name]).read_bytes().replace(b"\n", b"\r\n"))
         paths.append(str(tmp_path / name))
-    assert shake(ServerTLS(*paths).load().context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(ServerTLS(*paths).load().context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
 @pytest.mark.parametrize("name", ["server", "rsa"])
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 def test_both_versions_work_with_ecdsa_and_rsa(certificates, name, version) -> None:
     context = ServerTLS(certificates[f"{name}.key"], certificates[f"{name}.pem"]).load().context
-    client, _ = shake(context, trusting(certificates, maximum_version=ssl.TLSVersion[version]))
+    client, _ = handshake(context, trusting(certificates, maximum_version=ssl.TLSVersion[version]))
     assert client.version() == version.replace("_", ".")
 
 
 def test_minimum_version_1_3_rejects_1_2(certificates) -> None:
     context = ServerTLS(certificates["server.key"], certificates["server.pem"], minimum="1.3").load().context
-    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(context, trusting(certificates))[0].version() == "TLSv1.3"
     with pytest.raises(ssl.SSLError) as caught:
-        shake(context, trusting(certificates, maximum_version=ssl.TLSVersion.TLSv1_2))
+        handshake(context, trusting(certificates, maximum_version=ssl.TLSVersion.TLSv1_2))
     assert caught.value.reason in ("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION")
 
 
@@ -219,7 +219,7 @@ def test_versions_below_1_2_are_rejected(certificates) -> None:
     client = trusting(certificates, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
     client.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.raises(ssl.SSLError):
-        shake(context, client)
+        handshake(context, client)
 
 
 def test_every_suite_has_forward_secrecy_and_authenticated_encryption(certificates) -> None:
@@ -239,15 +239,15 @@ def test_the_server_chooses_the_cipher_unless_the_client_prefers_chacha(certific
     ):
         client = trusting(certificates, maximum_version=ssl.TLSVersion.TLSv1_2)
         client.set_ciphers(f"{first}:ECDHE+AESGCM:ECDHE+CHACHA20")
-        assert shake(context, client)[0].cipher()[0] == chosen
+        assert handshake(context, client)[0].cipher()[0] == chosen
 
 
 def test_alpn_follows_the_servers_preference(certificates) -> None:
     context = ServerTLS(certificates["server.key"], certificates["server.pem"], alpn=("one", "two")).load().context
     client = trusting(certificates)
     client.set_alpn_protocols(["two", "one"])
-    assert [end.selected_alpn_protocol() for end in shake(context, client)] == ["one", "one"]
-    assert [end.selected_alpn_protocol() for end in shake(context, trusting(certificates))] == [None, None]
+    assert [end.selected_alpn_protocol() for end in handshake(context, client)] == ["one", "one"]
+    assert [end.selected_alpn_protocol() for end in handshake(context, trusting(certificates))] == [None, None]
 
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
@@ -264,18 +264,18 @@ def test_a_client_ca_requires_a_certificate_from_each_client(certificates, versi
             made.load_cert_chain(certificates[f"{name}.pem"], certificates[f"{name}.key"])
         return made
 
-    _, server_end = shake(context, client("client"))
+    _, server_end = handshake(context, client("client"))
     assert (("commonName", "client"),) in server_end.getpeercert()["subject"]
     for names in ([], ["stranger"]):
         with pytest.raises(ssl.SSLError):
-            shake(context, client(*names))
+            handshake(context, client(*names))
 
 
 def test_no_client_certificate_is_requested_without_a_client_ca(certificates) -> None:
     context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     client = trusting(certificates)
     client.load_cert_chain(certificates["client.pem"], certificates["client.key"])
-    _, server_end = shake(context, client)
+    _, server_end = handshake(context, client)
     assert server_end.getpeercert() is None or server_end.getpeercert() == {}
 
 
@@ -285,7 +285,7 @@ def test_a_context_keeps_its_certificate_when_the_file_changes(certificates, tmp
     context = ServerTLS(str(tmp_path / "server.key"), str(tmp_path / "server.pem")).load().context
     for name in ("server.key", "server.pem"):
         (tmp_path / name).write_text("")
-    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
 def altered(certificates, path: Path, old: bytes, new: bytes) -> str:
@@ -305,14 +305,14 @@ def test_an_expired_certificate_is_served_with_its_expiry_date(certificates, tmp
     assert (found.path, found.names) == (path, ("localhost",))
     assert (found.not_before, found.not_after) == (981173106, 1015218367)
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(loaded.context, trusting(certificates))
+        handshake(loaded.context, trusting(certificates))
 
 
 @pytest.mark.parametrize("new", [b"\x17\x0d01x203040506Z", b"\x17\x0d019903040506Z"])
 def test_a_certificate_with_an_invalid_date_is_named(certificates, tmp_path, new) -> None:
     der = ssl.PEM_cert_to_DER_cert(Path(certificates["server.pem"]).read_text())
     path = altered(certificates, tmp_path / "odd.pem", der[der.index(b"\x17\x0d") :][:15], new)
-    assert repr(path) in refusal(private_key=certificates["server.key"], certificate=path)
+    assert repr(path) in error_of(private_key=certificates["server.key"], certificate=path)
 
 
 def test_files_lists_the_files_to_read(good) -> None:
@@ -347,7 +347,7 @@ def replace(path: Path) -> None:
         Path.unlink,
         lambda path: path.chmod(0o600),
     ],
-    ids=["written", "replaced", "dated", "gone", "permitted"],
+    ids=["written", "replaced", "touched", "removed", "chmod"],
 )
 @pytest.mark.parametrize("suffix", [".pem", ".key"])
 def test_a_fingerprint_changes_with_a_file(tmp_path, change, inside, suffix) -> None:
@@ -396,7 +396,7 @@ def test_other_files_of_a_directory_do_not_change_its_fingerprint(tmp_path) -> N
 def served(context: ssl.SSLContext, client_ca: str) -> bytes:
     """Return the certificate that a client receives, in DER."""
     client = ssl.create_default_context(cafile=client_ca)
-    return shake(context, client)[0].getpeercert(binary_form=True)
+    return handshake(context, client)[0].getpeercert(binary_form=True)
 
 
 def test_recorded_files_load_without_the_file_system(good, tmp_path) -> None:

@@ -463,7 +463,7 @@ def test_a_too_long_client_chain_is_also_rejected_with_pyopenssl(serve, certific
 # --- output of the TLS layer ---
 
 
-class Asker:
+class KeyUpdateRequester:
     """A peer that requests key updates and never reads, until the kernel accepts no more records."""
 
     def __init__(self, address: Any) -> None:
@@ -471,7 +471,7 @@ class Asker:
         self.peer.sock.settimeout(0.5)
         self.sent = 0
 
-    def ask(self, data: bytes = b"x", size: int = 4 << 20) -> None:
+    def request_updates(self, data: bytes = b"x", size: int = 4 << 20) -> None:
         """Send key updates that each request an answer, with some data after every 100th."""
         with contextlib.suppress(TimeoutError):
             while self.sent < size:
@@ -486,12 +486,12 @@ def test_reading_stops_for_a_peer_that_requests_key_updates_and_never_reads(serv
     """Memory is bounded, there is no busy loop, and the connection ends at the deadline."""
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
-    asker = yield deferToThread(Asker, served.address)
-    with asker.peer:
-        yield deferToThread(asker.ask)
-        assert asker.sent < 4 << 20, "the server has stopped reading"
+    requester = yield deferToThread(KeyUpdateRequester, served.address)
+    with requester.peer:
+        yield deferToThread(requester.request_updates)
+        assert requester.sent < 4 << 20, "the server has stopped reading"
         connection = served.opened[0]
-        assert not reads(connection), "so it does not spin"
+        assert not reads(connection), "there is no busy loop"
         tls = connection._tls
         assert MAX_UNSENT_ANSWERS < tls.outgoing.pending + len(tls.sealed) < MAX_UNSENT_ANSWERS + 64 * 1024
         assert not served.ended
@@ -508,16 +508,16 @@ def test_reading_stops_for_a_peer_that_requests_key_updates_and_never_reads(serv
 def test_a_peer_that_reads_its_key_updates_again_is_served(serve):
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
-    asker = yield deferToThread(Asker, served.address)
+    requester = yield deferToThread(KeyUpdateRequester, served.address)
 
     def read(stop: threading.Event) -> None:
         while not stop.is_set():
             with contextlib.suppress(TimeoutError):
-                asker.peer.sock.recv(1 << 16)
+                requester.peer.sock.recv(1 << 16)
 
-    with asker.peer:
+    with requester.peer:
         # The deadline interrupts sendall within a record, so the last record is completed.
-        yield deferToThread(asker.ask)
+        yield deferToThread(requester.request_updates)
         connection = served.opened[0]
         assert connection._stage.held
         stop = threading.Event()
@@ -527,16 +527,16 @@ def test_a_peer_that_reads_its_key_updates_again_is_served(serve):
         stop.set()
         yield reading
         assert not served.ended
-        assert not timed.clock.getDelayedCalls(), "the deadline is gone"
+        assert not timed.clock.getDelayedCalls(), "the deadline is cancelled"
 
 
 @pytest_twisted.inlineCallbacks
 def test_a_paused_protocol_stays_paused_when_the_peer_reads_its_key_updates(serve):
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
-    asker = yield deferToThread(Asker, served.address)
-    with asker.peer:
-        yield deferToThread(asker.ask)
+    requester = yield deferToThread(KeyUpdateRequester, served.address)
+    with requester.peer:
+        yield deferToThread(requester.request_updates)
         connection = served.opened[0]
         connection.pauseProducing()
         connection.resumeProducing()
@@ -545,7 +545,7 @@ def test_a_paused_protocol_stays_paused_when_the_peer_reads_its_key_updates(serv
 
         def read() -> None:
             with contextlib.suppress(TimeoutError):
-                while asker.peer.sock.recv(1 << 16):
+                while requester.peer.sock.recv(1 << 16):
                     pass
 
         reading = deferToThread(read)

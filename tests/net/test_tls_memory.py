@@ -30,7 +30,7 @@ def test_record_boundaries_are_found_in_any_split(seed: int) -> None:
     while at < len(data):
         part = data[at : at + chance.choice((1, 2, 3, 4, 5, 6, 100, 5000, 50_000))]
         ends = records.take(part, 1000)
-        assert ends[-1] == len(part), "nothing is left for later"
+        assert ends[-1] == len(part), "all of the input is used"
         assert all(at + end in boundaries for end in ends[:-1]), "cut between records"
         begins = [0, *ends]
         assert all(end - begin <= MAX_RECORD for begin, end in pairwise(begins))
@@ -79,22 +79,22 @@ class Pair:
                 self.server.feed(self.outgoing.read())
                 self.incoming.write(self.server.take())
 
-    def say(self, data: bytes, size: int = RECORD_SIZE) -> bytes:
+    def send(self, data: bytes, size: int = RECORD_SIZE) -> bytes:
         """Return the client's output for this data, in records of `size` bytes."""
         for at in range(0, len(data), size):
             self.client.write(data[at : at + size])
         return self.outgoing.read()
 
-    def hear(self, data: bytes) -> bytes:
+    def receive(self, data: bytes) -> bytes:
         """Return what the client reads from the server's records."""
         self.incoming.write(data)
-        heard = b""
+        received = b""
         try:
             while piece := self.client.read(1 << 16):
-                heard += piece
+                received += piece
         except ssl.SSLWantReadError:
             pass
-        return heard
+        return received
 
 
 @VERSIONS
@@ -104,7 +104,7 @@ def test_data_arrives_complete_in_any_split(certificates, version, seed) -> None
     pair = Pair(certificates, version)
     data = chance.randbytes(100_000)
     sent = b"".join(
-        pair.say(data[at : at + 10_000], chance.choice((1, 10, 1000, RECORD_SIZE)))
+        pair.send(data[at : at + 10_000], chance.choice((1, 10, 1000, RECORD_SIZE)))
         for at in range(0, len(data), 10_000)
     )
     received = b""
@@ -122,7 +122,7 @@ def test_data_arrives_complete_in_any_split(certificates, version, seed) -> None
 
 def test_a_read_of_many_small_records_is_processed_over_several_turns(certificates) -> None:
     pair = Pair(certificates)
-    sent = pair.say(b"x" * 700, 1)
+    sent = pair.send(b"x" * 700, 1)
     assert FIRST_READ < len(sent) <= FULL_READ
     turns = [pair.server.receive(sent)]
     while pair.server.rest:
@@ -133,17 +133,17 @@ def test_a_read_of_many_small_records_is_processed_over_several_turns(certificat
 
 def test_data_before_a_broken_record_is_delivered_first(certificates) -> None:
     pair = Pair(certificates)
-    good, bad = pair.say(b"good"), bytearray(pair.say(b"bad"))
+    good, bad = pair.send(b"good"), bytearray(pair.send(b"bad"))
     bad[-1] ^= 1
     assert pair.server.receive(good + bad) == b"good"
     assert pair.server.problem is not None
     assert pair.server.problem.__traceback__ is None
-    assert pair.server.outgoing.pending, "an alert says why"
+    assert pair.server.outgoing.pending, "an alert is sent"
 
 
 def test_data_before_close_notify_is_delivered_first(certificates) -> None:
     pair = Pair(certificates)
-    sent = pair.say(b"last")
+    sent = pair.send(b"last")
     with pytest.raises(ssl.SSLWantReadError):
         pair.client.unwrap()
     assert pair.server.receive(sent + pair.outgoing.read()) == b"last"
@@ -162,7 +162,7 @@ def test_data_is_encrypted_in_the_fewest_possible_records(certificates, version,
         rest = rest[records.take(rest, 1)[-1] :]
         count += 1
     assert count == -(-size // RECORD_SIZE)
-    assert pair.hear(sealed) == b"y" * size
+    assert pair.receive(sealed) == b"y" * size
 
 
 def test_close_notify_is_generated_once(certificates) -> None:

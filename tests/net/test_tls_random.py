@@ -28,8 +28,8 @@ from tests.support.turns import CLOSE_NOTIFY, STREAM, Peer, Turned
 
 SEEDS, BLOCKS = 150, 5
 
-# Turns without progress after which the time goes on by a second, and how often that may be needed: a connection that
-# closes waits 30 seconds for its peer, and answers to key updates that are not read end it after 60 to 120.
+# Turns without progress after which the clock advances by a second, and the maximum number of advances: a closing
+# connection waits 30 seconds for its peer, and unread answers to key updates end a connection after 60 to 120.
 STILL_TURNS, STILL_SECONDS = 10, 200
 
 
@@ -382,11 +382,11 @@ class Exchange:
             if not still:
                 events = self.reactor.events
             before = now
-        assert self.reactor.events - events < STILL_TURNS // 2, "the reactor is busy with nothing"
+        assert self.reactor.events - events < STILL_TURNS // 2, "the reactor is in a busy loop"
 
     def judge(self) -> None:
         peer = self.peer
-        assert self.closed == self.opened, "it hangs"
+        assert self.closed == self.opened, "a connection did not end"
         assert not any(isinstance(reader, Connection | Stage) for reader in self.reactor.getReaders())
         assert not self.reactor.getWriters()
         assert [call for call in self.reactor.getDelayedCalls() if call.active()] == []

@@ -30,26 +30,26 @@ class CallRecorder(Protocol):
     """Records every call, in order."""
 
     def connectionMade(self) -> None:
-        self.heard: list[Any] = []
+        self.calls: list[Any] = []
         self.factory.made = self
         self.factory.on_connect(self)
 
     def dataReceived(self, data: bytes) -> None:
-        self.heard.append(data)
+        self.calls.append(data)
         self.factory.on_data(self)
 
     def readConnectionLost(self) -> None:
-        self.heard.append("end of input")
+        self.calls.append("end of input")
 
     def writeConnectionLost(self) -> None:
-        self.heard.append("end of output")
+        self.calls.append("end of output")
 
     def connectionLost(self, reason: Any) -> None:
-        self.heard.append("end")
+        self.calls.append("end")
 
     @property
     def received(self) -> bytes:
-        return b"".join(event for event in self.heard if isinstance(event, bytes))
+        return b"".join(event for event in self.calls if isinstance(event, bytes))
 
 
 class Service:
@@ -119,11 +119,11 @@ def test_read_connection_lost_is_called_once_if_a_protocol_resumes_twice(service
     protocol.transport.resumeProducing()
     protocol.factory.on_data = lambda protocol: protocol.transport.pauseProducing()
     service.settle()
-    assert protocol.heard == [b"hello"]
+    assert protocol.calls == [b"hello"]
     for _ in range(3):
         protocol.transport.resumeProducing()
     service.settle()
-    assert protocol.heard == [b"hello", "end of input"]
+    assert protocol.calls == [b"hello", "end of input"]
 
 
 def test_a_key_update_after_close_notify_is_not_answered_and_data_continues(service: Service) -> None:
@@ -138,9 +138,9 @@ def test_a_key_update_after_close_notify_is_not_answered_and_data_continues(serv
         service.settle()
     peer.notify()
     service.settle()
-    assert protocol.heard[0] == "end of output"
+    assert protocol.calls[0] == "end of output"
     assert protocol.received == 3 * b"more"
-    assert protocol.heard[-1] == "end of input"
+    assert protocol.calls[-1] == "end of input"
     assert not protocol.transport.disconnected
 
 
@@ -165,7 +165,7 @@ def test_a_write_while_close_notify_is_pending_is_dropped_and_the_close_is_clean
     assert peer.ended
     assert not peer.reset
     assert transport.error is None
-    assert protocol.heard.count("end") == 1
+    assert protocol.calls.count("end") == 1
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -211,7 +211,7 @@ def test_a_broken_record_is_the_reason_of_the_close_and_gets_an_alert_despite_wr
     with pytest.raises(ssl.SSLError, match="ALERT_BAD_RECORD_MAC"):
         service.settle()
     service.turn(5)
-    assert protocol.heard == [b"good", "end"]
+    assert protocol.calls == [b"good", "end"]
     assert "BAD_RECORD_MAC" in str(protocol.transport.error)
 
 
@@ -257,7 +257,7 @@ def test_a_protocol_that_pauses_while_its_connection_closes_loses_no_output(serv
     service.settle()
     assert peer.received == 50_000
     assert not peer.reset
-    assert protocol.heard == ["end"]
+    assert protocol.calls == ["end"]
 
 
 def test_a_close_in_the_middle_of_input_reads_until_the_peer_has_finished(service: Service) -> None:
@@ -273,7 +273,7 @@ def test_a_close_in_the_middle_of_input_reads_until_the_peer_has_finished(servic
         peer.data(b"x")
     peer.push()
     service.turn()
-    assert protocol.transport._tls.rest, "there is something for a later turn"
+    assert protocol.transport._tls.rest, "data remains for a later turn"
     service.turn()
     assert protocol.transport.phase == "closing"
     assert reads(protocol.transport, service.reactor)
@@ -282,7 +282,7 @@ def test_a_close_in_the_middle_of_input_reads_until_the_peer_has_finished(servic
     service.settle()
     assert peer.received == 50_000
     assert not peer.reset
-    assert protocol.heard[-1] == "end"
+    assert protocol.calls[-1] == "end"
 
 
 class Failing:
@@ -314,7 +314,7 @@ def test_an_exception_in_a_producer_in_a_later_turn_ends_the_connection(service:
     protocol.factory.on_data = write_much
     protocol.transport.resumeProducing()
     service.settle()
-    assert protocol.heard[-1] == "end"
+    assert protocol.calls[-1] == "end"
     assert not reads(protocol.transport, service.reactor)
 
 
@@ -346,6 +346,6 @@ def test_input_is_not_delivered_after_a_close_during_the_handshake(service: Serv
     for _ in range(5):
         service.settle()
         service.reactor.now += 1
-    assert service.factory.made.heard == ["end"]
+    assert service.factory.made.calls == ["end"]
     assert peer.received == len(STREAM)
     assert peer.notified

@@ -85,8 +85,8 @@ GARBAGE = {
     "ssl2": b"\x80\x2e\x01\x00\x02\x00\x15\x00\x00\x00\x10" + bytes(40),
     "an alert": b"\x15\x03\x01\x00\x02\x02\x28",
     "data before the handshake": b"\x17\x03\x03\x00\x05hello",
-    "a hello of nothing": b"\x16\x03\x01\x00\x04\x01\x00\x00\x00",
-    "a record too long": b"\x16\x03\x01\xff\xff" + bytes(100),
+    "an empty ClientHello": b"\x16\x03\x01\x00\x04\x01\x00\x00\x00",
+    "an oversized record": b"\x16\x03\x01\xff\xff" + bytes(100),
     "one byte and FIN": b"\x16",
     "nothing and FIN": b"",
 }

@@ -26,7 +26,7 @@ def test_version_cipher_alpn_and_certificate_are_available_in_connection_made(
     seen: dict[str, Any] = {}
     calls: list[str] = []
 
-    def look(protocol):
+    def record_view(protocol):
         calls.append("connectionMade")
         transport = protocol.transport
         seen["version"], seen["cipher"] = transport.tls_version, transport.tls_cipher
@@ -45,7 +45,7 @@ def test_version_cipher_alpn_and_certificate_are_available_in_connection_made(
             return peer.tls.cipher()[0], peer.tls.selected_alpn_protocol()
 
     factory = Recording(
-        HandshakeListening, on_connect=look, on_handshake=lambda protocol: calls.append("handshakeCompleted")
+        HandshakeListening, on_connect=record_view, on_handshake=lambda protocol: calls.append("handshakeCompleted")
     )
     factory.on_data = lambda protocol, data: calls.append("dataReceived") or echo(protocol, data)
     served = serve(factory, client_ca=certificates["ca.pem"], alpn=("echo", "h2"))
