@@ -20,7 +20,7 @@ def new_reactor() -> type[FakeReactor]:
 
 
 @pytest.fixture
-def said():
+def logged():
     """What is logged meanwhile."""
     events = []
     globalLogPublisher.addObserver(events.append)

@@ -116,9 +116,9 @@ class Browser:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Browser]:
-    one = Browser(tmp_path / "browser")
-    yield one
-    one.close()
+    running = Browser(tmp_path / "browser")
+    yield running
+    running.close()
 
 
 def page_of(service: Any) -> str:
@@ -131,27 +131,27 @@ FIGURE = "document.querySelector('figure[data-graph=\"{}\"] strong')?.textConten
 ROWS = "document.querySelectorAll('#connections tbody tr td:nth-child(3)').length"
 
 
-def test_what_a_protocol_counts_is_added_up(service: Callable[..., Any], browser: Browser) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--protocol", "chat")
-    browser.open(page_of(one))
+def test_counters_of_the_protocol_are_updated(service: Callable[..., Any], browser: Browser) -> None:
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--protocol", "chat")
+    browser.open(page_of(running))
     shown = (
         "[...document.querySelectorAll('#protocol tbody tr')].map((row) => row.innerText.replace(/\\s+/, ' ')).join()"
     )
     browser.wait(f"{shown} === 'members 0,messages_total 0,rooms 0,too_slow_total 0'")
-    with one.connect() as client:
+    with running.connect() as client:
         client.sendall(b"ann\n/join here\nhello\n")
         browser.wait(f"{shown} === 'members 1,messages_total 1,rooms 1,too_slow_total 0'")
     assert not browser.value("document.querySelector('#counting').hidden")
     assert browser.problems == []
 
 
-def test_the_page_follows_clients_that_come_and_leave(service: Callable[..., Any], browser: Browser) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
-    browser.open(page_of(one))
+def test_the_page_updates_when_clients_connect_and_disconnect(service: Callable[..., Any], browser: Browser) -> None:
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    browser.open(page_of(running))
     browser.wait(f"{FIGURE.format('connections')} === '0'")
     assert "no connections" in browser.value("document.querySelector('#connections').innerText")
     with ExitStack() as clients:
-        sockets = [clients.enter_context(one.connect()) for _ in range(7)]
+        sockets = [clients.enter_context(running.connect()) for _ in range(7)]
         assert {client.recv(100) for client in sockets} == {b"Hello from the server!"}
         browser.wait(f"{FIGURE.format('connections')} === '7' && {ROWS} === 7")
         browser.wait("GRAPHS[1].title === 'new connections / s' && series(GRAPHS[1], 0).some(([, value]) => value > 1)")
@@ -165,21 +165,21 @@ def test_the_page_follows_clients_that_come_and_leave(service: Callable[..., Any
     assert browser.problems == []
 
 
-def test_the_page_asks_nobody_but_its_server(service: Callable[..., Any], browser: Browser) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
-    browser.open(page_of(one))
+def test_the_page_sends_requests_only_to_its_server(service: Callable[..., Any], browser: Browser) -> None:
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    browser.open(page_of(running))
     browser.wait(f"{FIGURE.format('connections')} === '0'")
-    asked = {url.partition("?")[0].removeprefix(page_of(one)) for url in browser.requested if url[:5] != "data:"}
-    assert asked == {"", "page.js", "page.css", "status.json"}
+    paths = {url.partition("?")[0].removeprefix(page_of(running)) for url in browser.requested if url[:5] != "data:"}
+    assert paths == {"", "page.js", "page.css", "status.json"}
     assert browser.problems == []
 
 
 def test_connections_can_be_sorted_and_paged(service: Callable[..., Any], browser: Browser) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
     with ExitStack() as clients:
-        sockets = [clients.enter_context(one.connect()) for _ in range(60)]
+        sockets = [clients.enter_context(running.connect()) for _ in range(60)]
         sockets[42].sendall(b"x" * 3000)
-        browser.open(page_of(one))
+        browser.open(page_of(running))
         browser.wait(f"{ROWS} === 25")
         browser.value("document.querySelector('button[data-key=bytes_in]').click()")
         browser.wait("document.querySelector('#connections tbody tr').innerText.includes('2.9 KiB')")
@@ -193,28 +193,28 @@ def test_connections_can_be_sorted_and_paged(service: Callable[..., Any], browse
         assert browser.value("document.querySelector('#earlier').disabled") is False
 
 
-def test_a_server_that_is_gone_is_shown_plainly_and_one_that_drains_too(
-    service: Callable[..., Any], browser: Browser
-) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--drain-timeout", "60")
-    with one.connect() as client:
+def test_the_page_shows_a_draining_and_a_stopped_server(service: Callable[..., Any], browser: Browser) -> None:
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--drain-timeout", "60")
+    with running.connect() as client:
         client.recv(100)
-        browser.open(page_of(one))
+        browser.open(page_of(running))
         browser.wait("document.querySelector('#state').textContent === 'serving'")
         assert browser.value("document.querySelector('#broken').hidden") is True
-        one.process.terminate()
+        running.process.terminate()
         browser.wait("document.querySelector('#state').textContent === 'draining'")
-    one.process.wait(DEADLINE)
+    running.process.wait(DEADLINE)
     browser.wait("!document.querySelector('#broken').hidden")
     assert browser.value("document.querySelector('#broken').textContent").startswith("No answer from the server for ")
 
 
-def test_what_a_peer_calls_itself_is_text(service: Callable[..., Any], browser: Browser, tmp_path: Path) -> None:
-    one = service("--listen", f"unix:{tmp_path}/s", "--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+def test_a_peer_address_is_not_interpreted_as_html(
+    service: Callable[..., Any], browser: Browser, tmp_path: Path
+) -> None:
+    running = service("--listen", f"unix:{tmp_path}/s", "--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
     with socket.socket(socket.AF_UNIX) as client:
         client.bind(f"{tmp_path}/<b id=bold>&amp;")
         client.connect(f"{tmp_path}/s")
-        browser.open(page_of(one))
+        browser.open(page_of(running))
         shown = browser.wait("document.querySelector('#connections tbody tr td:nth-child(2)')?.parentNode.innerText")
         assert "unix:" in shown
         assert browser.value("document.querySelector('#bold')") is None
@@ -222,12 +222,12 @@ def test_what_a_peer_calls_itself_is_text(service: Callable[..., Any], browser: 
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
-def test_the_page_fits_a_window(
+def test_the_page_fits_the_width_of_the_window(
     service: Callable[..., Any], browser: Browser, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--workers", "2")
-    with one.connect():
-        browser.open(page_of(one), width=width, dark=dark)
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--workers", "2")
+    with running.connect():
+        browser.open(page_of(running), width=width, dark=dark)
         browser.wait(f"{FIGURE.format('connections')} === '1'")
         assert browser.value("document.documentElement.scrollWidth") <= width
         assert browser.value("getComputedStyle(document.body).backgroundColor") == (
