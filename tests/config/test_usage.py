@@ -58,7 +58,7 @@ def test_a_help_text_is_one_or_two_short_sentences(setting) -> None:
     assert len(setting.help.replace("`", "")) <= 160
 
 
-def test_what_users_need_first_is_listed_first(lines) -> None:
+def test_the_most_used_options_are_listed_first(lines) -> None:
     assert [*entries(lines)][:5] == ["port", "listen", "protocol", "workers", "status"]
     headings = [line.removesuffix(":") for line in lines if re.match(r"[A-Z][\w ]+:$", line)]
     assert headings[:3] == ["Examples", "Most used", "Configuration and help"]

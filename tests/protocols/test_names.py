@@ -27,7 +27,7 @@ from rtservice.protocols.names import _DEFAULT_IGNORABLE, Names, default_ignorab
         ("ﬁ" * 10, "fi" * 10),
     ],
 )
-def test_a_name_has_one_form(name, form) -> None:
+def test_a_name_is_normalised(name, form) -> None:
     assert Names(20).normalise(name) == form
 
 
@@ -45,7 +45,7 @@ def test_a_name_has_one_form(name, form) -> None:
     ],
     ids=ascii,
 )
-def test_what_people_cannot_see_or_read_as_one_word_is_no_name(name) -> None:
+def test_an_invisible_or_ambiguous_name_is_rejected(name) -> None:
     assert Names(20).normalise(name) == ""
 
 
@@ -61,7 +61,7 @@ def test_what_people_cannot_see_or_read_as_one_word_is_no_name(name) -> None:
     ],
     ids=ascii,
 )
-def test_names_that_look_alike_are_not_both_taken(one, other) -> None:
+def test_confusable_names_cannot_both_be_taken(one, other) -> None:
     for first, second in ((one, other), (other, one)):
         names = Names(20)
         first, second = names.normalise(first), names.normalise(second)
@@ -78,7 +78,7 @@ def test_names_that_look_alike_are_not_both_taken(one, other) -> None:
     ("one", "other"),
     [("ann", "anne"), ("ann", "hann"), ("жук", "huk"), ("tea", "den"), ("café", "cafe"), ("a.b", "a-b")],
 )
-def test_names_that_people_can_tell_apart_are_both_taken(one, other) -> None:
+def test_distinguishable_names_can_both_be_taken(one, other) -> None:
     names = Names(20)
     names.add(one)
     assert names.like(other) == ""
@@ -91,7 +91,7 @@ def test_names_that_people_can_tell_apart_are_both_taken(one, other) -> None:
     assert other in names
 
 
-def test_no_name_has_a_character_that_shows_nothing() -> None:
+def test_default_ignorable_characters_are_rejected() -> None:
     names = Names(20)
     ignorable = [chr(code) for first, last in _DEFAULT_IGNORABLE for code in range(first, last + 1)]
     assert len(ignorable) == 4174  # DerivedCoreProperties.txt
@@ -101,7 +101,7 @@ def test_no_name_has_a_character_that_shows_nothing() -> None:
     assert not any(map(default_ignorable, "a\u3163\u3165\u1161\ufe10\U000e1000"))
 
 
-def test_skeletons_are_of_names_and_have_no_other_skeleton() -> None:
+def test_skeletons_are_normalised_and_have_no_other_skeleton() -> None:
     for character, prototype in confusables._PROTOTYPES.items():
         character = chr(character)
         assert unicodedata.normalize("NFD", character) == character or "\uac00" <= character <= "\ud7a3"
