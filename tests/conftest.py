@@ -66,17 +66,17 @@ def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..
     ) -> Service:
         logger = () if any(option.startswith("--logger=") for option in twistd) else (JSON_LOGGER,)
         command = [str(BIN / "twistd"), "--nodaemon", "--pidfile=", *logger, *twistd, "rtservice", *arguments]
-        one = Service(command, tmp_path, {**environment, **env}, launcher or [], pass_fds)
-        started.append(one)
+        running = Service(command, tmp_path, {**environment, **env}, launcher or [], pass_fds)
+        started.append(running)
         if awaits or not logger:
-            one.wait_line(awaits or "listening on")
+            running.wait_line(awaits or "listening on")
         else:
-            one.wait_event("listener.listening")
-        return one
+            running.wait_event("listener.listening")
+        return running
 
     yield start
-    for one in started:
-        one.kill()
+    for running in started:
+        running.kill()
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if reporter is None or not os.environ.get("TESTS_SKIP_NOTHING"):
         return
     # Not every host can boot a container, whatever is installed there.
-    if any("no systemd can be booted here" not in one.longrepr[2] for one in reporter.stats.get("skipped", ())):
+    if any("no systemd can be booted here" not in running.longrepr[2] for running in reporter.stats.get("skipped", ())):
         reporter.write_line("tests were skipped where everything they need is installed", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

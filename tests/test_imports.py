@@ -99,7 +99,7 @@ def parts_imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
+def test_a_module_imports_only_the_allowed_parts(path: Path) -> None:
     part = part_of(path)
     assert parts_imported(path) - {part.partition("/")[0]} <= MAY_IMPORT[part]
 
@@ -117,7 +117,7 @@ def modules_imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("part", ["net", "process", "pool", "startup"])
-def test_no_modules_of_a_part_import_each_other_in_a_circle(part) -> None:
+def test_the_modules_of_a_part_have_no_circular_imports(part) -> None:
     imports = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): modules_imported(path)
         for path in (PACKAGE / part).glob("*.py")
@@ -129,7 +129,7 @@ def test_no_modules_of_a_part_import_each_other_in_a_circle(part) -> None:
 
 
 # Statements of a method, its docstring aside, from which on a second one that reads the same is a twin.
-TWIN = 3
+MIN_STATEMENTS = 3
 
 
 def methods(path: Path) -> Iterator[tuple[str, str]]:
@@ -140,12 +140,12 @@ def methods(path: Path) -> Iterator[tuple[str, str]]:
         for method in node.body:
             if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = method.body[ast.get_docstring(method) is not None :]
-                if sum(isinstance(inner, ast.stmt) for outer in body for inner in ast.walk(outer)) >= TWIN:
+                if sum(isinstance(inner, ast.stmt) for outer in body for inner in ast.walk(outer)) >= MIN_STATEMENTS:
                     # Private attributes and logs have other names in each class: `self.log` reads like `self._log`.
                     yield f"{node.name}.{method.name}", "\n".join(map(ast.unparse, body)).replace("self._", "self.")
 
 
-def test_no_method_exists_twice_in_process_and_pool() -> None:
+def test_process_and_pool_have_no_duplicate_methods() -> None:
     seen: dict[str, str] = {}
     for path in sorted([*(PACKAGE / "process").glob("*.py"), *(PACKAGE / "pool").glob("*.py")]):
         for name, body in methods(path):

@@ -42,7 +42,7 @@ TRANSPORT_TESTS = (
     + _tests("twisted.protocols.test", "tls")
 )
 
-_SPARE = "Twisted closes whom it cannot serve for want of a descriptor; ours leaves them queued until there is one"
+_NO_DESCRIPTOR = "without a free descriptor Twisted closes new connections; ours leaves them in the backlog"
 _REPR = "it reads attributes and texts of Twisted's own class: sessionno, logstr, repr()"
 _DESCRIPTORS = "passing descriptors over UNIX sockets (IUNIXTransport) is not offered"
 
@@ -50,7 +50,7 @@ _DESCRIPTORS = "passing descriptors over UNIX sockets (IUNIXTransport) is not of
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "rtservice": {},
     "transports": {
-        "test_closePeerOnEMFILE": _SPARE,
+        "test_closePeerOnEMFILE": _NO_DESCRIPTOR,
         "test_serverAddressTCP4": _REPR,
         "test_serverAddressTCP6": _REPR,
         "test_serverRepr": _REPR,
@@ -70,12 +70,12 @@ RUN_SECONDS = 400
 
 def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
     """The outcomes of one run; raises SystemExit when it gives none."""
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as error_output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.conformance.suite", reactor, *tests],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=error_output,
             env={**os.environ, "PYTHONPATH": os.getcwd()},  # for children of tests, which run elsewhere
             start_new_session=True,
         )
@@ -83,14 +83,16 @@ def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
             output, _ = process.communicate(timeout=RUN_SECONDS)
             outcomes: dict[str, str] = json.loads(output)
         except (subprocess.TimeoutExpired, ValueError) as problem:
-            said.seek(0)
-            raise SystemExit(f"{said.read()[-5000:]}\nthe run on {reactor} gave no outcomes: {problem!r}") from None
+            error_output.seek(0)
+            raise SystemExit(
+                f"{error_output.read()[-5000:]}\nthe run on {reactor} gave no outcomes: {problem!r}"
+            ) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        said.seek(0)
-        report = said.read()
+        error_output.seek(0)
+        report = error_output.read()
     if any(outcome == "failed" for outcome in outcomes.values()) and "-v" in sys.argv:
         print(report)
     return outcomes
@@ -140,11 +142,11 @@ _SUFFIX = {"rtservice": "_ReactorTests", "transports": "_AdoptingReactorTests"}
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no run is left behind
-    good = True
+    passed_all = True
     for ours, tests in (("rtservice", TESTS), ("transports", TRANSPORT_TESTS)):
         print(f"== {ours} beside epoll", flush=True)
-        good = compare(ours, tests) and good
-    return 0 if good else 1
+        passed_all = compare(ours, tests) and passed_all
+    return 0 if passed_all else 1
 
 
 if __name__ == "__main__":
