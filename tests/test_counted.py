@@ -1,4 +1,4 @@
-"""Texts that people read count as people do."""
+"""Counts in messages use the correct singular or plural."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ def test_only_a_count_of_1_is_singular(count, text) -> None:
     assert counted(count, "day") == text
 
 
-# What can be 1: a noun in the plural right after a number that is filled in.
+# A plural noun directly after a placeholder for a number, which may be 1.
 _PLURAL = re.compile(r"\{\} (connections|clients|workers|days|records|sockets|rooms|listeners|certificates|headers)\b")
 
 

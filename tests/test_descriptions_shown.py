@@ -1,4 +1,4 @@
-"""Every description that the documentation, the help and the shipped files show is accepted as it stands there."""
+"""Every listener description in the documentation, the help and the shipped files is accepted."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from rtservice.net.description import FORMS, ListenError, parse
 from rtservice.net.listen_types import read_description
 from tests.support.repository import ROOT
 
-# What the documentation shows as one that is refused.
+# Shown in the documentation as invalid.
 REFUSED = {"::1:8080"}
 
 _TYPED = re.compile(r"(?<![\w/.-])(?:(?:proxy|haproxy|ssl|tcp6?|unix|systemd):)+[^\s`\"',;|)]*")
@@ -18,9 +18,9 @@ _BARE = re.compile(r"`([\w.*:-]*(?:\[[^`\s]*\])?:(?:8080|9090|8443)[^`\s]*)`")
 
 
 def shown(text: str) -> list[str]:
-    """The descriptions in a text, with what `…` and systemd's `%d` stand for; `ssl:` alone is the name of a type."""
+    """Return the descriptions in a text, with values for `…` and systemd's `%d`; `ssl:` alone is the name of a type."""
     found = [*_TYPED.findall(text), *_BARE.findall(text)]
-    # In a line of the log a colon may follow the name of a listener.
+    # In a log line a colon may follow the name of a listener.
     found = [example.removesuffix(":") if re.search(r"\d\d:$|/.*:$", example) else example for example in found]
     found = [example.replace(":…", ":certificates=/dir").replace("%d", "/d").rstrip(".") for example in found]
     return [example for example in found if not re.fullmatch("((proxy|haproxy|ssl|tcp6?|unix):)+", example)]

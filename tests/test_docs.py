@@ -1,4 +1,4 @@
-"""The documentation says what the code says, and the runner of its commands notices when a page is wrong."""
+"""The documentation matches the code, and the runner of its commands reports incorrect pages."""
 
 import ast
 import contextlib
@@ -109,7 +109,7 @@ def test_files_named_in_the_list_of_source_files_exist() -> None:
 
 # --- troubleshooting ---
 
-# What a message of the page has in place of a value: words in capitals, numbers, quoted names, paths, an ellipsis; and
+# Placeholders for values in messages of the page: words in capitals, numbers, quoted names, paths, an ellipsis; and
 # some words that the code inserts.
 _VALUE = re.compile(r"…|\b[A-Z]+\b|'[^']*'|[\w./:-]*\d[\w./:-]*|/\S+|\w*\.\w+|private key|reopened|records were")
 
@@ -119,7 +119,7 @@ def _texts_of_the_code() -> str:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                # What stands in braces is a value.
+                # Text in braces is a value.
                 parts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values]
                 texts.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -128,7 +128,7 @@ def _texts_of_the_code() -> str:
 
 
 def _quoted_messages() -> list[str]:
-    """The terms of the definition lists that are messages: all that is in code, and has several words."""
+    """Return the terms of the definition lists that are messages: code with several words."""
     page = (ROOT / "docs/troubleshooting.md").read_text()
     terms = re.findall(r"^(.*)\n: ", page, re.MULTILINE)
     return [code for term in terms for code in re.findall(r"`([^`]+)`", term) if len(code.split()) > 3]
@@ -158,7 +158,7 @@ def test_the_events_in_troubleshooting_exist() -> None:
 
 @pytest.fixture(scope="module")
 def pages():
-    """The runner, as a module."""
+    """The runner, imported as a module."""
     spec = importlib.util.spec_from_file_location("pages", ROOT / ".ci/pages.py")
     assert spec is not None
     assert spec.loader is not None
@@ -171,7 +171,7 @@ def pages():
 
 @pytest.fixture
 def run(pages, tmp_path, monkeypatch, capsys):
-    """Runs a page; gives the exit status and what was printed."""
+    """Run a page; return the exit status and the output."""
     monkeypatch.setattr(pages, "RETRY", 0.0)
 
     def run(text: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Escaped text has nothing that a terminal or a reader of logs acts on."""
+"""Escaped text has no characters that a terminal or a log viewer interprets."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""systemd accepts the files in etc/, and they start what this package installs with few rights."""
+"""systemd and Prometheus accept the files in etc/; the units run the service with few privileges."""
 
 import re
 import shlex
@@ -29,7 +29,7 @@ def test_systemd_accepts_the_units(tmp_path) -> None:
     units = []
     for unit in (*SERVICES, "rtservice.socket"):
         text = (ETC / unit).read_text()
-        # Only the installed program is missing on this machine.
+        # The installed program does not exist on this machine.
         (tmp_path / unit).write_text(text.replace("/opt/rtservice/bin/twistd", shutil.which("true") or "/bin/true"))
         units.append(str(tmp_path / unit))
     result = analyze("verify", "--man=no", *units)

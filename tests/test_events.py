@@ -1,4 +1,4 @@
-"""Every record of rtservice is a declared event, with the fields that it declares."""
+"""Every log record of rtservice is a declared event with exactly its declared fields."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ CONSTANTS = {name: event for name, event in vars(events).items() if isinstance(e
 # Methods of a Logger that log.
 LOGGING = {"debug", "info", "warn", "error", "critical", "failure", "emit", "failuresHandled", "failureHandler"}
 
-# Calls of them that log no event of ours.
+# Calls of these methods that log no declared event.
 EXCEPTIONS = {
     ("events.py", "logger.emit"),  # where events are logged
     ("events.py", "logger.failure"),
@@ -32,7 +32,7 @@ IDENTITIES = {"identity": {"worker", "slot", "pid"}}
 
 
 def calls() -> Iterator[tuple[str, ast.Call, ast.Attribute]]:
-    """Each call of a method in the package, with the name of its file."""
+    """Yield each method call in the package, with the name of its file."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -109,7 +109,7 @@ def test_the_meaning_of_an_event_is_a_sentence() -> None:
 
 @pytest.fixture
 def logged() -> tuple[Logger, list[dict]]:
-    """A logger, and the records that it was given."""
+    """A logger, and the records that it logs."""
     records: list[dict] = []
     return Logger("a", observer=records.append), records
 

@@ -1,4 +1,4 @@
-"""Names and texts of options become factories, without a reactor."""
+"""Factories are created from protocol names and option texts, without a reactor."""
 
 import importlib.metadata
 import re
@@ -56,7 +56,7 @@ class Everything(Factory):
 class Late(Factory):
     """Has annotations as strings, one of which only type checkers can evaluate."""
 
-    def __init__(self, count: "int" = 1, what: "Unknown | None" = None) -> None:  # noqa: F821  # as said
+    def __init__(self, count: "int" = 1, what: "Unknown | None" = None) -> None:  # noqa: F821  # see above
         self.count = count
 
 

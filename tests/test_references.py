@@ -1,4 +1,4 @@
-"""Option values from files and variables, and the errors for those that cannot be read."""
+"""Option values from files and variables, and the errors for unreadable ones."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a protocol author imports."""
+"""The class Secret hides its value."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ def test_a_secret_is_hidden_in_every_text_and_returned_by_reveal() -> None:
     assert secret.reveal() == "hunter2"
     shown = [str(secret), repr(secret), f"{secret}", f"{secret!r}", f"{secret:>20}", str((secret,))]
     shown += [repr([secret]), repr({"password": secret}), str(ValueError(secret))]
-    shown.append("%s %r" % (secret, secret))  # noqa: UP031  # what logging does
+    shown.append("%s %r" % (secret, secret))  # noqa: UP031  # as `logging` formats
     assert not any("hunter2" in text for text in shown), shown
     assert all("<hidden>" in text for text in shown), shown
 

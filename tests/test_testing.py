@@ -1,4 +1,4 @@
-"""What authors of protocols test with, tried on the exchange and on a protocol of theirs."""
+"""The public test fixtures `serve` and `hosted`, with the echo protocol and a custom protocol."""
 
 import socket
 import ssl

@@ -1,4 +1,4 @@
-"""The command line: made from the schema, with errors of one line."""
+"""The command line: generated from the schema, with errors of one line."""
 
 import pytest
 from twisted.scripts.twistd import ServerOptions

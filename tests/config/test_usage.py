@@ -1,4 +1,4 @@
-"""The help lists each option once, and fits a terminal."""
+"""The help lists each option once, and fits the width of a terminal."""
 
 import re
 
@@ -15,13 +15,13 @@ OTHERS = ("config", "check", "print-config", "version", "help")
 
 @pytest.fixture
 def lines(monkeypatch) -> list[str]:
-    """The lines of the help in a terminal of 80 columns."""
+    """Return the lines of the help in a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     return str(Options()).splitlines()
 
 
 def entries(lines: list[str]) -> dict[str, str]:
-    """The text of each entry, joined to one line, by the name of the option."""
+    """Return the text of each entry, joined to one line, by the name of the option."""
     found: dict[str, list[str]] = {}
     name = ""
     for line in lines:

@@ -1,4 +1,4 @@
-"""Each kind of value accepts the texts that it documents, and rejects all others with an error that names the text."""
+"""Each kind of value accepts the documented texts, and rejects all others with an error that quotes the text."""
 
 import ipaddress
 import re

@@ -1,4 +1,4 @@
-"""One HTTP connection: how much it may send, how long it may take, and how much is done for it at a time."""
+"""An HTTP connection: limits of size, timeouts, and the number of responses per reactor turn."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from twisted.web import http
 
 from rtservice.observe.channel import DEADLINES, MAX_HEAD, MAX_LINES, Channel, State, Turns
 
-ANSWERS = 4  # in a turn
+ANSWERS = 4  # per turn
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 class TurnClock(Clock):
-    """A clock of a reactor, in which what is called in a turn and is due at once has to wait for the next."""
+    """A reactor clock: a call that is scheduled during a turn runs in the next turn at the earliest."""
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
@@ -34,7 +34,7 @@ class TurnClock(Clock):
 
 
 class Transport(StringTransport):
-    """One that tells its producer what a full buffer does, and how it was closed."""
+    """A transport that records whether the connection was aborted."""
 
     aborted = False
 
@@ -43,7 +43,7 @@ class Transport(StringTransport):
 
 
 class Request(http.Request):
-    """Answers with what its factory says, at once or when it says so."""
+    """A request that `process` of the factory answers, immediately or later."""
 
     channel: Any
 
@@ -78,18 +78,18 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch) -> World:
-    """One in which a turn is bounded by a number of answers, and not by how busy the machine is."""
+    """Channels with a turn that is limited by the number of responses, not by time."""
     monkeypatch.setattr("rtservice.observe.channel.ANSWERS_PER_TURN", ANSWERS)
     monkeypatch.setattr("rtservice.observe.channel.TURN", 1000.0)
     return World()
 
 
 def statuses(transport: StringTransport) -> list[int]:
-    """The status of each answer."""
+    """Return the status code of each response."""
     return [int(code) for code in re.findall(rb"HTTP/1\.[01] (\d+) ", transport.value())]
 
 
-# --- one at a time ---
+# --- one request at a time ---
 
 
 def test_pipelined_requests_are_answered_in_order_one_per_reactor_turn(world) -> None:
@@ -128,7 +128,7 @@ def test_responses_of_all_connections_are_limited_per_reactor_turn(world) -> Non
         before = len(served)
         world.clock.turn()
         assert 0 < len(served) - before <= ANSWERS
-    # Those that wait for their first answer have all places but one.
+    # Connections that wait for their first response get all but one of the responses of a turn.
     assert set(served[: 20 + 20 // (ANSWERS - 1)]) == set(channels)
 
 
@@ -141,7 +141,7 @@ def test_reading_is_paused_while_a_request_is_processed(world) -> None:
     world.clock.turn(10)
     assert len(waiting) == 1
     waiting[0].answer()
-    assert transport.producerState == "paused"  # the next one is there already
+    assert transport.producerState == "paused"  # the next request has arrived
     world.clock.turn()
     waiting[1].answer()
     assert transport.producerState == "producing"
@@ -150,7 +150,7 @@ def test_reading_is_paused_while_a_request_is_processed(world) -> None:
 
 def test_unsent_output_pauses_reading_and_responding(world) -> None:
     def process(request: Request) -> None:
-        request.channel.pauseProducing()  # as a transport does that has too much
+        request.channel.pauseProducing()  # as a transport does when its buffer is full
         request.answer()
 
     world.process = process
@@ -172,7 +172,7 @@ def test_unsent_output_pauses_reading_and_responding(world) -> None:
 
 
 def test_no_response_is_started_after_the_time_limit_of_a_turn(world, monkeypatch) -> None:
-    monkeypatch.setattr("rtservice.observe.channel.TURN", 1e-9)  # each is too long
+    monkeypatch.setattr("rtservice.observe.channel.TURN", 1e-9)  # every response exceeds it
     channels = [world.connect() for _ in range(10)]
     for channel, _ in channels:
         channel.dataReceived(GET)
@@ -190,7 +190,7 @@ def test_a_health_probe_does_not_wait_for_pipelined_requests_of_other_connection
     probe[0].dataReceived(GET)
     world.clock.turn()
     assert statuses(transport) == [200]
-    world.clock.advance(1)  # it is as one that has not been here, after a while
+    world.clock.advance(1)  # after a while it has the priority of a new connection again
     probe[0].dataReceived(GET)
     world.clock.turn()
     assert statuses(transport) == [200, 200]
@@ -206,7 +206,7 @@ def test_queued_requests_of_a_closed_connection_are_discarded(world) -> None:
     assert world.clock.getDelayedCalls() == []
 
 
-# --- how much ---
+# --- size limits ---
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_the_largest_allowed_head_may_arrive_in_pieces_of_any_size(world) -> Non
         assert statuses(transport) == [200]
 
 
-# --- how long ---
+# --- timeouts ---
 
 
 def test_a_slowly_sent_request_times_out_with_408(world) -> None:
@@ -315,7 +315,7 @@ def test_a_client_that_does_not_read_is_aborted(world, state: State) -> None:
     assert transport.aborted
 
 
-# --- what goes wrong ---
+# --- errors ---
 
 
 def test_an_exception_is_reported_and_answered_with_500(world) -> None:
@@ -361,7 +361,7 @@ PIECES = [
 
 
 def scrambled(random: random.Random) -> bytes:
-    """A request with bytes in any part of it that do not belong there."""
+    """Return a request with random invalid bytes in any part of it."""
     data = bytearray(GET if random.random() < 0.7 else b"".join(random.choices(PIECES, k=12)) + b"\r\n\r\n")
     for _ in range(random.randrange(4)):
         position = random.randrange(len(data) + 1)

@@ -1,4 +1,4 @@
-"""A log file that is moved, copied, truncated, replaced, removed, or out of reach, and what becomes of its lines."""
+"""A log file that is moved, copied, truncated, replaced, removed or inaccessible: no line is lost."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ LONG = "x" * 1023 + "\n"
 
 @pytest.fixture
 def opened():
-    """Lines to a LogFile, which is closed after the test."""
+    """Open a LogFile with a LineWriter; the file is closed after the test."""
     files = []
 
     def open_file(path, *, reactor=None, aside=None, **how) -> LineWriter:
@@ -32,11 +32,11 @@ def opened():
 
 
 class Faults:
-    """The module `os` as log files see it, with functions that fail when the test says so, and a count of calls."""
+    """Replacement of the module `os` in log files: injects failures into its functions, and counts the calls."""
 
     def __init__(self) -> None:
         self.failing: dict[str, int] = {}  # function: errno
-        self.room: int | None = None  # bytes that the disk has
+        self.room: int | None = None  # free bytes on the disk
         self.calls = 0
 
     def __getattr__(self, name: str):
@@ -94,7 +94,7 @@ def test_the_step_depends_on_the_event_and_the_file_at_the_path(event, found, ro
     assert decide(event, found, rotates=False) is plain
 
 
-# --- opened ---
+# --- opening ---
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_named_pipe_and_a_device_are_neither_rotated_nor_read(tmp_path, opened
     assert os.listdir(tmp_path) == ["pipe"]
 
 
-# --- reopened ---
+# --- reopening ---
 
 
 def test_a_relative_path_is_reopened_after_a_change_of_directory(tmp_path, opened, monkeypatch) -> None:
@@ -160,7 +160,7 @@ def test_a_relative_path_is_reopened_after_a_change_of_directory(tmp_path, opene
 
 @pytest.mark.parametrize("rotated", [0, 3])
 def test_a_file_created_by_logrotate_is_used_unchanged(tmp_path, opened, rotated) -> None:
-    """`create` of logrotate."""
+    """The directive `create` of logrotate does this."""
     path = tmp_path / "log"
     under_test = opened(path, rotated=rotated)
     under_test.put("one\n")
@@ -168,7 +168,7 @@ def test_a_file_created_by_logrotate_is_used_unchanged(tmp_path, opened, rotated
     path.touch(0o604)
     path.chmod(0o604)
     under_test.put("two\n")
-    for _ in range(2):  # a second signal finds an empty file, of which nothing is to be made
+    for _ in range(2):  # the second signal finds an empty file and does nothing
         under_test.reopen()
     under_test.put("three\n")
     assert (tmp_path / "log.1").read_text() == "one\ntwo\n"
@@ -183,7 +183,7 @@ def test_a_new_file_has_the_mode_of_the_previous_one(tmp_path, opened, rotated, 
     path = tmp_path / "log"
     under_test = opened(path, rotated=rotated)
     under_test.put("one\n")
-    path.chmod(0o664)  # more than the umask leaves
+    path.chmod(0o664)  # more than the umask permits
     if how == "moved":
         path.rename(tmp_path / "moved")
     elif how == "removed":
@@ -250,7 +250,7 @@ def test_the_old_file_stays_open_until_the_new_one_can_be_opened(
     under_test = opened(path, rotated=rotated, reactor=reactor, aside=aside_lines.append)
     path.rename(tmp_path / "moved")
     faults.failing["open"] = problem
-    for number in range(3):  # each signal is followed by a try, and the first one by a report
+    for number in range(3):  # each signal causes a retry, and the first one a report
         under_test.reopen()
         under_test.put(f"{number}\n", at_once=True)
     reactor.pump([0.1] * 50)
@@ -305,7 +305,7 @@ def test_a_recreated_directory_is_used_again(tmp_path, opened, logged, reactor) 
 
 
 def test_rotation_works_after_access_to_a_parent_directory_is_lost(tmp_path, opened, monkeypatch) -> None:
-    """Root opened it, --uid followed."""
+    """Root opens the file, then --uid changes the user."""
     path = tmp_path / "log"
     under_test = opened(path, rotated=3)
     real = os.open
@@ -346,7 +346,7 @@ def test_no_line_is_lost_when_something_else_replaces_the_file(tmp_path, opened,
         assert len(logged()) == 1
 
 
-# --- rotated ---
+# --- rotation ---
 
 
 def test_a_file_is_rotated_at_its_size_limit_and_on_reopen(tmp_path, opened) -> None:
@@ -404,7 +404,7 @@ def test_20000_older_files_do_not_slow_a_rotation_and_are_kept(tmp_path, opened,
     for _ in range(3):
         under_test.put(LONG)
         before = faults.calls
-        under_test.put(LONG)  # which rotates
+        under_test.put(LONG)  # this rotates
         assert faults.calls - before < 2 * 30 + 30
     assert len(os.listdir(tmp_path)) == 20_001
 
@@ -416,8 +416,8 @@ def test_a_failed_rename_stops_the_rotation_without_loss(tmp_path, opened, logge
         under_test.put(f"{number}\n", at_once=True)
         under_test.reopen()
     (tmp_path / at).rename(tmp_path / "aside") if (tmp_path / at).exists() else None
-    (tmp_path / at / "full").mkdir(parents=True)  # a directory where a file is to be
-    if at == "log.2":  # which may be renamed, but not replaced
+    (tmp_path / at / "full").mkdir(parents=True)  # a directory at the path of a rotated file
+    if at == "log.2":  # the directory can be renamed, but not replaced
         (tmp_path / "log.3" / "full").mkdir(parents=True)
     under_test.put("2\n", at_once=True)
     under_test.reopen()
@@ -427,7 +427,7 @@ def test_a_failed_rename_stops_the_rotation_without_loss(tmp_path, opened, logge
     assert f"{tmp_path}/log: cannot be rotated: " in logged()[0]
     for name in {at, "log.3"}:
         (tmp_path / name).rename(tmp_path / f"{name}.away")
-    reactor.pump([0.1] * 100)  # tried again
+    reactor.pump([0.1] * 100)  # retried
     assert (tmp_path / "log.1").read_text() == "2\n3\n"
 
 
@@ -460,8 +460,8 @@ def test_two_processes_rotate_a_shared_file_once(tmp_path, opened) -> None:
     path = tmp_path / "log"
     first, second = (opened(path, rotated=5, rotate_at=10) for _ in range(2))
     first.put("0123456789\n")
-    second.put("abc\n")  # which rotates
-    first.put("def\n")  # which does not
+    second.put("abc\n")  # this rotates
+    first.put("def\n")  # this does not
     assert (tmp_path / "log.1").read_text() == "0123456789\n"
     assert path.read_text() == "abc\ndef\n"
     assert sorted(os.listdir(tmp_path)) == ["log", "log.1"]
@@ -472,7 +472,7 @@ def test_a_process_writes_on_while_another_rotates_and_then_reopens(tmp_path, op
     holder = LogFile(str(path), rotated=5)
     under_test = opened(path, rotated=5)
     under_test.put("one\n")
-    logfile.fcntl.flock(holder.fileno(), logfile.fcntl.LOCK_EX)  # within its rotation
+    logfile.fcntl.flock(holder.fileno(), logfile.fcntl.LOCK_EX)  # during its rotation
     under_test.reopen()
     under_test.put("two\n")
     path.rename(tmp_path / "log.1")
@@ -494,7 +494,7 @@ def test_rotation_works_on_a_file_system_without_locks(tmp_path, opened, monkeyp
     assert (tmp_path / "log.1").read_text() == "one\n"
 
 
-# --- a disk that is full within a line ---
+# --- a full disk cuts a line ---
 
 
 def test_a_line_cut_by_a_full_disk_is_completed(tmp_path, opened, faults) -> None:
@@ -522,7 +522,7 @@ def test_a_cut_line_is_written_again_when_it_cannot_be_completed(tmp_path, opene
     else:
         with path.open("a") as second:
             second.write("\nother\n")
-    for room in (3, 1, 2, None):  # in pieces, which are shorter than what has to be written again
+    for room in (3, 1, 2, None):  # pieces shorter than the text to be written again
         faults.room = room
         under_test.put("more\n")
     whole = "second\nmore\nmore\nmore\nmore\n"

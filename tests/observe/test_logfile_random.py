@@ -1,4 +1,4 @@
-"""Random sequences of what happens to log files: every record is in some file, or counted as dropped."""
+"""Random sequences of actions on log files: every record is in a file or counted as dropped."""
 
 import atexit
 import errno
@@ -23,9 +23,9 @@ KEPT = 3  # rotated files
 
 
 class Disk:
-    """The module `os` as log files see it: it may be full, and refuse to open or rename.
+    """Replacement of the module `os` in log files: a disk that may be full, and may deny to open or rename.
 
-    `replaced` has the content of rotated files that were replaced by younger ones.
+    `replaced` has the contents of rotated files that newer ones have replaced.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Disk:
 
 
 class Process:
-    """A log and an access log, as one process has them. Its records are numbered."""
+    """The log and the access log of a process. Its records are numbered."""
 
     def __init__(self, name: str, directory: Path, reactor) -> None:
         self.files = [
@@ -101,7 +101,7 @@ class Process:
             file.close()
 
     def missing(self, found: Counter) -> list[tuple[int, int]]:
-        """How many records of each output are nowhere, and how many it says were dropped."""
+        """Return for each output how many records are in no file, and how many it has counted as dropped."""
         counts = []
         for which, letter in enumerate("la"):
             name = f"{self._name}{letter}"
@@ -111,7 +111,7 @@ class Process:
 
 
 class World:
-    """A directory of logs, one or two processes, and what others do to them."""
+    """A directory of logs, one or two processes that write them, and the actions of other programs on them."""
 
     def __init__(self, root: Path, rng: random.Random, disk: Disk, reactor) -> None:
         self.root = root
@@ -120,7 +120,7 @@ class World:
         self.reactor = reactor
         self.logs = root / "logs"
         self.logs.mkdir(parents=True)
-        self.removed: list[bytes] = []  # what somebody has removed from files, and has read before
+        self.removed: list[bytes] = []  # content that was read and then removed from files
         self.moved = 0
         self.processes = [Process("AB"[number], self.logs, reactor) for number in range(rng.choice((1, 1, 2)))]
 
@@ -131,7 +131,7 @@ class World:
         self.moved += 1
         return self.root / f"moved{self.moved}"
 
-    # --- what happens ---
+    # --- actions ---
 
     def log_records(self) -> None:
         for process in self.processes:
@@ -169,7 +169,7 @@ class World:
         file.unlink()
 
     def remove_moved(self) -> None:
-        """A compressor removes what it has read; a process may still have it open."""
+        """Remove a moved file, as a compressor does after reading it; a process may still have it open."""
         moved = self.rng.choice([*sorted(self.root.glob("moved*")), self.root / "none"])
         self.removed.append(moved.read_bytes())
         moved.unlink()
@@ -218,15 +218,15 @@ class World:
     )
 
     def run_steps(self) -> list[str]:
-        """All of it; gives what it was."""
+        """Perform random actions; return their names."""
         steps = [self.rng.choice(self.ACTIONS) for _ in range(STEPS)]
         for step in steps:
-            with suppress(OSError):  # there is nothing to move, say
+            with suppress(OSError):  # such as: there is nothing to move
                 step(self)
         return [step.__name__ for step in steps]
 
     def recover(self) -> None:
-        """What was wrong is over, and everybody is told."""
+        """End all failures, and reopen the files of all processes."""
         self.free_disk()
         self.allow_access()
         self.create_directory()
@@ -239,7 +239,7 @@ class World:
         self.reactor.pump([0.1] * 20)
 
     def records(self) -> Counter:
-        """How often each record is somewhere, whole."""
+        """Count the complete copies of each record."""
         text = self.disk.replaced + self.removed
         for directory, _, names in os.walk(self.root):
             text += [(Path(directory) / name).read_bytes() for name in names]
@@ -254,13 +254,13 @@ class World:
 @pytest.mark.parametrize("part", range(10))
 def test_every_record_is_in_a_file_or_counted_as_dropped(tmp_path, monkeypatch, new_reactor, part) -> None:
     monkeypatch.setattr(lines, "_MOST_KEPT", 1000)
-    monkeypatch.chdir(tmp_path)  # paths are in records: the same lengths everywhere
+    monkeypatch.chdir(tmp_path)  # records contain paths: relative ones have the same length everywhere
     dropped = 0
     for seed in range(part * SEQUENCES // 10, (part + 1) * SEQUENCES // 10):
         disk = Disk()
         monkeypatch.setattr(logfile, "os", disk)
         world = World(Path(str(seed)), random.Random(seed), disk, new_reactor())
-        first = world.processes[0]  # one process hears of both
+        first = world.processes[0]  # one process logs the events of both
         globalLogPublisher.addObserver(first.report)
         try:
             steps = world.run_steps()
@@ -276,8 +276,8 @@ def test_every_record_is_in_a_file_or_counted_as_dropped(tmp_path, monkeypatch, 
             for missing, counted in process.missing(found):
                 assert missing == counted, (seed, steps)
                 dropped += counted
-        # The disk was full before the end of a line, and another process ended it: it is written again.
+        # A line cut by the full disk, which another process terminated, is written again.
         repeatable = len(world.processes) == 2 and "fill_disk" in steps
         assert set(found.values()) <= ({1, 2} if repeatable else {1}), (seed, steps)
         shutil.rmtree(world.root)
-    assert dropped > 0  # some of it is so hard
+    assert dropped > 0  # some sequences make it unavoidable

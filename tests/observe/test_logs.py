@@ -1,4 +1,4 @@
-"""What records look like, which are logged, and what an output that fails, blocks or comes back does to them."""
+"""Formats of records, log levels, and outputs that fail, block or recover."""
 
 import errno
 import fcntl
@@ -22,7 +22,7 @@ from rtservice.observe.logs import AccessLog, Levels, Log, Observer, utc_time
 
 
 class RaisesOnStr:
-    """Nothing that can be done with it goes well."""
+    """An object that cannot be converted to text."""
 
     def __str__(self) -> str:
         raise ValueError("no text")
@@ -38,7 +38,7 @@ def failure(text: str = "wrong") -> Failure:
 
 
 def legacy_event(*message, **fields):
-    """What twisted.python.log makes of it."""
+    """Return the event that twisted.python.log emits for these arguments."""
     seen = []
     globalLogPublisher.addObserver(seen.append)
     try:
@@ -69,10 +69,10 @@ EVENTS = {
     "no template": event(None),
     "empty": event(""),
     "bytes template": event(b"caf\xc3\xa9"),
-    "awkward": event("{thing}", thing=RaisesOnStr()),
+    "raises on str": event("{thing}", thing=RaisesOnStr()),
     "failure": event(log_failure=failure()),
     "system": event(log_system="a system"),
-    "awkward system": event(log_system=RaisesOnStr()),
+    "system raises on str": event(log_system=RaisesOnStr()),
     "no time": event() | {"log_time": None},
     "half a second": event() | {"log_time": 1795559892.5},
     "before 1970": event() | {"log_time": -0.5},
@@ -82,8 +82,8 @@ EVENTS = {
     "legacy failure": legacy_event(failure=failure(), isError=1, why="because"),
     "legacy format": legacy_event(format="%(a)s", a=b"\xff"),
     "control bytes": event("\x1b[31m\u2028\x9b\x85\0{what}"),
-    "half a pair": event("\udc80 {what} \U0001f600", key="\ud800\\udc00", deep={"\udfff": ["\udfff"]}),
-    "own names": event() | {"time": 1, "level": 2, "namespace": 3, "message": 4, "traceback": 5, "slot": 6},
+    "lone surrogate": event("\udc80 {what} \U0001f600", key="\ud800\\udc00", deep={"\udfff": ["\udfff"]}),
+    "standard names": event() | {"time": 1, "level": 2, "namespace": 3, "message": 4, "traceback": 5, "slot": 6},
     "values": event(a=[1, None, True, {"x": (1.5, b"\xff")}], b=math.nan, c={1: 2}, d={(1, 2): 3}, e=itself, f={1}),
 }
 
@@ -105,7 +105,7 @@ def test_each_record_is_one_line_of_ascii_json(given) -> None:
     read = json.loads(line, parse_constant=reject)
     assert [*read][:4] == ["time", "level", "namespace", "message"]
     datetime.fromisoformat(read["time"])
-    json.dumps(read, ensure_ascii=False).encode()  # no half of a surrogate pair
+    json.dumps(read, ensure_ascii=False).encode()  # no lone surrogate
 
 
 @pytest.mark.parametrize("given", EVENTS.values(), ids=EVENTS.keys())
@@ -116,7 +116,7 @@ def test_text_lines_are_printable_and_continuation_lines_are_indented(given) -> 
 
 
 def test_json_has_the_standard_fields_and_the_fields_of_the_record() -> None:
-    assert json.loads(logs._json_line(EVENTS["own names"])) == {
+    assert json.loads(logs._json_line(EVENTS["standard names"])) == {
         **{"time": "2026-11-24T22:38:12.000417Z", "level": "info", "namespace": "name.space", "message": "it is so"},
         **{"slot": 6, "what": "so"},
         **{"time_": 1, "level_": 2, "namespace_": 3, "message_": 4, "traceback_": 5},
@@ -125,7 +125,7 @@ def test_json_has_the_standard_fields_and_the_fields_of_the_record() -> None:
     assert values["a"] == [1, None, True, {"x": [1.5, "\\xff"]}]
     assert (values["b"], values["c"], values["d"], values["f"]) == ("nan", {"1": 2}, "{(1, 2): 3}", "{1}")
     assert values["e"] == "[[...]]"
-    # What is nothing but the message is there once.
+    # A field that equals the message is omitted.
     assert "record" not in json.loads(logs._json_line(event("{record}", record="all of it")))
 
 
@@ -211,11 +211,11 @@ def test_log_skips_events_below_its_level_and_equals_twisteds_logger_above() -> 
         }
 
 
-# --- lines, on their way ---
+# --- writing lines ---
 
 
 class Output:
-    """Takes `room` bytes, then raises `error`."""
+    """Accepts `room` bytes, then raises `error`."""
 
     title = "an output"
     trouble = ""
@@ -258,7 +258,7 @@ def test_lines_are_batched_only_while_the_reactor_runs(reactor) -> None:
     assert output.taken == b"a\n"
     reactor.advance(0.1)
     assert (output.taken, output.writes) == (b"a\nb\nc\n", 2)
-    assert reactor.getDelayedCalls() == []  # it costs nothing when there is nothing
+    assert reactor.getDelayedCalls() == []  # no timer runs while there is nothing to write
     under_test.put("d\n")
     for call in reactor.at_end:
         call()
@@ -353,7 +353,7 @@ def test_a_lasting_write_failure_has_a_bounded_buffer_and_a_count_of_dropped_lin
     for _ in range(5000):
         under_test.put(line)
     reactor.pump([0.1] * 100)
-    assert output.writes < 200  # 100 batches, and the clock
+    assert output.writes < 200  # 100 batches, and one write per clock tick
     assert len(under_test._kept) < 1.1 * (1 << 20)
     words = "the reader is too slow" if problem == errno.EAGAIN else os.strerror(problem)
     assert logged() == [f"an output cannot be written: {words}"]
@@ -383,7 +383,7 @@ def test_a_slowly_read_pipe_is_retried_more_often(reactor) -> None:
 
 
 def fill(descriptor: int) -> None:
-    """Have a pipe or socket full to the last byte."""
+    """Fill a pipe or socket to the last byte."""
     os.set_blocking(descriptor, False)
     for size in (1 << 16, 1):
         try:
@@ -396,7 +396,7 @@ def fill(descriptor: int) -> None:
 
 @pytest.fixture(params=["pipe", "pipe of another user", "socket", "terminal"])
 def stream_ends(request, monkeypatch):
-    """The descriptors of a reader and of a writer, and a Stream of that."""
+    """The descriptors of a reader and a writer, and a Stream on the writer."""
     if request.param == "terminal":
         reader, writer = os.openpty()
     elif request.param == "socket":
@@ -427,7 +427,7 @@ def test_writing_to_an_unread_stream_never_blocks(stream_ends) -> None:
         pass
     assert taken > 2000
     assert not lines.wait_for_room(stream, 0)
-    assert fcntl.fcntl(writer, fcntl.F_GETFL) == flags  # which it has with others
+    assert fcntl.fcntl(writer, fcntl.F_GETFL) == flags  # other processes share them
     received = 0
     while received < taken:
         received += os.read(reader, 1 << 16).replace(b"\r", b"").__len__()
@@ -453,7 +453,7 @@ def test_the_last_lines_of_a_process_wait_for_a_slow_reader() -> None:
     thread.join(30)
     assert received.endswith(b"last\n")
     fill(writer)
-    under_test.put("nobody's\n")
+    under_test.put("unread\n")
     under_test.finish()  # returns
     os.close(reader)
     os.close(writer)

@@ -1,4 +1,4 @@
-"""The status page in a real browser: what it shows while clients come and go, and that nothing else is asked for."""
+"""The status page in a real browser: what it shows while clients connect and disconnect, and what it requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Browser:
             *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
             *("--hide-scrollbars", f"--user-data-dir={directory}", "--remote-debugging-pipe"),
         ]
-        # Chromium reads at 3 and writes at 4, whatever these are here.
+        # Chromium reads from descriptor 3 and writes to descriptor 4.
         self._process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_written}', "bash", CHROMIUM, *options, "about:blank"],
             pass_fds=(to_read, from_written),
@@ -47,14 +47,14 @@ class Browser:
         self._number = 0
         self._session: str | None = None
         self.requested: list[str] = []
-        self.problems: list[str] = []  # what the console says
+        self.problems: list[str] = []  # messages of the console
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Ask for something, and wait for the answer."""
+        """Call a method of the DevTools protocol, and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -80,7 +80,7 @@ class Browser:
         return json.loads(message)
 
     def open(self, url: str, *, width: int = 1200, height: int = 1000, dark: bool = False) -> None:
-        """Show a page in a window of this size."""
+        """Open a page in a window of this size."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
@@ -90,13 +90,13 @@ class Browser:
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def value(self, expression: str) -> Any:
-        """The value of an expression of JavaScript."""
+        """Return the value of a JavaScript expression."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def wait(self, expression: str) -> Any:
-        """Wait until an expression is true, and give its value."""
+        """Wait until an expression is true, and return its value."""
         end = time.monotonic() + DEADLINE
         while not (value := self.value(expression)):
             assert time.monotonic() < end, f"{expression} is {value!r} on:\n{self.value('document.body.innerText')}"
@@ -104,7 +104,7 @@ class Browser:
         return value
 
     def screenshot(self, path: Path) -> None:
-        """A picture of the window, as PNG."""
+        """Write a screenshot of the window as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 
 def page_of(service: Any) -> str:
-    """The address of its status page."""
+    """Return the URL of the status page of a service."""
     return f"http://{service.wait_event('status.listening')['listener'].rpartition('tcp:')[2]}/"
 
 

@@ -1,4 +1,4 @@
-"""Expensive results: one at a time, once in a while, for however many ask."""
+"""The cache of expensive results: one computation at a time, shared by all requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rtservice.observe.renderings import LIFETIME, Renderings
 
 
 class Harness:
-    """Renderings whose results are made when a test says so."""
+    """Renderings with results that the test completes."""
 
     def __init__(self) -> None:
         self.clock = Clock()

@@ -1,4 +1,4 @@
-"""The site: what it answers, to whom, and what it does not do."""
+"""The status site: its responses, the hosts that it serves, and its limits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ROW = [0, "192.0.2.1:5", "tcp:a", "open", 2.5, None, 10, 22]
 
 
 class Service:
-    """What a source asks."""
+    """The state that the status source reads."""
 
     def __init__(self) -> None:
         self.ready = True
@@ -102,13 +102,13 @@ def service() -> Service:
 def ask(
     service: Service, request: str, site: Any = None, transport: StringTransport | None = None
 ) -> tuple[int, dict[str, str], str]:
-    """The status, the headers and the body of an answer."""
+    """Send a request; return the status, the headers and the body of the response."""
     site = site or make_site(service.source(), Clock())
     channel = site.buildProtocol(None)
     transport = transport or StringTransport()
     channel.makeConnection(transport)
     channel.dataReceived(request.encode("latin-1"))
-    for _ in range(100):  # on a busy machine it may take several turns of the reactor
+    for _ in range(100):  # on a busy machine it may take several reactor turns
         site.clock.advance(0)
     head, _, body = transport.value().decode().partition("\r\n\r\n")
     status, *lines = head.split("\r\n")
@@ -361,7 +361,7 @@ def test_several_accept_headers_are_combined(service: Service) -> None:
     assert headers["content-type"].startswith("application/openmetrics-text")
 
 
-# --- who may ask ---
+# --- hosts ---
 
 
 def test_an_unknown_host_gets_421_with_the_setting_to_change(service: Service) -> None:
@@ -370,7 +370,7 @@ def test_an_unknown_host_gets_421_with_the_setting_to_change(service: Service) -
         assert status == 421
         assert "--status-host" in body
     assert service.queries == []
-    service.hosts = ["attacker.example"]  # as a reload may have it
+    service.hosts = ["attacker.example"]  # as after a reload
     assert ask(service, "GET /healthz HTTP/1.1\r\nHost: Attacker.Example:9090\r\n\r\n")[0] == 200
 
 
@@ -410,7 +410,7 @@ def test_options_lists_the_allowed_methods(service: Service, target: str) -> Non
     assert "content-length" not in headers
 
 
-# --- what it costs ---
+# --- caching and failures ---
 
 
 def test_pages_of_connections_share_one_snapshot(service: Service) -> None:

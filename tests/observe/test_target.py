@@ -1,4 +1,4 @@
-"""What a request is for, by RFC 9112: every form of a target, and every host that is served or is not."""
+"""The request target (RFC 9112, section 3.2): each form of it, and the hosts that are served."""
 
 from __future__ import annotations
 

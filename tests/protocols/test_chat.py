@@ -1,4 +1,4 @@
-"""The chat: rooms, names, and a bound on everything, without a reactor."""
+"""The chat: rooms, names, and limits of memory and of work per turn, without a reactor."""
 
 import gc
 import socket
@@ -29,7 +29,7 @@ class Call:
 
 
 class Turns:
-    """A reactor of which a test takes each turn."""
+    """A reactor that the test runs turn by turn."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -42,14 +42,14 @@ class Turns:
         return Call(self.calls, self.now + delay, lambda: call(*arguments))
 
     def turn(self) -> None:
-        """Do what is due now, and not what that asks for."""
+        """Run the calls that are due now, but not those that they schedule."""
         for call in [call for call in self.calls if call.when <= self.now]:
             if call in self.calls:
                 self.calls.remove(call)
                 call.call()
 
     def settle(self, seconds: float = 1000.0) -> int:
-        """Let so many seconds pass; return how many turns were taken."""
+        """Advance the clock by this many seconds; return the number of turns."""
         end, count = self.now + seconds, 0
         while (due := min((call.when for call in self.calls), default=end + 1)) <= end:
             self.now = max(self.now, due)
@@ -61,7 +61,7 @@ class Turns:
 
 
 class Transport(StringTransport):
-    """One that counts the bytes that a client has not read, and asks its producer to pause, as Twisted's do."""
+    """A transport that counts unread bytes and pauses its producer, as Twisted's transports do."""
 
     unsent = 0
     stalled = False  # the client does not read
@@ -76,7 +76,7 @@ class Transport(StringTransport):
                 self.producer.pauseProducing()
 
     def read_all(self) -> None:
-        """The client has read everything."""
+        """Simulate a client that reads everything."""
         self.unsent = 0
         if self.producer is not None:
             self.producer.resumeProducing()
@@ -86,7 +86,7 @@ class Transport(StringTransport):
 
 
 class Client:
-    """One connection: what the server would see and send."""
+    """A connection to the server, as its client uses it."""
 
     def __init__(self, factory: ChatFactory, nick: str = "", room: str = "") -> None:
         factory.clock = self.clock = factory.clock or Turns()
@@ -100,11 +100,11 @@ class Client:
         self.received()
 
     def send(self, *lines: str) -> None:
-        """Lines arrive at the server, in one event."""
+        """Deliver lines to the server in one call of dataReceived."""
         self.protocol.dataReceived("".join(f"{line}\r\n" for line in lines).encode())
 
     def send_and_settle(self, *lines: str) -> None:
-        """Lines arrive at the server, which does all that they ask for."""
+        """Deliver lines to the server, and run it until they are handled."""
         self.send(*lines)
         self.clock.settle()
 
@@ -208,7 +208,7 @@ def test_only_the_member_that_does_not_read_is_disconnected() -> None:
 
 
 def join_members(factory: ChatFactory, count: int, room: str = "den") -> list[Client]:
-    """So many members of a room, of which the first has the first word."""
+    """Return new members of a room; the server handles lines of the first one first."""
     members = [Client(factory) for _ in range(count)]
     for number, member in enumerate(members):
         member.send(f"member-{number}", f"/join {room}")
@@ -220,7 +220,7 @@ def join_members(factory: ChatFactory, count: int, room: str = "den") -> list[Cl
 
 
 def maximum_writes_per_turn(factory: ChatFactory, clients: list[Client]) -> int:
-    """Take turns until there is nothing to do; return the most writes that one of them did."""
+    """Run turns until no call is scheduled; return the maximum number of writes in a turn."""
     maximum = 0
     for _ in range(100_000):
         if not factory.clock.calls:
@@ -291,9 +291,9 @@ def test_a_room_of_1000_members_has_a_limit_of_writes_per_reactor_turn(activity)
     factory = ChatFactory(max_members=1100)
     members = join_members(factory, 1000)
     activity(members)
-    # Nothing of it in the event itself.
+    # dataReceived itself writes nothing.
     assert sum(member.transport.writes for member in members) == 0
-    # An answer is a write too; with it come what was said before, and what is said at the end.
+    # A reply is a write too, together with the lines before it and the notice at the end.
     assert 0 < maximum_writes_per_turn(factory, members) <= DELIVERIES_PER_TURN + 2 * LINES_PER_TURN
     if activity is not the_service_drains and activity is not most_members_disconnect:
         assert not any(member.closing for member in members)
@@ -327,7 +327,7 @@ def test_a_reactor_turn_handles_a_limited_number_of_lines(line) -> None:
 
 
 def test_all_members_receive_lines_in_the_same_order() -> None:
-    factory = ChatFactory(max_unsent=4000)  # so that a round has few lines
+    factory = ChatFactory(max_unsent=4000)  # limits a round to few lines
     members = join_members(factory, 300)
     lines_received: dict[Client, list[str]] = {member: [] for member in members}
     for number in range(60):
@@ -335,7 +335,7 @@ def test_all_members_receive_lines_in_the_same_order() -> None:
             member.send(f"line {number}", *(["/who"] if number % 7 == 0 else []))
         if number % 10 == 0:
             late = Client(factory)
-            late.send(f"late-{number}", "/join den", "I am late")
+            late.send(f"late-{number}", "/join den", "hello")
             lines_received[late] = []
             members[-1 - number].send("/leave", "/join den")
         factory.clock.now += 0.01
@@ -415,7 +415,7 @@ def test_queued_input_and_queued_lines_are_bounded() -> None:
     for _ in range(200):
         if flooder.transport.producerState == "producing":
             flooder.protocol.dataReceived(b"y" * 1000 + b"\n" * 64_535)
-        factory.clock.turn()  # no time passes: the rate of the room is used up
+        factory.clock.turn()  # the clock stands still: the rate of the room is used up
         log = max(log, len(factory.rooms["den"]._log))
         assert len(flooder.protocol._input) <= INPUT_LIMIT + 65_535
     assert log < 2 * CHUNK + 2000
@@ -428,7 +428,7 @@ def test_short_lived_members_do_not_grow_the_queue_of_a_flooded_room() -> None:
         member.send(*["x" * 1000] * 10)
     maximum = 0
     for _ in range(500):
-        guest = Client.__new__(Client)  # one whose turns are not taken at once
+        guest = Client.__new__(Client)  # without the turns that Client() runs
         guest.protocol, guest.transport = factory.buildProtocol(None), Transport()
         guest.protocol.makeConnection(guest.transport)
         guest.send("guest", "/join den")
@@ -564,7 +564,7 @@ def test_disconnected_members_are_freed_immediately() -> None:
     try:
         references = []
         for member in members[10:]:
-            member.transport.producer = None  # as every transport does at its end
+            member.transport.producer = None  # as every transport does when the connection is lost
             member.protocol.connectionLost(Failure(ConnectionDone()))
             references.append(weakref.ref(member.protocol))
         del members[10:], member

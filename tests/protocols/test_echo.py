@@ -1,4 +1,4 @@
-"""The exchange, byte for byte, without a reactor."""
+"""The echo protocol: exact bytes for each framing, without a reactor."""
 
 import pytest
 from twisted.internet.error import ConnectionDone
@@ -9,7 +9,7 @@ from twisted.python.failure import Failure
 from rtservice.protocols.echo import PROTOCOLS, Echo, EchoFactory
 from tests.support.greeting import GREETING
 
-# How each framing writes a message, and the greeting.
+# The encoding of a message, or of the greeting, in each framing.
 FRAMED = {
     "raw": lambda message: message,
     "line": lambda message: message + b"\r\n",
@@ -19,7 +19,7 @@ FRAMED = {
 
 
 class Client:
-    """One connection: what the server would see and send."""
+    """A connection to the server, as its client uses it."""
 
     def __init__(self, **settings) -> None:
         self.protocol: Echo = EchoFactory(**settings).buildProtocol(None)
@@ -94,7 +94,7 @@ def test_a_message_longer_than_the_limit_closes_the_connection(framing) -> None:
 def test_an_unterminated_line_closes_the_connection_at_the_limit() -> None:
     client = Client(framing="line", greeting=b"", max_message=100)
     client.protocol.dataReceived(b"x" * 101)
-    assert not client.transport.disconnecting  # the last byte may yet prove to be a carriage return's place
+    assert not client.transport.disconnecting  # one more byte is allowed for a carriage return
     client.protocol.dataReceived(b"x")
     assert client.transport.disconnecting
 

@@ -1,4 +1,4 @@
-"""Framings: the same messages and the same problems as Twisted's receivers, with work that is linear."""
+"""Framings: the same messages and errors as Twisted's receivers, in linear time."""
 
 import random
 import sys
@@ -13,7 +13,7 @@ from rtservice.protocols.framings import Framing, Int32, Lines, Netstrings
 
 
 class _Reference:
-    """Echoes messages with Twisted's receivers; `broken` is set by what breaks the rules."""
+    """Echoes messages with Twisted's receivers; `broken` is set on a protocol error."""
 
     transport: Any
     broken = False
@@ -59,7 +59,7 @@ class TwistedInt32(_Reference, basic.Int32StringReceiver):
 
 
 FRAMINGS: dict[str, tuple[type[Framing], type[Any], bytes]] = {
-    # The third are bytes that streams of this framing are likely to have.
+    # Each: our framing, Twisted's receiver, and bytes that are likely in a stream of this framing.
     "line": (Lines, TwistedLines, b"\n\n\r\r\na"),
     "netstring": (Netstrings, TwistedNetstrings, b"0123:,,:\n"),
     "int32": (Int32, TwistedInt32, b"\0\0\0\0\0\1\x0a"),
@@ -69,7 +69,7 @@ every_framing = pytest.mark.parametrize("name", FRAMINGS)
 
 
 def stream(name: str, rng: random.Random, longest: int) -> bytes:
-    """Messages of all lengths around the limits, sometimes with a few bytes changed, added or lost."""
+    """Return messages with lengths around the limits, sometimes with bytes changed, added or removed."""
     framing, _, likely = FRAMINGS[name]
     sizes = [0, 0, 1, 9, 10, 62, 63, 64, longest - 1, longest, rng.randrange(longest + 1)]
     oversized = [longest + 1, longest + 2, longest * 10] if rng.random() < 0.2 else []
@@ -89,7 +89,7 @@ def stream(name: str, rng: random.Random, longest: int) -> bytes:
 
 
 def split_randomly(data: bytes, rng: random.Random) -> list[bytes]:
-    """The bytes, split at random places: often into many pieces, sometimes not at all."""
+    """Split the bytes at random positions, often into many pieces, sometimes not at all."""
     most = rng.choice((1, 3, 20, 200, len(data) + 1))
     found, start = [], 0
     while start < len(data):
@@ -135,7 +135,7 @@ def test_data_after_an_error_is_ignored(name) -> None:
 
 
 def lines_executed(function: Callable[[], object]) -> int:
-    """How many lines of Python a function executes: a measure of work that is the same on every machine."""
+    """Count the Python lines that a function executes: a measure of work that does not depend on the machine."""
     count = 0
 
     def trace(frame: Any, event: str, argument: object) -> Any:
@@ -166,7 +166,7 @@ def test_a_read_full_of_short_messages_executes_few_lines(name, size, longest) -
 def test_a_message_in_many_pieces_is_not_copied_for_each_piece(name) -> None:
     framing = FRAMINGS[name][0](1 << 24)
     message = framing.frame(b"x" * (1 << 22))
-    # Were all of it copied or searched for each piece, these were 4 TB.
+    # Copying or searching everything for each piece would process 4 TB.
     taken = [framing.take(message[start : start + 64]) for start in range(0, 1 << 20, 64)]
     taken.append(framing.take(message[1 << 20 :]))
     assert not any(taken[:-1])

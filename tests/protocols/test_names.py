@@ -1,4 +1,4 @@
-"""Names of members and rooms: what they are made of, and which cannot be told apart."""
+"""Names of members and rooms: allowed characters, and confusable names (UTS #39)."""
 
 import unicodedata
 
@@ -35,12 +35,12 @@ def test_a_name_is_normalised(name, form) -> None:
     "name",
     [
         *("", " ", "a b", "a/b", "x" * 21, "ﬁ" * 11, "x" * 1000, "\ufdfa" * 2),
-        # They show nothing, or nothing but a blank.
+        # Invisible, or displayed as a space.
         *("\u3164", "\u115f", "\u1160", "\uffa0", "a\u3164", "a\u200b", "a\ufe0f", "a\U000e0041", "a\u00ad", "a\u034f"),
         *("\x1b[2J", "a\u202e", "\ud800", "\ue000", "a\u0301\u0301"),
-        # More than one script, or one in which nobody writes.
+        # More than one script, or a script that UAX #31 does not recommend.
         *("аnna", "annа", "αbc", "Ωж", "さくらx", "𐌀𐌁", "ᏆᎪ"),
-        # Letters that modify others, parts of syllables, and digits that look like others.
+        # Modifier letters, parts of syllables, and digits that are confusable with others.
         *("م\u0640", "aˀ", "ᄀ", "a١", "a৪", "½"),
     ],
     ids=ascii,
@@ -56,7 +56,7 @@ def test_an_invisible_or_ambiguous_name_is_rejected(name) -> None:
         *(("coco", "сосо"), ("HOPE", "НОРЕ"), ("ABE", "ΑΒΕ"), ("ноте", "HOTE"), ("ё", "ë")),
         *(("bob", "b0b"), ("Ian", "lan"), ("al1", "all"), ("modern", "modem"), ("encyclopædia", "encyclopaedia")),
         *(("ニ", "二"), ("ー", "一"), ("ข", "ฃ"), ("ك", "ک"), ("ס", "o")),
-        # Both at once: other case, and other letters.
+        # Differences of case and of letters combined.
         *(("WORLD", "w0r1d"), ("Сосо", "COCO"), ("сосо", "COCO"), ("IAN", "lan")),
     ],
     ids=ascii,
