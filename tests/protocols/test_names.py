@@ -50,7 +50,7 @@ def test_an_invisible_or_ambiguous_name_is_rejected(name) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("name", "other"),
     [
         *(("ann", "ann"), ("ann", "Ann"), ("straße", "STRASSE"), ("ｗｉｄｅ", "wide")),
         *(("coco", "сосо"), ("HOPE", "НОРЕ"), ("ABE", "ΑΒΕ"), ("ноте", "HOTE"), ("ё", "ë")),
@@ -61,8 +61,8 @@ def test_an_invisible_or_ambiguous_name_is_rejected(name) -> None:
     ],
     ids=ascii,
 )
-def test_confusable_names_cannot_both_be_taken(one, other) -> None:
-    for first, second in ((one, other), (other, one)):
+def test_confusable_names_cannot_both_be_taken(name, other) -> None:
+    for first, second in ((name, other), (other, name)):
         names = Names(20)
         first, second = names.normalise(first), names.normalise(second)
         assert first
@@ -75,19 +75,19 @@ def test_confusable_names_cannot_both_be_taken(one, other) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("name", "other"),
     [("ann", "anne"), ("ann", "hann"), ("жук", "huk"), ("tea", "den"), ("café", "cafe"), ("a.b", "a-b")],
 )
-def test_distinguishable_names_can_both_be_taken(one, other) -> None:
+def test_distinguishable_names_can_both_be_taken(name, other) -> None:
     names = Names(20)
-    names.add(one)
+    names.add(name)
     assert names.like(other) == ""
     names.add(other)
-    assert one in names
+    assert name in names
     assert other in names
     names.discard("never taken")
-    names.discard(one)
-    assert one not in names
+    names.discard(name)
+    assert name not in names
     assert other in names
 
 
