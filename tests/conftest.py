@@ -1,4 +1,4 @@
-"""Real `twistd` processes for tests, certificates, and the rule that nothing is skipped where all is installed."""
+"""Fixtures for `twistd` processes and certificates, and the check that CI skips no tests."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ import pytest
 from tests.support.commands import BIN
 from tests.support.deadline import DEADLINE
 
-# These are settings: what the developer's shell has must not decide what is tested.
+# These variables are settings: the environment of the developer must not affect the tests.
 for name in [name for name in os.environ if name.startswith("RTSERVICE_")]:
     del os.environ[name]
 
-# What runs in this process runs on our reactor, as what is served does; on Twisted's, if that is asked for.
+# Tests in this process run on the reactor of rtservice, like a service; on Twisted's if TESTS_ON_STOCK_REACTOR is set.
 if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
     from rtservice.net import reactor
 
     reactor.install()
 
-# It imports what knows of a reactor; two of these are fixtures.
-from rtservice.testing import JSON_LOGGER, Service, hosted, serve  # noqa: E402, F401  # as said
+# rtservice.testing imports the reactor; `hosted` and `serve` are fixtures.
+from rtservice.testing import JSON_LOGGER, Service, hosted, serve  # noqa: E402, F401  # see above
 from tests.support import checked_events  # noqa: E402  # after the reactor is chosen
 
 checked_events.install()
 
 
 @pytest.fixture(autouse=True)
-def logs_what_it_declares() -> Iterator[None]:
-    """Check that events that are logged in this process have the fields that they declare."""
+def check_declared_fields() -> Iterator[None]:
+    """Check that the events logged in this process have exactly their declared fields."""
     checked_events.found.clear()
     yield
     assert checked_events.found == []
@@ -47,13 +47,13 @@ def logs_what_it_declares() -> Iterator[None]:
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """The environment of a user without anything special set."""
+    """The environment of a user without settings of rtservice."""
     return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture
 def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., Service]]:
-    """Starts `twistd -n rtservice` with arguments, and waits until it listens."""
+    """Start `twistd -n rtservice` with arguments, and wait until it listens."""
     started: list[Service] = []
 
     def start(
@@ -66,33 +66,33 @@ def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..
     ) -> Service:
         logger = () if any(option.startswith("--logger=") for option in twistd) else (JSON_LOGGER,)
         command = [str(BIN / "twistd"), "--nodaemon", "--pidfile=", *logger, *twistd, "rtservice", *arguments]
-        one = Service(command, tmp_path, {**environment, **env}, launcher or [], pass_fds)
-        started.append(one)
+        running = Service(command, tmp_path, {**environment, **env}, launcher or [], pass_fds)
+        started.append(running)
         if awaits or not logger:
-            one.wait_line(awaits or "listening on")
+            running.wait_line(awaits or "listening on")
         else:
-            one.wait_event("listener.listening")
-        return one
+            running.wait_event("listener.listening")
+        return running
 
     yield start
-    for one in started:
-        one.kill()
+    for running in started:
+        running.kill()
 
 
 @pytest.fixture
 def run(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a `twistd` command line that is expected to end by itself."""
+    """Run a `twistd` command line that is expected to exit."""
 
-    def to_its_end(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run_to_exit(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(BIN / "twistd"), *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE)
 
-    return to_its_end
+    return run_to_exit
 
 
 @pytest.fixture
 def read_all() -> Callable[[socket.socket], bytes]:
-    """Reads a socket to its end."""
+    """Read a socket until end of file."""
 
     def read(sock: socket.socket) -> bytes:
         received = bytearray()
@@ -105,12 +105,12 @@ def read_all() -> Callable[[socket.socket], bytes]:
 
 @pytest.fixture
 def wait_for() -> Callable[..., Any]:
-    """Waits until a function gives something true, and gives that."""
+    """Wait until a function returns a true value, and return it."""
 
-    def wait(true: Callable[[], Any]) -> Any:
+    def wait(condition: Callable[[], Any]) -> Any:
         end = time.monotonic() + DEADLINE
         pause = threading.Event()
-        while not (value := true()):
+        while not (value := condition()):
             assert time.monotonic() < end, "the deadline has passed"
             pause.wait(0.02)
         return value
@@ -120,19 +120,19 @@ def wait_for() -> Callable[..., Any]:
 
 @pytest.fixture
 def wait_listening(wait_for) -> Callable[[Path], None]:
-    """Waits until somebody listens on a UNIX socket, whose file is there a moment before."""
+    """Wait until a process listens on a UNIX socket; bind() creates its file before listen()."""
 
-    def listens(path: Path) -> bool:
+    def is_listening(path: Path) -> bool:
         with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             probe.connect(str(path))
             return True
         return False
 
-    return lambda path: wait_for(lambda: listens(path))
+    return lambda path: wait_for(lambda: is_listening(path))
 
 
 class Certificates:
-    """Certificates and keys in PEM files of one directory, made by `openssl`: NAME.pem and NAME.key.
+    """Certificates and keys in PEM files of one directory, created by `openssl`: NAME.pem and NAME.key.
 
     `ca` is a root; `server` and `rsa` (for localhost) and `client` are signed by it. `inner` is an authority below the
     root, and `leaf` is for localhost and signed by that. `other` is a second root, with a client `stranger`.
@@ -140,7 +140,7 @@ class Certificates:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        # The system's configuration would add extensions of its own.
+        # The configuration of the system would add extensions.
         (directory / "openssl.cnf").write_text("[req]\ndistinguished_name = dn\n[dn]\n")
         self.make("ca", "authority")
         self.make("other", "authority")
@@ -161,9 +161,9 @@ class Certificates:
         alternative: str = "DNS:localhost,IP:127.0.0.1",
         days: int = 90,
     ) -> None:
-        """A key and a certificate for it; without an issuer, one that signs itself.
+        """Create a key and a certificate for it; without an issuer it is self-signed.
 
-        A server's is for its `alternative` names, or with none for its common name, NAME.
+        The certificate of a server is for its `alternative` names, or without them for its common name, NAME.
         """
         extensions = ["subjectKeyIdentifier=hash"]
         if kind == "authority":
@@ -187,18 +187,18 @@ class Certificates:
         subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=DEADLINE)
 
     def __getitem__(self, file: str) -> str:
-        """The path of a file, such as `server.key`."""
+        """Return the path of a file, such as `server.key`."""
         return str(self.directory / file)
 
     def join(self, name: str, *files: str) -> str:
-        """The path of a new file with the content of these."""
+        """Create a file with the contents of these; return its path."""
         (self.directory / name).write_text("".join(Path(self[file]).read_text() for file in files))
         return self[name]
 
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """A small world of authorities, servers and clients; see Certificates."""
+    """Certificates of authorities, servers and clients; see Certificates."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl (Debian: openssl) is not installed")
     return Certificates(tmp_path_factory.mktemp("certificates"))
@@ -208,13 +208,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or not os.environ.get("TESTS_SKIP_NOTHING"):
         return
-    # Not every host can boot a container, whatever is installed there.
-    if any("no systemd can be booted here" not in one.longrepr[2] for one in reporter.stats.get("skipped", ())):
-        reporter.write_line("tests were skipped where everything they need is installed", red=True)
+    # Some hosts cannot boot a container, even with everything installed.
+    if any("no systemd can be booted here" not in running.longrepr[2] for running in reporter.stats.get("skipped", ())):
+        reporter.write_line("tests were skipped although TESTS_SKIP_NOTHING is set", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture
 def trusting(certificates: Certificates) -> ssl.SSLContext:
-    """A client's context that trusts the root."""
+    """A client context that trusts the root certificate."""
     return ssl.create_default_context(cafile=certificates["ca.pem"])
