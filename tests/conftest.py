@@ -1,4 +1,4 @@
-"""Fixtures for `twistd` processes and certificates, and a check that no test is skipped (TESTS_SKIP_NOTHING)."""
+"""Fixtures for `twistd` processes and certificates, and the check that CI skips no tests."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ import pytest
 from tests.support.commands import BIN
 from tests.support.deadline import DEADLINE
 
-# These variables are settings; those of the developer's shell must not affect the tests.
+# These variables are settings: the environment of the developer must not affect the tests.
 for name in [name for name in os.environ if name.startswith("RTSERVICE_")]:
     del os.environ[name]
 
-# Tests in this process use the reactor of rtservice, or Twisted's with TESTS_ON_STOCK_REACTOR.
+# Tests in this process run on the reactor of rtservice, like a service; on Twisted's if TESTS_ON_STOCK_REACTOR is set.
 if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
     from rtservice.net import reactor
 
     reactor.install()
 
-# This imports the reactor; `hosted` and `serve` are fixtures.
+# rtservice.testing imports the reactor; `hosted` and `serve` are fixtures.
 from rtservice.testing import JSON_LOGGER, Service, hosted, serve  # noqa: E402, F401  # see above
 from tests.support import checked_events  # noqa: E402  # after the reactor is chosen
 
@@ -38,8 +38,8 @@ checked_events.install()
 
 
 @pytest.fixture(autouse=True)
-def logged_events_have_their_declared_fields() -> Iterator[None]:
-    """Check that events logged in this process have their declared fields."""
+def check_declared_fields() -> Iterator[None]:
+    """Check that the events logged in this process have exactly their declared fields."""
     checked_events.found.clear()
     yield
     assert checked_events.found == []
@@ -47,7 +47,7 @@ def logged_events_have_their_declared_fields() -> Iterator[None]:
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """The environment for processes that tests start."""
+    """The environment of a user without settings of rtservice."""
     return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
@@ -81,18 +81,18 @@ def service(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..
 
 @pytest.fixture
 def run(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a `twistd` command line to its end."""
+    """Run a `twistd` command line that is expected to exit."""
 
-    def run_to_end(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run_to_exit(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(BIN / "twistd"), *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE)
 
-    return run_to_end
+    return run_to_exit
 
 
 @pytest.fixture
 def read_all() -> Callable[[socket.socket], bytes]:
-    """Read from a socket until the end of the connection."""
+    """Read a socket until end of file."""
 
     def read(sock: socket.socket) -> bytes:
         received = bytearray()
@@ -120,15 +120,15 @@ def wait_for() -> Callable[..., Any]:
 
 @pytest.fixture
 def wait_listening(wait_for) -> Callable[[Path], None]:
-    """Wait until a UNIX socket accepts connections, which can be later than its file appears."""
+    """Wait until a process listens on a UNIX socket; bind() creates its file before listen()."""
 
-    def listens(path: Path) -> bool:
+    def is_listening(path: Path) -> bool:
         with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             probe.connect(str(path))
             return True
         return False
 
-    return lambda path: wait_for(lambda: listens(path))
+    return lambda path: wait_for(lambda: is_listening(path))
 
 
 class Certificates:
@@ -161,9 +161,9 @@ class Certificates:
         alternative: str = "DNS:localhost,IP:127.0.0.1",
         days: int = 90,
     ) -> None:
-        """Create a key and its certificate, self-signed if there is no issuer.
+        """Create a key and a certificate for it; without an issuer it is self-signed.
 
-        A server certificate is valid for the names in `alternative`, or, if that is empty, for its common name, NAME.
+        The certificate of a server is for its `alternative` names, or without them for its common name, NAME.
         """
         extensions = ["subjectKeyIdentifier=hash"]
         if kind == "authority":
@@ -191,7 +191,7 @@ class Certificates:
         return str(self.directory / file)
 
     def join(self, name: str, *files: str) -> str:
-        """Concatenate files into a new file, and return its path."""
+        """Create a file with the contents of these; return its path."""
         (self.directory / name).write_text("".join(Path(self[file]).read_text() for file in files))
         return self[name]
 
@@ -208,13 +208,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or not os.environ.get("TESTS_SKIP_NOTHING"):
         return
-    # Some hosts cannot boot a container even if everything is installed.
-    if any("no systemd can be booted here" not in report.longrepr[2] for report in reporter.stats.get("skipped", ())):
-        reporter.write_line("tests were skipped where everything they need is installed", red=True)
+    # Some hosts cannot boot a container, even with everything installed.
+    if any("no systemd can be booted here" not in running.longrepr[2] for running in reporter.stats.get("skipped", ())):
+        reporter.write_line("tests were skipped although TESTS_SKIP_NOTHING is set", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture
 def trusting(certificates: Certificates) -> ssl.SSLContext:
-    """An SSL context for clients that trusts the root `ca`."""
+    """A client context that trusts the root certificate."""
     return ssl.create_default_context(cafile=certificates["ca.pem"])

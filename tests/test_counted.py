@@ -1,4 +1,4 @@
-"""Texts that people read count as people do."""
+"""Counts in messages use the correct singular or plural."""
 
 import ast
 import re
@@ -13,16 +13,16 @@ from rtservice.counted import counted
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 days"), (1, "1 day"), (1.0, "1 day"), (2, "2 days"), (11, "11 days"), (-1, "-1 days")]
 )
-def test_one_is_singular_and_all_else_plural(count, text) -> None:
+def test_only_a_count_of_1_is_singular(count, text) -> None:
     assert counted(count, "day") == text
 
 
-# What can be 1: a noun in the plural right after a number that is filled in.
+# A plural noun directly after a placeholder for a number, which may be 1.
 _PLURAL = re.compile(r"\{\} (connections|clients|workers|days|records|sockets|rooms|listeners|certificates|headers)\b")
 
 
 @pytest.mark.parametrize("path", sorted(Path(rtservice.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
-def test_no_text_has_a_plural_after_a_number_that_can_be_1(path: Path) -> None:
+def test_no_text_has_a_fixed_plural_after_a_number(path: Path) -> None:
     texts = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.JoinedStr):

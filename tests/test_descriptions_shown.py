@@ -1,4 +1,4 @@
-"""Every description that the documentation, the help and the shipped files show is accepted as it stands there."""
+"""Every listener description in the documentation, the help and the shipped files is accepted."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from rtservice.net.description import FORMS, ListenError, parse
 from rtservice.net.listen_types import read_description
 from tests.support.repository import ROOT
 
-# What the documentation shows as one that is refused.
+# Shown in the documentation as invalid.
 REFUSED = {"::1:8080"}
 
 _TYPED = re.compile(r"(?<![\w/.-])(?:(?:proxy|haproxy|ssl|tcp6?|unix|systemd):)+[^\s`\"',;|)]*")
@@ -18,12 +18,12 @@ _BARE = re.compile(r"`([\w.*:-]*(?:\[[^`\s]*\])?:(?:8080|9090|8443)[^`\s]*)`")
 
 
 def shown(text: str) -> list[str]:
-    """The descriptions in a text, with what `…` and systemd's `%d` stand for; `ssl:` alone is the name of a type."""
+    """Return the descriptions in a text, with values for `…` and systemd's `%d`; `ssl:` alone is the name of a type."""
     found = [*_TYPED.findall(text), *_BARE.findall(text)]
-    # In a line of the log a colon may follow the name of a listener.
-    found = [one.removesuffix(":") if re.search(r"\d\d:$|/.*:$", one) else one for one in found]
-    found = [one.replace(":…", ":certificates=/dir").replace("%d", "/d").rstrip(".") for one in found]
-    return [one for one in found if not re.fullmatch("((proxy|haproxy|ssl|tcp6?|unix):)+", one)]
+    # In a log line a colon may follow the name of a listener.
+    found = [example.removesuffix(":") if re.search(r"\d\d:$|/.*:$", example) else example for example in found]
+    found = [example.replace(":…", ":certificates=/dir").replace("%d", "/d").rstrip(".") for example in found]
+    return [example for example in found if not re.fullmatch("((proxy|haproxy|ssl|tcp6?|unix):)+", example)]
 
 
 SOURCES = {
@@ -36,11 +36,11 @@ SOURCES = {
         if path.is_file() and path.suffix in (".toml", ".service", ".conf", ".socket", ".cfg", ".yml")
     },
 }
-SHOWN = sorted({(source, one) for source, text in SOURCES.items() for one in shown(text)})
+SHOWN = sorted({(source, example) for source, text in SOURCES.items() for example in shown(text)})
 
 
 @pytest.mark.parametrize(("source", "description"), SHOWN)
-def test_a_description_that_is_shown_is_accepted(source: str, description: str) -> None:
+def test_every_documented_description_is_accepted(source: str, description: str) -> None:
     if description in REFUSED:
         with pytest.raises(ListenError):
             parse(description)
@@ -49,12 +49,12 @@ def test_a_description_that_is_shown_is_accepted(source: str, description: str) 
         assert read_description(description, backlog=5, resolve_path=os.path.abspath, loopback=loopback)
 
 
-def test_the_documentation_shows_each_type_and_each_way_to_write_an_address() -> None:
+def test_the_documentation_shows_each_type_and_each_form_of_an_address() -> None:
     for source in ("docs", "help"):
-        found = {one for where, one in SHOWN if where == source}
+        found = {example for where, example in SHOWN if where == source}
         assert {"tcp:8080", "tcp6:8080:interface=::1", "127.0.0.1:8080", "[::1]:8080"} <= found
-        kinds = {(*parse(one).prefixes, parse(one).kind) for one in found - REFUSED}
+        kinds = {(*parse(example).prefixes, parse(example).kind) for example in found - REFUSED}
         assert {("tcp",), ("tcp6",), ("ssl",), ("unix",), ("systemd",)} <= kinds
     assert {"*:8080", ":8080", "localhost:8080", "::1:8080", r"proxy:ssl:8443:certificates=/dir"} <= {
-        one for where, one in SHOWN if where == "docs"
+        example for where, example in SHOWN if where == "docs"
     }

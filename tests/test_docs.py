@@ -1,4 +1,4 @@
-"""The documentation says what the code says, and the runner of its commands notices when a page is wrong."""
+"""The documentation matches the code, and the runner of its commands reports incorrect pages."""
 
 import ast
 import contextlib
@@ -28,7 +28,7 @@ SETTINGS = tuple(all_settings(ALIASES))
 # --- the reference of settings ---
 
 
-def test_the_settings_of_a_topic_follow_each_other() -> None:
+def test_settings_are_grouped_by_topic() -> None:
     topics = [setting.topic for setting in SETTINGS]
     assert all(topics)
     assert len([topic for topic, _ in itertools.groupby(topics)]) == len(set(topics))
@@ -52,7 +52,7 @@ def test_the_reference_describes_each_setting_as_the_schema_does() -> None:
         assert not setting.short or f"`-{setting.short}`" in described
 
 
-def test_the_page_of_settings_is_generated() -> None:
+def test_the_settings_page_is_generated() -> None:
     assert "\n% generated: settings\n" in (ROOT / "docs/reference/settings.md").read_text()
 
 
@@ -60,7 +60,7 @@ def test_the_page_of_settings_is_generated() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md"])
-def test_a_link_to_a_file_leads_to_one(page: str) -> None:
+def test_file_links_lead_to_existing_files(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
     missing = [link for link in links if "://" not in link and not (ROOT / link).is_file()]
     assert missing == []
@@ -88,7 +88,7 @@ def test_the_list_of_source_files_has_each_module_once() -> None:
     assert sorted(listed) == sorted(modules)
 
 
-def test_the_list_of_source_files_has_the_directions_of_the_imports() -> None:
+def test_the_list_of_source_files_has_the_allowed_imports() -> None:
     def parts(cell: str) -> set[str]:
         names = {name.rstrip("/").removesuffix(".py") for name in re.findall(r"`([^`]+)`", cell)}
         return {"" if name == "__init__" else name for name in names}
@@ -99,7 +99,7 @@ def test_the_list_of_source_files_has_the_directions_of_the_imports() -> None:
     assert listed == {part.replace("__init__", ""): imports for part, imports in MAY_IMPORT.items()}
 
 
-def test_other_files_that_the_list_of_source_files_names_exist() -> None:
+def test_files_named_in_the_list_of_source_files_exist() -> None:
     named = re.findall(
         r"`((?:config|hosting|net|observe|pool|process|protocols|startup)/[\w/]*(?:\.py)?)`", _tables_of_files()
     )
@@ -109,7 +109,7 @@ def test_other_files_that_the_list_of_source_files_names_exist() -> None:
 
 # --- troubleshooting ---
 
-# What a message of the page has in place of a value: words in capitals, numbers, quoted names, paths, an ellipsis; and
+# Placeholders for values in messages of the page: words in capitals, numbers, quoted names, paths, an ellipsis; and
 # some words that the code inserts.
 _VALUE = re.compile(r"…|\b[A-Z]+\b|'[^']*'|[\w./:-]*\d[\w./:-]*|/\S+|\w*\.\w+|private key|reopened|records were")
 
@@ -119,7 +119,7 @@ def _texts_of_the_code() -> str:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                # What stands in braces is a value.
+                # Text in braces is a value.
                 parts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values]
                 texts.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -128,13 +128,13 @@ def _texts_of_the_code() -> str:
 
 
 def _quoted_messages() -> list[str]:
-    """The terms of the definition lists that are messages: all that is in code, and has several words."""
+    """Return the terms of the definition lists that are messages: code with several words."""
     page = (ROOT / "docs/troubleshooting.md").read_text()
     terms = re.findall(r"^(.*)\n: ", page, re.MULTILINE)
     return [code for term in terms for code in re.findall(r"`([^`]+)`", term) if len(code.split()) > 3]
 
 
-def test_the_messages_in_troubleshooting_are_those_of_the_code() -> None:
+def test_the_messages_in_troubleshooting_exist_in_the_code() -> None:
     code, messages = _texts_of_the_code(), _quoted_messages()
     assert len(messages) > 40
     missing = []
@@ -158,7 +158,7 @@ def test_the_events_in_troubleshooting_exist() -> None:
 
 @pytest.fixture(scope="module")
 def pages():
-    """The runner, as a module."""
+    """The runner, imported as a module."""
     spec = importlib.util.spec_from_file_location("pages", ROOT / ".ci/pages.py")
     assert spec is not None
     assert spec.loader is not None
@@ -171,7 +171,7 @@ def pages():
 
 @pytest.fixture
 def run(pages, tmp_path, monkeypatch, capsys):
-    """Runs a page; gives the exit status and what was printed."""
+    """Run a page; return the exit status and the output."""
     monkeypatch.setattr(pages, "RETRY", 0.0)
 
     def run(text: str) -> tuple[int, str]:
@@ -183,7 +183,7 @@ def run(pages, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_page_that_is_right_is_run_and_counted(run) -> None:
+def test_a_correct_page_is_run_and_counted(run) -> None:
     status, printed = run(
         "# A page\n\n<!-- file: a/b.txt -->\n```text\nhello\n```\n\n<!-- run -->\n```sh\ncp a/b.txt c\n```\n\n"
         "<!-- session -->\n```console\n$ cat c\nhello\n$ echo one \\\n  two\none two\n$ date\n...\n```\n\n"
@@ -216,13 +216,13 @@ def test_a_page_that_is_right_is_run_and_counted(run) -> None:
         ("nothing to run\n", "no block was run"),
     ],
 )
-def test_a_page_that_is_wrong_is_reported(run, page, problem) -> None:
+def test_an_incorrect_page_is_reported(run, page, problem) -> None:
     status, printed = run(page)
     assert status == 1
     assert problem in printed
 
 
-def test_what_a_page_leaves_running_is_killed_and_reported(run, tmp_path) -> None:
+def test_a_process_left_running_by_a_page_is_killed_and_reported(run, tmp_path) -> None:
     status, printed = run(
         f"<!-- run -->\n```sh\nsleep 60 >/dev/null & echo $! > left.pid; cp left.pid {tmp_path}/pid\n```\n"
     )
@@ -246,5 +246,5 @@ def test_what_a_page_leaves_running_is_killed_and_reported(run, tmp_path) -> Non
         ("a\n", "a\nb\n", False),
     ],
 )
-def test_three_dots_are_any_text(pages, expected, output, matches) -> None:
+def test_an_ellipsis_matches_any_text(pages, expected, output, matches) -> None:
     assert bool(pages.expected_pattern(expected).fullmatch(output)) == matches

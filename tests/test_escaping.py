@@ -1,4 +1,4 @@
-"""Escaped text has nothing that a terminal or a reader of logs acts on."""
+"""Escaped text has no characters that a terminal or a log viewer interprets."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ import pytest
 
 from rtservice.escaping import escaped
 
-EVERYTHING = "".join(map(chr, range(sys.maxunicode + 1)))
+ALL_CHARACTERS = "".join(map(chr, range(sys.maxunicode + 1)))
 
 
 @pytest.mark.parametrize(
@@ -28,33 +28,33 @@ EVERYTHING = "".join(map(chr, range(sys.maxunicode + 1)))
         (r"a\x1b", r"a\x1b"),
     ],
 )
-def test_what_is_not_printable_is_shown_as_a_python_escape(text: str, shown: str) -> None:
+def test_unprintable_characters_become_python_escapes(text: str, shown: str) -> None:
     assert escaped(text) == shown
     assert escaped(shown) == shown
 
 
 def test_every_character_is_printable_or_escaped() -> None:
-    assert escaped(EVERYTHING).isprintable()
-    assert escaped("".join(filter(str.isprintable, EVERYTHING))) == "".join(filter(str.isprintable, EVERYTHING))
+    assert escaped(ALL_CHARACTERS).isprintable()
+    assert escaped("".join(filter(str.isprintable, ALL_CHARACTERS))) == "".join(filter(str.isprintable, ALL_CHARACTERS))
 
 
-def test_controls_formats_surrogates_and_separators_are_escaped() -> None:
-    for char in EVERYTHING:
+def test_control_format_surrogate_and_separator_characters_are_escaped() -> None:
+    for char in ALL_CHARACTERS:
         if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
             assert escaped(char).isascii()
             assert escaped(char).isprintable()
 
 
-def test_characters_are_kept_only_when_named() -> None:
+def test_only_the_named_characters_are_kept() -> None:
     assert escaped("a\n\tb\x1b", keep="\n\t") == "a\n\tb\\x1b"
     assert escaped("a\n\tb", keep="\t") == "a\\n\tb"
-    kept = escaped(EVERYTHING, keep="\n\t")
+    kept = escaped(ALL_CHARACTERS, keep="\n\t")
     assert (kept.count("\n"), kept.count("\t")) == (1, 1)
     assert kept.replace("\n", "").replace("\t", "").isprintable()
 
 
 @pytest.mark.parametrize("part", ["\0", "\u202e", "aé\u202e日", "\U000e0001\ud800"])
-def test_a_long_text_takes_time_in_proportion(part: str) -> None:
+def test_escaping_takes_linear_time(part: str) -> None:
     began = time.process_time()
     assert escaped(part * (4_000_000 // len(part))).isprintable()
     assert time.process_time() - began < 30

@@ -1,4 +1,4 @@
-"""systemd accepts the files in etc/, and they start what this package installs with few rights."""
+"""systemd and Prometheus accept the files in etc/; the units run the service with few privileges."""
 
 import re
 import shlex
@@ -25,11 +25,11 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_systemd
-def test_systemd_finds_nothing_wrong_with_the_units(tmp_path) -> None:
+def test_systemd_accepts_the_units(tmp_path) -> None:
     units = []
     for unit in (*SERVICES, "rtservice.socket"):
         text = (ETC / unit).read_text()
-        # Only the installed program is missing on this machine.
+        # The installed program does not exist on this machine.
         (tmp_path / unit).write_text(text.replace("/opt/rtservice/bin/twistd", shutil.which("true") or "/bin/true"))
         units.append(str(tmp_path / unit))
     result = analyze("verify", "--man=no", *units)
@@ -51,7 +51,7 @@ def test_the_exposure_level_of_a_unit_is_low(unit, most) -> None:
 @pytest.mark.parametrize(
     ("unit", "listen"), [("rtservice.service", ("systemd:name=rtservice",)), ("rtservice-standalone.service", ())]
 )
-def test_the_options_and_the_file_of_a_unit_are_valid(unit, listen) -> None:
+def test_the_options_and_the_config_file_of_a_unit_are_valid(unit, listen) -> None:
     text = (ETC / unit).read_text().replace("/etc/rtservice/rtservice.toml", str(ETC / "rtservice.toml"))
     command = re.search(r"^ExecStart=(.*)$", text.replace("\\\n", ""), re.MULTILINE)
     assert command is not None
@@ -62,7 +62,7 @@ def test_the_options_and_the_file_of_a_unit_are_valid(unit, listen) -> None:
     assert options.settings().port == 8080
 
 
-def test_the_systemd_timeout_leaves_time_for_the_drain_of_the_example() -> None:
+def test_the_systemd_stop_timeout_is_longer_than_the_drain_timeout() -> None:
     drain = tomllib.loads((ETC / "rtservice.toml").read_text())["drain-timeout"]
     for unit in SERVICES:
         timeout = re.search(r"^TimeoutStopSec=(\d+)$", (ETC / unit).read_text(), re.MULTILINE)
@@ -83,6 +83,6 @@ def test_a_commented_setting_of_the_example_shows_the_default(tmp_path) -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
 @pytest.mark.parametrize(("what", "file"), [("rules", "rtservice.rules.yml"), ("config", "prometheus.yml")])
-def test_prometheus_accepts_the_alerts_and_the_scrape(what: str, file: str) -> None:
+def test_prometheus_accepts_the_alerts_and_the_scrape_configuration(what: str, file: str) -> None:
     checked = subprocess.run(["promtool", "check", what, ETC / file], capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout + checked.stderr

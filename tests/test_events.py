@@ -1,4 +1,4 @@
-"""Every record of rtservice is a declared event, with the fields that it declares."""
+"""Every log record of rtservice is a declared event with exactly its declared fields."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ CONSTANTS = {name: event for name, event in vars(events).items() if isinstance(e
 # Methods of a Logger that log.
 LOGGING = {"debug", "info", "warn", "error", "critical", "failure", "emit", "failuresHandled", "failureHandler"}
 
-# Calls of them that log no event of ours.
+# Calls of these methods that log no declared event.
 EXCEPTIONS = {
     ("events.py", "logger.emit"),  # where events are logged
     ("events.py", "logger.failure"),
@@ -32,7 +32,7 @@ IDENTITIES = {"identity": {"worker", "slot", "pid"}}
 
 
 def calls() -> Iterator[tuple[str, ast.Call, ast.Attribute]]:
-    """Each call of a method in the package, with the name of its file."""
+    """Yield each method call in the package, with the name of its file."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -40,7 +40,7 @@ def calls() -> Iterator[tuple[str, ast.Call, ast.Attribute]]:
                 yield name, node, node.func
 
 
-def test_the_package_logs_nothing_but_events() -> None:
+def test_the_package_logs_only_events() -> None:
     others = set()
     for file, _, method in calls():
         if method.attr in LOGGING and ast.unparse(method.value) not in CONSTANTS:
@@ -48,7 +48,7 @@ def test_the_package_logs_nothing_but_events() -> None:
     assert others == EXCEPTIONS
 
 
-def test_a_method_that_logs_is_not_passed_on() -> None:
+def test_logging_methods_are_only_called_directly() -> None:
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -78,18 +78,18 @@ def test_each_event_is_logged_somewhere() -> None:
     assert CONSTANTS.keys() - used == set()
 
 
-def test_names_are_unique_dotted_and_lower_case() -> None:
+def test_event_names_are_unique_dotted_and_lower_case() -> None:
     assert len(EVENTS) == len(CONSTANTS)
     for name, event in EVENTS.items():
         assert name == event.name
         assert re.fullmatch(r"[a-z]+(\.[a-z]+(_[a-z]+)*)", name), name
 
 
-def test_each_field_is_in_the_glossary_and_each_of_that_in_an_event() -> None:
+def test_the_glossary_has_exactly_the_fields_of_the_events() -> None:
     assert {field for event in EVENTS.values() for field in event.fields} == FIELDS.keys()
 
 
-def test_a_text_has_only_fields_of_its_event() -> None:
+def test_the_text_of_an_event_uses_only_its_fields() -> None:
     for event in EVENTS.values():
         named = {name.partition("!")[0] for _, name, _, _ in string.Formatter().parse(event.text) if name}
         assert named <= set(event.fields), event.name
@@ -101,7 +101,7 @@ def test_each_event_is_in_one_area() -> None:
     assert {name.partition(".")[0] for name in EVENTS} == set(words)
 
 
-def test_meanings_are_sentences() -> None:
+def test_the_meaning_of_an_event_is_a_sentence() -> None:
     for event in EVENTS.values():
         assert event.meaning[0].isupper() or event.meaning[0] == "`", event.name
         assert event.meaning.endswith("."), event.name
@@ -109,7 +109,7 @@ def test_meanings_are_sentences() -> None:
 
 @pytest.fixture
 def logged() -> tuple[Logger, list[dict]]:
-    """A logger, and the records that it was given."""
+    """A logger, and the records that it logs."""
     records: list[dict] = []
     return Logger("a", observer=records.append), records
 
@@ -124,7 +124,7 @@ def test_a_record_has_the_name_of_the_event_and_its_fields(logged) -> None:
 
 
 @pytest.mark.parametrize(("given", "level"), [({}, LogLevel.critical), ({"level": LogLevel.debug}, LogLevel.debug)])
-def test_a_failure_has_the_exception_that_is_handled(logged, given, level) -> None:
+def test_a_failure_record_has_the_handled_exception(logged, given, level) -> None:
     logger, records = logged
     event = Event("a.b", LogLevel.critical, "failed", meaning="A test.")
     try:
@@ -137,7 +137,7 @@ def test_a_failure_has_the_exception_that_is_handled(logged, given, level) -> No
 
 
 @pytest.mark.parametrize(("suppressed", "text"), [(0, "x"), (4, "x (4 more since the last such record)")])
-def test_a_limited_event_says_how_many_records_are_missing(logged, suppressed, text) -> None:
+def test_a_limited_event_counts_the_suppressed_records(logged, suppressed, text) -> None:
     logger, records = logged
     event = LimitedEvent("a.b", LogLevel.warn, "{problem}", fields=("problem",), meaning="A test.")
     event.log(logger, problem="x", suppressed=suppressed)

@@ -43,14 +43,14 @@ def test_values_in_descriptions_of_other_types_are_hidden(description, shown) ->
     assert hide_in_description(description) == shown
 
 
-def test_hidden_values_of_a_description_are_hidden_in_foreign_errors() -> None:
+def test_hidden_values_of_a_description_are_hidden_in_other_errors() -> None:
     description = r"x:80:a=hunter\:2:b=:c=80:interface=::1:d=hunter\:234"
     values = values_in_description(description)
     assert values == ["hunter:2", "", "80", "hunter:234"]
     assert values_in_description("ssl:1:privateKey=/key") == []
-    said = "80 is no port: 'hunter:234', 'hunter:2'"
-    assert hide_values(said, values) == "80 is no port: '<hidden>', '<hidden>'"
+    message = "80 is no port: 'hunter:234', 'hunter:2'"
+    assert hide_values(message, values) == "80 is no port: '<hidden>', '<hidden>'"
 
 
-def test_only_our_types_are_shown_completely() -> None:
+def test_only_types_of_rtservice_are_shown_completely() -> None:
     assert OPEN_TYPES == TYPES

@@ -1,4 +1,4 @@
-"""Names and texts of options become factories, without a reactor."""
+"""Factories are created from protocol names and option texts, without a reactor."""
 
 import importlib.metadata
 import re
@@ -56,7 +56,7 @@ class Everything(Factory):
 class Late(Factory):
     """Has annotations as strings, one of which only type checkers can evaluate."""
 
-    def __init__(self, count: "int" = 1, what: "Unknown | None" = None) -> None:  # noqa: F821  # as said
+    def __init__(self, count: "int" = 1, what: "Unknown | None" = None) -> None:  # noqa: F821  # see above
         self.count = count
 
 
@@ -210,7 +210,7 @@ def test_options_become_keyword_arguments_of_the_annotated_types() -> None:
         ),
     ],
 )
-def test_a_mistake_in_an_option_names_it_and_what_is_accepted(options, words) -> None:
+def test_an_invalid_option_is_reported_with_the_accepted_values(options, words) -> None:
     assert problem("mine:Everything", *options).startswith(f"--protocol mine:Everything: {words}")
 
 
@@ -221,7 +221,7 @@ def test_annotations_as_strings_are_evaluated_and_unknown_ones_are_ignored() -> 
 
 
 @pytest.mark.parametrize("name", ["caller", "New"])
-def test_every_kind_of_callable_has_its_options_listed(name) -> None:
+def test_every_kind_of_callable_accepts_options(name) -> None:
     assert made(f"mine:{name}", "count=7").count == 7
     assert "option count: the value is not a whole number" in problem(f"mine:{name}", "count=x")
 
@@ -254,7 +254,7 @@ def test_each_connection_gets_a_protocol_with_the_options() -> None:
     assert made("mine:Answer").buildProtocol(None).answer == b"yes"
 
 
-def test_a_function_returns_the_factory_or_raises_an_error_that_is_shown() -> None:
+def test_a_function_returns_the_factory_or_its_error_is_reported() -> None:
     assert made("mine:make", "limit=7").limit == 7
     assert problem("mine:make", "limit=11") == "--protocol mine:make: 11 is too many"
     assert "cannot be created: OSError: no way (" in problem("mine:make", "limit=-1")
@@ -280,14 +280,14 @@ def test_a_secret_is_an_accepted_type(tmp_path) -> None:
 @pytest.mark.parametrize("password", ["password=hunter2", "password=@pw", "password=$PW"])
 def test_secret_values_are_hidden_in_the_errors_of_a_factory(tmp_path, raises, password) -> None:
     (tmp_path / "pw").write_text("hunter2")
-    said = problem(
+    message = problem(
         "mine:Careless", password, f"raises={raises}", directory=str(tmp_path), environment={"PW": "hunter2"}
     )
-    assert "hunter2" not in said
-    assert "<hidden>" in said
+    assert "hunter2" not in message
+    assert "<hidden>" in message
 
 
-def test_a_file_gives_bytes_unchanged_and_text_as_utf_8(tmp_path) -> None:
+def test_a_file_value_is_unchanged_bytes_or_utf_8_text(tmp_path) -> None:
     (tmp_path / "raw").write_bytes(b"\\q\xff\0\r\n")
     (tmp_path / "text").write_bytes("grüß\n\n".encode())
     given = made("mine:Everything", "text=@text", "raw=@raw", directory=str(tmp_path)).given
@@ -324,7 +324,7 @@ def test_an_alias_never_reads_a_file() -> None:
     assert made("echo", greeting="@home").greeting == b"@home"
 
 
-def test_a_callable_that_accepts_any_keyword_gets_texts() -> None:
+def test_a_callable_with_arbitrary_keywords_receives_strings() -> None:
     assert made("mine:Anything", "some-thing=1").keywords == {"some_thing": "1"}
 
 
@@ -378,8 +378,8 @@ def test_aliases_work_by_both_names_and_other_protocols_reject_them(name) -> Non
     assert ours == vars(made("echo", f"{name}={value}")) != vars(made("echo"))
     assert isinstance(made("echo"), EchoFactory)
     assert "is given twice" in problem("echo", f"{name}={value}", **{name: value})
-    refused = problem("mine:Answer", **{name: value})
-    assert refused == f"--{name}: an option of the protocol echo, and not of --protocol mine:Answer"
+    rejection = problem("mine:Answer", **{name: value})
+    assert rejection == f"--{name}: an option of the protocol echo, and not of --protocol mine:Answer"
 
 
 def test_an_error_of_the_echo_factory_names_the_setting() -> None:
@@ -389,52 +389,52 @@ def test_an_error_of_the_echo_factory_names_the_setting() -> None:
     )
 
 
-def test_a_protocol_for_one_process_is_rejected_with_workers() -> None:
+def test_a_single_process_protocol_is_rejected_with_several_workers() -> None:
     assert IProtocolFactory.providedBy(made("mine:Alone"))
     assert problem("mine:Alone", processes=2).endswith("--workers has to be 1, not 2")
 
 
-def test_the_listing_has_a_line_for_each_protocol_and_each_option() -> None:
+def test_the_list_of_protocols_has_a_line_for_each_protocol_and_option() -> None:
     lines = listing().splitlines()
     assert "echo: Greets each client, then echoes everything that it sends." in lines
     assert "    --protocol-option max-message=…: a whole number [default: 65536]" in lines
 
 
 @pytest.fixture
-def offer(tmp_path, monkeypatch) -> Callable[[str, str], None]:
+def install_entry_points(tmp_path, monkeypatch) -> Callable[[str, str], None]:
     """Install a distribution with entry points."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def offer(name: str, entry_points: str) -> None:
+    def install_entry_points(name: str, entry_points: str) -> None:
         package = tmp_path / f"{name}-1.0.dist-info"
         package.mkdir()
         (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (package / "entry_points.txt").write_text(f"[rtservice.protocols]\n{entry_points}")
 
-    return offer
+    return install_entry_points
 
 
-def known(said: str) -> list[str]:
+def listed_protocols(message: str) -> list[str]:
     """The names of protocols in an error that lists them."""
-    match = re.search(r"not one of (.*), nor package\.module:name", said)
-    assert match is not None, said
+    match = re.search(r"not one of (.*), nor package\.module:name", message)
+    assert match is not None, message
     return match[1].split(", ")
 
 
 @pytest.mark.parametrize("others", ["", "aaa = nowhere:X\nmine-other = mine:Late\nzzz = mine:Gone\nchat = nowhere:X\n"])
-def test_installed_packages_offer_protocols_by_name(offer, others) -> None:
+def test_installed_packages_provide_protocols_by_name(install_entry_points, others) -> None:
     """Other packages do not change the result."""
-    before = set(known(problem("no-such-name")))
+    before = set(listed_protocols(problem("no-such-name")))
     if others:
-        offer("others", others)
-    offer(
+        install_entry_points("others", others)
+    install_entry_points(
         "mine",
         "mine-everything = mine:Everything\nmine-answer = mine:Answer [extra]\n"
         "mine-gone = mine:Gone\necho = mine:Answer\n",
     )
     assert made("mine-answer").logPrefix() == "Answer"
     assert isinstance(made("echo"), EchoFactory)  # a package cannot take the name of a shipped protocol
-    names = known(problem("no-such-name"))
+    names = listed_protocols(problem("no-such-name"))
     assert names[:2] == ["echo", "chat"]
     assert names[2:] == sorted(set(names[2:]))
     new = {"aaa", "mine-other", "zzz"} if others else set()
@@ -475,15 +475,15 @@ def test_an_unknown_name_suggests_a_known_one(monkeypatch, name, meant) -> None:
     # A package installed on this machine may have a more similar name.
     nothing = importlib.metadata.EntryPoints()
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **given: nothing)
-    said = problem(name)
-    assert re.findall("did you mean (.*?)[?]", said) == ([] if meant is None else [meant]), said
+    message = problem(name)
+    assert re.findall("did you mean (.*?)[?]", message) == ([] if meant is None else [meant]), message
 
 
 def test_a_module_whose_names_cannot_be_listed_is_reported_in_one_line(monkeypatch) -> None:
-    def refuse() -> list[str]:
+    def fail() -> list[str]:
         raise RuntimeError
 
-    monkeypatch.setattr(sys.modules["mine"], "__dir__", refuse, raising=False)
+    monkeypatch.setattr(sys.modules["mine"], "__dir__", fail, raising=False)
     assert problem("mine:Nothing").endswith("mine has no attribute 'Nothing'")
 
 
@@ -492,8 +492,8 @@ def test_a_module_whose_names_cannot_be_listed_is_reported_in_one_line(monkeypat
     [("max_mesage=5", "max-message"), ("maxmessage=5", "max-message"), ("Greeting=x", "greeting"), ("zzz=x", None)],
 )
 def test_an_unknown_option_suggests_a_known_one(option, meant) -> None:
-    said = problem("echo", option)
-    assert re.findall("; did you mean (.*?)[?]$", said) == ([] if meant is None else [meant]), said
+    message = problem("echo", option)
+    assert re.findall("; did you mean (.*?)[?]$", message) == ([] if meant is None else [meant]), message
 
 
 @pytest.mark.parametrize(
@@ -506,13 +506,13 @@ def test_an_unknown_option_suggests_a_known_one(option, meant) -> None:
         ("a\nb\ngrün".encode("latin-1"), "is not UTF-8: line 3, the byte at offset 6"),
     ],
 )
-def test_text_of_a_file_is_utf_8_with_or_without_a_byte_order_mark(tmp_path, content, words) -> None:
+def test_the_text_of_a_file_is_utf_8_with_or_without_a_byte_order_mark(tmp_path, content, words) -> None:
     (tmp_path / "text").write_bytes(content)
     if words is None:
         assert made("mine:Everything", "text=@text", directory=str(tmp_path)).given["text"] == "grün"
     else:
-        said = problem("mine:Everything", "text=@text", directory=str(tmp_path))
-        assert said == f"--protocol mine:Everything: option text: the value of '{tmp_path}/text' {words}"
+        message = problem("mine:Everything", "text=@text", directory=str(tmp_path))
+        assert message == f"--protocol mine:Everything: option text: the value of '{tmp_path}/text' {words}"
     # Bytes are unchanged.
     raw = made("mine:Everything", "text=x", "raw=@text", directory=str(tmp_path)).given["raw"]
     assert raw == content.removesuffix(b"\n").removesuffix(b"\r")

@@ -1,4 +1,4 @@
-"""Imports point one way: the house can be read from the bottom up."""
+"""Imports go one way, from upper to lower parts."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.repository import PACKAGE
 
-# What each part may import of ours, beside itself. A file that knows more than its package has its own entry.
+# The parts that each part may import besides itself. A file that imports more than its package has a separate entry.
 MAY_IMPORT = {
     "events": set(),
     "steps": set(),
@@ -76,13 +76,13 @@ MAY_IMPORT = {
 
 
 def part_of(path: Path) -> str:
-    """The entry of MAY_IMPORT for a module."""
+    """Return the key of MAY_IMPORT for a module."""
     whole = path.relative_to(PACKAGE).with_suffix("").as_posix()
     return whole if whole in MAY_IMPORT else whole.partition("/")[0]
 
 
 def parts_imported(path: Path) -> set[str]:
-    """The parts of rtservice that a module imports anywhere in it; `` is the package itself."""
+    """Return the parts of rtservice that a module imports, also in functions; `` is the package itself."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -99,13 +99,13 @@ def parts_imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_what_is_below_it(path: Path) -> None:
+def test_a_module_imports_only_the_allowed_parts(path: Path) -> None:
     part = part_of(path)
     assert parts_imported(path) - {part.partition("/")[0]} <= MAY_IMPORT[part]
 
 
 def modules_imported(path: Path) -> set[str]:
-    """The modules of rtservice that a module imports anywhere in it, also in functions."""
+    """Return the modules of rtservice that a module imports, also in functions."""
     known = {".".join(each.relative_to(PACKAGE.parent).with_suffix("").parts) for each in PACKAGE.rglob("*.py")}
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -117,35 +117,35 @@ def modules_imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("part", ["net", "process", "pool", "startup"])
-def test_no_modules_of_a_part_import_each_other_in_a_circle(part) -> None:
+def test_the_modules_of_a_part_have_no_circular_imports(part) -> None:
     imports = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): modules_imported(path)
         for path in (PACKAGE / part).glob("*.py")
     }
     while imports:
         free = {module for module, needed in imports.items() if not needed & imports.keys()}
-        assert free, f"a circle is among {sorted(imports)}"
+        assert free, f"circular import among {sorted(imports)}"
         imports = {module: needed for module, needed in imports.items() if module not in free}
 
 
-# Statements of a method, its docstring aside, from which on a second one that reads the same is a twin.
-TWIN = 3
+# Methods with at least this number of statements, not counting the docstring, are compared.
+MIN_STATEMENTS = 3
 
 
 def methods(path: Path) -> Iterator[tuple[str, str]]:
-    """The methods of a module that are long enough to be twins: each name, and the normalised text of its body."""
+    """Yield the name and the normalised body of each method of a module that is long enough to compare."""
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, ast.ClassDef):
             continue
         for method in node.body:
             if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = method.body[ast.get_docstring(method) is not None :]
-                if sum(isinstance(inner, ast.stmt) for outer in body for inner in ast.walk(outer)) >= TWIN:
-                    # Private attributes and logs have other names in each class: `self.log` reads like `self._log`.
+                if sum(isinstance(inner, ast.stmt) for outer in body for inner in ast.walk(outer)) >= MIN_STATEMENTS:
+                    # `self.log` and `self._log` are equal: private names differ between classes.
                     yield f"{node.name}.{method.name}", "\n".join(map(ast.unparse, body)).replace("self._", "self.")
 
 
-def test_no_method_exists_twice_in_process_and_pool() -> None:
+def test_process_and_pool_have_no_duplicate_methods() -> None:
     seen: dict[str, str] = {}
     for path in sorted([*(PACKAGE / "process").glob("*.py"), *(PACKAGE / "pool").glob("*.py")]):
         for name, body in methods(path):

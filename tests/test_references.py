@@ -1,4 +1,4 @@
-"""Option values from files and variables, and the errors for those that cannot be read."""
+"""Option values from files and variables, and the errors for unreadable ones."""
 
 import os
 
@@ -19,7 +19,7 @@ from rtservice.references import OptionValue, UnresolvedError, is_reference, res
         ("$$$", "$$"),
     ],
 )
-def test_text_is_unchanged_and_a_doubled_sign_escapes_it(text, value) -> None:
+def test_a_plain_text_is_unchanged_and_a_doubled_sign_is_an_escape(text, value) -> None:
     found = resolve(f"x={text}", {}, "/")
     assert found == OptionValue("x", value)
     assert not is_reference(text)
@@ -40,14 +40,14 @@ def test_text_is_unchanged_and_a_doubled_sign_escapes_it(text, value) -> None:
         (b"\xff", "\udcff"),
     ],
 )
-def test_a_file_gives_its_content_without_the_last_line_end(tmp_path, content, value) -> None:
+def test_a_file_reference_returns_the_content_without_the_last_line_end(tmp_path, content, value) -> None:
     (tmp_path / "pw").write_bytes(content)
     for path in (tmp_path / "pw", "pw", "./no/../pw"):
         assert resolve(f"x=@{path}", {}, str(tmp_path)) == OptionValue("x", value, referred=True)
     assert is_reference("@pw")
 
 
-def test_a_link_is_followed_and_the_current_content_is_read(tmp_path) -> None:
+def test_a_symbolic_link_is_followed_and_the_current_content_is_read(tmp_path) -> None:
     (tmp_path / "pw").symlink_to("target")
     for content in ("one", "two"):
         (tmp_path / "target").write_text(content)
@@ -55,7 +55,7 @@ def test_a_link_is_followed_and_the_current_content_is_read(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("value", ["hunter2", "", "$X", "@/etc/passwd", "a\n"])
-def test_a_variable_gives_its_value(value) -> None:
+def test_a_variable_reference_returns_the_value(value) -> None:
     assert resolve("x=$The_1", {"The_1": value}, "/") == OptionValue("x", value, referred=True)
     assert is_reference("$The_1")
 
@@ -87,11 +87,11 @@ def test_an_error_is_one_line_that_names_the_option_and_no_value(tmp_path, text,
         large.truncate(1024 * 1024 + 1)
     with pytest.raises(UnresolvedError) as caught:
         resolve(f"x={text}", {"X": "hunter2"}, str(tmp_path))
-    said = str(caught.value)
-    assert said.startswith(f"option x: {problem.format(tmp_path)}")
-    assert "\n" not in said
-    assert "hunter2" not in said
+    message = str(caught.value)
+    assert message.startswith(f"option x: {problem.format(tmp_path)}")
+    assert "\n" not in message
+    assert "hunter2" not in message
 
 
-def test_the_representation_hides_the_value() -> None:
+def test_repr_hides_the_value() -> None:
     assert "hunter2" not in repr(OptionValue("x", "hunter2"))

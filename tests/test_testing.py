@@ -1,4 +1,4 @@
-"""What authors of protocols test with, tried on the exchange and on a protocol of theirs."""
+"""The public test fixtures `serve` and `hosted`, with the echo protocol and a custom protocol."""
 
 import socket
 import ssl
@@ -29,19 +29,19 @@ class Collects(Protocol):
 
 
 @ensureDeferred
-async def test_a_factory_is_served_in_this_process_on_the_transport_that_it_will_have(serve) -> None:
+async def test_serve_uses_the_transport_of_the_service(serve) -> None:
     from twisted.internet import reactor
 
     factory = EchoFactory()
     transports = []
     build = factory.buildProtocol
 
-    def recording(address: object) -> Protocol:
+    def record_protocol(address: object) -> Protocol:
         protocol = build(address)
         transports.append(protocol)
         return protocol
 
-    factory.buildProtocol = recording
+    factory.buildProtocol = record_protocol
     port = serve(factory)
     client = await connectProtocol(HostnameEndpoint(reactor, "127.0.0.1", port.getHost().port), Collects())
     client.transport.write(b"hi")
@@ -65,7 +65,7 @@ left_open: list[ssl.SSLSocket] = []
 
 
 @ensureDeferred
-async def test_a_connection_that_a_test_leaves_open(serve, certificates) -> None:
+async def test_a_test_may_leave_a_connection_open(serve, certificates) -> None:
     losses.clear()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates["server.pem"], certificates["server.key"])
@@ -82,23 +82,23 @@ async def test_a_connection_that_a_test_leaves_open(serve, certificates) -> None
     assert losses == []
 
 
-def test_is_gone_before_the_next() -> None:
+def test_a_connection_left_open_is_closed_before_the_next_test() -> None:
     left_open.pop().close()
     assert losses == [True]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_protocol_is_served_by_a_real_twistd_reloaded_and_drained(hosted, tmp_path: Path, workers, read_all) -> None:
+def test_hosted_runs_twistd_and_can_reload_and_drain_it(hosted, tmp_path: Path, workers, read_all) -> None:
     (tmp_path / "rt.toml").write_text("idle-timeout = 60")
-    one = hosted("echo", "--config=rt.toml", f"--workers={workers}", "--protocol-option=greeting=hi")
-    with one.connect() as client:
+    running = hosted("echo", "--config=rt.toml", f"--workers={workers}", "--protocol-option=greeting=hi")
+    with running.connect() as client:
         client.shutdown(socket.SHUT_WR)
         assert read_all(client) == b"hi"
     (tmp_path / "rt.toml").write_text("idle-timeout = 61")
-    done = one.reload()
+    done = running.reload()
     assert done["event"] == "reload.done"
     assert done["status"] == "serving: " + ("2 of 2 workers ready, " if workers == 2 else "") + "0 connections open"
-    one.wait_event("settings.reloaded", settings="idle-timeout")
+    running.wait_event("settings.reloaded", settings="idle-timeout")
     (tmp_path / "rt.toml").write_text("idle-timeout = 'x'")
-    assert one.reload()["event"] == "reload.failed"
-    assert one.stop() == 0
+    assert running.reload()["event"] == "reload.failed"
+    assert running.stop() == 0

@@ -1,4 +1,4 @@
-"""A configuration file."""
+"""Fixture: a configuration file."""
 
 import pytest
 

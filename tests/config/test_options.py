@@ -1,4 +1,4 @@
-"""The command line: made from the schema, with errors of one line."""
+"""The command line: generated from the schema, with errors of one line."""
 
 import pytest
 from twisted.scripts.twistd import ServerOptions
@@ -11,7 +11,7 @@ from rtservice.tap import Options
 from tests.support.settings import alias, make_settings
 
 
-def test_the_command_line_is_made_from_the_schema() -> None:
+def test_the_command_line_is_generated_from_the_schema() -> None:
     options = Options()
     options.parseOptions(["-p", "0", "-i", "::1", "--greeting=", "--backlog=7", "--watch-certificates"])
     current = options.settings()
@@ -30,7 +30,7 @@ def test_without_options_all_settings_are_defaults() -> None:
     assert not options["check"]
 
 
-def test_the_command_line_precedes_the_environment_in_naming_the_file(config, tmp_path, monkeypatch) -> None:
+def test_the_config_option_takes_precedence_over_the_environment(config, tmp_path, monkeypatch) -> None:
     (tmp_path / "other.toml").write_text("backlog = 2")
     monkeypatch.setenv("RTSERVICE_CONFIG", config("backlog = 1"))
     for arguments, backlog in (([], 1), (["--config", str(tmp_path / "other.toml")], 2)):
@@ -72,7 +72,7 @@ def test_a_reload_reads_the_same_file_from_any_working_directory(config, tmp_pat
         (["--password=hunter2"], "option --password not recognized"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_setting_and_value(arguments: list[str], names: str) -> None:
+def test_an_error_is_one_line_with_the_setting_and_its_value(arguments: list[str], names: str) -> None:
     with pytest.raises(SystemExit) as caught:
         Options().parseOptions(arguments)
     assert names in str(caught.value)

@@ -17,7 +17,7 @@ from tests.support.settings import SETTINGS, load, make_settings
 HOSTED = ("limit=5", "password=hunter2", "key=@/run/secrets/key", "token=$TOKEN", "at=@@hunter2", "limit=6")
 
 
-def test_options_of_a_hosted_protocol_are_shown_by_their_names() -> None:
+def test_only_the_names_of_hosted_protocol_options_are_shown() -> None:
     current = make_settings(protocol="mine:Factory", protocol_option=HOSTED)
     values = shown_settings(current, SHIPPED)
     assert values["protocol-option"] == "limit, password, key, token, at"
@@ -45,7 +45,7 @@ def test_options_of_shipped_protocols_are_printed() -> None:
     assert 'protocol-option = ["greeting=hi"]  # command line\n' in printed
 
 
-def test_arguments_of_other_listeners_are_hidden_wherever_they_are_shown(config) -> None:
+def test_arguments_of_other_listener_types_are_hidden(config) -> None:
     description = "onion:80:privateKey=hunter2:interface=::1".replace("::1", r"\:\:1")
     loaded = load({"listen": [description, "ssl:1:privateKey=/k"]}, {}, None)
     as_shown = shown_settings(loaded.settings, SHIPPED)["listen"]
@@ -96,7 +96,7 @@ def test_printed_settings_read_back_to_the_same_settings(config, current) -> Non
     assert all(line.endswith("  # environment") for line in printed.splitlines())
 
 
-def test_printed_settings_name_the_source_of_each(config, tmp_path) -> None:
+def test_printed_settings_name_their_sources(config, tmp_path) -> None:
     path = tmp_path / "odd\nname\udcff"
     path.write_text("max-connections = 5")
     printed = as_toml(load({"greet": "first-data"}, {"RTSERVICE_BACKLOG": "7"}, str(path)), SHIPPED)
@@ -107,6 +107,6 @@ def test_printed_settings_name_the_source_of_each(config, tmp_path) -> None:
     assert tomllib.loads(printed)["max-connections"] == 5
 
 
-def test_a_path_that_toml_cannot_hold_is_rejected_when_printing() -> None:
+def test_printing_a_path_that_toml_cannot_represent_is_rejected() -> None:
     with pytest.raises(SettingError, match=r"'unix:/\\udcff' cannot be printed as TOML"):
         as_toml(load({"listen": ["unix:/\udcff"]}, {}, None), SHIPPED)

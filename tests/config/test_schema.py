@@ -11,7 +11,7 @@ from tests.support.settings import SETTINGS, make_settings
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_the_text_of_a_default_is_parsed_to_the_default(setting) -> None:
+def test_the_text_of_a_default_parses_to_the_default(setting) -> None:
     if not setting.repeatable:
         assert setting.kind.parse(as_text(setting.default)) == setting.default
 

@@ -10,7 +10,7 @@ from rtservice.config.values import (
 from tests.support.settings import SETTINGS, alias, load, make_settings
 
 
-def test_the_command_line_precedes_the_environment_the_file_and_the_defaults(config) -> None:
+def test_precedence_is_command_line_environment_file_default(config) -> None:
     file = config("port = 1\nbacklog = 1\nmax-message = 1\n")
     loaded = load({"port": "3"}, {"RTSERVICE_PORT": "2", "RTSERVICE_BACKLOG": "2", "PORT": "x"}, file)
     current = loaded.settings
@@ -27,7 +27,7 @@ def test_without_any_source_all_settings_are_defaults() -> None:
     assert load({}, {}, None).settings == make_settings()
 
 
-def test_a_file_holds_toml_types_or_the_texts_of_the_command_line(config) -> None:
+def test_a_file_accepts_toml_types_and_command_line_texts(config) -> None:
     natural = config(
         """
         max-connections = 1000
@@ -48,7 +48,7 @@ def test_a_file_holds_toml_types_or_the_texts_of_the_command_line(config) -> Non
     assert current.watch_certificates is True
 
 
-def test_a_variable_holds_several_descriptions_separated_by_white_space() -> None:
+def test_a_variable_may_have_several_descriptions_separated_by_whitespace() -> None:
     assert load({}, {"RTSERVICE_LISTEN": " tcp:1\n unix:/x "}, None).settings.listen == ("tcp:1", "unix:/x")
 
 
@@ -98,7 +98,7 @@ def test_a_variable_may_begin_with_an_address_in_brackets(text, listen) -> None:
         ('"a\\nb" = 1', r"a\nb: no such setting"),
     ],
 )
-def test_a_mistake_in_a_file_names_file_setting_value_and_what_is_accepted(config, line, problem) -> None:
+def test_an_error_in_a_file_names_file_setting_value_and_accepted_values(config, line, problem) -> None:
     file = config(line)
     with pytest.raises(SettingError, match=re.escape(f"{file}: {problem}")) as caught:
         load({}, {}, file)
@@ -150,14 +150,14 @@ def test_an_error_names_a_file_that_cannot_be_read(tmp_path) -> None:
         ("RTSERVICE_CHECK", "1", "RTSERVICE_CHECK: no such setting"),
     ],
 )
-def test_a_mistake_in_the_environment_names_the_variable(name, value, problem) -> None:
+def test_an_error_in_the_environment_names_the_variable(name, value, problem) -> None:
     with pytest.raises(SettingError) as caught:
         load({}, {name: value}, None)
     assert str(caught.value).startswith(problem)
     assert ("did you mean" in str(caught.value)) == ("did you mean" in problem)
 
 
-def test_a_mistake_is_reported_even_if_another_source_takes_precedence(config) -> None:
+def test_an_invalid_value_is_reported_even_if_another_source_takes_precedence(config) -> None:
     with pytest.raises(SettingError, match="port"):
         load({"port": "1"}, {}, config("port = 'x'"))
 
@@ -235,7 +235,7 @@ def test_one_source_cannot_give_both_listen_and_port(config, command_line, varia
 # --- options of the protocol ---
 
 
-def test_a_table_of_the_file_holds_the_protocol_and_its_options(config) -> None:
+def test_a_table_in_the_file_sets_the_protocol_and_its_options(config) -> None:
     file = config("[protocol]\nname = 'chat'\nmotd = 'a=b'\nrooms = ['x', 'y']\nlimit = 5\nopen = true\nrate = 1.5")
     loaded = load({}, {}, file)
     assert loaded.settings.protocol == "chat"
@@ -247,7 +247,7 @@ def test_a_table_of_the_file_holds_the_protocol_and_its_options(config) -> None:
     )
 
 
-def test_options_are_collected_from_all_sources_and_the_highest_decides(config) -> None:
+def test_options_are_merged_from_all_sources_by_precedence(config) -> None:
     loaded = load(
         {"protocol-option": ["rooms=3", "rooms=4"]},
         {"RTSERVICE_PROTOCOL_OPTION": "max-size=9 b=1"},
@@ -271,7 +271,7 @@ def test_options_are_collected_from_all_sources_and_the_highest_decides(config) 
         ),
     ],
 )
-def test_an_error_names_a_mistake_in_the_table(config, content, problem) -> None:
+def test_an_error_in_the_protocol_table_names_the_key(config, content, problem) -> None:
     file = config(content)
     with pytest.raises(SettingError, match=re.escape(f"{file}: {problem}")):
         load({}, {}, file)
@@ -291,11 +291,11 @@ def test_an_error_names_a_mistake_in_the_table(config, content, problem) -> None
         ("a=[1] b=[", ("a=[1]", "b=[")),
     ],
 )
-def test_a_json_array_in_a_variable_holds_options_with_blanks(value, options) -> None:
+def test_a_json_array_in_a_variable_may_have_options_with_spaces(value, options) -> None:
     assert load({}, {"RTSERVICE_PROTOCOL_OPTION": value}, None).settings.protocol_option == options
 
 
-def test_a_json_array_in_a_variable_holds_descriptions_with_blanks() -> None:
+def test_a_json_array_in_a_variable_may_have_descriptions_with_spaces() -> None:
     loaded = load({}, {"RTSERVICE_LISTEN": '["unix:/run/a b", "tcp:1"]'}, None)
     assert loaded.settings.listen == ("unix:/run/a b", "tcp:1")
 
@@ -311,7 +311,7 @@ def test_an_invalid_json_array_in_a_variable_is_rejected_and_not_shown(value) ->
     )
 
 
-def test_the_second_half_of_a_value_is_not_shown_but_its_position_is() -> None:
+def test_an_invalid_protocol_option_is_reported_by_position_without_its_text() -> None:
     with pytest.raises(SettingError) as caught:
         load({}, {"RTSERVICE_PROTOCOL_OPTION": "password=hunter2 and=1 more-of-hunter2"}, None)
     assert str(caught.value) == (

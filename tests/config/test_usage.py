@@ -1,4 +1,4 @@
-"""The help lists each option once, and fits a terminal."""
+"""The help lists each option once, and fits the width of a terminal."""
 
 import re
 
@@ -15,13 +15,13 @@ OTHERS = ("config", "check", "print-config", "version", "help")
 
 @pytest.fixture
 def lines(monkeypatch) -> list[str]:
-    """The lines of the help in a terminal of 80 columns."""
+    """Return the lines of the help in a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     return str(Options()).splitlines()
 
 
 def entries(lines: list[str]) -> dict[str, str]:
-    """The text of each entry, joined to one line, by the name of the option."""
+    """Return the text of each entry, joined to one line, by the name of the option."""
     found: dict[str, list[str]] = {}
     name = ""
     for line in lines:
@@ -58,7 +58,7 @@ def test_a_help_text_is_one_or_two_short_sentences(setting) -> None:
     assert len(setting.help.replace("`", "")) <= 160
 
 
-def test_what_users_need_first_is_listed_first(lines) -> None:
+def test_the_most_used_options_are_listed_first(lines) -> None:
     assert [*entries(lines)][:5] == ["port", "listen", "protocol", "workers", "status"]
     headings = [line.removesuffix(":") for line in lines if re.match(r"[A-Z][\w ]+:$", line)]
     assert headings[:3] == ["Examples", "Most used", "Configuration and help"]

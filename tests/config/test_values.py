@@ -1,4 +1,4 @@
-"""Each kind of value accepts the texts that it documents, and rejects all others with an error that names the text."""
+"""Each kind of value accepts the documented texts, and rejects all others with an error that quotes the text."""
 
 import ipaddress
 import re
@@ -29,7 +29,7 @@ from rtservice.config.values import (
         ("\udcff", b"\xff"),  # a byte of the command line that is not UTF-8
     ],
 )
-def test_escapes_become_bytes(text: str, value: bytes) -> None:
+def test_escapes_are_decoded_to_bytes(text: str, value: bytes) -> None:
     assert ESCAPED.parse(text) == value
 
 
@@ -40,18 +40,18 @@ def test_an_unknown_escape_is_rejected(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "11", "1.0", "1_0", " 5", "٣", "9" * 40])
-def test_a_text_that_is_no_number_in_range_is_rejected(text: str) -> None:
+def test_an_invalid_or_out_of_range_number_is_rejected(text: str) -> None:
     with pytest.raises(SettingError, match="whole number from 0 to 10"):
         whole_number(0, 10).parse(text)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0.09", "11", "1e0", "1.", ".5", "nan", "inf", "1 s", "9" * 40])
-def test_a_text_that_is_no_time_in_range_is_rejected(text: str) -> None:
+def test_an_invalid_or_out_of_range_time_is_rejected(text: str) -> None:
     with pytest.raises(SettingError, match=r"number of seconds from 0\.1 to 10$"):
         seconds(0.1, 10).parse(text)
 
 
-def test_a_word_is_accepted_beside_numbers() -> None:
+def test_a_keyword_is_accepted_besides_numbers() -> None:
     kind = either("auto", None, whole_number(1, 9))
     assert kind.parse("auto") is None
     assert kind.parse("9") == 9
@@ -70,7 +70,7 @@ def test_a_word_is_accepted_beside_numbers() -> None:
         ("::1, [2001:DB8::1],a", ("::1", "2001:db8::1", "a")),
     ],
 )
-def test_host_names_become_lower_case(text: str, hosts: tuple[str, ...]) -> None:
+def test_host_names_are_converted_to_lower_case(text: str, hosts: tuple[str, ...]) -> None:
     assert HOSTS.parse(text) == hosts
     assert HOSTS.parse(as_text(hosts)) == hosts
 

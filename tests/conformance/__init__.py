@@ -1,4 +1,4 @@
-"""Twisted's own tests on our reactor and our transports, beside the same tests on Twisted's.
+"""Twisted's test suite on the reactor and the transports of rtservice, compared with Twisted's epoll reactor.
 
-`python -m tests.conformance` runs them and fails when anything that passes on Twisted's does not pass on ours.
+`python -m tests.conformance` runs it, and fails when a test that passes on Twisted's reactor does not pass on ours.
 """

@@ -1,6 +1,6 @@
-"""Run Twisted's tests on our reactor and our transports beside Twisted's epoll reactor, and compare.
+"""Run Twisted's tests on our reactor and transports and on Twisted's epoll reactor, and compare the outcomes.
 
-Exits 0 when everything that passes there passes here, or is in `EXCEPTIONS` with its reason.
+Exits 0 when each test that passes on Twisted's passes on ours, or is in `EXCEPTIONS` with its reason.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ TESTS = (
     + _tests("twisted.protocols.test", "basic tls")
 )
 
-# What the transports reach of it.
+# The tests that use transports.
 TRANSPORT_TESTS = (
     _tests("twisted.internet.test", "core endpoints newtls socket tcp threads tls unix")
     + _tests("twisted.test", "amp ftp internet loopback policies sni ssl sslverify tcp unix")
     + _tests("twisted.protocols.test", "tls")
 )
 
-_SPARE = "Twisted closes whom it cannot serve for want of a descriptor; ours leaves them queued until there is one"
+_NO_DESCRIPTOR = "without a free descriptor Twisted closes new connections; ours leaves them in the backlog"
 _REPR = "it reads attributes and texts of Twisted's own class: sessionno, logstr, repr()"
 _DESCRIPTORS = "passing descriptors over UNIX sockets (IUNIXTransport) is not offered"
 
@@ -50,7 +50,7 @@ _DESCRIPTORS = "passing descriptors over UNIX sockets (IUNIXTransport) is not of
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "rtservice": {},
     "transports": {
-        "test_closePeerOnEMFILE": _SPARE,
+        "test_closePeerOnEMFILE": _NO_DESCRIPTOR,
         "test_serverAddressTCP4": _REPR,
         "test_serverAddressTCP6": _REPR,
         "test_serverRepr": _REPR,
@@ -62,42 +62,44 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     },
 }
 
-# A run with fewer than this compares little: an import that fails, say. Some three quarters of what passes now.
+# A run with fewer passed tests is invalid, such as one with a failed import: about 75% of the present number.
 LEAST_PASSED = {"rtservice": 1700, "transports": 900}
 
 RUN_SECONDS = 400
 
 
 def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
-    """The outcomes of one run; raises SystemExit when it gives none."""
-    with tempfile.TemporaryFile("w+") as said:
+    """Return the outcomes of one run; raise SystemExit when it returns none."""
+    with tempfile.TemporaryFile("w+") as error_output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.conformance.suite", reactor, *tests],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=said,
-            env={**os.environ, "PYTHONPATH": os.getcwd()},  # for children of tests, which run elsewhere
+            stderr=error_output,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},  # for child processes of tests
             start_new_session=True,
         )
         try:
             output, _ = process.communicate(timeout=RUN_SECONDS)
             outcomes: dict[str, str] = json.loads(output)
         except (subprocess.TimeoutExpired, ValueError) as problem:
-            said.seek(0)
-            raise SystemExit(f"{said.read()[-5000:]}\nthe run on {reactor} gave no outcomes: {problem!r}") from None
+            error_output.seek(0)
+            raise SystemExit(
+                f"{error_output.read()[-5000:]}\nthe run on {reactor} gave no outcomes: {problem!r}"
+            ) from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        said.seek(0)
-        report = said.read()
+        error_output.seek(0)
+        report = error_output.read()
     if any(outcome == "failed" for outcome in outcomes.values()) and "-v" in sys.argv:
         print(report)
     return outcomes
 
 
 def differences(there: dict[str, str], here: dict[str, str]) -> list[str]:
-    """The tests that pass there and not here."""
+    """Return the tests that pass in the first outcomes and not in the second."""
     return sorted(test for test, outcome in there.items() if outcome == "passed" and here.get(test) != "passed")
 
 
@@ -107,7 +109,7 @@ def counts(name: str, outcomes: dict[str, str]) -> str:
 
 
 def compare(ours: str, tests: Sequence[str]) -> bool:
-    """Run on Twisted's and on ours at once, print, and say whether ours is as good."""
+    """Run on Twisted's reactor and on ours concurrently, and print; return whether ours passes the same tests."""
     with ThreadPoolExecutor(2) as pool:
         theirs = pool.submit(run, "epoll", tests)
         here = pool.submit(run, ours, tests).result()
@@ -119,7 +121,7 @@ def compare(ours: str, tests: Sequence[str]) -> bool:
         if reason is not None:
             print(f"excepted: {test}: {reason}")
             continue
-        # Many of these tests race with the clock on a busy machine: what fails has to fail alone, too.
+        # Many of these tests depend on timing on a busy machine: a failed test is repeated alone.
         name = test.replace("_Tests", _SUFFIX[ours])
         again = run(ours, [name])
         if again.get(test) == "passed":
@@ -134,17 +136,17 @@ def compare(ours: str, tests: Sequence[str]) -> bool:
     return not different
 
 
-# How ReactorBuilder's test cases for a reactor end.
+# The suffix of ReactorBuilder's test cases for each reactor.
 _SUFFIX = {"rtservice": "_ReactorTests", "transports": "_AdoptingReactorTests"}
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no run is left behind
-    good = True
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # run() kills its process group on exit
+    passed_all = True
     for ours, tests in (("rtservice", TESTS), ("transports", TRANSPORT_TESTS)):
         print(f"== {ours} beside epoll", flush=True)
-        good = compare(ours, tests) and good
-    return 0 if good else 1
+        passed_all = compare(ours, tests) and passed_all
+    return 0 if passed_all else 1
 
 
 if __name__ == "__main__":

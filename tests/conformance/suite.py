@@ -1,8 +1,8 @@
 """One run of Twisted's tests on one reactor: `python -m tests.conformance.suite REACTOR TEST...`.
 
 The reactor is installed as `trial --reactor` does it, and is also the only one that Twisted's `ReactorBuilder` makes
-its test cases for. The outcome of each test goes to standard output as JSON; what tests print, and the tracebacks of
-those that fail, to standard error.
+its test cases for. The outcome of each test goes to standard output as JSON; the output of tests, and the tracebacks of
+failed ones, go to standard error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from twisted.application.reactors import installReactor
 from twisted.python.reflect import namedAny
 
-# What `--reactor` calls it, and what ReactorBuilder makes.
+# The name for `--reactor`, and the class for ReactorBuilder.
 REACTORS = {
     "epoll": ("epoll", "twisted.internet.epollreactor.EPollReactor"),
     "rtservice": ("rtservice", "rtservice.net.reactor.Reactor"),
@@ -28,15 +28,15 @@ REACTORS = {
 # ReactorBuilder puts the name of the reactor's class into that of each test case.
 _REACTOR_NAME = re.compile(r"_(EPollReactor|AdoptingReactor|Reactor)Tests\b")
 
-# Seconds, for what takes milliseconds: Twisted's two minutes would add up when something is broken.
+# Seconds. The tests take milliseconds; Twisted's default of two minutes would add up when many fail.
 _TIMEOUT = 10.0
 
 
 def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
-    """The outcome of each test by its name: passed, failed, skipped or todo."""
+    """Return the outcome of each test by its name: passed, failed, skipped or todo."""
     name, builder = REACTORS[reactor]
     installed: Any = installReactor(name)
-    # Only now: importing these imports the reactor.
+    # Imported after the reactor is installed, because these modules import it.
     from twisted.internet.test import reactormixins
     from twisted.trial import util
     from twisted.trial.reporter import Reporter
@@ -47,7 +47,7 @@ def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
 
         installed.__class__ = AdoptingReactor
     reactormixins.ReactorBuilder._reactors = [builder]
-    # By this name some tests know what epoll(7) cannot tell a reactor, and skip.
+    # Some tests skip by this class name because of limits of epoll(7).
     namedAny(builder).__name__ = "EPollReactor"
     reactormixins.DEFAULT_TIMEOUT_DURATION = util.DEFAULT_TIMEOUT_DURATION = _TIMEOUT
     outcomes: dict[str, str] = {}
@@ -55,7 +55,7 @@ def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
     class Recorder(Reporter):
         def _record(self, test: Any, outcome: str) -> None:
             key = _REACTOR_NAME.sub("_Tests", test.id())
-            # What fails in the clean-up is reported after the test itself, and counts.
+            # A failure in the clean-up is reported after the test itself, and takes precedence.
             if outcomes.get(key) != "failed":
                 outcomes[key] = outcome
 
@@ -85,7 +85,7 @@ def run(reactor: str, tests: Sequence[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    # Tests, and the processes that they run, write to standard output: the answer needs one of its own.
+    # Tests and their child processes write to standard output: the outcomes get a separate descriptor.
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
         json.dump(run(sys.argv[1], sys.argv[2:]), answer)

@@ -1,4 +1,4 @@
-"""A reactor whose listening ports make our `Connection`, so that Twisted's tests of transports reach it."""
+"""A reactor with listening ports that create our `Connection`, for Twisted's tests of transports."""
 
 import socket
 from typing import Any
@@ -12,7 +12,7 @@ from rtservice.net.reactor import Reactor
 
 
 class _Adopted:
-    """Twisted's port binds, closes and says so in the log, as its tests want it; ours accepts on its socket."""
+    """Twisted's port binds, closes and logs, as its tests expect; our port accepts on its socket."""
 
     reactor: Any
     socket: Any
@@ -39,7 +39,7 @@ class _UNIXPort(_Adopted, unix.Port):
 
 
 class AdoptingReactor(Reactor):
-    """Ours, with Twisted's TLS on top where a test asks for listenSSL."""
+    """Our reactor, with Twisted's TLS on top in tests that use listenSSL."""
 
     def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> _TCPPort:
         listening = _TCPPort(port, factory, backlog, interface, self)
@@ -66,5 +66,5 @@ class AdoptingReactor(Reactor):
 
 
 def install() -> None:
-    """For tests that run a child on the reactor that they run on."""
+    """Install the reactor; tests that run it in a child process call this."""
     installReactor(AdoptingReactor())

@@ -18,7 +18,7 @@ from tests.support.listeners import described
 
 @pytest.fixture
 def serve():
-    """Serves a factory on a free loopback port; gives its address and the closed connections."""
+    """Serve a factory on a free loopback port; return its address and the closed connections."""
     started = []
     connections: set[Any] = set()
     idle: list[Deferred] = []  # fires when the last connection has ended
@@ -54,7 +54,7 @@ def serve():
 
 @pytest.fixture
 def opened():
-    """Opens descriptions, and closes what it opened."""
+    """Open descriptions; the listeners are closed after the test."""
     listeners: list[Listener] = []
 
     def open_all(description: str) -> list[Listener]:
@@ -69,7 +69,7 @@ def opened():
 
 @pytest.fixture
 def open_secure(certificates):
-    """Opens an `ssl:` description in which {NAME} is a file of the certificates; gives its Listener."""
+    """Open an `ssl:` description in which {NAME} is a file of the certificates; return its Listener."""
     listeners: list[Listener] = []
 
     def open_one(description: str) -> Listener:
@@ -84,7 +84,7 @@ def open_secure(certificates):
 
 @pytest.fixture
 def logged() -> Iterator[list[Any]]:
-    """The errors that are logged during the test."""
+    """The errors logged during the test."""
     events: list[Any] = []
 
     def observe(event: Any) -> None:

@@ -1,4 +1,4 @@
-"""Listening sockets that a service manager passes."""
+"""Listening sockets passed by a service manager."""
 
 import contextlib
 import fcntl
@@ -24,7 +24,7 @@ from tests.support.programs import program
 
 @pytest.fixture
 def pass_sockets(monkeypatch):
-    """Passes listening sockets as a service manager would, with LISTEN_FDNAMES or without."""
+    """Pass listening sockets as a service manager does, with or without LISTEN_FDNAMES."""
     with contextlib.ExitStack() as stack:
 
         def pass_all(*sockets: socket.socket, names: str | None = None) -> None:
@@ -53,25 +53,25 @@ def six_socket() -> socket.socket:
 @needs_ipv6
 @pytest.mark.parametrize("names", [None, "", "a:b:c", "a"])
 @pytest.mark.parametrize("description", ["systemd:", "systemd"])
-def test_all_sockets_that_are_passed_are_adopted_named_or_not(
+def test_all_passed_sockets_are_adopted_with_and_without_names(
     opened, pass_sockets, tmp_path, names, description
 ) -> None:
     passed = [tcp_socket(), six_socket(), unix_socket(f"{tmp_path}/s")]
     pass_sockets(*passed, names=names)
     found = opened(description)
-    assert [one.name for one in found] == [
+    assert [listener.name for listener in found] == [
         f"tcp:127.0.0.1:{passed[0].getsockname()[1]}",
         f"tcp:[::1]:{passed[1].getsockname()[1]}",
         f"unix:{tmp_path}/s",
     ]
-    assert all(one.shared and not one.socket.getblocking() for one in found)
-    for one in found:
-        one.close()
+    assert all(listener.shared and not listener.socket.getblocking() for listener in found)
+    for listener in found:
+        listener.close()
     assert (tmp_path / "s").exists()
     assert all(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in passed)
 
 
-def test_passed_sockets_are_chosen_by_name_and_by_index(opened, pass_sockets) -> None:
+def test_passed_sockets_are_selected_by_name_or_index(opened, pass_sockets) -> None:
     passed = [tcp_socket(), tcp_socket(), tcp_socket()]
     names = [f"tcp:127.0.0.1:{sock.getsockname()[1]}" for sock in passed]
     pass_sockets(*passed, names="web:other:web")
@@ -81,7 +81,7 @@ def test_passed_sockets_are_chosen_by_name_and_by_index(opened, pass_sockets) ->
         ("systemd:index=1", [names[1]]),
         ("systemd:domain=INET", names),
     ):
-        assert [one.name for one in opened(description)] == chosen
+        assert [listener.name for listener in opened(description)] == chosen
         check_description(description)
 
 
@@ -93,12 +93,12 @@ def test_passed_sockets_are_chosen_by_name_and_by_index(opened, pass_sockets) ->
         ("systemd:domain=INET6", "descriptor 300 is of domain INET, not 'INET6'"),
     ],
 )
-def test_a_passed_socket_that_is_not_there_is_refused_with_what_is(pass_sockets, description, problem) -> None:
+def test_a_missing_passed_socket_is_an_error_that_lists_the_passed_ones(pass_sockets, description, problem) -> None:
     pass_sockets(tcp_socket(), names="rt")
     assert refusal(description) == problem
 
 
-def test_a_passed_socket_that_does_not_listen_is_refused_and_the_others_are_let_go(pass_sockets) -> None:
+def test_a_passed_socket_that_does_not_listen_is_rejected_and_the_others_are_closed(pass_sockets) -> None:
     before = len(os.listdir("/proc/self/fd"))
     pass_sockets(tcp_socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     passed = len(os.listdir("/proc/self/fd"))
@@ -107,7 +107,7 @@ def test_a_passed_socket_that_does_not_listen_is_refused_and_the_others_are_let_
 
 
 def passed_descriptors() -> dict[str, Callable[[pathlib.Path], Any]]:
-    """What is no socket that can be served, by how it is refused; each made in a directory."""
+    """Factories of descriptors that cannot be served, by kind; each takes a directory."""
 
     def sequenced(directory: pathlib.Path) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -140,7 +140,7 @@ def passed_descriptors() -> dict[str, Callable[[pathlib.Path], Any]]:
 
 
 class Directory:
-    """A directory that is open."""
+    """An open directory."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -156,23 +156,21 @@ class Directory:
 
 
 @pytest.mark.parametrize("kind", passed_descriptors())
-def test_what_a_service_manager_passes_and_nobody_can_serve_is_refused_with_its_number(
-    pass_sockets, tmp_path, kind
-) -> None:
+def test_an_unusable_passed_descriptor_is_rejected_with_its_number(pass_sockets, tmp_path, kind) -> None:
     pass_sockets(tcp_socket(), passed_descriptors()[kind](tmp_path))
     expected = "is not a socket" if kind in ("pipe", "file", "directory") else "is not a listening stream socket"
     assert refusal("systemd:") == f"descriptor 301 {expected}"
 
 
-def test_a_descriptor_that_is_closed_is_refused(pass_sockets) -> None:
+def test_a_closed_descriptor_is_rejected(pass_sockets) -> None:
     pass_sockets(tcp_socket())
-    activation._initial_environment()["LISTEN_FDS"] = "2"  # type: ignore[index]  # it is the test's own
+    activation._initial_environment()["LISTEN_FDS"] = "2"  # type: ignore[index]  # replaced by the fixture
     assert refusal("systemd:") == "descriptor 301 cannot be used: bad file descriptor"
 
 
-def test_more_descriptors_than_there_can_be_are_refused_and_cost_nothing(pass_sockets) -> None:
+def test_an_impossible_number_of_descriptors_is_rejected_cheaply(pass_sockets) -> None:
     pass_sockets(tcp_socket())
-    activation._initial_environment()["LISTEN_FDS"] = "9" * 18  # type: ignore[index]  # it is the test's own
+    activation._initial_environment()["LISTEN_FDS"] = "9" * 18  # type: ignore[index]  # replaced by the fixture
     assert refusal("systemd:") == f"LISTEN_FDS is {'9' * 18}, which is more than the descriptor limit of a process"
 
 
@@ -185,19 +183,19 @@ def test_more_descriptors_than_there_can_be_are_refused_and_cost_nothing(pass_so
             "a socket of AF_VSOCK; accepted are AF_INET, AF_INET6 and AF_UNIX",
         ),
         (socket.AddressFamily.AF_TIPC, 0, "a socket of AF_TIPC; accepted are AF_INET, AF_INET6 and AF_UNIX"),
-        # AF_SMC, of which Python knows no name.
+        # AF_SMC, which has no name in Python.
         (43, 0, "a socket of address family 43; accepted are AF_INET, AF_INET6 and AF_UNIX"),
         (socket.AF_INET, 132, "a socket of protocol 132; accepted are TCP and MPTCP"),  # IPPROTO_SCTP
         (socket.AF_INET6, 256, "a socket of protocol 256; accepted are TCP and MPTCP"),  # IPPROTO_SMC
     ],
 )
-def test_a_listening_socket_of_a_foreign_family_or_protocol_is_refused(family, proto, problem) -> None:
+def test_a_listening_socket_of_an_unsupported_family_or_protocol_is_rejected(family, proto, problem) -> None:
     sock: Any = SimpleNamespace(family=family, type=socket.SOCK_STREAM, proto=proto, getsockopt=lambda level, option: 1)
     for domain in (None, "VSOCK"):
         assert activation._unfit(sock, domain) == f"is {problem}"
 
 
-def test_a_socket_of_multipath_tcp_is_served(opened, pass_sockets) -> None:
+def test_a_multipath_tcp_socket_is_served(opened, pass_sockets) -> None:
     try:
         multipath = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)  # IPPROTO_MPTCP, which Python 3.11 lacks
     except OSError:
@@ -205,17 +203,19 @@ def test_a_socket_of_multipath_tcp_is_served(opened, pass_sockets) -> None:
     multipath.bind(("127.0.0.1", 0))
     multipath.listen()
     pass_sockets(multipath)
-    assert [one.name for one in opened("systemd:domain=INET")] == [f"tcp:127.0.0.1:{multipath.getsockname()[1]}"]
+    assert [listener.name for listener in opened("systemd:domain=INET")] == [
+        f"tcp:127.0.0.1:{multipath.getsockname()[1]}"
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract UNIX addresses are Linux's")
-def test_an_abstract_unix_socket_has_a_name_that_can_be_logged(opened, pass_sockets) -> None:
+def test_an_abstract_unix_socket_has_a_printable_name(opened, pass_sockets) -> None:
     abstract = f"rtservice-{os.getpid()}"
     pass_sockets(unix_socket(f"\0{abstract}"), unix_socket(f"\0{abstract}\0\xff".encode("latin-1")))
-    assert [one.name for one in opened("systemd:")] == [f"unix:@{abstract}", f"unix:@{abstract}@\\xff"]
+    assert [listener.name for listener in opened("systemd:")] == [f"unix:@{abstract}", f"unix:@{abstract}@\\xff"]
 
 
-def test_ssl_and_proxy_go_before_passed_sockets(opened, pass_sockets, certificates) -> None:
+def test_ssl_and_proxy_prefixes_apply_to_passed_sockets(opened, pass_sockets, certificates) -> None:
     passed = [tcp_socket(), tcp_socket()]
     ports = [sock.getsockname()[1] for sock in passed]
     pass_sockets(*passed, names="plain:web")
@@ -225,18 +225,18 @@ def test_ssl_and_proxy_go_before_passed_sockets(opened, pass_sockets, certificat
     (plain,) = opened("proxy:systemd:name=plain")
     assert (plain.name, plain.shared, plain.proxied) == (f"proxy:tcp:127.0.0.1:{ports[0]}", True, True)
     both = opened(described(certificates, f"proxy:ssl:systemd:{FILES}"))
-    assert [one.name for one in both] == [f"proxy:ssl:127.0.0.1:{port}" for port in ports]
+    assert [listener.name for listener in both] == [f"proxy:ssl:127.0.0.1:{port}" for port in ports]
 
 
-def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certificates) -> None:
+def test_a_service_serves_tls_on_passed_sockets(service, certificates) -> None:
     description = described(certificates, f"--listen=ssl:systemd:{FILES}")
-    one = service(description, launcher=program("pass_sockets", "", "tcp,tcp"))
+    running = service(description, launcher=program("pass_sockets", "", "tcp,tcp"))
     client = ssl.create_default_context(cafile=certificates["ca.pem"])
     for count in (1, 2):
         port = int(
-            one.wait_event("listener.listening", count, listener=re.compile("^ssl:127.0.0.1:"))["listener"].rpartition(
-                ":"
-            )[2]
+            running.wait_event("listener.listening", count, listener=re.compile("^ssl:127.0.0.1:"))[
+                "listener"
+            ].rpartition(":")[2]
         )
         with (
             socket.create_connection(("127.0.0.1", port), timeout=30) as sock,
@@ -247,11 +247,11 @@ def test_a_service_speaks_tls_on_the_sockets_that_it_is_passed(service, certific
 
 @pytest.mark.parametrize("arguments", [(), ("",), ("a=b", "", "LISTEN_PID=7")])
 @pytest.mark.parametrize("variables", [{"LISTEN_PID": "1", "X": "=", "E": "", "Ä": "\udcff" * 5}, {"LISTEN_PID": "1"}])
-def test_the_initial_environment_is_found_without_proc(arguments, variables) -> None:
+def test_the_initial_environment_is_read_without_proc(arguments, variables) -> None:
     subprocess.run(program("initial_environment", *arguments), env=variables, check=True)
 
 
-def test_a_c_library_that_tells_nothing_leaves_the_environment_of_now(monkeypatch) -> None:
+def test_the_current_environment_is_used_if_the_c_library_has_no_initial_one(monkeypatch) -> None:
     def missing(name, *how):
         raise OSError(name)
 

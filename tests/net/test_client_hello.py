@@ -1,4 +1,4 @@
-"""The ClientHello as read before OpenSSL: never another ALPN than what OpenSSL sees, never an exception, bounded."""
+"""The ClientHello parser: it finds the same ALPN as OpenSSL, raises no exception, and uses bounded memory."""
 
 import random
 import shutil
@@ -31,16 +31,16 @@ SHORT = client_hello([29], (29, b"\x09" + bytes(31)))
 @pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("alpn", [None, ["echo"], ["h2", "http/1.1"], ["x" * 255, "y"]])
 @pytest.mark.parametrize("name", [None, "localhost"])
-def test_what_a_client_of_ssl_offers_is_read(maximum, alpn, name) -> None:
+def test_the_client_hello_of_the_ssl_module_is_parsed(maximum, alpn, name) -> None:
     found = parse_client_hello(real_hello(alpn=alpn, name=name, maximum=maximum))
     assert found == ClientHello(
-        None if alpn is None else tuple(one.encode() for one in alpn), None if name is None else name.encode()
+        None if alpn is None else tuple(protocol.encode() for protocol in alpn), None if name is None else name.encode()
     )
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl (Debian: openssl) is not installed")
 @pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3", "-no_tls1_3"])
-def test_what_s_client_offers_is_read(version) -> None:
+def test_the_client_hello_of_s_client_is_parsed(version) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(30)
         command = ["openssl", "s_client", "-connect", f"127.0.0.1:{server.getsockname()[1]}", version]
@@ -57,7 +57,7 @@ def test_what_s_client_offers_is_read(version) -> None:
     assert found == ClientHello((b"echo", b"h2"), b"a.example")
 
 
-def test_a_hello_may_come_in_two_pieces_cut_anywhere() -> None:
+def test_a_client_hello_may_be_split_at_any_byte() -> None:
     hello = real_hello(alpn=["echo", "h2"], name="localhost")
     for cut in range(len(hello)):
         reader = ClientHelloReader()
@@ -67,7 +67,7 @@ def test_a_hello_may_come_in_two_pieces_cut_anywhere() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 255])
-def test_a_hello_may_be_in_several_records_and_come_byte_by_byte(size) -> None:
+def test_a_client_hello_may_span_records_and_arrive_byte_by_byte(size) -> None:
     data = b"".join(fragmented(message(real_hello(alpn=["echo"])), [size]))
     reader = ClientHelloReader()
     for at in range(len(data) - 1):
@@ -112,17 +112,17 @@ def test_a_hello_may_be_in_several_records_and_come_byte_by_byte(size) -> None:
         (record(b"\1\0\0\x29\3\3" + bytes(33) + b"\0\2\x13\1\1\0"), ClientHello(None, None)),
     ],
 )
-def test_each_kind_of_first_bytes_has_its_answer(data, found) -> None:
+def test_first_bytes_are_classified(data, found) -> None:
     assert parse_client_hello(data) == found
 
 
-def test_the_answer_stays_once_it_is_there() -> None:
+def test_a_classification_is_final() -> None:
     reader = ClientHelloReader()
     assert reader.feed(b"x") is Unread.OTHER
     assert reader.feed(real_hello()) is Unread.OTHER
 
 
-def test_what_is_held_is_bounded() -> None:
+def test_buffered_bytes_are_bounded() -> None:
     reader = ClientHelloReader()
     piece = record(b"\1\0\x40\0"[:1])
     fed = 0
@@ -137,11 +137,11 @@ def test_what_is_held_is_bounded() -> None:
 
 @pytest.fixture(scope="module")
 def seen_by_openssl(certificates):
-    """What the OpenSSL of pyOpenSSL makes of first bytes: the ALPN protocols, the name, and its answer.
+    """Return what pyOpenSSL's OpenSSL finds in the first bytes: the ALPN protocols, the server name, and its answer.
 
-    The first is None when OpenSSL does not ask for a choice.
+    The ALPN protocols are None if OpenSSL does not call the ALPN callback.
     """
-    SSL = pytest.importorskip("OpenSSL.SSL")  # noqa: N806  # its name
+    SSL = pytest.importorskip("OpenSSL.SSL")  # noqa: N806  # the name of the module
     asked: list[list[bytes]] = []
     names: list[bytes | None] = []
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
@@ -172,7 +172,7 @@ def seen_by_openssl(certificates):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_openssl_never_sees_another_alpn_than_what_is_read(seen_by_openssl, seed) -> None:
+def test_openssl_sees_the_same_alpn_as_the_parser(seen_by_openssl, seed) -> None:
     dice = random.Random(seed)
     counts = dict.fromkeys(("same", "none", "left", "refused"), 0)
     for data in mutated_hellos(seed, 400):
@@ -186,26 +186,26 @@ def test_openssl_never_sees_another_alpn_than_what_is_read(seen_by_openssl, seed
         assert found == parse_client_hello(data)
         alpn, name, answer = seen_by_openssl(data)
         goes_on = answer[:1] == b"\x16"
-        shown = data.hex()
+        hexadecimal = data.hex()
         if isinstance(found, ClientHello):
             if alpn is not None:
-                assert found.alpn == alpn, shown
+                assert found.alpn == alpn, hexadecimal
             elif goes_on:
-                assert found.alpn is None, shown
+                assert found.alpn is None, hexadecimal
             if goes_on and name is not None:
-                assert found.server_name == name, shown
+                assert found.server_name == name, hexadecimal
             counts["none" if alpn is None else "same"] += 1
         elif found in (Unread.MISPLACED, Unread.TOO_LARGE):
             counts["refused"] += 1
-        else:  # OpenSSL's turn, which cannot have been offered a choice
-            assert alpn is None, shown
+        else:  # passed to OpenSSL, which must not find ALPN protocols
+            assert alpn is None, hexadecimal
             counts["left"] += 1
     assert min(counts.values()) > 5, counts
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_client_that_ssl_serves_without_its_alpn_has_not_passed_the_gate(certificates, seed) -> None:
-    """With the OpenSSL of `ssl`, which is another one."""
+def test_clients_past_the_gate_have_a_common_protocol_or_offered_none(certificates, seed) -> None:
+    """Against the OpenSSL of `ssl`, which may differ from pyOpenSSL's."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates["server.pem"], certificates["server.key"])
     context.set_alpn_protocols(["echo"])
@@ -218,24 +218,24 @@ def test_a_client_that_ssl_serves_without_its_alpn_has_not_passed_the_gate(certi
         connection = context.wrap_bio(incoming, outgoing, server_side=True)
         with suppress(ssl.SSLError):
             connection.do_handshake()
-        shown = data.hex()
+        hexadecimal = data.hex()
         if outgoing.read(1) != b"\x16":
             counts["failed"] += 1
         elif isinstance(passed, HandshakeRejection):
-            assert not isinstance(found, ClientHello) or connection.selected_alpn_protocol() is None, shown
+            assert not isinstance(found, ClientHello) or connection.selected_alpn_protocol() is None, hexadecimal
             counts["refused"] += 1
         elif connection.selected_alpn_protocol() == "echo":
-            assert isinstance(found, ClientHello), shown
-            assert b"echo" in (found.alpn or ()), shown
+            assert isinstance(found, ClientHello), hexadecimal
+            assert b"echo" in (found.alpn or ()), hexadecimal
             counts["chosen"] += 1
         else:
-            assert found == ClientHello(None, found.server_name), shown
+            assert found == ClientHello(None, found.server_name), hexadecimal
             counts["without"] += 1
     assert min(counts.values()) > 5, counts
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_bytes_are_no_exception(seed) -> None:
+def test_random_bytes_raise_no_exception(seed) -> None:
     dice = random.Random(seed)
     for _ in range(2000):
         data = dice.choice((b"", b"\x16", b"\x16\x03\x01", SHORT[: dice.randrange(len(SHORT))]))
@@ -247,7 +247,7 @@ def test_random_bytes_are_no_exception(seed) -> None:
 
 @pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("offered", [None, ["echo"], ["h2", "echo"]])
-def test_the_gate_gives_every_byte_on_once_a_protocol_is_ours_or_none_is_asked_for(maximum, offered) -> None:
+def test_the_gate_passes_every_byte_of_clients_with_a_common_protocol_or_no_alpn(maximum, offered) -> None:
     hello = real_hello(alpn=offered, maximum=maximum) + b"and more"
     for cut in range(1, len(hello), 7):
         gate = ALPNGate((b"echo",))
@@ -269,14 +269,14 @@ def test_the_gate_gives_every_byte_on_once_a_protocol_is_ours_or_none_is_asked_f
         (record(b"\1\0\x40\1"), ILLEGAL_PARAMETER),
     ],
 )
-def test_the_gate_refuses_what_has_none_of_our_protocols_or_hides_them(data, alert) -> None:
+def test_the_gate_rejects_a_client_hello_without_a_common_or_readable_protocol(data, alert) -> None:
     refusal = ALPNGate((b"echo",)).feed(data)
     assert isinstance(refusal, HandshakeRejection)
     assert refusal.alert == alert
     assert refusal.reason
 
 
-def test_what_is_no_hello_is_left_to_openssl() -> None:
+def test_first_bytes_that_are_no_client_hello_are_passed_to_openssl() -> None:
     assert ALPNGate((b"echo",)).feed(b"GET / HTTP/1.1\r\n") == b"GET / HTTP/1.1\r\n"
 
 
@@ -289,7 +289,7 @@ def test_what_is_no_hello_is_left_to_openssl() -> None:
     ],
 )
 @pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_a_client_understands_the_alert(alert, words, maximum) -> None:
+def test_a_client_reports_the_alert(alert, words, maximum) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.maximum_version = maximum
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -302,8 +302,8 @@ def test_a_client_understands_the_alert(alert, words, maximum) -> None:
     assert words in str(caught.value).lower().replace("_", " ")
 
 
-def test_the_bounds_hold_while_many_threads_use_gates_of_their_own() -> None:
-    """No state is shared."""
+def test_memory_is_bounded_while_many_threads_use_separate_gates() -> None:
+    """Gates share no state."""
     hello = real_hello(alpn=["echo"])
     results: list[object] = []
 
@@ -316,4 +316,4 @@ def test_the_bounds_hold_while_many_threads_use_gates_of_their_own() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [one for one in results if one is not None] == [hello] * 4
+    assert [result for result in results if result is not None] == [hello] * 4

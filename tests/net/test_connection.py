@@ -1,4 +1,4 @@
-"""Connections: the contract of a transport, on loopback sockets and the real reactor."""
+"""Connections: the ITransport contract, on loopback sockets and the real reactor."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ from tests.support.reset import reset
 
 
 def talk(address, *steps) -> bytes:
-    """A blocking client: sends bytes steps, or calls a step with the socket; then reads to the end."""
+    """Run a blocking client: send each bytes step, call each other step with the socket, then read until EOF."""
     family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
     with socket.socket(family) as sock:
         sock.settimeout(DEADLINE)
@@ -49,7 +49,7 @@ def connected(address) -> socket.socket:
 
 
 @pytest_twisted.inlineCallbacks
-def test_half_close_echoes_everything_received_also_for_a_protocol_that_knows_nothing_of_it(serve):
+def test_half_close_echoes_everything_received_even_without_ihalfcloseableprotocol(serve):
     factory = Recording()
     address, closed = serve(factory)
     data = os.urandom(4 << 20)
@@ -63,7 +63,7 @@ def test_half_close_echoes_everything_received_also_for_a_protocol_that_knows_no
 
 
 def exchange(address, data: bytes) -> bytes:
-    """Send and read at the same time, as nc does."""
+    """Send and read concurrently, as nc does."""
     with connected(address) as sock:
 
         def send():
@@ -80,7 +80,7 @@ def exchange(address, data: bytes) -> bytes:
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_had_already_finished_gets_all_that_is_written_on_connect(serve):
+def test_a_client_that_half_closed_before_accept_receives_all_data(serve):
     data = os.urandom(4 << 20)
     address, _ = serve(Recording(on_connect=lambda protocol: protocol.transport.write(data)))
     for _ in range(20):
@@ -89,7 +89,7 @@ def test_a_client_that_had_already_finished_gets_all_that_is_written_on_connect(
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_thousand_writes_in_one_event_are_one_send_in_order(serve):
+def test_a_thousand_writes_in_one_event_are_sent_in_order_in_one_send(serve):
     def write_many(protocol, data):
         transport = protocol.transport
         send = transport._send
@@ -123,7 +123,7 @@ def test_lose_connection_right_after_a_large_write_delivers_everything(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_transport_that_is_its_own_producer_and_paused_delivers_everything_and_closes(serve):
+def test_a_paused_transport_registered_as_its_own_producer_delivers_everything_and_closes(serve):
     data = os.urandom(4 << 20)
 
     def write_and_close(protocol):
@@ -140,7 +140,7 @@ def test_a_transport_that_is_its_own_producer_and_paused_delivers_everything_and
 
 
 @pytest_twisted.inlineCallbacks
-def test_writes_of_a_timer_are_sent(serve):
+def test_writes_from_a_timer_are_sent(serve):
     def later(protocol, data):
         reactor.callLater(0, protocol.transport.write, b"one")
         reactor.callLater(0, protocol.transport.writeSequence, [b"two", b"three"])
@@ -152,7 +152,7 @@ def test_writes_of_a_timer_are_sent(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_pull_producer_gives_its_whole_content(serve):
+def test_a_pull_producer_sends_its_whole_content(serve):
     class Puller:
         left = 500
 
@@ -178,7 +178,7 @@ def test_a_pull_producer_gives_its_whole_content(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_an_end_of_ours_does_not_wait_for_a_producer_that_was_waited_for(serve):
+def test_close_after_lose_connection_does_not_wait_for_the_producer(serve):
     class Silent:
         def resumeProducing(self):
             pass
@@ -198,7 +198,7 @@ def test_an_end_of_ours_does_not_wait_for_a_producer_that_was_waited_for(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_push_producer_is_paused_above_64_kib_and_resumed_when_all_is_sent(serve):
+def test_a_push_producer_is_paused_above_64_kib_and_resumed_when_all_data_is_sent(serve):
     calls: list[str] = []
 
     class Pusher:
@@ -229,7 +229,7 @@ def test_a_push_producer_is_paused_above_64_kib_and_resumed_when_all_is_sent(ser
 
 
 @pytest_twisted.inlineCallbacks
-def test_fifty_megabytes_to_a_slow_reader_arrive_with_little_of_them_in_memory(serve):
+def test_a_slow_reader_receives_fifty_megabytes_in_bounded_memory(serve):
     pieces, unsent = 50, []
 
     class Pusher:
@@ -270,7 +270,7 @@ def test_fifty_megabytes_to_a_slow_reader_arrive_with_little_of_them_in_memory(s
 
 
 @pytest_twisted.inlineCallbacks
-def test_lose_write_connection_sends_fin_and_goes_on_reading(serve):
+def test_lose_write_connection_sends_fin_and_continues_reading(serve):
     received: list[bytes] = []
 
     def on_data(protocol, data):
@@ -297,11 +297,11 @@ def test_lose_write_connection_sends_fin_and_goes_on_reading(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_abort_resets_the_peer_and_drops_what_is_unsent(serve):
+def test_abort_resets_the_connection_and_drops_unsent_data(serve):
     def abort(protocol, data):
         protocol.transport.write(b"never")
         protocol.transport.abortConnection()
-        assert not factory.lost  # the protocol hears of it in a later event
+        assert not factory.lost  # connectionLost is called in a later event
 
     factory = Recording(on_data=abort)
     address, closed = serve(factory)
@@ -313,7 +313,7 @@ def test_abort_resets_the_peer_and_drops_what_is_unsent(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_resets_ends_its_connection_with_the_error(serve):
+def test_a_client_reset_ends_the_connection_with_the_error(serve):
     factory = Recording()
     address, closed = serve(factory)
 
@@ -329,7 +329,7 @@ def test_a_peer_that_resets_ends_its_connection_with_the_error(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_resets_while_much_is_unsent_ends_its_connection(serve):
+def test_a_client_reset_with_much_unsent_data_ends_the_connection(serve):
     factory = Recording(on_connect=lambda protocol: protocol.transport.write(b"x" * (50 << 20)))
     address, _ = serve(factory)
     yield deferToThread(lambda: reset(connected(address)))
@@ -339,7 +339,7 @@ def test_a_peer_that_resets_while_much_is_unsent_ends_its_connection(serve):
 
 @pytest.mark.parametrize("where", ["on_connect", "on_data", "on_fin"])
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(serve, where):
+def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(serve, where):
     def fail(*_):
         raise ZeroDivisionError("of the test")
 
@@ -355,7 +355,7 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
     bystander = yield deferToThread(connected, good_address)
     globalLogPublisher.addObserver(others)
     try:
-        with contextlib.suppress(OSError):  # a reset may meet the client at any of its steps
+        with contextlib.suppress(OSError):  # the reset may interrupt any of the client's steps
             yield deferToThread(talk, address, b"x", finish)
         reason = yield factory.end()
         assert isinstance(reason, ZeroDivisionError)
@@ -370,7 +370,7 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
 
 @pytest.mark.parametrize("build", [lambda address: None, lambda address: 1 / 0], ids=["None", "raises"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, build):
+def test_a_connection_is_closed_if_no_protocol_is_built(serve, build):
     factory = Recording()
     factory.buildProtocol = build
     address, _ = serve(factory)
@@ -379,16 +379,16 @@ def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, build):
 
 
 @pytest_twisted.inlineCallbacks
-def test_addresses_are_those_of_the_socket(serve, tmp_path):
+def test_peer_and_host_addresses_are_those_of_the_socket(serve, tmp_path):
     seen = []
 
-    def look(protocol):
+    def record_addresses(protocol):
         seen.append((protocol.transport.getPeer(), protocol.transport.getHost(), protocol.transport.getTcpNoDelay()))
         protocol.transport.loseConnection()
 
-    address, _ = serve(Recording(on_connect=look))
+    address, _ = serve(Recording(on_connect=record_addresses))
     yield deferToThread(talk, address)
-    path, _ = serve(Recording(on_connect=look), f"unix:{tmp_path}/s")
+    path, _ = serve(Recording(on_connect=record_addresses), f"unix:{tmp_path}/s")
     yield deferToThread(talk, path)
     (tcp_peer, tcp_host, no_delay), (unix_peer, unix_host, _) = seen
     assert (tcp_peer.host, tcp_host.host, tcp_host.port, no_delay) == ("127.0.0.1", "127.0.0.1", address[1], True)
@@ -396,7 +396,7 @@ def test_addresses_are_those_of_the_socket(serve, tmp_path):
 
 
 @pytest.mark.parametrize("data", ["text", 5, None])
-def test_write_takes_bytes_alone(data) -> None:
+def test_write_rejects_other_types_than_bytes(data) -> None:
     near, far = socket.socketpair()
     with near, far:
         port = Port(MemoryReactorClock(), near, None, name="test")
@@ -411,7 +411,7 @@ class Text(bytes):
 
 @pytest.mark.parametrize("data", [Text(b"x"), bytearray(b"x"), memoryview(b"x")], ids=["subclass", "bytearray", "view"])
 @pytest_twisted.inlineCallbacks
-def test_write_takes_all_kinds_of_bytes(serve, data):
+def test_write_accepts_all_bytes_like_types(serve, data):
     def write_and_close(protocol):
         protocol.transport.write(data)
         protocol.transport.loseConnection()

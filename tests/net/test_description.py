@@ -1,4 +1,4 @@
-"""The grammar of descriptions: one text is read in one way, or refused in one line that says what to write."""
+"""The grammar of descriptions: a text has exactly one meaning, or is rejected with one line that says what to write."""
 
 import contextlib
 import random
@@ -23,7 +23,7 @@ def read(text: str) -> tuple[object, ...]:
 
 
 def tcp(port: str, interface: str | None = None, *types: str, **keywords: str) -> tuple[object, ...]:
-    """What a description of these types is read as, with a port and, as a keyword, an interface."""
+    """Return the parts of a TCP description with this port and interface."""
     return types or ("tcp",), (port,), {**({} if interface is None else {"interface": interface}), **keywords}
 
 
@@ -33,7 +33,7 @@ V6 = "2001:db8::1"
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        # A port alone.
+        # Only a port.
         ("8080", tcp("8080")),
         ("tcp:8080", tcp("8080")),
         (":8080", tcp("8080")),
@@ -42,7 +42,7 @@ V6 = "2001:db8::1"
         ("proxy::8080", tcp("8080", None, "proxy", "tcp")),
         ("8080:backlog=5", tcp("8080", backlog="5")),
         ("8080:interface=::1:backlog=5", tcp("8080", "::1", backlog="5")),
-        # HOST:PORT, as people and as our log write it.
+        # HOST:PORT, as users and the log write it.
         ("localhost:8080", tcp("8080", "localhost")),
         ("127.0.0.1:8080", tcp("8080", "127.0.0.1")),
         ("*:8080", tcp("8080", "*")),
@@ -79,7 +79,7 @@ V6 = "2001:db8::1"
         ("tcp6:8080:interface=[::1]:backlog=5", tcp("8080", "::1", "tcp6", backlog="5")),
         ("tcp6:interface=[::1]:8080", tcp("8080", "::1", "tcp6")),
         ("tcp6:interface=::1:port=8080", (("tcp6",), (), {"interface": "::1", "port": "8080"})),
-        # It extends to the next key=value field, also where that makes another address of it.
+        # The address extends to the next key=value field, even if that changes it.
         ("tcp6:8080:interface=::1:50", tcp("8080", "::1:50", "tcp6")),
         ("tcp6:interface=::1:8080", (("tcp6",), (), {"interface": "::1:8080"})),
         ("tcp6:8080:::1", (("tcp6",), ("8080", "::1"), {})),
@@ -94,7 +94,7 @@ V6 = "2001:db8::1"
             f"ssl:8443:privateKey=k:interface={V6}:certKey=c",
             tcp("8443", V6, "ssl", privateKey="k", certKey="c"),
         ),
-        # As Twisted reads it.
+        # As Twisted parses it.
         ("tcp:8080:127.0.0.1:50", (("tcp",), ("8080", "127.0.0.1", "50"), {})),
         ("tcp:8080::50", (("tcp",), ("8080", "", "50"), {})),
         ("tcp:interface=localhost:8080", tcp("8080", "localhost")),
@@ -109,7 +109,7 @@ V6 = "2001:db8::1"
         ("unix:", (("unix",), ("",), {})),
     ],
 )
-def test_a_description_is_read(text: str, parts: tuple[object, ...]) -> None:
+def test_a_description_is_parsed(text: str, parts: tuple[object, ...]) -> None:
     assert read(text) == parts
     assert parse(text).ours == (not text.startswith("exotic"))
 
@@ -139,7 +139,7 @@ def test_a_description_is_read(text: str, parts: tuple[object, ...]) -> None:
         ("a=b", "the type is missing; begin with a type such as tcp: or unix:"),
     ],
 )
-def test_what_can_be_read_in_two_ways_or_in_none_is_refused_with_what_to_write(text: str, problem: str) -> None:
+def test_an_ambiguous_or_invalid_description_is_rejected_with_a_correction(text: str, problem: str) -> None:
     with pytest.raises(ListenError) as caught:
         parse(text)
     assert str(caught.value).startswith(problem)
@@ -160,13 +160,13 @@ def test_what_can_be_read_in_two_ways_or_in_none_is_refused_with_what_to_write(t
         ("exotic:1", None),
     ],
 )
-def test_an_unknown_type_is_named_with_what_is_accepted_and_what_was_meant(text: str, meant: str | None) -> None:
+def test_an_unknown_type_is_rejected_with_the_accepted_types_and_a_suggestion(text: str, meant: str | None) -> None:
     said = unknown_type(parse(text), ["slow", "tcp6"])
     assert said.startswith(f"unknown type {text.partition(':')[0]!r}; accepted are 8080, HOST:PORT such as ")
     assert "systemd:, proxy: before these, and of Twisted slow:" in said
     assert "proxy:" not in unknown_type(parse(text), proxy=False).partition("; a host")[0]
     assert re.findall("did you mean (.*)[?]$", said) == ([] if meant is None else [meant])
-    # A name that may be a host's is not taken for one.
+    # A word that could be a host name is not interpreted as one.
     assert ("a host of that name is tcp:" in said) == bool(re.fullmatch("[^:]*:[0-9]+", text))
 
 
@@ -175,7 +175,7 @@ def escaped(value: str) -> str:
 
 
 def some_address(chance: random.Random) -> str:
-    """An IPv6 address in one of the ways to write it."""
+    """Return an IPv6 address in a random valid spelling."""
     if chance.random() < 0.2:
         return chance.choice(["::", "::1", "fe80::1%eth0", "::ffff:192.0.2.1", "1:2:3:4:5:6:7:8", "fe80::%a-b.c"])
     groups = [f"{chance.getrandbits(16):x}" for _ in range(8)]
@@ -185,7 +185,7 @@ def some_address(chance: random.Random) -> str:
     )
 
 
-def test_an_address_is_the_same_in_whatever_form_and_among_whatever_fields() -> None:
+def test_all_spellings_of_an_address_are_parsed_alike() -> None:
     chance = random.Random(20261124)
     for _ in range(1500):
         port = str(chance.randrange(65536))
@@ -216,8 +216,8 @@ def test_an_address_is_the_same_in_whatever_form_and_among_whatever_fields() -> 
             assert ":".join([*found.prefixes, found.kind, ""]) == prefix, form
 
 
-def test_whatever_twisted_understands_is_read_as_it_reads_it() -> None:
-    """And what this grammar adds is nothing that Twisted would serve."""
+def test_twisted_descriptions_are_parsed_as_twisted_parses_them() -> None:
+    """The extensions of this grammar are invalid in Twisted."""
     from twisted.internet.endpoints import _parse, _tokenize
 
     chance = random.Random(20261125)
@@ -251,7 +251,7 @@ def test_whatever_twisted_understands_is_read_as_it_reads_it() -> None:
             continue
         names = ["interface", "backlog"]
         servable = kind not in ("tcp", "tcp6", "ssl") or (
-            # The port is the first one, and there are not more than Twisted takes.
+            # The port is the first argument, and there are no more arguments than Twisted accepts.
             re.fullmatch("[0-9]+", "".join(positional[1:2]))
             and len(positional) <= 4
             and not any(name in keywords for name in names[: len(positional) - 2])
@@ -268,7 +268,7 @@ def test_whatever_twisted_understands_is_read_as_it_reads_it() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "ssl:", "proxy:", "proxy:ssl:"])
-def test_what_the_log_prints_is_a_description(prefix: str) -> None:
+def test_a_logged_listener_name_is_a_valid_description(prefix: str) -> None:
     chance = random.Random(20261126)
     for _ in range(300):
         host, port = chance.choice([some_address(chance), "0.0.0.0", "127.0.0.1"]), chance.randrange(65536)
@@ -285,7 +285,7 @@ def test_what_the_log_prints_is_a_description(prefix: str) -> None:
     ("text", "host"),
     [("[::1]", "::1"), ("::1", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0"), ("localhost", "localhost"), ("[x]", "[x]")],
 )
-def test_brackets_are_no_part_of_a_host(text: str, host: str) -> None:
+def test_brackets_are_removed_from_a_host(text: str, host: str) -> None:
     assert bare_host(text) == host
 
 
@@ -304,13 +304,13 @@ def test_brackets_are_no_part_of_a_host(text: str, host: str) -> None:
         ("", ""),
     ],
 )
-def test_the_interface_of_a_description_is_what_it_says(description: str, interface: str) -> None:
+def test_a_description_yields_its_interface(description: str, interface: str) -> None:
     assert parse(description).interface == interface
 
 
 @pytest.mark.parametrize(
     "text", ["tcp:8080" + ":a" * 200_000, ":]" * 200_000, "ssl:ssl" + ":" * 200_000, "proxy" + ":proxy" * 200_000]
 )
-def test_the_work_for_a_description_grows_with_its_length_and_not_with_its_square(text: str) -> None:
+def test_parsing_a_long_description_takes_linear_time(text: str) -> None:
     with contextlib.suppress(ListenError):
-        parse(text)  # minutes otherwise
+        parse(text)  # quadratic time would take minutes

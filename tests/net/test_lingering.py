@@ -1,4 +1,4 @@
-"""Connections that we close before their peers have finished."""
+"""Connections that the server closes before the peer has finished sending."""
 
 import contextlib
 import errno
@@ -25,11 +25,11 @@ from tests.support.reset import reset
 
 
 def talking(address) -> bytes:
-    """A client that sends and sends, until it has read all that its server says."""
+    """Run a client that keeps sending until it has read everything."""
     enough = threading.Event()
 
     def send(sock: socket.socket) -> None:
-        # When we are closed with all said and all read, what is sent later comes too late.
+        # After a complete close, later data is answered with a reset.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while not enough.is_set():
                 sock.sendall(b"x" * 65536)
@@ -51,7 +51,7 @@ def talking(address) -> bytes:
 
 @pytest.mark.parametrize("description", ["tcp:0:interface=127.0.0.1", "unix:{}/s"], ids=["tcp", "unix"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_sends_on_while_we_close_reads_every_byte_and_the_end(serve, tmp_path, description):
+def test_a_client_that_keeps_sending_during_close_receives_every_byte_and_eof(serve, tmp_path, description):
     def write_and_close(protocol, data):
         protocol.transport.write(content)
         protocol.transport.loseConnection()
@@ -68,23 +68,23 @@ def test_a_client_that_sends_on_while_we_close_reads_every_byte_and_the_end(serv
     assert factory.transports == [Connection] * 20
 
 
-def test_what_comes_in_the_very_moment_of_our_close_takes_nothing_from_the_client(monkeypatch) -> None:
+def test_data_received_at_close_causes_no_reset(monkeypatch) -> None:
     def too_late(connection, reason):
-        one.client.sendall(b"now")
+        lingering.client.sendall(b"now")
         connection_lost(connection, reason)
 
     connection_lost = Connection.connectionLost
     monkeypatch.setattr(Connection, "connectionLost", too_late)
-    one = Ending(b"")
-    one.closes()
-    assert one.connection.disconnected
-    assert one.client.recv(100) == b"last words"
-    assert one.client.recv(100) == b""  # and no reset
-    one.client.close()
+    lingering = LingeringConnection(b"")
+    lingering.close()
+    assert lingering.connection.disconnected
+    assert lingering.client.recv(100) == b"last words"
+    assert lingering.client.recv(100) == b""  # and no reset
+    lingering.client.close()
 
 
-class Ending:
-    """A connection with a client, on the test's clock: everything is sent, and what came from the client is unread."""
+class LingeringConnection:
+    """A connection on a fake clock: all output is sent, and the client's data is unread."""
 
     def __init__(self, unread: bytes = b"unread") -> None:
         self.clock = FakeReactor()
@@ -100,99 +100,99 @@ class Ending:
             self.client.sendall(unread)
             select.select([near], [], [], DEADLINE)
 
-    def closes(self) -> None:
+    def close(self) -> None:
         self.connection.write(b"last words")
         self.connection.loseConnection()
         self.connection.doWrite()
 
     @property
     def descriptor(self) -> Any:
-        """What the reactor reads from."""
+        """The descriptor that is registered with the reactor."""
         (reader,) = self.clock.getReaders()
         return reader
 
-    def says_more(self) -> None:
-        """The client sends something, which is read."""
+    def send_more(self) -> None:
+        """Send data from the client, and let the server read it."""
         self.client.sendall(b"more")
         select.select([self.connection.socket], [], [], DEADLINE)
         assert self.descriptor.doRead() is None
 
 
 @pytest.fixture
-def ending():
-    one = Ending()
-    one.closes()
-    yield one
-    one.client.close()
-    assert one.clock.getDelayedCalls() == []
-    assert one.clock.getReaders() == one.clock.getWriters() == []
+def lingering():
+    lingering = LingeringConnection()
+    lingering.close()
+    yield lingering
+    lingering.client.close()
+    assert lingering.clock.getDelayedCalls() == []
+    assert lingering.clock.getReaders() == lingering.clock.getWriters() == []
 
 
-def test_a_connection_that_lingers_has_said_all_and_its_protocol_has_not_heard_of_the_end(ending) -> None:
-    assert ending.connection.phase == "closing"
-    assert type(ending.connection) is Connection
-    assert not ISSLTransport.providedBy(ending.connection)
-    assert ending.client.recv(100) == b"last words"
-    assert ending.client.recv(100) == b""
-    ending.connection.write(b"too late")
-    ending.connection.loseConnection()
-    assert ending.factory.lost == []
-    ending.client.close()
-    assert ending.descriptor.doRead() is None  # what was unread
-    ending.descriptor.readConnectionLost(Failure(ConnectionDone()))
-    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
-    assert ending.factory.transports == [Connection]
+def test_a_lingering_connection_has_sent_everything_before_connection_lost(lingering) -> None:
+    assert lingering.connection.phase == "closing"
+    assert type(lingering.connection) is Connection
+    assert not ISSLTransport.providedBy(lingering.connection)
+    assert lingering.client.recv(100) == b"last words"
+    assert lingering.client.recv(100) == b""
+    lingering.connection.write(b"too late")
+    lingering.connection.loseConnection()
+    assert lingering.factory.lost == []
+    lingering.client.close()
+    assert lingering.descriptor.doRead() is None  # the unread data
+    lingering.descriptor.readConnectionLost(Failure(ConnectionDone()))
+    assert [type(reason) for reason in lingering.factory.lost] == [ConnectionDone]
+    assert lingering.factory.transports == [Connection]
 
 
-def test_a_peer_that_neither_reads_nor_sends_is_let_go_when_nothing_has_moved_for_a_second(ending) -> None:
-    ending.says_more()
-    ending.clock.advance(1)
-    ending.clock.advance(0.99)
-    assert ending.factory.lost == []
-    ending.clock.advance(0.01)
-    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
-    assert ending.factory.transports == [Connection]
-    assert ending.connection.disconnected
+def test_lingering_ends_after_a_second_without_progress(lingering) -> None:
+    lingering.send_more()
+    lingering.clock.advance(1)
+    lingering.clock.advance(0.99)
+    assert lingering.factory.lost == []
+    lingering.clock.advance(0.01)
+    assert [type(reason) for reason in lingering.factory.lost] == [ConnectionDone]
+    assert lingering.factory.transports == [Connection]
+    assert lingering.connection.disconnected
 
 
-def test_a_peer_that_sends_for_ever_is_let_go_after_half_a_minute(ending) -> None:
+def test_lingering_ends_after_thirty_seconds_if_the_peer_keeps_sending(lingering) -> None:
     for _ in range(30):
-        assert ending.factory.lost == []
-        ending.says_more()
-        ending.clock.advance(1)
-    assert [type(reason) for reason in ending.factory.lost] == [ConnectionDone]
+        assert lingering.factory.lost == []
+        lingering.send_more()
+        lingering.clock.advance(1)
+    assert [type(reason) for reason in lingering.factory.lost] == [ConnectionDone]
 
 
-def test_abort_of_a_connection_that_lingers_resets_it_and_is_heard_of_once(ending) -> None:
-    ending.connection.abortConnection()
-    assert ending.factory.lost == []
-    ending.clock.advance(0)
-    assert [type(reason) for reason in ending.factory.lost] == [ConnectionAborted]
-    assert ending.factory.transports == [Connection]
+def test_abort_resets_a_lingering_connection_and_is_reported_once(lingering) -> None:
+    lingering.connection.abortConnection()
+    assert lingering.factory.lost == []
+    lingering.clock.advance(0)
+    assert [type(reason) for reason in lingering.factory.lost] == [ConnectionAborted]
+    assert lingering.factory.transports == [Connection]
     with pytest.raises(BrokenPipeError):  # a reset, after FIN
-        ending.client.sendall(b"x")
+        lingering.client.sendall(b"x")
 
 
-def test_abort_in_the_very_moment_in_which_it_is_let_go_is_one_end(ending) -> None:
-    ending.clock.callLater(1, ending.connection.abortConnection)
-    ending.clock.advance(1)
-    ending.clock.advance(0)
-    assert len(ending.factory.lost) == 1
+def test_abort_at_the_end_of_lingering_is_reported_once(lingering) -> None:
+    lingering.clock.callLater(1, lingering.connection.abortConnection)
+    lingering.clock.advance(1)
+    lingering.clock.advance(0)
+    assert len(lingering.factory.lost) == 1
 
 
-def test_a_peer_that_resets_a_connection_that_lingers_ends_it_with_the_error(ending) -> None:
-    reset(ending.client)
-    select.select([ending.connection.socket], [], [], DEADLINE)
-    assert ending.descriptor.doRead() is None  # what was unread
-    why = ending.descriptor.doRead()
+def test_a_reset_of_a_lingering_connection_ends_it_with_the_error(lingering) -> None:
+    reset(lingering.client)
+    select.select([lingering.connection.socket], [], [], DEADLINE)
+    assert lingering.descriptor.doRead() is None  # the unread data
+    why = lingering.descriptor.doRead()
     assert isinstance(why, ConnectionLost)
-    assert ending.connection.error.errno == errno.ECONNRESET
-    ending.descriptor.connectionLost(Failure(why))
-    assert ending.factory.transports == [Connection]
+    assert lingering.connection.error.errno == errno.ECONNRESET
+    lingering.descriptor.connectionLost(Failure(why))
+    assert lingering.factory.transports == [Connection]
 
 
-def test_an_end_of_ours_does_not_wait_for_a_producer_and_lets_it_know() -> None:
-    """Neither for one that is paused, nor for one that would go on for ever, nor for the transport itself."""
+def test_close_stops_a_producer_without_waiting_for_it() -> None:
+    """This applies to a paused producer, an endless producer, and the transport as its own producer."""
     calls: list[str] = []
 
     class Producer:
@@ -219,7 +219,7 @@ def test_an_end_of_ours_does_not_wait_for_a_producer_and_lets_it_know() -> None:
                 left -= len(far.recv(left))
                 connection.doWrite()
             far.close()
-        (connection._stage or connection).readConnectionLost(Failure(ConnectionDone()))  # if it lingered
+        (connection._stage or connection).readConnectionLost(Failure(ConnectionDone()))  # ends lingering
         assert [type(reason) for reason in factory.lost] == [ConnectionDone]
         assert calls == ([] if itself else ["stop"])
         assert str(connection.error) == "drained"

@@ -1,4 +1,4 @@
-"""Two listeners that exclude each other are found before either is bound, and the kernel agrees."""
+"""Conflicting listeners are detected before either is bound, and the kernel agrees."""
 
 import contextlib
 import itertools
@@ -49,12 +49,12 @@ FILE = FilePlace((1, 2), "s")
         (PassedPlace(5, None), ANY4, False),
     ],
 )
-def test_places_exclude_each_other_or_not(one: Place, other: Place, excluded: bool) -> None:
+def test_conflicting_addresses_are_detected(one: Place, other: Place, excluded: bool) -> None:
     assert exclude(one, other) == excluded
     assert exclude(other, one) == excluded
 
 
-def test_the_conflict_is_named_with_both_settings_and_what_to_do() -> None:
+def test_a_conflict_names_both_settings_and_the_remedy() -> None:
     any4, one4 = TCPPlace(False, "0.0.0.0", 80, shown="0.0.0.0:80"), TCPPlace(False, "127.0.0.1", 80, shown="1:80")
     is_ipv6 = TCPPlace(True, "::", 80, shown="[::]:80")
     assert first_conflict([("--a", [any4, is_ipv6]), ("--b", []), ("--c", [one4])]) == (
@@ -65,7 +65,7 @@ def test_the_conflict_is_named_with_both_settings_and_what_to_do() -> None:
         "--a",
         "0.0.0.0:80 is taken by --a; change or remove one of the two",
     )
-    # One setting may stand for several sockets of one address, as the service manager was told.
+    # One setting may select several passed sockets of one address, as configured in the service manager.
     assert first_conflict([("--a", [PassedPlace(1, any4), PassedPlace(2, any4)]), ("--b", [is_ipv6])]) is None
 
 
@@ -74,26 +74,26 @@ def described(*descriptions: str, slots: int = 0, **how) -> list[ListenerSpec]:
 
 
 def conflict(wanted: list[ListenerSpec], *, look_up: bool = True) -> bool:
-    return first_conflict(("x", one.places(look_up=look_up)) for one in wanted) is not None
+    return first_conflict(("x", spec.places(look_up=look_up)) for spec in wanted) is not None
 
 
 @pytest.mark.parametrize("slots", [0, 2])
-def test_the_kernel_decides_the_same_with_and_without_workers(slots: int) -> None:
+def test_the_kernel_agrees_with_and_without_workers(slots: int) -> None:
     hosts = ["0.0.0.0", "127.0.0.1", "127.0.0.2", *(["::", "::1"] if has_ipv6() else [])]
     chance = random.Random(os.getpid())
     for first, second in itertools.product(hosts, hosts):
-        # A port may be another process's, in one of the families alone: then another one is tried. Those that clients
-        # are given (ip(7), ip_local_port_range) may be taken in thousands.
+        # Another process may use the port, in one family only: then another port is tried. Ephemeral ports
+        # (ip(7), ip_local_port_range) are avoided, since thousands may be in use.
         for _ in range(50):
             port = chance.randrange(10_000, 20_000)
             wanted = described(f"tcp:{port}:interface={first}", f"tcp:{port}:interface={second}", slots=slots)
             with contextlib.ExitStack() as stack:
                 had = []
-                for one in wanted:
+                for spec in wanted:
                     with contextlib.suppress(ListenError):
-                        for opened in one.open():
+                        for opened in spec.open():
                             stack.callback(opened.close)
-                            had.append(one)
+                            had.append(spec)
             if wanted[0] in had and (wanted[1] in had) != conflict(wanted):
                 break
         assert wanted[0] in had
@@ -124,17 +124,15 @@ def test_the_kernel_decides_the_same_with_and_without_workers(slots: int) -> Non
     ],
 )
 @pytest.mark.parametrize("look_up", [True, False])
-def test_descriptions_of_one_address_are_found_however_they_are_written(
-    tmp_path, descriptions, conflicts, look_up
-) -> None:
+def test_descriptions_of_the_same_address_conflict_in_any_spelling(tmp_path, descriptions, conflicts, look_up) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "link").symlink_to("sub")
-    wanted = described(*(one.format(tmp_path) for one in descriptions))
+    wanted = described(*(description.format(tmp_path) for description in descriptions))
     assert conflict(wanted, look_up=look_up) == conflicts
     assert conflict(wanted[::-1], look_up=look_up) == conflicts
 
 
-def test_a_port_is_both_families_and_a_status_description_is_on_loopback() -> None:
+def test_a_port_uses_both_families_and_a_status_description_uses_loopback() -> None:
     port = read_port(8080, interface="", backlog=5)
     for description in ("tcp:8080", "tcp6:8080"):
         assert conflict([port, *described(description)])
@@ -143,7 +141,7 @@ def test_a_port_is_both_families_and_a_status_description_is_on_loopback() -> No
     assert conflict([read_port(8080, interface="localhost", backlog=5), *described("localhost:8080")])
 
 
-def test_without_a_look_up_no_name_server_is_asked_and_a_name_is_itself(monkeypatch) -> None:
+def test_without_look_up_names_are_compared_as_text(monkeypatch) -> None:
     def refuse(host, *arguments, **keywords):
         assert host == "localhost" or keywords.get("flags") == socket.AI_NUMERICHOST, host
         return resolve(host, *arguments, **keywords)
@@ -153,7 +151,7 @@ def test_without_a_look_up_no_name_server_is_asked_and_a_name_is_itself(monkeypa
     assert conflict(described("tcp:Web:8080", "tcp:web:8080", "localhost:8080"), look_up=False)
     assert conflict(described("tcp:web:8080", "tcp:8080"), look_up=False)
     assert not conflict(described("tcp:web:8080", "tcp:db:8080", "localhost:8080"), look_up=False)
-    # A name of `--interface` may have addresses of one family alone: what its look-up would tell is no mistake here.
+    # A name in `--interface` may have addresses of one family only, which is unknown without a look-up: no conflict.
     port = read_port(8080, interface="web", backlog=5)
     for description in ("tcp:8080", "tcp6:8080"):
         assert not conflict([port, *described(description)], look_up=False)

@@ -1,4 +1,4 @@
-"""Listen descriptions to listeners: TCP, PROXY, and checks of every type."""
+"""From listen descriptions to listeners: TCP, PROXY, and checks of every type."""
 
 import errno
 import os
@@ -62,11 +62,11 @@ from tests.support.listeners import FILES, described, refusal, unix_socket
         ("systemd:index=0", "no sockets were passed"),
     ],
 )
-def test_a_bad_description_is_refused_with_what_was_found(description, problem) -> None:
+def test_an_invalid_description_is_rejected_with_the_problem(description, problem) -> None:
     assert problem in refusal(description)
 
 
-def test_a_port_that_is_taken_is_named(opened) -> None:
+def test_a_port_in_use_is_named(opened) -> None:
     (first,) = opened("tcp:0:interface=127.0.0.1")
     port = first.socket.getsockname()[1]
     with pytest.raises(ListenError, match=f"cannot listen on 127.0.0.1:{port}: address already in use"):
@@ -75,7 +75,7 @@ def test_a_port_that_is_taken_is_named(opened) -> None:
 
 @needs_ipv6
 @pytest.mark.parametrize("interface", ["", "localhost"])
-def test_port_zero_is_one_number_on_both_families(interface) -> None:
+def test_port_zero_selects_the_same_port_for_both_families(interface) -> None:
     listeners = open_port(0, interface=interface, backlog=10)
     try:
         numbers = {listener.socket.getsockname()[1] for listener in listeners}
@@ -91,7 +91,7 @@ def test_port_zero_is_one_number_on_both_families(interface) -> None:
 
 @pytest.fixture
 def both_example(monkeypatch) -> str:
-    """A host name of 127.0.0.1, ::1, and an address of IPv6 that no host has (RFC 3849)."""
+    """A host name that resolves to 127.0.0.1, ::1, and a documentation address (RFC 3849)."""
     addresses = {
         socket.AF_INET: [("127.0.0.1", 0)],
         socket.AF_INET6: [("::1", 0, 0, 0), ("2001:db8::10", 0, 0, 0)],
@@ -119,7 +119,7 @@ def both_example(monkeypatch) -> str:
 )
 @pytest.mark.parametrize("slots", [0, 3])
 @pytest.mark.usefixtures("both_example")
-def test_a_host_name_of_which_one_address_is_missing_is_refused(start, check, slots) -> None:
+def test_a_host_name_with_a_non_local_address_is_rejected(start, check, slots) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ListenError) as caught:
         start(slots=slots)
@@ -136,7 +136,7 @@ def test_a_host_name_of_which_one_address_is_missing_is_refused(start, check, sl
 
 
 @needs_ipv6
-def test_tcp_takes_of_a_host_name_what_is_ipv4(both_example, opened) -> None:
+def test_tcp_uses_the_ipv4_addresses_of_a_host_name(both_example, opened) -> None:
     (listener,) = opened(f"tcp:0:interface={both_example}")
     assert listener.name.startswith("tcp:127.0.0.1:")
     check_description(f"tcp:0:interface={both_example}")
@@ -155,12 +155,12 @@ def test_a_host_name_on_a_host_without_ipv6_is_served_on_ipv4_with_a_warning(bot
         for address in ("::1", "2001:db8::10")
     ]
     check_port(0, interface=both_example)
-    with pytest.raises(ListenError, match=r"cannot listen on \[::1\]:0"):  # there is nothing else to serve on
+    with pytest.raises(ListenError, match=r"cannot listen on \[::1\]:0"):  # no other address remains
         open_description(f"tcp6:0:interface={both_example}", backlog=10, slots=slots)
 
 
 @pytest.mark.parametrize("number", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
-def test_all_addresses_are_those_of_ipv4_on_a_host_without_ipv6_and_nothing_is_said(monkeypatch, number) -> None:
+def test_the_wildcard_is_ipv4_only_without_a_warning_on_a_host_without_ipv6(monkeypatch, number) -> None:
     events: list = []
     monkeypatch.setattr(tcp, "_log", Logger(observer=events.append))
     refuse_ipv6(monkeypatch, number)
@@ -170,7 +170,7 @@ def test_all_addresses_are_those_of_ipv4_on_a_host_without_ipv6_and_nothing_is_s
 
 
 def refuse_ipv6(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Have each socket of IPv6 fail as it is made, with this errno."""
+    """Make the creation of IPv6 sockets fail with this errno."""
 
     class Socket(socket.socket):
         def __init__(self, family: int = -1, *how: Any, **more: Any) -> None:
@@ -190,7 +190,7 @@ def test_tcp_and_tcp6_share_a_port(opened) -> None:
 
 
 def test_a_link_local_address_is_named_with_its_zone() -> None:
-    """Without it, the name could not be listened on: the address may be on any network interface."""
+    """Without the zone, the address is ambiguous: it may be on any network interface."""
     number, zone = socket.if_nameindex()[0]
 
     class Bound:
@@ -200,7 +200,7 @@ def test_a_link_local_address_is_named_with_its_zone() -> None:
     assert sockets.socket_name(Bound()) == f"tcp:[fe80::1%{zone}]:8080"
 
 
-def test_sockets_listen_without_blocking(opened) -> None:
+def test_listening_sockets_are_non_blocking(opened) -> None:
     (listener,) = opened("tcp:0:interface=127.0.0.1")
     assert listener.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     assert not listener.socket.getblocking()
@@ -223,7 +223,7 @@ def test_sockets_listen_without_blocking(opened) -> None:
         (f"ssl:unix:{{directory}}/s:{FILES}", "ssl:unix:{directory}/s"),
     ],
 )
-def test_proxy_goes_before_any_description(opened, certificates, tmp_path, prefix, description, name) -> None:
+def test_the_proxy_prefix_applies_to_every_type(opened, certificates, tmp_path, prefix, description, name) -> None:
     text = described(certificates, description).replace("{directory}", str(tmp_path))
     assert parse(f"{prefix}:{text}").ours
     (listener,) = opened(f"{prefix}:{text}")
@@ -233,7 +233,7 @@ def test_proxy_goes_before_any_description(opened, certificates, tmp_path, prefi
     check_description(f"{prefix}:{text}")
 
 
-def test_without_proxy_a_listener_is_not_proxied_and_our_own_is_not_shared(opened) -> None:
+def test_a_listener_without_the_prefix_is_neither_proxied_nor_shared(opened) -> None:
     (listener,) = opened("tcp:0:interface=127.0.0.1")
     assert not listener.proxied
     assert not listener.shared
@@ -244,13 +244,13 @@ def test_without_proxy_a_listener_is_not_proxied_and_our_own_is_not_shared(opene
 # --- checks ---
 
 
-def test_a_check_takes_no_port_and_makes_no_file(tmp_path, certificates) -> None:
+def test_a_check_binds_no_port_and_creates_no_file(tmp_path, certificates) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, unix_socket(f"{tmp_path}/live"):
         port = taken.getsockname()[1]
         check_port(port, interface="127.0.0.1")
         check_description(f"tcp:{port}:interface=127.0.0.1")
         check_description(described(certificates, f"ssl:{port}:{FILES}:interface=127.0.0.1"))
-        # A service that runs is what a check is mostly made beside.
+        # A check usually runs beside a running service.
         check_description(f"unix:{tmp_path}/live")
         check_description(f"unix:{tmp_path}/new")
     assert sorted(os.listdir(tmp_path)) == ["live"]
@@ -260,7 +260,7 @@ def test_a_check_takes_no_port_and_makes_no_file(tmp_path, certificates) -> None
     "interface",
     ["", "127.0.0.1", pytest.param("::1", marks=needs_ipv6), pytest.param("[::1]", marks=needs_ipv6), "*", "localhost"],
 )
-def test_a_port_of_this_host_passes_its_check(interface) -> None:
+def test_a_local_address_passes_its_check(interface) -> None:
     check_port(0, interface=interface)
     for listener in open_port(0, interface=interface, backlog=1):
         listener.close()
@@ -273,16 +273,16 @@ def test_a_port_of_this_host_passes_its_check(interface) -> None:
         ("no.such.host.invalid", "cannot resolve the interface 'no.such.host.invalid': "),
     ],
 )
-def test_a_port_of_another_host_fails_its_check(interface, problem) -> None:
+def test_a_non_local_address_fails_its_check(interface, problem) -> None:
     with pytest.raises(ListenError) as caught:
         check_port(7, interface=interface)
     assert str(caught.value).startswith(problem)
 
 
-def test_a_directory_where_no_socket_can_be_made_fails_the_check(tmp_path) -> None:
+def test_an_unwritable_socket_directory_fails_the_check(tmp_path) -> None:
     tmp_path.chmod(0o755)
     root = os.geteuid() == 0
-    if root:  # who may write anywhere
+    if root:  # root may write anywhere
         os.seteuid(65534)
     else:
         tmp_path.chmod(0o555)
@@ -298,8 +298,8 @@ def test_a_directory_where_no_socket_can_be_made_fails_the_check(tmp_path) -> No
 
 @needs_ipv6
 @pytest.mark.parametrize("host", ["::ffff:127.0.0.1", "::ffff:0.0.0.0", "::ffff:7f00:1"])
-def test_a_check_rejects_ipv4_in_ipv6_as_binding_does(host: str) -> None:
-    """Peers would show as such addresses too, which limits and PROXY rules do not mean."""
+def test_a_check_rejects_ipv4_mapped_addresses_as_binding_does(host: str) -> None:
+    """Peers would appear with IPv4-mapped addresses, which limits and PROXY rules do not match."""
     for find in (check_description, partial(open_description, backlog=1)):
         with pytest.raises(ListenError, match=r"cannot listen on \[::ffff:.*\]:0: invalid argument"):
             find(f"tcp6:[{host}]:0")

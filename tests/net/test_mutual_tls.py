@@ -1,4 +1,4 @@
-"""Clients that show a certificate: revoked ones are refused, their sessions end with them, and long chains too."""
+"""Client certificates: revocation, session resumption, and the limit on chain length."""
 
 import os
 import shutil
@@ -27,12 +27,12 @@ from rtservice.net.tls_memory import MemoryTLS
 from tests.support.tls_libraries import LIBRARIES
 from tests.support.tls_versions import VERSIONS
 
-# The second is all that pyOpenSSL says.
+# The second is pyOpenSSL's only text.
 REVOKED = r"(?i)certificate revoked|certificate verify failed'"
 
 
 class PyOpenSSLEnd:
-    """A server's end of pyOpenSSL, as an SSLObject."""
+    """The server side of pyOpenSSL, with the interface of an SSLObject."""
 
     def __init__(self, context, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
         from OpenSSL import SSL
@@ -65,8 +65,8 @@ class PyOpenSSLEnd:
         self._call(lambda: self.connection.recv(size))
 
 
-def shake(server, client: ssl.SSLContext, name: str | None = "localhost", session: ssl.SSLSession | None = None):
-    """Both ends after a handshake without a network; raises the SSLError of the one that refuses."""
+def handshake(server, client: ssl.SSLContext, name: str | None = "localhost", session: ssl.SSLSession | None = None):
+    """Perform a handshake in memory; return both ends, or raise the SSLError of the side that rejects it."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     near = client.wrap_bio(to_client, to_server, server_hostname=name, session=session)
     if isinstance(server, ssl.SSLContext):
@@ -79,7 +79,7 @@ def shake(server, client: ssl.SSLContext, name: str | None = "localhost", sessio
                 end.do_handshake()
     for end in (near, far):
         with suppress(ssl.SSLWantReadError):
-            end.read(1)  # a session of TLS 1.3, or its refusal of the client, comes after the handshake
+            end.read(1)  # TLS 1.3 sends the session, or the rejection of the client, after the handshake
     return near, far
 
 
@@ -92,7 +92,7 @@ def world(certificates):
     config = certificates["ca.cnf"]
 
     def revoke(file: str, authority: str, *names: str, last: str = "", following: str = "") -> str:
-        """The path of a new list of `authority` in which these are revoked."""
+        """Return the path of a new revocation list of `authority` with these certificates."""
         index = certificates[f"{file}.index"]
         Path(index).write_text("")
         Path(config).write_text(f"[ca]\ndefault_ca=own\n[own]\ndatabase={index}\ndefault_md=sha256\n")
@@ -121,7 +121,7 @@ def load(world):
 
 @pytest.fixture
 def client(world):
-    """A client with a certificate, and its chain if it has one."""
+    """Return a client context with a certificate, and its chain if there is one."""
 
     def make(name: str | None = "client", version: str = "TLSv1_3") -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -140,13 +140,13 @@ def client(world):
 
 @LIBRARIES
 @VERSIONS
-def test_no_session_is_resumed_where_clients_show_a_certificate(load, client, library, version) -> None:
+def test_no_session_with_a_client_certificate_is_resumed(load, client, library, version) -> None:
     context = load(library).context
-    one = client(version=version)
-    first, _ = shake(context, one)
-    if library == "ssl":  # pyOpenSSL's are of no use, but sent
+    peer = client(version=version)
+    first, _ = handshake(context, peer)
+    if library == "ssl":  # pyOpenSSL sends sessions, but they cannot be resumed
         assert first.session is None or not first.session.has_ticket
-    again, far = shake(context, one, session=first.session)
+    again, far = handshake(context, peer, session=first.session)
     assert not again.session_reused
     if library == "ssl":
         assert far.getpeercert()
@@ -154,7 +154,7 @@ def test_no_session_is_resumed_where_clients_show_a_certificate(load, client, li
 
 @pytest.fixture
 def two_names(world, tmp_path):
-    """A directory with a default and a.example."""
+    """A directory with the default certificate and one for a.example."""
     world.make("a.example", "server", "ca", alternative="")
     for source, file in (("server", "default"), ("a.example", "a.example")):
         for suffix in ("pem", "key"):
@@ -164,16 +164,16 @@ def two_names(world, tmp_path):
 
 @LIBRARIES
 @VERSIONS
-def test_a_session_with_a_certificate_is_not_resumed_on_another_name(
+def test_a_session_with_a_client_certificate_is_not_resumed_for_another_name(
     world, two_names, client, library, version
 ) -> None:
     if library == "pyopenssl":
         pytest.importorskip("OpenSSL")
     context = DirectoryTLS(two_names, client_ca=world["ca.pem"], library=library).load().context
-    one = client(version=version)
+    peer = client(version=version)
     for before, after in (("localhost", "a.example"), ("a.example", "localhost"), ("a.example", "a.example")):
-        first, _ = shake(context, one, before)
-        assert not shake(context, one, after, first.session)[0].session_reused
+        first, _ = handshake(context, peer, before)
+        assert not handshake(context, peer, after, first.session)[0].session_reused
 
 
 @VERSIONS
@@ -182,39 +182,39 @@ def test_a_session_with_a_certificate_is_not_resumed_on_another_name(
 def test_a_session_is_not_resumed_after_a_reload(
     world, two_names, client, version, access, verified, monkeypatch
 ) -> None:
-    """Another authority, or another list of what it revoked, is for resumed sessions too: there are none."""
+    """A changed authority or revocation list also applies to old sessions: they are not resumed."""
     if not access:
         monkeypatch.setattr(openssl, "_outcome", lambda: "no reason")
-        monkeypatch.setattr(SSL_GROUPS, "_proven", None)  # what is proven meanwhile is not so afterwards
-    one = client(version=version)
+        monkeypatch.setattr(SSL_GROUPS, "_proven", None)  # restores the verification result after the test
+    peer = client(version=version)
     source = DirectoryTLS(two_names, client_ca=world["both-ca.pem"] if verified else None)
     changed = DirectoryTLS(two_names, client_ca=world["other.pem"] if verified else None)
     for name in ("localhost", "a.example"):
         before, after = source.load().context, source.load().context
-        first, _ = shake(before, one, name)
-        if not verified:  # or this test would show nothing
-            assert shake(before, one, name, first.session)[0].session_reused
-        assert not shake(after, one, name, first.session)[0].session_reused
+        first, _ = handshake(before, peer, name)
+        if not verified:  # otherwise this test would prove nothing
+            assert handshake(before, peer, name, first.session)[0].session_reused
+        assert not handshake(after, peer, name, first.session)[0].session_reused
         if verified:
             with pytest.raises(ssl.SSLError):
-                shake(changed.load().context, one, name, first.session)
+                handshake(changed.load().context, peer, name, first.session)
 
 
 def not_after(world, name: str) -> float:
     return ssl.cert_time_to_seconds(str(ssl._ssl._test_decode_cert(world[f"{name}.pem"])["notAfter"]))
 
 
-def test_without_access_to_openssl_a_resumed_session_ends_with_the_certificate(
+def test_without_access_to_openssl_a_resumed_session_expires_with_its_certificate(
     world, load, client, monkeypatch
 ) -> None:
     monkeypatch.setattr(openssl, "_outcome", lambda: "no reason")
     monkeypatch.setattr(SSL_GROUPS, "_proven", None)
     context = load().context
     for version in ("TLSv1_2", "TLSv1_3"):
-        one = client(version=version)
-        first, far = shake(context, one)
-        assert check_resumed(far, not_after(world, "client") + 1) is None  # it was verified in this handshake
-        again, far = shake(context, one, session=first.session)
+        peer = client(version=version)
+        first, far = handshake(context, peer)
+        assert check_resumed(far, not_after(world, "client") + 1) is None  # verified in this handshake
+        again, far = handshake(context, peer, session=first.session)
         assert again.session_reused == (version == "TLSv1_2")
         if version == "TLSv1_2":
             assert check_resumed(far) is None
@@ -223,15 +223,15 @@ def test_without_access_to_openssl_a_resumed_session_ends_with_the_certificate(
 
 
 @VERSIONS
-def test_a_context_of_others_is_checked_too(world, client, version) -> None:
+def test_resumption_is_checked_for_foreign_contexts(world, client, version) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(world["server.pem"], world["server.key"])
     context.load_verify_locations(world["ca.pem"])
     context.verify_mode = ssl.CERT_OPTIONAL
     for name in ("client", None):
-        one = client(name, version)
-        first, _ = shake(context, one)
-        again, far = shake(context, one, session=first.session)
+        peer = client(name, version)
+        first, _ = handshake(context, peer)
+        again, far = handshake(context, peer, session=first.session)
         assert again.session_reused
         assert check_resumed(far) is None
         assert (check_resumed(far, time.time() + 1e9) is not None) == (name is not None)
@@ -242,58 +242,58 @@ def test_a_context_of_others_is_checked_too(world, client, version) -> None:
 
 @LIBRARIES
 @VERSIONS
-def test_a_revoked_client_is_refused_and_others_are_not(world, load, client, library, version) -> None:
+def test_only_revoked_clients_are_rejected(world, load, client, library, version) -> None:
     world.make("gone", "client", "ca")
     context = load(library, client_crl=world.revoke("one", "ca", "gone")).context
-    shake(context, client(version=version))
+    handshake(context, client(version=version))
     with pytest.raises(ssl.SSLError, match=REVOKED):
-        shake(context, client("gone", version))
+        handshake(context, client("gone", version))
 
 
 @LIBRARIES
 @VERSIONS
-def test_each_name_of_a_directory_looks_certificates_up(world, two_names, client, library, version) -> None:
+def test_revocation_applies_to_each_name_of_a_directory(world, two_names, client, library, version) -> None:
     if library == "pyopenssl":
         pytest.importorskip("OpenSSL")
     world.make("gone", "client", "ca")
     list_ = world.revoke("each", "ca", "gone")
     context = DirectoryTLS(two_names, client_ca=world["ca.pem"], client_crl=list_, library=library).load().context
     for name in ("localhost", "a.example", None):
-        shake(context, client(version=version), name)
+        handshake(context, client(version=version), name)
         with pytest.raises(ssl.SSLError, match=REVOKED):
-            shake(context, client("gone", version), name)
+            handshake(context, client("gone", version), name)
 
 
 @LIBRARIES
-def test_an_authority_below_the_root_may_be_revoked(world, load, client, library) -> None:
+def test_an_intermediate_authority_can_be_revoked(world, load, client, library) -> None:
     lists = [world.revoke("inner", "inner"), world.revoke("root", "ca"), world.revoke("root-less", "ca", "inner")]
     whole = world.join("whole.crl", "inner.crl", "root.crl")
-    shake(load(library, client_crl=whole).context, client("deep"))
+    handshake(load(library, client_crl=whole).context, client("deep"))
     revoked = world.join("revoked.crl", "inner.crl", "root-less.crl")
     with pytest.raises(ssl.SSLError, match=REVOKED):
-        shake(load(library, client_crl=revoked).context, client("deep"))
+        handshake(load(library, client_crl=revoked).context, client("deep"))
     for only in lists[:2]:  # fail closed
         with pytest.raises(ssl.SSLError):
-            shake(load(library, client_crl=only).context, client("deep"))
+            handshake(load(library, client_crl=only).context, client("deep"))
 
 
 @LIBRARIES
-def test_without_a_list_of_its_authority_a_client_is_refused(world, load, client, library) -> None:
+def test_a_client_is_rejected_without_a_revocation_list_of_its_authority(world, load, client, library) -> None:
     context = load(library, client_crl=world.revoke("other", "other")).context
     with pytest.raises(ssl.SSLError):
-        shake(context, client())
+        handshake(context, client())
 
 
 @LIBRARIES
-def test_after_its_next_update_a_list_refuses_all_and_says_when(world, load, client, library) -> None:
+def test_an_expired_revocation_list_rejects_every_client_and_reports_its_expiry(world, load, client, library) -> None:
     list_ = world.revoke("old", "ca", last="20200101000000Z", following="20200201000000Z")
     loaded = load(library, client_crl=list_)
     assert loaded.revocation == crl.RevocationLists(list_, 1, 1580515200)
     with pytest.raises(ssl.SSLError):
-        shake(loaded.context, client())
+        handshake(loaded.context, client())
 
 
-def test_of_several_lists_the_first_to_end_is_said(world, load) -> None:
+def test_the_earliest_expiry_of_several_revocation_lists_is_reported(world, load) -> None:
     world.revoke("far", "ca", last="20200101000000Z", following="20550201000000Z")  # a GeneralizedTime
     world.revoke("near", "other", last="20200101000000Z", following="20490201000000Z")  # the last of UTCTime
     loaded = load(client_crl=world.join("two.crl", "far.crl", "near.crl"))
@@ -312,7 +312,7 @@ def test_of_several_lists_the_first_to_end_is_said(world, load) -> None:
         None,
     ],
 )
-def test_a_file_without_a_usable_list_is_named(world, load, content, tmp_path) -> None:
+def test_a_file_without_a_usable_revocation_list_is_named(world, load, content, tmp_path) -> None:
     path = tmp_path / "bad.crl"
     path.write_text(Path(world["ca.pem"]).read_text() if content is None else content)
     with pytest.raises(TLSError) as caught:
@@ -323,7 +323,7 @@ def test_a_file_without_a_usable_list_is_named(world, load, content, tmp_path) -
         load(client_crl=str(path))
 
 
-def test_a_list_that_is_cut_or_changed_anywhere_is_an_error_and_no_traceback(world) -> None:
+def test_a_damaged_revocation_list_raises_only_value_error(world) -> None:
     (block,) = crl.pem_blocks(Path(world.revoke("cut", "ca", "client")).read_text())
     der = crl.base64.b64decode(block.split("-----")[2])
     for at in range(len(der)):
@@ -332,7 +332,7 @@ def test_a_list_that_is_cut_or_changed_anywhere_is_an_error_and_no_traceback(wor
                 crl._next_update(data)
 
 
-def test_its_file_is_read_watched_and_recorded_with_the_others(world, tmp_path, client) -> None:
+def test_a_revocation_list_is_read_watched_and_recorded_with_the_other_files(world, tmp_path, client) -> None:
     world.make("gone", "client", "ca")
     path = tmp_path / "clients.crl"
     shutil.copy(world.revoke("watched", "ca", "gone"), path)
@@ -347,36 +347,36 @@ def test_its_file_is_read_watched_and_recorded_with_the_others(world, tmp_path, 
     recorded = ServerTLS(**asdict(source)).load(RecordedFiles(files.texts, files.entries))
     assert recorded.revocation == loaded.revocation
     with pytest.raises(ssl.SSLError, match=REVOKED):
-        shake(recorded.context, client("gone"))
+        handshake(recorded.context, client("gone"))
 
 
 # --- chains ---
 
 
 @VERSIONS
-def test_a_long_chain_is_refused_before_its_certificates_are_read(world, load, client, version) -> None:
+def test_a_too_long_chain_is_rejected_before_decoding(world, load, client, version) -> None:
     if openssl.unavailable() is not None:
         pytest.skip("contexts cannot be reached below ssl")
     context = load().context
-    one = client(version=version)
+    peer = client(version=version)
     length = len(ssl.PEM_cert_to_DER_cert(Path(world["inner.pem"]).read_text()))
     for count, accepted in (
         (MAX_CLIENT_CERTIFICATES // length - 3, True),
         (MAX_CLIENT_CERTIFICATES // length + 3, False),
     ):
         chain = world.join(f"{count}.pem", "client.pem", *["inner.pem"] * count)
-        one.load_cert_chain(chain, world["client.key"])
+        peer.load_cert_chain(chain, world["client.key"])
         if accepted:
-            shake(context, one)
+            handshake(context, peer)
         else:
             with pytest.raises(ssl.SSLError, match=r"(?i)excessive message size"):
-                shake(context, one)
+                handshake(context, peer)
 
 
-# --- what protocols are told ---
+# --- client names ---
 
 
-def test_a_client_whose_name_is_not_utf8_is_served_and_has_no_name(world, client, tmp_path) -> None:
+def test_a_client_whose_name_is_not_utf8_is_served_without_a_name(world, client, tmp_path) -> None:
     config = tmp_path / "odd.cnf"
     config.write_bytes(
         b"[req]\ndistinguished_name=d\nx509_extensions=e\nprompt=no\n[d]\nCN=ok.example\n"
@@ -385,10 +385,10 @@ def test_a_client_whose_name_is_not_utf8_is_served_and_has_no_name(world, client
     made = ["-out", str(tmp_path / "odd.pem"), "-keyout", str(tmp_path / "odd.key")]
     world.openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3", "-config", str(config), *made)
     source = ServerTLS(world["server.key"], world["server.pem"], client_ca=str(tmp_path / "odd.pem"))
-    one = client(name=None)
-    one.load_cert_chain(tmp_path / "odd.pem", tmp_path / "odd.key")
+    peer = client(name=None)
+    peer.load_cert_chain(tmp_path / "odd.pem", tmp_path / "odd.key")
     tls = MemoryTLS(source.load().context, server_side=True)
-    tls.object = shake(source.load().context, one)[1]
+    tls.object = handshake(source.load().context, peer)[1]
     assert tls.peer_certificate == {"subject": ()}
     assert tls.object.getpeercert(binary_form=True)
 
@@ -396,7 +396,7 @@ def test_a_client_whose_name_is_not_utf8_is_served_and_has_no_name(world, client
 # --- ALPN ---
 
 
-def test_a_context_with_protocols_has_a_gate_and_others_have_none(world, two_names) -> None:
+def test_only_contexts_with_alpn_protocols_have_a_gate(world, two_names) -> None:
     assert alpn_gate(ServerTLS(world["server.key"], world["server.pem"]).load().context) is None
     assert alpn_gate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)) is None
     context = DirectoryTLS(two_names, alpn=("echo", "h2")).load().context
@@ -409,10 +409,10 @@ def test_a_context_with_protocols_has_a_gate_and_others_have_none(world, two_nam
 def test_pyopenssl_answers_no_common_protocol_with_an_alert(two_names, client, name, version) -> None:
     pytest.importorskip("OpenSSL")
     context = DirectoryTLS(two_names, alpn=("echo",), library="pyopenssl").load().context
-    one = client(version=version)
-    one.set_alpn_protocols(["h2"])
+    peer = client(version=version)
+    peer.set_alpn_protocols(["h2"])
     with pytest.raises(ssl.SSLError, match="no application protocol"):
-        shake(context, one, name)
-    one.set_alpn_protocols(["h2", "echo"])
-    assert shake(context, one, name)[0].selected_alpn_protocol() == "echo"
-    assert shake(context, client(version=version), name)[0].selected_alpn_protocol() is None
+        handshake(context, peer, name)
+    peer.set_alpn_protocols(["h2", "echo"])
+    assert handshake(context, peer, name)[0].selected_alpn_protocol() == "echo"
+    assert handshake(context, client(version=version), name)[0].selected_alpn_protocol() is None

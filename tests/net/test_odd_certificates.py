@@ -1,4 +1,4 @@
-"""Whatever OpenSSL serves is served: names and dates of a certificate that are unusual are no reason to refuse it."""
+"""Certificates with unusual names and dates are served if OpenSSL accepts them."""
 
 import re
 import ssl
@@ -25,7 +25,7 @@ EMAIL, URI = tlv(0x81, b"m\xfcller@example"), tlv(0x86, b"https://m\xfcller.exam
 OTHERS = (OTHER_NAME, DIRECTORY_NAME, EMAIL, URI, ADDRESS)
 NOW = (b"\x17\x0d240101000000Z", b"\x18\x0f99991231235959Z")
 
-# What is exchanged in a certificate; its names; and those by which a client can ask for it.
+# The replaced fields of a certificate; its names; and the names that a client can request.
 ODD: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
     "Latin-1": ({"alternative": dns(b"m\xfcller", b"ok")}, ("müller", "ok"), ["ok"]),
     "UTF-8": ({"alternative": dns("müller".encode(), b"ok")}, ("müller", "ok"), ["ok"]),
@@ -57,7 +57,7 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
     "a negative serial number": ({"alternative": dns(b"ok"), "serial": b"\x80"}, ("ok",), ["ok"]),
     "a serial number of 0": ({"alternative": dns(b"ok"), "serial": b"\0"}, ("ok",), ["ok"]),
     "a serial number of 64 bytes": ({"alternative": dns(b"ok"), "serial": b"\x7f" * 64}, ("ok",), ["ok"]),
-    "for ever": ({"alternative": dns(b"ok"), "dates": b"".join(NOW)}, ("ok",), ["ok"]),
+    "no expiry": ({"alternative": dns(b"ok"), "dates": b"".join(NOW)}, ("ok",), ["ok"]),
     "after 2049": ({"alternative": dns(b"ok"), "dates": NOW[0] + b"\x18\x0f20500101000000Z"}, ("ok",), ["ok"]),
     "without seconds": ({"alternative": dns(b"ok"), "dates": b"\x17\x0b2401010000Z" + NOW[1]}, ("ok",), ["ok"]),
     "an offset": ({"alternative": dns(b"ok"), "dates": b"\x17\x11240101000000+0100" + NOW[1]}, ("ok",), ["ok"]),
@@ -65,8 +65,8 @@ ODD: dict[str, tuple[dict[str, Any], tuple[str, ...], list[str]]] = {
 }  # fmt: skip
 
 
-def shown(server: ssl.SSLContext, name: str | None) -> bytes:
-    """The certificate that a client is shown, as DER."""
+def served_der(server: ssl.SSLContext, name: str | None) -> bytes:
+    """Return the certificate that a client receives, in DER."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -81,7 +81,7 @@ def shown(server: ssl.SSLContext, name: str | None) -> bytes:
 
 
 class Log:
-    """Records the lines that are logged."""
+    """Records the logged lines."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -91,7 +91,7 @@ class Log:
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_it_is_served_alone_and_by_the_names_that_a_client_can_ask_for(certificates, tmp_path, odd) -> None:
+def test_an_unusual_certificate_is_served_alone_and_by_its_names(certificates, tmp_path, odd) -> None:
     exchanged, names, served = ODD[odd]
     pem = odd_certificate(certificates["server.pem"], **exchanged)
     der = ssl.PEM_cert_to_DER_cert(pem)
@@ -103,29 +103,29 @@ def test_it_is_served_alone_and_by_the_names_that_a_client_can_ask_for(certifica
     alone = ServerTLS(certificates["server.key"], str(tmp_path / "all" / "odd.pem")).load()
     assert alone.certificates[0].names == names
     assert list(alone.certificates[0].served) == served
-    assert shown(alone.context, "localhost") == der
+    assert served_der(alone.context, "localhost") == der
 
     among = DirectoryTLS(str(tmp_path / "all")).load()
-    assert [one.names for one in among.certificates] == [names, ("default.example",)]
+    assert [certificate.names for certificate in among.certificates] == [names, ("default.example",)]
     for name in served[:5]:
-        assert shown(among.context, name.replace("*.", "any.")) == der
+        assert served_der(among.context, name.replace("*.", "any.")) == der
     for name in ("unknown.org", "localhos", None):
-        assert shown(among.context, name) == ssl.PEM_cert_to_DER_cert(default)
+        assert served_der(among.context, name) == ssl.PEM_cert_to_DER_cert(default)
 
     log = Log()
-    listener = Listener(None, "ssl", certificates=among.certificates)  # type: ignore[arg-type]  # it is not served
+    listener = Listener(None, "ssl", certificates=among.certificates)  # type: ignore[arg-type]  # it is not used
     finish(logging_certificates(log, [listener]))
     (line,) = [line for line in log.lines if "/odd.pem" in line]
     assert line.isprintable()
     assert len(line) < 1000
-    (row,) = [one for one in certificates_of([listener]) if "odd.pem" in one["path"]]
+    (row,) = [row for row in certificates_of([listener]) if "odd.pem" in row["path"]]
     for text in (line, row["names"]):
         assert escaped(", ".join(names[:5])) in text
         assert ("and 995 more" in text) is (len(names) == 1000)
 
 
-@pytest.mark.parametrize("odd", ["Latin-1", "a NUL", "a common name of UTF-16", "for ever"])
-def test_it_is_served_by_pyopenssl_too(certificates, tmp_path, odd) -> None:
+@pytest.mark.parametrize("odd", ["Latin-1", "a NUL", "a common name of UTF-16", "no expiry"])
+def test_an_unusual_certificate_is_served_with_pyopenssl(certificates, tmp_path, odd) -> None:
     pytest.importorskip("OpenSSL")
     exchanged, names, _ = ODD[odd]
     (tmp_path / "odd.pem").write_text(odd_certificate(certificates["server.pem"], **exchanged))
@@ -143,24 +143,24 @@ def test_it_is_served_by_pyopenssl_too(certificates, tmp_path, odd) -> None:
         {"serial": b"\xff\x80"},
     ],
 )
-def test_what_openssl_does_not_take_is_named(certificates, tmp_path, junk) -> None:
+def test_a_certificate_that_openssl_rejects_is_named(certificates, tmp_path, junk) -> None:
     path = tmp_path / "odd.pem"
     path.write_text(odd_certificate(certificates["server.pem"], **junk))
     with pytest.raises(TLSError, match=f"certificate.* {re.escape(repr(str(path)))}"):
         ServerTLS(certificates["server.key"], str(path)).load()
 
 
-def test_a_line_has_the_beginning_of_a_name_that_is_very_long(certificates, tmp_path) -> None:
+def test_a_very_long_name_is_truncated_in_the_error(certificates, tmp_path) -> None:
     (tmp_path / "odd.pem").write_text(odd_certificate(certificates["server.pem"], alternative=dns(b"n" * 10_000)))
     log = Log()
     found = ServerTLS(certificates["server.key"], str(tmp_path / "odd.pem")).load().certificates
-    listener = Listener(None, "ssl", certificates=found)  # type: ignore[arg-type]  # it is not served
+    listener = Listener(None, "ssl", certificates=found)  # type: ignore[arg-type]  # it is not used
     finish(logging_certificates(log, [listener]))
     assert "n" * 200 in log.lines[0]
     assert len(log.lines[0]) < 1000
 
 
-def test_two_that_nobody_can_ask_for_do_not_contradict_each_other(certificates, tmp_path) -> None:
+def test_equal_names_that_no_client_can_request_do_not_conflict(certificates, tmp_path) -> None:
     key = Path(certificates["server.key"]).read_text()
     for number in range(3):
         pem = odd_certificate(certificates["server.pem"], alternative=dns(b"m\xfcller.example", b"a b"))
@@ -168,7 +168,7 @@ def test_two_that_nobody_can_ask_for_do_not_contradict_each_other(certificates, 
     assert len(DirectoryTLS(str(tmp_path)).load().certificates) == 3
 
 
-def test_two_whose_names_differ_in_a_dot_or_in_their_case_contradict_each_other(certificates, tmp_path) -> None:
+def test_names_that_differ_in_case_or_a_final_dot_conflict(certificates, tmp_path) -> None:
     key = Path(certificates["server.key"]).read_text()
     for number, name in enumerate((b"ok.example", b"OK.example.")):
         (tmp_path / f"{number}.pem").write_text(
@@ -178,22 +178,22 @@ def test_two_whose_names_differ_in_a_dot_or_in_their_case_contradict_each_other(
         DirectoryTLS(str(tmp_path)).load()
 
 
-def test_files_may_have_names_of_upper_case_and_control_characters(certificates, tmp_path) -> None:
+def test_file_names_may_contain_upper_case_and_control_characters(certificates, tmp_path) -> None:
     key = Path(certificates["server.key"]).read_text()
     for number, name in enumerate(("UPPER.example..pem", "a\x1b\nb.pem", "\udcff.pem")):
         made = odd_certificate(certificates["server.pem"], alternative=dns(b"n%d.example" % number))
         (tmp_path / name).write_text(made + key)
     found = DirectoryTLS(str(tmp_path)).load().certificates
-    listener = Listener(None, "ssl", certificates=found)  # type: ignore[arg-type]  # it is not served
+    listener = Listener(None, "ssl", certificates=found)  # type: ignore[arg-type]  # it is not used
     log = Log()
     finish(logging_certificates(log, [listener]))
     assert len(log.lines) == 3
-    for text in (*log.lines, *(one["path"] for one in certificates_of([listener]))):
+    for text in (*log.lines, *(row["path"] for row in certificates_of([listener]))):
         assert text.isprintable()
         text.encode()
 
 
-def test_the_names_and_dates_are_those_that_openssl_finds(certificates) -> None:
+def test_names_and_dates_equal_those_of_openssl(certificates) -> None:
     for name in ("server", "rsa", "leaf", "client", "ca"):
         path = certificates[f"{name}.pem"]
         (found,) = ServerTLS(certificates[f"{name}.key"], path).load().certificates
@@ -216,7 +216,7 @@ def test_the_names_and_dates_are_those_that_openssl_finds(certificates) -> None:
         (0x17, b"700101000000-0030", 1800),
     ],
 )
-def test_a_time_is_read_as_the_rfc_says(kind, text, seconds) -> None:
+def test_a_time_is_parsed_as_in_rfc_5280(kind, text, seconds) -> None:
     assert der_time(kind, text) == seconds
 
 
@@ -229,12 +229,12 @@ def test_a_time_is_read_as_the_rfc_says(kind, text, seconds) -> None:
         (0x04, b"700101000000Z"),
     ],
 )  # fmt: skip
-def test_what_is_no_time_is_none(kind, text) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011  # its text is nobody's
+def test_an_invalid_time_is_rejected(kind, text) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # the text is never shown
         der_time(kind, text)
 
 
-def test_a_chain_with_an_authority_that_cannot_be_read_is_named_in_a_directory_too(certificates, tmp_path) -> None:
+def test_a_file_with_an_unreadable_chain_certificate_is_named_in_a_directory(certificates, tmp_path) -> None:
     junk = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
     parts = [Path(certificates[name]).read_text() for name in ("server.pem", "server.key")]
     (tmp_path / "a.pem").write_text(parts[0] + junk + parts[1])

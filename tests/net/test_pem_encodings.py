@@ -1,4 +1,4 @@
-"""Certificates, keys and revocation lists as any editor writes them, or one line that names the file."""
+"""Certificates, keys and revocation lists in the encodings of common editors; others are rejected by file name."""
 
 import subprocess
 from pathlib import Path
@@ -16,7 +16,7 @@ FILES = (
 
 @pytest.fixture
 def pem(tmp_path, certificates) -> Path:
-    """A directory with a file of each kind."""
+    """A directory with one file of each kind."""
     for name, source in (("key", "server.key"), ("cert", "server.pem"), ("chain", "inner.pem"), ("ca", "ca.pem")):
         (tmp_path / f"{name}.pem").write_text(Path(certificates[source]).read_text())
     (tmp_path / "index.txt").write_text("")
@@ -34,7 +34,7 @@ def pem(tmp_path, certificates) -> Path:
 
 
 @pytest.mark.parametrize("name", ["key.pem", "cert.pem", "chain.pem", "ca.pem", "list.crl"])
-def test_marks_line_ends_and_comments_are_accepted_and_other_encodings_are_named(pem, name) -> None:
+def test_byte_order_marks_line_endings_and_comments_are_accepted_and_other_encodings_named(pem, name) -> None:
     text = (pem / name).read_text()
     for content in (
         text.encode("utf-8-sig"),
@@ -51,7 +51,7 @@ def test_marks_line_ends_and_comments_are_accepted_and_other_encodings_are_named
         assert f"'{pem}/{name}' is {said} by its byte order mark; save it as UTF-8" in str(caught.value)
 
 
-def test_a_certificate_in_a_directory_may_have_a_mark(pem, certificates) -> None:
+def test_a_certificate_in_a_directory_may_have_a_byte_order_mark(pem, certificates) -> None:
     (pem / "d").mkdir()
     for name in ("server.pem", "server.key"):
         (pem / "d" / name).write_bytes(Path(certificates[name]).read_text().encode("utf-8-sig"))

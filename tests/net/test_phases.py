@@ -1,4 +1,4 @@
-"""The table of phases: what may follow what."""
+"""The table of phases: the allowed transitions."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(Phase, repeat=2)))
-def test_a_phase_follows_only_where_the_table_says_so(before: Phase, after: Phase) -> None:
+def test_only_the_transitions_of_the_table_are_allowed(before: Phase, after: Phase) -> None:
     if (before, after) in ALLOWED:
         assert next_phase(before, after) is after
     else:
@@ -26,7 +26,7 @@ def test_a_phase_follows_only_where_the_table_says_so(before: Phase, after: Phas
             next_phase(before, after)
 
 
-def test_logs_and_json_have_the_value_of_a_phase() -> None:
+def test_logs_and_json_contain_the_value_of_a_phase() -> None:
     assert [f"{phase}" for phase in Phase] == ["proxy", "tls", "open", "closing"]
     assert json.dumps({"phase": Phase.TLS}) == '{"phase": "tls"}'
     assert {"open": 1}[Phase.OPEN] == 1

@@ -1,4 +1,4 @@
-"""Ports: accept, pause, rest after a shortage, refuse, and finish."""
+"""Ports: accept, pause, delay after a shortage, refuse, and finish."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from tests.support.recording import Recording
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-def test_a_shortage_rests_the_listener_logs_once_and_resumes(code) -> None:
+def test_a_resource_shortage_delays_accepting_and_is_logged_once(code) -> None:
     logged: list[Any] = []
     clock = FakeReactor()
     problem = OSError(code, os.strerror(code))
@@ -43,7 +43,7 @@ def test_a_shortage_rests_the_listener_logs_once_and_resumes(code) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ECONNABORTED, errno.EPERM, errno.EPROTO])
-def test_one_connection_that_failed_before_it_was_accepted_is_skipped(code) -> None:
+def test_a_connection_that_failed_before_accept_is_skipped(code) -> None:
     near, far = socket.socketpair()
     clock = FakeReactor()
     factory = Recording(on_connect=lambda protocol: protocol.transport.write(b"hello"))
@@ -54,10 +54,10 @@ def test_one_connection_that_failed_before_it_was_accepted_is_skipped(code) -> N
         assert far.recv(10) == b"hello"
 
 
-# --- a listener that pauses, rests and refuses ---
+# --- pause, shortage delay and refusal ---
 
 
-def test_a_pause_during_a_rest_outlasts_it() -> None:
+def test_a_pause_outlasts_a_shortage_delay() -> None:
     clock, port = listening(OSError(errno.EMFILE, "x"))
     port.doRead()
     port.pause()
@@ -68,7 +68,7 @@ def test_a_pause_during_a_rest_outlasts_it() -> None:
     port.stopListening()
 
 
-def test_a_resume_ends_no_rest() -> None:
+def test_resume_does_not_end_a_shortage_delay() -> None:
     clock, port = listening(OSError(errno.EMFILE, "x"))
     port.pause()
     port.resume()
@@ -81,7 +81,7 @@ def test_a_resume_ends_no_rest() -> None:
     port.stopListening()
 
 
-def test_a_port_that_is_paused_when_it_starts_accepts_nobody_until_it_is_resumed() -> None:
+def test_a_port_paused_before_its_start_accepts_only_after_resume() -> None:
     clock = FakeReactor()
     port = Port(clock, FakeListeningSocket(), Recording(), name="test")
     port.resume()
@@ -96,7 +96,7 @@ def test_a_port_that_is_paused_when_it_starts_accepts_nobody_until_it_is_resumed
     assert port not in clock.getReaders()
 
 
-def test_a_rest_ends_with_the_port() -> None:
+def test_stopping_the_port_ends_a_shortage_delay() -> None:
     clock, port = listening(OSError(errno.EMFILE, "x"))
     port.doRead()
     port.stopListening()
@@ -104,7 +104,7 @@ def test_a_rest_ends_with_the_port() -> None:
     assert port not in clock.getReaders()
 
 
-def test_a_pause_in_the_middle_of_a_burst_leaves_the_others_in_the_queue() -> None:
+def test_a_pause_during_a_burst_leaves_the_remaining_clients_in_the_backlog() -> None:
     pairs = [socket.socketpair() for _ in range(5)]
     accepted: list[Any] = []
 
@@ -126,7 +126,7 @@ def test_a_pause_in_the_middle_of_a_burst_leaves_the_others_in_the_queue() -> No
         far.close()
 
 
-def test_a_shortage_after_a_good_one_is_logged_again() -> None:
+def test_a_shortage_after_a_successful_accept_is_logged_again() -> None:
     near, far = socket.socketpair()
     logged: list[Any] = []
     shortage = OSError(errno.EMFILE, "x")
@@ -143,7 +143,7 @@ def test_a_shortage_after_a_good_one_is_logged_again() -> None:
 
 
 @pytest.mark.parametrize("proxied", [False, True])
-def test_who_is_refused_when_he_comes_is_closed_and_nobody_is_told(proxied) -> None:
+def test_a_connection_refused_on_accept_is_closed_without_a_closed_callback(proxied) -> None:
     near, far = socket.socketpair()
     closed: list[Any] = []
     clock, port = listening(
@@ -159,7 +159,7 @@ def test_who_is_refused_when_he_comes_is_closed_and_nobody_is_told(proxied) -> N
     port.stopListening()
 
 
-def test_who_is_refused_by_his_header_is_closed_and_nobody_is_told() -> None:
+def test_a_connection_refused_after_its_header_is_closed_without_a_closed_callback() -> None:
     near, far = socket.socketpair()
     closed: list[Any] = []
     clock, port = listening(
@@ -179,7 +179,7 @@ def test_who_is_refused_by_his_header_is_closed_and_nobody_is_told() -> None:
     assert clock.getReaders() == [port]
     assert clock.getDelayedCalls() == []
     assert (port.factory.made, port.factory.lost, closed) == ([], [], [])
-    # What a reactor or a protocol may still ask of it does nothing.
+    # Later calls from a reactor or a protocol do nothing.
     connection.write(b"x")
     connection.loseConnection()
     connection.abortConnection()
@@ -188,7 +188,7 @@ def test_who_is_refused_by_his_header_is_closed_and_nobody_is_told() -> None:
     port.stopListening()
 
 
-def test_a_finish_waits_for_a_paused_port_and_a_resting_one() -> None:
+def test_finish_waits_for_a_pause_and_for_a_shortage_delay() -> None:
     near, far = socket.socketpair()
     clock, port = listening(OSError(errno.EMFILE, "x"), (near, ""))
     port.pause()
@@ -197,7 +197,7 @@ def test_a_finish_waits_for_a_paused_port_and_a_resting_one() -> None:
     clock.advance(5)
     assert port.listening
     port.resume()
-    clock.pump([0.2] * 2)  # it runs into the shortage
+    clock.pump([0.2] * 2)  # the accept fails with the shortage
     assert port.listening
     clock.pump([0.2] * 10)
     assert finished == [None]
@@ -205,7 +205,7 @@ def test_a_finish_waits_for_a_paused_port_and_a_resting_one() -> None:
         assert len(port.factory.made) == 1
 
 
-# --- the end of a listener ---
+# --- finish ---
 
 
 def state_of(sock: socket.socket) -> int:
@@ -219,8 +219,8 @@ SYN_SENT = 2  # include/net/tcp_states.h
 @pytest.mark.parametrize("count", [0, 1, 99])
 @pytest.mark.parametrize("description", ["tcp:0:interface=127.0.0.1", "unix:{}/s"], ids=["tcp", "unix"])
 @pytest_twisted.inlineCallbacks
-def test_a_listener_that_finishes_serves_its_queue_and_nobody_who_comes_later(serve, tmp_path, description, count):
-    """With more in the queue than one event accepts; and what is accepted lives on without the listener."""
+def test_finish_serves_the_backlog_and_no_later_clients(serve, tmp_path, description, count):
+    """The backlog holds more clients than one event accepts, and accepted connections survive the listener."""
     factory, ports = Recording(), []
     address, _ = serve(factory, description.format(tmp_path), ports)
     ((port, listener),) = ports
@@ -254,7 +254,7 @@ def test_a_listener_that_finishes_serves_its_queue_and_nobody_who_comes_later(se
 
 
 def finishing(*results) -> tuple[FakeReactor, Port, Recording, list[bool]]:
-    """A port with a queue of these, on the test's clock, and whether it has finished."""
+    """Return a started port with these accept() results: its reactor, the port, its factory, and a list for results."""
     clock, factory, done = FakeReactor(), Recording(), []
     port = Port(clock, FakeListeningSocket(*results), factory, name="test")
     port.startListening()
@@ -262,16 +262,16 @@ def finishing(*results) -> tuple[FakeReactor, Port, Recording, list[bool]]:
 
 
 def pair() -> tuple[socket.socket, str]:
-    """What accept() gives."""
+    """A result of accept()."""
     near, _ = socket.socketpair()
     return near, ""
 
 
-def test_a_listener_has_finished_when_nobody_came_for_as_long_as_a_handshake_takes() -> None:
+def test_finish_completes_after_a_handshake_time_without_new_clients() -> None:
     clock, port, factory, done = finishing()
     port.finish().addCallback(done.append)
     clock.advance(0.1)
-    port.socket.results.append(pair())  # a client far away, whose handshake was under way
+    port.socket.results.append(pair())  # a distant client whose handshake was in progress
     port.doRead()
     clock.pump([0.1, 0.1])
     port.socket.results.append(pair())
@@ -285,7 +285,7 @@ def test_a_listener_has_finished_when_nobody_came_for_as_long_as_a_handshake_tak
     assert clock.getDelayedCalls() == []
 
 
-def test_a_paused_listener_finishes_when_it_may_go_on() -> None:
+def test_a_paused_port_finishes_after_resume() -> None:
     clock, port, factory, done = finishing()
     port.pause()
     port.socket.results.append(pair())
@@ -299,8 +299,8 @@ def test_a_paused_listener_finishes_when_it_may_go_on() -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_a_listener_that_pauses_while_it_finishes_waits_too() -> None:
-    """The register pauses it when the limit is reached, by a client of its queue."""
+def test_finish_waits_for_a_pause_that_begins_meanwhile() -> None:
+    """The register pauses the port when a queued client reaches the connection limit."""
     clock, port, factory, done = finishing(pair(), pair())
     factory.on_connect = lambda protocol: port.pause()
     port.finish().addCallback(done.append)
@@ -314,7 +314,7 @@ def test_a_listener_that_pauses_while_it_finishes_waits_too() -> None:
         protocol.transport.connectionLost(Failure(ConnectionDone()))
 
 
-def test_a_listener_that_finishes_outlives_a_shortage() -> None:
+def test_finish_continues_after_a_shortage() -> None:
     clock, port, factory, done = finishing(OSError(errno.EMFILE, "x"), pair())
     port.finish().addCallback(done.append)
     clock.pump([0.1] * 4)
@@ -325,11 +325,11 @@ def test_a_listener_that_finishes_outlives_a_shortage() -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_a_listener_that_is_stopped_has_finished() -> None:
+def test_finish_completes_when_the_port_is_stopped() -> None:
     clock, port, _, done = finishing()
     port.finish().addCallback(done.append)
     port.stopListening()
     assert done == [None]
     assert clock.getDelayedCalls() == []
-    port.finish().addCallback(done.append)  # nothing is left to do
+    port.finish().addCallback(done.append)  # no call is pending
     assert done == [None, None]

@@ -1,4 +1,4 @@
-"""The PROXY header before a connection: whom the protocol sees, what is never lost, and who is sent away."""
+"""The PROXY header before a connection: addresses, data after the header, deadlines, and rejected peers."""
 
 import contextlib
 import errno
@@ -48,10 +48,10 @@ UNIX = b"/run/client".ljust(108, b"\0") + b"/run/server".ljust(108, b"\0")
 
 V1 = b"PROXY TCP4 192.0.2.1 198.51.100.2 56324 443\r\n"
 V2 = v2(0x21, 0x11, INET + AUTHORITY)
-# The most that a header can be.
+# The longest possible header.
 LONGEST = v2(0x21, 0x11, INET + AUTHORITY + tlv(4, bytes(65535 - 12 - len(AUTHORITY) - 3)))
 
-# Those that name nobody: the connection's own addresses hold.
+# Headers without addresses: those of the connection apply.
 ANONYMOUS = {
     "v1 UNKNOWN": b"PROXY UNKNOWN\r\n",
     "v1 UNKNOWN with addresses": b"PROXY UNKNOWN 2001:db8::1 2001:db8::2 1 2\r\n",
@@ -67,7 +67,7 @@ LOOPBACK = (ip_network("127.0.0.0/8"),)
 
 
 class Witness(Recording):
-    """Greets and echoes; records the addresses that protocols were built for, and what each saw in its first moment."""
+    """Greets and echoes; records the addresses passed to buildProtocol and the state seen in connectionMade."""
 
     def __init__(self) -> None:
         super().__init__(on_connect=self.greet)
@@ -85,7 +85,7 @@ class Witness(Recording):
 
 
 class Served:
-    """A port in service that expects headers."""
+    """A listening port that expects headers."""
 
     def __init__(self, description: str, on: Any, tls: ssl.SSLContext | None, limits: Limits) -> None:
         self.factory = Witness()
@@ -93,8 +93,8 @@ class Served:
         self.address = self.listener.socket.getsockname()
         self.on = on
         self.opened: list[Any] = []
-        self.ended: list[tuple[Any, str]] = []  # connections, and why, as in their records
-        self.events: list[Any] = []  # of the register's log
+        self.ended: list[tuple[Any, str]] = []  # connections, each with the reason in its record
+        self.events: list[Any] = []  # log lines of the register
         self.register = Registry(Logger(observer=self.events.append), limits)
         self._waiting: list[Deferred[None]] = []
         self.port = Port(
@@ -124,7 +124,7 @@ class Served:
 
     @pytest_twisted.inlineCallbacks
     def end(self, count: int = 1):
-        """The last of so many ends: what ended it, and why."""
+        """Wait for this many ended connections; return the Failure value and the reason of the last one."""
         while len(self.ended) < count:
             deferred: Deferred[None] = Deferred()
             self._waiting.append(deferred)
@@ -134,7 +134,7 @@ class Served:
 
 @pytest.fixture
 def serve():
-    """Serves a Witness on a free loopback port, or what the description says."""
+    """Serve a Witness as the description says, by default on a free loopback port."""
     started: list[Served] = []
 
     def start(
@@ -144,30 +144,30 @@ def serve():
         tls: ssl.SSLContext | None = None,
         limits: Limits = Limits(max_connections=100, proxy_from=LOOPBACK),  # noqa: B008  # frozen
     ) -> Served:
-        one = Served(description, on, tls, limits)
-        started.append(one)
-        return one
+        served = Served(description, on, tls, limits)
+        started.append(served)
+        return served
 
     yield start
-    for one in started:
-        one.port.stopListening()
-        one.listener.close()
-        for connection in list(one.register.open):
+    for served in started:
+        served.port.stopListening()
+        served.listener.close()
+        for connection in list(served.register.open):
             connection.abortConnection()
-        if isinstance(one.on, Timed):
-            one.on.clock.advance(0)
-        elif one.register.open:
-            pytest_twisted.blockon(one.end(len(one.ended) + len(one.register.open)))
+        if isinstance(served.on, Timed):
+            served.on.clock.advance(0)
+        elif served.register.open:
+            pytest_twisted.blockon(served.end(len(served.ended) + len(served.register.open)))
 
 
-class Reads:
-    """The events of connections that wait for their header."""
+class ReadCounter:
+    """Counts the read events of connections that wait for their header."""
 
     def __init__(self) -> None:
         self.count = 0
         self._waiting: list[Deferred[None]] = []
 
-    def happened(self) -> None:
+    def count_read(self) -> None:
         self.count += 1
         waiting, self._waiting = self._waiting, []
         for deferred in waiting:
@@ -175,7 +175,7 @@ class Reads:
 
     @pytest_twisted.inlineCallbacks
     def wait(self, count: int):
-        """Until there were so many."""
+        """Wait until this many have happened."""
         while self.count < count:
             deferred: Deferred[None] = Deferred()
             self._waiting.append(deferred)
@@ -184,17 +184,17 @@ class Reads:
 
 @pytest.fixture
 def reads(monkeypatch):
-    one = Reads()
+    counter = ReadCounter()
     read = ProxyHandshake.doRead
 
     def counted(self):
         try:
             return read(self)
         finally:
-            one.happened()
+            counter.count_read()
 
     monkeypatch.setattr(ProxyHandshake, "doRead", counted)
-    return one
+    return counter
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def context(certificates) -> ssl.SSLContext:
 
 @pytest.fixture
 def connect():
-    """Connects a blocking socket, every send of which is a segment."""
+    """Connect a blocking socket that sends each write as one segment."""
     with contextlib.ExitStack() as stack:
 
         def start(address: Any) -> socket.socket:
@@ -225,7 +225,7 @@ def connect():
 
 
 def read(sock: socket.socket, size: int) -> bytes:
-    """This many bytes, or less at the end."""
+    """Read this many bytes, or fewer at EOF."""
     received = bytearray()
     while len(received) < size and (piece := sock.recv(size - len(received))):
         received += piece
@@ -235,7 +235,7 @@ def read(sock: socket.socket, size: int) -> bytes:
 def nothing_came(sock: socket.socket) -> bool:
     sock.setblocking(False)
     try:
-        return sock.recv(1) is None  # the end is something too
+        return sock.recv(1) is None  # EOF counts as input too
     except BlockingIOError:
         return True
     finally:
@@ -243,7 +243,7 @@ def nothing_came(sock: socket.socket) -> bool:
 
 
 class TLS:
-    """A client of TLS on a socket, whose first flight may come with something before it in one segment."""
+    """A TLS client on a socket; `before` is sent in one segment with its first flight."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, before: bytes = b"") -> None:
         self.sock = sock
@@ -266,7 +266,7 @@ class TLS:
             self._incoming.write(data)
 
     def exchange(self, data: bytes) -> bytes:
-        """Shake hands, send this, and read the greeting and as much."""
+        """Perform the handshake, send data, and read the greeting and the same number of bytes."""
         self._do(lambda: self._tls.do_handshake() or True)
         self._do(self._tls.write, data)
         received = b""
@@ -280,56 +280,56 @@ class TLS:
 
 @pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_a_header_may_be_split_at_any_byte_and_nothing_is_sent_or_built_before_its_last(serve, connect, reads, header):
-    one = serve()
+def test_a_header_may_be_split_at_any_byte_and_the_protocol_is_built_after_its_last(serve, connect, reads, header):
+    service = serve()
     for split in range(1, len(header)):
         before = reads.count
-        sock = connect(one.address)
+        sock = connect(service.address)
         sock.sendall(header[:split])
         yield reads.wait(before + 1)
         assert nothing_came(sock)
-        assert one.opened[-1].phase == "proxy"
-        assert len(one.factory.built) == split - 1
+        assert service.opened[-1].phase == "proxy"
+        assert len(service.factory.built) == split - 1
         sock.sendall(header[split:] + b"hello")
         answer = yield deferToThread(read, sock, 11)
         assert answer == b"Hello!hello"
-        assert reads.count == before + 2  # one for each piece: nothing is read twice
-        assert one.factory.built[-1] == CLIENT
-    assert one.factory.received == b"hello" * (len(header) - 1)
+        assert reads.count == before + 2  # one per piece: no data is read twice
+        assert service.factory.built[-1] == CLIENT
+    assert service.factory.received == b"hello" * (len(header) - 1)
 
 
 @pytest.mark.parametrize("header", [V1, V2], ids=["v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_data_in_the_same_segment_is_neither_lost_nor_duplicated(serve, connect, header):
-    one = serve()
+def test_data_in_the_segment_of_the_header_is_neither_lost_nor_duplicated(serve, connect, header):
+    service = serve()
     for size in (0, 1, 1023 - len(header), 1024 - len(header), 1025 - len(header), 200_000):
         data = os.urandom(size)
-        before = len(one.factory.received)
-        sock = connect(one.address)
+        before = len(service.factory.received)
+        sock = connect(service.address)
         sending = deferToThread(sock.sendall, header + data)
         answer = yield deferToThread(read, sock, len(GREETING) + size)
         yield sending
         assert answer == GREETING + data
-        assert one.factory.received[before:] == data
-        # The header is no byte of the exchange.
-        connection = one.opened[-1]
+        assert service.factory.received[before:] == data
+        # The header does not count as received data.
+        connection = service.opened[-1]
         assert (connection.bytes_in, connection.bytes_out) == (size, len(GREETING) + size)
 
 
 @pytest_twisted.inlineCallbacks
 def test_a_second_header_is_data(serve, connect):
-    one = serve()
-    sock = connect(one.address)
+    service = serve()
+    sock = connect(service.address)
     sock.sendall(V1 + V2 + V1)
     answer = yield deferToThread(read, sock, len(GREETING + V2 + V1))
     assert answer == GREETING + V2 + V1
 
 
 @pytest_twisted.inlineCallbacks
-def test_urgent_data_within_a_header_is_no_part_of_it(serve, connect):
-    one = serve()
+def test_urgent_data_within_a_header_is_ignored(serve, connect):
+    service = serve()
     for split in range(1, len(V1) + 5):
-        sock = connect(one.address)
+        sock = connect(service.address)
         sock.sendall((V1 + b"hello")[:split])
         sock.send(b"!", socket.MSG_OOB)
         sock.sendall((V1 + b"hello")[split:])
@@ -339,9 +339,9 @@ def test_urgent_data_within_a_header_is_no_part_of_it(serve, connect):
 
 @pytest.mark.parametrize("size", [1, 7, 1000, len(LONGEST)])
 @pytest_twisted.inlineCallbacks
-def test_the_longest_header_is_read_also_byte_by_byte(serve, connect, reads, size):
-    one = serve()
-    sock = connect(one.address)
+def test_the_longest_header_is_accepted_even_byte_by_byte(serve, connect, reads, size):
+    service = serve()
+    sock = connect(service.address)
 
     def send():
         for at in range(0, len(LONGEST), size):
@@ -352,7 +352,7 @@ def test_the_longest_header_is_read_also_byte_by_byte(serve, connect, reads, siz
     answer = yield deferToThread(read, sock, 11)
     yield sending
     assert answer == b"Hello!hello"
-    ((peer, _, header),) = one.factory.seen
+    ((peer, _, header),) = service.factory.seen
     assert peer == CLIENT
     assert header.length == len(LONGEST)
     assert header.tlvs[0] == (2, b"www.example.com")
@@ -360,14 +360,14 @@ def test_the_longest_header_is_read_also_byte_by_byte(serve, connect, reads, siz
 
 
 @pytest_twisted.inlineCallbacks
-def test_what_a_header_says_stays_within_its_bytes_for_each_connection(serve, connect):
-    one = serve()
+def test_the_memory_for_a_header_is_bounded_by_its_length(serve, connect):
+    service = serve()
     header = v2(0x21, 0x11, INET + tlv(4, b"") * ((65535 - len(INET)) // 3))
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         for _ in range(20):
-            sock = connect(one.address)
+            sock = connect(service.address)
             sending = deferToThread(sock.sendall, header)
             yield deferToThread(read, sock, len(GREETING))
             yield sending
@@ -384,8 +384,8 @@ def test_what_a_header_says_stays_within_its_bytes_for_each_connection(serve, co
 @pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
 @pytest_twisted.inlineCallbacks
 def test_a_header_comes_before_the_tls_handshake(serve, connect, reads, context, trusting, header, together):
-    one = serve(tls=context)
-    sock = connect(one.address)
+    service = serve(tls=context)
+    sock = connect(service.address)
     if together:
         client = TLS(sock, trusting, header)
     else:
@@ -395,90 +395,92 @@ def test_a_header_comes_before_the_tls_handshake(serve, connect, reads, context,
         client = TLS(sock, trusting)
     answer = yield deferToThread(client.exchange, b"hello")
     assert answer == GREETING + b"hello"
-    ((peer, host, proxied),) = one.factory.seen
+    ((peer, host, proxied),) = service.factory.seen
     assert (peer, host, proxied.length) == (CLIENT, SERVER, len(header))
-    assert ISSLTransport.providedBy(one.opened[0])
+    assert ISSLTransport.providedBy(service.opened[0])
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_header_inside_of_tls_is_none(serve, connect, context, trusting):
-    one = serve(tls=context)
-    sock = connect(one.address)
+def test_a_header_inside_tls_is_data(serve, connect, context, trusting):
+    service = serve(tls=context)
+    sock = connect(service.address)
     with pytest.raises((AssertionError, ConnectionResetError)):
         yield deferToThread(TLS(sock, trusting).exchange, V1)
-    yield one.end()
-    assert one.ended[0][1] == "invalid PROXY header"
-    assert not one.factory.built
+    yield service.end()
+    assert service.ended[0][1] == "invalid PROXY header"
+    assert not service.factory.built
 
 
-# --- whom the protocol sees ---
+# --- addresses ---
 
 
 @pytest_twisted.inlineCallbacks
-def exchange(one: Served, sock: socket.socket, header: bytes):
-    """What the protocol saw from connectionMade on, once it has echoed."""
+def exchange(service: Served, sock: socket.socket, header: bytes):
+    """Exchange data; return what the protocol saw in connectionMade."""
     sock.sendall(header + b"hello")
     answer = yield deferToThread(read, sock, 11)
     assert answer == b"Hello!hello"
-    seen = one.factory.seen[-1]
-    transport = one.factory.made[-1].transport
+    seen = service.factory.seen[-1]
+    transport = service.factory.made[-1].transport
     assert (transport.getPeer(), transport.getHost(), transport.proxied) == seen
     assert transport.phase == "open"
-    assert one.factory.built[-1] == seen[0]
+    assert service.factory.built[-1] == seen[0]
     return seen
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_protocol_sees_the_client_and_where_it_connected_to(serve, connect):
-    one = serve()
+def test_the_protocol_sees_the_addresses_of_the_header(serve, connect):
+    service = serve()
     for header in (V1, V2):
-        peer, host, proxied = yield exchange(one, connect(one.address), header)
+        peer, host, proxied = yield exchange(service, connect(service.address), header)
         assert (peer, host) == (CLIENT, SERVER)
         assert (proxied.source, proxied.destination, proxied.length) == (CLIENT, SERVER, len(header))
-        assert type(one.opened[-1]) is Connection
-        assert not ISSLTransport.providedBy(one.opened[-1])
-        assert "192.0.2.1" in one.opened[-1].logPrefix()
+        assert type(service.opened[-1]) is Connection
+        assert not ISSLTransport.providedBy(service.opened[-1])
+        assert "192.0.2.1" in service.opened[-1].logPrefix()
     assert proxied.tlvs == ((2, b"www.example.com"),)
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_client_may_be_of_another_family_than_the_proxy(serve, connect):
-    one = serve()
-    peer, host, _ = yield exchange(one, connect(one.address), b"PROXY TCP6 2001:DB8:0::1 2001:db8::2 4711 443\r\n")
+def test_client_and_proxy_may_have_different_address_families(serve, connect):
+    service = serve()
+    peer, host, _ = yield exchange(
+        service, connect(service.address), b"PROXY TCP6 2001:DB8:0::1 2001:db8::2 4711 443\r\n"
+    )
     assert (peer, host) == (IPv6Address("TCP", "2001:db8::1", 4711), IPv6Address("TCP", "2001:db8::2", 443))
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_client_of_a_proxys_unix_socket_has_its_path(serve, connect):
-    one = serve()
-    peer, host, _ = yield exchange(one, connect(one.address), v2(0x21, 0x31, UNIX))
+def test_the_client_of_a_proxys_unix_socket_has_its_path(serve, connect):
+    service = serve()
+    peer, host, _ = yield exchange(service, connect(service.address), v2(0x21, 0x31, UNIX))
     assert (type(peer), peer.name) == (UNIXAddress, b"/run/client")
     assert (type(host), host.name) == (UNIXAddress, b"/run/server")
-    assert one.opened[-1].logPrefix().endswith(",unix")
+    assert service.opened[-1].logPrefix().endswith(",unix")
 
 
 @pytest.mark.parametrize("header", ANONYMOUS.values(), ids=ANONYMOUS)
 @pytest_twisted.inlineCallbacks
-def test_a_header_that_names_nobody_leaves_the_connections_own_addresses(serve, connect, header):
-    one = serve()
-    sock = connect(one.address)
-    peer, host, proxied = yield exchange(one, sock, header)
+def test_a_header_without_addresses_keeps_the_addresses_of_the_connection(serve, connect, header):
+    service = serve()
+    sock = connect(service.address)
+    peer, host, proxied = yield exchange(service, sock, header)
     assert peer == IPv4Address("TCP", *sock.getsockname())
-    assert host == IPv4Address("TCP", *one.address)
+    assert host == IPv4Address("TCP", *service.address)
     assert proxied.length == len(header)
     assert (proxied.source, proxied.destination) == (None, None)
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_proxy_may_come_over_a_unix_socket(serve, connect, tmp_path):
+def test_a_proxy_may_connect_to_a_unix_socket(serve, connect, tmp_path):
     path = f"{tmp_path}/s"
-    one = serve(f"proxy:unix:{path}")
-    assert (yield exchange(one, connect(path), V2))[:2] == (CLIENT, SERVER)
-    peer, host, _ = yield exchange(one, connect(path), b"PROXY UNKNOWN\r\n")
+    service = serve(f"proxy:unix:{path}")
+    assert (yield exchange(service, connect(path), V2))[:2] == (CLIENT, SERVER)
+    peer, host, _ = yield exchange(service, connect(path), b"PROXY UNKNOWN\r\n")
     assert (peer.name, host.name) == (None, path.encode())
 
 
-# --- who is sent away ---
+# --- rejected connections ---
 
 
 @pytest.mark.parametrize(
@@ -494,69 +496,67 @@ def test_a_proxy_may_come_over_a_unix_socket(serve, connect, tmp_path):
     ],
 )
 @pytest_twisted.inlineCallbacks
-def test_who_sends_no_header_is_closed_without_a_word(serve, connect, data):
-    one = serve()
-    sock = connect(one.address)
+def test_a_connection_without_a_header_is_closed_and_nothing_is_sent(serve, connect, data):
+    service = serve()
+    sock = connect(service.address)
     sock.sendall(data)
     assert (yield deferToThread(is_closed, sock))
-    reason, why = yield one.end()
+    reason, why = yield service.end()
     assert isinstance(reason, ConnectionLost)
     assert why == "invalid PROXY header"
-    # What was found, and what was sent, is logged.
-    detail, record = one.events
+    # The problem and the received bytes are logged.
+    detail, record = service.events
     assert (detail["log_level"], record["log_level"]) == (LogLevel.info, LogLevel.info)
     assert (detail["event"], record["event"]) == ("proxy.header_invalid", "connection.closed")
     assert detail["beginning"] == repr(data[:64])[1:]
     assert record["reason"] == why
-    assert not one.factory.built
-    assert not one.register.open
-    # The next one is served.
-    yield exchange(one, connect(one.address), V1)
+    assert not service.factory.built
+    assert not service.register.open
+    # The next client is served.
+    yield exchange(service, connect(service.address), V1)
 
 
 @pytest.mark.parametrize("secured", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("begun", [b"", b"PROXY ", V2[:20]], ids=["nothing", "v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_a_header_has_a_deadline_and_half_of_one_costs_nothing_until_then(
-    serve, connect, reads, context, begun, secured
-):
+def test_an_incomplete_header_ends_at_the_deadline_and_uses_no_cpu(serve, connect, reads, context, begun, secured):
     timed = Timed()
-    one = serve(on=timed, tls=context if secured else None)
-    one.port.handshake_timeout = 10.0
-    sock = connect(one.address)
+    service = serve(on=timed, tls=context if secured else None)
+    service.port.handshake_timeout = 10.0
+    sock = connect(service.address)
     sock.sendall(begun)
     yield reads.wait(len(begun) and 1)
-    other = connect(one.address)  # many turns of the reactor, in none of which the first one has an event
+    other = connect(service.address)  # many reactor turns, none with an event of the first connection
     for byte in V1[:-1]:
         count = reads.count
         other.sendall(bytes([byte]))
         yield reads.wait(count + 1)
     assert reads.count == bool(begun) + len(V1) - 1
-    assert not one.ended
+    assert not service.ended
     timed.clock.advance(9.999)
-    assert not one.ended
+    assert not service.ended
     timed.clock.advance(0.001)
-    assert [why for _, why in one.ended] == ["PROXY header timed out"] * 2
+    assert [why for _, why in service.ended] == ["PROXY header timed out"] * 2
     assert (yield deferToThread(is_closed, sock))
-    assert not one.factory.built
+    assert not service.factory.built
     assert not timed.clock.getDelayedCalls()
 
 
 @pytest_twisted.inlineCallbacks
-def test_bytes_of_a_header_do_not_prolong_its_deadline(serve, connect, reads):
+def test_received_header_bytes_do_not_extend_the_deadline(serve, connect, reads):
     timed = Timed()
-    one = serve(on=timed)
-    sock = connect(one.address)
+    service = serve(on=timed)
+    sock = connect(service.address)
     for at in range(10):
-        assert not one.ended
+        assert not service.ended
         sock.sendall(V1[at : at + 1])
         yield reads.wait(at + 1)
         timed.clock.advance(1)
-    assert [why for _, why in one.ended] == ["PROXY header timed out"]
+    assert [why for _, why in service.ended] == ["PROXY header timed out"]
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_header_in_time_leaves_no_timer_and_the_tls_handshake_has_its_own(serve, connect, reads, context):
+def test_a_complete_header_cancels_its_timer_and_the_tls_handshake_has_another(serve, connect, reads, context):
     timed = Timed()
     plain, secure = serve(on=timed), serve(on=timed, tls=context)
     sock, other = connect(plain.address), connect(secure.address)
@@ -578,38 +578,38 @@ def test_a_header_in_time_leaves_no_timer_and_the_tls_handshake_has_its_own(serv
 
 @pytest.mark.parametrize("begun", [b"", V1[:20], V2[:20]], ids=["nothing", "v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_finishes_before_its_header_has_finished(serve, connect, begun):
-    one = serve()
-    sock = connect(one.address)
+def test_a_half_close_before_the_header_ends_the_connection_cleanly(serve, connect, begun):
+    service = serve()
+    sock = connect(service.address)
     sock.sendall(begun)
     sock.shutdown(socket.SHUT_WR)
     assert (yield deferToThread(is_closed, sock))
-    reason, why = yield one.end()
+    reason, why = yield service.end()
     assert isinstance(reason, ConnectionDone)
     assert why == "peer finished"
-    assert not one.factory.built
+    assert not service.factory.built
 
 
 @pytest.mark.parametrize("begun", [b"", V1[:20], V2[:20]], ids=["nothing", "v1", "v2"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_resets_before_its_header_is_a_lost_connection(serve, connect, reads, begun):
-    one = serve()
-    sock = connect(one.address)
+def test_a_reset_before_the_header_is_reported_as_connection_lost(serve, connect, reads, begun):
+    service = serve()
+    sock = connect(service.address)
     sock.sendall(begun)
     yield reads.wait(len(begun) and 1)
     reset(sock)
-    reason, why = yield one.end()
+    reason, why = yield service.end()
     assert isinstance(reason, ConnectionLost)
     assert why == "reset by peer"
-    assert one.opened[0].error.errno == errno.ECONNRESET
-    assert not one.factory.built
+    assert service.opened[0].error.errno == errno.ECONNRESET
+    assert not service.factory.built
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_finishes_right_after_its_header_is_answered_in_full(serve, connect):
-    one = serve()
+def test_a_client_that_half_closes_right_after_its_header_receives_everything(serve, connect):
+    service = serve()
     for _ in range(20):
-        sock = connect(one.address)
+        sock = connect(service.address)
         sock.sendall(V1)
         sock.shutdown(socket.SHUT_WR)
         assert (yield deferToThread(read, sock, 100)) == GREETING
@@ -617,55 +617,55 @@ def test_a_client_that_finishes_right_after_its_header_is_answered_in_full(serve
 
 @pytest.mark.parametrize("how", ["abortConnection", "loseConnection"])
 @pytest_twisted.inlineCallbacks
-def test_a_connection_may_be_ended_by_us_before_its_header(serve, connect, reads, how):
-    one = serve()
-    sock = connect(one.address)
+def test_the_server_can_end_a_connection_before_its_header(serve, connect, reads, how):
+    service = serve()
+    sock = connect(service.address)
     sock.sendall(V1[:20])
     yield reads.wait(1)
-    getattr(one.opened[0], how)()
+    getattr(service.opened[0], how)()
     sock.sendall(V1[20:] + b"hello")  # too late
     assert (yield deferToThread(is_closed, sock))
-    reason, why = yield one.end()
+    reason, why = yield service.end()
     assert (type(reason), why) == {
         "abortConnection": (ConnectionAborted, "aborted"),
         "loseConnection": (ConnectionDone, "closed"),
     }[how]
-    assert not one.factory.built
-    assert one.opened[0]._stage is None
+    assert not service.factory.built
+    assert service.opened[0]._stage is None
     assert not [
         call for call in reactor.getDelayedCalls() if isinstance(getattr(call.func, "__self__", None), ProxyHandshake)
     ]
 
 
-# --- what the register does with them ---
+# --- limits and trust ---
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_limit_per_peer_counts_clients_and_not_the_proxy(serve, connect):
-    one = serve(limits=Limits(max_connections=100, max_connections_per_peer=2, proxy_from=LOOPBACK))
-    socks = [connect(one.address) for _ in range(4)]
+def test_a_limit_per_peer_counts_clients_instead_of_the_proxy(serve, connect):
+    service = serve(limits=Limits(max_connections=100, max_connections_per_peer=2, proxy_from=LOOPBACK))
+    socks = [connect(service.address) for _ in range(4)]
     for sock in socks[:2]:
-        yield exchange(one, sock, V1)
+        yield exchange(service, sock, V1)
     socks[2].sendall(V2)
     assert (yield deferToThread(is_closed, socks[2]))
-    yield exchange(one, socks[3], V1.replace(b"192.0.2.1", b"192.0.2.2"))
-    assert refused(one.register) == {"max-connections-per-peer": 1}
-    assert len(one.register.open) == 3
-    assert len(one.factory.built) == 3
-    # One of the two leaves, and there is room for another.
+    yield exchange(service, socks[3], V1.replace(b"192.0.2.1", b"192.0.2.2"))
+    assert refused(service.register) == {"max-connections-per-peer": 1}
+    assert len(service.register.open) == 3
+    assert len(service.factory.built) == 3
+    # One of the two disconnects, which admits another.
     socks[0].close()
-    yield one.end()
-    yield exchange(one, connect(one.address), V2)
+    yield service.end()
+    yield exchange(service, connect(service.address), V2)
 
 
 @pytest_twisted.inlineCallbacks
-def test_who_is_not_believed_is_closed_before_a_byte_is_read(serve, connect, reads):
-    one = serve(limits=Limits(max_connections=100))
+def test_an_untrusted_proxy_is_closed_before_reading(serve, connect, reads):
+    service = serve(limits=Limits(max_connections=100))
     for header in (V1, b""):
-        sock = connect(one.address)
+        sock = connect(service.address)
         sock.sendall(header)
         assert (yield deferToThread(is_closed, sock))
-    assert refused(one.register) == {"proxy-from": 2}
-    assert not one.register.open
+    assert refused(service.register) == {"proxy-from": 2}
+    assert not service.register.open
     assert reads.count == 0
-    assert not one.ended  # it was refused, and never was one
+    assert not service.ended  # a refused connection does not count as ended

@@ -1,4 +1,4 @@
-"""The PROXY protocol's header: what is one, what is none, and that no peer can tell parse() anything else."""
+"""The PROXY protocol parser: valid headers, invalid headers, and fuzzing against an independent implementation."""
 
 import ipaddress
 import random
@@ -31,7 +31,7 @@ def unix(source=b"", destination=b"/run/rt.sock") -> bytes:
 
 
 def crc32c(data: bytes) -> int:
-    """RFC 9260, Appendix A, as it is defined: the remainder of a polynomial, and no table."""
+    """Return the CRC32c by its definition (RFC 9260, Appendix A): a polynomial remainder, without a table."""
     bits = "".join(f"{byte:08b}"[::-1] for byte in data) + "0" * 32
     bits = "".join("10"[int(bit)] for bit in bits[:32]) + bits[32:]
     rest = 0
@@ -43,7 +43,7 @@ def crc32c(data: bytes) -> int:
 
 
 def checked(header: bytes) -> bytes:
-    """The header with its checksum, for which it has `03 00 04` and four bytes."""
+    """Return the header with its checksum filled in after `03 00 04`."""
     at = header.index(tlv(3, b"####")) + 3
     zeroed = header[:at] + bytes(4) + header[at + 4 :]
     return header[:at] + struct.pack("!I", crc32c(zeroed)) + header[at + 4 :]
@@ -81,7 +81,7 @@ VALID = {
         IPv6Address("TCP", LONGEST6, 65535),
         (),
     ),
-    # inet_ntop(3) spells it so, and with it HAProxy.
+    # The spelling of inet_ntop(3), and therefore of HAProxy.
     "v1 TCP6, IPv4-mapped": (
         b"PROXY TCP6 ::ffff:192.0.2.1 ::FFFF:c633:6402 56324 443\r\n",
         IPv6Address("TCP", "::ffff:192.0.2.1", 56324),
@@ -129,7 +129,7 @@ VALID = {
         SERVER,
         ((1, b"h2"), (2, "пример.example".encode()), (0x20, SSL[3:]), (4, bytes(9))),
     ),
-    # What is inside of a value is for whoever uses it.
+    # The content of a value is not checked.
     "v2 a TLV of TLS whose own overruns": (
         v2(0x21, 0x11, inet() + tlv(0x20, b"\x01\0\0\0\0\x21\xff\xff")),
         CLIENT,
@@ -164,7 +164,7 @@ def tcp6(source: str) -> bytes:
     return f"PROXY TCP6 {source} ::1 1 2\r\n".encode("latin-1")
 
 
-# name: (bytes, how many of them are refused, which is None for all, in which words)
+# name: (bytes, how many of them are needed for the rejection or None for all, part of the error)
 INVALID = {
     "HTTP": (b"GET / HTTP/1.1\r\n", 1, "the first byte is 0x47, neither 0x50 (v1) nor 0x0d (v2)"),
     "HTTP's POST": (b"POST / HTTP/1.1\r\n", 2, "byte 2 is 0x4f instead of 0x52"),
@@ -268,7 +268,7 @@ INVALID = {
 
 
 def facts(header: Header) -> tuple:
-    """What a header says, to be compared without a look at the file system, which UNIXAddress takes."""
+    """Return the fields of a header for comparison; comparing UNIXAddress objects would access the file system."""
     return header.length, plain(header.source), plain(header.destination), header.tlvs
 
 
@@ -277,12 +277,12 @@ def plain(address) -> object:
 
 
 def answer(data: bytes) -> tuple | str | None:
-    """What parse() answers, a refusal as its text."""
+    """Return the result of parse(), or the text of its error."""
     try:
         header = parse(data)
     except ProxyError as refusal:
         text = str(refusal)
-        # Fit for any log, whatever the peer sent.
+        # Printable in any log, for any input.
         assert text.isascii()
         assert text.isprintable()
         return text
@@ -290,7 +290,7 @@ def answer(data: bytes) -> tuple | str | None:
 
 
 @pytest.mark.parametrize("case", VALID.values(), ids=VALID)
-def test_a_header_is_read_at_its_last_byte_and_no_sooner(case) -> None:
+def test_a_header_is_complete_exactly_at_its_last_byte(case) -> None:
     data, source, destination, tlvs = case
     for length in range(len(data)):
         assert parse(data[:length]) is None, length
@@ -301,20 +301,20 @@ def test_a_header_is_read_at_its_last_byte_and_no_sooner(case) -> None:
 
 @pytest.mark.parametrize("case", VALID.values(), ids=VALID)
 @pytest.mark.parametrize("after", [b"\0", b"\r\n", b"GET / HTTP/1.1\r\n", b"\xff" * 70_000, "again"])
-def test_what_follows_a_header_changes_nothing(case, after) -> None:
+def test_data_after_a_header_does_not_change_the_result(case, after) -> None:
     data = case[0]
     assert answer(data + (data if after == "again" else after)) == answer(data)
 
 
 @pytest.mark.parametrize("case", INVALID.values(), ids=INVALID)
-def test_what_is_no_header_is_refused_as_soon_as_that_is_known(case) -> None:
+def test_an_invalid_header_is_rejected_at_the_first_wrong_byte(case) -> None:
     data, soonest, text = case
     soonest = len(data) if soonest is None else soonest
     for length in range(soonest):
         assert parse(data[:length]) is None, length
     with pytest.raises(ProxyError, match=re.escape(text)):
         parse(data[:soonest])
-    # More of it is refused too; what is whole may be refused for another reason.
+    # Longer prefixes are rejected too; the complete header may have another error.
     for length in range(soonest, len(data) + 1):
         assert isinstance(answer(data[:length]), str), length
     assert isinstance(answer(data + b"\r\n"), str)
@@ -339,13 +339,13 @@ def test_what_is_no_header_is_refused_as_soon_as_that_is_known(case) -> None:
         (tcp4(destination_port="1" * 50), NOT_A_PORT),
     ],
 )
-def test_a_whole_line_is_refused_for_its_own_reason(line, text) -> None:
+def test_a_complete_invalid_line_is_rejected_with_its_reason(line, text) -> None:
     with pytest.raises(ProxyError, match=re.escape(text)):
         parse(line)
 
 
 @pytest.mark.parametrize("line", [tcp4("192.0.2.01"), tcp6("fe80::1%eth0")])
-def test_a_system_that_reads_more_than_addresses_changes_nothing(line, monkeypatch) -> None:
+def test_a_lenient_inet_pton_does_not_change_the_result(line, monkeypatch) -> None:
     def reads_more(family, host):
         return socket.inet_pton(family, re.sub(r"%.*|\b0+(?=[1-9])", "", host))
 
@@ -354,11 +354,11 @@ def test_a_system_that_reads_more_than_addresses_changes_nothing(line, monkeypat
         parse(line)
 
 
-def test_nothing_received_is_the_beginning_of_anything() -> None:
+def test_empty_input_is_incomplete() -> None:
     assert parse(b"") is None
 
 
-def test_the_longest_header_that_v2_can_state_is_read() -> None:
+def test_the_longest_possible_v2_header_is_accepted() -> None:
     values = tlv(3, b"####") + tlv(4, bytes(65535 - 12 - 7 - 3))
     data = checked(v2(0x21, 0x11, inet() + values))
     assert len(data) == 65551
@@ -368,11 +368,11 @@ def test_the_longest_header_that_v2_can_state_is_read() -> None:
     assert header.source == CLIENT
 
 
-def test_a_header_takes_no_more_memory_than_its_bytes_however_many_tlvs_they_are() -> None:
+def test_the_memory_for_a_header_does_not_depend_on_its_number_of_tlvs() -> None:
     count = (65535 - 12) // 3
     data = v2(0x21, 0x11, inet() + tlv(4) * count)
     sizes = []
-    for _ in range(3):  # other threads, and who measures coverage, need memory too, but not each time
+    for _ in range(3):  # other threads and the coverage measurement allocate memory too, but not in each run
         tracemalloc.start()
         try:
             header = parse(data)
@@ -383,16 +383,16 @@ def test_a_header_takes_no_more_memory_than_its_bytes_however_many_tlvs_they_are
     assert header.tlvs == ((4, b""),) * count
 
 
-def test_any_bit_of_a_header_with_a_checksum_matters() -> None:
+def test_a_checksum_detects_any_changed_bit() -> None:
     data = VALID["v2 CRC32C among others"][0]
-    for bit in range(16 * 8, len(data) * 8):  # before them it may be another command, or a longer header
+    for bit in range(16 * 8, len(data) * 8):  # earlier bits may make it another command or a longer header
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
-        if bit // 8 != data.index(b"\3\0\4"):  # of another type, it is no checksum any more
+        if bit // 8 != data.index(b"\3\0\4"):  # with another type, the TLV is not a checksum
             assert isinstance(answer(bytes(changed)), str), bit
 
 
-# ---- the oracle: the same verdicts by other means -------------------------------------------------------------------
+# ---- the oracle: an independent implementation ---------------------------------------------------------------------
 
 V1_LINE = re.compile(
     rb"PROXY (?:UNKNOWN(?: [\x20-\x7e]*)?|TCP(?P<v>[46]) (\S+) (\S+) (0|[1-9]\d{0,4}) (0|[1-9]\d{0,4}))\r\n"
@@ -405,7 +405,7 @@ V1_ENDS = [b"PROXY UNKNOWN\r\n"[-n:] for n in range(1, 16)] + [
 
 
 def oracle(data: bytes) -> object:
-    """A tuple of facts, "refused", or "more" for what some header begins with, "open" where that is not known."""
+    """Return a tuple of facts, "refused", "more" for the beginning of a header, or "open" if undecided."""
     if data[:13].startswith(SIGNATURE):
         return oracle_v2(data)
     if SIGNATURE.startswith(data):
@@ -439,7 +439,7 @@ def oracle_v1(data: bytes) -> object:
 
 
 def as_system_spells(number) -> str:
-    """Not str(): `ipaddress` has a spelling of its own for an IPv6 address with an IPv4 address inside."""
+    """Not str(): `ipaddress` spells an IPv6 address that contains an IPv4 address differently."""
     return socket.inet_ntop(socket.AF_INET if number.version == 4 else socket.AF_INET6, number.packed)
 
 
@@ -495,7 +495,7 @@ def oracle_v2(data: bytes) -> object:
 
 @pytest.mark.parametrize(
     ("data", "value"),
-    [  # RFC 3720, B.4, and the check value of the catalogues
+    [  # RFC 3720, B.4, and the published check value
         (b"123456789", 0xE3069283),
         (bytes(32), 0x8A9136AA),
         (b"\xff" * 32, 0x62A8AB43),
@@ -537,7 +537,7 @@ TOKENS = [
 
 
 def mutated(chance: random.Random) -> bytes:
-    """A header, changed in one to four ways; a good part of them are headers still."""
+    """Return a header with one to four changes; many results are still valid headers."""
     data = bytearray(chance.choice(HEADERS if chance.random() < 0.8 else SEEDS))
     for _ in range(chance.choice((1, 1, 1, 2, 3, 4))):
         at = chance.randrange(len(data) + 1)
@@ -562,7 +562,7 @@ def mutated(chance: random.Random) -> bytes:
                 data[chance.choice((12, 13))] = chance.choice((0x20, 0x21, 0x11, 0x21, 0x31, 0x10, 0x12, 0x22, 0x32))
             case _:
                 data[at:at] = chance.randbytes(chance.randint(1, 8))
-    if len(data) > 16 and chance.random() < 0.5:  # what a sender's own mistakes would be, without one in the length
+    if len(data) > 16 and chance.random() < 0.5:  # typical mistakes of a sender, with a correct length
         data[14:16] = struct.pack("!H", len(data) - 16)
     if tlv(3, b"####") in data and chance.random() < 0.8:
         data[:] = checked(bytes(data))
@@ -570,7 +570,7 @@ def mutated(chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_changed_headers_get_the_verdict_of_the_oracle_however_they_are_split(seed) -> None:
+def test_mutated_headers_get_the_result_of_the_oracle_in_any_split(seed) -> None:
     chance = random.Random(seed)
     seen = dict.fromkeys(("header", "refused", "more"), 0)
     for _ in range(3000):
@@ -597,10 +597,10 @@ def test_changed_headers_get_the_verdict_of_the_oracle_however_they_are_split(se
             assert isinstance(answer(data + after), str), data
             for cut in cuts:
                 assert not isinstance(answer(data[:cut]), tuple), (data, cut)
-    assert min(seen.values()) > 300, seen  # else the changes are too few, or too many, to say anything
+    assert min(seen.values()) > 300, seen  # otherwise there are too few or too many changes
 
 
-def test_bytes_of_every_kind_are_answered_or_refused() -> None:
+def test_random_bytes_are_parsed_or_rejected() -> None:
     chance = random.Random(2)
     for _ in range(20_000):
         beginning = chance.choice((b"", b"PROXY ", b"PROXY TCP4 ", b"PROXY TCP6 ", SIGNATURE, SIGNATURE + b"\x21"))

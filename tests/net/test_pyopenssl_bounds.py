@@ -1,4 +1,4 @@
-"""Hostile clients of Twisted's TLS on our transport (`library=pyopenssl`, startTLS): what they cost is bounded."""
+"""Hostile clients of pyOpenSSL streams (`library=pyopenssl`, startTLS): their cost is bounded."""
 
 import contextlib
 import gc
@@ -59,14 +59,14 @@ from tests.support.forge import (
 
 
 def start_tls(sock: socket.socket, begin: bytes) -> None:
-    """Send what comes before TLS; ask for TLS and wait until it may begin."""
+    """Send the plain text before TLS; request TLS and wait for the answer."""
     sock.sendall(begin)
     if begin == STARTTLS:
         assert sock.recv(1) == b"+"
 
 
 class Hostile(Forger):
-    """A Forger that can ask for TLS before, and read after."""
+    """A Forger that can request STARTTLS before the handshake and read after it."""
 
     def __init__(self, address: Any, version: str, *, begin: bytes, **options: Any) -> None:
         self._begin = begin
@@ -80,13 +80,13 @@ class Hostile(Forger):
         return self.seal(APPLICATION_DATA, content)
 
     def send_until_closed(self, flood: bytes) -> None:
-        """Send a flood without reading, until the server has closed."""
+        """Send a flood without reading until the server closes."""
         with contextlib.suppress(ConnectionError):
             self.sock.sendall(flood)
         read_to_end(self.sock)
 
     def send_what_is_taken(self, make: Callable[[], bytes]) -> None:
-        """Send what a function makes until nothing more is taken."""
+        """Send the output of a function until the kernel accepts no more."""
         self.sock.settimeout(0.5)
         with contextlib.suppress(TimeoutError):
             while True:
@@ -127,15 +127,15 @@ def hellos(client: Hostile, count: int) -> bytes:
 
 
 def one_byte_records(client: Hostile, count: int) -> bytes:
-    """Records of a ClientHello that never ends, one byte each."""
+    """One-byte records of an endless ClientHello."""
     begun = b"\x01\0\xff\xff"
     return b"".join(client.seal(HANDSHAKE, begun[i : i + 1] or b"\0") for i in range(count))
 
 
-# What a client sends after its handshake that carries no data, and how much of it for more than is allowed.
+# Records without data after the handshake, and how many of them exceed the limit.
 FLOODS = [
     pytest.param("TLSv1_3", key_updates, 20_000, id="key updates"),
-    pytest.param("TLSv1_3", key_updates_that_ask, 20_000, id="key updates that ask for ours"),
+    pytest.param("TLSv1_3", key_updates_that_ask, 20_000, id="key updates with requests"),
     pytest.param("TLSv1_2", hellos, 2_000, id="ClientHellos"),
     pytest.param("TLSv1_2", one_byte_records, 10_000, id="one-byte handshake records"),
 ]
@@ -145,7 +145,7 @@ FLOODS = [
 
 
 class StartingTLS(Recorder):
-    """Starts TLS when it is asked to."""
+    """Starts TLS on request."""
 
     def dataReceived(self, data: bytes) -> None:
         if data == STARTTLS:
@@ -156,7 +156,7 @@ class StartingTLS(Recorder):
 
 
 class Served:
-    """A port with `library=pyopenssl`, or one whose protocol starts TLS with Twisted's contexts."""
+    """A port with `library=pyopenssl`, or with a protocol that starts TLS with Twisted's contexts."""
 
     def __init__(self, certificates: Any, *, begin: str = "ssl", on: Any = reactor, send_buffer: int = 0) -> None:
         self.factory: Any = Recording(StartingTLS, on_data=nothing)
@@ -201,13 +201,13 @@ def serve(certificates: Any) -> Iterator[Callable[..., Served]]:
         return started[-1]
 
     yield start
-    for one in started:
-        one.stop()
+    for served in started:
+        served.stop()
 
 
 @pytest.fixture(params=["ssl", "startTLS"])
 def begin(request: Any) -> str:
-    """How TLS begins."""
+    """How TLS begins: at once, or on request."""
     begins: str = request.param
     return begins
 
@@ -218,7 +218,7 @@ def connect(served: Served, version: str, **options: Any) -> Hostile:
 
 @pytest.fixture
 def fed(monkeypatch: Any) -> list[tuple[int, int, bool]]:
-    """What OpenSSL was given in each event: bytes, records that began, and whether its handshake was done."""
+    """The input of OpenSSL in each event: bytes, records begun, and whether the handshake was complete."""
     events: list[tuple[int, int, bool]] = []
     ahead: dict[Any, bytes] = {}
     original = pyopenssl_stream.Layer.dataReceived
@@ -240,7 +240,7 @@ def fed(monkeypatch: Any) -> list[tuple[int, int, bool]]:
 def assert_bounded(events: list[tuple[int, int, bool]]) -> None:
     for size, records, done in events:
         assert size <= (FULL_READ if done else FIRST_READ)
-        # One more has begun in an event before.
+        # One more record began in an earlier event.
         assert size <= FIRST_READ or records <= MAX_RECORDS + 1
 
 
@@ -249,7 +249,7 @@ def assert_bounded(events: list[tuple[int, int, bool]]) -> None:
 
 @pytest.mark.parametrize(("version", "make", "count"), FLOODS)
 @pytest_twisted.inlineCallbacks
-def test_a_flood_without_data_is_taken_in_small_parts_and_closed_with_a_reason(serve, fed, begin, version, make, count):
+def test_a_flood_without_data_is_read_in_small_parts_and_closed_with_a_reason(serve, fed, begin, version, make, count):
     served = serve(begin=begin)
 
     def flood() -> None:
@@ -258,7 +258,7 @@ def test_a_flood_without_data_is_taken_in_small_parts_and_closed_with_a_reason(s
 
     yield deferToThread(flood)
     (connection,) = yield eventually(lambda: served.closed)
-    if make is one_byte_records:  # OpenSSL does not read on
+    if make is one_byte_records:  # OpenSSL stops reading
         assert isinstance(connection.error, ssl.SSLError | LocalClose)
     else:
         assert isinstance(connection.error, LocalClose)
@@ -270,10 +270,8 @@ def test_a_flood_without_data_is_taken_in_small_parts_and_closed_with_a_reason(s
 
 @pytest.mark.parametrize(("version", "make", "count"), FLOODS[:3])
 @pytest_twisted.inlineCallbacks
-def test_a_flood_with_some_data_is_taken_in_small_parts_and_none_of_its_data_is_lost(
-    serve, fed, begin, version, make, count
-):
-    """The byte of data ends each run of records before it is too much."""
+def test_a_flood_with_some_data_is_read_in_small_parts_and_loses_no_data(serve, fed, begin, version, make, count):
+    """The byte of data ends each run of empty records before the limit."""
     served = serve(begin=begin)
     run = {"TLSv1_3": 2_000, "TLSv1_2": 100}[version]
 
@@ -284,10 +282,10 @@ def test_a_flood_with_some_data_is_taken_in_small_parts_and_none_of_its_data_is_
                 pieces += [make(client, run), client.data(b"%d," % i)]
             pieces.append(client.data(b"end"))
             client.sock.sendall(b"".join(pieces))
-            assert heard.wait(DEADLINE)
+            assert all_received.wait(DEADLINE)
 
-    heard = threading.Event()
-    served.factory.on_data = lambda protocol, data: data.endswith(b"end") and heard.set()
+    all_received = threading.Event()
+    served.factory.on_data = lambda protocol, data: data.endswith(b"end") and all_received.set()
     yield deferToThread(flood)
     assert served.factory.received == b"".join(b"%d," % i for i in range(count // run)) + b"end"
     assert_bounded(fed)
@@ -295,8 +293,8 @@ def test_a_flood_with_some_data_is_taken_in_small_parts_and_none_of_its_data_is_
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_thousand_records_in_few_segments_are_all_handled_some_in_each_turn(serve, fed, begin):
-    """Also by a protocol that pauses in each of them."""
+def test_a_thousand_records_in_few_segments_are_processed_over_several_turns(serve, fed, begin):
+    """This also applies to a protocol that pauses in each dataReceived."""
     served = serve(begin=begin)
 
     def pause(protocol: Any, data: bytes) -> None:
@@ -308,9 +306,9 @@ def test_a_thousand_records_in_few_segments_are_all_handled_some_in_each_turn(se
     content = os.urandom(3_000)
 
     def client() -> bytes:
-        with connect(served, "TLSv1_3") as one:
-            one.sock.sendall(b"".join(one.data(content[i : i + 1]) for i in range(len(content))))
-            return one.read(len(content))
+        with connect(served, "TLSv1_3") as hostile:
+            hostile.sock.sendall(b"".join(hostile.data(content[i : i + 1]) for i in range(len(content))))
+            return hostile.read(len(content))
 
     assert (yield deferToThread(client)) == content
     assert_bounded(fed)
@@ -318,7 +316,7 @@ def test_a_thousand_records_in_few_segments_are_all_handled_some_in_each_turn(se
 
 
 @pytest_twisted.inlineCallbacks
-def test_what_is_read_ahead_waits_while_the_protocol_has_paused(serve, begin):
+def test_read_ahead_data_waits_while_the_protocol_is_paused(serve, begin):
     served = serve(begin=begin)
     served.factory.on_data = lambda protocol, data: protocol.transport.pauseProducing()
     with (yield deferToThread(connect, served, "TLSv1_3")) as client:
@@ -333,7 +331,7 @@ def test_what_is_read_ahead_waits_while_the_protocol_has_paused(serve, begin):
         while len(served.factory.received) < 600:
             before = len(served.factory.received)
             protocol.transport.resumeProducing()
-            protocol.transport.resumeProducing()  # is no second turn
+            protocol.transport.resumeProducing()  # must not start a second turn
             yield eventually(lambda: len(served.factory.received) > before)  # noqa: B023  # called in this turn of the loop
     yield deferLater(reactor, 0)
     protocol.transport.resumeProducing()
@@ -345,7 +343,7 @@ def test_what_is_read_ahead_waits_while_the_protocol_has_paused(serve, begin):
 
 @pytest.mark.parametrize("between", [0, 31], ids=["alone", "with change_cipher_spec between them"])
 @pytest_twisted.inlineCallbacks
-def test_one_byte_records_after_a_hello_retry_request_end_with_a_reason(serve, fed, begin, between):
+def test_one_byte_records_after_a_hello_retry_request_close_the_connection_with_a_reason(serve, fed, begin, between):
     served = serve(begin=begin)
     step = record(HANDSHAKE, b"\0") + CHANGE_CIPHER_SPEC * between
 
@@ -354,7 +352,7 @@ def test_one_byte_records_after_a_hello_retry_request_end_with_a_reason(serve, f
             start_tls(sock, served.begin)
             sock.sendall(record(HANDSHAKE, client_hello()))
             assert sock.recv(1) == bytes([HANDSHAKE])
-            # Of a ClientHello of 64 KiB.
+            # For a ClientHello of 64 KiB.
             sock.sendall(b"".join(record(HANDSHAKE, bytes([byte])) for byte in b"\x01\0\xff\xff"))
             with contextlib.suppress(ConnectionError):
                 sock.sendall(step * (1_000_000 // len(step)))
@@ -374,7 +372,7 @@ def test_one_byte_records_after_a_hello_retry_request_end_with_a_reason(serve, f
 
 @pytest_twisted.inlineCallbacks
 def held_connection(served: Served, client: Hostile) -> Any:
-    """Fires with a connection that reads nothing more, since its client floods it with requests for key updates."""
+    """Fire with a connection that stopped reading because its client floods it with key update requests."""
     yield deferToThread(client.send_what_is_taken, lambda: key_updates_that_ask(client, 500) + client.data(b"x"))
     (connection,) = served.opened
     yield eventually(lambda: connection._stage.held)
@@ -382,7 +380,7 @@ def held_connection(served: Served, client: Hostile) -> Any:
 
 
 @pytest_twisted.inlineCallbacks
-def test_answers_to_a_peer_that_does_not_read_are_bounded_and_cost_nothing_while_they_wait(serve, begin, monkeypatch):
+def test_answers_to_a_peer_that_does_not_read_are_bounded_and_use_no_cpu(serve, begin, monkeypatch):
     served = serve(begin=begin, send_buffer=4096)
     with (yield deferToThread(connect, served, "TLSv1_3", small_buffers=True)) as client:
         connection = yield held_connection(served, client)
@@ -391,7 +389,7 @@ def test_answers_to_a_peer_that_does_not_read_are_bounded_and_cost_nothing_while
         events: list[str] = []
         for name in ("doRead", "doWrite", "take_rest"):
             monkeypatch.setattr(type(connection._stage), name, lambda *_, name=name: events.append(name))
-        connection.resumeProducing()  # is no way around it
+        connection.resumeProducing()  # must not bypass the limit
         for _ in range(100):
             yield deferLater(reactor, 0.001)
         assert events == []
@@ -400,11 +398,11 @@ def test_answers_to_a_peer_that_does_not_read_are_bounded_and_cost_nothing_while
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_reads_its_answers_after_all_is_served_on(serve, begin):
+def test_a_peer_that_reads_its_answers_later_is_served(serve, begin):
     served = serve(begin=begin, send_buffer=4096)
     served.factory.on_data = lambda protocol, data: data.endswith(b"!") and protocol.transport.write(b"here")
     with (yield deferToThread(connect, served, "TLSv1_3", small_buffers=True)) as client:
-        # Whole key updates, so that it can go on: what is not taken now is sent below.
+        # Complete key updates, so that the stream stays valid: the rest is sent below.
         sealed = b"".join(key_updates_that_ask(client, 500) + client.data(b"x") for _ in range(20))
         sealed += client.data(b"!")
         sender = threading.Thread(target=client.sock.sendall, args=(sealed,))
@@ -420,7 +418,7 @@ def test_a_peer_that_reads_its_answers_after_all_is_served_on(serve, begin):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_does_not_read_its_answers_is_aborted_after_a_time_without_progress(serve, begin):
+def test_a_peer_that_does_not_read_its_answers_is_aborted_after_the_answer_timeout(serve, begin):
     timed = Timed()
     served = serve(begin=begin, on=timed, send_buffer=4096)
     with (yield deferToThread(connect, served, "TLSv1_3", small_buffers=True)) as client:
@@ -450,34 +448,34 @@ def test_a_peer_that_does_not_read_its_answers_is_aborted_after_a_time_without_p
 
 
 def ended(timed: Timed, served: Served) -> list[Any]:
-    """Let ANSWER_TIMEOUT pass; the connections that have ended. What the kernel still takes may be progress."""
+    """Let ANSWER_TIMEOUT pass; return the ended connections. Data that the kernel still accepts counts as progress."""
     timed.clock.advance(ANSWER_TIMEOUT)
     timed.clock.advance(0)
     return served.closed
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_writes_much_to_a_slow_reader_is_heard_and_not_held(serve, begin):
-    """Also when the reader updates its keys meanwhile, as peers do after many bytes."""
+def test_unsent_data_for_a_slow_reader_does_not_stop_reading(serve, begin):
+    """This also applies if the reader updates its keys meanwhile, as peers do after many bytes."""
     served = serve(begin=begin)
     content = os.urandom(50_000_000)
-    heard = threading.Event()
+    all_received = threading.Event()
 
     def on_data(protocol: Any, data: bytes) -> None:
         if data.startswith(b"go"):
             protocol.transport.write(content)
         if data.endswith(b"."):
-            heard.set()
+            all_received.set()
 
     served.factory.on_data = on_data
 
     def client() -> bytes:
-        with connect(served, "TLSv1_3") as one:
-            one.sock.sendall(one.data(b"go"))
+        with connect(served, "TLSv1_3") as hostile:
+            hostile.sock.sendall(hostile.data(b"go"))
             for _ in range(100):
-                one.sock.sendall(key_updates_that_ask(one, 2) + one.data(b"meanwhile."))
-            assert heard.wait(DEADLINE)
-            return one.read(len(content))
+                hostile.sock.sendall(key_updates_that_ask(hostile, 2) + hostile.data(b"meanwhile."))
+            assert all_received.wait(DEADLINE)
+            return hostile.read(len(content))
 
     received = yield deferToThread(client)
     assert received == content
@@ -486,7 +484,7 @@ def test_a_protocol_that_writes_much_to_a_slow_reader_is_heard_and_not_held(serv
 
 
 @pytest_twisted.inlineCallbacks
-def test_tls_that_fails_while_much_is_unsent_is_bounded_in_time(serve, begin):
+def test_a_tls_error_with_much_unsent_data_ends_in_bounded_time(serve, begin):
     timed = Timed()
     served = serve(begin=begin, on=timed, send_buffer=4096)
     served.factory.on_data = lambda protocol, data: protocol.transport.write(bytes(1_000_000))
@@ -502,12 +500,12 @@ def test_tls_that_fails_while_much_is_unsent_is_bounded_in_time(serve, begin):
         assert timed.clock.getDelayedCalls() == []
 
 
-def test_marks_count_what_is_unsent_of_one_kind() -> None:
+def test_marks_count_the_unsent_bytes_of_marked_ranges() -> None:
     marks = pyopenssl_stream.Marks()
     assert not marks
     assert marks.after(0) == 0
     marks.add(10, 110)
-    marks.add(5, 115)  # goes on
+    marks.add(5, 115)  # extends the previous mark
     marks.add(7, 200)
     assert marks.after(50) == 22
     assert marks.after(103) == 19
@@ -519,7 +517,7 @@ def test_marks_count_what_is_unsent_of_one_kind() -> None:
     assert not marks
 
 
-# --- the end ---
+# --- closing ---
 
 
 ENDS_BEFORE = ["reset at once", "FIN at once", "reset within", "FIN within", "garbage", "large", "timeout"]
@@ -540,7 +538,7 @@ def no_collection() -> Iterator[None]:
 )
 @pytest.mark.parametrize("begin", ["ssl", "proxy", "startTLS"])
 @pytest_twisted.inlineCallbacks
-def test_however_a_connection_ends_its_descriptor_is_closed_and_it_is_freed_without_a_collection(
+def test_an_ended_connection_closes_its_descriptor_and_is_freed_without_garbage_collection(
     serve, begin, end, no_collection
 ):
     served = serve(begin=begin)
@@ -610,7 +608,7 @@ def test_however_a_connection_ends_its_descriptor_is_closed_and_it_is_freed_with
 @pytest.mark.filterwarnings("ignore::twisted.protocols._tls_legacy.LegacyContextFactoryWarning")
 @pytest.mark.parametrize("wrong", ["no context at all", "a context that raises"])
 @pytest_twisted.inlineCallbacks
-def test_a_context_that_cannot_be_used_costs_its_own_connection(serve, wrong):
+def test_an_unusable_context_ends_only_its_connection(serve, wrong):
     class Raising(DefaultOpenSSLContextFactory):
         def getContext(self) -> Any:
             raise ZeroDivisionError("of the test")

@@ -1,4 +1,4 @@
-"""Listeners with library=pyopenssl: Twisted's TLS on our transport, from a description to what a protocol is given."""
+"""Listeners with library=pyopenssl: Twisted's TLS on the Connection transport, from the description to the protocol."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ tls = pytest.importorskip("twisted.protocols.tls", reason="pyOpenSSL (twisted[tl
 
 @pytest.fixture
 def serve(certificates):
-    """Serves a protocol as a description says; gives its factory, its port, and a function that connects a client."""
+    """Serve a protocol as a description says; return its factory, its port, and a function that connects a client."""
     started: list[Any] = []
 
     def start(protocol: type[Recorder] = Recorder, more: str = "", files: str = "", **hooks: Any) -> Any:
@@ -76,13 +76,13 @@ def exchange(client: ssl.SSLSocket, data: bytes) -> bytes:
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_is_given_what_twisteds_own_tls_listeners_give(serve, certificates):
+def test_a_protocol_sees_the_same_transport_as_on_twisteds_tls_listeners(serve, certificates):
     seen: dict[str, Any] = {}
     calls: list[str] = []
 
-    def look(one: Recorder) -> None:
+    def record_view(protocol: Recorder) -> None:
         calls.append("connectionMade")
-        transport = one.transport
+        transport = protocol.transport
         seen.update(
             layer=isinstance(transport, tls.TLSMemoryBIOProtocol),
             interfaces=[interface.providedBy(transport) for interface in (ISSLTransport, INegotiated)],
@@ -100,8 +100,8 @@ def test_a_protocol_is_given_what_twisteds_own_tls_listeners_give(serve, certifi
     factory, _, connect = serve(
         HandshakeListening,
         f":clientCA={certificates['ca.pem']}:alpn=two,one",
-        on_connect=look,
-        on_handshake=lambda one: calls.append("handshakeCompleted"),
+        on_connect=record_view,
+        on_handshake=lambda protocol: calls.append("handshakeCompleted"),
     )
     client = yield deferToThread(connect, certificate="client", alpn=["one", "two"])
     with client:
@@ -129,7 +129,7 @@ def test_a_protocol_is_given_what_twisteds_own_tls_listeners_give(serve, certifi
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_client_without_a_common_alpn_protocol_gets_the_alert_and_others_are_served(serve, logged):
+def test_a_client_without_a_common_alpn_protocol_receives_the_alert_and_others_are_served(serve, logged):
     factory, _, connect = serve(HandshakeListening, ":alpn=two,one")
     with pytest.raises(ssl.SSLError, match="no application protocol"):
         yield deferToThread(connect, alpn=["three"])
@@ -143,7 +143,7 @@ def test_a_client_without_a_common_alpn_protocol_gets_the_alert_and_others_are_s
 
 @pytest.mark.parametrize("where", ["on_connect", "on_handshake", "on_data"])
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(serve, logged, where):
+def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(serve, logged, where):
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of the test")
 
@@ -152,10 +152,10 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
     bystander = yield deferToThread(connect_elsewhere)
 
     def client() -> None:
-        with connect() as one:
+        with connect() as tls:
             try:
-                one.sendall(b"x")
-                assert one.recv(10) == b""
+                tls.sendall(b"x")
+                assert tls.recv(10) == b""
             except OSError:  # reset, or no close_notify
                 pass
 
@@ -171,30 +171,30 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_has_failed_hears_no_more(serve, logged, version):
-    """Also of what was there already, together with the end of the client's handshake."""
+def test_a_failed_protocol_receives_no_more_calls(serve, logged, version):
+    """This includes data that arrived with the client's Finished message."""
 
-    def fail(one: Recorder) -> None:
+    def fail(protocol: Recorder) -> None:
         raise ZeroDivisionError("of the test")
 
-    heard: list[bytes] = []
-    factory, port, _ = serve(on_connect=fail, on_data=lambda one, data: heard.append(data))
+    received: list[bytes] = []
+    factory, port, _ = serve(on_connect=fail, on_data=lambda protocol, data: received.append(data))
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = context.maximum_version = version
 
     def client() -> None:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        one = context.wrap_bio(incoming, outgoing)
+        tls = context.wrap_bio(incoming, outgoing)
         with socket.create_connection(port.socket.getsockname(), timeout=DEADLINE) as sock:
             for _ in range(3):
                 with contextlib.suppress(ssl.SSLWantReadError):
-                    one.do_handshake()
+                    tls.do_handshake()
                     break
                 sock.sendall(outgoing.read())
                 incoming.write(sock.recv(1 << 16))
-            if version == ssl.TLSVersion.TLSv1_3:  # the handshake's last flight is the client's
-                one.write(b"right behind it")
+            if version == ssl.TLSVersion.TLSv1_3:  # the client sends the last flight of the handshake
+                tls.write(b"right behind it")
             sock.sendall(outgoing.read())
             with contextlib.suppress(ConnectionResetError):
                 while sock.recv(1 << 16):
@@ -203,23 +203,23 @@ def test_a_protocol_that_has_failed_hears_no_more(serve, logged, version):
     yield deferToThread(client)
     yield factory.closed.addTimeout(DEADLINE, reactor)
     assert len(logged) == 1
-    assert heard == []
+    assert received == []
 
 
 @pytest.mark.parametrize("who", ["client", "server"])
 @pytest_twisted.inlineCallbacks
-def test_who_has_finished_first_is_told_apart(serve, who):
-    factory, _, connect = serve(on_data=lambda one, data: one.transport.loseConnection())
+def test_the_side_that_closed_first_is_recorded(serve, who):
+    factory, _, connect = serve(on_data=lambda protocol, data: protocol.transport.loseConnection())
 
     def client() -> None:
-        with connect() as one:
+        with connect() as tls:
             if who == "client":
-                one.unwrap()
+                tls.unwrap()
             else:
-                one.sendall(b"close")
-                assert one.recv(10) == b""
+                tls.sendall(b"close")
+                assert tls.recv(10) == b""
                 with contextlib.suppress(OSError):
-                    one.unwrap()
+                    tls.unwrap()
 
     yield deferToThread(client)
     connection, reason = yield factory.closed.addTimeout(DEADLINE, reactor)
@@ -228,17 +228,17 @@ def test_who_has_finished_first_is_told_apart(serve, who):
 
 
 @pytest_twisted.inlineCallbacks
-def test_an_end_of_ours_sends_all_that_is_written(serve):
+def test_close_sends_all_written_data(serve):
     content = os.urandom(8_000_000)
     unsent: list[int] = []
 
-    def end(one: Recorder) -> None:
-        unsent.append(one.transport.unsent)
-        one.transport.close("drained")
+    def end(protocol: Recorder) -> None:
+        unsent.append(protocol.transport.unsent)
+        protocol.transport.close("drained")
 
-    def write(one: Recorder, data: bytes) -> None:
-        one.transport.write(content)
-        reactor.callLater(0, end, one)
+    def write(protocol: Recorder, data: bytes) -> None:
+        protocol.transport.write(content)
+        reactor.callLater(0, end, protocol)
 
     factory, _, connect = serve(on_data=write)
 
@@ -258,30 +258,30 @@ def test_an_end_of_ours_sends_all_that_is_written(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_slow_reader_costs_bounded_memory_where_the_protocol_asks_for_that(serve):
-    """As with Twisted's: a transport that is registered as its own producer is paused."""
+def test_a_producer_bounds_the_memory_for_a_slow_reader(serve):
+    """As in Twisted, a transport that is registered as its own producer is paused."""
     most = 0
 
-    def register(one: Recorder) -> None:
-        one.transport.registerProducer(one.transport, True)
+    def register(protocol: Recorder) -> None:
+        protocol.transport.registerProducer(protocol.transport, True)
 
-    def echo(one: Recorder, data: bytes) -> None:
+    def echo(protocol: Recorder, data: bytes) -> None:
         nonlocal most
-        one.transport.write(data)
-        most = max(most, one.transport.unsent)
+        protocol.transport.write(data)
+        most = max(most, protocol.transport.unsent)
 
     factory, _, connect = serve(on_connect=register, on_data=echo)
     size = 20_000_000
 
     def client() -> int:
-        with connect() as one:
-            one.setblocking(False)
+        with connect() as tls:
+            tls.setblocking(False)
             sent = received = 0
             while received < size:
                 with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                    sent += one.send(b"x" * min(1 << 16, size - sent)) if sent < size else 0
+                    sent += tls.send(b"x" * min(1 << 16, size - sent)) if sent < size else 0
                 with contextlib.suppress(ssl.SSLWantReadError):
-                    received += len(one.recv(1 << 12))
+                    received += len(tls.recv(1 << 12))
             return received
 
     assert (yield deferToThread(client)) == size
@@ -290,9 +290,7 @@ def test_a_slow_reader_costs_bounded_memory_where_the_protocol_asks_for_that(ser
 
 
 @pytest_twisted.inlineCallbacks
-def test_each_name_is_shown_its_certificate_and_a_renewed_one_is_shown_to_whoever_comes_then(
-    serve, certificates, tmp_path
-):
+def test_sni_selects_the_certificate_and_new_clients_see_a_renewed_one(serve, certificates, tmp_path):
     for name, alternative in (("a", "DNS:a.example"), ("star", "DNS:*.example"), ("default", "DNS:d.example")):
         certificates.make(f"layered-{name}", "server", "ca", alternative=alternative)
         both = certificates.join(f"layered-{name}-both.pem", f"layered-{name}.key", f"layered-{name}.pem")
@@ -320,7 +318,7 @@ def test_each_name_is_shown_its_certificate_and_a_renewed_one_is_shown_to_whoeve
     assert (yield deferToThread(names, "b.example")) == ["star"]
 
 
-def test_without_pyopenssl_the_start_says_how_to_get_it(certificates, monkeypatch) -> None:
+def test_without_pyopenssl_the_error_explains_how_to_install_it(certificates, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "OpenSSL", None)
     monkeypatch.delitem(sys.modules, "rtservice.net.pyopenssl", raising=False)
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}"
@@ -329,8 +327,8 @@ def test_without_pyopenssl_the_start_says_how_to_get_it(certificates, monkeypatc
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_producer_ends_with_the_clients_close_notify(serve):
-    """Twisted's layer leaves it to produce, for nobody."""
+def test_a_producer_is_stopped_at_the_clients_close_notify(serve):
+    """Twisted's TLS layer would let it continue."""
     asked = 0
 
     @implementer(IPullProducer)
@@ -349,10 +347,10 @@ def test_a_producer_ends_with_the_clients_close_notify(serve):
     factory, _, connect = serve(Endless)
 
     def client() -> None:
-        with connect() as one:
-            one.recv(1000)
+        with connect() as tls:
+            tls.recv(1000)
             with contextlib.suppress(OSError):
-                one.unwrap()
+                tls.unwrap()
 
     yield deferToThread(client)
     yield factory.closed.addTimeout(DEADLINE, reactor)
@@ -360,43 +358,43 @@ def test_a_producer_ends_with_the_clients_close_notify(serve):
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_clients_close_notify_is_not_waited_for_and_what_comes_after_ours_is_not_heard(serve):
-    heard: list[bytes] = []
+def test_close_does_not_wait_for_the_clients_close_notify_and_ignores_later_data(serve):
+    received: list[bytes] = []
 
-    def close(one: Recorder, data: bytes) -> None:
-        heard.append(data)
-        one.transport.write(b"bye")
-        one.transport.loseConnection()
+    def close(protocol: Recorder, data: bytes) -> None:
+        received.append(data)
+        protocol.transport.write(b"bye")
+        protocol.transport.loseConnection()
 
     factory, _, connect = serve(on_data=close)
 
     def client() -> bytes:
-        with connect() as one:
-            one.sendall(b"quit")
-            received = one.recv(10)
-            assert one.recv(10) == b""  # its close_notify
-            plain = socket.socket(fileno=one.detach())
+        with connect() as tls:
+            tls.sendall(b"quit")
+            answer = tls.recv(10)
+            assert tls.recv(10) == b""  # its close_notify
+            plain = socket.socket(fileno=tls.detach())
             with plain, contextlib.suppress(OSError):
-                assert plain.recv(10) == b""  # its FIN, without any answer of ours
+                assert plain.recv(10) == b""  # the FIN, without further data
                 plain.sendall(bytes(100))
-            return received
+            return answer
 
     assert (yield deferToThread(client)) == b"bye"
     connection, reason = yield factory.closed.addTimeout(DEADLINE, reactor)
-    assert heard == [b"quit"]
+    assert received == [b"quit"]
     assert isinstance(reason, ConnectionDone)
     assert not connection.peer_finished
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_chain_of_certificates_may_be_long(serve, certificates):
+def test_a_server_certificate_chain_may_be_long(serve, certificates):
     chain = certificates.join("layered-long.pem", *["ca.pem"] * 100)
     files = f"privateKey={certificates['server.key']}:certKey={certificates['server.pem']}:extraCertChain={chain}"
     factory, _, connect = serve(files=files)
 
     def client() -> bytes:
-        with connect(verify=False) as one:
-            return exchange(one, b"hello")
+        with connect(verify=False) as tls:
+            return exchange(tls, b"hello")
 
     assert (yield deferToThread(client)) == b"hello"
     yield factory.closed.addTimeout(DEADLINE, reactor)
@@ -408,13 +406,13 @@ def test_a_chain_of_certificates_may_be_long(serve, certificates):
     ids=["tampered", "garbage", "FIN"],
 )
 @pytest_twisted.inlineCallbacks
-def test_what_ends_tls_is_known_as_it_is_with_our_own(serve, sent, error):
+def test_tls_errors_are_classified_as_with_the_ssl_library(serve, sent, error):
     factory, _, connect = serve()
 
     def client() -> None:
-        one = connect()
-        assert exchange(one, b"hello") == b"hello"
-        with socket.socket(fileno=one.detach()) as plain:
+        tls = connect()
+        assert exchange(tls, b"hello") == b"hello"
+        with socket.socket(fileno=tls.detach()) as plain:
             plain.sendall(sent)
             if not sent:
                 plain.shutdown(socket.SHUT_WR)
@@ -425,5 +423,5 @@ def test_what_ends_tls_is_known_as_it_is_with_our_own(serve, sent, error):
     yield deferToThread(client)
     connection, _ = yield factory.closed.addTimeout(DEADLINE, reactor)
     assert type(connection.error) is error
-    if error is ssl.SSLError:  # which word it is depends on OpenSSL
+    if error is ssl.SSLError:  # the word depends on the OpenSSL version
         assert re.fullmatch("[A-Z0-9_]+", connection.error.reason)

@@ -1,4 +1,4 @@
-"""The reactor keeps Twisted's contract with each descriptor, whatever the others in a batch of events do."""
+"""The reactor honours Twisted's contract with each descriptor, regardless of the others in a batch of events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rtservice.net.reactor import Reactor
 
 
 class Descriptor:
-    """One end of a socket pair whose other end has sent a byte: readable until it reads."""
+    """One end of a socket pair that is readable until it reads."""
 
     def __init__(self, reactor: Reactor, name: str = "some descriptor") -> None:
         self.reactor = reactor
@@ -61,15 +61,15 @@ class Descriptor:
 
 @pytest.fixture
 def reactor() -> Iterator[Reactor]:
-    one = Reactor()
-    yield one
-    for reader in one.removeAll():
+    instance = Reactor()
+    yield instance
+    for reader in instance.removeAll():
         if isinstance(reader, Descriptor):
             reader.close()
-    for reader in set(one._internalReaders):
-        one._internalReaders.discard(reader)
+    for reader in set(instance._internalReaders):
+        instance._internalReaders.discard(reader)
         reader.connectionLost(None)
-    one._poller.close()
+    instance._poller.close()
 
 
 @pytest.fixture
@@ -82,12 +82,12 @@ def events() -> Iterator[list[dict[str, Any]]]:
 
 def make(reactor: Reactor, *names: str) -> list[Descriptor]:
     made = [Descriptor(reactor, name) for name in names]
-    for one in made:
-        reactor.addReader(one)
+    for descriptor in made:
+        reactor.addReader(descriptor)
     return made
 
 
-def boom() -> None:
+def raise_error() -> None:
     raise ValueError("boom")
 
 
@@ -95,19 +95,19 @@ def tracebacks(events: list[dict[str, Any]]) -> list[str]:
     return [str(event["failure"].value) for event in events if event.get("failure") is not None]
 
 
-def test_each_descriptor_that_is_ready_has_one_read_in_a_batch(reactor) -> None:
+def test_each_ready_descriptor_is_read_once_per_batch(reactor) -> None:
     made = make(reactor, "a", "b", "c")
     reactor.doIteration(0)
-    assert [one.reads for one in made] == [1, 1, 1]
+    assert [descriptor.reads for descriptor in made] == [1, 1, 1]
     reactor.doIteration(0)
-    assert [one.reads for one in made] == [2, 2, 2]
+    assert [descriptor.reads for descriptor in made] == [2, 2, 2]
 
 
 def watched(reactor: Reactor) -> list[Any]:
     return [*reactor.getReaders(), *reactor.getWriters()]
 
 
-class Below(Descriptor):
+class Replacement(Descriptor):
     """Another descriptor of the same socket."""
 
     def __init__(self, of: Descriptor, name: str) -> None:
@@ -116,9 +116,9 @@ class Below(Descriptor):
         self.reads = self.writes = 0
 
 
-def test_a_descriptor_in_the_place_of_another_is_called_from_the_next_event_on(reactor) -> None:
+def test_a_replacement_descriptor_receives_the_next_events(reactor) -> None:
     (first,) = make(reactor, "first")
-    second = Below(first, "second")
+    second = Replacement(first, "second")
     prefixes: list[str] = []
     second.on_read = lambda: prefixes.append(theContextTracker.getContext(log.ILogContext)["system"])
 
@@ -128,7 +128,7 @@ def test_a_descriptor_in_the_place_of_another_is_called_from_the_next_event_on(r
     first.on_read = exchange
     reactor.addWriter(first)
     reactor.doIteration(0)
-    assert (first.reads, first.writes, second.reads) == (1, 1, 0)  # of one event, the rest is the first one's
+    assert (first.reads, first.writes, second.reads) == (1, 1, 0)  # the rest of an event goes to the first descriptor
     reactor.doIteration(0)
     assert (first.reads, first.writes) == (1, 1)
     assert (second.reads, second.writes) == (1, 1)
@@ -139,16 +139,16 @@ def test_a_descriptor_in_the_place_of_another_is_called_from_the_next_event_on(r
     assert not any(isinstance(each, Descriptor) for each in watched(reactor))
 
 
-def test_a_descriptor_in_the_place_of_one_that_is_not_registered_is_not_either(reactor) -> None:
+def test_replacing_an_unregistered_descriptor_registers_nothing(reactor) -> None:
     (first,) = make(reactor, "first")
     reactor.removeReader(first)
-    reactor.exchange(first, Below(first, "second"))
+    reactor.exchange(first, Replacement(first, "second"))
     reactor.doIteration(0)
     assert not any(isinstance(each, Descriptor) for each in watched(reactor))
     first.close()
 
 
-def test_a_descriptor_in_the_place_of_another_asks_nothing_of_the_kernel(reactor, monkeypatch) -> None:
+def test_replacing_a_descriptor_makes_no_system_call(reactor, monkeypatch) -> None:
     (first,) = make(reactor, "first")
     poller, calls = reactor._poller, []
 
@@ -158,16 +158,16 @@ def test_a_descriptor_in_the_place_of_another_asks_nothing_of_the_kernel(reactor
             return getattr(poller, name)
 
     monkeypatch.setattr(reactor, "_poller", Counting())
-    second = Below(first, "second")
+    second = Replacement(first, "second")
     reactor.exchange(first, second)
     reactor.addReader(second)
     assert calls == []
 
 
 @pytest.mark.parametrize("method", ["on_read", "on_write"])
-def test_a_handler_that_raises_is_logged_and_loses_only_its_descriptor(reactor, events, method) -> None:
+def test_an_exception_in_a_handler_is_logged_and_ends_only_its_descriptor(reactor, events, method) -> None:
     bad, good = make(reactor, "bad", "good")
-    setattr(bad, method, boom)
+    setattr(bad, method, raise_error)
     reactor.addWriter(bad)
     reactor.doIteration(0)
     reactor.doIteration(0)
@@ -177,16 +177,16 @@ def test_a_handler_that_raises_is_logged_and_loses_only_its_descriptor(reactor, 
     assert bad not in reactor.getReaders() + reactor.getWriters()
 
 
-def test_a_descriptor_that_raises_at_its_end_is_logged_and_the_others_go_on(reactor, events) -> None:
+def test_an_exception_in_connection_lost_is_logged_and_the_others_continue(reactor, events) -> None:
     made = make(reactor, "a", "b", "c")
-    for one in made:
-        one.on_read, one.on_lost = (lambda: main.CONNECTION_LOST), boom
+    for descriptor in made:
+        descriptor.on_read, descriptor.on_lost = (lambda: main.CONNECTION_LOST), raise_error
     reactor.doIteration(0)
-    assert [one.reads for one in made] == [1, 1, 1]
+    assert [descriptor.reads for descriptor in made] == [1, 1, 1]
     assert tracebacks(events) == ["boom"] * 3
 
 
-def test_what_a_read_returns_ends_the_connection_with_that_reason(reactor) -> None:
+def test_the_return_value_of_do_read_is_the_reason_of_connection_lost(reactor) -> None:
     done, lost = make(reactor, "done", "lost")
     done.on_read = lambda: main.CONNECTION_DONE
     lost.on_read = lambda: main.CONNECTION_LOST
@@ -195,7 +195,7 @@ def test_what_a_read_returns_ends_the_connection_with_that_reason(reactor) -> No
     assert lost.lost[0].type is error.ConnectionLost
 
 
-def test_a_descriptor_closed_by_another_in_the_batch_is_not_handled(reactor) -> None:
+def test_a_descriptor_closed_earlier_in_the_batch_receives_no_event(reactor) -> None:
     first, second = make(reactor, "first", "second")
 
     def close_the_other(own: Descriptor, other: Descriptor) -> None:
@@ -210,7 +210,7 @@ def test_a_descriptor_closed_by_another_in_the_batch_is_not_handled(reactor) -> 
     assert first.reads + second.reads == 1
 
 
-def test_a_number_used_again_in_the_batch_belongs_to_its_new_owner(reactor) -> None:
+def test_a_descriptor_number_reused_within_a_batch_belongs_to_its_new_owner(reactor) -> None:
     first, second = make(reactor, "first", "second")
     new: list[Descriptor] = []
 
@@ -224,7 +224,7 @@ def test_a_number_used_again_in_the_batch_belongs_to_its_new_owner(reactor) -> N
         if successor.fileno() != number:
             os.dup2(successor.fileno(), number)
             successor.fileno = lambda: number
-        # It has something to read: a read of it is right, one of the old owner never is.
+        # The successor is readable: reading it is right, reading the old owner never is.
         reactor.addReader(successor)
         new.append(successor)
 
@@ -236,23 +236,23 @@ def test_a_number_used_again_in_the_batch_belongs_to_its_new_owner(reactor) -> N
     assert new[0].reads >= 1
 
 
-def test_a_descriptor_without_a_number_is_lost_and_does_not_spin(reactor) -> None:
-    (one,) = make(reactor, "one")
-    number = one.fileno()
-    one.fileno = lambda: -1
+def test_a_descriptor_without_a_number_is_lost_without_a_busy_loop(reactor) -> None:
+    (descriptor,) = make(reactor, "one")
+    number = descriptor.fileno()
+    descriptor.fileno = lambda: -1
     reactor.doIteration(0)
-    assert one.reads == 0
-    assert one.lost[0].type is error.ConnectionFdescWentAway
+    assert descriptor.reads == 0
+    assert descriptor.lost[0].type is error.ConnectionFdescWentAway
     assert number not in reactor._selectables
 
 
-def test_a_peer_that_is_gone_is_reported_to_who_reads_and_to_who_writes(reactor) -> None:
+def test_a_disconnected_peer_is_reported_to_readers_and_writers(reactor) -> None:
     reading, writing = Descriptor(reactor), Descriptor(reactor)
     reactor.addReader(reading)
     reactor.addWriter(writing)
-    for one in (reading, writing):
-        one.socket.recv(1)
-        one.peer.close()
+    for descriptor in (reading, writing):
+        descriptor.socket.recv(1)
+        descriptor.peer.close()
     reading.on_read = lambda: main.CONNECTION_DONE if not reading.socket.recv(1) else None
     reactor.doIteration(0)
     assert reading.lost[0].type is error.ConnectionDone
@@ -264,29 +264,29 @@ def test_a_peer_that_is_gone_is_reported_to_who_reads_and_to_who_writes(reactor)
 
 def prefixes(reactor: Reactor) -> list[str]:
     seen: list[str] = []
-    for one in make(reactor, "a", "b"):
-        one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
+    for descriptor in make(reactor, "a", "b"):
+        descriptor.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
     reactor.doIteration(0)
     return seen
 
 
-def test_a_handler_has_the_log_context_of_its_descriptor_and_only_then(reactor) -> None:
+def test_the_log_context_of_a_descriptor_is_set_only_during_its_handler(reactor) -> None:
     before = list(theContextTracker.currentContext().contexts)
     assert sorted(prefixes(reactor)) == ["a", "b"]
     assert theContextTracker.currentContext().contexts == before
 
 
-def test_the_log_context_of_who_runs_the_reactor_is_below(reactor) -> None:
+def test_a_handler_inherits_the_log_context_of_the_reactors_caller(reactor) -> None:
     seen: list[Any] = []
-    (one,) = make(reactor, "one")
-    one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext))
+    (descriptor,) = make(reactor, "one")
+    descriptor.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext))
     call({log.ILogContext: {"system": "outer", "request": 7}}, reactor.doIteration, 0)
     assert seen == [{"system": "one", "request": 7}]
 
 
-def test_what_is_logged_in_a_handler_has_the_prefix(reactor, events) -> None:
-    (one,) = make(reactor, "the prefix")
-    one.on_read = lambda: log.msg("hello")
+def test_messages_logged_in_a_handler_have_its_prefix(reactor, events) -> None:
+    (descriptor,) = make(reactor, "the prefix")
+    descriptor.on_read = lambda: log.msg("hello")
     reactor.doIteration(0)
     assert [event["system"] for event in events if event.get("message") == ("hello",)] == ["the prefix"]
 
@@ -296,8 +296,8 @@ def test_a_signal_handler_may_log_while_the_reactor_waits(reactor, events) -> No
     try:
         timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
         timer.start()
-        (one,) = make(reactor, "one")
-        one.on_read = lambda: one.socket.recv(1)
+        (descriptor,) = make(reactor, "one")
+        descriptor.on_read = lambda: descriptor.socket.recv(1)
         reactor.doIteration(0)
         while timer.is_alive():
             reactor.doIteration(0.3)
@@ -306,20 +306,20 @@ def test_a_signal_handler_may_log_while_the_reactor_waits(reactor, events) -> No
     assert [event["message"] for event in events if event.get("message")] == [("signalled",)]
 
 
-def test_a_prefix_that_raises_harms_nobody(reactor) -> None:
+def test_an_exception_in_log_prefix_is_harmless(reactor) -> None:
     seen: list[str] = []
-    (one,) = make(reactor, "one")
-    one.logPrefix = boom
-    one.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
+    (descriptor,) = make(reactor, "one")
+    descriptor.logPrefix = raise_error
+    descriptor.on_read = lambda: seen.append(theContextTracker.getContext(log.ILogContext)["system"])
     reactor.doIteration(0)
     assert seen == ["(buggy logPrefix method)"]
 
 
-def test_a_context_that_outlives_the_event_is_still_its_descriptors(reactor) -> None:
+def test_a_saved_log_context_stays_that_of_its_descriptor(reactor) -> None:
     kept: list[Any] = []
-    (one,) = make(reactor, "one")
-    # As the thread pool keeps it, for what it runs later in another thread.
-    one.on_read = lambda: kept.append(theContextTracker.currentContext().contexts[-1])
+    (descriptor,) = make(reactor, "one")
+    # As the thread pool saves it for calls in another thread.
+    descriptor.on_read = lambda: kept.append(theContextTracker.currentContext().contexts[-1])
     reactor.doIteration(0)
     assert kept[0][log.ILogContext]["system"] == "one"
     assert call(kept[0], theContextTracker.getContext, log.ILogContext)["system"] == "one"
@@ -329,30 +329,30 @@ def test_a_context_that_outlives_the_event_is_still_its_descriptors(reactor) -> 
 
 
 def test_write_soon_writes_once_before_the_reactor_waits(reactor) -> None:
-    one = Descriptor(reactor)
-    reactor.write_soon(one)
-    reactor.doIteration(None)  # with nothing else to do it would wait without end
-    assert one.writes == 1
+    descriptor = Descriptor(reactor)
+    reactor.write_soon(descriptor)
+    reactor.doIteration(None)  # without events it would wait indefinitely
+    assert descriptor.writes == 1
     reactor.doIteration(0)
-    assert one.writes == 1
+    assert descriptor.writes == 1
     assert reactor.getWriters() == []
-    one.close()
+    descriptor.close()
 
 
-def test_write_soon_in_a_write_is_for_the_next_round(reactor) -> None:
-    one = Descriptor(reactor)
-    one.on_write = lambda: reactor.write_soon(one)
-    reactor.write_soon(one)
+def test_write_soon_during_a_write_applies_to_the_next_iteration(reactor) -> None:
+    descriptor = Descriptor(reactor)
+    descriptor.on_write = lambda: reactor.write_soon(descriptor)
+    reactor.write_soon(descriptor)
     reactor.doIteration(None)
-    assert one.writes == 1
+    assert descriptor.writes == 1
     reactor.doIteration(None)
-    assert one.writes == 2
-    one.close()
+    assert descriptor.writes == 2
+    descriptor.close()
 
 
-def test_a_write_that_fails_loses_only_its_descriptor(reactor, events) -> None:
+def test_a_failed_write_ends_only_its_descriptor(reactor, events) -> None:
     bad, good = Descriptor(reactor, "bad"), Descriptor(reactor, "good")
-    bad.on_write = boom
+    bad.on_write = raise_error
     reactor.write_soon(bad)
     reactor.write_soon(good)
     reactor.doIteration(0)

@@ -1,4 +1,4 @@
-"""Certificates are read again, and adopted when all are right."""
+"""Renewed certificates are loaded, and adopted if all are valid."""
 
 import pathlib
 import shutil
@@ -13,7 +13,7 @@ from tests.support.listeners import PLAIN, facts, handshake
 
 @pytest.fixture
 def renewable(open_secure, certificates, tmp_path):
-    """A listener with a certificate in files of its own, as Path of the certificate, Path of the key, Listener."""
+    """A listener with separate certificate files, as (certificate path, key path, Listener)."""
     paths = tmp_path / "x.pem", tmp_path / "x.key"
     put(certificates, "server", *paths)
     return *paths, open_secure(f"ssl:0:privateKey={paths[1]}:certKey={paths[0]}:interface=127.0.0.1")
@@ -24,10 +24,10 @@ def put(certificates, name: str, certificate: pathlib.Path, key: pathlib.Path) -
         shutil.copy(certificates[f"{name}.{suffix}"], path)
 
 
-def test_a_renewed_certificate_is_in_force_once_it_is_adopted(renewable, certificates) -> None:
+def test_clients_see_a_renewed_certificate_after_adopt(renewable, certificates) -> None:
     certificate, key, listener = renewable
     before = facts(listener)
-    assert [one.path for one in listener.certificates] == [str(certificate)]
+    assert [loaded.path for loaded in listener.certificates] == [str(certificate)]
     assert sorted(listener.tls_files()) == sorted([str(certificate), str(key)])
     put(certificates, "rsa", certificate, key)
     loaded = listener.renew()
@@ -41,7 +41,7 @@ def test_a_renewed_certificate_is_in_force_once_it_is_adopted(renewable, certifi
 
 
 @pytest.mark.parametrize("wrong", ["gone", "junk", "of another"])
-def test_a_renewed_certificate_that_is_wrong_is_named_and_changes_nothing(renewable, certificates, wrong) -> None:
+def test_an_invalid_renewed_certificate_is_named_and_the_current_one_stays(renewable, certificates, wrong) -> None:
     certificate, _, listener = renewable
     before = facts(listener)
     if wrong == "gone":
@@ -57,9 +57,9 @@ def test_a_renewed_certificate_that_is_wrong_is_named_and_changes_nothing(renewa
     assert handshake(listener, certificates) == PLAIN
 
 
-def test_names_that_come_and_go_are_noticed_at_renewal(open_secure, certificates, tmp_path) -> None:
+def test_renewal_picks_up_added_and_removed_files(open_secure, certificates, tmp_path) -> None:
     def names(listener: Listener) -> list[str]:
-        return [name for one in listener.certificates for name in one.names]
+        return [name for loaded in listener.certificates for name in loaded.names]
 
     for name in ("one", "two", "three"):
         certificates.make(name, "server", "ca", alternative=f"DNS:{name}.example")

@@ -1,4 +1,4 @@
-"""A listener with a socket for each of several processes: who gets which connection, and who keeps it."""
+"""A listener with one socket per process (slot): the distribution of clients, and adding and removing slots."""
 
 import contextlib
 import errno
@@ -21,29 +21,29 @@ interfaces = pytest.mark.parametrize("interface", ["127.0.0.1", pytest.param("::
 
 @pytest.fixture
 def opened() -> Iterator[Callable[..., Listener]]:
-    """Opens a port for a number of slots, and closes it."""
+    """Open a port with a number of slots; it is closed after the test."""
     made: list[Listener] = []
 
-    def one(slots: int, interface: str = "127.0.0.1", backlog: int = 1000) -> Listener:
+    def open_slots(slots: int, interface: str = "127.0.0.1", backlog: int = 1000) -> Listener:
         [listener] = open_port(0, interface=interface, backlog=backlog, slots=slots)
         made.append(listener)
         return listener
 
-    yield one
+    yield open_slots
     for listener in made:
         listener.close()
 
 
 @pytest.fixture
 def connect() -> Iterator[Callable[[Listener, int], list[socket.socket]]]:
-    """Connects a number of clients to a listener."""
+    """Connect a number of clients to a listener."""
     with contextlib.ExitStack() as stack:
 
         def clients(listener: Listener, count: int) -> list[socket.socket]:
             address = listener.socket.getsockname()
             made = []
             for _ in range(count):
-                # From another address: with the same one at both ends, the kernel may pick the server's port here too.
+                # From another address: with equal addresses, the kernel may choose the server's port for the client.
                 source = ("127.0.0.2", 0) if listener.socket.family == socket.AF_INET else None
                 made.append(stack.enter_context(socket.create_connection(address[:2], 10, source)))
             return made
@@ -52,7 +52,7 @@ def connect() -> Iterator[Callable[[Listener, int], list[socket.socket]]]:
 
 
 def accept_all(sock: socket.socket) -> int:
-    """How many clients are in the queue of a socket, which is empty then."""
+    """Accept all clients in the backlog of a socket; return their number."""
     count = 0
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -66,7 +66,7 @@ def queued(listener: Listener) -> list[int]:
 
 
 @interfaces
-def test_every_slot_has_a_socket_of_its_own_on_one_address(opened, interface) -> None:
+def test_each_slot_has_a_separate_socket_on_the_same_address(opened, interface) -> None:
     listener = opened(3, interface)
     assert len({sock.fileno() for sock in listener.slot_sockets}) == 3
     assert len({sock.getsockname() for sock in listener.slot_sockets}) == 1
@@ -82,17 +82,17 @@ def leave_out_last(listener) -> None:
 
 
 @interfaces
-def test_clients_are_spread_over_all_slots(opened, connect, interface) -> None:
+def test_clients_are_distributed_over_all_slots(opened, connect, interface) -> None:
     listener = opened(4, interface)
     connect(listener, 400)
     found = queued(listener)
     assert sum(found) == 400
-    # Each has 100 on average, and a standard deviation of 9.
+    # Each slot has 100 clients on average, with a standard deviation of 9.
     assert all(50 <= count <= 150 for count in found), found
 
 
 @interfaces
-def test_the_last_slot_can_be_left_out_and_keeps_who_is_queued(opened, connect, interface) -> None:
+def test_the_last_slot_can_be_left_out_and_keeps_its_queued_clients(opened, connect, interface) -> None:
     listener = opened(3, interface)
     connect(listener, 90)
     leave_out_last(listener)
@@ -105,7 +105,7 @@ def test_the_last_slot_can_be_left_out_and_keeps_who_is_queued(opened, connect, 
 
 
 @interfaces
-def test_a_slot_that_is_dropped_after_it_was_left_out_costs_no_client(opened, connect, interface) -> None:
+def test_dropping_a_slot_that_was_left_out_loses_no_client(opened, connect, interface) -> None:
     listener = opened(3, interface)
     connect(listener, 60)
     leave_out_last(listener)
@@ -118,7 +118,7 @@ def test_a_slot_that_is_dropped_after_it_was_left_out_costs_no_client(opened, co
     assert all(count > 20 for count in found), found
 
 
-def test_slots_leave_until_there_is_one(opened, connect) -> None:
+def test_slots_can_be_removed_until_one_remains(opened, connect) -> None:
     listener = opened(4)
     for left in (3, 2, 1):
         leave_out_last(listener)
@@ -130,7 +130,7 @@ def test_slots_leave_until_there_is_one(opened, connect) -> None:
         assert all(found), found
 
 
-def test_a_slot_is_added_and_gets_its_part(opened, connect) -> None:
+def test_an_added_slot_receives_its_share_of_clients(opened, connect) -> None:
     listener = opened(1)
     connect(listener, 10)
     spares = len(listener.reserve_sockets)
@@ -142,7 +142,7 @@ def test_a_slot_is_added_and_gets_its_part(opened, connect) -> None:
     assert found[1] > 20
 
 
-def test_a_slot_is_added_again_after_one_has_left(opened, connect) -> None:
+def test_a_slot_can_be_added_after_one_was_removed(opened, connect) -> None:
     listener = opened(3)
     leave_out_last(listener)
     listener.remove_slot()
@@ -154,7 +154,7 @@ def test_a_slot_is_added_again_after_one_has_left(opened, connect) -> None:
     assert all(count > 20 for count in found), found
 
 
-def test_slots_are_added_when_there_are_no_spares_any_more(opened, connect) -> None:
+def test_slots_can_be_added_after_all_spares_are_used(opened, connect) -> None:
     listener = opened(1)
     for _ in range(RESERVE_SOCKETS + 2):
         listener.add_slot()
@@ -166,27 +166,27 @@ def test_slots_are_added_when_there_are_no_spares_any_more(opened, connect) -> N
     assert all(found), found
 
 
-def test_spares_get_no_client(opened, connect) -> None:
+def test_spare_sockets_receive_no_clients(opened, connect) -> None:
     listener = opened(2)
     connect(listener, 50)
     for spare in listener.reserve_sockets:
-        with pytest.raises(OSError, match="Invalid argument") as refused:  # it does not listen
+        with pytest.raises(OSError, match="Invalid argument") as refused:  # a spare does not listen
             spare.accept()
         assert refused.value.errno == errno.EINVAL
     assert sum(queued(listener)) == 50
 
 
-def test_a_slot_that_could_not_be_added_is_taken_back_without_a_client_lost(opened, connect) -> None:
+def test_undoing_a_failed_slot_addition_loses_no_client(opened, connect) -> None:
     listener = opened(2)
     listener.add_slot()
-    listener.remove_slot()  # which was not left out before
+    listener.remove_slot()  # without leaving it out first
     connect(listener, 100)
     found = queued(listener)
     assert sum(found) == 100
     assert all(count > 20 for count in found), found
 
 
-def test_a_slot_that_cannot_be_bound_is_an_error_with_the_address(opened, monkeypatch) -> None:
+def test_a_slot_that_cannot_be_bound_is_an_error_naming_the_address(opened, monkeypatch) -> None:
     listener = opened(1)
     for spare in listener.reserve_sockets:
         spare.close()
@@ -203,7 +203,7 @@ def test_a_slot_that_cannot_be_bound_is_an_error_with_the_address(opened, monkey
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can change the user")
 @interfaces
-def test_another_user_can_add_as_many_slots_as_there_are_spares(opened, connect, interface) -> None:
+def test_an_unprivileged_user_can_add_as_many_slots_as_there_are_spares(opened, connect, interface) -> None:
     listener = opened(1, interface)
     os.seteuid(65534)
     try:
@@ -212,7 +212,7 @@ def test_another_user_can_add_as_many_slots_as_there_are_spares(opened, connect,
         with pytest.raises(ListenError) as refused:
             listener.add_slot()
         listener.remove_slot()
-        listener.add_slot()  # the one that was given back
+        listener.add_slot()  # the spare that was returned
     finally:
         os.seteuid(0)
     assert str(refused.value) == (
@@ -239,7 +239,7 @@ def test_a_slot_that_cannot_listen_leaves_no_socket_open(opened, monkeypatch) ->
 
 
 @interfaces
-def test_a_port_on_which_somebody_else_listens_and_shares_is_refused(interface) -> None:
+def test_a_port_shared_by_another_listener_is_rejected(interface) -> None:
     family = socket.AF_INET6 if ":" in interface else socket.AF_INET
     with socket.socket(family) as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -251,14 +251,14 @@ def test_a_port_on_which_somebody_else_listens_and_shares_is_refused(interface) 
             open_port(port, interface=interface, backlog=10, slots=2)
 
 
-def test_two_services_with_slots_do_not_get_one_port(opened) -> None:
+def test_two_services_with_slots_get_different_ports(opened) -> None:
     port = opened(2).socket.getsockname()[1]
     with pytest.raises(ListenError, match="address already in use"):
         open_port(port, interface="127.0.0.1", backlog=10, slots=2)
 
 
 @needs_ipv6
-def test_both_families_have_their_slots_on_one_port() -> None:
+def test_both_address_families_have_slots_on_the_same_port() -> None:
     listeners = open_port(0, interface="", backlog=10, slots=2)
     try:
         assert [len(listener.slot_sockets) for listener in listeners] == [2, 2]
@@ -270,7 +270,7 @@ def test_both_families_have_their_slots_on_one_port() -> None:
             listener.close()
 
 
-def test_a_backlog_is_that_of_every_slot(opened) -> None:
+def test_every_slot_has_the_configured_backlog(opened) -> None:
     listener = opened(2, backlog=1)
     listener.add_slot()
     address = listener.socket.getsockname()
@@ -280,19 +280,19 @@ def test_a_backlog_is_that_of_every_slot(opened) -> None:
             client.setblocking(False)
             assert client.connect_ex(address) in (0, errno.EINPROGRESS)
         _, connected, _ = select.select([], clients, [], 0)
-        # Linux queues one more than it is told; the clients of a full queue send their SYN again later.
+        # Linux queues one more than the backlog; with a full queue, clients retransmit their SYN.
         assert len(connected) <= 6
         assert sum(queued(listener)) <= 6
 
 
-def test_everything_is_closed(opened) -> None:
+def test_close_closes_all_sockets(opened) -> None:
     listener = opened(2)
     sockets = [listener.socket, *listener.slot_sockets, *listener.reserve_sockets]
     listener.close()
     assert [sock.fileno() for sock in sockets] == [-1] * len(sockets)
 
 
-def test_an_error_on_the_way_leaves_nothing_open(monkeypatch) -> None:
+def test_a_bind_error_leaves_no_socket_open(monkeypatch) -> None:
     made: list[socket.socket] = []
     bind = tcp.bind
 
@@ -308,7 +308,7 @@ def test_an_error_on_the_way_leaves_nothing_open(monkeypatch) -> None:
     assert [sock.fileno() for sock in made] == [-1] * 3
 
 
-def test_a_unix_socket_is_the_same_for_all_slots(tmp_path) -> None:
+def test_all_slots_share_one_unix_socket(tmp_path) -> None:
     [listener] = open_description(f"unix:{tmp_path}/rt.sock", backlog=10, slots=3)
     try:
         assert [listener.of_slot(slot) for slot in range(3)] == [listener.socket] * 3
@@ -324,9 +324,9 @@ def test_a_unix_socket_is_the_same_for_all_slots(tmp_path) -> None:
     assert listener.file is None
 
 
-def test_a_queue_outlives_the_worker_that_served_it(opened, connect) -> None:
+def test_queued_clients_survive_the_end_of_their_worker(opened, connect) -> None:
     listener = opened(2)
     connect(listener, 40)
     for sock in listener.slot_sockets:
-        sock.dup().close()  # as that of a worker that dies
+        sock.dup().close()  # as at the end of a worker
     assert sum(queued(listener)) == 40

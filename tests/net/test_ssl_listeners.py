@@ -1,4 +1,4 @@
-"""ssl: descriptions to listeners with a TLS context."""
+"""From `ssl:` descriptions to listeners with a TLS context."""
 
 import pathlib
 import socket
@@ -33,15 +33,15 @@ def test_an_ssl_description_becomes_a_context(open_secure, certificates, descrip
     assert handshake(listener, certificates) == facts
 
 
-def test_minimum_1_3_refuses_1_2_and_the_default_does_not(open_secure, certificates) -> None:
+def test_minimum_1_3_rejects_1_2_and_the_default_accepts_it(open_secure, certificates) -> None:
     old = {"maximum_version": ssl.TLSVersion.TLSv1_2}
     assert handshake(open_secure(f"ssl:0:{FILES}"), certificates, **old) == {**PLAIN, "version": "TLSv1.2"}
     with pytest.raises(ssl.SSLError):
         handshake(open_secure(f"ssl:0:{FILES}:minimum=1.3"), certificates, **old)
 
 
-def test_ssl_files_have_twisteds_defaults(certificates, tmp_path, monkeypatch) -> None:
-    """`ssl:PORT` alone reads server.pem for both, and the certificate is where the key is."""
+def test_ssl_file_names_have_twisteds_defaults(certificates, tmp_path, monkeypatch) -> None:
+    """`ssl:PORT` reads key and certificate from server.pem; the default certificate file is the key file."""
     monkeypatch.chdir(tmp_path)
     both = certificates.join("both.pem", "server.key", "server.pem")
     for description, name in (("ssl:0", "server.pem"), ("ssl:0:privateKey=own.pem", "own.pem")):
@@ -54,7 +54,7 @@ def test_ssl_files_have_twisteds_defaults(certificates, tmp_path, monkeypatch) -
             (tmp_path / name).unlink()
 
 
-def test_ssl_paths_are_resolved_as_asked(certificates) -> None:
+def test_ssl_paths_are_resolved_by_the_given_function(certificates) -> None:
     (listener,) = open_description(
         "ssl:0:privateKey=server.key:certKey=server.pem:clientCA=ca.pem",
         backlog=10,
@@ -66,7 +66,7 @@ def test_ssl_paths_are_resolved_as_asked(certificates) -> None:
 
 
 @needs_ipv6
-def test_ssl_listens_on_ipv6_too(open_secure) -> None:
+def test_ssl_listens_on_ipv6(open_secure) -> None:
     listener = open_secure(rf"ssl:0:{FILES}:interface=\:\:1")
     assert listener.name == f"ssl:[::1]:{listener.socket.getsockname()[1]}"
 
@@ -107,13 +107,13 @@ def test_ssl_listens_on_ipv6_too(open_secure) -> None:
         ("ssl:systemd:privateKey=/no/key.pem:certKey={server.pem}", "private key '/no/key.pem': no such file"),
     ],
 )
-def test_a_bad_ssl_description_is_refused_with_what_was_found(certificates, description, problem) -> None:
+def test_an_invalid_ssl_description_is_rejected_with_the_problem(certificates, description, problem) -> None:
     assert problem in refusal(described(certificates, description))
 
 
-def test_nothing_is_bound_when_a_file_is_wrong(certificates) -> None:
+def test_files_are_checked_before_binding(certificates) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ListenError, match="no such file"):
-        # A port in use would be the complaint, were it tried first.
+        # If the port were bound first, the error would be the port in use.
         open_description(f"ssl:{taken.getsockname()[1]}:privateKey=/no/key:interface=127.0.0.1", backlog=10)
 
 
@@ -126,7 +126,7 @@ def test_nothing_is_bound_when_a_file_is_wrong(certificates) -> None:
         (f"ssl:unix:{{directory}}/s:mode=600:{FILES}:alpn=echo", "ssl:unix:{directory}/s"),
     ],
 )
-def test_ssl_goes_before_descriptions_of_other_types(open_secure, certificates, tmp_path, description, name) -> None:
+def test_the_ssl_prefix_applies_to_other_types(open_secure, certificates, tmp_path, description, name) -> None:
     listener = open_secure(description.replace("{directory}", str(tmp_path)))
     assert listener.name.startswith(name.replace("{directory}", str(tmp_path)))
     assert handshake(listener, certificates)["version"] == "TLSv1.3"

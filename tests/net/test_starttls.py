@@ -1,4 +1,4 @@
-"""A plain connection that goes on in TLS: with the standard library's contexts, and with Twisted's."""
+"""STARTTLS on a plain connection, with contexts of the standard library and of Twisted."""
 
 import contextlib
 import importlib.util
@@ -27,7 +27,7 @@ from tests.support.starttls import STARTTLS
 
 @implementer(IHandshakeListener)
 class Upgrading(Protocol):
-    """Starts TLS when it is asked to; then echoes."""
+    """Starts TLS on request, then echoes."""
 
     factory: Any
     transport: Any
@@ -44,14 +44,14 @@ class Upgrading(Protocol):
         self.factory.shaken += 1
 
     def connectionLost(self, reason):
-        self.transport.unregisterProducer()  # many do, and the layer is gone by then
+        self.transport.unregisterProducer()  # many protocols do, and the TLS layer is already removed
         self.factory.secure = ISSLTransport.providedBy(self.transport)
         self.factory.lost.callback(reason.value)
 
 
 @pytest.fixture
 def serve():
-    """Serves Upgrading with a context, after some plain text; gives the factory and the port's address."""
+    """Serve Upgrading with a context, after some plain text; return the factory and the port's address."""
     started = []
 
     def start(context, plain=b"go on\r\n", **port):
@@ -73,7 +73,7 @@ def serve():
 
 @pytest.fixture(params=["ssl", "pyOpenSSL"])
 def context(request, certificates):
-    """A server's context for startTLS, of each kind."""
+    """A server context for startTLS, one per library."""
     if request.param == "ssl":
         return ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     if importlib.util.find_spec("OpenSSL") is None:
@@ -84,7 +84,7 @@ def context(request, certificates):
 
 
 def upgrade(address, certificates, plain: bytes) -> ssl.SSLSocket:
-    """A client that has read the plain text and shaken hands."""
+    """Return a client that has read the plain text and completed the handshake."""
     sock = socket.create_connection(address, timeout=DEADLINE)
     sock.sendall(STARTTLS)
     received = bytearray()
@@ -106,7 +106,7 @@ def read(sock: ssl.SSLSocket, size: int) -> bytes:
 
 @pytest.mark.parametrize("size", [7, 8_000_000], ids=["a line", "more than the kernel takes"])
 @pytest_twisted.inlineCallbacks
-def test_what_is_written_before_is_plain_and_what_comes_after_is_in_tls(serve, context, certificates, size):
+def test_data_is_plain_before_starttls_and_encrypted_after_it(serve, context, certificates, size):
     plain = os.urandom(size)
     factory, address = serve(context, plain)
 
@@ -127,24 +127,24 @@ def test_what_is_written_before_is_plain_and_what_comes_after_is_in_tls(serve, c
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_transport_stays_the_same_object_and_claims_tls_from_the_start_of_it(serve, context, certificates):
+def test_the_transport_stays_the_same_object_and_provides_issltransport_after_starttls(serve, context, certificates):
     factory, address = serve(context)
     seen: list[Any] = []
 
     class Looking(Upgrading):
-        def look(self):
+        def record_state(self):
             transport = self.transport
             claims = [interface.providedBy(transport) for interface in (ISSLTransport, INegotiated, ITCPTransport)]
             has = [hasattr(transport, name) for name in ("getPeerCertificate", "negotiatedProtocol", "tls_version")]
             seen.append((transport, type(transport), str(transport.phase), claims, has))
 
         def dataReceived(self, data):
-            self.look()
+            self.record_state()
             super().dataReceived(data)
-            self.look()
+            self.record_state()
 
         def connectionLost(self, reason):
-            self.look()
+            self.record_state()
             super().connectionLost(reason)
 
     factory.protocol = Looking
@@ -166,7 +166,7 @@ def test_the_transport_stays_the_same_object_and_claims_tls_from_the_start_of_it
 
 @pytest.mark.parametrize("when", ["connectionMade", "after a write that waits for the reactor"])
 @pytest_twisted.inlineCallbacks
-def test_nothing_that_is_written_after_the_start_of_tls_is_sent_in_the_clear(serve, context, certificates, when):
+def test_no_data_written_after_starttls_is_sent_unencrypted(serve, context, certificates, when):
     factory, address = serve(context)
 
     class Early(Upgrading):
@@ -203,7 +203,7 @@ def test_nothing_that_is_written_after_the_start_of_tls_is_sent_in_the_clear(ser
 
 
 @pytest_twisted.inlineCallbacks
-def test_tls_is_not_begun_on_a_connection_that_is_closing(serve, context):
+def test_starttls_raises_on_a_closing_connection(serve, context):
     factory, address = serve(context)
     problems: list[BaseException] = []
     opened: list[Any] = []
@@ -269,7 +269,7 @@ def test_the_accepting_side_can_be_the_client_of_the_handshake(serve, certificat
 
 
 @pytest_twisted.inlineCallbacks
-def test_lose_connection_during_the_handshake_waits_for_what_is_written(serve, certificates):
+def test_lose_connection_during_the_handshake_delivers_written_data(serve, certificates):
     context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     factory, address = serve(context)
 
@@ -290,7 +290,7 @@ def test_lose_connection_during_the_handshake_waits_for_what_is_written(serve, c
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_handshake_that_stalls_ends_at_the_deadline(serve, context):
+def test_a_stalled_handshake_ends_at_the_deadline(serve, context):
     factory, address = serve(context, handshake_timeout=0.1)
     sock = socket.create_connection(address, timeout=DEADLINE)
     sock.sendall(STARTTLS)
@@ -301,7 +301,7 @@ def test_a_handshake_that_stalls_ends_at_the_deadline(serve, context):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_context_for_the_other_side_is_refused_and_the_connection_is_lost_alone(serve):
+def test_a_context_for_the_other_side_is_rejected_and_ends_only_its_connection(serve):
     factory, address = serve(ssl.create_default_context())
     problems: list[BaseException] = []
 
@@ -322,8 +322,8 @@ def test_a_context_for_the_other_side_is_refused_and_the_connection_is_lost_alon
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_producer_that_was_paused_before_goes_on_after_the_handshake(serve, context, certificates):
-    """One that is its own transport's is paused again, too, when its client does not read."""
+def test_a_paused_producer_is_resumed_after_the_handshake(serve, context, certificates):
+    """A transport that is its own producer is also paused again if its client does not read."""
     factory, address = serve(context)
     most = 0
 
@@ -363,7 +363,7 @@ def exchange(sock, data):
 
 
 @pytest_twisted.inlineCallbacks
-def test_reading_on_while_plain_text_is_sent_still_waits_for_it(serve, context, certificates):
+def test_resumed_reading_still_waits_until_plain_text_is_sent(serve, context, certificates):
     factory, address = serve(context)
     plain = bytes(8_000_000)
 
@@ -387,7 +387,7 @@ def test_reading_on_while_plain_text_is_sent_still_waits_for_it(serve, context, 
 
 
 @pytest_twisted.inlineCallbacks
-def test_tls_is_not_begun_within_tls(serve, context, certificates):
+def test_starttls_raises_within_tls(serve, context, certificates):
     factory, address = serve(context)
     problems: list[BaseException] = []
 
@@ -415,13 +415,13 @@ def test_tls_is_not_begun_within_tls(serve, context, certificates):
 
 
 @pytest_twisted.inlineCallbacks
-def test_an_end_of_ours_sends_what_is_written_also_while_a_producer_is_paused(serve, context, certificates):
+def test_close_sends_written_data_even_while_a_producer_is_paused(serve, context, certificates):
     factory, address = serve(context)
     content = os.urandom(8_000_000)
     made: Deferred = Deferred()
 
     class Own(Upgrading):
-        """Its transport is its producer, as an echo's is."""
+        """Registers its transport as its producer, as an echo protocol does."""
 
         def dataReceived(self, data):
             if data == STARTTLS:

@@ -1,4 +1,4 @@
-"""From files to a context of `ssl`: whatever is wrong is one line that names the file."""
+"""From files to an `ssl` context: each error is one line that names the file."""
 
 import base64
 import os
@@ -16,12 +16,12 @@ FILES = ("private_key", "certificate", "chain", "client_ca")
 
 @pytest.fixture
 def good(certificates) -> dict[str, str]:
-    """Files that fit together."""
+    """Matching key, certificate, chain and CA files."""
     names = ("leaf.key", "leaf.pem", "inner.pem", "ca.pem")
     return {field: certificates[name] for field, name in zip(FILES, names, strict=True)}
 
 
-def refusal(**arguments) -> str:
+def error_of(**arguments) -> str:
     with pytest.raises(TLSError) as caught:
         ServerTLS(**arguments).load()
     line = str(caught.value)
@@ -30,8 +30,8 @@ def refusal(**arguments) -> str:
 
 
 @contextmanager
-def as_nobody():
-    """Without the rights of root, who can read everything."""
+def as_unprivileged_user():
+    """Run the test without root, which can read every file."""
     if os.geteuid() != 0:
         yield
         return
@@ -42,25 +42,25 @@ def as_nobody():
         os.seteuid(0)
 
 
-def shake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
-    """A handshake without a network; raises the SSLError of whoever refuses."""
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.SSLObject]:
+    """Perform a handshake in memory; raise the SSLError of the side that rejects it."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
         client.wrap_bio(to_client, to_server, server_hostname="localhost"),
         server.wrap_bio(to_server, to_client, server_side=True),
     ]
-    for _ in range(3):  # three flights are a full handshake of either version
+    for _ in range(3):  # three flights complete a handshake of either version
         for end in ends:
             with suppress(ssl.SSLWantReadError):
                 end.do_handshake()
     for end in ends:
         with suppress(ssl.SSLWantReadError):
-            end.read(1)  # a client of TLS 1.3 learns here that its certificate is refused
+            end.read(1)  # a TLS 1.3 client receives the rejection of its certificate here
     return ends[0], ends[1]
 
 
 def trusting(certificates, **attributes) -> ssl.SSLContext:
-    """A client that trusts the root and checks the name."""
+    """Return a client context that trusts the root and checks the name."""
     context = ssl.create_default_context(cafile=certificates["ca.pem"])
     for name, value in attributes.items():
         setattr(context, name, value)
@@ -70,12 +70,12 @@ def trusting(certificates, **attributes) -> ssl.SSLContext:
 @pytest.mark.parametrize("field", FILES)
 def test_a_missing_file_is_named(good, field) -> None:
     path = "/no/such/file.pem"
-    assert f"{path!r}: no such file or directory" in refusal(**{**good, field: path})
+    assert f"{path!r}: no such file or directory" in error_of(**{**good, field: path})
 
 
 @pytest.mark.parametrize("field", FILES)
 def test_a_directory_is_named(good, field, tmp_path) -> None:
-    assert f"{str(tmp_path)!r}: is a directory" in refusal(**{**good, field: str(tmp_path)})
+    assert f"{str(tmp_path)!r}: is a directory" in error_of(**{**good, field: str(tmp_path)})
 
 
 @pytest.mark.parametrize("field", FILES)
@@ -83,10 +83,10 @@ def test_an_unreadable_file_is_named(good, field, tmp_path) -> None:
     closed = tmp_path / "closed.pem"
     closed.write_text(Path(good[field]).read_text())
     closed.chmod(0)
-    # The other files are out of reach for nobody too: the one in question is opened first, or alone.
+    # User 65534 cannot reach the other files either: the tested file is opened first, or alone.
     given = {**{name: str(closed) for name in ("private_key", "certificate")}, field: str(closed)}
-    with as_nobody():
-        assert f"{str(closed)!r}: permission denied" in refusal(**given)
+    with as_unprivileged_user():
+        assert f"{str(closed)!r}: permission denied" in error_of(**given)
 
 
 JUNK = {
@@ -111,115 +111,115 @@ JUNK = {
         for junk in JUNK
     ],
 )
-def test_junk_is_named(good, field, junk, tmp_path) -> None:
+def test_a_file_with_invalid_content_is_named(good, field, junk, tmp_path) -> None:
     path = tmp_path / "junk.pem"
     path.write_bytes(JUNK[junk])
-    assert repr(str(path)) in refusal(**{**good, field: str(path)})
+    assert repr(str(path)) in error_of(**{**good, field: str(path)})
 
 
 @pytest.mark.parametrize("field", ["certificate", "chain", "client_ca"])
 @pytest.mark.parametrize(
-    "cut", [lambda text: text[: len(text) // 2], lambda text: text[:40]], ids=["in the middle", "in its second line"]
+    "cut", [lambda text: text[: len(text) // 2], lambda text: text[:40]], ids=["in the middle", "in the second line"]
 )
-def test_a_file_whose_second_certificate_is_cut_short_is_named(good, certificates, field, cut, tmp_path) -> None:
+def test_a_file_with_a_truncated_second_certificate_is_named(good, certificates, field, cut, tmp_path) -> None:
     path = tmp_path / "cut.pem"
     text = Path(certificates["ca.pem"]).read_text()
     path.write_text(Path(good[field]).read_text() + cut(text))
-    assert repr(str(path)) in refusal(**{**good, field: str(path)})
+    assert repr(str(path)) in error_of(**{**good, field: str(path)})
 
 
 @pytest.mark.parametrize("other", ["server.key", "rsa.key"])
 def test_a_key_of_another_certificate_is_named_with_both_files(certificates, other) -> None:
-    line = refusal(private_key=certificates[other], certificate=certificates["client.pem"])
+    line = error_of(private_key=certificates[other], certificate=certificates["client.pem"])
     assert f"private key {certificates[other]!r} does not belong to" in line
     assert repr(certificates["client.pem"]) in line
 
 
-def test_an_encrypted_key_is_named_and_nobody_is_asked(certificates, tmp_path) -> None:
+def test_an_encrypted_key_is_named_without_a_passphrase_prompt(certificates, tmp_path) -> None:
     path = str(tmp_path / "encrypted.key")
     certificates.openssl("pkey", "-in", certificates["server.key"], "-aes256", "-passout", "pass:x", "-out", path)
-    line = refusal(private_key=path, certificate=certificates["server.pem"])
+    line = error_of(private_key=path, certificate=certificates["server.pem"])
     assert "encrypted" in line
     assert repr(path) in line
 
 
 def test_a_certificate_where_the_key_should_be_is_named(certificates) -> None:
     path = certificates["server.pem"]
-    assert f"private key in PEM form in {path!r}" in refusal(private_key=path, certificate=path)
+    assert f"private key in PEM form in {path!r}" in error_of(private_key=path, certificate=path)
 
 
 def test_a_key_where_the_certificate_should_be_is_named(certificates) -> None:
     path = certificates["server.key"]
-    assert f"certificate in PEM form in {path!r}" in refusal(private_key=path, certificate=path)
+    assert f"certificate in PEM form in {path!r}" in error_of(private_key=path, certificate=path)
 
 
-def test_a_key_that_is_too_short_is_named(certificates) -> None:
+def test_a_too_short_key_is_named(certificates) -> None:
     certificates.make("weak", "server", "ca", newkey=("rsa:1024",))
-    line = refusal(private_key=certificates["weak.key"], certificate=certificates["weak.pem"])
+    line = error_of(private_key=certificates["weak.key"], certificate=certificates["weak.pem"])
     assert repr(certificates["weak.pem"]) in line
     assert "weak" in line
 
 
-def test_nothing_of_a_key_is_in_a_message(certificates, tmp_path) -> None:
+def test_error_messages_contain_no_key_material(certificates, tmp_path) -> None:
     secret = Path(certificates["server.key"]).read_text()
     path = tmp_path / "bad.key"
     path.write_text(secret.replace("\n", "\nA", 1))
-    line = refusal(private_key=str(path), certificate=certificates["server.pem"])
+    line = error_of(private_key=str(path), certificate=certificates["server.pem"])
     assert not any(part in line for part in secret.splitlines()[1:-1])
 
 
 def test_one_file_may_hold_key_certificate_and_chain(certificates) -> None:
     path = certificates.join("all.pem", "leaf.key", "leaf.pem", "inner.pem")
     context = ServerTLS(private_key=path, certificate=path).load().context
-    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
 def test_the_chain_is_sent(certificates) -> None:
     key, certificate = certificates["leaf.key"], certificates["leaf.pem"]
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(ServerTLS(key, certificate).load().context, trusting(certificates))
-    shake(ServerTLS(key, certificate, certificates["inner.pem"]).load().context, trusting(certificates))
+        handshake(ServerTLS(key, certificate).load().context, trusting(certificates))
+    handshake(ServerTLS(key, certificate, certificates["inner.pem"]).load().context, trusting(certificates))
 
 
-def test_text_around_certificates_is_no_harm(certificates, tmp_path) -> None:
+def test_text_around_certificates_is_ignored(certificates, tmp_path) -> None:
     path = tmp_path / "with-text.pem"
     text = Path(certificates["server.pem"]).read_text()
     path.write_text(f"Subject: CN = zoë\n{text}\nthat was it\n", encoding="utf-8")
     context = ServerTLS(certificates["server.key"], str(path)).load().context
-    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
-def test_lines_that_end_as_in_dos_are_no_harm(certificates, tmp_path) -> None:
+def test_crlf_line_endings_are_accepted(certificates, tmp_path) -> None:
     paths = []
     for name in ("server.key", "server.pem"):
         (tmp_path / name).write_bytes(Path(certificates[name]).read_bytes().replace(b"\n", b"\r\n"))
         paths.append(str(tmp_path / name))
-    assert shake(ServerTLS(*paths).load().context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(ServerTLS(*paths).load().context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
 @pytest.mark.parametrize("name", ["server", "rsa"])
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
-def test_both_versions_are_spoken_with_ecdsa_and_rsa(certificates, name, version) -> None:
+def test_both_versions_work_with_ecdsa_and_rsa(certificates, name, version) -> None:
     context = ServerTLS(certificates[f"{name}.key"], certificates[f"{name}.pem"]).load().context
-    client, _ = shake(context, trusting(certificates, maximum_version=ssl.TLSVersion[version]))
+    client, _ = handshake(context, trusting(certificates, maximum_version=ssl.TLSVersion[version]))
     assert client.version() == version.replace("_", ".")
 
 
-def test_a_minimum_of_1_3_refuses_1_2(certificates) -> None:
+def test_minimum_version_1_3_rejects_1_2(certificates) -> None:
     context = ServerTLS(certificates["server.key"], certificates["server.pem"], minimum="1.3").load().context
-    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(context, trusting(certificates))[0].version() == "TLSv1.3"
     with pytest.raises(ssl.SSLError) as caught:
-        shake(context, trusting(certificates, maximum_version=ssl.TLSVersion.TLSv1_2))
+        handshake(context, trusting(certificates, maximum_version=ssl.TLSVersion.TLSv1_2))
     assert caught.value.reason in ("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION")
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")
-def test_versions_below_1_2_are_refused(certificates) -> None:
+def test_versions_below_1_2_are_rejected(certificates) -> None:
     context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     client = trusting(certificates, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1)
     client.set_ciphers("ALL:@SECLEVEL=0")
     with pytest.raises(ssl.SSLError):
-        shake(context, client)
+        handshake(context, client)
 
 
 def test_every_suite_has_forward_secrecy_and_authenticated_encryption(certificates) -> None:
@@ -231,7 +231,7 @@ def test_every_suite_has_forward_secrecy_and_authenticated_encryption(certificat
         assert cipher["protocol"] == "TLSv1.3" or cipher["kea"] == "kx-ecdhe", cipher
 
 
-def test_the_server_chooses_but_for_a_client_that_prefers_chacha(certificates) -> None:
+def test_the_server_chooses_the_cipher_unless_the_client_prefers_chacha(certificates) -> None:
     context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     for first, chosen in (
         ("ECDHE-ECDSA-CHACHA20-POLY1305", "ECDHE-ECDSA-CHACHA20-POLY1305"),
@@ -239,19 +239,19 @@ def test_the_server_chooses_but_for_a_client_that_prefers_chacha(certificates) -
     ):
         client = trusting(certificates, maximum_version=ssl.TLSVersion.TLSv1_2)
         client.set_ciphers(f"{first}:ECDHE+AESGCM:ECDHE+CHACHA20")
-        assert shake(context, client)[0].cipher()[0] == chosen
+        assert handshake(context, client)[0].cipher()[0] == chosen
 
 
-def test_alpn_is_the_servers_preference(certificates) -> None:
+def test_alpn_follows_the_servers_preference(certificates) -> None:
     context = ServerTLS(certificates["server.key"], certificates["server.pem"], alpn=("one", "two")).load().context
     client = trusting(certificates)
     client.set_alpn_protocols(["two", "one"])
-    assert [end.selected_alpn_protocol() for end in shake(context, client)] == ["one", "one"]
-    assert [end.selected_alpn_protocol() for end in shake(context, trusting(certificates))] == [None, None]
+    assert [end.selected_alpn_protocol() for end in handshake(context, client)] == ["one", "one"]
+    assert [end.selected_alpn_protocol() for end in handshake(context, trusting(certificates))] == [None, None]
 
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
-def test_a_client_ca_asks_each_client_for_a_certificate_of_its_own(certificates, version) -> None:
+def test_a_client_ca_requires_a_certificate_from_each_client(certificates, version) -> None:
     context = (
         ServerTLS(certificates["server.key"], certificates["server.pem"], client_ca=certificates["ca.pem"])
         .load()
@@ -264,39 +264,39 @@ def test_a_client_ca_asks_each_client_for_a_certificate_of_its_own(certificates,
             made.load_cert_chain(certificates[f"{name}.pem"], certificates[f"{name}.key"])
         return made
 
-    _, server_end = shake(context, client("client"))
+    _, server_end = handshake(context, client("client"))
     assert (("commonName", "client"),) in server_end.getpeercert()["subject"]
     for names in ([], ["stranger"]):
         with pytest.raises(ssl.SSLError):
-            shake(context, client(*names))
+            handshake(context, client(*names))
 
 
-def test_no_certificate_is_asked_for_without_a_client_ca(certificates) -> None:
+def test_no_client_certificate_is_requested_without_a_client_ca(certificates) -> None:
     context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
     client = trusting(certificates)
     client.load_cert_chain(certificates["client.pem"], certificates["client.key"])
-    _, server_end = shake(context, client)
+    _, server_end = handshake(context, client)
     assert server_end.getpeercert() is None or server_end.getpeercert() == {}
 
 
-def test_the_certificate_stays_that_of_its_context_when_its_file_changes(certificates, tmp_path) -> None:
+def test_a_context_keeps_its_certificate_when_the_file_changes(certificates, tmp_path) -> None:
     for name in ("server.key", "server.pem"):
         (tmp_path / name).write_bytes(Path(certificates[name]).read_bytes())
     context = ServerTLS(str(tmp_path / "server.key"), str(tmp_path / "server.pem")).load().context
     for name in ("server.key", "server.pem"):
         (tmp_path / name).write_text("")
-    assert shake(context, trusting(certificates))[0].version() == "TLSv1.3"
+    assert handshake(context, trusting(certificates))[0].version() == "TLSv1.3"
 
 
 def altered(certificates, path: Path, old: bytes, new: bytes) -> str:
-    """The server's certificate with other bytes in it, which nothing but its signature would show."""
+    """Write the server's certificate with replaced bytes, which only its signature would reveal; return its path."""
     der = ssl.PEM_cert_to_DER_cert(Path(certificates["server.pem"]).read_text())
     body = base64.encodebytes(der.replace(old, new)).decode()
     path.write_text(f"-----BEGIN CERTIFICATE-----\n{body}-----END CERTIFICATE-----\n")
     return str(path)
 
 
-def test_a_certificate_that_holds_no_more_is_served_and_says_so(certificates, tmp_path) -> None:
+def test_an_expired_certificate_is_served_with_its_expiry_date(certificates, tmp_path) -> None:
     der = ssl.PEM_cert_to_DER_cert(Path(certificates["server.pem"]).read_text())
     dates = der[der.index(b"\x17\x0d") :][:30]  # two of UTCTime, RFC 5280, section 4.1.2.5
     path = altered(certificates, tmp_path / "old.pem", dates, b"\x17\x0d010203040506Z\x17\x0d020304050607Z")
@@ -305,17 +305,17 @@ def test_a_certificate_that_holds_no_more_is_served_and_says_so(certificates, tm
     assert (found.path, found.names) == (path, ("localhost",))
     assert (found.not_before, found.not_after) == (981173106, 1015218367)
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(loaded.context, trusting(certificates))
+        handshake(loaded.context, trusting(certificates))
 
 
 @pytest.mark.parametrize("new", [b"\x17\x0d01x203040506Z", b"\x17\x0d019903040506Z"])
-def test_a_certificate_with_a_date_that_is_none_is_named(certificates, tmp_path, new) -> None:
+def test_a_certificate_with_an_invalid_date_is_named(certificates, tmp_path, new) -> None:
     der = ssl.PEM_cert_to_DER_cert(Path(certificates["server.pem"]).read_text())
     path = altered(certificates, tmp_path / "odd.pem", der[der.index(b"\x17\x0d") :][:15], new)
-    assert repr(path) in refusal(private_key=certificates["server.key"], certificate=path)
+    assert repr(path) in error_of(private_key=certificates["server.key"], certificate=path)
 
 
-def test_the_files_that_are_read_are_known_before(good) -> None:
+def test_files_lists_the_files_to_read(good) -> None:
     assert sorted(ServerTLS(**good).files()) == sorted(good.values())
     assert ServerTLS("key", "certificate").files() == ("key", "certificate")
     assert DirectoryTLS("/d").files() == ("/d",)
@@ -325,7 +325,7 @@ def test_the_files_that_are_read_are_known_before(good) -> None:
 # --- fingerprints ---
 
 
-def test_a_fingerprint_is_the_same_while_nothing_changes(good, tmp_path) -> None:
+def test_a_fingerprint_is_stable_while_nothing_changes(good, tmp_path) -> None:
     (tmp_path / "a.pem").write_text("a")
     paths = (*good.values(), str(tmp_path), "/no/such/file")
     assert fingerprint(paths) == fingerprint(paths)
@@ -347,7 +347,7 @@ def replace(path: Path) -> None:
         Path.unlink,
         lambda path: path.chmod(0o600),
     ],
-    ids=["written", "replaced", "dated", "gone", "permitted"],
+    ids=["written", "replaced", "touched", "removed", "chmod"],
 )
 @pytest.mark.parametrize("suffix", [".pem", ".key"])
 def test_a_fingerprint_changes_with_a_file(tmp_path, change, inside, suffix) -> None:
@@ -361,7 +361,7 @@ def test_a_fingerprint_changes_with_a_file(tmp_path, change, inside, suffix) -> 
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_fingerprint_changes_with_what_a_link_points_to(tmp_path, inside) -> None:
+def test_a_fingerprint_changes_with_the_target_of_a_link(tmp_path, inside) -> None:
     for name in "12":
         (tmp_path / name).write_text(name)
     (tmp_path / "links").mkdir()
@@ -374,7 +374,7 @@ def test_a_fingerprint_changes_with_what_a_link_points_to(tmp_path, inside) -> N
     assert fingerprint(paths) != before
 
 
-def test_a_fingerprint_changes_when_what_was_missing_is_there(tmp_path) -> None:
+def test_a_fingerprint_changes_when_a_missing_file_appears(tmp_path) -> None:
     paths = [str(tmp_path / "d"), str(tmp_path / "f.pem")]
     seen = [fingerprint(paths)]
     (tmp_path / "d").mkdir()
@@ -394,12 +394,12 @@ def test_other_files_of_a_directory_do_not_change_its_fingerprint(tmp_path) -> N
 
 
 def served(context: ssl.SSLContext, client_ca: str) -> bytes:
-    """The certificate that a client is shown, in DER."""
+    """Return the certificate that a client receives, in DER."""
     client = ssl.create_default_context(cafile=client_ca)
-    return shake(context, client)[0].getpeercert(binary_form=True)
+    return handshake(context, client)[0].getpeercert(binary_form=True)
 
 
-def test_what_one_has_read_another_can_load_without_the_files(good, tmp_path) -> None:
+def test_recorded_files_load_without_the_file_system(good, tmp_path) -> None:
     copies = {field: str(shutil.copy(path, tmp_path)) for field, path in good.items()}
     source = ServerTLS(**copies)
     files = Files()
@@ -413,7 +413,7 @@ def test_what_one_has_read_another_can_load_without_the_files(good, tmp_path) ->
         source.load()
 
 
-def test_a_recorded_certificate_is_shown_as_the_one_that_was_read(certificates) -> None:
+def test_a_recorded_certificate_is_served_as_the_original(certificates) -> None:
     source = ServerTLS(private_key=certificates["server.key"], certificate=certificates["server.pem"])
     files = Files()
     read = source.load(files).context
@@ -422,7 +422,7 @@ def test_a_recorded_certificate_is_shown_as_the_one_that_was_read(certificates) 
     assert served(recorded, ca) == served(read, ca)
 
 
-def test_a_recorded_directory_holds_what_it_held(certificates, tmp_path) -> None:
+def test_a_recorded_directory_loads_the_same_certificates(certificates, tmp_path) -> None:
     directory = tmp_path / "certificates"
     directory.mkdir()
     shutil.copy(certificates["server.pem"], directory / "one.pem")
@@ -434,13 +434,16 @@ def test_a_recorded_directory_holds_what_it_held(certificates, tmp_path) -> None
     before = source.load(files)
     shutil.rmtree(directory)
     after = source.load(RecordedFiles(files.texts, files.entries))
-    assert [one.path for one in after.certificates] == [f"{directory}/one.pem", f"{directory}/default.pem"]
+    assert [certificate.path for certificate in after.certificates] == [
+        f"{directory}/one.pem",
+        f"{directory}/default.pem",
+    ]
     assert after.certificates == before.certificates
     assert served(after.context, certificates["ca.pem"]) == served(before.context, certificates["ca.pem"])
     assert not any(path.endswith(".txt") for path in files.texts)
 
 
-def test_a_recorded_key_that_was_not_there_is_missed_again(certificates, tmp_path) -> None:
+def test_a_key_that_was_missing_when_recorded_is_reported_again(certificates, tmp_path) -> None:
     shutil.copy(certificates["server.pem"], tmp_path / "one.pem")
     source = DirectoryTLS(str(tmp_path))
     files = Files()

@@ -1,4 +1,4 @@
-"""What a hostile TLS peer may cost, in the transport and on loopback: bytes, records, memory and time are bounded."""
+"""The cost of a hostile TLS peer on loopback is bounded in bytes, records, memory and time."""
 
 import contextlib
 import gc
@@ -61,7 +61,7 @@ class Echo(Protocol):
 
 
 class Served:
-    """A port with TLS, its connections and what ended them."""
+    """A TLS port, its connections and the reasons of their ends."""
 
     def __init__(self, certificates, on: Any, on_data: Any, proxied: bool = False, **policy: Any) -> None:
         self.factory = factory = Factory.forProtocol(Echo)
@@ -70,7 +70,7 @@ class Served:
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.socket.setblocking(False)
         for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            self.socket.setsockopt(socket.SOL_SOCKET, buffer, 4096)  # what is accepted inherits it
+            self.socket.setsockopt(socket.SOL_SOCKET, buffer, 4096)  # accepted sockets inherit it
         self.address = self.socket.getsockname()
         self.opened: list[Any] = []
         self.ended: list[str] = []
@@ -110,13 +110,13 @@ def serve(certificates):
         return started[-1]
 
     yield start
-    for one in started:
-        one.stop()
-    pytest_twisted.blockon(eventually(lambda: not any(one.opened for one in started)))
+    for served in started:
+        served.stop()
+    pytest_twisted.blockon(eventually(lambda: not any(served.opened for served in started)))
 
 
 def send_until_closed(sock: socket.socket, data: bytes) -> int:
-    """Send until the server has closed; returns how many bytes it took."""
+    """Send until the server closes; return the number of bytes accepted."""
     view, sent = memoryview(data), 0
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         while sent < len(view):
@@ -162,7 +162,7 @@ FLOODS = [
 
 @pytest.mark.parametrize(("version", "flood"), FLOODS)
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_sends_much_without_data_is_closed_with_a_reason(serve, version, flood):
+def test_a_flood_of_records_without_data_closes_the_connection_with_a_reason(serve, version, flood):
     def client():
         with Forger(served.address, version) as peer:
             peer.sock.sendall(peer.seal(APPLICATION_DATA, b"hello"))
@@ -172,15 +172,15 @@ def test_a_peer_that_sends_much_without_data_is_closed_with_a_reason(serve, vers
     yield deferToThread(client)
     yield eventually(lambda: served.ended)
     assert served.factory.received == 5
-    # OpenSSL may have a bound of its own, which is met before ours.
+    # OpenSSL may have a lower limit.
     assert served.ended[0] in (TOO_MUCH_WITHOUT_DATA, "SSLError")
     if flood is key_updates:
         assert served.ended == [TOO_MUCH_WITHOUT_DATA]
 
 
 @pytest_twisted.inlineCallbacks
-def test_records_without_data_between_data_end_nothing(serve):
-    """As many key updates as would end it together, but never much without data."""
+def test_records_without_data_between_data_are_accepted(serve):
+    """The total of key updates exceeds the limit, but each run without data is short."""
 
     def client() -> Forger:
         peer = Forger(served.address)
@@ -215,7 +215,7 @@ def test_a_client_may_pad_its_records(serve, padding):
 
 
 def trickle(hello: bytes) -> bytes:
-    """The message in records of one byte, each with 31 change_cipher_spec records behind it (RFC 8446, D.4)."""
+    """Return the message in one-byte records, each followed by 31 change_cipher_spec records (RFC 8446, D.4)."""
     return b"".join(record(HANDSHAKE, bytes([byte])) + 31 * CHANGE_CIPHER_SPEC for byte in hello)
 
 
@@ -228,7 +228,7 @@ def hello_of_one_byte_records(address) -> int:
 
 def hello_without_end(address) -> int:
     with socket.create_connection(address, timeout=DEADLINE) as sock:
-        # 128 KiB and more are announced, in records as large as they may be.
+        # Announces 128 KiB or more, in records of the maximum size.
         return send_until_closed(
             sock, b"".join(record(HANDSHAKE, b"\x01\x01\xff\xff" + bytes(16000)) for _ in range(100))
         )
@@ -246,7 +246,7 @@ def empty_records(address) -> int:
 
 @pytest.mark.parametrize("attack", [hello_of_one_byte_records, hello_without_end, warnings, empty_records])
 @pytest_twisted.inlineCallbacks
-def test_a_handshake_that_is_too_large_is_closed_with_a_reason(serve, attack):
+def test_a_too_large_handshake_closes_the_connection_with_a_reason(serve, attack):
     served = serve()
     yield deferToThread(attack, served.address)
     yield eventually(lambda: served.ended)
@@ -256,8 +256,8 @@ def test_a_handshake_that_is_too_large_is_closed_with_a_reason(serve, attack):
     assert not served.factory.made
 
 
-def test_a_handshake_may_have_a_chain_of_certificates_of_tomorrow() -> None:
-    """Three with ML-DSA-65 keys and signatures, a CertificateVerify, and a ClientHello with an ML-KEM-768 share."""
+def test_a_handshake_with_a_post_quantum_chain_fits_the_limit() -> None:
+    """Three certificates with ML-DSA-65 keys and signatures, a CertificateVerify, and an ML-KEM-768 key share."""
     certificate, signature = 1952 + 3309 + 400, 3309
     assert 3 * certificate + signature + 1800 < MAX_HANDSHAKE_BYTES
 
@@ -265,8 +265,8 @@ def test_a_handshake_may_have_a_chain_of_certificates_of_tomorrow() -> None:
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 @pytest.mark.parametrize("pieces", [1, 7, 1000])
 @pytest_twisted.inlineCallbacks
-def test_a_client_without_a_common_alpn_protocol_gets_the_alert_for_it(serve, version, pieces):
-    """RFC 7301, section 3.2; in whatever pieces its ClientHello comes."""
+def test_a_client_without_a_common_alpn_protocol_receives_the_alert(serve, version, pieces):
+    """RFC 7301, section 3.2; for any split of the ClientHello."""
     hello = real_hello(alpn=["other"], maximum=ssl.TLSVersion[version])
 
     def client() -> bytes:
@@ -303,7 +303,7 @@ def test_a_client_with_a_common_alpn_protocol_or_without_alpn_is_served(serve, c
 
 
 class InThread:
-    """Handshakes that were given to a thread, which waits for `go`."""
+    """Handshakes passed to a thread, which waits for `go`."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -333,7 +333,7 @@ def in_thread(monkeypatch):
 
 @pytest.fixture
 def shows_chain(certificates):
-    """Connects with a client certificate, and this many others behind it, and does its part of the handshake."""
+    """Connect with a client certificate and this many others in its chain, and perform the handshake."""
 
     def connect(address: Any, version: str, others: int) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=certificates["ca.pem"])
@@ -349,7 +349,7 @@ def shows_chain(certificates):
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 @pytest.mark.parametrize("others", [0, 8])
 @pytest_twisted.inlineCallbacks
-def test_a_long_chain_of_a_client_is_decoded_in_a_thread(serve, certificates, in_thread, shows_chain, version, others):
+def test_a_long_client_chain_is_decoded_in_a_thread(serve, certificates, in_thread, shows_chain, version, others):
     def client() -> bytes:
         with shows_chain(served.address, version, others) as tls:
             tls.sendall(b"hello")
@@ -362,7 +362,7 @@ def test_a_long_chain_of_a_client_is_decoded_in_a_thread(serve, certificates, in
 
 
 @pytest_twisted.inlineCallbacks
-def test_others_are_served_while_a_chain_is_decoded(serve, certificates, in_thread, shows_chain):
+def test_other_clients_are_served_while_a_chain_is_decoded(serve, certificates, in_thread, shows_chain):
     served = serve(client_ca=certificates["ca.pem"])
     with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)) as slow:
         yield eventually(in_thread.begun.is_set)
@@ -401,19 +401,19 @@ def test_a_handshake_may_end_while_its_chain_is_decoded(serve, certificates, in_
     in_thread.go.set()
     made = len(served.factory.made)
     assert not made or end == "reset", "a reset is seen after what came before it"
-    # The next one has its turn, whatever became of the one before.
+    # The next handshake runs, regardless of how the previous one ended.
     with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)):
         yield eventually(lambda: len(served.factory.made) > made)
 
 
 @pytest_twisted.inlineCallbacks
-def test_nothing_else_uses_a_connection_while_its_chain_is_decoded(serve, certificates, in_thread, shows_chain):
+def test_a_connection_is_not_used_while_its_chain_is_decoded(serve, certificates, in_thread, shows_chain):
     served = serve(client_ca=certificates["ca.pem"])
     with (yield deferToThread(shows_chain, served.address, "TLSv1_3", 8)):
         yield eventually(in_thread.begun.is_set)
         connection = served.opened[0]
         reactor.addWriter(connection)
-        connection._waiting = True  # as after a write of the protocol's, where TLS was started on a plain connection
+        connection._waiting = True  # as after a write by the protocol before startTLS
         yield eventually(lambda: connection not in reactor.getWriters())
         assert in_thread.count == 1
         in_thread.go.set()
@@ -421,7 +421,7 @@ def test_nothing_else_uses_a_connection_while_its_chain_is_decoded(serve, certif
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_handshake_that_failed_in_a_thread_leaves_nothing_to_a_garbage_collection():
+def test_a_handshake_that_failed_in_a_thread_is_freed_without_garbage_collection():
     class Failing:
         def do_handshake(self) -> None:
             raise ssl.SSLError(1, "no certificate that is trusted")
@@ -442,8 +442,8 @@ def test_a_handshake_that_failed_in_a_thread_leaves_nothing_to_a_garbage_collect
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_long_chain_of_a_client_is_refused_by_twisteds_tls_too(serve, certificates, shows_chain):
-    """It is decoded in the reactor's thread there, so it is refused by its size alone."""
+def test_a_too_long_client_chain_is_also_rejected_with_pyopenssl(serve, certificates, shows_chain):
+    """pyOpenSSL decodes it in the reactor's thread, so it is rejected by its size."""
     pytest.importorskip("OpenSSL", reason="pyOpenSSL (twisted[tls]) is not installed")
     served = serve(client_ca=certificates["ca.pem"], library="pyopenssl")
 
@@ -460,19 +460,19 @@ def test_a_long_chain_of_a_client_is_refused_by_twisteds_tls_too(serve, certific
     yield eventually(lambda: HANDSHAKE_TOO_LARGE in served.ended)
 
 
-# --- what TLS itself has to send ---
+# --- output of the TLS layer ---
 
 
-class Asker:
-    """A peer that asks for key updates and never reads, until the kernel takes no more of its records."""
+class KeyUpdateRequester:
+    """A peer that requests key updates and never reads, until the kernel accepts no more records."""
 
     def __init__(self, address: Any) -> None:
         self.peer = Forger(address, small_buffers=True)
         self.peer.sock.settimeout(0.5)
         self.sent = 0
 
-    def ask(self, data: bytes = b"x", size: int = 4 << 20) -> None:
-        """Send updates that ask for one each, with some data after every 100th of them."""
+    def request_updates(self, data: bytes = b"x", size: int = 4 << 20) -> None:
+        """Send key updates that each request an answer, with some data after every 100th."""
         with contextlib.suppress(TimeoutError):
             while self.sent < size:
                 batch = b"".join(self.peer.key_update(ask=True) for _ in range(100))
@@ -482,22 +482,22 @@ class Asker:
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_asks_for_key_updates_and_never_reads_is_read_no_more(serve):
-    """In bounded memory, without a spin, and it is gone after the deadline."""
+def test_reading_stops_for_a_peer_that_requests_key_updates_and_never_reads(serve):
+    """Memory is bounded, there is no busy loop, and the connection ends at the deadline."""
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
-    asker = yield deferToThread(Asker, served.address)
-    with asker.peer:
-        yield deferToThread(asker.ask)
-        assert asker.sent < 4 << 20, "the server has stopped reading"
+    requester = yield deferToThread(KeyUpdateRequester, served.address)
+    with requester.peer:
+        yield deferToThread(requester.request_updates)
+        assert requester.sent < 4 << 20, "the server has stopped reading"
         connection = served.opened[0]
-        assert not reads(connection), "so it does not spin"
+        assert not reads(connection), "there is no busy loop"
         tls = connection._tls
         assert MAX_UNSENT_ANSWERS < tls.outgoing.pending + len(tls.sealed) < MAX_UNSENT_ANSWERS + 64 * 1024
         assert not served.ended
         timed.clock.advance(ANSWER_TIMEOUT - 1)
         assert not served.ended
-        timed.clock.advance(ANSWER_TIMEOUT + 2)  # what the kernel took meanwhile may have begun another step
+        timed.clock.advance(ANSWER_TIMEOUT + 2)  # data that the kernel accepted meanwhile may have started another step
         timed.clock.advance(ANSWER_TIMEOUT + 2)
         yield eventually(lambda: served.ended)
     assert served.ended == [ANSWERS_NOT_READ]
@@ -505,19 +505,19 @@ def test_a_peer_that_asks_for_key_updates_and_never_reads_is_read_no_more(serve)
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_reads_again_goes_on(serve):
+def test_a_peer_that_reads_its_key_updates_again_is_served(serve):
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
-    asker = yield deferToThread(Asker, served.address)
+    requester = yield deferToThread(KeyUpdateRequester, served.address)
 
     def read(stop: threading.Event) -> None:
         while not stop.is_set():
             with contextlib.suppress(TimeoutError):
-                asker.peer.sock.recv(1 << 16)
+                requester.peer.sock.recv(1 << 16)
 
-    with asker.peer:
-        # Within the sendall that the deadline interrupts, a record is cut: so the last one is sent to its end.
-        yield deferToThread(asker.ask)
+    with requester.peer:
+        # The deadline interrupts sendall within a record, so the last record is completed.
+        yield deferToThread(requester.request_updates)
         connection = served.opened[0]
         assert connection._stage.held
         stop = threading.Event()
@@ -527,25 +527,25 @@ def test_a_peer_that_reads_again_goes_on(serve):
         stop.set()
         yield reading
         assert not served.ended
-        assert not timed.clock.getDelayedCalls(), "the deadline is gone"
+        assert not timed.clock.getDelayedCalls(), "the deadline is cancelled"
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_pauses_is_not_resumed_by_a_peer_that_reads_again(serve):
+def test_a_paused_protocol_stays_paused_when_the_peer_reads_its_key_updates(serve):
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: None)
-    asker = yield deferToThread(Asker, served.address)
-    with asker.peer:
-        yield deferToThread(asker.ask)
+    requester = yield deferToThread(KeyUpdateRequester, served.address)
+    with requester.peer:
+        yield deferToThread(requester.request_updates)
         connection = served.opened[0]
         connection.pauseProducing()
         connection.resumeProducing()
-        assert not reads(connection), "held all the same"
+        assert not reads(connection), "the connection stopped reading"
         connection.pauseProducing()
 
         def read() -> None:
             with contextlib.suppress(TimeoutError):
-                while asker.peer.sock.recv(1 << 16):
+                while requester.peer.sock.recv(1 << 16):
                     pass
 
         reading = deferToThread(read)
@@ -557,8 +557,8 @@ def test_a_protocol_that_pauses_is_not_resumed_by_a_peer_that_reads_again(serve)
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_slow_reader_of_our_own_data_is_not_hurt_by_a_key_update(serve):
-    """Its answer waits behind the data, without a deadline of its own."""
+def test_a_key_update_sets_no_deadline_for_a_slow_reader_of_data(serve):
+    """The answer to the key update waits behind the data, without a separate deadline."""
     timed = Timed(at_once=True)
     served = serve(timed, on_data=lambda protocol, data: protocol.transport.write(bytes(8 << 20)))
 
@@ -570,7 +570,7 @@ def test_a_slow_reader_of_our_own_data_is_not_hurt_by_a_key_update(serve):
     peer = yield deferToThread(begin)
     with peer:
         yield eventually(lambda: served.opened and served.opened[0].unsent)
-        # OpenSSL answers one with the next record that it reads.
+        # OpenSSL answers a key update when it reads the next record.
         peer.sock.sendall(peer.key_update(ask=True) + peer.key_update(ask=True))
         yield deferLater(reactor, 0, lambda: None)
         timed.clock.advance(10 * ANSWER_TIMEOUT)
@@ -586,7 +586,7 @@ def test_a_slow_reader_of_our_own_data_is_not_hurt_by_a_key_update(serve):
 @pytest.mark.parametrize("header", [b"", b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"], ids=["plain", "proxied"])
 @pytest.mark.parametrize("moment", ["at once", "garbage", "within", "after", "header only"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_resets_leaves_no_descriptor_behind(serve, header, moment):
+def test_a_client_reset_leaves_no_open_descriptor(serve, header, moment):
     def client():
         for _ in range(30):
             if moment == "after":

@@ -1,4 +1,4 @@
-"""TLS in memory: where records begin, and how much of what a peer sends OpenSSL gets at a time."""
+"""TLS in memory: record boundaries, and how much input OpenSSL gets per turn."""
 
 import contextlib
 import random
@@ -19,7 +19,7 @@ def records_of(sizes: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_records_are_found_in_whatever_pieces_they_come(seed: int) -> None:
+def test_record_boundaries_are_found_in_any_split(seed: int) -> None:
     chance = random.Random(seed)
     sizes = [chance.choice((0, 1, 2, 5, 17, 200, 16640)) for _ in range(chance.randrange(1, 60))]
     data = records_of(sizes)
@@ -30,7 +30,7 @@ def test_records_are_found_in_whatever_pieces_they_come(seed: int) -> None:
     while at < len(data):
         part = data[at : at + chance.choice((1, 2, 3, 4, 5, 6, 100, 5000, 50_000))]
         ends = records.take(part, 1000)
-        assert ends[-1] == len(part), "nothing is left for later"
+        assert ends[-1] == len(part), "all of the input is used"
         assert all(at + end in boundaries for end in ends[:-1]), "cut between records"
         begins = [0, *ends]
         assert all(end - begin <= MAX_RECORD for begin, end in pairwise(begins))
@@ -39,7 +39,7 @@ def test_records_are_found_in_whatever_pieces_they_come(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_more_records_are_taken_than_asked_for(seed: int) -> None:
+def test_no_more_records_are_taken_than_requested(seed: int) -> None:
     chance = random.Random(seed)
     data = records_of([chance.randrange(0, 50) for _ in range(100)])
     records, rest, counts = Records(), data, []
@@ -55,7 +55,7 @@ def test_no_more_records_are_taken_than_asked_for(seed: int) -> None:
     assert counts == [7] * 14 + [2]
 
 
-def test_records_that_are_no_data_cost_by_their_size() -> None:
+def test_records_without_data_count_by_their_size() -> None:
     hello = struct.pack("!BHH", 22, 0x0303, 16384) + bytes(16384)
     assert Records().take(hello * 4, MAX_RECORDS) == [len(hello)]
     small = struct.pack("!BHH", 22, 0x0303, 128) + bytes(128)
@@ -63,7 +63,7 @@ def test_records_that_are_no_data_cost_by_their_size() -> None:
 
 
 class Pair:
-    """A MemoryTLS of the server's, and a client whose records the test carries over."""
+    """A server's MemoryTLS and a client; the test transfers the records."""
 
     def __init__(self, certificates, version: str = "TLSv1_3") -> None:
         context = ServerTLS(certificates["server.key"], certificates["server.pem"]).load().context
@@ -79,32 +79,32 @@ class Pair:
                 self.server.feed(self.outgoing.read())
                 self.incoming.write(self.server.take())
 
-    def say(self, data: bytes, size: int = RECORD_SIZE) -> bytes:
-        """What the client sends for this data, in records of `size` bytes."""
+    def send(self, data: bytes, size: int = RECORD_SIZE) -> bytes:
+        """Return the client's output for this data, in records of `size` bytes."""
         for at in range(0, len(data), size):
             self.client.write(data[at : at + size])
         return self.outgoing.read()
 
-    def hear(self, data: bytes) -> bytes:
-        """What the client reads of records of the server's."""
+    def receive(self, data: bytes) -> bytes:
+        """Return what the client reads from the server's records."""
         self.incoming.write(data)
-        heard = b""
+        received = b""
         try:
             while piece := self.client.read(1 << 16):
-                heard += piece
+                received += piece
         except ssl.SSLWantReadError:
             pass
-        return heard
+        return received
 
 
 @VERSIONS
 @pytest.mark.parametrize("seed", range(10))
-def test_data_arrives_whole_in_whatever_pieces_it_comes(certificates, version, seed) -> None:
+def test_data_arrives_complete_in_any_split(certificates, version, seed) -> None:
     chance = random.Random(seed)
     pair = Pair(certificates, version)
     data = chance.randbytes(100_000)
     sent = b"".join(
-        pair.say(data[at : at + 10_000], chance.choice((1, 10, 1000, RECORD_SIZE)))
+        pair.send(data[at : at + 10_000], chance.choice((1, 10, 1000, RECORD_SIZE)))
         for at in range(0, len(data), 10_000)
     )
     received = b""
@@ -120,9 +120,9 @@ def test_data_arrives_whole_in_whatever_pieces_it_comes(certificates, version, s
     assert pair.server.aligned
 
 
-def test_a_read_of_many_small_records_is_taken_in_turns(certificates) -> None:
+def test_a_read_of_many_small_records_is_processed_over_several_turns(certificates) -> None:
     pair = Pair(certificates)
-    sent = pair.say(b"x" * 700, 1)
+    sent = pair.send(b"x" * 700, 1)
     assert FIRST_READ < len(sent) <= FULL_READ
     turns = [pair.server.receive(sent)]
     while pair.server.rest:
@@ -131,19 +131,19 @@ def test_a_read_of_many_small_records_is_taken_in_turns(certificates) -> None:
     assert [len(turn) for turn in turns] == [MAX_RECORDS] * 5 + [60]
 
 
-def test_data_before_a_record_that_is_broken_is_given_first(certificates) -> None:
+def test_data_before_a_broken_record_is_delivered_first(certificates) -> None:
     pair = Pair(certificates)
-    good, bad = pair.say(b"good"), bytearray(pair.say(b"bad"))
+    good, bad = pair.send(b"good"), bytearray(pair.send(b"bad"))
     bad[-1] ^= 1
     assert pair.server.receive(good + bad) == b"good"
     assert pair.server.problem is not None
     assert pair.server.problem.__traceback__ is None
-    assert pair.server.outgoing.pending, "an alert says why"
+    assert pair.server.outgoing.pending, "an alert is sent"
 
 
-def test_data_before_close_notify_is_given_first(certificates) -> None:
+def test_data_before_close_notify_is_delivered_first(certificates) -> None:
     pair = Pair(certificates)
-    sent = pair.say(b"last")
+    sent = pair.send(b"last")
     with pytest.raises(ssl.SSLWantReadError):
         pair.client.unwrap()
     assert pair.server.receive(sent + pair.outgoing.read()) == b"last"
@@ -152,7 +152,7 @@ def test_data_before_close_notify_is_given_first(certificates) -> None:
 
 @VERSIONS
 @pytest.mark.parametrize("size", [1, RECORD_SIZE - 1, RECORD_SIZE, RECORD_SIZE + 1, SEAL_SIZE])
-def test_what_is_sealed_is_in_as_few_records_as_can_be(certificates, version, size) -> None:
+def test_data_is_encrypted_in_the_fewest_possible_records(certificates, version, size) -> None:
     pair = Pair(certificates, version)
     pair.server.seal(b"y" * size)
     sealed = bytes(pair.server.sealed)
@@ -162,10 +162,10 @@ def test_what_is_sealed_is_in_as_few_records_as_can_be(certificates, version, si
         rest = rest[records.take(rest, 1)[-1] :]
         count += 1
     assert count == -(-size // RECORD_SIZE)
-    assert pair.hear(sealed) == b"y" * size
+    assert pair.receive(sealed) == b"y" * size
 
 
-def test_close_notify_is_made_once(certificates) -> None:
+def test_close_notify_is_generated_once(certificates) -> None:
     pair = Pair(certificates)
     pair.server.notify()
     assert pair.server.take()

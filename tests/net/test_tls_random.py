@@ -1,6 +1,6 @@
 """Random exchanges over TLS against a model: every byte arrives once and in order, and every connection ends once.
 
-Both sides are in this thread, on a reactor whose time the test sets, so a seed gives the same actions again.
+Both sides run in this thread, on a reactor with a fake clock, so a seed reproduces the same actions.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tests.support.turns import CLOSE_NOTIFY, STREAM, Peer, Turned
 
 SEEDS, BLOCKS = 150, 5
 
-# Turns without progress after which the time goes on by a second, and how often that may be needed: a connection that
-# closes waits 30 seconds for its peer, and answers to key updates that are not read end it after 60 to 120.
+# Turns without progress after which the clock advances by a second, and the maximum number of advances: a closing
+# connection waits 30 seconds for its peer, and unread answers to key updates end a connection after 60 to 120.
 STILL_TURNS, STILL_SECONDS = 10, 200
 
 
 class Producer:
-    """Writes up to `left` bytes in pieces: as it likes while it is not paused, or one each time that it is asked."""
+    """Writes up to `left` bytes in pieces: at random while it is not paused, or one per resumeProducing."""
 
     def __init__(self, protocol: Any, rng: random.Random, *, streaming: bool) -> None:
         self.protocol, self.rng, self.streaming = protocol, rng, streaming
@@ -67,7 +67,7 @@ class Producer:
 
 
 class Model(Protocol):
-    """The server's side. It does something at random in every event, and checks what it is told."""
+    """The server's protocol: performs random actions in every event, and checks the calls it receives."""
 
     producer: Any = None
     made = lost = finished = write_finished = 0
@@ -126,7 +126,7 @@ class Model(Protocol):
 
     def pause(self) -> None:
         if self.transport.producer is self.transport:
-            return  # it resumes by itself
+            return  # the transport resumes it
         self.paused = True
         self.transport.pauseProducing()
 
@@ -187,9 +187,9 @@ class HalfClosingModel(Model):
 
 
 class RandomPeer(Peer):
-    """What a client may do."""
+    """The random actions of a client."""
 
-    updated_at = -1  # how much was sent before the last key updates
+    updated_at = -1  # bytes sent before the last key updates
 
     def records(self) -> None:
         for _ in range(self.rng.choice((1, 1, 2, 10, 300))):
@@ -197,14 +197,16 @@ class RandomPeer(Peer):
                 break
             size = self.rng.choice((0, 1, 20, 1000, 4000, 16384))
             if not size and self.rng.random() < 0.7:
-                size = 1  # more than 32 empty records in a row are too many for OpenSSL
+                size = 1  # OpenSSL rejects more than 32 consecutive empty records
             size = 1 if size > 4000 and self.rng.random() < 0.5 else min(size, len(STREAM) - self.sent)
             data = STREAM[self.sent : self.sent + size]
             self.queue += self.seal(APPLICATION_DATA, data, self.rng.choice((0, 0, 0, min(300, 16384 - size))))
             self.sent += size
 
     def update(self) -> None:
-        if self.seal == self._seal_1_3 and self.sent > self.updated_at:  # or there is too much without data
+        if (
+            self.seal == self._seal_1_3 and self.sent > self.updated_at
+        ):  # otherwise the limit on records without data is exceeded
             self.updated_at = self.sent
             for _ in range(self.rng.choice((1, 2, 50, 700))):
                 self.queue += self.key_update(ask=self.rng.random() < 0.9)
@@ -249,7 +251,7 @@ SERVER_ENDS = ("close", "close_writing", "end", "abort")
 
 
 class Exchange:
-    """One connection from its handshake to its end, as a seed has it."""
+    """One connection from its handshake to its end, determined by a seed."""
 
     def __init__(self, reactor: Any, contexts: dict[str, Any], seed: Any) -> None:
         self.reactor = reactor
@@ -258,7 +260,7 @@ class Exchange:
         unix = rng.random() < 0.7
         if unix:
             self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.bind("")  # abstract, of the kernel's choice
+            self.socket.bind("")  # an abstract name chosen by the kernel
             self.socket.listen()
         else:
             self.socket = socket.create_server(("127.0.0.1", 0))
@@ -330,7 +332,7 @@ class Exchange:
         assert protocol.lost <= 1
 
     def wind_down(self) -> None:
-        """Let all go on, have one side close, and see it end."""
+        """Resume everything, let one side close, and check that the connection ends."""
         peer = self.peer
         closes = self.rng.choice((self.server_closes, self.server_closes, self.client_closes))
         self.factory.lively = False
@@ -364,7 +366,7 @@ class Exchange:
                 protocol.transport.loseConnection()
 
     def settle(self) -> None:
-        """Go on until nothing moves any more; nobody may be busy then."""
+        """Run until there is no progress; then check that there is no busy loop."""
         still, before, events = 0, None, 0
         peer = self.peer
         while still < STILL_TURNS:
@@ -380,11 +382,11 @@ class Exchange:
             if not still:
                 events = self.reactor.events
             before = now
-        assert self.reactor.events - events < STILL_TURNS // 2, "the reactor is busy with nothing"
+        assert self.reactor.events - events < STILL_TURNS // 2, "the reactor is in a busy loop"
 
     def judge(self) -> None:
         peer = self.peer
-        assert self.closed == self.opened, "it hangs"
+        assert self.closed == self.opened, "a connection did not end"
         assert not any(isinstance(reader, Connection | Stage) for reader in self.reactor.getReaders())
         assert not self.reactor.getWriters()
         assert [call for call in self.reactor.getDelayedCalls() if call.active()] == []
@@ -440,7 +442,7 @@ def run(reactor: Any, tls: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("block", range(BLOCKS))
-def test_random_exchanges_lose_nothing_and_end_once(turned: Any, tls: Any, block: int) -> None:
+def test_random_exchanges_lose_no_data_and_end_once(turned: Any, tls: Any, block: int) -> None:
     for seed in range(block, SEEDS, BLOCKS):
         try:
             run(turned, tls, seed)

@@ -1,4 +1,4 @@
-"""TLS in the transport, turn by turn: what one side does at a moment that loopback and threads would seldom hit."""
+"""TLS in the transport, turn by turn: event orders that rarely occur on loopback with threads."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ class CallRecorder(Protocol):
     """Records every call, in order."""
 
     def connectionMade(self) -> None:
-        self.heard: list[Any] = []
+        self.calls: list[Any] = []
         self.factory.made = self
         self.factory.on_connect(self)
 
     def dataReceived(self, data: bytes) -> None:
-        self.heard.append(data)
+        self.calls.append(data)
         self.factory.on_data(self)
 
     def readConnectionLost(self) -> None:
-        self.heard.append("end of input")
+        self.calls.append("end of input")
 
     def writeConnectionLost(self) -> None:
-        self.heard.append("end of output")
+        self.calls.append("end of output")
 
     def connectionLost(self, reason: Any) -> None:
-        self.heard.append("end")
+        self.calls.append("end")
 
     @property
     def received(self) -> bytes:
-        return b"".join(event for event in self.heard if isinstance(event, bytes))
+        return b"".join(event for event in self.calls if isinstance(event, bytes))
 
 
 class Service:
-    """A port on a reactor that the test turns."""
+    """A port on a reactor that the test steps."""
 
     def __init__(self, certificates: Any, version: str) -> None:
         self.reactor = Turned()
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.bind("")  # abstract, of the kernel's choice
+        self.socket.bind("")  # an abstract name chosen by the kernel
         self.socket.listen()
         self.socket.setblocking(False)
         self.version = version
@@ -71,7 +71,7 @@ class Service:
         self.port.startListening()
 
     def connect(self, kind: type[Peer] = Peer) -> Peer:
-        """A client whose handshake is done; its last flight stays in its queue."""
+        """Return a client whose handshake is complete; its last flight stays in its queue."""
         address = "\0" + self.socket.getsockname()[1:].decode()
         self.peer = kind(address, self.version, random.Random(0), self.reactor.turn, small_buffers=False)
         self.peer.pieces = (1 << 20,)
@@ -111,7 +111,7 @@ def full(_: bytes) -> int:
     raise BlockingIOError
 
 
-def test_a_protocol_that_resumes_twice_hears_once_that_its_peer_has_finished(service: Service) -> None:
+def test_read_connection_lost_is_called_once_if_a_protocol_resumes_twice(service: Service) -> None:
     peer, protocol = service.begin()
     protocol.transport.pauseProducing()
     peer.data(b"hello")
@@ -119,14 +119,14 @@ def test_a_protocol_that_resumes_twice_hears_once_that_its_peer_has_finished(ser
     protocol.transport.resumeProducing()
     protocol.factory.on_data = lambda protocol: protocol.transport.pauseProducing()
     service.settle()
-    assert protocol.heard == [b"hello"]
+    assert protocol.calls == [b"hello"]
     for _ in range(3):
         protocol.transport.resumeProducing()
     service.settle()
-    assert protocol.heard == [b"hello", "end of input"]
+    assert protocol.calls == [b"hello", "end of input"]
 
 
-def test_a_key_update_after_our_close_notify_is_not_answered_and_data_goes_on(service: Service) -> None:
+def test_a_key_update_after_close_notify_is_not_answered_and_data_continues(service: Service) -> None:
     peer, protocol = service.begin()
     protocol.transport.loseWriteConnection()
     service.settle()
@@ -138,16 +138,14 @@ def test_a_key_update_after_our_close_notify_is_not_answered_and_data_goes_on(se
         service.settle()
     peer.notify()
     service.settle()
-    assert protocol.heard[0] == "end of output"
+    assert protocol.calls[0] == "end of output"
     assert protocol.received == 3 * b"more"
-    assert protocol.heard[-1] == "end of input"
+    assert protocol.calls[-1] == "end of input"
     assert not protocol.transport.disconnected
 
 
 @pytest.mark.parametrize("close", ["loseConnection", "loseWriteConnection"])
-def test_a_write_while_close_notify_waits_for_room_is_dropped_and_the_end_is_clean(
-    service: Service, close: str
-) -> None:
+def test_a_write_while_close_notify_is_pending_is_dropped_and_the_close_is_clean(service: Service, close: str) -> None:
     peer, protocol = service.begin()
     transport = protocol.transport
     transport.write(STREAM[:100])
@@ -160,18 +158,20 @@ def test_a_write_while_close_notify_waits_for_room_is_dropped_and_the_end_is_cle
     transport._send = send
     service.settle()
     transport.loseConnection()
-    for _ in range(3):  # it waits for the client to read
+    for _ in range(3):  # it waits until the client reads
         service.settle()
         service.reactor.now += 1
     assert peer.notified
     assert peer.ended
     assert not peer.reset
     assert transport.error is None
-    assert protocol.heard.count("end") == 1
+    assert protocol.calls.count("end") == 1
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_data_with_the_clients_finished_is_not_lost_when_output_ends_at_once(service: Service, whole: bool) -> None:
+def test_data_with_the_client_finished_message_survives_an_immediate_end_of_output(
+    service: Service, whole: bool
+) -> None:
     service.factory.on_connect = lambda protocol: protocol.transport.loseWriteConnection()
     peer = service.connect()
     peer.data(b"early")
@@ -185,7 +185,7 @@ def test_data_with_the_clients_finished_is_not_lost_when_output_ends_at_once(ser
     assert service.factory.made.received == b"earlysecond"
 
 
-def test_what_is_unsent_is_never_negative_after_an_abort(service: Service) -> None:
+def test_unsent_is_not_negative_after_abort(service: Service) -> None:
     peer, protocol = service.begin()
     transport = protocol.transport
     transport.write(bytes(1 << 20))
@@ -199,7 +199,7 @@ def test_what_is_unsent_is_never_negative_after_an_abort(service: Service) -> No
     assert (transport.unsent, transport.bytes_out) == (0, sent)
 
 
-def test_a_record_that_is_broken_is_the_reason_of_the_end_and_gets_its_alert_whatever_is_written(
+def test_a_broken_record_is_the_reason_of_the_close_and_gets_an_alert_despite_writes(
     service: Service,
 ) -> None:
     peer, protocol = service.begin()
@@ -211,7 +211,7 @@ def test_a_record_that_is_broken_is_the_reason_of_the_end_and_gets_its_alert_wha
     with pytest.raises(ssl.SSLError, match="ALERT_BAD_RECORD_MAC"):
         service.settle()
     service.turn(5)
-    assert protocol.heard == [b"good", "end"]
+    assert protocol.calls == [b"good", "end"]
     assert "BAD_RECORD_MAC" in str(protocol.transport.error)
 
 
@@ -228,7 +228,7 @@ class Slow:
         pass
 
 
-def test_a_pull_producer_is_asked_again_only_when_it_has_written(service: Service) -> None:
+def test_a_pull_producer_is_resumed_only_after_it_has_written(service: Service) -> None:
     peer, protocol = service.begin()
     producer = Slow()
     protocol.transport.registerProducer(producer, False)
@@ -257,11 +257,11 @@ def test_a_protocol_that_pauses_while_its_connection_closes_loses_no_output(serv
     service.settle()
     assert peer.received == 50_000
     assert not peer.reset
-    assert protocol.heard == ["end"]
+    assert protocol.calls == ["end"]
 
 
-def test_a_close_in_the_middle_of_what_was_read_reads_on_until_its_peer_has_finished(service: Service) -> None:
-    """Input that stays in the kernel would make it reset the connection, and the output be lost."""
+def test_a_close_in_the_middle_of_input_reads_until_the_peer_has_finished(service: Service) -> None:
+    """The kernel resets a connection that is closed with unread input, and the output would be lost."""
     peer, protocol = service.begin()
 
     def answer_and_close(protocol: Any) -> None:
@@ -273,7 +273,7 @@ def test_a_close_in_the_middle_of_what_was_read_reads_on_until_its_peer_has_fini
         peer.data(b"x")
     peer.push()
     service.turn()
-    assert protocol.transport._tls.rest, "there is something for a later turn"
+    assert protocol.transport._tls.rest, "data remains for a later turn"
     service.turn()
     assert protocol.transport.phase == "closing"
     assert reads(protocol.transport, service.reactor)
@@ -282,11 +282,11 @@ def test_a_close_in_the_middle_of_what_was_read_reads_on_until_its_peer_has_fini
     service.settle()
     assert peer.received == 50_000
     assert not peer.reset
-    assert protocol.heard[-1] == "end"
+    assert protocol.calls[-1] == "end"
 
 
 class Failing:
-    """A push producer that cannot be resumed."""
+    """A push producer that raises when it is resumed."""
 
     def pauseProducing(self) -> None:
         pass
@@ -298,7 +298,7 @@ class Failing:
         pass
 
 
-def test_a_producer_that_raises_in_a_later_turn_of_a_read_ends_its_connection(service: Service) -> None:
+def test_an_exception_in_a_producer_in_a_later_turn_ends_the_connection(service: Service) -> None:
     peer, protocol = service.begin()
     protocol.transport.pauseProducing()
     service.turn()
@@ -314,13 +314,13 @@ def test_a_producer_that_raises_in_a_later_turn_of_a_read_ends_its_connection(se
     protocol.factory.on_data = write_much
     protocol.transport.resumeProducing()
     service.settle()
-    assert protocol.heard[-1] == "end"
+    assert protocol.calls[-1] == "end"
     assert not reads(protocol.transport, service.reactor)
 
 
-def test_an_end_of_ours_after_the_end_is_nothing(service: Service) -> None:
+def test_close_and_abort_after_the_end_do_nothing(service: Service) -> None:
     _, protocol = service.begin()
-    service.port.write_soon = None  # as on other reactors
+    service.port.write_soon = None  # as with other reactors
     protocol.transport.abortConnection()
     service.turn(3)
     protocol.transport.close("enough")
@@ -328,10 +328,10 @@ def test_an_end_of_ours_after_the_end_is_nothing(service: Service) -> None:
     assert protocol.transport.error is None
 
 
-def test_nothing_is_read_for_a_protocol_that_closed_before_its_handshake_was_done(service: Service) -> None:
+def test_input_is_not_delivered_after_a_close_during_the_handshake(service: Service) -> None:
     opened: list[Any] = []
     service.port.connection_opened = opened.append
-    service.factory.on_connect = lambda protocol: protocol.transport.write(STREAM)  # more than the kernel takes
+    service.factory.on_connect = lambda protocol: protocol.transport.write(STREAM)  # more than the kernel accepts
 
     class Closed(Peer):
         def _shake(self, context: ssl.SSLContext) -> None:
@@ -346,6 +346,6 @@ def test_nothing_is_read_for_a_protocol_that_closed_before_its_handshake_was_don
     for _ in range(5):
         service.settle()
         service.reactor.now += 1
-    assert service.factory.made.heard == ["end"]
+    assert service.factory.made.calls == ["end"]
     assert peer.received == len(STREAM)
     assert peer.notified

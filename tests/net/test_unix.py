@@ -15,7 +15,7 @@ from rtservice.net.description import ListenError
 from rtservice.net.listen_types import open_description
 
 
-def test_a_unix_socket_has_its_mode_and_goes_with_its_listener(opened, tmp_path) -> None:
+def test_a_unix_socket_has_its_mode_and_is_removed_on_close(opened, tmp_path) -> None:
     path = tmp_path / "s"
     (listener,) = opened(f"unix:{path}:mode=640")
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
@@ -23,7 +23,7 @@ def test_a_unix_socket_has_its_mode_and_goes_with_its_listener(opened, tmp_path)
     assert not path.exists()
 
 
-def test_a_stale_unix_socket_is_taken_over(opened, tmp_path) -> None:
+def test_a_stale_unix_socket_is_replaced(opened, tmp_path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
@@ -34,7 +34,7 @@ def test_a_stale_unix_socket_is_taken_over(opened, tmp_path) -> None:
     assert listener.name == f"unix:{path}"
 
 
-def test_a_unix_socket_that_somebody_answers_on_is_refused(opened, tmp_path) -> None:
+def test_a_unix_socket_in_use_is_rejected(opened, tmp_path) -> None:
     path = tmp_path / "s"
     opened(f"unix:{path}")
     with pytest.raises(ListenError, match="stop the process that listens on it"):
@@ -42,7 +42,7 @@ def test_a_unix_socket_that_somebody_answers_on_is_refused(opened, tmp_path) -> 
     assert path.exists()
 
 
-def test_a_file_that_is_no_socket_is_refused_and_kept(opened, tmp_path) -> None:
+def test_a_file_that_is_not_a_socket_is_rejected_and_kept(opened, tmp_path) -> None:
     path = tmp_path / "s"
     path.write_text("precious")
     with pytest.raises(ListenError, match="not a socket"):
@@ -50,12 +50,12 @@ def test_a_file_that_is_no_socket_is_refused_and_kept(opened, tmp_path) -> None:
     assert path.read_text() == "precious"
 
 
-def test_a_unix_path_that_is_too_long_is_refused(opened, tmp_path) -> None:
+def test_a_too_long_unix_path_is_rejected(opened, tmp_path) -> None:
     with pytest.raises(ListenError, match="longer than 107 bytes"):
         opened(f"unix:{tmp_path}/{'x' * 108}")
 
 
-def test_a_successors_socket_file_is_left_alone(opened, tmp_path) -> None:
+def test_close_keeps_the_socket_file_of_a_successor(opened, tmp_path) -> None:
     path = tmp_path / "s"
     (first,) = opened(f"unix:{path}")
     path.unlink()
@@ -69,7 +69,7 @@ def test_a_successors_socket_file_is_left_alone(opened, tmp_path) -> None:
 
 @pytest.fixture
 def locked_directory(tmp_path) -> Iterator[tuple[pathlib.Path, int]]:
-    """A directory that somebody else has locked, and the descriptor whose closing unlocks it."""
+    """A directory locked by another descriptor; closing that descriptor unlocks it."""
     descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     yield tmp_path, descriptor
@@ -77,7 +77,7 @@ def locked_directory(tmp_path) -> Iterator[tuple[pathlib.Path, int]]:
         os.close(descriptor)
 
 
-def test_a_lock_that_is_released_in_time_is_waited_for(locked_directory, monkeypatch) -> None:
+def test_a_lock_released_in_time_is_acquired(locked_directory, monkeypatch) -> None:
     directory, descriptor = locked_directory
     waits: list[float] = []
 
@@ -92,10 +92,10 @@ def test_a_lock_that_is_released_in_time_is_waited_for(locked_directory, monkeyp
     assert len(waits) == 3
 
 
-def test_a_lock_that_is_kept_is_an_error_in_bounded_time_and_leaves_no_socket(locked_directory, monkeypatch) -> None:
+def test_a_lock_that_stays_held_is_an_error_in_bounded_time_and_leaves_no_socket(locked_directory, monkeypatch) -> None:
     directory, _ = locked_directory
     monkeypatch.setattr(unix, "_LOCK_WAIT", 0.1)
-    for _ in range(2):  # and no descriptor
+    for _ in range(2):  # and no open descriptor
         before = os.listdir("/proc/self/fd")
         with pytest.raises(ListenError, match=f"'{directory}/s': another process has locked its directory"):
             open_description(f"unix:{directory}/s", backlog=1)

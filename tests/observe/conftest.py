@@ -1,4 +1,4 @@
-"""A reactor that does what lines need of one when it is told to, and what is logged about outputs."""
+"""Fixtures: a fake reactor, and the log records about outputs."""
 
 import pytest
 from twisted.logger import formatEvent, globalLogPublisher
@@ -9,19 +9,19 @@ from tests.support.fake_reactor import FakeReactor
 
 @pytest.fixture
 def reactor() -> FakeReactor:
-    """One of them."""
+    """A fake reactor."""
     return FakeReactor()
 
 
 @pytest.fixture
 def new_reactor() -> type[FakeReactor]:
-    """Makes one."""
+    """The class of the fake reactor."""
     return FakeReactor
 
 
 @pytest.fixture
-def said():
-    """What is logged meanwhile."""
+def logged():
+    """Return the messages that `lines` logs during the test."""
     events = []
     globalLogPublisher.addObserver(events.append)
     yield lambda: [formatEvent(event) for event in events if event["log_namespace"] == lines.__name__]

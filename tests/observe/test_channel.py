@@ -1,4 +1,4 @@
-"""One HTTP connection: how much it may send, how long it may take, and how much is done for it at a time."""
+"""An HTTP connection: limits of size, timeouts, and the number of responses per reactor turn."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from twisted.web import http
 
 from rtservice.observe.channel import DEADLINES, MAX_HEAD, MAX_LINES, Channel, State, Turns
 
-ANSWERS = 4  # in a turn
+ANSWERS = 4  # per turn
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-class Turning(Clock):
-    """A clock of a reactor, in which what is called in a turn and is due at once has to wait for the next."""
+class TurnClock(Clock):
+    """A reactor clock: a call that is scheduled during a turn runs in the next turn at the earliest."""
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
@@ -34,7 +34,7 @@ class Turning(Clock):
 
 
 class Transport(StringTransport):
-    """One that tells its producer what a full buffer does, and how it was closed."""
+    """A transport that records whether the connection was aborted."""
 
     aborted = False
 
@@ -43,7 +43,7 @@ class Transport(StringTransport):
 
 
 class Request(http.Request):
-    """Answers with what its factory says, at once or when it says so."""
+    """A request that `process` of the factory answers, immediately or later."""
 
     channel: Any
 
@@ -60,7 +60,7 @@ class World:
     """Channels on a clock."""
 
     def __init__(self) -> None:
-        self.clock = Turning()
+        self.clock = TurnClock()
         self.turns = Turns(self.clock)
         self.reported: list[BaseException | None] = []
         self.process: Any = Request.answer
@@ -78,21 +78,21 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch) -> World:
-    """One in which a turn is bounded by a number of answers, and not by how busy the machine is."""
+    """Channels with a turn that is limited by the number of responses, not by time."""
     monkeypatch.setattr("rtservice.observe.channel.ANSWERS_PER_TURN", ANSWERS)
     monkeypatch.setattr("rtservice.observe.channel.TURN", 1000.0)
     return World()
 
 
-def answers(transport: StringTransport) -> list[int]:
-    """The status of each answer."""
+def statuses(transport: StringTransport) -> list[int]:
+    """Return the status code of each response."""
     return [int(code) for code in re.findall(rb"HTTP/1\.[01] (\d+) ", transport.value())]
 
 
-# --- one at a time ---
+# --- one request at a time ---
 
 
-def test_of_pipelined_requests_one_is_answered_in_each_turn_in_order(world) -> None:
+def test_pipelined_requests_are_answered_in_order_one_per_reactor_turn(world) -> None:
     paths = []
 
     def process(request: Request) -> None:
@@ -112,7 +112,7 @@ def test_of_pipelined_requests_one_is_answered_in_each_turn_in_order(world) -> N
     assert channel.idle
 
 
-def test_all_connections_together_have_a_bounded_number_of_answers_in_a_turn_each_in_its_order(world) -> None:
+def test_responses_of_all_connections_are_limited_per_reactor_turn(world) -> None:
     served: list[Any] = []
 
     def process(request: Request) -> None:
@@ -128,11 +128,11 @@ def test_all_connections_together_have_a_bounded_number_of_answers_in_a_turn_eac
         before = len(served)
         world.clock.turn()
         assert 0 < len(served) - before <= ANSWERS
-    # Those that wait for their first answer have all places but one.
+    # Connections that wait for their first response get all but one of the responses of a turn.
     assert set(served[: 20 + 20 // (ANSWERS - 1)]) == set(channels)
 
 
-def test_a_request_that_takes_its_time_has_nothing_read_after_it(world) -> None:
+def test_reading_is_paused_while_a_request_is_processed(world) -> None:
     waiting: list[Request] = []
     world.process = waiting.append
     channel, transport = world.connect()
@@ -141,47 +141,47 @@ def test_a_request_that_takes_its_time_has_nothing_read_after_it(world) -> None:
     world.clock.turn(10)
     assert len(waiting) == 1
     waiting[0].answer()
-    assert transport.producerState == "paused"  # the next one is there already
+    assert transport.producerState == "paused"  # the next request has arrived
     world.clock.turn()
     waiting[1].answer()
     assert transport.producerState == "producing"
-    assert answers(transport) == [200, 200]
+    assert statuses(transport) == [200, 200]
 
 
-def test_while_output_is_unsent_nothing_is_read_or_answered(world) -> None:
+def test_unsent_output_pauses_reading_and_responding(world) -> None:
     def process(request: Request) -> None:
-        request.channel.pauseProducing()  # as a transport does that has too much
+        request.channel.pauseProducing()  # as a transport does when its buffer is full
         request.answer()
 
     world.process = process
     channel, transport = world.connect()
     channel.dataReceived(GET * 3)
     world.clock.turn(10)
-    assert answers(transport) == [200]
+    assert statuses(transport) == [200]
     assert transport.producerState == "paused"
     channel.resumeProducing()
     world.clock.turn(10)
-    assert answers(transport) == [200, 200]
+    assert statuses(transport) == [200, 200]
     channel.resumeProducing()
     world.clock.turn(10)
-    assert answers(transport) == [200] * 3
+    assert statuses(transport) == [200] * 3
     assert not channel.idle
     channel.resumeProducing()
     assert channel.idle
     assert transport.producerState == "producing"
 
 
-def test_no_other_answer_is_begun_when_those_of_a_turn_have_taken_long(world, monkeypatch) -> None:
-    monkeypatch.setattr("rtservice.observe.channel.TURN", 1e-9)  # each is too long
+def test_no_response_is_started_after_the_time_limit_of_a_turn(world, monkeypatch) -> None:
+    monkeypatch.setattr("rtservice.observe.channel.TURN", 1e-9)  # every response exceeds it
     channels = [world.connect() for _ in range(10)]
     for channel, _ in channels:
         channel.dataReceived(GET)
     for count in range(1, 11):
-        assert sum(len(answers(transport)) for _, transport in channels) == count
+        assert sum(len(statuses(transport)) for _, transport in channels) == count
         world.clock.turn()
 
 
-def test_a_probe_does_not_wait_for_a_crowd_that_asks_again_and_again(world) -> None:
+def test_a_health_probe_does_not_wait_for_pipelined_requests_of_other_connections(world) -> None:
     crowd = [world.connect()[0] for _ in range(100)]
     for channel in crowd:
         channel.dataReceived(GET * 500)
@@ -189,24 +189,24 @@ def test_a_probe_does_not_wait_for_a_crowd_that_asks_again_and_again(world) -> N
     _, transport = probe = world.connect()
     probe[0].dataReceived(GET)
     world.clock.turn()
-    assert answers(transport) == [200]
-    world.clock.advance(1)  # it is as one that has not been here, after a while
+    assert statuses(transport) == [200]
+    world.clock.advance(1)  # after a while it has the priority of a new connection again
     probe[0].dataReceived(GET)
     world.clock.turn()
-    assert answers(transport) == [200, 200]
+    assert statuses(transport) == [200, 200]
 
 
-def test_a_client_that_has_left_has_no_turn(world) -> None:
+def test_queued_requests_of_a_closed_connection_are_discarded(world) -> None:
     channel, transport = world.connect()
     channel.dataReceived(GET * 2)
     channel.connectionLost(Failure(ConnectionDone()))
     world.clock.turn(10)
-    assert answers(transport) == [200]
+    assert statuses(transport) == [200]
     assert world.reported == []
     assert world.clock.getDelayedCalls() == []
 
 
-# --- how much ---
+# --- size limits ---
 
 
 @pytest.mark.parametrize(
@@ -233,25 +233,25 @@ def test_a_client_that_has_left_has_no_turn(world) -> None:
         (b"GET / HTTP/1.1\r\nX: a\0b\r\n\r\n", 400),
     ],
 )
-def test_a_request_that_is_too_large_or_malformed_is_refused_once_and_the_connection_closed(
+def test_an_oversized_or_malformed_request_is_rejected_and_the_connection_closed(
     world, data: bytes, status: int
 ) -> None:
     channel, transport = world.connect()
     channel.dataReceived(data)
     channel.dataReceived(GET)
     world.clock.turn(5)
-    assert answers(transport) == [status]
+    assert statuses(transport) == [status]
     assert transport.disconnecting
     assert world.reported == []
 
 
-def test_a_request_without_a_body_may_expect_to_go_on(world) -> None:
+def test_expect_100_continue_is_accepted_without_a_body(world) -> None:
     channel, transport = world.connect()
     channel.dataReceived(b"GET / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 0\r\n\r\n")
-    assert answers(transport) == [200]
+    assert statuses(transport) == [200]
 
 
-def test_the_largest_head_that_is_taken_may_come_in_any_pieces(world) -> None:
+def test_the_largest_allowed_head_may_arrive_in_pieces_of_any_size(world) -> None:
     head = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: "
     head += b"x" * (MAX_HEAD - len(head) - 4) + b"\r\n\r\n"
     for size in (1, 7, MAX_HEAD):
@@ -259,31 +259,31 @@ def test_the_largest_head_that_is_taken_may_come_in_any_pieces(world) -> None:
         for start in range(0, len(head), size):
             channel.dataReceived(head[start : start + size])
         world.clock.turn()
-        assert answers(transport) == [200]
+        assert statuses(transport) == [200]
 
 
-# --- how long ---
+# --- timeouts ---
 
 
-def test_a_request_that_trickles_in_has_no_more_time_than_another(world) -> None:
+def test_a_slowly_sent_request_times_out_with_408(world) -> None:
     channel, transport = world.connect()
     for byte in GET[:9]:
         channel.dataReceived(bytes((byte,)))
         world.clock.advance(1)
     assert not transport.disconnecting
     world.clock.advance(1)
-    assert answers(transport) == [408]
+    assert statuses(transport) == [408]
     assert transport.disconnecting
 
 
-def test_a_connection_without_a_byte_is_closed_without_a_word(world) -> None:
+def test_a_connection_that_sends_nothing_is_closed_without_a_response(world) -> None:
     _, transport = world.connect()
     world.clock.advance(DEADLINES[State.READING])
     assert transport.value() == b""
     assert transport.disconnecting
 
 
-def test_an_idle_connection_has_its_time_again_after_each_answer_and_a_new_request_its_own(world) -> None:
+def test_each_response_restarts_the_idle_timeout_and_each_request_the_read_timeout(world) -> None:
     channel, transport = world.connect()
     for _ in range(3):
         channel.dataReceived(GET)
@@ -293,12 +293,12 @@ def test_an_idle_connection_has_its_time_again_after_each_answer_and_a_new_reque
     world.clock.advance(DEADLINES[State.READING] - 1)
     assert not transport.disconnecting
     world.clock.advance(1)
-    assert answers(transport) == [200, 200, 200, 408]
-    idle, its_transport = world.connect()
+    assert statuses(transport) == [200, 200, 200, 408]
+    idle, idle_transport = world.connect()
     idle.dataReceived(GET)
     world.clock.advance(DEADLINES[State.IDLE])
-    assert answers(its_transport) == [200]
-    assert its_transport.disconnecting
+    assert statuses(idle_transport) == [200]
+    assert idle_transport.disconnecting
 
 
 @pytest.mark.parametrize("state", [State.ANSWERING, State.CLOSING])
@@ -315,7 +315,7 @@ def test_a_client_that_does_not_read_is_aborted(world, state: State) -> None:
     assert transport.aborted
 
 
-# --- what goes wrong ---
+# --- errors ---
 
 
 def test_an_exception_is_reported_and_answered_with_500(world) -> None:
@@ -323,12 +323,12 @@ def test_an_exception_is_reported_and_answered_with_500(world) -> None:
     channel, transport = world.connect()
     channel.dataReceived(GET * 2)
     world.clock.turn(5)
-    assert answers(transport) == [500]
+    assert statuses(transport) == [500]
     assert [type(problem) for problem in world.reported] == [ZeroDivisionError]
     assert transport.disconnecting
 
 
-def test_an_exception_within_an_answer_aborts_it(world) -> None:
+def test_an_exception_during_a_response_aborts_the_connection(world) -> None:
     def process(request: Request) -> None:
         request.setHeader("Content-Length", "5")
         request.write(b"x")
@@ -337,7 +337,7 @@ def test_an_exception_within_an_answer_aborts_it(world) -> None:
     world.process = process
     channel, transport = world.connect()
     channel.dataReceived(GET)
-    assert answers(transport) == [200]
+    assert statuses(transport) == [200]
     assert transport.aborted
     assert len(world.reported) == 1
 
@@ -361,17 +361,17 @@ PIECES = [
 
 
 def scrambled(random: random.Random) -> bytes:
-    """A request with bytes in any part of it that do not belong there."""
+    """Return a request with random invalid bytes in any part of it."""
     data = bytearray(GET if random.random() < 0.7 else b"".join(random.choices(PIECES, k=12)) + b"\r\n\r\n")
     for _ in range(random.randrange(4)):
-        place = random.randrange(len(data) + 1)
-        what = random.choice((bytes((random.randrange(256),)), random.choice(PIECES), random.randbytes(4)))
-        data[place : place + random.randrange(3)] = what
+        position = random.randrange(len(data) + 1)
+        replacement = random.choice((bytes((random.randrange(256),)), random.choice(PIECES), random.randbytes(4)))
+        data[position : position + random.randrange(3)] = replacement
     return bytes(data)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_bytes_whatever_raise_an_exception(world, seed: int) -> None:
+def test_random_request_bytes_never_raise_an_exception(world, seed: int) -> None:
     numbers = random.Random(seed)
     for _ in range(1000):
         channel, transport = world.connect()
@@ -388,12 +388,12 @@ def test_no_bytes_whatever_raise_an_exception(world, seed: int) -> None:
     assert world.clock.getDelayedCalls() == []
 
 
-def test_deferred_answers_are_no_exception_to_all_this(world) -> None:
+def test_a_pipelined_request_waits_for_a_deferred_response(world) -> None:
     later: Deferred[None] = Deferred()
     world.process = lambda request: later.addCallback(lambda _: request.answer())
     channel, transport = world.connect()
     channel.dataReceived(GET * 2)
     later.callback(None)
-    assert answers(transport) == [200]
+    assert statuses(transport) == [200]
     world.clock.turn()
-    assert answers(transport) == [200, 200]
+    assert statuses(transport) == [200, 200]

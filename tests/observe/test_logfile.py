@@ -1,4 +1,4 @@
-"""A log file that is moved, copied, truncated, replaced, removed, or out of reach, and what becomes of its lines."""
+"""A log file that is moved, copied, truncated, replaced, removed or inaccessible: no line is lost."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ LONG = "x" * 1023 + "\n"
 
 @pytest.fixture
 def opened():
-    """Lines to a LogFile, which is closed after the test."""
+    """Open a LogFile with a LineWriter; the file is closed after the test."""
     files = []
 
     def open_file(path, *, reactor=None, aside=None, **how) -> LineWriter:
@@ -32,11 +32,11 @@ def opened():
 
 
 class Faults:
-    """The module `os` as log files see it, with functions that fail when the test says so, and a count of calls."""
+    """Replacement of the module `os` in log files: injects failures into its functions, and counts the calls."""
 
     def __init__(self) -> None:
         self.failing: dict[str, int] = {}  # function: errno
-        self.room: int | None = None  # bytes that the disk has
+        self.room: int | None = None  # free bytes on the disk
         self.calls = 0
 
     def __getattr__(self, name: str):
@@ -89,18 +89,18 @@ def faults(monkeypatch) -> Faults:
         (Event.REMOVED, Found.NOTHING, Step.OPEN, Step.OPEN),
     ],
 )
-def test_each_event_and_what_is_at_the_path_has_one_step(event, found, rotating, plain) -> None:
+def test_the_step_depends_on_the_event_and_the_file_at_the_path(event, found, rotating, plain) -> None:
     assert decide(event, found, rotates=True) is rotating
     assert decide(event, found, rotates=False) is plain
 
 
-# --- opened ---
+# --- opening ---
 
 
 @pytest.mark.parametrize(
     ("path", "problem"), [("no/such", FileNotFoundError), (".", IsADirectoryError), ("fine", None), ("there", None)]
 )
-def test_a_check_finds_what_opening_would(tmp_path, opened, path, problem) -> None:
+def test_a_check_raises_the_same_errors_as_opening(tmp_path, opened, path, problem) -> None:
     (tmp_path / "there").touch()
     for action in (check_file, opened):
         if problem is None:
@@ -111,16 +111,16 @@ def test_a_check_finds_what_opening_would(tmp_path, opened, path, problem) -> No
     assert (tmp_path / "there").read_text() == ""
 
 
-def test_a_full_device_is_reported_once_and_nothing_is_raised(opened, said) -> None:
-    told = []
-    under_test = opened("/dev/full", aside=told.append)
+def test_a_full_device_is_logged_once_and_raises_nothing(opened, logged) -> None:
+    aside_lines = []
+    under_test = opened("/dev/full", aside=aside_lines.append)
     for _ in range(10):
         under_test.put("x\n")
-    assert said() == ["/dev/full cannot be written: No space left on device"]
-    assert told == ["rtservice: /dev/full cannot be written: No space left on device\n"]
+    assert logged() == ["/dev/full cannot be written: No space left on device"]
+    assert aside_lines == ["rtservice: /dev/full cannot be written: No space left on device\n"]
 
 
-def test_a_line_that_an_earlier_process_could_not_finish_is_not_continued(tmp_path, opened) -> None:
+def test_an_incomplete_line_of_an_earlier_process_is_terminated_first(tmp_path, opened) -> None:
     path = tmp_path / "log"
     path.write_text("one\ntw")
     opened(path).put("three\n")
@@ -140,10 +140,10 @@ def test_a_named_pipe_and_a_device_are_neither_rotated_nor_read(tmp_path, opened
     assert os.listdir(tmp_path) == ["pipe"]
 
 
-# --- reopened ---
+# --- reopening ---
 
 
-def test_a_file_is_found_again_wherever_the_process_has_gone(tmp_path, opened, monkeypatch) -> None:
+def test_a_relative_path_is_reopened_after_a_change_of_directory(tmp_path, opened, monkeypatch) -> None:
     path = tmp_path / "a"
     path.write_text("before\n")
     monkeypatch.chdir(tmp_path)
@@ -159,8 +159,8 @@ def test_a_file_is_found_again_wherever_the_process_has_gone(tmp_path, opened, m
 
 
 @pytest.mark.parametrize("rotated", [0, 3])
-def test_a_file_that_somebody_else_made_is_used_as_it_is(tmp_path, opened, rotated) -> None:
-    """`create` of logrotate."""
+def test_a_file_created_by_logrotate_is_used_unchanged(tmp_path, opened, rotated) -> None:
+    """The directive `create` of logrotate does this."""
     path = tmp_path / "log"
     under_test = opened(path, rotated=rotated)
     under_test.put("one\n")
@@ -168,7 +168,7 @@ def test_a_file_that_somebody_else_made_is_used_as_it_is(tmp_path, opened, rotat
     path.touch(0o604)
     path.chmod(0o604)
     under_test.put("two\n")
-    for _ in range(2):  # a second signal finds an empty file, of which nothing is to be made
+    for _ in range(2):  # the second signal finds an empty file and does nothing
         under_test.reopen()
     under_test.put("three\n")
     assert (tmp_path / "log.1").read_text() == "one\ntwo\n"
@@ -179,11 +179,11 @@ def test_a_file_that_somebody_else_made_is_used_as_it_is(tmp_path, opened, rotat
 
 @pytest.mark.parametrize("rotated", [0, 3])
 @pytest.mark.parametrize("how", ["moved", "removed", "rotated"])
-def test_a_file_that_is_created_has_the_mode_of_the_one_before(tmp_path, opened, rotated, how) -> None:
+def test_a_new_file_has_the_mode_of_the_previous_one(tmp_path, opened, rotated, how) -> None:
     path = tmp_path / "log"
     under_test = opened(path, rotated=rotated)
     under_test.put("one\n")
-    path.chmod(0o664)  # more than the umask leaves
+    path.chmod(0o664)  # more than the umask permits
     if how == "moved":
         path.rename(tmp_path / "moved")
     elif how == "removed":
@@ -194,7 +194,7 @@ def test_a_file_that_is_created_has_the_mode_of_the_one_before(tmp_path, opened,
     assert path.read_text() == ("one\ntwo\n" if how == "rotated" and not rotated else "two\n")
 
 
-def test_a_copied_and_truncated_file_has_no_hole(tmp_path, opened) -> None:
+def test_copytruncate_leaves_no_hole_in_the_file(tmp_path, opened) -> None:
     path = tmp_path / "log"
     under_test = opened(path, rotated=3)
     under_test.put("one\n")
@@ -206,7 +206,7 @@ def test_a_copied_and_truncated_file_has_no_hole(tmp_path, opened) -> None:
     assert path.read_bytes() == b"tw\nthree\n"
 
 
-def test_lines_go_to_no_file_that_has_been_removed(tmp_path, opened) -> None:
+def test_a_removed_file_is_recreated_for_the_next_line(tmp_path, opened) -> None:
     path = tmp_path / "log"
     under_test = opened(path)
     under_test.put("one\n")
@@ -215,7 +215,7 @@ def test_lines_go_to_no_file_that_has_been_removed(tmp_path, opened) -> None:
     assert path.read_text() == "two\n"
 
 
-def test_lines_are_kept_while_their_file_is_removed_and_no_other_can_be_opened(tmp_path, opened, said, reactor) -> None:
+def test_lines_are_buffered_while_a_removed_file_cannot_be_recreated(tmp_path, opened, logged, reactor) -> None:
     directory = tmp_path / "logs"
     directory.mkdir()
     under_test = opened(directory / "log", reactor=reactor)
@@ -229,7 +229,7 @@ def test_lines_are_kept_while_their_file_is_removed_and_no_other_can_be_opened(t
     reactor.pump([0.1] * 100)
     assert (directory / "log").read_text() == "two\n"
     assert under_test.dropped == 0
-    assert sorted(said()) == sorted(
+    assert sorted(logged()) == sorted(
         [
             f"{directory}/log cannot be written: No such file or directory",
             f"{directory}/log: cannot be reopened: No such file or directory; {STILL}",
@@ -242,32 +242,32 @@ def test_lines_are_kept_while_their_file_is_removed_and_no_other_can_be_opened(t
 
 @pytest.mark.parametrize("rotated", [0, 3])
 @pytest.mark.parametrize("problem", [errno.EACCES, errno.EMFILE, errno.ENOSPC, errno.EROFS])
-def test_a_file_that_cannot_be_opened_keeps_the_old_one_until_it_can(
-    tmp_path, opened, faults, said, reactor, problem, rotated
+def test_the_old_file_stays_open_until_the_new_one_can_be_opened(
+    tmp_path, opened, faults, logged, reactor, problem, rotated
 ) -> None:
-    told = []
+    aside_lines = []
     path = tmp_path / "log"
-    under_test = opened(path, rotated=rotated, reactor=reactor, aside=told.append)
+    under_test = opened(path, rotated=rotated, reactor=reactor, aside=aside_lines.append)
     path.rename(tmp_path / "moved")
     faults.failing["open"] = problem
-    for number in range(3):  # each signal is followed by a try, and the first one by a report
+    for number in range(3):  # each signal causes a retry, and the first one a report
         under_test.reopen()
         under_test.put(f"{number}\n", at_once=True)
     reactor.pump([0.1] * 50)
     assert (tmp_path / "moved").read_text() == "0\n1\n2\n"
     report = f"{path}: cannot be reopened: {os.strerror(problem)}; {STILL}"
-    assert said() == [report]
-    assert told == [f"rtservice: {report}\n"]
+    assert logged() == [report]
+    assert aside_lines == [f"rtservice: {report}\n"]
     faults.failing.clear()
     reactor.pump([0.1] * 650)  # without a signal
     under_test.put("new\n", at_once=True)
     assert path.read_text() == "new\n"
-    assert said()[1:] == [f"{path} reopened: lines go to the file at its path again"]
+    assert logged()[1:] == [f"{path} reopened: lines go to the file at its path again"]
     assert reactor.getDelayedCalls() == []
 
 
-def test_a_failure_that_lasts_costs_few_tries_and_one_that_comes_and_goes_few_reports(
-    tmp_path, opened, faults, said, reactor
+def test_retries_of_a_lasting_failure_and_reports_of_an_intermittent_one_are_limited(
+    tmp_path, opened, faults, logged, reactor
 ) -> None:
     path = tmp_path / "log"
     under_test = opened(path, reactor=reactor)
@@ -284,10 +284,10 @@ def test_a_failure_that_lasts_costs_few_tries_and_one_that_comes_and_goes_few_re
         faults.failing.clear()
         under_test.reopen()
         reactor.advance(0.1)
-    assert 4 <= len([line for line in said() if "cannot be reopened" in line]) <= 8
+    assert 4 <= len([line for line in logged() if "cannot be reopened" in line]) <= 8
 
 
-def test_a_directory_that_goes_and_comes_back_is_used_again(tmp_path, opened, said, reactor) -> None:
+def test_a_recreated_directory_is_used_again(tmp_path, opened, logged, reactor) -> None:
     directory, away = tmp_path / "logs", tmp_path / "away"
     directory.mkdir()
     under_test = opened(directory / "log", rotated=3, reactor=reactor)
@@ -301,21 +301,21 @@ def test_a_directory_that_goes_and_comes_back_is_used_again(tmp_path, opened, sa
     assert os.listdir(away) == ["log"]
     assert (away / "log").read_text() == "one\ntwo\n"
     assert (directory / "log").read_text() == "three\n"
-    assert len(said()) == 2
+    assert len(logged()) == 2
 
 
-def test_a_directory_below_one_that_may_not_be_entered_any_more_is_still_used(tmp_path, opened, monkeypatch) -> None:
-    """Root opened it, --uid followed."""
+def test_rotation_works_after_access_to_a_parent_directory_is_lost(tmp_path, opened, monkeypatch) -> None:
+    """Root opens the file, then --uid changes the user."""
     path = tmp_path / "log"
     under_test = opened(path, rotated=3)
     real = os.open
 
-    def open_as_nobody(name, flags, mode=0o777, *, dir_fd=None) -> int:
+    def open_unprivileged(name, flags, mode=0o777, *, dir_fd=None) -> int:
         if "/" in name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return real(name, flags, mode, dir_fd=dir_fd)
 
-    monkeypatch.setattr(logfile.os, "open", open_as_nobody)
+    monkeypatch.setattr(logfile.os, "open", open_unprivileged)
     under_test.put("one\n")
     under_test.reopen()
     under_test.put("two\n")
@@ -324,7 +324,7 @@ def test_a_directory_below_one_that_may_not_be_entered_any_more_is_still_used(tm
 
 
 @pytest.mark.parametrize("what", ["directory", "link to nothing", "link to a file", "pipe without a reader"])
-def test_whatever_is_at_the_path_by_then_loses_no_line(tmp_path, opened, said, what) -> None:
+def test_no_line_is_lost_when_something_else_replaces_the_file(tmp_path, opened, logged, what) -> None:
     path, elsewhere = tmp_path / "log", tmp_path / "elsewhere"
     under_test = opened(path, rotated=3)
     path.rename(tmp_path / "moved")
@@ -340,16 +340,16 @@ def test_whatever_is_at_the_path_by_then_loses_no_line(tmp_path, opened, said, w
     under_test.put("one\n")
     if what.startswith("link"):
         assert elsewhere.read_text().endswith("one\n")
-        assert said() == []
+        assert logged() == []
     else:
         assert (tmp_path / "moved").read_text() == "one\n"
-        assert len(said()) == 1
+        assert len(logged()) == 1
 
 
-# --- rotated ---
+# --- rotation ---
 
 
-def test_a_file_rotates_at_its_size_and_when_it_is_asked_to(tmp_path, opened) -> None:
+def test_a_file_is_rotated_at_its_size_limit_and_on_reopen(tmp_path, opened) -> None:
     path = tmp_path / "t.log"
     path.write_text("before\n")
     under_test = opened(path, rotated=30)
@@ -362,7 +362,7 @@ def test_a_file_rotates_at_its_size_and_when_it_is_asked_to(tmp_path, opened) ->
     assert (tmp_path / "t.log.1").stat().st_size == 1_000_001
 
 
-def test_so_many_rotated_files_are_kept_and_no_more(tmp_path, opened) -> None:
+def test_only_the_configured_number_of_rotated_files_is_kept(tmp_path, opened) -> None:
     under_test = opened(tmp_path / "log", rotated=3)
     for number in range(10):
         under_test.put(f"{number}\n")
@@ -371,7 +371,7 @@ def test_so_many_rotated_files_are_kept_and_no_more(tmp_path, opened) -> None:
     assert shown == {"log": "", "log.1": "9\n", "log.2": "8\n", "log.3": "7\n"}
 
 
-def test_no_file_is_renamed_when_none_is_to_be_kept(tmp_path, opened) -> None:
+def test_no_file_is_renamed_when_rotation_is_disabled(tmp_path, opened) -> None:
     under_test = opened(tmp_path / "log", rotate_at=10)
     for _ in range(3):
         under_test.put("0123456789\n")
@@ -379,7 +379,7 @@ def test_no_file_is_renamed_when_none_is_to_be_kept(tmp_path, opened) -> None:
     assert os.listdir(tmp_path) == ["log"]
 
 
-def test_a_gap_in_the_numbers_is_filled_and_what_is_above_it_stays(tmp_path, opened) -> None:
+def test_rotation_fills_a_gap_in_the_numbers_and_keeps_higher_numbers(tmp_path, opened) -> None:
     for number in (1, 2, 4, 7, 1000):
         (tmp_path / f"log.{number}").write_text(str(number))
     file = LogFile(f"{tmp_path}/log", rotated=5)
@@ -393,7 +393,7 @@ def test_a_gap_in_the_numbers_is_filled_and_what_is_above_it_stays(tmp_path, ope
     assert shown == {"log": "", **named}
 
 
-def test_twenty_thousand_older_files_cost_a_rotation_nothing_and_are_left_alone(tmp_path, opened, faults) -> None:
+def test_20000_older_files_do_not_slow_a_rotation_and_are_kept(tmp_path, opened, faults) -> None:
     (tmp_path / "log.1").touch()
     for number in range(2, 20_001):
         os.link(tmp_path / "log.1", f"{tmp_path}/log.{number}")
@@ -404,45 +404,45 @@ def test_twenty_thousand_older_files_cost_a_rotation_nothing_and_are_left_alone(
     for _ in range(3):
         under_test.put(LONG)
         before = faults.calls
-        under_test.put(LONG)  # which rotates
+        under_test.put(LONG)  # this rotates
         assert faults.calls - before < 2 * 30 + 30
     assert len(os.listdir(tmp_path)) == 20_001
 
 
 @pytest.mark.parametrize("at", ["log.2", "log.3"])
-def test_what_cannot_be_renamed_stops_a_rotation_and_loses_nothing(tmp_path, opened, said, reactor, at) -> None:
+def test_a_failed_rename_stops_the_rotation_without_loss(tmp_path, opened, logged, reactor, at) -> None:
     under_test = opened(tmp_path / "log", rotated=3, reactor=reactor)
     for number in range(2):
         under_test.put(f"{number}\n", at_once=True)
         under_test.reopen()
     (tmp_path / at).rename(tmp_path / "aside") if (tmp_path / at).exists() else None
-    (tmp_path / at / "full").mkdir(parents=True)  # a directory where a file is to be
-    if at == "log.2":  # which may be renamed, but not replaced
+    (tmp_path / at / "full").mkdir(parents=True)  # a directory at the path of a rotated file
+    if at == "log.2":  # the directory can be renamed, but not replaced
         (tmp_path / "log.3" / "full").mkdir(parents=True)
     under_test.put("2\n", at_once=True)
     under_test.reopen()
     under_test.put("3\n", at_once=True)
     assert (tmp_path / "log").read_text() == "2\n3\n"
-    assert len(said()) == 1
-    assert f"{tmp_path}/log: cannot be rotated: " in said()[0]
+    assert len(logged()) == 1
+    assert f"{tmp_path}/log: cannot be rotated: " in logged()[0]
     for name in {at, "log.3"}:
         (tmp_path / name).rename(tmp_path / f"{name}.away")
-    reactor.pump([0.1] * 100)  # tried again
+    reactor.pump([0.1] * 100)  # retried
     assert (tmp_path / "log.1").read_text() == "2\n3\n"
 
 
-def test_a_rotation_that_could_not_create_its_file_is_finished_later(tmp_path, opened, faults, reactor) -> None:
+def test_a_rotation_that_cannot_create_the_new_file_is_completed_later(tmp_path, opened, faults, reactor) -> None:
     path = tmp_path / "log"
     under_test = opened(path, rotated=3, reactor=reactor)
     under_test.put("one\n", at_once=True)
     real = os.open
 
-    def open_nothing_new(name, flags, *arguments, **named) -> int:
+    def open_existing_only(name, flags, *arguments, **named) -> int:
         if flags & os.O_CREAT:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(name, flags, *arguments, **named)
 
-    faults.open = open_nothing_new
+    faults.open = open_existing_only
     under_test.reopen()
     under_test.put("two\n", at_once=True)
     assert (tmp_path / "log.1").read_text() == "one\ntwo\n"
@@ -456,23 +456,23 @@ def test_a_rotation_that_could_not_create_its_file_is_finished_later(tmp_path, o
 # --- two processes ---
 
 
-def test_two_processes_rotate_one_file_once(tmp_path, opened) -> None:
+def test_two_processes_rotate_a_shared_file_once(tmp_path, opened) -> None:
     path = tmp_path / "log"
-    one, other = (opened(path, rotated=5, rotate_at=10) for _ in range(2))
-    one.put("0123456789\n")
-    other.put("abc\n")  # which rotates
-    one.put("def\n")  # which does not
+    first, second = (opened(path, rotated=5, rotate_at=10) for _ in range(2))
+    first.put("0123456789\n")
+    second.put("abc\n")  # this rotates
+    first.put("def\n")  # this does not
     assert (tmp_path / "log.1").read_text() == "0123456789\n"
     assert path.read_text() == "abc\ndef\n"
     assert sorted(os.listdir(tmp_path)) == ["log", "log.1"]
 
 
-def test_who_finds_that_the_other_process_rotates_goes_on_and_follows(tmp_path, opened) -> None:
+def test_a_process_writes_on_while_another_rotates_and_then_reopens(tmp_path, opened) -> None:
     path = tmp_path / "log"
     holder = LogFile(str(path), rotated=5)
     under_test = opened(path, rotated=5)
     under_test.put("one\n")
-    logfile.fcntl.flock(holder.fileno(), logfile.fcntl.LOCK_EX)  # within its rotation
+    logfile.fcntl.flock(holder.fileno(), logfile.fcntl.LOCK_EX)  # during its rotation
     under_test.reopen()
     under_test.put("two\n")
     path.rename(tmp_path / "log.1")
@@ -483,7 +483,7 @@ def test_who_finds_that_the_other_process_rotates_goes_on_and_follows(tmp_path, 
     assert path.read_text() == "three\n"
 
 
-def test_a_file_system_without_locks_rotates_too(tmp_path, opened, monkeypatch) -> None:
+def test_rotation_works_on_a_file_system_without_locks(tmp_path, opened, monkeypatch) -> None:
     def refuse(descriptor, operation) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -494,10 +494,10 @@ def test_a_file_system_without_locks_rotates_too(tmp_path, opened, monkeypatch) 
     assert (tmp_path / "log.1").read_text() == "one\n"
 
 
-# --- a disk that is full within a line ---
+# --- a full disk cuts a line ---
 
 
-def test_a_line_that_was_cut_by_a_full_disk_is_continued(tmp_path, opened, faults) -> None:
+def test_a_line_cut_by_a_full_disk_is_completed(tmp_path, opened, faults) -> None:
     under_test = opened(tmp_path / "log")
     faults.room = 7
     under_test.put("one\n")
@@ -508,7 +508,7 @@ def test_a_line_that_was_cut_by_a_full_disk_is_continued(tmp_path, opened, fault
 
 
 @pytest.mark.parametrize("how", ["moved", "truncated", "other process"])
-def test_a_line_that_was_cut_begins_again_where_it_cannot_be_continued(tmp_path, opened, faults, how) -> None:
+def test_a_cut_line_is_written_again_when_it_cannot_be_completed(tmp_path, opened, faults, how) -> None:
     path = tmp_path / "log"
     under_test = opened(path)
     faults.room = 7
@@ -520,16 +520,16 @@ def test_a_line_that_was_cut_begins_again_where_it_cannot_be_continued(tmp_path,
     elif how == "truncated":
         os.truncate(path, 0)
     else:
-        with path.open("a") as other:
-            other.write("\nother\n")
-    for room in (3, 1, 2, None):  # in pieces, which are shorter than what has to be written again
+        with path.open("a") as second:
+            second.write("\nother\n")
+    for room in (3, 1, 2, None):  # pieces shorter than the text to be written again
         faults.room = room
         under_test.put("more\n")
     whole = "second\nmore\nmore\nmore\nmore\n"
     assert path.read_text() == ("one\nsec\nother\n" + whole if how == "other process" else whole)
 
 
-def test_a_line_that_was_cut_begins_again_in_a_pipe_that_replaced_the_file(tmp_path, opened, faults) -> None:
+def test_a_cut_line_is_written_again_to_a_pipe_that_replaced_the_file(tmp_path, opened, faults) -> None:
     path = tmp_path / "log"
     under_test = opened(path)
     faults.room = 3
@@ -547,7 +547,7 @@ def test_a_line_that_was_cut_begins_again_in_a_pipe_that_replaced_the_file(tmp_p
 # --- descriptors ---
 
 
-def test_no_descriptor_is_left_behind_whatever_fails(tmp_path, opened, faults) -> None:
+def test_failures_leak_no_descriptors(tmp_path, opened, faults) -> None:
     path = tmp_path / "log"
     under_test = opened(path, rotated=3, rotate_at=10)
     before = len(os.listdir("/proc/self/fd"))

@@ -1,4 +1,4 @@
-"""Random sequences of what happens to log files: every record is in some file, or counted as dropped."""
+"""Random sequences of actions on log files: every record is in a file or counted as dropped."""
 
 import atexit
 import errno
@@ -23,9 +23,9 @@ KEPT = 3  # rotated files
 
 
 class Disk:
-    """The module `os` as log files see it: it may be full, and refuse to open or rename.
+    """Replacement of the module `os` in log files: a disk that may be full, and may deny to open or rename.
 
-    `replaced` has the content of rotated files that were replaced by younger ones.
+    `replaced` has the contents of rotated files that newer ones have replaced.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Disk:
 
 
 class Process:
-    """A log and an access log, as one process has them. Its records are numbered."""
+    """The log and the access log of a process. Its records are numbered."""
 
     def __init__(self, name: str, directory: Path, reactor) -> None:
         self.files = [
@@ -101,61 +101,61 @@ class Process:
             file.close()
 
     def missing(self, found: Counter) -> list[tuple[int, int]]:
-        """How many records of each output are nowhere, and how many it says were dropped."""
+        """Return for each output how many records are in no file, and how many it has counted as dropped."""
         counts = []
         for which, letter in enumerate("la"):
             name = f"{self._name}{letter}"
-            there = sum((name, number) in found for number in range(1, self.sent[which] + 1))
-            counts.append((self.sent[which] - there, self.outputs[which].dropped))
+            present = sum((name, number) in found for number in range(1, self.sent[which] + 1))
+            counts.append((self.sent[which] - present, self.outputs[which].dropped))
         return counts
 
 
 class World:
-    """A directory of logs, one or two processes, and what others do to them."""
+    """A directory of logs, one or two processes that write them, and the actions of other programs on them."""
 
-    def __init__(self, root: Path, chance: random.Random, disk: Disk, reactor) -> None:
+    def __init__(self, root: Path, rng: random.Random, disk: Disk, reactor) -> None:
         self.root = root
-        self.chance = chance
+        self.rng = rng
         self.disk = disk
         self.reactor = reactor
         self.logs = root / "logs"
         self.logs.mkdir(parents=True)
-        self.removed: list[bytes] = []  # what somebody has removed from files, and has read before
+        self.removed: list[bytes] = []  # content that was read and then removed from files
         self.moved = 0
-        self.processes = [Process("AB"[number], self.logs, reactor) for number in range(chance.choice((1, 1, 2)))]
+        self.processes = [Process("AB"[number], self.logs, reactor) for number in range(rng.choice((1, 1, 2)))]
 
     def _file(self) -> Path:
-        return self.logs / self.chance.choice(("log", "access"))
+        return self.logs / self.rng.choice(("log", "access"))
 
-    def _elsewhere(self) -> Path:
+    def _new_path(self) -> Path:
         self.moved += 1
         return self.root / f"moved{self.moved}"
 
-    # --- what happens ---
+    # --- actions ---
 
-    def traffic(self) -> None:
+    def log_records(self) -> None:
         for process in self.processes:
-            for _ in range(self.chance.choice((1, 3, 20))):
-                process.log(self.chance.randrange(2), "x" * self.chance.randrange(120))
+            for _ in range(self.rng.choice((1, 3, 20))):
+                process.log(self.rng.randrange(2), "x" * self.rng.randrange(120))
 
-    def time(self) -> None:
-        self.reactor.pump([0.1] * self.chance.choice((1, 2, 20, 40)))
+    def pass_time(self) -> None:
+        self.reactor.pump([0.1] * self.rng.choice((1, 2, 20, 40)))
 
-    def signal(self) -> None:
-        for process in self.chance.sample(self.processes, self.chance.randint(1, len(self.processes))):
+    def reopen_some(self) -> None:
+        for process in self.rng.sample(self.processes, self.rng.randint(1, len(self.processes))):
             process.reopen()
 
     def rotate_without_create(self) -> None:
-        self._file().rename(self._elsewhere())
+        self._file().rename(self._new_path())
 
     def rotate_with_create(self) -> None:
         file = self._file()
-        file.rename(self._elsewhere())
+        file.rename(self._new_path())
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640))
 
     def rotate_with_copytruncate(self) -> None:
         file = self._file()
-        shutil.copyfile(file, self._elsewhere())
+        shutil.copyfile(file, self._new_path())
         os.truncate(file, 0)
 
     def truncate(self) -> None:
@@ -169,13 +169,13 @@ class World:
         file.unlink()
 
     def remove_moved(self) -> None:
-        """A compressor removes what it has read; a process may still have it open."""
-        moved = self.chance.choice([*sorted(self.root.glob("moved*")), self.root / "none"])
+        """Remove a moved file, as a compressor does after reading it; a process may still have it open."""
+        moved = self.rng.choice([*sorted(self.root.glob("moved*")), self.root / "none"])
         self.removed.append(moved.read_bytes())
         moved.unlink()
 
     def chmod(self) -> None:
-        self._file().chmod(self.chance.choice((0o400, 0o440, 0o600, 0o644)))
+        self._file().chmod(self.rng.choice((0o400, 0o440, 0o600, 0o644)))
 
     def close_directory(self) -> None:
         self.logs.chmod(0o500)
@@ -183,53 +183,53 @@ class World:
     def open_directory(self) -> None:
         self.logs.chmod(0o755)
 
-    def directory_goes(self) -> None:
-        self.logs.rename(self._elsewhere())
+    def move_directory(self) -> None:
+        self.logs.rename(self._new_path())
 
-    def directory_comes(self) -> None:
+    def create_directory(self) -> None:
         self.logs.mkdir(exist_ok=True)
 
-    def something_else_is_there(self) -> None:
+    def create_directory_at_path(self) -> None:
         self._file().mkdir()
 
-    def something_else_goes(self) -> None:
+    def remove_directory_at_path(self) -> None:
         self._file().rmdir()
 
-    def disk_is_full(self) -> None:
-        self.disk.room = self.chance.choice((0, 1, 50, 300))
+    def fill_disk(self) -> None:
+        self.disk.room = self.rng.choice((0, 1, 50, 300))
 
-    def disk_has_room(self) -> None:
+    def free_disk(self) -> None:
         self.disk.room = None
 
-    def deny(self) -> None:
-        self.disk.denied = set(self.chance.choice((("open",), ("rename",), ("open", "rename"))))
+    def deny_access(self) -> None:
+        self.disk.denied = set(self.rng.choice((("open",), ("rename",), ("open", "rename"))))
 
-    def allow(self) -> None:
+    def allow_access(self) -> None:
         self.disk.denied = set()
 
-    HAPPENS = (
-        *[traffic] * 10,
-        *[time] * 6,
-        *[signal] * 5,
+    ACTIONS = (
+        *[log_records] * 10,
+        *[pass_time] * 6,
+        *[reopen_some] * 5,
         *(rotate_without_create, rotate_with_create, rotate_with_copytruncate) * 2,
-        *(truncate, remove, remove_moved, chmod, close_directory, open_directory, directory_goes, directory_comes),
-        *(something_else_is_there, something_else_goes),
-        *(disk_is_full, disk_has_room, deny, allow) * 2,
+        *(truncate, remove, remove_moved, chmod, close_directory, open_directory, move_directory, create_directory),
+        *(create_directory_at_path, remove_directory_at_path),
+        *(fill_disk, free_disk, deny_access, allow_access) * 2,
     )
 
-    def happen(self) -> list[str]:
-        """All of it; gives what it was."""
-        steps = [self.chance.choice(self.HAPPENS) for _ in range(STEPS)]
+    def run_steps(self) -> list[str]:
+        """Perform random actions; return their names."""
+        steps = [self.rng.choice(self.ACTIONS) for _ in range(STEPS)]
         for step in steps:
-            with suppress(OSError):  # there is nothing to move, say
+            with suppress(OSError):  # such as: there is nothing to move
                 step(self)
         return [step.__name__ for step in steps]
 
     def recover(self) -> None:
-        """What was wrong is over, and everybody is told."""
-        self.disk_has_room()
-        self.allow()
-        self.directory_comes()
+        """End all failures, and reopen the files of all processes."""
+        self.free_disk()
+        self.allow_access()
+        self.create_directory()
         self.open_directory()
         for name in ("log", "access"):
             if (self.logs / name).is_dir():
@@ -239,31 +239,31 @@ class World:
         self.reactor.pump([0.1] * 20)
 
     def records(self) -> Counter:
-        """How often each record is somewhere, whole."""
+        """Count the complete copies of each record."""
         text = self.disk.replaced + self.removed
         for directory, _, names in os.walk(self.root):
             text += [(Path(directory) / name).read_bytes() for name in names]
-        assert not any(b"\0" in some for some in text)
+        assert not any(b"\0" in content for content in text)
         return Counter(
             (name.decode(), int(number))
-            for some in text
-            for name, number in re.findall(rb"(?m)^<(\w+) (\d+) [^<>\n]*>\n", some)
+            for content in text
+            for name, number in re.findall(rb"(?m)^<(\w+) (\d+) [^<>\n]*>\n", content)
         )
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_every_record_is_in_some_file_or_counted_as_dropped(tmp_path, monkeypatch, new_reactor, part) -> None:
+def test_every_record_is_in_a_file_or_counted_as_dropped(tmp_path, monkeypatch, new_reactor, part) -> None:
     monkeypatch.setattr(lines, "_MOST_KEPT", 1000)
-    monkeypatch.chdir(tmp_path)  # paths are in records: the same lengths everywhere
+    monkeypatch.chdir(tmp_path)  # records contain paths: relative ones have the same length everywhere
     dropped = 0
     for seed in range(part * SEQUENCES // 10, (part + 1) * SEQUENCES // 10):
         disk = Disk()
         monkeypatch.setattr(logfile, "os", disk)
         world = World(Path(str(seed)), random.Random(seed), disk, new_reactor())
-        first = world.processes[0]  # one process hears of both
+        first = world.processes[0]  # one process logs the events of both
         globalLogPublisher.addObserver(first.report)
         try:
-            steps = world.happen()
+            steps = world.run_steps()
             world.recover()
         finally:
             globalLogPublisher.removeObserver(first.report)
@@ -276,8 +276,8 @@ def test_every_record_is_in_some_file_or_counted_as_dropped(tmp_path, monkeypatc
             for missing, counted in process.missing(found):
                 assert missing == counted, (seed, steps)
                 dropped += counted
-        # The disk was full before the end of a line, and another process ended it: it is written again.
-        repeatable = len(world.processes) == 2 and "disk_is_full" in steps
+        # A line cut by the full disk, which another process terminated, is written again.
+        repeatable = len(world.processes) == 2 and "fill_disk" in steps
         assert set(found.values()) <= ({1, 2} if repeatable else {1}), (seed, steps)
         shutil.rmtree(world.root)
-    assert dropped > 0  # some of it is so hard
+    assert dropped > 0  # some sequences make it unavoidable

@@ -1,4 +1,4 @@
-"""What records look like, which are logged, and what an output that fails, blocks or comes back does to them."""
+"""Formats of records, log levels, and outputs that fail, block or recover."""
 
 import errno
 import fcntl
@@ -21,8 +21,8 @@ from rtservice.observe.lines import LineWriter, Stream
 from rtservice.observe.logs import AccessLog, Levels, Log, Observer, utc_time
 
 
-class Awkward:
-    """Nothing that can be done with it goes well."""
+class RaisesOnStr:
+    """An object that cannot be converted to text."""
 
     def __str__(self) -> str:
         raise ValueError("no text")
@@ -38,7 +38,7 @@ def failure(text: str = "wrong") -> Failure:
 
 
 def legacy_event(*message, **fields):
-    """What twisted.python.log makes of it."""
+    """Return the event that twisted.python.log emits for these arguments."""
     seen = []
     globalLogPublisher.addObserver(seen.append)
     try:
@@ -69,10 +69,10 @@ EVENTS = {
     "no template": event(None),
     "empty": event(""),
     "bytes template": event(b"caf\xc3\xa9"),
-    "awkward": event("{thing}", thing=Awkward()),
+    "raises on str": event("{thing}", thing=RaisesOnStr()),
     "failure": event(log_failure=failure()),
     "system": event(log_system="a system"),
-    "awkward system": event(log_system=Awkward()),
+    "system raises on str": event(log_system=RaisesOnStr()),
     "no time": event() | {"log_time": None},
     "half a second": event() | {"log_time": 1795559892.5},
     "before 1970": event() | {"log_time": -0.5},
@@ -82,41 +82,41 @@ EVENTS = {
     "legacy failure": legacy_event(failure=failure(), isError=1, why="because"),
     "legacy format": legacy_event(format="%(a)s", a=b"\xff"),
     "control bytes": event("\x1b[31m\u2028\x9b\x85\0{what}"),
-    "half a pair": event("\udc80 {what} \U0001f600", key="\ud800\\udc00", deep={"\udfff": ["\udfff"]}),
-    "own names": event() | {"time": 1, "level": 2, "namespace": 3, "message": 4, "traceback": 5, "slot": 6},
+    "lone surrogate": event("\udc80 {what} \U0001f600", key="\ud800\\udc00", deep={"\udfff": ["\udfff"]}),
+    "standard names": event() | {"time": 1, "level": 2, "namespace": 3, "message": 4, "traceback": 5, "slot": 6},
     "values": event(a=[1, None, True, {"x": (1.5, b"\xff")}], b=math.nan, c={1: 2}, d={(1, 2): 3}, e=itself, f={1}),
 }
 
 
 @pytest.mark.parametrize("given", EVENTS.values(), ids=EVENTS.keys())
-def test_the_classic_line_is_twisteds_own(given) -> None:
+def test_the_classic_format_equals_twisteds(given) -> None:
     assert logs._classic(dict(given)) == (formatEventAsClassicLogText(dict(given)) or "")
 
 
 @pytest.mark.parametrize("given", EVENTS.values(), ids=EVENTS.keys())
-def test_every_record_is_one_line_of_valid_json_in_ascii(given) -> None:
+def test_each_record_is_one_line_of_ascii_json(given) -> None:
     line = logs._json_line(dict(given))
     assert line.isascii()
     assert len(line.splitlines()) == 1
 
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    read = json.loads(line, parse_constant=refuse)
+    read = json.loads(line, parse_constant=reject)
     assert [*read][:4] == ["time", "level", "namespace", "message"]
     datetime.fromisoformat(read["time"])
-    json.dumps(read, ensure_ascii=False).encode()  # no half of a surrogate pair
+    json.dumps(read, ensure_ascii=False).encode()  # no lone surrogate
 
 
 @pytest.mark.parametrize("given", EVENTS.values(), ids=EVENTS.keys())
-def test_every_line_of_text_is_printable_and_one_of_a_record_is_not_indented(given) -> None:
+def test_text_lines_are_printable_and_continuation_lines_are_indented(given) -> None:
     first, *more = logs._text_line(dict(given)).removesuffix("\n").split("\n")
     assert first.isprintable()
     assert all(line.startswith("    ") and line.isprintable() for line in more)
 
 
-def test_json_has_the_fields_of_an_event_beside_what_every_record_has() -> None:
-    assert json.loads(logs._json_line(EVENTS["own names"])) == {
+def test_json_has_the_standard_fields_and_the_fields_of_the_record() -> None:
+    assert json.loads(logs._json_line(EVENTS["standard names"])) == {
         **{"time": "2026-11-24T22:38:12.000417Z", "level": "info", "namespace": "name.space", "message": "it is so"},
         **{"slot": 6, "what": "so"},
         **{"time_": 1, "level_": 2, "namespace_": 3, "message_": 4, "traceback_": 5},
@@ -125,11 +125,11 @@ def test_json_has_the_fields_of_an_event_beside_what_every_record_has() -> None:
     assert values["a"] == [1, None, True, {"x": [1.5, "\\xff"]}]
     assert (values["b"], values["c"], values["d"], values["f"]) == ("nan", {"1": 2}, "{(1, 2): 3}", "{1}")
     assert values["e"] == "[[...]]"
-    # What is nothing but the message is there once.
+    # A field that equals the message is omitted.
     assert "record" not in json.loads(logs._json_line(event("{record}", record="all of it")))
 
 
-def test_json_has_the_name_and_the_fields_of_an_event() -> None:
+def test_json_has_the_name_and_the_fields_of_a_declared_event() -> None:
     records: list = []
     ACCEPT_PAUSED.log(Logger("rtservice.net.port", observer=records.append), listener="tcp:1", problem="no memory")
     read = json.loads(logs._json_line({**records[0], "slot": 3}))
@@ -141,7 +141,7 @@ def test_json_has_the_name_and_the_fields_of_an_event() -> None:
     assert list(read)[3:5] == ["event", "slot"]
 
 
-def test_json_has_a_field_event_of_a_hosted_protocol_as_it_was() -> None:
+def test_json_keeps_a_field_event_of_a_hosted_protocol() -> None:
     assert json.loads(logs._json_line(event("hi", event={"a": 1})))["event"] == {"a": 1}
 
 
@@ -180,21 +180,21 @@ def test_times_are_rfc_3339_in_utc(when, text) -> None:
 # --- levels ---
 
 
-def test_the_longest_namespace_decides_and_others_are_not_held_to_any() -> None:
+def test_the_longest_matching_namespace_sets_the_level() -> None:
     levels = Levels({"rtservice": "info", "rtservice.net": "debug", "twisted": "warn"})
 
-    def least(namespace: str) -> str:
+    def lowest_level(namespace: str) -> str:
         return next(level.name for level in LogLevel.iterconstants() if levels.allow(namespace, level))
 
     names = ["rtservice", "rtservice.net.port", "rtservice.network", "twisted.web", "twistedish", "user"]
-    assert [least(name) for name in names] == ["info", "debug", "info", "warn", "debug", "debug"]
+    assert [lowest_level(name) for name in names] == ["info", "debug", "info", "warn", "debug", "debug"]
     levels.change({"rtservice": "error"})
-    assert [least(name) for name in names] == ["error", "error", "error", "debug", "debug", "debug"]
+    assert [lowest_level(name) for name in names] == ["error", "error", "error", "debug", "debug", "debug"]
     for number in range(5000):
         assert levels.allow(f"made up {number}", None)
 
 
-def test_our_log_makes_no_event_below_its_level_and_the_same_as_twisteds_above() -> None:
+def test_log_skips_events_below_its_level_and_equals_twisteds_logger_above() -> None:
     seen, theirs = [], []
     log = Log(Levels({"rtservice": "warn"}), seen.append)
     log.info("{a}", a=1)
@@ -211,11 +211,11 @@ def test_our_log_makes_no_event_below_its_level_and_the_same_as_twisteds_above()
         }
 
 
-# --- lines, on their way ---
+# --- writing lines ---
 
 
 class Output:
-    """Takes `room` bytes, then raises `error`."""
+    """Accepts `room` bytes, then raises `error`."""
 
     title = "an output"
     trouble = ""
@@ -247,7 +247,7 @@ class Output:
         return 1
 
 
-def test_lines_are_written_at_once_until_the_reactor_runs_and_after_it_has(reactor) -> None:
+def test_lines_are_batched_only_while_the_reactor_runs(reactor) -> None:
     output = Output()
     under_test = LineWriter(output)
     under_test.put("a\n")
@@ -258,7 +258,7 @@ def test_lines_are_written_at_once_until_the_reactor_runs_and_after_it_has(react
     assert output.taken == b"a\n"
     reactor.advance(0.1)
     assert (output.taken, output.writes) == (b"a\nb\nc\n", 2)
-    assert reactor.getDelayedCalls() == []  # it costs nothing when there is nothing
+    assert reactor.getDelayedCalls() == []  # no timer runs while there is nothing to write
     under_test.put("d\n")
     for call in reactor.at_end:
         call()
@@ -266,7 +266,7 @@ def test_lines_are_written_at_once_until_the_reactor_runs_and_after_it_has(react
     assert output.taken == b"a\nb\nc\nd\ne\n"
 
 
-def test_an_error_and_a_long_batch_do_not_wait(reactor) -> None:
+def test_an_error_and_a_large_batch_are_written_immediately(reactor) -> None:
     output = Output()
     under_test = LineWriter(output)
     under_test.start(reactor)
@@ -280,7 +280,7 @@ def test_an_error_and_a_long_batch_do_not_wait(reactor) -> None:
     assert len(output.taken) == 11 + 64 * 1024
 
 
-def test_a_line_of_another_thread_is_written_by_the_reactors(reactor) -> None:
+def test_a_line_of_another_thread_is_written_by_the_reactor_thread(reactor) -> None:
     output = Output()
     under_test = LineWriter(output)
     under_test.start(reactor)
@@ -293,7 +293,7 @@ def test_a_line_of_another_thread_is_written_by_the_reactors(reactor) -> None:
     assert output.taken == b"a\n"
 
 
-def test_an_urgent_line_of_another_thread_does_not_wait_for_a_reactor_that_may_be_blocked(reactor) -> None:
+def test_an_urgent_line_of_another_thread_does_not_wait_for_the_reactor(reactor) -> None:
     output = Output()
     under_test = LineWriter(output)
     under_test.start(reactor)
@@ -304,7 +304,7 @@ def test_an_urgent_line_of_another_thread_does_not_wait_for_a_reactor_that_may_b
     assert output.taken == b"a\nb\n"
 
 
-def test_what_is_logged_while_lines_are_written_is_written_after_them() -> None:
+def test_a_line_logged_during_a_write_is_written_after_it() -> None:
     output = Output()
     under_test = LineWriter(output)
     write = output.write
@@ -319,14 +319,14 @@ def test_what_is_logged_while_lines_are_written_is_written_after_them() -> None:
     assert output.taken == b"a\nfound by the garbage collector\n"
 
 
-def test_half_a_surrogate_pair_is_written_as_its_escape() -> None:
+def test_a_lone_surrogate_is_written_as_an_escape() -> None:
     output = Output()
     LineWriter(output).put("a\udc80\u00e9\n")
     assert output.taken == b"a\\udc80\xc3\xa9\n"
 
 
 @pytest.mark.parametrize("problem", [errno.EAGAIN, errno.ENOSPC])
-def test_what_is_not_taken_for_a_while_is_kept_whole(problem, said, reactor) -> None:
+def test_lines_are_buffered_during_a_short_write_failure(problem, logged, reactor) -> None:
     output = Output()
     under_test = LineWriter(output)
     under_test.start(reactor)
@@ -340,11 +340,11 @@ def test_what_is_not_taken_for_a_while_is_kept_whole(problem, said, reactor) -> 
     assert (output.taken, under_test.dropped) == (b"abc\ndef\n", 0)
     assert reactor.getDelayedCalls() == []
     full = ["an output cannot be written: No space left on device", "an output is written again, lines dropped: 0"]
-    assert said() == (full if problem == errno.ENOSPC else [])
+    assert logged() == (full if problem == errno.ENOSPC else [])
 
 
 @pytest.mark.parametrize("problem", [errno.EAGAIN, errno.ENOSPC, errno.EPIPE, errno.EBADF, errno.EIO])
-def test_what_is_not_taken_at_all_is_bounded_counted_and_said_when_it_works_again(problem, said, reactor) -> None:
+def test_a_lasting_write_failure_has_a_bounded_buffer_and_a_count_of_dropped_lines(problem, logged, reactor) -> None:
     output = Output()
     under_test = LineWriter(output)
     under_test.start(reactor)
@@ -353,21 +353,21 @@ def test_what_is_not_taken_at_all_is_bounded_counted_and_said_when_it_works_agai
     for _ in range(5000):
         under_test.put(line)
     reactor.pump([0.1] * 100)
-    assert output.writes < 200  # 100 batches, and the clock
+    assert output.writes < 200  # 100 batches, and one write per clock tick
     assert len(under_test._kept) < 1.1 * (1 << 20)
     words = "the reader is too slow" if problem == errno.EAGAIN else os.strerror(problem)
-    assert said() == [f"an output cannot be written: {words}"]
+    assert logged() == [f"an output cannot be written: {words}"]
     output.room = 1 << 30
     reactor.advance(0.1)
     under_test.put("last\n")
     reactor.advance(0.1)
     assert output.taken.count(line.encode()) + under_test.dropped == 5000
     assert output.taken.endswith(b"last\n")
-    assert said()[1:] == [f"an output is written again, lines dropped: {under_test.dropped}"]
+    assert logged()[1:] == [f"an output is written again, lines dropped: {under_test.dropped}"]
     assert under_test.dropped >= 3900
 
 
-def test_a_pipe_that_is_emptied_slowly_is_looked_at_more_often(reactor) -> None:
+def test_a_slowly_read_pipe_is_retried_more_often(reactor) -> None:
     output = Output()
     under_test = LineWriter(output)
     under_test.start(reactor)
@@ -383,7 +383,7 @@ def test_a_pipe_that_is_emptied_slowly_is_looked_at_more_often(reactor) -> None:
 
 
 def fill(descriptor: int) -> None:
-    """Have a pipe or socket full to the last byte."""
+    """Fill a pipe or socket to the last byte."""
     os.set_blocking(descriptor, False)
     for size in (1 << 16, 1):
         try:
@@ -395,29 +395,29 @@ def fill(descriptor: int) -> None:
 
 
 @pytest.fixture(params=["pipe", "pipe of another user", "socket", "terminal"])
-def ends(request, monkeypatch):
-    """The descriptors of a reader and of a writer, and a Stream of that."""
+def stream_ends(request, monkeypatch):
+    """The descriptors of a reader and a writer, and a Stream on the writer."""
     if request.param == "terminal":
         reader, writer = os.openpty()
     elif request.param == "socket":
-        reader, writer = (one.detach() for one in socket.socketpair())
+        reader, writer = (sock.detach() for sock in socket.socketpair())
     else:
         reader, writer = os.pipe()
     with monkeypatch.context() as patch:
         if request.param == "pipe of another user":
 
-            def refuse(*arguments) -> int:
+            def reject(*arguments) -> int:
                 raise PermissionError(errno.EACCES, "Permission denied")
 
-            patch.setattr(lines.os, "open", refuse)
+            patch.setattr(lines.os, "open", reject)
         stream = Stream(writer, "it")
     yield reader, writer, stream
     os.close(reader)
     os.close(writer)
 
 
-def test_a_stream_that_nobody_reads_takes_what_it_can_and_never_waits(ends) -> None:
-    reader, writer, stream = ends
+def test_writing_to_an_unread_stream_never_blocks(stream_ends) -> None:
+    reader, writer, stream = stream_ends
     flags = fcntl.fcntl(writer, fcntl.F_GETFL)
     taken = 0
     try:
@@ -427,7 +427,7 @@ def test_a_stream_that_nobody_reads_takes_what_it_can_and_never_waits(ends) -> N
         pass
     assert taken > 2000
     assert not lines.wait_for_room(stream, 0)
-    assert fcntl.fcntl(writer, fcntl.F_GETFL) == flags  # which it has with others
+    assert fcntl.fcntl(writer, fcntl.F_GETFL) == flags  # other processes share them
     received = 0
     while received < taken:
         received += os.read(reader, 1 << 16).replace(b"\r", b"").__len__()
@@ -435,7 +435,7 @@ def test_a_stream_that_nobody_reads_takes_what_it_can_and_never_waits(ends) -> N
     assert stream.write(bytearray(b"again\n")) == 6
 
 
-def test_the_last_lines_of_a_process_wait_for_a_reader_that_is_behind() -> None:
+def test_the_last_lines_of_a_process_wait_for_a_slow_reader() -> None:
     reader, writer = os.pipe()
     fill(writer)
     under_test = LineWriter(Stream(writer, "it"))
@@ -453,7 +453,7 @@ def test_the_last_lines_of_a_process_wait_for_a_reader_that_is_behind() -> None:
     thread.join(30)
     assert received.endswith(b"last\n")
     fill(writer)
-    under_test.put("nobody's\n")
+    under_test.put("unread\n")
     under_test.finish()  # returns
     os.close(reader)
     os.close(writer)
@@ -462,7 +462,7 @@ def test_the_last_lines_of_a_process_wait_for_a_reader_that_is_behind() -> None:
 # --- the access log ---
 
 
-def test_a_line_of_the_access_log_has_its_fields_in_order_and_values_that_read_back() -> None:
+def test_an_access_log_line_has_its_fields_in_order_and_quoted_values() -> None:
     out = []
     AccessLog(out.append, slot=2)("192.0.2.1:4711", "tcp:[::]:8080", 0.0125, 5, 27, "peer finished")
     time, _, rest = out[0].partition(" ")

@@ -1,4 +1,4 @@
-"""The status page in a real browser: what it shows while clients come and go, and that nothing else is asked for."""
+"""The status page in a real browser: what it shows while clients connect and disconnect, and what it requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Browser:
             *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
             *("--hide-scrollbars", f"--user-data-dir={directory}", "--remote-debugging-pipe"),
         ]
-        # Chromium reads at 3 and writes at 4, whatever these are here.
+        # Chromium reads from descriptor 3 and writes to descriptor 4.
         self._process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_written}', "bash", CHROMIUM, *options, "about:blank"],
             pass_fds=(to_read, from_written),
@@ -47,14 +47,14 @@ class Browser:
         self._number = 0
         self._session: str | None = None
         self.requested: list[str] = []
-        self.problems: list[str] = []  # what the console says
+        self.problems: list[str] = []  # messages of the console
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Ask for something, and wait for the answer."""
+        """Call a method of the DevTools protocol, and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -80,7 +80,7 @@ class Browser:
         return json.loads(message)
 
     def open(self, url: str, *, width: int = 1200, height: int = 1000, dark: bool = False) -> None:
-        """Show a page in a window of this size."""
+        """Open a page in a window of this size."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
@@ -90,13 +90,13 @@ class Browser:
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def value(self, expression: str) -> Any:
-        """The value of an expression of JavaScript."""
+        """Return the value of a JavaScript expression."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def wait(self, expression: str) -> Any:
-        """Wait until an expression is true, and give its value."""
+        """Wait until an expression is true, and return its value."""
         end = time.monotonic() + DEADLINE
         while not (value := self.value(expression)):
             assert time.monotonic() < end, f"{expression} is {value!r} on:\n{self.value('document.body.innerText')}"
@@ -104,7 +104,7 @@ class Browser:
         return value
 
     def screenshot(self, path: Path) -> None:
-        """A picture of the window, as PNG."""
+        """Write a screenshot of the window as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def close(self) -> None:
@@ -116,13 +116,13 @@ class Browser:
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Browser]:
-    one = Browser(tmp_path / "browser")
-    yield one
-    one.close()
+    running = Browser(tmp_path / "browser")
+    yield running
+    running.close()
 
 
 def page_of(service: Any) -> str:
-    """The address of its status page."""
+    """Return the URL of the status page of a service."""
     return f"http://{service.wait_event('status.listening')['listener'].rpartition('tcp:')[2]}/"
 
 
@@ -131,27 +131,27 @@ FIGURE = "document.querySelector('figure[data-graph=\"{}\"] strong')?.textConten
 ROWS = "document.querySelectorAll('#connections tbody tr td:nth-child(3)').length"
 
 
-def test_what_a_protocol_counts_is_added_up(service: Callable[..., Any], browser: Browser) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--protocol", "chat")
-    browser.open(page_of(one))
+def test_counters_of_the_protocol_are_updated(service: Callable[..., Any], browser: Browser) -> None:
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--protocol", "chat")
+    browser.open(page_of(running))
     shown = (
         "[...document.querySelectorAll('#protocol tbody tr')].map((row) => row.innerText.replace(/\\s+/, ' ')).join()"
     )
     browser.wait(f"{shown} === 'members 0,messages_total 0,rooms 0,too_slow_total 0'")
-    with one.connect() as client:
+    with running.connect() as client:
         client.sendall(b"ann\n/join here\nhello\n")
         browser.wait(f"{shown} === 'members 1,messages_total 1,rooms 1,too_slow_total 0'")
     assert not browser.value("document.querySelector('#counting').hidden")
     assert browser.problems == []
 
 
-def test_the_page_follows_clients_that_come_and_leave(service: Callable[..., Any], browser: Browser) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
-    browser.open(page_of(one))
+def test_the_page_updates_when_clients_connect_and_disconnect(service: Callable[..., Any], browser: Browser) -> None:
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    browser.open(page_of(running))
     browser.wait(f"{FIGURE.format('connections')} === '0'")
     assert "no connections" in browser.value("document.querySelector('#connections').innerText")
     with ExitStack() as clients:
-        sockets = [clients.enter_context(one.connect()) for _ in range(7)]
+        sockets = [clients.enter_context(running.connect()) for _ in range(7)]
         assert {client.recv(100) for client in sockets} == {b"Hello from the server!"}
         browser.wait(f"{FIGURE.format('connections')} === '7' && {ROWS} === 7")
         browser.wait("GRAPHS[1].title === 'new connections / s' && series(GRAPHS[1], 0).some(([, value]) => value > 1)")
@@ -165,21 +165,21 @@ def test_the_page_follows_clients_that_come_and_leave(service: Callable[..., Any
     assert browser.problems == []
 
 
-def test_the_page_asks_nobody_but_its_server(service: Callable[..., Any], browser: Browser) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
-    browser.open(page_of(one))
+def test_the_page_sends_requests_only_to_its_server(service: Callable[..., Any], browser: Browser) -> None:
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    browser.open(page_of(running))
     browser.wait(f"{FIGURE.format('connections')} === '0'")
-    asked = {url.partition("?")[0].removeprefix(page_of(one)) for url in browser.requested if url[:5] != "data:"}
-    assert asked == {"", "page.js", "page.css", "status.json"}
+    paths = {url.partition("?")[0].removeprefix(page_of(running)) for url in browser.requested if url[:5] != "data:"}
+    assert paths == {"", "page.js", "page.css", "status.json"}
     assert browser.problems == []
 
 
 def test_connections_can_be_sorted_and_paged(service: Callable[..., Any], browser: Browser) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
     with ExitStack() as clients:
-        sockets = [clients.enter_context(one.connect()) for _ in range(60)]
+        sockets = [clients.enter_context(running.connect()) for _ in range(60)]
         sockets[42].sendall(b"x" * 3000)
-        browser.open(page_of(one))
+        browser.open(page_of(running))
         browser.wait(f"{ROWS} === 25")
         browser.value("document.querySelector('button[data-key=bytes_in]').click()")
         browser.wait("document.querySelector('#connections tbody tr').innerText.includes('2.9 KiB')")
@@ -193,28 +193,28 @@ def test_connections_can_be_sorted_and_paged(service: Callable[..., Any], browse
         assert browser.value("document.querySelector('#earlier').disabled") is False
 
 
-def test_a_server_that_is_gone_is_shown_plainly_and_one_that_drains_too(
-    service: Callable[..., Any], browser: Browser
-) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--drain-timeout", "60")
-    with one.connect() as client:
+def test_the_page_shows_a_draining_and_a_stopped_server(service: Callable[..., Any], browser: Browser) -> None:
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--drain-timeout", "60")
+    with running.connect() as client:
         client.recv(100)
-        browser.open(page_of(one))
+        browser.open(page_of(running))
         browser.wait("document.querySelector('#state').textContent === 'serving'")
         assert browser.value("document.querySelector('#broken').hidden") is True
-        one.process.terminate()
+        running.process.terminate()
         browser.wait("document.querySelector('#state').textContent === 'draining'")
-    one.process.wait(DEADLINE)
+    running.process.wait(DEADLINE)
     browser.wait("!document.querySelector('#broken').hidden")
     assert browser.value("document.querySelector('#broken').textContent").startswith("No answer from the server for ")
 
 
-def test_what_a_peer_calls_itself_is_text(service: Callable[..., Any], browser: Browser, tmp_path: Path) -> None:
-    one = service("--listen", f"unix:{tmp_path}/s", "--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
+def test_a_peer_address_is_not_interpreted_as_html(
+    service: Callable[..., Any], browser: Browser, tmp_path: Path
+) -> None:
+    running = service("--listen", f"unix:{tmp_path}/s", "--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0")
     with socket.socket(socket.AF_UNIX) as client:
         client.bind(f"{tmp_path}/<b id=bold>&amp;")
         client.connect(f"{tmp_path}/s")
-        browser.open(page_of(one))
+        browser.open(page_of(running))
         shown = browser.wait("document.querySelector('#connections tbody tr td:nth-child(2)')?.parentNode.innerText")
         assert "unix:" in shown
         assert browser.value("document.querySelector('#bold')") is None
@@ -222,12 +222,12 @@ def test_what_a_peer_calls_itself_is_text(service: Callable[..., Any], browser: 
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False), (390, True)])
-def test_the_page_fits_a_window(
+def test_the_page_fits_the_width_of_the_window(
     service: Callable[..., Any], browser: Browser, tmp_path: Path, width: int, dark: bool
 ) -> None:
-    one = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--workers", "2")
-    with one.connect():
-        browser.open(page_of(one), width=width, dark=dark)
+    running = service("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0", "--workers", "2")
+    with running.connect():
+        browser.open(page_of(running), width=width, dark=dark)
         browser.wait(f"{FIGURE.format('connections')} === '1'")
         assert browser.value("document.documentElement.scrollWidth") <= width
         assert browser.value("getComputedStyle(document.body).backgroundColor") == (

@@ -1,4 +1,4 @@
-"""The site: what it answers, to whom, and what it does not do."""
+"""The status site: its responses, the hosts that it serves, and its limits."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ ROW = [0, "192.0.2.1:5", "tcp:a", "open", 2.5, None, 10, 22]
 
 
 class Service:
-    """What a source asks."""
+    """The state that the status source reads."""
 
     def __init__(self) -> None:
         self.ready = True
         self.hosts: list[str] = []
-        self.asked: list[tuple[str, int]] = []
+        self.queries: list[tuple[str, int]] = []
         self.answer: Deferred = succeed(([ROW, [1, *ROW[1:]]], [2]))
 
     def overview(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Service:
         }
 
     def rows(self, sort: str, count: int) -> Deferred:
-        self.asked.append((sort, count))
+        self.queries.append((sort, count))
         return self.answer
 
     def source(self) -> StatusSource:
@@ -95,20 +95,20 @@ class Service:
 
 
 @pytest.fixture
-def one() -> Service:
+def service() -> Service:
     return Service()
 
 
 def ask(
     service: Service, request: str, site: Any = None, transport: StringTransport | None = None
 ) -> tuple[int, dict[str, str], str]:
-    """The status, the headers and the body of an answer."""
+    """Send a request; return the status, the headers and the body of the response."""
     site = site or make_site(service.source(), Clock())
     channel = site.buildProtocol(None)
     transport = transport or StringTransport()
     channel.makeConnection(transport)
     channel.dataReceived(request.encode("latin-1"))
-    for _ in range(100):  # on a busy machine it may take several turns of the reactor
+    for _ in range(100):  # on a busy machine it may take several reactor turns
         site.clock.advance(0)
     head, _, body = transport.value().decode().partition("\r\n\r\n")
     status, *lines = head.split("\r\n")
@@ -123,19 +123,19 @@ def get(service: Service, path: str, site: Any = None) -> tuple[int, dict[str, s
     return ask(service, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n", site)
 
 
-def test_health_is_for_the_process_and_readiness_for_the_service(one: Service) -> None:
-    assert get(one, "/healthz")[0] == get(one, "/readyz")[0] == 200
-    one.ready = False
-    assert get(one, "/healthz")[0] == 200
-    status, _, body = get(one, "/readyz")
+def test_healthz_reports_the_process_and_readyz_the_service(service: Service) -> None:
+    assert get(service, "/healthz")[0] == get(service, "/readyz")[0] == 200
+    service.ready = False
+    assert get(service, "/healthz")[0] == 200
+    status, _, body = get(service, "/readyz")
     assert (status, body) == (503, "one line\n")
 
 
 @pytest.mark.parametrize(
     "path", ["/", "/page.js", "/page.css", "/metrics", "/status.json", "/nothing", "/status.json?x=1"]
 )
-def test_every_answer_forbids_all_that_is_not_its_own(one: Service, path: str) -> None:
-    _, headers, _ = get(one, path)
+def test_every_response_has_security_headers(service: Service, path: str) -> None:
+    _, headers, _ = get(service, path)
     policy = headers["content-security-policy"].split("; ")
     assert "default-src 'none'" in policy
     assert "script-src 'self'" in policy
@@ -144,8 +144,8 @@ def test_every_answer_forbids_all_that_is_not_its_own(one: Service, path: str) -
     assert headers["cache-control"] == "no-store"
 
 
-def test_the_page_has_no_script_and_no_style_of_its_own(one: Service) -> None:
-    _, _, body = get(one, "/")
+def test_the_page_has_no_inline_script_or_style(service: Service) -> None:
+    _, _, body = get(service, "/")
     assert '<script src="page.js" defer></script>' in body
     assert "style=" not in body
     assert "://" not in body
@@ -155,34 +155,34 @@ def test_the_page_has_no_script_and_no_style_of_its_own(one: Service) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "CONNECT", "PATCH", "BREW"])
-def test_nothing_can_be_changed(one: Service, method: str) -> None:
-    status, headers, _ = ask(one, f"{method} / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+def test_other_methods_are_rejected_with_405(service: Service, method: str) -> None:
+    status, headers, _ = ask(service, f"{method} / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (status, headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 @pytest.mark.parametrize("header", ["Content-Length: 9", "Content-Length: 999999999999", "Transfer-Encoding: chunked"])
-def test_a_body_is_refused_before_it_comes(one: Service, header: str) -> None:
-    status, headers, _ = ask(one, f"GET / HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n9\r\nxxxx")
+def test_a_request_body_is_rejected_before_it_arrives(service: Service, header: str) -> None:
+    status, headers, _ = ask(service, f"GET / HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n9\r\nxxxx")
     assert (status, headers["connection"]) == (413, "close")
 
 
-def test_head_is_get_without_the_body(one: Service) -> None:
-    status, headers, body = ask(one, "HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+def test_head_is_answered_like_get_without_a_body(service: Service) -> None:
+    status, headers, body = ask(service, "HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (status, headers["content-length"], body) == (200, "6", "")
 
 
-def test_what_is_not_there_is_said_with_what_is(one: Service) -> None:
-    status, _, body = get(one, "/<b>")
+def test_404_lists_the_available_paths(service: Service) -> None:
+    status, _, body = get(service, "/<b>")
     assert status == 404
     assert "/metrics" in body
     assert "<b>" not in body
 
 
-def test_the_status_is_the_snapshot_with_a_page_of_connections(one: Service) -> None:
-    status, headers, body = get(one, "/status.json?sort=bytes_in&offset=1&limit=10")
+def test_status_json_has_the_snapshot_and_a_page_of_connections(service: Service) -> None:
+    status, headers, body = get(service, "/status.json?sort=bytes_in&offset=1&limit=10")
     assert (status, headers["content-type"]) == (200, "application/json")
     found = json.loads(body)
-    assert one.asked == [("bytes_in", 500)]
+    assert service.queries == [("bytes_in", 500)]
     assert found["connections"]["rows"] == [
         {
             "worker": 1,
@@ -204,9 +204,9 @@ def test_the_status_is_the_snapshot_with_a_page_of_connections(one: Service) -> 
     assert found["workers"][0]["counters"]["protocol"] == {"said_total": 5, "seconds_per_word": 0.25}
 
 
-def test_nobody_is_asked_for_no_connections(one: Service) -> None:
-    assert json.loads(get(one, "/status.json?limit=0")[2])["connections"]["rows"] == []
-    assert one.asked == []
+def test_limit_0_queries_no_connections(service: Service) -> None:
+    assert json.loads(get(service, "/status.json?limit=0")[2])["connections"]["rows"] == []
+    assert service.queries == []
 
 
 @pytest.mark.parametrize(
@@ -222,27 +222,27 @@ def test_nobody_is_asked_for_no_connections(one: Service) -> None:
         ("&".join(f"a{number}=1" for number in range(11)), "Max number of fields exceeded"),
     ],
 )
-def test_a_query_that_cannot_be_answered_says_what_can(one: Service, query: str, problem: str) -> None:
-    status, _, body = get(one, f"/status.json?{query}")
+def test_an_invalid_query_is_rejected_with_the_accepted_values(service: Service, query: str, problem: str) -> None:
+    status, _, body = get(service, f"/status.json?{query}")
     assert status == 400
     assert problem in body
-    assert one.asked == []
+    assert service.queries == []
 
 
-def test_a_client_that_left_before_the_answer_harms_nobody(one: Service) -> None:
+def test_a_client_may_disconnect_before_the_response(service: Service) -> None:
     from twisted.internet.error import ConnectionDone
     from twisted.python.failure import Failure
 
-    one.answer = Deferred()
-    channel = make_site(one.source(), Clock()).buildProtocol(None)
+    service.answer = Deferred()
+    channel = make_site(service.source(), Clock()).buildProtocol(None)
     channel.makeConnection(StringTransport())
     channel.dataReceived(b"GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
     channel.connectionLost(Failure(ConnectionDone()))
-    one.answer.callback(([ROW], []))
+    service.answer.callback(([ROW], []))
 
 
-def test_metrics_have_the_names_and_units_that_prometheus_wants(one: Service) -> None:
-    status, headers, body = get(one, "/metrics")
+def test_metric_names_and_units_follow_the_prometheus_conventions(service: Service) -> None:
+    status, headers, body = get(service, "/metrics")
     assert status == 200
     assert headers["content-type"].startswith("text/plain; version=")
     for line in (
@@ -273,12 +273,12 @@ def test_metrics_have_the_names_and_units_that_prometheus_wants(one: Service) ->
 
 
 @pytest.mark.parametrize("file", ["rtservice.rules.yml", "grafana.json"])
-def test_alerts_and_the_dashboard_name_metrics_that_there_are(one: Service, file: str) -> None:
-    _, _, body = get(one, "/metrics")
-    there = {re.split(r"[{ ]", line)[0] for line in body.splitlines() if line[0] != "#"}
+def test_alerts_and_the_dashboard_use_existing_metrics(service: Service, file: str) -> None:
+    _, _, body = get(service, "/metrics")
+    existing = {re.split(r"[{ ]", line)[0] for line in body.splitlines() if line[0] != "#"}
     named = set(re.findall(r"\brtservice_[a-z_]+", (ETC / file).read_text()))
     assert len(named) > 5
-    assert named <= there
+    assert named <= existing
 
 
 NO_COUNTERS = [
@@ -290,33 +290,33 @@ NO_COUNTERS = [
 
 
 @pytest.mark.parametrize("key", NO_COUNTERS, ids=str)
-def test_an_invalid_counter_harms_no_other(one: Service, monkeypatch, key: CounterKey) -> None:
+def test_an_invalid_counter_does_not_affect_other_counters(service: Service, monkeypatch, key: CounterKey) -> None:
     monkeypatch.setitem(COUNTERS, key, 5)
-    status, _, body = get(one, "/metrics")
+    status, _, body = get(service, "/metrics")
     assert status == 200
     assert 'rtservice_connections_opened_total{listener="tcp:a",worker="0"} 3.0' in body
-    assert get(one, "/status.json")[0] == 200
+    assert get(service, "/status.json")[0] == 200
 
 
 @pytest.mark.parametrize("name", ["said", "seconds_per_word_total"])
-def test_a_counter_with_the_name_of_another_one_does_not_spoil_a_scrape(one: Service, monkeypatch, name: str) -> None:
+def test_conflicting_counter_names_do_not_break_a_scrape(service: Service, monkeypatch, name: str) -> None:
     monkeypatch.setitem(COUNTERS, CounterKey("protocol", f"{name}"), 7)
-    _, _, body = get(one, "/metrics")
+    _, _, body = get(service, "/metrics")
     assert f"rtservice_protocol_{name}{{" not in body
     assert 'rtservice_protocol_said_total{worker="0"} 5.0' in body
     assert 'rtservice_protocol_seconds_per_word{worker="0"} 0.25' in body
 
 
-def test_open_metrics_is_spoken_to_who_accepts_it(one: Service) -> None:
+def test_openmetrics_is_sent_to_a_client_that_accepts_it(service: Service) -> None:
     accept = "Accept: application/openmetrics-text; version=1.0.0"
-    _, headers, body = ask(one, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{accept}\r\n\r\n")
+    _, headers, body = ask(service, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{accept}\r\n\r\n")
     assert headers["content-type"].startswith("application/openmetrics-text")
     assert body.endswith("# EOF\n")
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
-def test_promtool_has_nothing_to_say_of_the_metrics(one: Service) -> None:
-    _, _, body = get(one, "/metrics")
+def test_promtool_accepts_the_metrics(service: Service) -> None:
+    _, _, body = get(service, "/metrics")
     checked = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, text=True, timeout=30)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
@@ -348,30 +348,30 @@ def test_promtool_has_nothing_to_say_of_the_metrics(one: Service) -> None:
         ("", False),
     ],
 )
-def test_any_accept_header_gets_one_of_two_formats(one: Service, accept: str, open_metrics: bool) -> None:
-    status, headers, body = ask(one, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n\r\n")
+def test_the_accept_header_selects_the_format_of_the_metrics(service: Service, accept: str, open_metrics: bool) -> None:
+    status, headers, body = ask(service, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n\r\n")
     assert status == 200
     assert headers["content-type"].startswith("application/openmetrics-text") is open_metrics
     assert body.endswith("# EOF\n") is open_metrics
 
 
-def test_several_accept_headers_are_one(one: Service) -> None:
+def test_several_accept_headers_are_combined(service: Service) -> None:
     accept = "Accept: text/plain;q=0.1\r\nAccept: application/openmetrics-text"
-    _, headers, _ = ask(one, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{accept}\r\n\r\n")
+    _, headers, _ = ask(service, f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{accept}\r\n\r\n")
     assert headers["content-type"].startswith("application/openmetrics-text")
 
 
-# --- who may ask ---
+# --- hosts ---
 
 
-def test_a_host_that_is_not_ours_is_misdirected_and_told_what_to_configure(one: Service) -> None:
+def test_an_unknown_host_gets_421_with_the_setting_to_change(service: Service) -> None:
     for path in ("/", "/healthz", "/status.json", "/nothing"):
-        status, _, body = ask(one, f"GET {path} HTTP/1.1\r\nHost: attacker.example:9090\r\n\r\n")
+        status, _, body = ask(service, f"GET {path} HTTP/1.1\r\nHost: attacker.example:9090\r\n\r\n")
         assert status == 421
         assert "--status-host" in body
-    assert one.asked == []
-    one.hosts = ["attacker.example"]  # as a reload may have it
-    assert ask(one, "GET /healthz HTTP/1.1\r\nHost: Attacker.Example:9090\r\n\r\n")[0] == 200
+    assert service.queries == []
+    service.hosts = ["attacker.example"]  # as after a reload
+    assert ask(service, "GET /healthz HTTP/1.1\r\nHost: Attacker.Example:9090\r\n\r\n")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -385,55 +385,55 @@ def test_a_host_that_is_not_ours_is_misdirected_and_told_what_to_configure(one: 
         ("GET http://localhost:9090/healthz HTTP/1.1\r\n", 400),
     ],
 )
-def test_a_request_has_one_host_and_that_of_an_absolute_target_counts(
-    one: Service, request_head: str, code: int
+def test_a_request_has_one_host_and_an_absolute_target_takes_precedence(
+    service: Service, request_head: str, code: int
 ) -> None:
-    assert ask(one, f"{request_head}\r\n")[0] == code
+    assert ask(service, f"{request_head}\r\n")[0] == code
 
 
-def test_after_a_wrong_host_header_the_connection_is_closed(one: Service) -> None:
+def test_a_missing_host_header_closes_the_connection(service: Service) -> None:
     transport = StringTransport()
-    status, headers, _ = ask(one, "GET / HTTP/1.1\r\n\r\n", transport=transport)
+    status, headers, _ = ask(service, "GET / HTTP/1.1\r\n\r\n", transport=transport)
     assert (status, headers["connection"]) == (400, "close")
     assert transport.disconnecting
 
 
-def test_on_a_unix_socket_any_host_is_served(one: Service) -> None:
+def test_any_host_is_served_on_a_unix_socket(service: Service) -> None:
     transport = StringTransport(hostAddress=UNIXAddress("/run/status"))
-    assert ask(one, "GET /healthz HTTP/1.1\r\nHost: docker\r\n\r\n", transport=transport)[0] == 200
+    assert ask(service, "GET /healthz HTTP/1.1\r\nHost: docker\r\n\r\n", transport=transport)[0] == 200
 
 
 @pytest.mark.parametrize("target", ["*", "/", "/metrics", "http://localhost", "http://localhost/status.json"])
-def test_options_says_what_is_allowed(one: Service, target: str) -> None:
-    status, headers, body = ask(one, f"OPTIONS {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")
+def test_options_lists_the_allowed_methods(service: Service, target: str) -> None:
+    status, headers, body = ask(service, f"OPTIONS {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (status, headers["allow"], body) == (204, "GET, HEAD, OPTIONS", "")
     assert "content-length" not in headers
 
 
-# --- what it costs ---
+# --- caching and failures ---
 
 
-def test_variants_of_an_answer_are_made_from_one_look(one: Service) -> None:
-    site = make_site(one.source(), Clock())
+def test_pages_of_connections_share_one_snapshot(service: Service) -> None:
+    site = make_site(service.source(), Clock())
     for offset in range(50):
         for limit in (1, 5):
-            found = json.loads(get(one, f"/status.json?offset={offset}&limit={limit}", site)[2])
+            found = json.loads(get(service, f"/status.json?offset={offset}&limit={limit}", site)[2])
             assert (found["connections"]["offset"], found["connections"]["limit"]) == (offset, limit)
             assert len(found["connections"]["rows"]) == max(0, min(limit, 2 - offset))
-    assert one.asked == [("-age", 500)]
+    assert service.queries == [("-age", 500)]
     site.clock.advance(1)
-    get(one, "/status.json", site)
-    assert one.asked == [("-age", 500)] * 2
+    get(service, "/status.json", site)
+    assert service.queries == [("-age", 500)] * 2
 
 
-def test_readiness_is_never_kept(one: Service) -> None:
-    site = make_site(one.source(), Clock())
-    assert get(one, "/readyz", site)[0] == 200
-    one.ready = False
-    assert get(one, "/readyz", site)[0] == 503
+def test_readiness_is_never_cached(service: Service) -> None:
+    site = make_site(service.source(), Clock())
+    assert get(service, "/readyz", site)[0] == 200
+    service.ready = False
+    assert get(service, "/readyz", site)[0] == 503
 
 
-def test_a_failure_is_a_500_and_one_line_in_a_while_without_a_traceback(one: Service, monkeypatch) -> None:
+def test_a_failure_gives_500_and_a_rate_limited_record_without_a_traceback(service: Service, monkeypatch) -> None:
     events: list[dict[str, Any]] = []
     monkeypatch.setattr("rtservice.observe.site._log", Logger(observer=events.append))
     failing = True
@@ -441,12 +441,12 @@ def test_a_failure_is_a_500_and_one_line_in_a_while_without_a_traceback(one: Ser
     def overview() -> dict[str, Any]:
         if failing:
             raise ValueError("\x1b" * 1000)
-        return Service.overview(one)
+        return Service.overview(service)
 
-    one.overview = overview
-    site = make_site(one.source(), Clock())
+    service.overview = overview
+    site = make_site(service.source(), Clock())
     for path in ("/metrics", "/status.json") * 20:
-        assert get(one, path, site)[0] == 500
+        assert get(service, path, site)[0] == 500
         site.clock.advance(1)
     texts = [formatEvent(event) for event in events]
     assert 1 < len(texts) <= 5
@@ -456,15 +456,15 @@ def test_a_failure_is_a_500_and_one_line_in_a_while_without_a_traceback(one: Ser
     assert {event["event"] for event in events} == {"status.answer_failed"}
     assert events[0]["suppressed"] == 0 < events[1]["suppressed"]
     failing = False
-    assert get(one, "/metrics", site)[0] == 200
+    assert get(service, "/metrics", site)[0] == 200
 
 
-def test_without_prometheus_client_the_rest_works_and_metrics_say_what_to_do(one: Service, monkeypatch) -> None:
+def test_without_prometheus_client_only_the_metrics_are_unavailable(service: Service, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "rtservice.observe.metrics", raising=False)
     monkeypatch.delattr(rtservice.observe, "metrics", raising=False)
-    site = make_site(one.source(), Clock())
-    status, _, body = get(one, "/metrics", site)
+    site = make_site(service.source(), Clock())
+    status, _, body = get(service, "/metrics", site)
     assert status == 501
     assert "pip install 'rtservice[metrics]'" in body
-    assert get(one, "/status.json", site)[0] == 200
+    assert get(service, "/status.json", site)[0] == 200

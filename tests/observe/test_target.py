@@ -1,4 +1,4 @@
-"""What a request is for, by RFC 9112: every form of a target, and every host that is served or is not."""
+"""The request target (RFC 9112, section 3.2): each form of it, and the hosts that are served."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rtservice.observe.target import BadRequestError, is_served, read_target
         ("GET", "/", "", ("/", "", "")),
     ],
 )
-def test_the_authority_of_an_absolute_target_replaces_host(method, target, host, found) -> None:
+def test_the_authority_of_an_absolute_target_replaces_the_host_header(method, target, host, found) -> None:
     read = read_target(method.encode(), target.encode(), b"HTTP/1.1", [host.encode()])
     assert (read.path.decode(), read.query.decode(), read.host) == found
 
@@ -43,14 +43,14 @@ def test_the_authority_of_an_absolute_target_replaces_host(method, target, host,
         (b"HTTP/1.1", [b"[::1"], "malformed"),
     ],
 )
-def test_a_request_names_exactly_one_host(version, hosts, problem) -> None:
+def test_a_request_without_exactly_one_valid_host_is_rejected(version, hosts, problem) -> None:
     with pytest.raises(BadRequestError, match=problem):
         read_target(b"GET", b"/", version, hosts)
     with pytest.raises(BadRequestError, match=problem):
         read_target(b"GET", b"http://localhost/", version, hosts)
 
 
-def test_http_1_0_needs_no_host() -> None:
+def test_http_1_0_requires_no_host_header() -> None:
     assert read_target(b"GET", b"/x", b"HTTP/1.0", []).host is None
 
 
@@ -67,7 +67,7 @@ def test_http_1_0_needs_no_host() -> None:
         (b"OPTIONS", b"x"),
     ],
 )
-def test_a_target_of_no_known_form_is_refused(method, target) -> None:
+def test_an_invalid_request_target_is_rejected(method, target) -> None:
     with pytest.raises(BadRequestError):
         read_target(method, target, b"HTTP/1.1", [b"localhost"])
 
@@ -82,6 +82,6 @@ def test_addresses_localhost_and_configured_names_are_served(host: str) -> None:
 @pytest.mark.parametrize(
     "host", ["", "evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "127.1", "0x7f000001", "[x]", "web-2"]
 )
-def test_no_other_host_is_served(host: str) -> None:
+def test_other_host_names_are_not_served(host: str) -> None:
     assert not is_served(host, {"web-1"})
     assert is_served(host, {"*"})

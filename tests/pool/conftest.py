@@ -1,4 +1,4 @@
-"""A pool of workers with a clock and processes that the test moves."""
+"""A pool of workers with a clock and processes that the test controls."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -12,23 +12,23 @@ from tests.support.pool_world import World
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
-    """Makes a World; nothing in it may fail unseen, and nothing may be left to be called in one that has stopped."""
+    """Return a function that makes a World. At its end, check for logged failures and delayed calls."""
     made: list[World] = []
 
     def make(slots: int = 2, **given: Any) -> World:
-        one = World(slots, **given)
-        made.append(one)
-        monkeypatch.setattr("twisted.internet.reactor", one.reactor)
-        monkeypatch.setattr(signal, "signal", one.handlers.__setitem__)
-        monkeypatch.setattr(pool_module, "globalLogPublisher", one.events.append)
-        return one
+        running = World(slots, **given)
+        made.append(running)
+        monkeypatch.setattr("twisted.internet.reactor", running.reactor)
+        monkeypatch.setattr(signal, "signal", running.handlers.__setitem__)
+        monkeypatch.setattr(pool_module, "globalLogPublisher", running.events.append)
+        return running
 
-    # In the middle of what chance may choose.
+    # The middle of each random range.
     monkeypatch.setattr(pool_module.random, "random", lambda: 0.5)
     monkeypatch.setattr(pool_module.random, "uniform", lambda low, high: (low + high) / 2)
     yield make
-    for one in made:
-        assert not [event["log_failure"] for event in one.events if "log_failure" in event]
-        if one.done:
-            assert one.done == [None]
-            assert one.reactor.getDelayedCalls() == []
+    for running in made:
+        assert not [event["log_failure"] for event in running.events if "log_failure" in event]
+        if running.done:
+            assert running.done == [None]
+            assert running.reactor.getDelayedCalls() == []

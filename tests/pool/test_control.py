@@ -1,4 +1,4 @@
-"""The control channel: framing, JSON that costs little to decode, and what a worker receives."""
+"""The control channel: framing, bounded JSON decoding, and the messages to a worker."""
 
 import time
 
@@ -25,19 +25,19 @@ BYTES = b"".join(encode(word, value) for word, value in SENT)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8192])
-def test_messages_arrive_whole_however_they_are_split(size: int) -> None:
+def test_messages_split_into_pieces_of_any_size_are_decoded(size: int) -> None:
     receiver = SupervisorMessages(1000)
     pieces = [BYTES[at : at + size] for at in range(0, len(BYTES), size)]
-    assert [one for piece in pieces for one in receiver.feed(piece)] == SENT
+    assert [message for piece in pieces for message in receiver.feed(piece)] == SENT
 
 
-def test_a_message_may_be_split_at_any_byte() -> None:
+def test_message_may_be_split_at_any_byte() -> None:
     for at in range(len(BYTES) + 1):
         receiver = SupervisorMessages(1000)
         assert [*receiver.feed(BYTES[:at]), *receiver.feed(BYTES[at:])] == SENT
 
 
-def test_a_message_is_one_line_whatever_is_in_it() -> None:
+def test_encoded_message_is_one_line() -> None:
     assert encode("failed", "two\nlines\r\n").count(b"\n") == 1
 
 
@@ -57,7 +57,7 @@ def test_a_message_is_one_line_whatever_is_in_it() -> None:
         (b"\x00" * 5000, "more than 999"),
     ],
 )
-def test_what_is_no_message_is_a_violation_with_a_short_text(data: bytes, problem: str) -> None:
+def test_invalid_message_is_a_violation_with_a_short_text(data: bytes, problem: str) -> None:
     with pytest.raises(ProtocolViolation, match=problem) as error:
         list(SupervisorMessages(999).feed(data))
     assert len(str(error.value)) < 200
@@ -65,18 +65,18 @@ def test_what_is_no_message_is_a_violation_with_a_short_text(data: bytes, proble
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "[NaN]", "9" * 311, "-" + "9" * 310, "9" * 250_000])
-def test_numbers_that_json_does_not_have_or_that_are_expensive_are_violations(text: str) -> None:
+def test_non_json_and_very_long_numbers_are_violations(text: str) -> None:
     with pytest.raises(ProtocolViolation, match="'share' that is not JSON"):
         decode_value("share", text.encode())
 
 
 @pytest.mark.parametrize("text", [b"[" * 500_000, b'{"a":' * 200_000, b"[" * 500_000 + b"]" * 500_000])
-def test_nesting_that_exhausts_the_parser_is_a_violation(text: bytes) -> None:
+def test_too_deep_nesting_is_a_violation(text: bytes) -> None:
     with pytest.raises(ProtocolViolation, match="not JSON"):
         decode_value("drain", text)
 
 
-def test_the_longest_line_is_taken_and_one_byte_more_is_not() -> None:
+def test_line_of_the_maximum_length_is_accepted_and_a_longer_one_rejected() -> None:
     framing = Framing(100)
     framing.feed(b"x" * 100 + b"\n" + b"y" * 100 + b"\n")
     assert [framing.next(), framing.next(), framing.next()] == [b"x" * 100, b"y" * 100, None]
@@ -85,7 +85,7 @@ def test_the_longest_line_is_taken_and_one_byte_more_is_not() -> None:
         framing.next()
 
 
-def test_a_line_that_does_not_end_is_refused_before_it_does_and_takes_no_more_memory() -> None:
+def test_unterminated_line_is_rejected_at_the_maximum_length_and_its_buffer_freed() -> None:
     framing = Framing(100)
     framing.feed(b"x" * 100)
     assert framing.next() is None
@@ -95,32 +95,32 @@ def test_a_line_that_does_not_end_is_refused_before_it_does_and_takes_no_more_me
     assert len(framing._buffer) == 0
 
 
-def test_what_came_before_rubbish_is_heard() -> None:
+def test_message_before_an_invalid_one_is_decoded() -> None:
     found = SupervisorMessages(1000).feed(b"abort_drain null\nrubbish\n")
     assert next(found) == ("abort_drain", None)
     with pytest.raises(ProtocolViolation, match="rubbish"):
         next(found)
 
 
-def test_a_very_long_message_costs_time_in_proportion() -> None:
+def test_very_long_message_takes_linear_time() -> None:
     text = "x" * (8 << 20)
     data = encode("start", text)
     receiver = SupervisorMessages(16 << 20)
     began = time.process_time()
-    found = [one for at in range(0, len(data), 8192) for one in receiver.feed(data[at : at + 8192])]
-    # To copy what is there with each of a thousand pieces took many seconds.
+    found = [message for at in range(0, len(data), 8192) for message in receiver.feed(data[at : at + 8192])]
+    # Copying the whole buffer for each of a thousand pieces took many seconds.
     assert time.process_time() - began < 1.5
     assert found == [("start", text)]
 
 
-def test_very_many_short_messages_cost_time_in_proportion() -> None:
+def test_many_short_messages_take_linear_time() -> None:
     receiver = SupervisorMessages(1000)
     began = time.process_time()
     assert sum(1 for _ in receiver.feed(b"abort_drain null\n" * 100_000)) == 100_000
     assert time.process_time() - began < 5
 
 
-def test_foreign_text_is_shown_short_and_in_ascii() -> None:
+def test_received_values_are_shown_short_and_in_ascii() -> None:
     deep: list[object] = []
     for _ in range(100_000):
         deep = [deep]
@@ -128,5 +128,5 @@ def test_foreign_text_is_shown_short_and_in_ascii() -> None:
     assert shown(deep) == "of type list"
 
 
-def test_what_a_worker_receives_is_known() -> None:
+def test_every_message_to_a_worker_is_covered() -> None:
     assert {word for word, _ in SENT} == TO_WORKER

@@ -1,78 +1,78 @@
-"""Workers that send no heartbeat, and a supervisor that was stopped itself."""
+"""Workers that send no heartbeat, and a supervisor that was suspended."""
 
 import signal
 
 from rtservice.pool.control import BEAT
 
 
-def test_a_worker_that_is_not_heard_prints_its_stack_and_is_killed(world) -> None:
-    one = world()
-    first, second = one.serve()
-    one.pass_time(29, silent=(second,))
+def test_worker_without_heartbeat_dumps_its_stack_and_is_killed(world) -> None:
+    running = world()
+    first, second = running.serve()
+    running.pass_time(29, silent=(second,))
     assert second.signals == []
-    one.pass_time(1, silent=(second,))
+    running.pass_time(1, silent=(second,))
     assert second.signals == [signal.SIGUSR2]
-    assert one.recorded("worker.hung", seconds=30.0)
+    assert running.recorded("worker.hung", seconds=30.0)
     second.writes(b'  File "x.py", line 1 in loop\n', 2)
-    one.pass_time(1, silent=(second,))
+    running.pass_time(1, silent=(second,))
     assert second.signals == [signal.SIGUSR2, signal.SIGKILL]
     assert first.signals == []
     second.dies(9)
-    one.pass_time(1)
-    one.processes[-1].says("ready")
-    assert one.pool.slots[1].ready
-    assert one.recorded("worker.printed_error", line='  File "x.py", line 1 in loop')
+    running.pass_time(1)
+    running.processes[-1].says("ready")
+    assert running.pool.slots[1].ready
+    assert running.recorded("worker.printed_error", line='  File "x.py", line 1 in loop')
 
 
-def test_a_worker_that_hangs_while_it_drains_is_killed_as_well(world) -> None:
-    one = world(drain_timeout=1000.0)
-    one.serve()
-    one.send(signal.SIGTERM)
-    one.pass_time(30, silent=tuple(one.processes))
-    assert all(process.signals == [signal.SIGUSR2] for process in one.processes)
-    one.pass_time(1, silent=tuple(one.processes))
-    assert all(process.killed for process in one.processes)
+def test_worker_that_hangs_while_draining_is_killed(world) -> None:
+    running = world(drain_timeout=1000.0)
+    running.serve()
+    running.send(signal.SIGTERM)
+    running.pass_time(30, silent=tuple(running.processes))
+    assert all(process.signals == [signal.SIGUSR2] for process in running.processes)
+    running.pass_time(1, silent=tuple(running.processes))
+    assert all(process.killed for process in running.processes)
 
 
-def test_without_a_hang_timeout_nobody_is_killed_for_silence(world) -> None:
-    one = world(hang_timeout=0.0)
-    one.serve()
-    one.pass_time(500, silent=tuple(one.processes))
-    assert all(process.signals == [] for process in one.processes)
-    assert one.notifier.signs > 490
+def test_without_a_hang_timeout_no_worker_is_killed_for_a_missing_heartbeat(world) -> None:
+    running = world(hang_timeout=0.0)
+    running.serve()
+    running.pass_time(500, silent=tuple(running.processes))
+    assert all(process.signals == [] for process in running.processes)
+    assert running.notifier.signs > 490
 
 
-def test_a_parent_that_was_away_kills_nobody(world) -> None:
-    one = world()
-    first, second = one.serve()
+def test_supervisor_that_was_suspended_kills_no_worker(world) -> None:
+    running = world()
+    first, second = running.serve()
     second.dies(9)
-    one.pass_time(1)
-    starting = one.processes[-1]
-    one.reactor.advance(1000)
+    running.pass_time(1)
+    starting = running.processes[-1]
+    running.reactor.advance(1000)
     assert first.signals == starting.signals == []
-    one.pass_time(20)
+    running.pass_time(20)
     starting.says("ready")
-    one.pass_time(100)
+    running.pass_time(100)
     assert first.signals == starting.signals == []
 
 
-def test_the_service_manager_hears_nothing_of_a_parent_whose_workers_cannot_be_killed(world) -> None:
-    one = world()
-    first, _ = one.serve()
-    one.pass_time(50, silent=(first,))
-    assert one.notifier.signs >= 50
-    one.pass_time(10, silent=(first,))
-    before = one.notifier.signs
-    one.pass_time(50, silent=(first,))
-    assert one.notifier.signs == before
+def test_watchdog_is_not_notified_while_a_hung_worker_cannot_be_killed(world) -> None:
+    running = world()
+    first, _ = running.serve()
+    running.pass_time(50, silent=(first,))
+    assert running.notifier.signs >= 50
+    running.pass_time(10, silent=(first,))
+    before = running.notifier.signs
+    running.pass_time(50, silent=(first,))
+    assert running.notifier.signs == before
 
 
-def test_one_look_that_fails_does_not_end_the_others(world, monkeypatch) -> None:
-    one = world()
-    _, second = one.serve()
-    monkeypatch.setattr(one.notifier, "status", lambda text: 1 / 0)
-    one.reactor.advance(BEAT)
+def test_failing_periodic_check_is_logged_and_workers_are_still_checked(world, monkeypatch) -> None:
+    running = world()
+    _, second = running.serve()
+    monkeypatch.setattr(running.notifier, "status", lambda text: 1 / 0)
+    running.reactor.advance(BEAT)
     monkeypatch.undo()
-    assert [event.pop("log_failure").type for event in one.events if "log_failure" in event] == [ZeroDivisionError]
-    one.pass_time(32, silent=(second,))
+    assert [event.pop("log_failure").type for event in running.events if "log_failure" in event] == [ZeroDivisionError]
+    running.pass_time(32, silent=(second,))
     assert second.killed

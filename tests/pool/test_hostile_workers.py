@@ -1,4 +1,4 @@
-"""Workers that send rubbish or floods to the supervisor."""
+"""Workers that send invalid messages or floods to the supervisor."""
 
 import io
 import signal
@@ -12,7 +12,7 @@ from rtservice.pool.control import BEAT, CONTROL_OUT, encode
 from rtservice.pool.worker_process import WorkerPhase
 from rtservice.process.counters import ENDED, OPEN_CONNECTIONS
 
-RUBBISH = [
+INVALID = [
     b"\xff\xfe rubbish \x00\n",
     b"hello\n",
     b"beat [1]\n",
@@ -27,42 +27,42 @@ RUBBISH = [
 ]
 
 
-@pytest.mark.parametrize("rubbish", RUBBISH, ids=lambda rubbish: repr(rubbish[:24]))
-def test_rubbish_costs_the_worker_that_sends_it_its_life_and_nobody_else(world, rubbish) -> None:
-    one = world()
-    first, second = one.serve()
-    second.writes(rubbish)
+@pytest.mark.parametrize("invalid", INVALID, ids=lambda invalid: repr(invalid[:24]))
+def test_only_the_worker_that_sends_an_invalid_message_is_killed_and_replaced(world, invalid) -> None:
+    running = world()
+    first, second = running.serve()
+    second.writes(invalid)
     assert second.signals == [signal.SIGKILL]
-    [violation] = one.recorded("worker.violation")
+    [violation] = running.recorded("worker.violation")
     assert (violation["slot"], violation["pid"]) == (1, 1001)
     assert len(violation["problem"]) < 180
     second.says("beat", {"open": 10})
-    second.writes(rubbish)
-    assert len(one.recorded("worker.violation")) == 1
+    second.writes(invalid)
+    assert len(running.recorded("worker.violation")) == 1
     second.dies(9)
-    one.pass_time(1)
-    one.processes[-1].says("ready")
+    running.pass_time(1)
+    running.processes[-1].says("ready")
     assert first.signals == []
-    assert one.pool.status == "serving: 2 of 2 workers ready, 0 connections open"
+    assert running.pool.status == "serving: 2 of 2 workers ready, 0 connections open"
 
 
-def test_a_record_that_cannot_be_handled_costs_only_its_worker(world, monkeypatch) -> None:
-    one = world()
-    first, second = one.serve()
-    monkeypatch.setattr(one.pool, "publish", lambda event: 1 / 0)
+def test_only_the_worker_whose_record_cannot_be_handled_is_killed(world, monkeypatch) -> None:
+    running = world()
+    first, second = running.serve()
+    monkeypatch.setattr(running.pool, "publish", lambda event: 1 / 0)
     second.logs("hello")
     monkeypatch.undo()
     assert second.killed
     assert not first.killed
-    assert one.recorded("worker.message_failed", slot=1, pid=1001)[0]["problem"].startswith("ZeroDivisionError")
+    assert running.recorded("worker.message_failed", slot=1, pid=1001)[0]["problem"].startswith("ZeroDivisionError")
 
 
-def test_no_format_string_of_a_worker_is_run(world) -> None:
-    one = world(1)
-    [only] = one.serve()
+def test_format_strings_from_a_worker_are_not_evaluated(world) -> None:
+    running = world(1)
+    [only] = running.serve()
     text = "{a:>2000000000} {a.__class__} %(a)2000000000d %s"
     only.writes(encode("records", [["warn", "{x}", 5.0, text, "{y}", {"a": 1, "log": "{z}"}]]))
-    event = one.events[-1]
+    event = running.events[-1]
     assert formatEvent(event) == text
     assert event["log_format"] == "{log_text}"
     assert textFromEventDict(legacy(event)) == text + "\n{y}"
@@ -70,18 +70,18 @@ def test_no_format_string_of_a_worker_is_run(world) -> None:
 
 
 def legacy(event: dict[str, Any]) -> dict[str, Any]:
-    """What an observer of twisted.python.log gets of it."""
+    """Return the event that an observer of twisted.python.log receives."""
     found: list[dict[str, Any]] = []
-    LegacyLogObserverWrapper(found.append)(dict(event))  # type: ignore[arg-type]  # a function is one
+    LegacyLogObserverWrapper(found.append)(dict(event))  # type: ignore[arg-type]  # a function is an observer
     return found[0]
 
 
-def test_a_worker_s_failure_is_the_text_of_its_traceback(world) -> None:
-    one = world(1)
-    [only] = one.serve()
+def test_failure_from_a_worker_contains_its_traceback_as_text(world) -> None:
+    running = world(1)
+    [only] = running.serve()
     traceback = "Traceback:\n  at x\x1b\nbuiltins.ValueError: no"
     only.writes(encode("records", [["critical", "a", 5.0, "it failed", traceback, {}]]))
-    failure = one.events[-1].pop("log_failure")
+    failure = running.events[-1].pop("log_failure")
     assert failure.getErrorMessage() == "builtins.ValueError: no"
     assert failure.getTraceback() == failure.getBriefTraceback() == "Traceback:\n  at x\\x1b\nbuiltins.ValueError: no"
     assert failure.getTracebackObject() is None
@@ -90,106 +90,106 @@ def test_a_worker_s_failure_is_the_text_of_its_traceback(world) -> None:
     assert file.getvalue() == failure.getTraceback()
 
 
-def test_a_worker_that_violates_again_and_again_is_replaced_with_back_off(world) -> None:
-    one = world()
-    first, _ = one.serve()
+def test_worker_that_repeatedly_sends_invalid_messages_is_replaced_with_backoff(world) -> None:
+    running = world()
+    first, _ = running.serve()
     waits = []
     for _ in range(4):
-        one.processes[-1].writes(b"rubbish\n")
-        one.processes[-1].dies(9)
-        waits.append(round(one.pool.slots[1].respawn.getTime() - one.reactor.seconds(), 3))
-        one.reactor.advance(waits[-1])
-        one.processes[-1].says("ready")
+        running.processes[-1].writes(b"rubbish\n")
+        running.processes[-1].dies(9)
+        waits.append(round(running.pool.slots[1].respawn.getTime() - running.reactor.seconds(), 3))
+        running.reactor.advance(waits[-1])
+        running.processes[-1].says("ready")
     assert waits == [0.1, 0.2, 0.4, 0.8]
     assert first.signals == []
 
 
-def test_a_heartbeat_alone_is_a_sign_of_life(world) -> None:
-    one = world()
-    _, second = one.serve()
+def test_only_heartbeats_reset_the_hang_timeout(world) -> None:
+    running = world()
+    _, second = running.serve()
     for _ in range(30):
         second.logs("still here")
         second.writes(b"a line", 1)
-        one.pass_time(1, silent=(second,))
+        running.pass_time(1, silent=(second,))
     assert second.signals == [signal.SIGUSR2]
 
 
-def test_a_worker_that_wants_to_leave_again_and_again_is_replaced_with_back_off(world) -> None:
-    one = world(1)
-    one.serve()
+def test_workers_that_repeatedly_request_replacement_are_replaced_with_backoff(world) -> None:
+    running = world(1)
+    running.serve()
     counts = []
     for _ in range(100):
-        for process in one.alive():
+        for process in running.alive():
             if process.protocol.phase is WorkerPhase.STARTING:
                 process.says("ready")
             if "drain" in process.words():
                 process.dies()
             else:
                 process.says("leave")
-        one.pass_time(1)
-        counts.append(len(one.processes))
+        running.pass_time(1)
+        counts.append(len(running.processes))
     assert counts[0] == 2
-    assert 5 < counts[-1] < 15  # and not 100
-    assert one.pool.slots[0].ready
+    assert 5 < counts[-1] < 15  # not 100
+    assert running.pool.slots[0].ready
 
 
-def test_a_worker_that_wants_to_leave_too_soon_leaves_later(world) -> None:
-    one = world(1)
-    one.serve()
+def test_early_replacement_request_is_delayed_by_the_backoff(world) -> None:
+    running = world(1)
+    running.serve()
     for _ in range(5):  # 0.1, 0.2, 0.4, 0.8, 1.6
-        one.processes[-1].says("leave")
-        one.pass_time(1)
-        one.processes[-1].says("ready")
-        one.processes[-2].dies()
-        one.pass_time(1)
-    last = one.processes[-1]
+        running.processes[-1].says("leave")
+        running.pass_time(1)
+        running.processes[-1].says("ready")
+        running.processes[-2].dies()
+        running.pass_time(1)
+    last = running.processes[-1]
     last.says("leave")
     assert last.words() == ["start"]
-    one.pass_time(4)
-    one.processes[-1].says("ready")
+    running.pass_time(4)
+    running.processes[-1].says("ready")
     assert last.words() == ["start", "drain"]
 
 
-def test_a_worker_that_says_that_it_is_too_large_is_replaced_with_back_off(world) -> None:
-    one = world(1, max_memory=100)
-    one.serve()
+def test_workers_that_report_too_much_memory_are_replaced_with_backoff(world) -> None:
+    running = world(1, max_memory=100)
+    running.serve()
     for _ in range(100):
-        for process in one.alive():
+        for process in running.alive():
             if process.protocol.phase is WorkerPhase.STARTING:
                 process.says("ready")
             process.says("beat", {"memory": 10**15})
             if "drain" in process.words():
                 process.dies()
-        one.pass_time(1)
-    assert 5 < len(one.processes) < 15  # and not 100
+        running.pass_time(1)
+    assert 5 < len(running.processes) < 15  # not 100
 
 
-def test_a_worker_that_does_not_read_its_questions_is_asked_few_and_killed(world) -> None:
-    one = world()
-    first, second = one.serve()
+def test_worker_that_does_not_answer_gets_a_bounded_number_of_requests_and_is_killed(world) -> None:
+    running = world()
+    first, second = running.serve()
     answers: list[Any] = []
     for _ in range(10):
         for _ in range(10):
-            one.service.rows("-age", 5).addCallback(answers.append)
+            running.service.rows("-age", 5).addCallback(answers.append)
         for word, value in first.told[1:]:
             first.says(word, {"id": value["id"], "rows": []})
         del first.told[1:]
-        one.pass_time(2)
+        running.pass_time(2)
     assert [missing for _, missing in answers] == [[1]] * 100
     assert second.words() == ["start"] + ["rows"] * 16
     assert second.signals == []
-    one.pass_time(10)
+    running.pass_time(10)
     assert second.signals == [signal.SIGKILL]
-    assert one.recorded("worker.unresponsive", pid=1001, seconds=30.0)
+    assert running.recorded("worker.unresponsive", pid=1001, seconds=30.0)
     assert first.signals == []
 
 
-def test_an_answer_that_comes_late_is_no_violation_and_a_second_one_is(world) -> None:
-    one = world(1)
-    [only] = one.serve()
+def test_late_answer_is_accepted_and_a_second_answer_is_a_violation(world) -> None:
+    running = world(1)
+    [only] = running.serve()
     answers: list[Any] = []
-    one.service.rows("-age", 5).addCallback(answers.append)
-    one.pass_time(5)
+    running.service.rows("-age", 5).addCallback(answers.append)
+    running.pass_time(5)
     assert answers == [([], [0])]
     only.says("rows", {"id": 1, "rows": []})
     assert not only.killed
@@ -197,24 +197,26 @@ def test_an_answer_that_comes_late_is_no_violation_and_a_second_one_is(world) ->
     assert only.killed
 
 
-def test_labels_of_workers_that_come_and_go_are_few(world) -> None:
-    one = world(1)
-    one.serve()
+def test_number_of_labels_of_successive_workers_is_bounded(world) -> None:
+    running = world(1)
+    running.serve()
     for generation in range(20):
-        process = one.processes[-1]
-        process.says("beat", {f"closed\t{generation} {n}\t{one.listener.name}": 1 for n in range(50)} | {"ended": 50})
+        process = running.processes[-1]
+        process.says(
+            "beat", {f"closed\t{generation} {n}\t{running.listener.name}": 1 for n in range(50)} | {"ended": 50}
+        )
         process.dies(9)
-        one.pass_time(35)
-        one.processes[-1].says("ready")
-    [shown] = one.service.overview()["workers"]
+        running.pass_time(35)
+        running.processes[-1].says("ready")
+    [shown] = running.service.overview()["workers"]
     closed = [count for key, count in shown["counters"].items() if key.name == "closed"]
     assert len(closed) == 101
     assert sum(closed) == shown["counters"][ENDED] == 1000
 
 
-def test_a_worker_that_floods_is_paused_until_the_next_look(world) -> None:
-    one = world()
-    first, second = one.serve()
+def test_worker_that_floods_the_channel_is_paused_until_the_next_check(world) -> None:
+    running = world()
+    first, second = running.serve()
     for _ in range(4998):
         second.says("beat", {})
     assert not second.paused
@@ -222,69 +224,69 @@ def test_a_worker_that_floods_is_paused_until_the_next_look(world) -> None:
     assert second.paused == {CONTROL_OUT}
     first.says("beat", {"open": 1})
     assert not first.paused
-    one.reactor.advance(BEAT)
+    running.reactor.advance(BEAT)
     assert not second.paused
     second.says("beat", {})
     assert not second.paused
 
 
-def test_what_is_printed_is_taken_some_lines_at_a_time_and_silences_no_heartbeat(world) -> None:
-    one = world()
-    first, second = one.serve()
+def test_printed_lines_are_read_in_portions_and_do_not_delay_heartbeats(world) -> None:
+    running = world()
+    first, second = running.serve()
     second.writes(b"\n" * 8192, 1)
     assert second.paused == {1}
-    assert len(one.recorded("worker.printed")) == 100
+    assert len(running.recorded("worker.printed")) == 100
     second.says("beat", {"open": 7})
     assert second.protocol.counters == {OPEN_CONNECTIONS: 7}
-    one.reactor.advance(0)  # all turns until a beat ends it
-    assert len(one.recorded("worker.printed")) == 5000
+    running.reactor.advance(0)  # all turns until the limit of the beat
+    assert len(running.recorded("worker.printed")) == 5000
     assert second.paused == {1}
-    one.reactor.advance(BEAT)
-    assert len(one.recorded("worker.printed")) == 8192
+    running.reactor.advance(BEAT)
+    assert len(running.recorded("worker.printed")) == 8192
     assert second.paused == first.paused == set()
 
 
-def test_what_a_worker_has_printed_before_it_died_is_in_the_log_before_it_is_replaced(world) -> None:
-    one = world(1)
-    [only] = one.serve()
+def test_output_of_a_dead_worker_is_logged_before_it_is_replaced(world) -> None:
+    running = world(1)
+    [only] = running.serve()
     only.writes(b"a line\n" * 1000, 2)
     only.dies(9)
-    assert not one.recorded("worker.ended", exit_status=9)
-    one.reactor.advance(0)
-    assert len(one.recorded("worker.printed_error")) == 1000
-    assert one.recorded("worker.ended", exit_status=9)
-    one.pass_time(1)
-    assert len(one.processes) == 2
+    assert not running.recorded("worker.ended", exit_status=9)
+    running.reactor.advance(0)
+    assert len(running.recorded("worker.printed_error")) == 1000
+    assert running.recorded("worker.ended", exit_status=9)
+    running.pass_time(1)
+    assert len(running.processes) == 2
 
 
-def test_what_a_worker_prints_is_logged_by_lines_and_escaped(world) -> None:
-    one = world(1)
-    [only] = one.serve()
+def test_output_of_a_worker_is_logged_by_line_and_escaped(world) -> None:
+    running = world(1)
+    [only] = running.serve()
     only.writes(b"one\ntw", 2)
     only.writes(b"o\x1b[31m\xff\n", 2)
-    assert one.texts()[-2:] == [
+    assert running.texts()[-2:] == [
         "worker 0 (pid 1000) printed: one",
         "worker 0 (pid 1000) printed: two\\x1b[31m\\xff",
     ]
     only.writes(b"no end", 2)
     only.dies(9)
-    assert one.recorded("worker.printed_error", line="no end")
+    assert running.recorded("worker.printed_error", line="no end")
 
 
-def test_a_line_without_end_that_is_printed_takes_no_more_than_so_much_memory(world) -> None:
-    one = world(1)
-    [only] = one.serve()
+def test_unterminated_output_line_takes_bounded_memory(world) -> None:
+    running = world(1)
+    [only] = running.serve()
     for _ in range(100):
         only.writes(b"x" * 8192, 1)
     assert len(only.protocol._printed[1]._buffer) <= 8192
-    assert all(len(text) < 9000 for text in one.texts())
+    assert all(len(text) < 9000 for text in running.texts())
 
 
-def test_a_record_of_a_worker_is_in_the_log_with_its_slot_and_all_that_it_had(world) -> None:
-    one = world()
-    _, second = one.serve()
+def test_record_of_a_worker_is_logged_with_its_slot_and_all_its_fields(world) -> None:
+    running = world()
+    _, second = running.serve()
     second.logs("{peer} went", peer="1.2.3.4", seconds=1.5)
-    event = one.events[-1]
+    event = running.events[-1]
     assert formatEvent(event) == "1.2.3.4 went"
     assert (event["slot"], event["seconds"], event["log_level"]) == (1, 1.5, LogLevel.info)
     assert event["log_system"] == "its.own#info worker 1"

@@ -1,4 +1,4 @@
-"""Portions of what a worker sends: per turn, per beat, and at its end."""
+"""Input from a worker is taken in portions: per turn, per beat, and at its end."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ class Item:
 
 
 class Bytes:
-    """Decodes each byte as an item that costs as much as the byte says; 0 is a mistake."""
+    """Decodes each byte as an item whose cost is the value of the byte; 0 is an error."""
 
     def __init__(self) -> None:
         self.left = bytearray()
@@ -35,7 +35,7 @@ class Bytes:
 
 
 class World:
-    """An intake of 10 units a turn and 25 a beat, and what it does."""
+    """An intake with limits of 10 units per turn and 25 per beat, and a record of its actions."""
 
     def __init__(self) -> None:
         self.turns: list[Any] = []
@@ -79,131 +79,131 @@ class World:
             function()
 
 
-def test_what_is_little_is_taken_at_once() -> None:
-    one = World()
-    one.intake.feed(bytes([1, 2, 3]))
-    assert one.taken == [1, 2, 3]
-    assert one.reads
-    assert not one.turns
+def test_input_below_the_limit_of_a_turn_is_taken_at_once() -> None:
+    world = World()
+    world.intake.feed(bytes([1, 2, 3]))
+    assert world.taken == [1, 2, 3]
+    assert world.reads
+    assert not world.turns
 
 
-def test_a_turn_takes_a_portion_and_the_pipe_is_not_read_until_all_is_taken() -> None:
-    one = World()
-    one.intake.feed(bytes([1] * 15))
-    assert len(one.taken) == 10
-    assert not one.reads
-    one.turn()
-    assert len(one.taken) == 15
-    assert one.reads
-    assert not one.turns
+def test_each_turn_takes_a_portion_and_reading_is_paused_until_all_is_taken() -> None:
+    world = World()
+    world.intake.feed(bytes([1] * 15))
+    assert len(world.taken) == 10
+    assert not world.reads
+    world.turn()
+    assert len(world.taken) == 15
+    assert world.reads
+    assert not world.turns
 
 
-def test_a_beat_takes_a_portion_and_goes_on_with_the_next() -> None:
-    one = World()
-    one.intake.feed(bytes([1] * 60))
+def test_input_over_the_limit_of_a_beat_continues_with_the_next_beat() -> None:
+    world = World()
+    world.intake.feed(bytes([1] * 60))
     for _ in range(10):
-        one.turn()
-    assert len(one.taken) == 25
-    assert not one.reads
-    one.intake.beat()
+        world.turn()
+    assert len(world.taken) == 25
+    assert not world.reads
+    world.intake.beat()
     for _ in range(10):
-        one.turn()
-    assert len(one.taken) == 50
-    one.intake.beat()
-    one.turn()
-    assert len(one.taken) == 60
-    assert one.reads
+        world.turn()
+    assert len(world.taken) == 50
+    world.intake.beat()
+    world.turn()
+    assert len(world.taken) == 60
+    assert world.reads
 
 
-def test_a_beat_in_the_middle_of_its_turns_does_not_go_on_twice() -> None:
-    one = World()
-    one.intake.feed(bytes([1] * 100))
-    one.intake.beat()
-    assert len(one.turns) == 1
-    assert len(one.taken) == 10
+def test_beat_between_turns_schedules_no_second_turn() -> None:
+    world = World()
+    world.intake.feed(bytes([1] * 100))
+    world.intake.beat()
+    assert len(world.turns) == 1
+    assert len(world.taken) == 10
 
 
-def test_what_costs_more_than_a_turn_is_taken_alone() -> None:
-    one = World()
-    one.intake.feed(bytes([20, 20, 1]))
-    assert one.taken == [20]
-    one.turn()
-    assert one.taken == [20, 20]  # of a beat, 5 were left
-    one.turn()
-    assert one.taken == [20, 20]
-    one.intake.beat()
-    assert one.taken == [20, 20, 1]
+def test_item_that_costs_more_than_a_turn_is_taken_alone() -> None:
+    world = World()
+    world.intake.feed(bytes([20, 20, 1]))
+    assert world.taken == [20]
+    world.turn()
+    assert world.taken == [20, 20]  # 5 units of the beat were left
+    world.turn()
+    assert world.taken == [20, 20]
+    world.intake.beat()
+    assert world.taken == [20, 20, 1]
 
 
 @pytest.mark.parametrize(("mistake", "kind"), [(0, ValueError), (7, LookupError)])
 @pytest.mark.parametrize("before", [0, 15])
-def test_after_a_mistake_nothing_is_taken(mistake, kind, before) -> None:
-    one = World()
-    one.intake.feed(bytes([1] * before + [mistake, 1, mistake]))
-    one.turn()
-    one.turn()
-    one.intake.feed(bytes([1, mistake]))
-    one.intake.beat()
-    assert [type(problem) for problem in one.problems] == [kind]
-    assert len(one.taken) == before
-    assert not one.turns
-    one.intake.finish(one.finished)
-    assert one.done == 1
+def test_nothing_is_taken_after_an_error(mistake, kind, before) -> None:
+    world = World()
+    world.intake.feed(bytes([1] * before + [mistake, 1, mistake]))
+    world.turn()
+    world.turn()
+    world.intake.feed(bytes([1, mistake]))
+    world.intake.beat()
+    assert [type(problem) for problem in world.problems] == [kind]
+    assert len(world.taken) == before
+    assert not world.turns
+    world.intake.finish(world.finished)
+    assert world.done == 1
 
 
-def test_the_end_takes_the_rest_turn_by_turn_whatever_a_beat_allows() -> None:
-    one = World()
-    one.intake.feed(bytes([1] * 55))
-    one.intake.finish(one.finished)
+def test_finish_takes_the_rest_over_turns_without_the_limit_of_a_beat() -> None:
+    world = World()
+    world.intake.feed(bytes([1] * 55))
+    world.intake.finish(world.finished)
     for count in (20, 30, 40, 50):
-        one.turn()
-        assert len(one.taken) == count
-        assert not one.done
-    one.turn()
-    assert (len(one.taken), one.done) == (55, 1)
-    assert not one.turns
+        world.turn()
+        assert len(world.taken) == count
+        assert not world.done
+    world.turn()
+    assert (len(world.taken), world.done) == (55, 1)
+    assert not world.turns
 
 
-def test_the_end_of_an_intake_that_had_used_up_its_beat_goes_on_by_itself() -> None:
-    one = World()
-    one.intake.feed(bytes([1] * 40))
-    one.turn()
-    one.turn()
-    one.turn()
-    assert (len(one.taken), len(one.turns)) == (25, 0)
-    one.intake.finish(one.finished)
-    assert (len(one.taken), one.done) == (35, 0)
-    one.turn()
-    assert len(one.taken) == 40
-    assert one.done == 1
+def test_finish_resumes_an_intake_that_has_used_up_its_beat() -> None:
+    world = World()
+    world.intake.feed(bytes([1] * 40))
+    world.turn()
+    world.turn()
+    world.turn()
+    assert (len(world.taken), len(world.turns)) == (25, 0)
+    world.intake.finish(world.finished)
+    assert (len(world.taken), world.done) == (35, 0)
+    world.turn()
+    assert len(world.taken) == 40
+    assert world.done == 1
 
 
-def test_a_mistake_at_the_end_is_the_end() -> None:
-    one = World()
-    one.intake.feed(bytes([1] * 15 + [0, 1]))
-    one.intake.finish(one.finished)
-    one.turn()
-    assert (len(one.problems), one.done) == (1, 1)
+def test_error_while_finishing_finishes_the_intake() -> None:
+    world = World()
+    world.intake.feed(bytes([1] * 15 + [0, 1]))
+    world.intake.finish(world.finished)
+    world.turn()
+    assert (len(world.problems), world.done) == (1, 1)
 
 
-def test_an_intake_that_is_closed_takes_no_more() -> None:
-    one = World()
-    one.intake.feed(bytes([1] * 15))
-    one.intake.close()
-    one.turn()
-    one.intake.beat()
-    one.intake.feed(bytes([1]))
-    assert len(one.taken) == 10
-    one.intake.finish(one.finished)
-    assert one.done == 1
+def test_closed_intake_takes_nothing() -> None:
+    world = World()
+    world.intake.feed(bytes([1] * 15))
+    world.intake.close()
+    world.turn()
+    world.intake.beat()
+    world.intake.feed(bytes([1]))
+    assert len(world.taken) == 10
+    world.intake.finish(world.finished)
+    assert world.done == 1
 
 
-def test_intakes_take_turns() -> None:
+def test_intakes_alternate() -> None:
     clock = Clock()
     order: list[str] = []
     for name in ("a", "b"):
         lines = PrintedLines()
-        one = Intake(
+        intake = Intake(
             clock,
             lines,
             take=lambda line, name=name: order.append(name),
@@ -212,7 +212,7 @@ def test_intakes_take_turns() -> None:
             resume=lambda: None,
             a_turn=2,
         )
-        one.feed(b"\n" * 4)
+        intake.feed(b"\n" * 4)
     clock.advance(0)
     assert order == ["a", "a", "b", "b", "a", "a", "b", "b"]
 
@@ -248,17 +248,17 @@ def lines(*pieces: bytes, end: bool = False) -> list[str]:
         ([b"x" * 8192, b"\n"], ["x" * 8192]),
     ],
 )
-def test_what_is_printed_becomes_lines_of_bounded_length(pieces, found) -> None:
+def test_output_is_split_into_lines_of_bounded_length(pieces, found) -> None:
     assert lines(*pieces) == found
 
 
-def test_a_line_without_end_is_a_line_at_the_end() -> None:
+def test_unterminated_line_is_returned_at_the_end_of_output() -> None:
     assert lines(b"one\ntw", b"o") == ["one"]
     assert lines(b"one\ntw", b"o", end=True) == ["one", "two"]
     assert lines(b"one\n", end=True) == ["one"]
 
 
-def test_output_without_line_ends_takes_little_memory_and_linear_time() -> None:
+def test_output_without_line_ends_takes_bounded_memory() -> None:
     made = PrintedLines()
     taken = 0
     for _ in range(200):

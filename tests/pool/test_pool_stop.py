@@ -7,185 +7,185 @@ from typing import Any
 from tests.support.recorded import recorded
 
 
-def test_a_stop_drains_all_and_ends_with_the_last_one(world) -> None:
-    one = world()
-    first, second = one.serve()
+def test_stop_drains_all_workers_and_ends_with_the_last_one(world) -> None:
+    running = world()
+    first, second = running.serve()
     first.says("beat", {"drain_ended": 0})
-    one.send(signal.SIGTERM)
-    one.reactor.advance(0)
-    assert one.listener.done == ["remove file", "close"]  # the workers have its sockets
+    running.send(signal.SIGTERM)
+    running.reactor.advance(0)
+    assert running.listener.done == ["remove file", "close"]  # the workers have its sockets
     assert first.told[1:] == second.told[1:] == [("drain", ["slot", "own"])]
     first.says("beat", {"drain_ended": 40, "drain_aborted": 1})
     first.dies()
-    assert one.done == []
+    assert running.done == []
     second.says("beat", {"drain_ended": 1, "drain_aborted": 1})
-    one.pass_time(3)
+    running.pass_time(3)
     second.says("beat", {"drain_ended": 1, "drain_aborted": 1})
     second.dies()
-    assert one.done == [None]
-    assert recorded(one.events[-1:], "drain.done", ended=41, aborted=2, seconds=3.0)
-    assert one.notifier.said[:3] == ["READY", "STOPPING", "EXTEND"]
-    assert one.service.exit_status == 0
-    assert len(one.processes) == 2
+    assert running.done == [None]
+    assert recorded(running.events[-1:], "drain.done", ended=41, aborted=2, seconds=3.0)
+    assert running.notifier.said[:3] == ["READY", "STOPPING", "EXTEND"]
+    assert running.service.exit_status == 0
+    assert len(running.processes) == 2
 
 
-def test_sockets_of_a_service_manager_are_kept_until_a_drain_is_over(world) -> None:
-    one = world(1)
-    one.listener.shared = True
-    [only] = one.serve()
-    one.send(signal.SIGTERM)
-    one.reactor.advance(0)
-    assert one.listener.done == ["remove file"]
+def test_sockets_of_the_service_manager_are_kept_until_the_drain_ends(world) -> None:
+    running = world(1)
+    running.listener.shared = True
+    [only] = running.serve()
+    running.send(signal.SIGTERM)
+    running.reactor.advance(0)
+    assert running.listener.done == ["remove file"]
     only.dies()
-    assert one.listener.done == ["remove file", "close"]
+    assert running.listener.done == ["remove file", "close"]
 
 
-def test_what_was_drained_before_the_stop_is_not_counted_at_its_end(world) -> None:
-    one = world(1)
-    [first] = one.serve()
-    one.send(signal.SIGHUP)
-    one.processes[-1].says("ready")
+def test_connections_drained_by_an_earlier_reload_are_not_counted_at_the_stop(world) -> None:
+    running = world(1)
+    [first] = running.serve()
+    running.send(signal.SIGHUP)
+    running.processes[-1].says("ready")
     first.says("beat", {"drain_ended": 100})
     first.dies()
-    one.send(signal.SIGTERM)
-    one.reactor.advance(0)
-    one.processes[-1].says("beat", {"drain_ended": 1})
-    one.processes[-1].dies()
-    assert recorded(one.events[-1:], "drain.done", ended=1, aborted=0)
+    running.send(signal.SIGTERM)
+    running.reactor.advance(0)
+    running.processes[-1].says("beat", {"drain_ended": 1})
+    running.processes[-1].dies()
+    assert recorded(running.events[-1:], "drain.done", ended=1, aborted=0)
 
 
-def test_workers_that_do_not_end_are_killed_after_one_deadline_for_all(world) -> None:
-    one = world()
-    one.serve()
-    one.send(signal.SIGTERM)
-    one.pass_time(49)
-    assert not any(process.killed for process in one.processes)
-    one.pass_time(2)
-    assert all(process.killed for process in one.processes)
+def test_workers_that_do_not_end_are_killed_after_a_common_deadline(world) -> None:
+    running = world()
+    running.serve()
+    running.send(signal.SIGTERM)
+    running.pass_time(49)
+    assert not any(process.killed for process in running.processes)
+    running.pass_time(2)
+    assert all(process.killed for process in running.processes)
 
 
-def test_a_second_signal_aborts_the_drain_and_kills_workers_that_go_on(world) -> None:
-    one = world()
-    first, second = one.serve()
-    one.send(signal.SIGINT)
-    one.reactor.advance(1)
-    one.send(signal.SIGTERM)
+def test_second_signal_aborts_the_drain_and_kills_workers_that_do_not_end(world) -> None:
+    running = world()
+    first, second = running.serve()
+    running.send(signal.SIGINT)
+    running.reactor.advance(1)
+    running.send(signal.SIGTERM)
     assert first.words() == second.words() == ["start", "drain", "abort_drain"]
     first.dies()
-    one.pass_time(6)
+    running.pass_time(6)
     assert second.killed
     second.dies(9)
-    assert one.done == [None]
-    assert one.service.exit_status == 128 + signal.SIGTERM
+    assert running.done == [None]
+    assert running.service.exit_status == 128 + signal.SIGTERM
 
 
-def test_two_signals_in_one_turn_of_the_reactor_are_two(world) -> None:
-    one = world(1)
-    [only] = one.serve()
-    one.send(signal.SIGTERM)
-    one.send(signal.SIGINT)
-    one.reactor.advance(0)
+def test_two_different_signals_in_one_reactor_turn_count_separately(world) -> None:
+    running = world(1)
+    [only] = running.serve()
+    running.send(signal.SIGTERM)
+    running.send(signal.SIGINT)
+    running.reactor.advance(0)
     assert sorted(only.words()) == ["abort_drain", "drain", "start"]
-    one.pass_time(6)
+    running.pass_time(6)
     assert only.killed
 
 
-def test_a_signal_that_is_sent_again_at_once_is_one(world) -> None:
-    one = world(1)
-    [only] = one.serve()
+def test_signal_repeated_at_once_counts_once(world) -> None:
+    running = world(1)
+    [only] = running.serve()
     for _ in range(4):
-        one.send(signal.SIGTERM)
-        one.reactor.advance(0.125)
+        running.send(signal.SIGTERM)
+        running.reactor.advance(0.125)
     assert only.words() == ["start", "drain"]
-    one.send(signal.SIGTERM)
+    running.send(signal.SIGTERM)
     assert only.words() == ["start", "drain", "abort_drain"]
 
 
-def test_a_stop_from_elsewhere_drains_as_well(world) -> None:
-    one = world(1)
-    [only] = one.serve()
-    one.reactor.stop()
-    one.reactor.advance(0)
+def test_stop_of_the_reactor_drains_the_workers(world) -> None:
+    running = world(1)
+    [only] = running.serve()
+    running.reactor.stop()
+    running.reactor.advance(0)
     assert only.words() == ["start", "drain"]
-    one.send(signal.SIGTERM)
+    running.send(signal.SIGTERM)
     assert only.words() == ["start", "drain", "abort_drain"]
     only.dies()
-    assert one.done == [None]
+    assert running.done == [None]
 
 
-def test_a_stop_ends_a_successor_and_what_still_drains_too(world) -> None:
-    one = world()
-    first, second = one.serve()
-    one.send(signal.SIGHUP)
-    one.processes[2].says("ready")
-    assert len(one.processes) == 4
-    one.send(signal.SIGTERM)
-    one.reactor.advance(0)
+def test_stop_also_ends_starting_successors_and_draining_workers(world) -> None:
+    running = world()
+    first, second = running.serve()
+    running.send(signal.SIGHUP)
+    running.processes[2].says("ready")
+    assert len(running.processes) == 4
+    running.send(signal.SIGTERM)
+    running.reactor.advance(0)
     assert first.told[1:] == [("drain", [])]
-    assert all(process.words() == ["start", "drain"] for process in one.processes)
-    one.processes[3].says("ready")  # it had no time to hear of the drain
+    assert all(process.words() == ["start", "drain"] for process in running.processes)
+    running.processes[3].says("ready")  # it has not read the drain message yet
     assert second.words() == ["start", "drain"]
-    for process in one.alive():
+    for process in running.alive():
         process.dies()
-    assert one.done == [None]
-    assert len(one.processes) == 4
+    assert running.done == [None]
+    assert len(running.processes) == 4
 
 
-def test_a_worker_that_dies_while_it_drains_is_not_replaced(world) -> None:
-    one = world()
-    first, second = one.serve()
-    one.send(signal.SIGTERM)
-    one.reactor.advance(0)
+def test_worker_that_dies_while_draining_is_not_replaced(world) -> None:
+    running = world()
+    first, second = running.serve()
+    running.send(signal.SIGTERM)
+    running.reactor.advance(0)
     first.dies(9)
-    one.pass_time(5)
+    running.pass_time(5)
     second.dies(9)
-    assert one.done == [None]
-    assert len(one.processes) == 2
+    assert running.done == [None]
+    assert len(running.processes) == 2
 
 
-def test_a_slot_that_waits_for_its_next_worker_gets_one_for_its_queue_when_all_stops(world) -> None:
-    one = world(1)
-    [only] = one.serve()
+def test_stop_starts_a_worker_for_the_backlog_of_an_empty_slot(world) -> None:
+    running = world(1)
+    [only] = running.serve()
     only.dies(9)
-    one.send(signal.SIGTERM)
-    one.reactor.advance(0)
-    [_, last] = one.processes
+    running.send(signal.SIGTERM)
+    running.reactor.advance(0)
+    [_, last] = running.processes
     assert last.told[1:] == [("drain", ["slot", "own"])]
-    assert one.listener.done[-1] == "close"
-    assert one.done == []
+    assert running.listener.done[-1] == "close"
+    assert running.done == []
     last.dies()
-    assert one.done == [None]
+    assert running.done == [None]
 
 
-def test_signals_after_the_stop_change_nothing(world) -> None:
-    one = world()
-    one.serve()
-    one.send(signal.SIGTERM)
-    one.reactor.advance(0)
+def test_signals_after_the_stop_have_no_effect(world) -> None:
+    running = world()
+    running.serve()
+    running.send(signal.SIGTERM)
+    running.reactor.advance(0)
     for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU):
-        one.send(number)
-    one.processes[0].says("leave")
-    assert one.reloads == 0
-    assert len(one.processes) == 2
-    for process in one.processes:
+        running.send(number)
+    running.processes[0].says("leave")
+    assert running.reloads == 0
+    assert len(running.processes) == 2
+    for process in running.processes:
         process.dies()
-    assert one.done == [None]
+    assert running.done == [None]
 
 
-def test_stopping_twice_is_stopping_once(world) -> None:
-    one = world(1)
-    [only] = one.serve()
-    one.send(signal.SIGTERM)
-    one.reactor.advance(0)
+def test_second_stop_waits_for_the_first_one(world) -> None:
+    running = world(1)
+    [only] = running.serve()
+    running.send(signal.SIGTERM)
+    running.reactor.advance(0)
     again: list[Any] = []
-    one.service.stopService().addBoth(again.append)
+    running.service.stopService().addBoth(again.append)
     only.dies()
-    assert one.done == again == [None]
+    assert running.done == again == [None]
     assert only.words() == ["start", "drain"]
 
 
-def test_the_environment_finds_the_same_modules(world, monkeypatch) -> None:
+def test_workers_have_the_module_search_path_of_the_supervisor(world, monkeypatch) -> None:
     monkeypatch.setattr("sys.path", ["", "/one", "/two"])
-    one = world(1)
-    one.service.startService()
-    assert one.processes[0].environment["PYTHONPATH"] == os.pathsep.join(["/one", "/two"])
+    running = world(1)
+    running.service.startService()
+    assert running.processes[0].environment["PYTHONPATH"] == os.pathsep.join(["/one", "/two"])

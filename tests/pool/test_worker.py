@@ -1,4 +1,4 @@
-"""What a worker makes of what its supervisor tells it, and what it says itself."""
+"""A worker: the messages that it receives from its supervisor, and the messages that it sends."""
 
 import dataclasses
 import json
@@ -52,45 +52,45 @@ def start(**given: Any) -> bytes:
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("total", [1, 2, 15, 16, 17, 1000, 1001])
-def test_the_shares_of_a_total_are_the_total_or_one_each(total, slots) -> None:
+def test_shares_add_up_to_the_total_and_are_at_least_one(total, slots) -> None:
     shares = [share(total, slot, slots) for slot in range(slots)]
     assert sum(shares) == max(total, slots)
     assert max(shares) - min(shares) <= 1
 
 
 @pytest.mark.parametrize("slots", [1, 3, 4])
-def test_limits_are_divided_among_workers_as_the_documentation_says(slots) -> None:
+def test_limits_are_divided_among_workers(slots) -> None:
     current = dataclasses.replace(Settings(), max_connections=10, max_connections_per_peer=10)
     limits = [runtime_settings(current, slot=slot, slots=slots).limits for slot in range(slots)]
-    assert sum(one.max_connections for one in limits) == 10
-    assert {one.max_connections_per_peer for one in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
+    assert sum(worker_limits.max_connections for worker_limits in limits) == 10
+    assert {worker_limits.max_connections_per_peer for worker_limits in limits} == {{1: 10, 3: 4, 4: 3}[slots]}
 
 
-def test_no_limit_for_each_peer_stays_none() -> None:
+def test_limit_per_peer_of_zero_stays_disabled_in_a_worker() -> None:
     assert runtime_settings(Settings(), slot=1, slots=3).limits.max_connections_per_peer == 0
 
 
-def test_the_descriptor_limit_is_each_process_s_own() -> None:
+def test_default_connection_limit_of_a_worker_is_its_descriptor_limit() -> None:
     whole = runtime_settings(Settings()).limits.max_connections
     assert runtime_settings(Settings(), slot=1, slots=3).limits.max_connections == whole
 
 
-def test_certificates_are_watched_by_the_supervisor_where_there_is_one() -> None:
+def test_workers_do_not_watch_certificates() -> None:
     current = dataclasses.replace(Settings(), watch_certificates=True)
     assert runtime_settings(current).watch_certificates
     assert not runtime_settings(current, slot=0, slots=2).watch_certificates
 
 
-# --- from a supervisor's listeners to a worker's ---
+# --- listeners passed from the supervisor to a worker ---
 
 
 @pytest.fixture
 def adopted() -> Iterator[Callable[..., list[Listener]]]:
-    """Opens descriptions for two slots, and gives what a worker of the second one adopts of them."""
+    """Return a function that opens descriptions for two slots and returns the listeners adopted for the second slot."""
     made: list[Listener] = []
 
     def adopt(*descriptions: str, before: Callable[[], None] = lambda: None) -> list[Listener]:
-        opened = [one for text in descriptions for one in open_description(text, backlog=10, slots=2)]
+        opened = [listener for text in descriptions for listener in open_description(text, backlog=10, slots=2)]
         made.extend(opened)
         described = json.loads(json.dumps(describe(DEFAULTS, opened, options=(), directory="/")))
         before()
@@ -108,18 +108,18 @@ def adopted() -> Iterator[Callable[..., list[Listener]]]:
         listener.close()
 
 
-def test_a_worker_adopts_its_socket_under_the_listener_s_name(adopted) -> None:
+def test_worker_adopts_its_socket_with_the_name_of_the_listener(adopted) -> None:
     [listener] = adopted("proxy:tcp:0:interface=127.0.0.1")
     assert listener.name.startswith("proxy:tcp:127.0.0.1:")
     assert listener.proxied
     assert listener.tls is None
     assert not listener.socket.getblocking()
-    # What a worker starts has no business with it.
+    # Child processes of the worker must not inherit it.
     assert not listener.socket.get_inheritable()
     assert listener.shared
 
 
-def test_a_worker_shows_certificates_that_it_could_not_read(adopted, certificates, tmp_path) -> None:
+def test_worker_uses_certificates_that_it_cannot_read_from_disk(adopted, certificates, tmp_path) -> None:
     for name in ("server.pem", "server.key", "ca.pem"):
         shutil.copy(certificates[name], tmp_path)
     description = (
@@ -130,10 +130,10 @@ def test_a_worker_shows_certificates_that_it_could_not_read(adopted, certificate
     assert listener.tls is not None
     assert listener.tls.minimum_version is ssl.TLSVersion.TLSv1_3
     assert listener.tls.verify_mode is ssl.CERT_REQUIRED
-    assert [one.names for one in listener.certificates] == [("localhost",)]
+    assert [certificate.names for certificate in listener.certificates] == [("localhost",)]
 
 
-def test_a_worker_shows_the_certificates_of_a_directory_by_name(adopted, certificates, tmp_path) -> None:
+def test_worker_uses_a_certificate_directory_that_it_cannot_read(adopted, certificates, tmp_path) -> None:
     directory = tmp_path / "certificates"
     directory.mkdir()
     for name in ("server.pem", "server.key"):
@@ -141,12 +141,12 @@ def test_a_worker_shows_the_certificates_of_a_directory_by_name(adopted, certifi
     [listener] = adopted(
         f"ssl:unix:{tmp_path}/rt.sock:certificates={directory}", before=lambda: shutil.rmtree(directory)
     )
-    assert [one.path for one in listener.certificates] == [f"{directory}/server.pem"]
+    assert [certificate.path for certificate in listener.certificates] == [f"{directory}/server.pem"]
     assert listener.tls is not None
     assert listener.tls.sni_callback is not None
 
 
-def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeypatch) -> None:
+def test_start_message_contains_the_kind_of_each_socket_and_its_file(tmp_path, monkeypatch) -> None:
     opened = [
         *open_description("tcp:0:interface=127.0.0.1", backlog=10, slots=2),
         *open_description(f"unix:{tmp_path}/rt.sock", backlog=10, slots=2),
@@ -154,14 +154,14 @@ def test_what_is_described_says_who_keeps_a_queue_and_its_file(tmp_path, monkeyp
     ]
     try:
         described = describe(DEFAULTS, opened, options=(), directory="/")["listeners"]
-        assert [one["kind"] for one in described] == ["slot", "own", "passed"]
-        assert [one["file"] for one in described] == [None, opened[1].file, None]
+        assert [described_listener["kind"] for described_listener in described] == ["slot", "own", "passed"]
+        assert [described_listener["file"] for described_listener in described] == [None, opened[1].file, None]
     finally:
         for listener in opened:
             listener.close()
 
 
-def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
+def test_worker_has_the_settings_of_its_supervisor() -> None:
     given = {"max-connections": "7", "greeting": r"\x00\xff", "proxy-from": ("10.0.0.0/8,::1",), "log-level": "debug"}
     current = load_settings(
         {name: value if isinstance(value, str) else value[0] for name, value in given.items()}, {}, None, ALIASES
@@ -171,7 +171,7 @@ def test_the_settings_of_a_worker_are_those_of_its_supervisor() -> None:
     assert described["sources"] == current.sources
 
 
-def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tmp_path) -> None:
+def test_removed_key_file_raises_an_error_in_the_supervisor(certificates, tmp_path) -> None:
     for name in ("server.pem", "server.key"):
         shutil.copy(certificates[name], tmp_path)
     files = f"privateKey={tmp_path}/server.key:certKey={tmp_path}/server.pem"
@@ -184,11 +184,11 @@ def test_a_file_that_has_gone_is_an_error_and_not_a_description(certificates, tm
         listener.close()
 
 
-# --- a worker's side of the channel ---
+# --- the control channel in the worker ---
 
 
 class Channel(StringTransportWithDisconnection):
-    """What a worker writes, as its supervisor reads it."""
+    """The channel of a worker; the output is decoded like in the supervisor."""
 
     @property
     def disconnected(self) -> bool:
@@ -198,8 +198,8 @@ class Channel(StringTransportWithDisconnection):
         super().__init__(protocol)
         self.checked = WorkerMessages(slot=0, listeners=(), access=True)
 
-    def said(self) -> list[tuple[str, Any]]:
-        """The messages of now, each of which the supervisor accepts."""
+    def messages(self) -> list[tuple[str, Any]]:
+        """Return the messages sent since the last call, and check that the supervisor accepts each."""
         lines = self.value().splitlines()
         self.records: list[Record] = []
         self.checked.feed(self.value())
@@ -217,7 +217,7 @@ class Channel(StringTransportWithDisconnection):
 
 @pytest.fixture
 def connected() -> tuple[Worker, Channel, FakeReactor]:
-    """A worker that has not been told anything."""
+    """A worker that has not received a message."""
     reactor = FakeReactor()
     made = Worker(reactor)
     channel = Channel(made)
@@ -226,21 +226,21 @@ def connected() -> tuple[Worker, Channel, FakeReactor]:
     return made, channel, reactor
 
 
-def test_a_worker_says_that_it_serves_and_then_that_it_lives(connected, monkeypatch) -> None:
+def test_worker_sends_ready_then_heartbeats(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     made.dataReceived(start())
-    said = channel.said()
+    said = channel.messages()
     assert [word for word, _ in said] == ["beat", "ready"]
     counters = said[0][1]
     assert counters["open"] == 0
     assert counters["memory"] > 1 << 20
     reactor.advance(1)
-    assert [word for word, _ in channel.said()] == ["beat"]
+    assert [word for word, _ in channel.messages()] == ["beat"]
     made.dataReceived(encode("drain", ["slot"]))
     reactor.pump([1] * 5)
     assert reactor.stops
-    assert channel.said()[-1][0] == "beat"
+    assert channel.messages()[-1][0] == "beat"
 
 
 @pytest.mark.parametrize(
@@ -251,10 +251,10 @@ def test_a_worker_says_that_it_serves_and_then_that_it_lives(connected, monkeypa
         ({"listeners": [{"kind": "own"}]}, "KeyError"),
     ],
 )
-def test_a_worker_that_cannot_start_says_why_and_ends(connected, given, reason) -> None:
+def test_worker_that_cannot_start_reports_the_reason_and_exits(connected, given, reason) -> None:
     made, channel, reactor = connected
     made.dataReceived(start(**given))
-    [problem] = [value for word, value in channel.said() if word == "failed"]
+    [problem] = [value for word, value in channel.messages() if word == "failed"]
     assert reason in problem
     assert made.status == 1
     assert reactor.stops == 1
@@ -270,28 +270,28 @@ class SlowFactory(Factory):
         return Deferred()
 
 
-def test_a_worker_that_fails_after_it_was_ready_ends_and_reports_no_failed_start(connected, monkeypatch) -> None:
+def test_worker_that_fails_after_ready_stops_without_reporting_a_failed_start(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     made.failed("unix:/s cannot accept any more: broken")
-    assert [word for word, _ in channel.said()] == ["records"]
+    assert [word for word, _ in channel.messages()] == ["records"]
     [record] = channel.records
     assert record.text == "service failed, stopping: unix:/s cannot accept any more: broken"
     assert reactor.stops
     assert made.status == 0
 
 
-def test_a_worker_that_drains_before_its_factory_has_started_reports_a_failed_start(connected, monkeypatch) -> None:
+def test_worker_drained_before_its_factory_has_started_reports_a_failed_start(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     monkeypatch.setattr(worker, "make_factory", lambda *given, **more: SlowFactory())
     made.dataReceived(start())
-    assert "ready" not in [word for word, _ in channel.said()]
+    assert "ready" not in [word for word, _ in channel.messages()]
     made.dataReceived(encode("drain", ["slot"]))
-    assert ("failed", "stopped before every listener was ready") in channel.said()
+    assert ("failed", "stopped before every listener was ready") in channel.messages()
     assert made.status == 1
     assert reactor.stops
 
@@ -317,17 +317,17 @@ def loading(connected, monkeypatch, tmp_path) -> Iterator[tuple[Worker, Channel,
     monkeypatch.setattr(worker, "in_slices", lambda steps, clock, **how: in_slices(steps, clock, **{**how, **slow}))
     channel.checked = WorkerMessages(slot=0, listeners=[listener.name], access=True)
     made.dataReceived(start(listeners=[{"kind": "slot", "file": None}], slots=2))
-    assert channel.said() == []
+    assert channel.messages() == []
     yield made, channel, reactor
     listener.close()
 
 
-def test_a_worker_loads_its_certificates_in_slices_and_serves_then(loading) -> None:
+def test_worker_loads_its_certificates_in_slices_before_it_is_ready(loading) -> None:
     made, channel, reactor = loading
     reactor.pump([0.1] * 9)
-    assert channel.said() == []
+    assert channel.messages() == []
     reactor.advance(0.1)
-    assert [word for word, _ in channel.said()] == ["beat", "ready"]
+    assert [word for word, _ in channel.messages()] == ["beat", "ready"]
     made.dataReceived(encode("drain", []))
     reactor.pump([1] * 5)
     assert reactor.stops
@@ -337,17 +337,17 @@ def test_a_worker_loads_its_certificates_in_slices_and_serves_then(loading) -> N
     "message", [encode("abort_drain"), encode("drain", []), b"garbage\n"], ids=["abort_drain", "drain", "garbage"]
 )
 @pytest.mark.parametrize("slices", [0, 5])
-def test_a_worker_that_is_to_end_at_once_does_not_load_on(loading, message, slices) -> None:
+def test_worker_stops_loading_if_it_has_to_end_at_once(loading, message, slices) -> None:
     made, channel, reactor = loading
     reactor.pump([0.1] * slices)
     made.dataReceived(message)
     reactor.pump([1] * 6)
     assert reactor.stops
-    assert "ready" not in [word for word, _ in channel.said()]
+    assert "ready" not in [word for word, _ in channel.messages()]
     assert reactor.getDelayedCalls() == []
 
 
-def test_a_worker_that_has_a_queue_to_serve_loads_on_and_then_drains(loading) -> None:
+def test_worker_that_has_to_serve_its_backlog_finishes_loading_then_drains(loading) -> None:
     made, _, reactor = loading
     made.dataReceived(encode("drain", ["slot"]))
     assert not reactor.stops
@@ -356,10 +356,10 @@ def test_a_worker_that_has_a_queue_to_serve_loads_on_and_then_drains(loading) ->
     assert made._server.state in (State.DRAINING, State.STOPPED)
     reactor.pump([1] * 5)
     assert reactor.stops
-    made.dataReceived(encode("abort_drain"))  # it is too late, and harms nobody
+    made.dataReceived(encode("abort_drain"))  # too late, has no effect
 
 
-def test_an_aborted_drain_gives_up_what_would_have_been_loaded_for_a_queue(loading) -> None:
+def test_aborted_drain_cancels_loading(loading) -> None:
     made, _, reactor = loading
     made.dataReceived(encode("drain", ["slot"]))
     made.dataReceived(encode("abort_drain"))
@@ -368,7 +368,7 @@ def test_an_aborted_drain_gives_up_what_would_have_been_loaded_for_a_queue(loadi
     assert made._server is None
 
 
-def test_a_worker_that_loads_removes_all_files_when_its_supervisor_dies(connected, monkeypatch, tmp_path) -> None:
+def test_loading_worker_removes_its_socket_files_when_its_supervisor_dies(connected, monkeypatch, tmp_path) -> None:
     made, _, reactor = connected
     monkeypatch.setattr(worker, "adopt_listener", lambda given, descriptor: iter([None] * 10))
     monkeypatch.setattr(worker, "in_slices", lambda steps, clock, **how: in_slices(steps, clock, size=0.0, pause=0.1))
@@ -385,7 +385,7 @@ def test_a_worker_that_loads_removes_all_files_when_its_supervisor_dies(connecte
     reactor.pump([1] * 6)
 
 
-def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading) -> None:
+def test_share_received_while_loading_applies_from_the_start(loading) -> None:
     made, _, reactor = loading
     made.dataReceived(encode("share", 5))
     reactor.pump([0.1] * 10)
@@ -394,13 +394,13 @@ def test_a_share_that_changes_while_a_worker_loads_holds_from_its_start(loading)
     reactor.pump([1] * 5)
 
 
-def test_a_worker_whose_supervisor_is_gone_before_it_was_told_anything_ends(connected) -> None:
+def test_worker_whose_supervisor_dies_before_the_start_message_stops(connected) -> None:
     _, channel, reactor = connected
     channel.loseConnection()
     assert reactor.stops == 1
 
 
-def test_a_worker_whose_supervisor_has_died_removes_the_socket_files_of_its_own_alone(connected, tmp_path) -> None:
+def test_worker_whose_supervisor_dies_removes_only_its_socket_files(connected, tmp_path) -> None:
     made, channel, _ = connected
     for name in ("ours", "successors"):
         (tmp_path / name).touch()
@@ -411,9 +411,9 @@ def test_a_worker_whose_supervisor_has_died_removes_the_socket_files_of_its_own_
 
 
 @pytest.mark.parametrize("finish", [["slot", "own"], ["slot"], []])
-def test_a_worker_that_drains_removes_no_file_that_its_supervisor_has_removed(connected, tmp_path, finish) -> None:
+def test_draining_worker_keeps_files_that_its_supervisor_already_removed(connected, tmp_path, finish) -> None:
     made, channel, _ = connected
-    (tmp_path / "s").touch()  # a successor's; an inode number is used again
+    (tmp_path / "s").touch()  # a file of the successor with the same inode number, which can be reused
     made._files = [(f"{tmp_path}/s", (tmp_path / "s").stat().st_ino)]
     made._ready = True
     made._server = SimpleNamespace(drain=Deferred)
@@ -422,10 +422,10 @@ def test_a_worker_that_drains_removes_no_file_that_its_supervisor_has_removed(co
     assert os.listdir(tmp_path) == (["s"] if "own" in finish else [])
 
 
-def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
+def test_worker_asked_to_end_requests_its_replacement(connected) -> None:
     made, channel, reactor = connected
     made.ask_for_replacement()
-    assert channel.said() == [("leave", None)]
+    assert channel.messages() == [("leave", None)]
     assert not reactor.stops
 
 
@@ -437,101 +437,101 @@ def test_a_worker_that_is_asked_to_end_asks_to_be_replaced(connected) -> None:
     ],
     ids=lambda garbage: repr(garbage[:20]),
 )
-def test_a_worker_drains_and_ends_when_its_supervisor_sends_garbage(connected, monkeypatch, garbage) -> None:
+def test_worker_drains_and_stops_when_its_supervisor_sends_an_invalid_message(connected, monkeypatch, garbage) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     made.dataReceived(garbage)
     made.dataReceived(garbage)
     made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 5}))
     reactor.pump([1] * 5)
     assert reactor.stops
-    said = channel.said()
+    said = channel.messages()
     assert {word for word, _ in said} <= {"records", "beat"}
     assert said[-1][0] == "beat"
 
 
-def test_a_worker_that_was_told_nothing_but_garbage_ends(connected) -> None:
+def test_worker_that_receives_an_invalid_first_message_stops(connected) -> None:
     made, channel, reactor = connected
     made.dataReceived(b"garbage\n")
-    assert channel.said() == []
+    assert channel.messages() == []
     assert reactor.stops == 1
 
 
-def test_a_heartbeat_with_very_many_counters_is_several(connected, monkeypatch) -> None:
+def test_heartbeat_with_many_counters_is_sent_in_several_messages(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     channel.checked = WorkerMessages(slot=0, listeners=[f"tcp:{number}" for number in range(300)], access=True)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     more = {CounterKey(name, "", f"tcp:{number}"): 1 for number in range(300) for name in ("in", "out")}
     counters = made._server.counters
     monkeypatch.setattr(made._server, "counters", lambda: counters() | more)
     reactor.advance(1)
-    beats = [value for word, value in channel.said() if word == "beat"]
+    beats = [value for word, value in channel.messages() if word == "beat"]
     assert len(beats) == 4
     sent = {name: count for beat in beats for name, count in beat.items()}
     assert encode_counters(more).items() <= sent.items()
 
 
-def test_rows_that_are_too_long_for_a_message_are_fewer(connected, monkeypatch) -> None:
+def test_number_of_rows_is_reduced_to_fit_one_message(connected, monkeypatch) -> None:
     made, channel, reactor = connected
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     name = "unix:/" + "\U0001f600" * 100
     channel.checked = WorkerMessages(slot=0, listeners=[name], access=True)
     channel.checked.ask(1, 500)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     row = ["x" * 64, name, PHASES[2], 1.0, None, 1, 2]
     monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: succeed([row] * count))
     made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 500}))
-    [(_, answer)] = channel.said()
+    [(_, answer)] = channel.messages()
     assert 100 < len(answer["rows"]) < 500
 
 
-def test_a_question_is_answered_even_if_the_connections_cannot_be_listed(connected, monkeypatch) -> None:
+def test_request_for_rows_is_answered_if_the_connections_cannot_be_listed(connected, monkeypatch) -> None:
     made, channel, _ = connected
     monkeypatch.setattr("twisted.internet.reactor", made._reactor)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     channel.checked.ask(1, 500)
     monkeypatch.setattr(made._server.connections, "rows", lambda sort, count: fail(LookupError("no")))
     made.dataReceived(encode("rows", {"id": 1, "sort": "-age", "count": 500}))
-    assert ("rows", {"id": 1, "rows": []}) in channel.said()
+    assert ("rows", {"id": 1, "rows": []}) in channel.messages()
 
 
-def test_the_reason_why_a_worker_cannot_start_is_short(connected) -> None:
+def test_start_failure_of_a_worker_is_reported_in_a_short_text(connected) -> None:
     made, channel, _ = connected
     made.dataReceived(start(settings={"x" * 1_000_000: "1"}))
-    [problem] = [value for word, value in channel.said() if word == "failed"]
+    [problem] = [value for word, value in channel.messages() if word == "failed"]
     assert len(problem) <= 4096
 
 
-def test_lines_for_the_access_log_are_sent_in_messages_that_are_accepted(connected) -> None:
+def test_access_log_lines_are_sent_in_messages_within_the_limits(connected) -> None:
     made, channel, reactor = connected
     for _ in range(250):
         made._access(f"start=1 peer={'x' * 2000} worker=0\n")
         made._access('start=1 peer="' + r"\x00" * 300 + '" worker=0\n')
     reactor.advance(0.1)
-    assert sum(len(lines) for word, lines in channel.said() if word == "access") == 500
+    assert sum(len(lines) for word, lines in channel.messages() if word == "access") == 500
     for _ in range(1000):
         made._access("start=1 worker=0\n")
     reactor.advance(0.1)
-    assert [len(lines) for _, lines in channel.said()] == [100] * 10
+    assert [len(lines) for _, lines in channel.messages()] == [100] * 10
 
 
-# --- its log ---
+# --- log records ---
 
 
 def record(made: Worker, text: str, **fields: Any) -> None:
-    Logger(namespace="its.own", observer=made.observe).info(text, **fields)  # type: ignore[arg-type]  # a function is one
+    Logger(namespace="its.own", observer=made.observe).info(text, **fields)  # type: ignore[arg-type]  # a function is an observer
 
 
 def only_record(channel: Channel, reactor: FakeReactor) -> Record:
-    """The one record that was sent, as the supervisor takes it."""
+    """Return the only record sent, as decoded by the supervisor."""
     reactor.advance(0.1)
-    [(word, _)] = channel.said()
+    [(word, _)] = channel.messages()
     assert word == "records"
     [only] = channel.records
     return only
@@ -551,7 +551,7 @@ def test_a_traceback_is_sent_with_its_record(connected) -> None:
         raise ValueError("no")
     except ValueError:
         record(made, "it raised", log_failure=Failure())
-    channel.said()
+    channel.messages()
     [only] = channel.records
     assert only.text == "it raised"
     assert "ValueError: no" in only.traceback
@@ -560,13 +560,13 @@ def test_a_traceback_is_sent_with_its_record(connected) -> None:
 @pytest.mark.parametrize(
     "value", ["x" * 1_000_000, b"\xff\x00", object(), {1, 2}, float("nan"), Unprintable(), "\ud800"]
 )
-def test_whatever_is_in_a_record_it_is_one_message_that_is_accepted(connected, value) -> None:
+def test_record_with_any_value_is_sent_as_one_accepted_message(connected, value) -> None:
     made, channel, reactor = connected
     record(made, "about {value}", value=value)
     assert only_record(channel, reactor).text.startswith(("about ", "MESSAGE LOST"))
 
 
-def test_a_record_that_refers_to_itself_is_sent_as_text(connected) -> None:
+def test_self_referencing_record_is_sent_as_text(connected) -> None:
     made, channel, reactor = connected
     loop: list[Any] = []
     loop.append(loop)
@@ -574,13 +574,13 @@ def test_a_record_that_refers_to_itself_is_sent_as_text(connected) -> None:
     assert only_record(channel, reactor).text == "about [[...]]"
 
 
-def test_a_record_is_sent_in_the_order_of_the_others_and_an_error_at_once(connected) -> None:
+def test_records_are_sent_in_order_and_an_error_at_once(connected) -> None:
     made, channel, _ = connected
     record(made, "first")
-    assert channel.said() == []
-    Logger(namespace="its.own", observer=made.observe).error("second")  # type: ignore[arg-type]  # a function is one
-    channel.said()
-    assert [one.text for one in channel.records] == ["first", "second"]
+    assert channel.messages() == []
+    Logger(namespace="its.own", observer=made.observe).error("second")  # type: ignore[arg-type]  # a function is an observer
+    channel.messages()
+    assert [sent.text for sent in channel.records] == ["first", "second"]
 
 
 def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(connected, monkeypatch) -> None:
@@ -588,10 +588,10 @@ def test_records_that_the_supervisor_does_not_read_are_dropped_and_counted(conne
     monkeypatch.setattr("twisted.internet.reactor", reactor)
     monkeypatch.setattr(worker, "globalLogPublisher", made.observe)
     made.dataReceived(start())
-    channel.said()
+    channel.messages()
     made.pauseProducing()
     for _ in range(3):
         record(made, "hello")
-    assert channel.said() == []
+    assert channel.messages() == []
     made.resumeProducing()
     assert only_record(channel, reactor).text == "log records dropped: 3"

@@ -1,4 +1,4 @@
-"""What a worker may report: the encoding of counters, their checks, and the bounded number that a slot shows."""
+"""Counters reported by a worker: encoding, checks, and the bounded number of labels in a slot."""
 
 import pytest
 from twisted.logger import Logger
@@ -23,7 +23,7 @@ from rtservice.process.registry import Registry
 TCP = "tcp:1"
 
 
-def test_all_that_is_counted_may_be_reported_and_arrives_as_it_was() -> None:
+def test_every_counter_is_accepted_and_decoded_unchanged() -> None:
     stats, lag = ListenerStats(), Lag()
     for seconds in (0, *DURATIONS):
         stats.add_closed("TLS failed (HTTP_REQUEST)", TLS, seconds + 0.001, 1, 2)
@@ -46,7 +46,7 @@ def test_all_that_is_counted_may_be_reported_and_arrives_as_it_was() -> None:
     assert set(registry.phases()) == set(PHASES)
 
 
-def test_a_listener_may_have_any_name() -> None:
+def test_listener_name_may_contain_a_tab() -> None:
     name = "unix:/a\tb"
     decoder = CounterDecoder([name])
     counters: dict[CounterKey, float] = {CounterKey("opened", "", name): 1, CounterKey("closed", "idle", name): 2}
@@ -55,7 +55,7 @@ def test_a_listener_may_have_any_name() -> None:
         decoder.decode({"opened\t\tunix:/a": 1})
 
 
-def test_a_known_name_stays_known_when_there_are_no_more_new_ones() -> None:
+def test_existing_labels_are_accepted_after_the_label_limit_is_reached() -> None:
     decoder = CounterDecoder([TCP])
     for number in range(51):
         decoder.decode({f"closed\t{number}\t{TCP}": 1})
@@ -66,7 +66,7 @@ def test_a_known_name_stays_known_when_there_are_no_more_new_ones() -> None:
     decoder.decode({f"refused\t50\t{TCP}": 1})
 
 
-def test_a_slot_shows_few_labels_over_all_its_workers_and_none_changes_its_name() -> None:
+def test_labels_of_a_slot_are_bounded_over_all_its_workers_and_stable() -> None:
     slot = SlotCounters()
     totals: dict[CounterKey, float] = {}
     for generation in range(100):
@@ -80,5 +80,5 @@ def test_a_slot_shows_few_labels_over_all_its_workers_and_none_changes_its_name(
     assert len([key for key in totals if key.name == "protocol"]) == 300
     assert slot.shown(CounterKey("closed", "0-0", TCP)) == CounterKey("closed", "0-0", TCP)
     assert slot.shown(CounterKey("closed", "99-0", TCP)) == CounterKey("closed", "other", TCP)
-    other_listener = CounterKey("closed", "0", "unix:/s")  # has labels of its own
+    other_listener = CounterKey("closed", "0", "unix:/s")  # has separate labels
     assert slot.shown(other_listener) == other_listener

@@ -1,4 +1,4 @@
-"""What a worker may tell its supervisor, by table, and by bytes of chance."""
+"""Messages that a worker may send to its supervisor: a table of cases, and random bytes."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ TCP = "tcp:127.0.0.1:1"
 
 
 def decoder(*asked: tuple[int, int], access: bool = True) -> WorkerMessages:
-    """The decoder of a worker of slot 1 that has been asked for rows: a question's number, and how many."""
+    """Return the decoder for a worker of slot 1 with pending requests for rows, each an id and a number of rows."""
     made = WorkerMessages(slot=1, listeners=(TCP, "unix:/s"), access=access)
     for number, count in asked:
         made.ask(number, count)
@@ -81,8 +81,8 @@ def record(
     return encode("records", [[level, namespace, when, text, traceback, {} if fields is None else fields]])
 
 
-def sent(event: dict[str, Any], text: str, traceback: str = "") -> Record:
-    """A record that a worker sends, as the supervisor has it."""
+def decoded_record(event: dict[str, Any], text: str, traceback: str = "") -> Record:
+    """Return the record that a worker sends, as decoded by the supervisor."""
     [message] = decoded(encode_records([finished_record(event, text, traceback)]))
     assert isinstance(message, Records)
     [only] = message.records
@@ -93,7 +93,7 @@ ROW = ["192.0.2.1:4711", TCP, "open", 1.5, None, 5, 27]
 LINE = "start=1 peer=x worker=1\n"
 
 
-# --- what is accepted ---
+# --- accepted messages ---
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_message_is_decoded(data, message) -> None:
     assert decoded(data, (3, 2)) == [message]
 
 
-def test_what_is_as_large_as_allowed_is_accepted() -> None:
+def test_messages_of_the_maximum_size_are_accepted() -> None:
     labels = {f"handshake_failed\tKIND_{number}\t{TCP}": number for number in range(51)}
     names = {f"protocol\tname_{number}\t": 1e300 for number in range(100)}
     lags = {f"lag\t{bucket}\t": 2**63 - 1 for bucket in range(len(LAGS) + 1)}
@@ -162,54 +162,54 @@ def test_what_is_as_large_as_allowed_is_accepted() -> None:
     assert len(decoded(b"".join(messages), (3, 500))) == len(messages)
 
 
-# --- what is not ---
+# --- violations ---
 
 VIOLATIONS: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"\n", "an unknown message ''"),
-    "unknown": (b"no such word\n", "an unknown message 'no'"),
-    "of the supervisor": (encode("drain", []), "an unknown message 'drain'"),
-    "of earlier versions": (b"log {}\n", "an unknown message 'log'"),
+    "empty line": (b"\n", "an unknown message ''"),
+    "unknown word": (b"no such word\n", "an unknown message 'no'"),
+    "message of the supervisor": (encode("drain", []), "an unknown message 'drain'"),
+    "message of earlier versions": (b"log {}\n", "an unknown message 'log'"),
     "not UTF-8": (b"beat \xff\n", "a message 'beat' that is not JSON"),
     "no value": (b"beat\n", "a message 'beat' that is not JSON"),
-    "cut": (b"beat {\n", "a message 'beat' that is not JSON"),
+    "truncated": (b"beat {\n", "a message 'beat' that is not JSON"),
     "deep": (b"beat " + b"[" * 60_000 + b"\n", "a message 'beat' that is not JSON"),
-    "deep in fields": (record(fields={"a": nested(DEEPEST + 1)}), "field 'a' is too large"),
-    "very deep": (record(fields={"a": nested(500)}), "field 'a' is too large"),
-    "without end": (b"x" * 300_000, "a message of more than 262144 bytes"),
+    "nesting over the limit in a field": (record(fields={"a": nested(DEEPEST + 1)}), "field 'a' is too large"),
+    "very deep nesting in a field": (record(fields={"a": nested(500)}), "field 'a' is too large"),
+    "unterminated": (b"x" * 300_000, "a message of more than 262144 bytes"),
     "long": (b"beat " + b" " * 65_536 + b"\n", "a message 'beat' of more than 65536 bytes"),
-    "long for a word": (b"ready" + b" " * 80 + b"null\n", "a message 'ready' of more than 64 bytes"),
+    "too long for its word": (b"ready" + b" " * 80 + b"null\n", "a message 'ready' of more than 64 bytes"),
     "ready, with a value": (encode("ready", 1), "a message 'ready' with an invalid value"),
     "ready twice": (encode("ready") * 2, "'ready' after 'ready'"),
     "failed after ready": (encode("ready") + encode("failed", "x"), "'failed' after 'ready'"),
     "ready after failed": (encode("failed", "x") + encode("ready"), "'ready' after 'failed'"),
-    "failed without why": (encode("failed", None), "a message 'failed' with an invalid value"),
-    "failed for long": (encode("failed", "x" * 5000), "a message 'failed' with an invalid value"),
+    "failed without a reason": (encode("failed", None), "a message 'failed' with an invalid value"),
+    "failed with a long reason": (encode("failed", "x" * 5000), "a message 'failed' with an invalid value"),
     "leave, with a value": (encode("leave", "x"), "a message 'leave' with an invalid value"),
     # heartbeats
     "counters in a list": (encode("beat", [1]), "a heartbeat that is not an object"),
-    "very many counters": (
+    "too many counters": (
         encode("beat", dict.fromkeys(map(str, range(MOST_COUNTERS + 1)), 1)),
         "is not an object of at most 200",
     ),
-    "an invented counter": (encode("beat", {"invented": 1}), "an unknown counter 'invented'"),
+    "an unknown counter": (encode("beat", {"invented": 1}), "an unknown counter 'invented'"),
     "an empty name": (encode("beat", {"": 1}), "an unknown counter ''"),
     "a long name": (encode("beat", {"x" * 60_000: 1}), "an unknown counter 'x{40}'$"),
     "an unknown listener": (encode("beat", {"opened\t\ttcp:2": 1}), "an unknown counter"),
-    "a label of nothing": (encode("beat", {f"closed\t\t{TCP}": 1}), "an unknown counter"),
-    "a label of controls": (encode("beat", {f"closed\t\x1b\t{TCP}": 1}), "an unknown counter"),
-    "a label of length": (encode("beat", {f"closed\t{'x' * 65}\t{TCP}": 1}), "an unknown counter"),
+    "an empty label": (encode("beat", {f"closed\t\t{TCP}": 1}), "an unknown counter"),
+    "a label with control characters": (encode("beat", {f"closed\t\x1b\t{TCP}": 1}), "an unknown counter"),
+    "a long label": (encode("beat", {f"closed\t{'x' * 65}\t{TCP}": 1}), "an unknown counter"),
     "an unknown phase": (encode("beat", {f"phase\tflying\t{TCP}": 1}), "an unknown counter"),
-    "a bucket too many": (encode("beat", {f"lag\t{len(LAGS) + 1}\t": 1}), "an unknown counter"),
+    "a bucket out of range": (encode("beat", {f"lag\t{len(LAGS) + 1}\t": 1}), "an unknown counter"),
     "a negative bucket": (encode("beat", {"lag\t-1\t": 1}), "an unknown counter"),
-    "a name for Prometheus": (encode("beat", {'protocol\ta"}\t': 1}), "an unknown counter"),
-    "a key with tabs for nothing": (encode("beat", {"open\t\t": 1}), "an unknown counter"),
+    "an invalid Prometheus name": (encode("beat", {'protocol\ta"}\t': 1}), "an unknown counter"),
+    "a key with unneeded tabs": (encode("beat", {"open\t\t": 1}), "an unknown counter"),
     "a key without its last tab": (encode("beat", {"protocol\ta": 1}), "an unknown counter"),
-    "a listener of a protocol": (encode("beat", {f"protocol\ta\t{TCP}": 1}), "an unknown counter"),
-    "very many labels": (
+    "a protocol counter with a listener": (encode("beat", {f"protocol\ta\t{TCP}": 1}), "an unknown counter"),
+    "too many labels": (
         encode("beat", {f"closed\t{n}\t{TCP}": 1 for n in range(52)}),
         "more than 51 labels of 'closed'",
     ),
-    "very many names": (
+    "too many names": (
         encode("beat", {f"protocol\ta{n}\t": 1 for n in range(101)}),
         "more than 100 labels of 'protocol'",
     ),
@@ -228,18 +228,18 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
     "Infinity": (b'beat {"open": Infinity}\n', "a message 'beat' that is not JSON"),
     "10**400": (b'beat {"open": 1' + b"0" * 400 + b"}\n", "a message 'beat' that is not JSON"),
     "10**60000": (b'beat {"open": 1' + b"0" * 60_000 + b"}\n", "a message 'beat' that is not JSON"),
-    # answers
-    "rows of nothing": (encode("rows", None), "an answer that is not an object"),
-    "rows with more": (encode("rows", {"id": 3, "rows": [], "more": 1}), "an answer that is not an object"),
-    "not asked": (encode("rows", {"id": 4, "rows": []}), "an answer without a question"),
-    "asked as a text": (encode("rows", {"id": "3", "rows": []}), "an answer without a question"),
-    "asked as a list": (encode("rows", {"id": [3], "rows": []}), "an answer without a question"),
+    # rows
+    "rows as null": (encode("rows", None), "an answer that is not an object"),
+    "rows with an unknown key": (encode("rows", {"id": 3, "rows": [], "more": 1}), "an answer that is not an object"),
+    "rows not requested": (encode("rows", {"id": 4, "rows": []}), "an answer without a question"),
+    "rows with an id as text": (encode("rows", {"id": "3", "rows": []}), "an answer without a question"),
+    "rows with an id as list": (encode("rows", {"id": [3], "rows": []}), "an answer without a question"),
     "answered twice": (encode("rows", {"id": 3, "rows": []}) * 2, "an answer without a question"),
-    "very many rows": (encode("rows", {"id": 3, "rows": [ROW] * 3}), "not an array of rows, 2 at most"),
+    "too many rows": (encode("rows", {"id": 3, "rows": [ROW] * 3}), "not an array of rows, 2 at most"),
     "rows in an object": (encode("rows", {"id": 3, "rows": {}}), "not an array of rows, 2 at most"),
-    "a row of nothing": (encode("rows", {"id": 3, "rows": [[]]}), "not an array of rows, 2 at most"),
-    "a row that is long": (encode("rows", {"id": 3, "rows": [[*ROW, 1]]}), "not an array of rows, 2 at most"),
-    "a row as a text": (encode("rows", {"id": 3, "rows": ["1234567"]}), "not an array of rows, 2 at most"),
+    "an empty row": (encode("rows", {"id": 3, "rows": [[]]}), "not an array of rows, 2 at most"),
+    "a long row": (encode("rows", {"id": 3, "rows": [[*ROW, 1]]}), "not an array of rows, 2 at most"),
+    "a row as text": (encode("rows", {"id": 3, "rows": ["1234567"]}), "not an array of rows, 2 at most"),
     **{
         f"a row with {value!a:.20} as {place}": (
             encode("rows", {"id": 3, "rows": [[*ROW[:place], value, *ROW[place + 1 :]]]}),
@@ -256,71 +256,83 @@ VIOLATIONS: dict[str, tuple[bytes, str]] = {
         ]
     },
     # log records
-    "a record as it was": (encode("records", [{"log_format": "x"}]), "a log record that is not an array of six"),
+    "a record of earlier versions": (
+        encode("records", [{"log_format": "x"}]),
+        "a log record that is not an array of six",
+    ),
     "a short record": (encode("records", [["info"]]), "a log record that is not an array of six"),
-    "a record alone": (encode("records", ["info", "a", 1, "", "", {}]), "a log record that is not an array of six"),
-    "records of nothing": (encode("records", None), "log records that are not an array of at most 100"),
-    "very many records": (encode("records", [["info", "a", 1, "", "", {}]] * 101), "log records that are not an array"),
+    "a record outside an array": (
+        encode("records", ["info", "a", 1, "", "", {}]),
+        "a log record that is not an array of six",
+    ),
+    "records as null": (encode("records", None), "log records that are not an array of at most 100"),
+    "too many records": (encode("records", [["info", "a", 1, "", "", {}]] * 101), "log records that are not an array"),
     "an unknown level": (record("loud"), "a log record of an unknown level 'loud'"),
-    "a level of lists": (record(nested(500)), "a log record of an unknown level of type list"),
-    "a level of nothing": (record(None), "a log record of an unknown level of type NoneType"),
+    "a level as nested lists": (record(nested(500)), "a log record of an unknown level of type list"),
+    "a level as null": (record(None), "a log record of an unknown level of type NoneType"),
     "a long namespace": (record(namespace="x" * 201), "a log record with an invalid namespace"),
     "no namespace": (record(namespace=None), "a log record with an invalid namespace"),
     "before 1970": (record(when=-1), "a log record with an invalid time"),
     "after 9999": (record(when=LATEST + 1), "a log record with an invalid time"),
-    "a time that is huge": (record(when=10**300), "a log record with an invalid time"),
-    "a time that is infinite": (b'records [["info", "a", 1e999, "", "", {}]]\n', "a log record with an invalid time"),
+    "a huge time": (record(when=10**300), "a log record with an invalid time"),
+    "an infinite time": (b'records [["info", "a", 1e999, "", "", {}]]\n', "a log record with an invalid time"),
     "a time as text": (record(when="1"), "a log record with an invalid time"),
     "a time as bool": (record(when=True), "a log record with an invalid time"),
     "a long text": (record(text="x" * (LONGEST_TEXT + 1)), "whose text is too long"),
     "no text": (record(text=None), "whose text is not a string"),
     "a long traceback": (record(traceback="x" * (LONGEST_TRACEBACK + 1)), "whose text is too long"),
     "fields in a list": (record(fields=[]), "whose fields are not an object"),
-    "very many fields": (
+    "too many fields": (
         record(fields={f"a{n}": 1 for n in range(MOST_FIELDS + 1)}),
         "whose fields are not an object of at most 64",
     ),
     "many values": (record(fields={"a": [0] * MOST_VALUES}), "field 'a' is too large"),
-    "many values in all": (record(fields={"a": [0] * 300, "b": [0] * 300}), "field 'b' is too large"),
-    "many names": (record(fields={"a": {str(n): 0 for n in range(MOST_VALUES)}}), "field 'a' is too large"),
+    "too many values in all fields": (record(fields={"a": [0] * 300, "b": [0] * 300}), "field 'b' is too large"),
+    "too many keys in a field": (
+        record(fields={"a": {str(n): 0 for n in range(MOST_VALUES)}}),
+        "field 'a' is too large",
+    ),
     "a long value": (record(fields={"a": "x" * (LONGEST_VALUE + 1)}), "field 'a' is too long"),
     "a long value inside": (record(fields={"a": ["x" * (LONGEST_VALUE + 1)]}), "field 'a' is too large"),
-    "half a pair": (record(fields={"a": "\ud800"}), "field 'a' is too long, or not valid text"),
-    "half a pair inside": (record(fields={"a": ["\ud800"]}), "field 'a' is too large"),
+    "a lone surrogate": (record(fields={"a": "\ud800"}), "field 'a' is too long, or not valid text"),
+    "a lone surrogate inside": (record(fields={"a": ["\ud800"]}), "field 'a' is too large"),
     "a huge number": (record(fields={"a": 2**63}), "field 'a' is too large"),
     "a huge float": (b'records [["info", "a", 1, "", "", {"a": -1e999}]]\n', "field 'a' is too large"),
     "an empty field": (record(fields={"": 1}), "a log record with a field ''"),
     "a long field": (record(fields={"x" * 65: 1}), "a log record with a field 'x{20}'$"),
-    "a field of controls": (record(fields={"\x1b": 1}), r"a log record with a field '\\x1b'"),
-    "a field of Twisted's": (
+    "a field name with control characters": (record(fields={"\x1b": 1}), r"a log record with a field '\\x1b'"),
+    "a field name of Twisted": (
         record(fields={"log_format": "{a:>2000000000}"}),
         "a log record with a field 'log_format'",
     ),
-    "a field inside": (record(fields={"a": {"log_level": 1}}), "field 'a' is too large"),
-    "a field of legacy": (record(fields={"format": "%(a)2000000000d"}), "a log record with a field 'format'"),
-    "a failure": (record(fields={"isError": 1, "failure": "x"}), "a log record with a field 'isError'"),
-    "another slot": (record(fields={"slot": 7}), "a log record with a field 'slot'"),
-    # lines
-    "a line": (encode("access", LINE), "not an array of at most 100"),
-    "very many lines": (encode("access", [LINE] * 101), "not an array of at most 100"),
-    "a line that is long": (
+    "a reserved name inside a field": (record(fields={"a": {"log_level": 1}}), "field 'a' is too large"),
+    "a legacy field name": (record(fields={"format": "%(a)2000000000d"}), "a log record with a field 'format'"),
+    "failure fields": (record(fields={"isError": 1, "failure": "x"}), "a log record with a field 'isError'"),
+    "a slot field": (record(fields={"slot": 7}), "a log record with a field 'slot'"),
+    # access log lines
+    "a line outside an array": (encode("access", LINE), "not an array of at most 100"),
+    "too many lines": (encode("access", [LINE] * 101), "not an array of at most 100"),
+    "a long line": (
         encode("access", [f"start={'x' * 5000} worker=1\n"]),
         "an invalid line for the access log",
     ),
-    "a line in a line": (
+    "two lines in one": (
         encode("access", ["start=1 worker=0\nstart=1 worker=1\n"]),
         "an invalid line for the access log",
     ),
-    "a line in another's name": (encode("access", ["start=1 worker=0\n"]), "an invalid line for the access log"),
-    "a line of controls": (encode("access", ["start=\x1b worker=1\n"]), "an invalid line for the access log"),
-    "a line of something": (encode("access", ["hello worker=1\n"]), "an invalid line for the access log"),
-    "a line of nothing": (encode("access", [None]), "an invalid line for the access log"),
-    "no line": (encode("access", [""]), "an invalid line for the access log"),
+    "a line of another worker": (encode("access", ["start=1 worker=0\n"]), "an invalid line for the access log"),
+    "a line with control characters": (
+        encode("access", ["start=\x1b worker=1\n"]),
+        "an invalid line for the access log",
+    ),
+    "a line without a start time": (encode("access", ["hello worker=1\n"]), "an invalid line for the access log"),
+    "a line as null": (encode("access", [None]), "an invalid line for the access log"),
+    "an empty access log line": (encode("access", [""]), "an invalid line for the access log"),
 }
 
 
 @pytest.mark.parametrize(("data", "problem"), VIOLATIONS.values(), ids=VIOLATIONS)
-def test_what_is_not_allowed_is_a_violation_with_a_short_printable_text(data, problem) -> None:
+def test_invalid_message_is_a_violation_with_a_short_printable_text(data, problem) -> None:
     with pytest.raises(ProtocolViolation, match=problem) as error:
         decoded(data, (3, 2))
     assert len(str(error.value)) < 200
@@ -328,12 +340,12 @@ def test_what_is_not_allowed_is_a_violation_with_a_short_printable_text(data, pr
     assert str(error.value).isascii()
 
 
-def test_lines_are_a_violation_where_there_is_no_access_log() -> None:
+def test_access_log_lines_without_an_access_log_are_a_violation() -> None:
     with pytest.raises(ProtocolViolation, match="an access log that does not exist"):
         decoded(encode("access", [LINE]), access=False)
 
 
-def test_labels_are_few_over_all_heartbeats() -> None:
+def test_number_of_labels_is_bounded_over_all_heartbeats() -> None:
     made = decoder()
     for number in range(51):
         made.feed(encode("beat", {f"refused\t{number}\t{TCP}": 1, f"refused\t{number}\tunix:/s": 1}))
@@ -345,16 +357,16 @@ def test_labels_are_few_over_all_heartbeats() -> None:
         made.next()
 
 
-def test_an_answer_is_not_decoded_before_it_is_asked_for() -> None:
+def test_unrequested_answer_is_rejected_without_decoding() -> None:
     with pytest.raises(ProtocolViolation, match="an answer without a question"):
         decoded(b"rows this would not be JSON\n")
 
 
-# --- whatever comes ---
+# --- random input ---
 
 
 def mutated(data: bytes, source: random.Random) -> bytes:
-    """The same with some bytes changed, cut out, doubled, or from elsewhere."""
+    """Return the data with some bytes changed, removed, repeated or inserted."""
     pieces = [
         *(b"\n", b"\x00", b"\xff", b"[", b"]", b"{", b"}", b'"', b",", b":", b"-", b"\\u0000", b"\\ud800", b"NaN"),
         *(b"1e999", b"9" * 400, b"null", b"true", b"log_format", b"{a:>2000000000}", b"\\t", b" ", b"[" * 2000),
@@ -384,21 +396,21 @@ VALID = [
 ]
 
 
-def checked(message: Message) -> None:
-    """That what is given is within its bounds."""
+def check_message(message: Message) -> None:
+    """Check that a decoded message is within its bounds."""
     assert message.cost >= 1
     text = json.dumps(message.__dict__ if hasattr(message, "__dict__") else repr(message))
     assert len(text) < 2_000_000
-    for one in message.records if isinstance(message, Records) else ():
-        assert one.text.replace("\n", "").replace("\t", "").isprintable()
-        assert one.namespace.replace("\t", "").isprintable()
-        assert not one.fields.keys() & worker_messages.RESERVED
-        assert not any(name.startswith("log_") for name in one.fields)
-        json.dumps(one.fields, allow_nan=False).encode()
+    for log_record in message.records if isinstance(message, Records) else ():
+        assert log_record.text.replace("\n", "").replace("\t", "").isprintable()
+        assert log_record.namespace.replace("\t", "").isprintable()
+        assert not log_record.fields.keys() & worker_messages.RESERVED
+        assert not any(name.startswith("log_") for name in log_record.fields)
+        json.dumps(log_record.fields, allow_nan=False).encode()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_is_fed_it_is_messages_or_a_violation_and_nothing_else(seed) -> None:
+def test_random_bytes_yield_only_valid_messages_or_a_violation(seed) -> None:
     source = random.Random(seed)
     violations: list[str] = []
     messages = 0
@@ -416,7 +428,7 @@ def test_whatever_is_fed_it_is_messages_or_a_violation_and_nothing_else(seed) ->
                 at += size
                 while (message := made.next()) is not None:
                     messages += 1
-                    checked(message)
+                    check_message(message)
         except ProtocolViolation as problem:
             violations.append(str(problem))
         slowest = max(slowest, time.thread_time() - began)
@@ -435,15 +447,15 @@ HEAVY = {
     "exponents": b"records [" + b"1.5e300," * 16_000 + b"1]\n",
     "names": b"beat {" + b",".join(b'"%x":1' % number for number in range(7000)) + b"}\n",
     "controls": record(text="\x01" * LONGEST_TEXT, traceback=""),
-    "controls and others": record(text="\x01é\u202e" * 5000),
+    "control and other characters": record(text="\x01é\u202e" * 5000),
     "line ends": record(text="\n" * LONGEST_TEXT, traceback="\n" * LONGEST_TRACEBACK),
-    "words": b"".join(b"x%d \n" % number for number in range(1000)),
+    "unknown words": b"".join(b"x%d \n" % number for number in range(1000)),
     "heartbeats": encode("beat", {}) * 1000,
 }
 
 
 @pytest.mark.parametrize("data", HEAVY.values(), ids=HEAVY)
-def test_the_most_expensive_messages_take_milliseconds_and_little_memory(data) -> None:
+def test_most_expensive_messages_take_bounded_time_and_memory(data) -> None:
     tracemalloc.start()
     try:
         began = time.thread_time()
@@ -457,7 +469,7 @@ def test_the_most_expensive_messages_take_milliseconds_and_little_memory(data) -
     assert peak < 16 << 20
 
 
-def test_what_costs_the_supervisor_more_is_counted_as_more() -> None:
+def test_message_cost_grows_with_the_work_for_the_supervisor() -> None:
     def cost(data: bytes) -> int:
         [message] = decoded(data, (3, 500))
         return message.cost
@@ -472,24 +484,24 @@ def test_what_costs_the_supervisor_more_is_counted_as_more() -> None:
     assert cost(record(traceback="\n" * 10_000)) > 300
 
 
-# --- the worker's side of a record ---
+# --- records encoded by the worker ---
 
 
-def itself() -> list[Any]:
+def self_referencing() -> list[Any]:
     loop: list[Any] = []
     loop.append(loop)
     return loop
 
 
-class Number(int):
+class IncomparableInt(int):
     def __lt__(self, other: object) -> bool:
         raise RuntimeError("no")
 
 
 VALUES: dict[str, Any] = {
     "long": "x" * 1_000_000,
-    "of four bytes": "\U0001f600" * 100_000,
-    "of surrogates": "\ud800" * 5000,
+    "four-byte characters": "\U0001f600" * 100_000,
+    "surrogates": "\ud800" * 5000,
     "bytes": b"\xff\x00" * 5000,
     "an object": object(),
     "a set": {1, 2},
@@ -497,15 +509,15 @@ VALUES: dict[str, Any] = {
     "infinity": float("-inf"),
     "10**400": 10**400,
     "10**10000": 10**10_000,
-    "an int of sorts": Number(5),
-    "stubborn": Unprintable(),
-    "itself": itself(),
+    "an int subclass": IncomparableInt(5),
+    "unprintable": Unprintable(),
+    "self-referencing": self_referencing(),
     "deep": nested(900),
     "wide": [[0] * 300] * 300,
     "wide and deep": [[[[[0] * 300] * 300] * 300] * 300],
-    "keys": {1: 2, None: 3, ("a",): 4},
+    "keys that are not strings": {1: 2, None: 3, ("a",): 4},
     "long keys": {"x" * 1000: 1},
-    "keys of Twisted's": {"log_format": "x"},
+    "keys of Twisted": {"log_format": "x"},
     "many": list(range(MOST_VALUES + 10)),
     "a class": Unprintable,
 }
@@ -513,22 +525,22 @@ VALUES: dict[str, Any] = {
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("name", ["value", "format", "isError", "log_system", "x" * 100, "a b", "slot", "\x1b"])
-def test_a_record_is_accepted_whatever_hosted_code_puts_into_it(name, value) -> None:
+def test_record_with_any_field_of_hosted_code_is_accepted(name, value) -> None:
     event = {"log_level": LogLevel.warn, "log_namespace": "a", "log_time": 5.0, name: value, "more": 1}
-    message = sent(event, "text", "")
+    message = decoded_record(event, "text", "")
     assert (message.level, message.namespace, message.time, message.text) == (LogLevel.warn, "a", 5.0, "text")
     assert message.fields["more"] == 1
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("name", ["log_level", "log_namespace", "log_time", "log_format"])
-def test_a_record_is_accepted_whatever_twisted_s_own_fields_are(name, value) -> None:
+def test_record_with_any_value_in_the_fields_of_twisted_is_accepted(name, value) -> None:
     event = {"log_level": LogLevel.warn, "log_namespace": "a", "log_time": 5.0, name: value}
-    message = sent(event, "text", "trace")
+    message = decoded_record(event, "text", "trace")
     assert (message.text, message.traceback) == ("text", "trace")
 
 
-def test_a_record_is_accepted_however_many_fields_it_has_and_however_long_it_is() -> None:
+def test_record_with_many_fields_or_long_text_is_shortened_and_accepted() -> None:
     base = {"log_level": LogLevel.warn, "log_namespace": "a" * 1000, "log_time": 5.0}
     for event in (
         base | {f"f{number}": "\U0001f600" * 5000 for number in range(1000)},
@@ -536,12 +548,12 @@ def test_a_record_is_accepted_however_many_fields_it_has_and_however_long_it_is(
         base,
     ):
         for char in ("x", "\U0001f600", "\x00", "\ud800"):
-            message = sent(event, char * 200_000, char * 200_000)
+            message = decoded_record(event, char * 200_000, char * 200_000)
             assert "characters left out" in message.text
             assert "characters left out" in message.traceback
 
 
-def test_records_that_are_too_long_together_are_several_messages() -> None:
+def test_records_too_long_for_one_message_are_sent_in_several() -> None:
     event = {"log_level": LogLevel.info, "log_namespace": "a", "log_time": 5.0, "value": "x" * 3000}
     for text in ("short", "x" * LONGEST_TEXT, "\U0001f600" * LONGEST_TEXT):
         records = [finished_record(event, text) for _ in range(MOST_RECORDS)]
@@ -550,7 +562,7 @@ def test_records_that_are_too_long_together_are_several_messages() -> None:
         assert sum(len(message.records) for message in messages if isinstance(message, Records)) == MOST_RECORDS
 
 
-def test_plain_fields_arrive_as_they_are_but_for_the_one_that_is_the_text() -> None:
+def test_plain_fields_arrive_unchanged_except_the_one_that_is_the_text() -> None:
     event = {
         **{"log_level": LogLevel.info, "log_namespace": "a", "log_time": 5.0, "log_format": "{record}"},
         **{
@@ -564,28 +576,28 @@ def test_plain_fields_arrive_as_they_are_but_for_the_one_that_is_the_text() -> N
             "raw": b"\xff",
         },
     }
-    message = sent(event, "the text")
+    message = decoded_record(event, "the text")
     assert message.fields == {
         **{"peer": "ü", "n": 1, "f": 1.5, "b": True, "none": None, "list": [1, ["a"]], "raw": r"\xff"},
     }
 
 
-def test_an_event_of_a_worker_arrives_with_its_name_and_its_fields() -> None:
+def test_event_of_a_worker_arrives_with_its_name_and_fields() -> None:
     records: list[Any] = []
     DRAIN_DONE.log(Logger("rtservice", observer=records.append), ended=1, aborted=2, seconds=0.5)
-    arrived = as_event(sent(records[0], "the text"), 3)
+    arrived = as_event(decoded_record(records[0], "the text"), 3)
     assert {name: value for name, value in arrived.items() if name[:4] != "log_"} == {
         **{"event": "drain.done", "slot": 3, "ended": 1, "aborted": 2, "seconds": 0.5},
     }
 
 
-def test_fields_that_legacy_observers_obey_have_other_names() -> None:
+def test_fields_that_legacy_observers_interpret_are_renamed_or_dropped() -> None:
     event = {"log_level": LogLevel.info, "log_namespace": "a", "log_time": 5.0, "message": "hi", "format": "%s"}
-    message = sent(event, "hi")
+    message = decoded_record(event, "hi")
     assert message.fields == {"message_": "hi", "format_": "%s"}
-    message = sent(event | {"isError": 0, "system": "-", "own": 1}, "hi")
+    message = decoded_record(event | {"isError": 0, "system": "-", "own": 1}, "hi")
     assert message.fields == {"own": 1}
 
 
-def test_the_limits_of_messages_are_of_all_words() -> None:
+def test_every_message_of_a_worker_has_a_length_limit() -> None:
     assert LONGEST_FROM_WORKER.keys() == decoder()._decoders.keys()

@@ -7,7 +7,7 @@ from rtservice.pool.worker_messages import WorkerMessages
 from rtservice.pool.worker_process import WorkerPhase, WorkerProcess
 
 
-def test_a_worker_goes_through_its_phases_and_no_other_way(world) -> None:
+def test_worker_phases_change_only_along_the_allowed_transitions(world) -> None:
     allowed = {
         (WorkerPhase.STARTING, WorkerPhase.READY),
         (WorkerPhase.STARTING, WorkerPhase.DRAINING),
@@ -16,12 +16,12 @@ def test_a_worker_goes_through_its_phases_and_no_other_way(world) -> None:
         (WorkerPhase.READY, WorkerPhase.GONE),
         (WorkerPhase.DRAINING, WorkerPhase.GONE),
     }
-    one = world()
-    one.service.startService()
+    running = world()
+    running.service.startService()
     for before in WorkerPhase:
         for after in WorkerPhase:
             messages = WorkerMessages(slot=0, listeners=(), access=False)
-            worker = WorkerProcess(one.pool, 0, one.spec, messages=messages, counter_bounds=SlotCounters())
+            worker = WorkerProcess(running.pool, 0, running.spec, messages=messages, counter_bounds=SlotCounters())
             worker.phase = before
             if (before, after) in allowed:
                 worker.move(after)

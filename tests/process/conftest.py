@@ -1,4 +1,4 @@
-"""A register and a server with a clock that the test moves."""
+"""Fixtures: a registry and a server on a clock that the test advances."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from tests.support.served import server
 
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
-    """Restores the signal handlers of this process, which a service replaces."""
+    """Restore the signal handlers of this process, which a service replaces."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -33,13 +33,13 @@ def world() -> Iterator[Callable[..., World]]:
         return made[-1]
 
     yield make
-    for one in made:
-        one.close()
+    for running in made:
+        running.close()
 
 
 @pytest.fixture
 def timed(monkeypatch) -> Callable[..., tuple[ServiceProcess, FakeReactor, list[dict[str, Any]]]]:
-    """Makes a server that serves, on the clock of a reactor of the test's."""
+    """Return a function that starts a server on the clock of a fake reactor."""
 
     def start(*listeners: Any, **given: Any) -> tuple[ServiceProcess, FakeReactor, list[dict[str, Any]]]:
         clock = FakeReactor()

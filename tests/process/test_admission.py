@@ -1,4 +1,4 @@
-"""Decisions on clients, without a reactor: limits, peers, trusted proxies, and what the log says of refusals."""
+"""Admission of clients, without a reactor: limits, peers, trusted proxies, and the log of refusals."""
 
 from ipaddress import ip_network
 from typing import Any
@@ -12,7 +12,7 @@ from rtservice.process.admission import REFUSALS, Admission, Limits, RefusalLog,
 
 
 def address(host: str | None) -> Any:
-    """The address of a client at this host; None is a UNIX client."""
+    """Return the address of a client at this host; None is a UNIX client."""
     if host is None:
         return UNIXAddress(None)
     return (IPv6Address if ":" in host else IPv4Address)("TCP", host, 1)
@@ -34,7 +34,7 @@ def address(host: str | None) -> Any:
         ("::1", "0.0.0.1", 128, False),
     ],
 )
-def test_who_counts_as_one_peer(host, other, prefix, same) -> None:
+def test_peers_are_grouped_by_ipv4_address_and_ipv6_prefix(host, other, prefix, same) -> None:
     assert (peer_group(address(host), prefix) == peer_group(address(other), prefix)) is same
 
 
@@ -42,7 +42,7 @@ PEER = address("192.0.2.1")
 
 
 @pytest.mark.parametrize("phase", [OPEN, TLS, PROXY])
-def test_a_client_is_refused_from_the_limit_on_in_each_first_phase(phase) -> None:
+def test_client_is_refused_at_the_connection_limit_in_each_initial_phase(phase) -> None:
     admission = Admission(Limits(max_connections=3, proxy_from=(ip_network("192.0.2.0/24"),)))
     assert [admission.refusal(PEER, count, phase) for count in (0, 2, 3, 4)] == ["", "", *["max-connections"] * 2]
 
@@ -56,7 +56,7 @@ def test_listeners_pause_at_the_limit_unless_clients_are_rejected(at_limit, coun
     assert [admission.is_full(count) for count in counts] == full
 
 
-def test_a_peer_is_refused_while_it_has_as_many_as_it_may_and_others_are_not() -> None:
+def test_only_the_peer_at_its_connection_limit_is_refused() -> None:
     admission = Admission(Limits(max_connections=9, max_connections_per_peer=2))
     for _ in range(2):
         assert admission.refusal(PEER, 0) == ""
@@ -68,7 +68,7 @@ def test_a_peer_is_refused_while_it_has_as_many_as_it_may_and_others_are_not() -
     assert admission.refusal(PEER, 1) == ""
 
 
-def test_behind_a_proxy_the_proxy_s_own_connections_are_not_counted() -> None:
+def test_connections_of_a_trusted_proxy_are_not_counted_for_its_address() -> None:
     limits = Limits(max_connections=9, max_connections_per_peer=1, proxy_from=(ip_network("192.0.2.1"),))
     admission = Admission(limits)
     admission.add_peer(PEER)
@@ -76,7 +76,7 @@ def test_behind_a_proxy_the_proxy_s_own_connections_are_not_counted() -> None:
     assert admission.refusal(PEER, 1, OPEN) == "max-connections-per-peer"
 
 
-def test_unix_clients_are_no_peers() -> None:
+def test_unix_clients_are_not_counted_as_peers() -> None:
     admission = Admission(Limits(max_connections=9, max_connections_per_peer=1))
     for _ in range(3):
         assert admission.refusal(address(None), 0) == ""
@@ -85,7 +85,7 @@ def test_unix_clients_are_no_peers() -> None:
     assert admission._peers == {}
 
 
-def test_new_limits_count_the_peers_of_open_connections_again() -> None:
+def test_new_limits_recount_the_peers_of_open_connections() -> None:
     admission = Admission(Limits(max_connections=9))
     first, second = address("2001:db8::1"), address("2001:db8::2")
     admission.apply(Limits(max_connections=9, max_connections_per_peer=2), [first, second])
@@ -108,13 +108,13 @@ def test_new_limits_count_the_peers_of_open_connections_again() -> None:
         (None, "", True),
     ],
 )
-def test_whose_proxy_header_is_trusted(host, networks, trusted) -> None:
+def test_proxy_header_is_accepted_only_from_trusted_networks(host, networks, trusted) -> None:
     admission = Admission(Limits(max_connections=9, proxy_from=tuple(map(ip_network, networks.split()))))
     assert admission.refusal(address(host), 0, PROXY) == ("" if trusted else "proxy-from")
     assert admission.refusal(address(host), 0, OPEN) == ""
 
 
-def test_each_reason_is_logged_once_in_ten_seconds_with_the_number_of_the_others() -> None:
+def test_each_refusal_reason_is_logged_once_in_10_seconds_with_the_suppressed_count() -> None:
     events: list[Any] = []
     log = RefusalLog(Logger(observer=events.append))
     for now in (0.0, 0.1, 9.9):

@@ -1,4 +1,4 @@
-"""What is said of certificates, in the log and on the status page; and how they are renewed."""
+"""Certificates in the log and on the status page, and their renewal."""
 
 import os
 import re
@@ -23,7 +23,7 @@ DAY, NOW = 86400, 1_800_000_000.5
 
 
 def listener(*certificates: Certificate, source: Any = None, **more: Any) -> Listener:
-    return Listener(None, "ssl", certificates=certificates, source=source, **more)  # type: ignore[arg-type]  # it is not served
+    return Listener(None, "ssl", certificates=certificates, source=source, **more)  # type: ignore[arg-type]  # it is not used
 
 
 def logged(monkeypatch: pytest.MonkeyPatch, *listeners: Listener) -> list[str]:
@@ -51,38 +51,38 @@ def logged(monkeypatch: pytest.MonkeyPatch, *listeners: Listener) -> list[str]:
         (253402300799 - NOW, 2912063, "info: certificate /c for a: expires in 2912063 days"),
     ],
 )
-def test_the_log_and_the_page_have_one_number_of_days(monkeypatch, seconds, days, text) -> None:
-    one = listener(Certificate("/c", ("a",), 0, int(NOW + seconds)))
+def test_log_and_status_page_show_the_same_remaining_days(monkeypatch, seconds, days, text) -> None:
+    served_listener = listener(Certificate("/c", ("a",), 0, int(NOW + seconds)))
     assert days_left(NOW + seconds, NOW) == days
-    assert logged(monkeypatch, one) == [text]
-    assert [row["days_left"] for row in certificates_of([one], NOW)] == [days]
+    assert logged(monkeypatch, served_listener) == [text]
+    assert [row["days_left"] for row in certificates_of([served_listener], NOW)] == [days]
 
 
-def test_a_revocation_list_has_days_of_the_same_kind(monkeypatch) -> None:
+def test_revocation_list_is_logged_with_the_remaining_days(monkeypatch) -> None:
     for seconds, text in ((1.9 * DAY, "in 1 day"), (0.5, "in less than 1 day"), (8.9 * DAY, "in 8 days")):
         lists = RevocationLists("/l", 1, int(NOW + seconds))
         assert logged(monkeypatch, listener(revocation=lists)) == [f"info: revocation list /l: next update {text}"]
 
 
-def test_a_certificate_that_is_not_valid_yet_is_a_warning(monkeypatch) -> None:
-    one = listener(Certificate("/c", ("a",), int(NOW + DAY), int(NOW + 9 * DAY)))
-    assert logged(monkeypatch, one) == ["warn: certificate /c for a: not valid yet"]
-    assert certificates_of([one], NOW)[0]["not_before"] > NOW
+def test_certificate_that_is_not_valid_yet_is_logged_as_a_warning(monkeypatch) -> None:
+    served_listener = listener(Certificate("/c", ("a",), int(NOW + DAY), int(NOW + 9 * DAY)))
+    assert logged(monkeypatch, served_listener) == ["warn: certificate /c for a: not valid yet"]
+    assert certificates_of([served_listener], NOW)[0]["not_before"] > NOW
 
 
-def test_of_many_those_are_shown_that_end_first_and_one_of_each_listener() -> None:
+def test_certificates_that_expire_first_and_one_of_each_listener_are_shown() -> None:
     many = [Certificate(f"/{number}", ("a",), 0, 1000 - number) for number in range(1000)]
     late = [Certificate(f"/late{number}", ("a",), 0, 5000 + number) for number in range(3)]
     shown = certificates_of([listener(*many), listener(), listener(*late)], NOW)
     assert [row["not_after"] for row in shown] == [*range(1, 101), 5000]
 
 
-# --- renewed ---
+# --- renewal ---
 
 
 @pytest.fixture
 def directory(certificates, tmp_path):
-    """A directory with `default.pem` and certificates a, b and c, and how to write another one."""
+    """A directory with `default.pem` and certificates a, b and c, and a function that writes a certificate."""
     key = Path(certificates["server.key"]).read_text()
 
     def write(name: str, serial: int = 1, key: str = key) -> None:
@@ -97,50 +97,48 @@ def directory(certificates, tmp_path):
 
 
 def served(*sources: Any) -> list[tuple[Listener, Any]]:
-    """Listeners with these certificates in force, each with a port."""
+    """Return listeners that have loaded these certificates, each with its port."""
     pairs = []
     for source in sources:
-        one = listener(source=source)
-        one.adopt(source.load())
-        pairs.append((one, SimpleNamespace(tls=one.tls)))
+        served_listener = listener(source=source)
+        served_listener.adopt(source.load())
+        pairs.append((served_listener, SimpleNamespace(tls=served_listener.tls)))
     return pairs
 
 
-def contexts(one: Listener) -> dict[str, Any]:
-    found = dict(one.reusable.names.contexts)
-    return {name: one.tls if context is None else context for name, context in found.items()}
+def contexts(served_listener: Listener) -> dict[str, Any]:
+    found = dict(served_listener.reusable.names.contexts)
+    return {name: served_listener.tls if context is None else context for name, context in found.items()}
 
 
-def test_only_what_has_changed_is_made_again(directory, monkeypatch) -> None:
+def test_only_contexts_of_changed_certificates_are_created_again(directory, monkeypatch) -> None:
     pairs = served(DirectoryTLS(directory.path))
-    [(one, port)] = pairs
-    before = contexts(one)
+    [(served_listener, port)] = pairs
+    before = contexts(served_listener)
     directory.write("b", 2)
     directory.write("d")
     made = []
     make = DirectoryTLS._make
     monkeypatch.setattr(DirectoryTLS, "_make", lambda *given: made.append(os.path.basename(given[1])) or make(*given))
     adopt = finish(renewing(pairs))
-    assert contexts(one) == before
+    assert contexts(served_listener) == before
     assert port.tls is before["default.example"]
     finish(adopt())
-    after = contexts(one)
-    assert made == ["b.pem", "d.pem", "default.pem"]  # the last finds the others, and is never shared
+    after = contexts(served_listener)
+    assert made == ["b.pem", "d.pem", "default.pem"]  # the default holds the SNI lookup and is never reused
     assert {name for name in after if after[name] is before.get(name)} == {"a.example", "c.example"}
-    assert port.tls is one.tls is after["default.example"]
+    assert port.tls is served_listener.tls is after["default.example"]
 
 
 @pytest.mark.parametrize("other", ["clients", "key"])
-def test_a_context_of_other_authorities_or_with_another_key_is_not_the_same(
-    directory, certificates, tmp_path, other
-) -> None:
+def test_context_is_not_reused_if_the_client_ca_or_the_key_changes(directory, certificates, tmp_path, other) -> None:
     authorities = tmp_path / "authorities"
     authorities.write_text(Path(certificates["ca.pem"]).read_text())
     pairs = served(DirectoryTLS(directory.path, client_ca=str(authorities)))
     before = contexts(pairs[0][0])
     if other == "clients":
         authorities.write_text(Path(certificates["other.pem"]).read_text())
-    else:  # the same one, in other bytes
+    else:  # the same key in other bytes
         for name in ("a", "b", "c", "default"):
             directory.write(name, key=Path(certificates["server.key"]).read_text() + "\n")
     finish(finish(renewing(pairs))())
@@ -148,21 +146,21 @@ def test_a_context_of_other_authorities_or_with_another_key_is_not_the_same(
     assert not [name for name in after if after[name] is before[name]]
 
 
-def test_what_cannot_be_read_of_one_listener_changes_none(directory, certificates, tmp_path) -> None:
+def test_unreadable_certificate_of_one_listener_changes_no_listener(directory, certificates, tmp_path) -> None:
     alone = tmp_path / "alone"
     alone.mkdir()
     for suffix in ("pem", "key"):
         shutil.copy(certificates[f"server.{suffix}"], alone)
     pairs = served(DirectoryTLS(directory.path), ServerTLS(str(alone / "server.key"), str(alone / "server.pem")))
-    before = [contexts(one) | {"": one.tls} for one, _ in pairs]
+    before = [contexts(served_listener) | {"": served_listener.tls} for served_listener, _ in pairs]
     directory.write("a", 2)
     (alone / "server.key").write_text("half of a ke")
     with pytest.raises(ListenError, match="no usable private key"):
         finish(renewing(pairs))
-    assert [contexts(one) | {"": one.tls} for one, _ in pairs] == before
+    assert [contexts(served_listener) | {"": served_listener.tls} for served_listener, _ in pairs] == before
 
 
-def test_a_step_is_one_certificate_at_the_most(directory, monkeypatch) -> None:
+def test_each_step_loads_at_most_one_certificate(directory, monkeypatch) -> None:
     made = []
     make = DirectoryTLS._make
     monkeypatch.setattr(DirectoryTLS, "_make", lambda *given: made.append(1) or make(*given))
@@ -175,7 +173,7 @@ def test_a_step_is_one_certificate_at_the_most(directory, monkeypatch) -> None:
 
 
 class Changing(Files):
-    """A directory whose files somebody replaces while they are read: `change` is called before the file `at`."""
+    """Files that change while they are read: `change` is called before the file `at` is read."""
 
     change: Any = None
     at = ""
@@ -197,7 +195,7 @@ class Changing(Files):
     ],
     ids=["gone", "later", "earlier", "more"],
 )
-def test_a_directory_that_changes_while_it_is_read_is_read_again_if_need_be(directory, monkeypatch, change) -> None:
+def test_directory_changed_during_reading_is_read_again(directory, monkeypatch, change) -> None:
     pairs = served(DirectoryTLS(directory.path))
     monkeypatch.setattr("rtservice.process.certificates.Files", Changing)
     monkeypatch.setattr(Changing, "at", "b.pem")
@@ -207,38 +205,36 @@ def test_a_directory_that_changes_while_it_is_read_is_read_again_if_need_be(dire
     assert "a.example" in contexts(pairs[0][0])
 
 
-def test_a_pair_of_which_one_half_is_replaced_is_read_again_and_no_longer_than_three_times(
-    directory, certificates, monkeypatch
-) -> None:
+def test_mismatched_key_pair_is_read_at_most_three_times(directory, certificates, monkeypatch) -> None:
     pairs = served(DirectoryTLS(directory.path))
     before = contexts(pairs[0][0])
     other = Path(certificates["client.key"]).read_text()
     readings = []
 
-    def halves() -> None:
+    def replace_pair() -> None:
         readings.append(1)
         directory.write("b", 2, key=other if len(readings) < good else Path(certificates["server.key"]).read_text())
-        Changing.change = halves if len(readings) < 9 else None
+        Changing.change = replace_pair if len(readings) < 9 else None
 
     monkeypatch.setattr("rtservice.process.certificates.Files", Changing)
     monkeypatch.setattr(Changing, "at", "b.pem")
     good = 3
-    monkeypatch.setattr(Changing, "change", staticmethod(halves))
+    monkeypatch.setattr(Changing, "change", staticmethod(replace_pair))
     finish(finish(renewing(pairs))())
     assert len(readings) == 3
-    in_force = contexts(pairs[0][0])
-    assert in_force["b.example"] is not before["b.example"]
+    current = contexts(pairs[0][0])
+    assert current["b.example"] is not before["b.example"]
 
     readings.clear()
     good = 99
-    monkeypatch.setattr(Changing, "change", staticmethod(halves))
+    monkeypatch.setattr(Changing, "change", staticmethod(replace_pair))
     with pytest.raises(ListenError, match=re.escape("b.pem' does not belong to the certificate")):
         finish(renewing(pairs))
     assert len(readings) == 3
-    assert contexts(pairs[0][0]) == in_force
+    assert contexts(pairs[0][0]) == current
 
 
-def test_what_does_not_change_is_not_read_again_because_it_is_wrong(directory, certificates, monkeypatch) -> None:
+def test_invalid_certificate_that_does_not_change_is_not_read_again(directory, certificates, monkeypatch) -> None:
     pairs = served(DirectoryTLS(directory.path))
     directory.write("b", key=Path(certificates["client.key"]).read_text())
     reads = []

@@ -1,4 +1,4 @@
-"""What a process counts: totals that never fall, histograms, and what the hosted factory counts."""
+"""Counters of a process: totals that never decrease, histograms, and counters of the hosted factory."""
 
 import math
 
@@ -17,7 +17,7 @@ from rtservice.process.counters import (
 )
 
 
-def test_a_value_at_a_bound_is_in_its_bucket_and_one_above_all_in_the_last() -> None:
+def test_histogram_bounds_are_inclusive_and_the_last_bucket_is_unbounded() -> None:
     histogram = Histogram((0.1, 1.0))
     for seconds in (0.0, 0.1, 0.100001, 1.0, 99.0):
         histogram.add(seconds)
@@ -25,7 +25,7 @@ def test_a_value_at_a_bound_is_in_its_bucket_and_one_above_all_in_the_last() -> 
     assert len(Histogram(DURATIONS).counts) == len(DURATIONS) + 1
 
 
-def test_lag_is_how_late_a_call_is() -> None:
+def test_lag_is_the_delay_of_a_scheduled_call() -> None:
     clock, lag = Clock(), Lag()
     lag.start(clock)
     clock.advance(0.1)
@@ -37,7 +37,7 @@ def test_lag_is_how_late_a_call_is() -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_gauges_are_no_totals() -> None:
+def test_gauges_are_not_totals() -> None:
     gauges = CounterKey("open"), CounterKey("phase", "open", "tcp:1"), CounterKey("memory")
     totals = CounterKey("opened", "", "tcp:1"), CounterKey("ended"), CounterKey("lag", "3")
     assert not any(key.is_total for key in gauges)
@@ -50,7 +50,7 @@ def test_counters_are_added_by_name() -> None:
     assert totals == {"a": 3, "b": 3}
 
 
-def test_a_process_knows_its_memory_time_and_descriptors() -> None:
+def test_process_counters_include_memory_cpu_time_and_descriptors() -> None:
     with open("/dev/null"):
         more = process_counters()
     less = process_counters()
@@ -60,12 +60,12 @@ def test_a_process_knows_its_memory_time_and_descriptors() -> None:
     assert less[CounterKey("descriptor_limit")] >= less[CounterKey("descriptors")]
 
 
-def test_what_a_factory_counts_is_a_total_if_its_name_says_so() -> None:
+def test_factory_counter_named_total_is_a_total() -> None:
     found, problem = factory_counters({"said_total": 3, "rooms": 1.5, "full": True})
-    said = CounterKey("protocol", "said_total")
-    assert found == {said: 3, CounterKey("protocol", "rooms"): 1.5, CounterKey("protocol", "full"): 1}
+    total = CounterKey("protocol", "said_total")
+    assert found == {total: 3, CounterKey("protocol", "rooms"): 1.5, CounterKey("protocol", "full"): 1}
     assert problem == ""
-    assert [key for key in found if key.is_total] == [said]
+    assert [key for key in found if key.is_total] == [total]
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_what_a_factory_counts_is_a_total_if_its_name_says_so() -> None:
         ("good", 1, "names 'good' and 'good_total': the same to Prometheus; rename one of them"),
     ],
 )
-def test_what_cannot_be_shown_of_it_is_left_out_and_said(name, value, problem) -> None:
-    found, said = factory_counters({name: value, "good_total": 7})
+def test_invalid_factory_counter_is_left_out_and_reported(name, value, problem) -> None:
+    found, reported = factory_counters({name: value, "good_total": 7})
     assert found == {CounterKey("protocol", "good_total"): 7}
-    assert problem in said
-    assert len(said) < 250
+    assert problem in reported
+    assert len(reported) < 250
 
 
-def test_a_factory_has_a_hundred_counters_at_the_most() -> None:
+def test_factory_has_at_most_100_counters() -> None:
     found, problem = factory_counters({f"a{number}": number for number in range(101)})
     assert len(found) == 100
     assert problem == "more than 100 values; the others are ignored"

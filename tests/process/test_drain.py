@@ -1,4 +1,4 @@
-"""Graceful shutdown of a serving process, by a clock that the test moves."""
+"""Graceful shutdown of a serving process, on a clock that the test advances."""
 
 import signal
 import socket
@@ -19,7 +19,7 @@ from tests.support.recorded import recorded
 from tests.support.served import Endpoint, Held, Told, server
 
 
-def test_a_drain_ends_with_the_last_connection_and_counts_what_has_ended_since(timed) -> None:
+def test_drain_ends_with_the_last_connection_and_counts_connections_ended_since_its_start(timed) -> None:
     service, clock, events = timed(drain_timeout=30)
     Held(service).closes()
     first, second = Held(service), Held(service)
@@ -35,14 +35,14 @@ def test_a_drain_ends_with_the_last_connection_and_counts_what_has_ended_since(t
     assert clock.getDelayedCalls() == []
 
 
-def test_a_drain_without_connections_is_done_at_once(timed) -> None:
+def test_drain_without_connections_is_done_at_once(timed) -> None:
     service, clock, events = timed(drain_timeout=30)
     assert service.stopService().called
     assert recorded(events[-1:], "drain.done", ended=0, aborted=0, seconds=0.0)
     assert clock.getDelayedCalls() == []
 
 
-def test_a_listener_that_has_finished_is_closed_while_connections_go_on(timed, tmp_path) -> None:
+def test_listener_is_closed_while_connections_remain_open(timed, tmp_path) -> None:
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     service, clock, _ = timed(listener, drain_timeout=30)
     held = Held(service)
@@ -55,7 +55,7 @@ def test_a_listener_that_has_finished_is_closed_while_connections_go_on(timed, t
     assert done.called
 
 
-def test_a_listener_that_somebody_else_holds_keeps_its_queue(timed, tmp_path) -> None:
+def test_backlog_of_a_shared_listener_is_kept(timed, tmp_path) -> None:
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     listener.shared = True
     service, _, _ = timed(listener, drain_timeout=30)
@@ -66,22 +66,22 @@ def test_a_listener_that_somebody_else_holds_keeps_its_queue(timed, tmp_path) ->
         held = Held(service)
         service.stopService()
         assert not port.listening
-        assert listener.socket.fileno() == -1  # also while connections go on
+        assert listener.socket.fileno() == -1  # also while connections are open
         held.closes()
         assert service.backend.state is State.STOPPED
         near, _ = other.accept()
         near.close()
 
 
-def test_each_drainable_protocol_is_told_once_also_one_that_opens_later(timed) -> None:
+def test_each_drainable_protocol_is_notified_once_also_if_it_opens_later(timed) -> None:
     service, clock, _ = timed(drain_timeout=30)
-    protocols = [implementer(IDrainable)(type("Telling", (Told,), {}))() for _ in range(3)]
-    deaf = Told()  # has the method, and does not say so
-    somebody_else = Told()  # as Twisted's layer of TLS is, until its handshake is done
+    protocols = [implementer(IDrainable)(type("Drainable", (Told,), {}))() for _ in range(3)]
+    not_drainable = Told()  # has the method, but does not declare IDrainable
+    tls_layer = Told()  # like the TLS layer of Twisted during the handshake
     held = [
         Held(service, protocol=protocols[0]),
-        Held(service, protocol=deaf),
-        Held(service, TLS, protocol=somebody_else),
+        Held(service, protocol=not_drainable),
+        Held(service, TLS, protocol=tls_layer),
     ]
     service.stopService()
     assert protocols[0].drains == 1
@@ -89,13 +89,13 @@ def test_each_drainable_protocol_is_told_once_also_one_that_opens_later(timed) -
     held[2].phase, held[2].protocol = OPEN, protocols[2]
     clock.pump([1] * 10)
     assert [protocol.drains for protocol in protocols] == [1, 1, 1]
-    assert deaf.drains == 0
-    assert [one.asked for one in held] == [[]] * 4
-    for one in held:
-        one.closes()
+    assert not_drainable.drains == 0
+    assert [connection.asked for connection in held] == [[]] * 4
+    for connection in held:
+        connection.closes()
 
 
-def test_a_protocol_that_fails_in_drain_loses_its_connection_alone(timed) -> None:
+def test_only_the_connection_of_a_protocol_that_fails_in_drain_is_aborted(timed) -> None:
     service, clock, events = timed(drain_timeout=30)
     bad, good = implementer(IDrainable)(Told)(), implementer(IDrainable)(Told)()
     bad.drain = lambda: 1 / 0
@@ -109,16 +109,16 @@ def test_a_protocol_that_fails_in_drain_loses_its_connection_alone(timed) -> Non
     assert recorded(events[-1:], "drain.done", ended=1, aborted=1, seconds=0.0)
 
 
-def test_after_the_drain_timeout_what_is_buffered_is_sent_for_as_long_as_it_moves(timed) -> None:
+def test_buffered_data_is_sent_after_the_drain_timeout_while_the_peer_reads(timed) -> None:
     service, clock, events = timed(drain_timeout=10)
-    reading, silent, shaking, closing = (Held(service, phase) for phase in (OPEN, OPEN, TLS, CLOSING))
+    reading, silent, handshaking, closing = (Held(service, phase) for phase in (OPEN, OPEN, TLS, CLOSING))
     reading.unsent = silent.unsent = 1000
     done = service.stopService()
     clock.pump([0.5] * 19)
-    assert [one.asked for one in (reading, silent, shaking, closing)] == [[]] * 4
+    assert [connection.asked for connection in (reading, silent, handshaking, closing)] == [[]] * 4
     clock.advance(0.5)
     assert (reading.asked, silent.asked) == (["close: drained"], ["close: drained"])
-    assert (shaking.asked, closing.asked) == (["abort: drained"], [])  # it has nothing to flush; it ends by itself
+    assert (handshaking.asked, closing.asked) == (["abort: drained"], [])  # nothing to flush; it is already closing
     for _ in range(4):
         clock.advance(1)
         reading.bytes_out += 1
@@ -136,7 +136,7 @@ def test_after_the_drain_timeout_what_is_buffered_is_sent_for_as_long_as_it_move
     assert clock.getDelayedCalls() == []
 
 
-def test_what_still_moves_half_a_minute_after_the_drain_timeout_is_cut_off(timed) -> None:
+def test_connection_still_sending_30_seconds_after_the_drain_timeout_is_aborted(timed) -> None:
     service, clock, events = timed(drain_timeout=0)
     endless = Held(service)
     endless.unsent = 1
@@ -154,7 +154,7 @@ def test_what_still_moves_half_a_minute_after_the_drain_timeout_is_cut_off(timed
 
 
 @pytest.mark.parametrize("after", [0, 5, 12], ids=["at-once", "while-waiting", "while-flushing"])
-def test_an_abort_ends_a_drain(timed, after) -> None:
+def test_abort_ends_a_drain(timed, after) -> None:
     service, clock, events = timed(drain_timeout=10)
     held = [Held(service, phase) for phase in (OPEN, TLS, CLOSING)]
     held[0].unsent = 1
@@ -168,11 +168,11 @@ def test_an_abort_ends_a_drain(timed, after) -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_a_signal_that_is_sent_again_at_once_neither_aborts_nor_leaves(timed, monkeypatch) -> None:
+def test_stop_signal_repeated_at_once_neither_aborts_the_drain_nor_exits(timed, monkeypatch) -> None:
     handlers: dict[int, Callable] = {}
-    left: list[bool] = []
+    exits: list[bool] = []
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    service, clock, _ = timed(drain_timeout=30, exit_now=lambda: left.append(True))
+    service, clock, _ = timed(drain_timeout=30, exit_now=lambda: exits.append(True))
     clock.stop = service.stopService
     clock.callFromThread = lambda call, *arguments: call(*arguments)
     held = Held(service)
@@ -185,13 +185,13 @@ def test_a_signal_that_is_sent_again_at_once_neither_aborts_nor_leaves(timed, mo
     assert held.asked == ["abort: cut off"]
     clock.advance(0.25)
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-        assert not left
+        assert not exits
         handlers[number](number, None)
-    assert left == [True]
+    assert exits == [True]
     assert service.exit_status == 128 + signal.SIGTERM
 
 
-def test_a_service_that_is_stopped_before_it_serves_never_does(monkeypatch, tmp_path) -> None:
+def test_service_stopped_before_it_serves_does_not_start_serving(monkeypatch, tmp_path) -> None:
     waiting: list[Callable] = []
     clock = FakeReactor()
     monkeypatch.setattr(clock, "callWhenRunning", waiting.append)
@@ -210,7 +210,7 @@ def test_a_service_that_is_stopped_before_it_serves_never_does(monkeypatch, tmp_
     assert clock.getDelayedCalls() == []
 
 
-def test_a_service_that_never_started_closes_its_listeners(tmp_path) -> None:
+def test_service_that_never_started_closes_its_listeners(tmp_path) -> None:
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     service, events = server([listener])
     assert service.stopService().called
@@ -219,7 +219,7 @@ def test_a_service_that_never_started_closes_its_listeners(tmp_path) -> None:
     assert events == []
 
 
-def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_path, monkeypatch) -> None:
+def test_late_endpoint_failure_stops_the_service_without_a_drain(timed, tmp_path, monkeypatch) -> None:
     results: list[Deferred] = [Deferred(), Deferred()]
     clock = FakeReactor()
     monkeypatch.setattr("twisted.internet.reactor", clock)
@@ -231,7 +231,7 @@ def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_
     held = Held(service)
     for result in results:
         result.errback(OSError("too late"))
-    assert (clock.stops, service.exit_status) == (1, 1)  # a reactor that stops twice says that it is a mistake
+    assert (clock.stops, service.exit_status) == (1, 1)  # a second stop of a reactor raises
     assert reports == ["--listen x:0: too late"]
     done = service.stopService()
     assert held.asked == ["abort: cut off"]
@@ -241,7 +241,7 @@ def test_a_listener_that_fails_late_ends_the_service_without_a_drain(timed, tmp_
     assert not (tmp_path / "s").exists()
 
 
-def test_an_endpoint_that_listens_when_the_service_has_stopped_is_stopped(monkeypatch) -> None:
+def test_endpoint_that_starts_listening_after_the_stop_is_stopped(monkeypatch) -> None:
     clock = FakeReactor()
     monkeypatch.setattr("twisted.internet.reactor", clock)
     early, late = Endpoint(Deferred()), Endpoint(Deferred())
@@ -250,5 +250,5 @@ def test_an_endpoint_that_listens_when_the_service_has_stopped_is_stopped(monkey
     assert service.stopService().called
     early.result.callback(early)
     assert early.stopped == 1
-    late.result.errback(OSError("too late"))  # which is nobody's concern any more
+    late.result.errback(OSError("too late"))  # ignored after the stop
     assert (service.exit_status, clock.stops) == (0, 0)

@@ -1,4 +1,4 @@
-"""Why a connection ended."""
+"""The reason of the end of a connection."""
 
 import errno
 
@@ -23,6 +23,6 @@ from rtservice.process.endings import end_reason
         (ZeroDivisionError(), False, None, "failed"),
     ],
 )
-def test_an_end_has_one_of_a_few_reasons(error, peer_finished, code, reason) -> None:
+def test_each_connection_end_has_one_of_a_fixed_set_of_reasons(error, peer_finished, code, reason) -> None:
     problem = None if code is None else OSError(code, "of the test")
     assert end_reason(Failure(error), peer_finished=peer_finished, problem=problem) == reason

@@ -15,7 +15,7 @@ from tests.support.served import server
 
 @implementer(IMetrics)
 class Counting(Factory):
-    """Has counted what a test says, or fails; `serving` is what it has between its start and its stop."""
+    """Returns the counters that the test sets, or raises; `serving` is True between its start and its stop."""
 
     noisy = False
     serving = None
@@ -36,19 +36,19 @@ class Counting(Factory):
         return self.counts
 
 
-def of_factory(service: ServiceProcess) -> dict[CounterKey, float]:
+def counters_of_factory(service: ServiceProcess) -> dict[CounterKey, float]:
     return {key: count for key, count in service.backend.counters().items() if key.name == "protocol"}
 
 
-def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> None:
+def test_factory_metrics_are_read_only_between_its_start_and_stop(timed) -> None:
     service, _, _ = timed(factory=Counting({"a_total": 1}))
     service.backend.factory.counts = {"a_total": 2, "b": 0.5}
     service.stopService()
     assert service.backend.state is State.STOPPED
     service.backend.factory.counts = {"a_total": 3}
-    assert of_factory(service) == {CounterKey("protocol", "a_total"): 2, CounterKey("protocol", "b"): 0.5}
+    assert counters_of_factory(service) == {CounterKey("protocol", "a_total"): 2, CounterKey("protocol", "b"): 0.5}
     not_started, _ = server(factory=Counting(RuntimeError("not yet")))
-    assert of_factory(not_started) == {}
+    assert counters_of_factory(not_started) == {}
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_what_a_factory_counts_is_asked_for_from_its_start_to_its_end(timed) -> 
         ({"a b": 1}, "factory.metrics_rejected"),
     ],
 )
-def test_a_factory_that_counts_badly_is_logged_once_and_keeps_what_it_had(timed, counts, event) -> None:
+def test_invalid_factory_metrics_are_logged_once_and_the_previous_values_kept(timed, counts, event) -> None:
     service, _, events = timed(factory=Counting({"a_total": 1}))
-    assert of_factory(service) == {CounterKey("protocol", "a_total"): 1}
+    assert counters_of_factory(service) == {CounterKey("protocol", "a_total"): 1}
     before = len(events)
     for each in (counts, counts, {"a_total": 2}, counts):
         service.backend.factory.counts = each
         service.backend.counters()
-    # Once more after it was well.
+    # Logged again after valid metrics in between.
     assert [(record["event"], record["factory"]) for record in events[before:]] == [(event, "Counting")] * 2
-    assert of_factory(service).get(CounterKey("protocol", "a_total"), 2) == 2
+    assert counters_of_factory(service).get(CounterKey("protocol", "a_total"), 2) == 2
     assert service.backend.counters()[OPEN_CONNECTIONS] == 0

@@ -1,4 +1,4 @@
-"""Connections on transports that are not ours: limits, timeouts and records."""
+"""Connections on transports of other endpoints: limits, timeouts and records."""
 
 import socket
 from typing import Any
@@ -27,7 +27,7 @@ def wrap(factory: Any, connections: Registry, name: str = "x") -> ForeignFactory
     return ForeignFactory(factory, name, connections, Logger())
 
 
-def test_a_wrapped_connection_is_registered_counted_and_recorded() -> None:
+def test_foreign_connection_is_registered_counted_and_recorded() -> None:
     events: list[dict] = []
     connections = Registry(Logger(observer=events.append), Limits(max_connections=10))
     factory = wrap(EchoFactory(), connections, "stdio:")
@@ -47,7 +47,7 @@ def test_a_wrapped_connection_is_registered_counted_and_recorded() -> None:
     assert formatEvent(event).startswith("192.0.2.1:1 on stdio:: 0.0")
 
 
-def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
+def test_foreign_protocol_without_half_close_support_gets_none() -> None:
     connections = Registry(Logger(observer=lambda event: None), Limits(max_connections=10))
     protocol = wrap(Factory.forProtocol(Protocol), connections).buildProtocol(None)
     protocol.makeConnection(StringTransportWithDisconnection())
@@ -55,8 +55,8 @@ def test_a_wrapped_protocol_that_knows_nothing_of_half_close_stays_so() -> None:
 
 
 @pytest.mark.parametrize("build", [lambda address: None, lambda address: 1 / 0], ids=["None", "raises"])
-def test_a_client_that_a_factory_gives_no_protocol_is_not_left_in_silence(build) -> None:
-    """Twisted's wrappers would keep it connected."""
+def test_foreign_connection_without_a_protocol_is_closed(build) -> None:
+    """The wrappers of Twisted would keep the client connected."""
     factory = Factory()
     factory.buildProtocol = build
     protocol = wrap(factory, Registry(Logger(), Limits(max_connections=10))).buildProtocol(None)
@@ -68,7 +68,7 @@ def test_a_client_that_a_factory_gives_no_protocol_is_not_left_in_silence(build)
 
 @pytest.fixture
 def listen():
-    """Serves a factory through a Registry on a port of Twisted's own; gives the port's number."""
+    """Return a function that serves an EchoFactory through a Registry on a Twisted port, and returns its number."""
     ports = []
 
     def start(connections: Registry) -> int:
@@ -82,7 +82,7 @@ def listen():
 
 @pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_peer"])
 @pytest_twisted.inlineCallbacks
-def test_limits_hold_for_foreign_transports_too(listen, limit):
+def test_connection_limits_apply_to_foreign_transports(listen, limit):
     connections = Registry(Logger(observer=lambda event: None), Limits(**{"max_connections": 9, limit: 2}))
     port = listen(connections)
 
@@ -95,7 +95,7 @@ def test_limits_hold_for_foreign_transports_too(listen, limit):
         except ConnectionResetError:
             return client, b""
 
-    def missed() -> Deferred[None]:
+    def becomes_empty() -> Deferred[None]:
         empty: Deferred[None] = Deferred()
         connections.when_empty = lambda: reactor.callLater(0, empty.callback, None)
         return empty.addTimeout(20, reactor)
@@ -107,13 +107,13 @@ def test_limits_hold_for_foreign_transports_too(listen, limit):
         assert [answer for _, answer in clients] == [b"Hello from the server!"] * 2 + [b""]
         assert refused(connections)[limit.replace("_", "-")] == count
         assert len(connections.open) == 2
-        empty = missed()
+        empty = becomes_empty()
         for client, _ in clients:
             client.close()
         yield empty
 
 
-def wrapped(connections: Registry) -> tuple[Any, StringTransportWithDisconnection]:
+def connect_wrapped(connections: Registry) -> tuple[Any, StringTransportWithDisconnection]:
     protocol = wrap(EchoFactory(), connections).buildProtocol(None)
     transport = StringTransportWithDisconnection()
     transport.protocol = protocol
@@ -121,25 +121,25 @@ def wrapped(connections: Registry) -> tuple[Any, StringTransportWithDisconnectio
     return protocol, transport
 
 
-def test_a_silent_foreign_transport_is_closed_and_one_that_does_not_close_is_cut(world) -> None:
-    one = world(idle_timeout=20)
-    wrapped(one.connections)
-    still_open(one, 21)
-    assert one.reasons == ["idle"]
-    protocol, transport = wrapped(one.connections)
+def test_idle_foreign_transport_is_closed_then_aborted_if_it_stays_open(world) -> None:
+    running = world(idle_timeout=20)
+    connect_wrapped(running.connections)
+    still_open(running, 21)
+    assert running.reasons == ["idle"]
+    protocol, transport = connect_wrapped(running.connections)
     transport.loseConnection = lambda: None
     transport.abortConnection = lambda: protocol.connectionLost(Failure(ConnectionAborted()))
-    one.advance(1)
+    running.advance(1)
     for _ in range(21):
-        one.advance(1)
-    assert one.reasons == ["idle", "stopped reading"]
+        running.advance(1)
+    assert running.reasons == ["idle", "stopped reading"]
 
 
-def test_a_foreign_transport_ends_with_the_others(world) -> None:
-    one = world()
-    wrapped(one.connections)
-    one.connections.close_all("drained")
-    wrapped(one.connections)
-    one.connections.abort_all("cut off")
-    assert one.reasons == ["drained", "cut off"]
-    assert not one.connections.open
+def test_close_all_and_abort_all_include_foreign_transports(world) -> None:
+    running = world()
+    connect_wrapped(running.connections)
+    running.connections.close_all("drained")
+    connect_wrapped(running.connections)
+    running.connections.abort_all("cut off")
+    assert running.reasons == ["drained", "cut off"]
+    assert not running.connections.open

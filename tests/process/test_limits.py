@@ -1,4 +1,4 @@
-"""Limits on connections: who waits, who is refused, and what is logged."""
+"""Limits on connections: waiting clients, refused clients, and the log."""
 
 import ssl
 from ipaddress import ip_network
@@ -10,127 +10,128 @@ from tests.support.registry_world import IPV4, header, is_closed, is_served
 # --- limits ---
 
 
-def test_at_the_limit_every_listener_pauses_and_a_free_place_is_the_next_ones(world) -> None:
-    one = world(max_connections=3)
-    other = one.add_port()
-    inside = [one.client(), one.client("192.0.2.2", other), one.client(None)]
+def test_every_listener_pauses_at_the_limit_and_accepts_one_client_for_each_closed(world) -> None:
+    running = world(max_connections=3)
+    other = running.add_port()
+    inside = [running.client(), running.client("192.0.2.2", other), running.client(None)]
     assert all(map(is_served, inside))
-    waiting = one.client()
-    waiting_too = one.client(port=other)
+    waiting = running.client()
+    waiting_too = running.client(port=other)
     assert not is_served(waiting)
     assert not is_served(waiting_too)
-    assert len(one.connections.open) == 3
-    one.leave(inside.pop())
+    assert len(running.connections.open) == 3
+    running.leave(inside.pop())
     assert is_served(waiting) + is_served(waiting_too) == 1
-    one.leave(inside.pop())
+    running.leave(inside.pop())
     assert is_served(waiting) + is_served(waiting_too) == 1
-    assert len(one.connections.open) == 3
-    assert one.refused["max-connections"] == 0
-    assert [event["limit"] for event in one.events if event["event"] == "connection.limit_reached"] == [3]
+    assert len(running.connections.open) == 3
+    assert running.refused["max-connections"] == 0
+    assert [event["limit"] for event in running.events if event["event"] == "connection.limit_reached"] == [3]
 
 
-def test_at_the_limit_a_client_is_closed_at_once_and_counted_with_reject(world) -> None:
-    one = world(max_connections=2, at_limit="reject")
-    inside = [one.client(), one.client()]
+def test_reject_closes_and_counts_each_client_at_the_limit(world) -> None:
+    running = world(max_connections=2, at_limit="reject")
+    inside = [running.client(), running.client()]
     assert all(map(is_served, inside))
-    assert is_closed(one.client())
-    assert is_closed(one.client(None))
-    assert one.refused == {"max-connections": 2}
-    one.leave(inside[0])
-    assert is_served(one.client())
-    assert (one.connections.ended, len(one.reasons)) == (1, 1)  # a refused client has no record, and is no end
+    assert is_closed(running.client())
+    assert is_closed(running.client(None))
+    assert running.refused == {"max-connections": 2}
+    running.leave(inside[0])
+    assert is_served(running.client())
+    # a refused client has no record and is not counted as ended
+    assert (running.connections.ended, len(running.reasons)) == (1, 1)
 
 
-def test_a_connection_takes_a_place_from_its_first_moment_to_its_last(world) -> None:
-    one = world(max_connections=4, at_limit="reject", proxy_from=(ip_network("192.0.2.0/24"),))
-    one.client(port=one.add_port(proxied=True), first=b"PROXY TCP4 ")
-    one.client(port=one.add_port(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
-    closing = one.client()  # and has not read its greeting, which is waited for
-    next(each for each in one.connections.open if each.phase == "open").loseConnection()
-    one.client()
-    assert one.connections.phases() == {"proxy": 1, "tls": 1, "open": 1, "closing": 1}
-    assert is_closed(one.client())
+def test_connection_counts_towards_the_limit_in_every_phase(world) -> None:
+    running = world(max_connections=4, at_limit="reject", proxy_from=(ip_network("192.0.2.0/24"),))
+    running.client(port=running.add_port(proxied=True), first=b"PROXY TCP4 ")
+    running.client(port=running.add_port(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
+    closing = running.client()  # it has not read its greeting, which is still flushed
+    next(each for each in running.connections.open if each.phase == "open").loseConnection()
+    running.client()
+    assert running.connections.phases() == {"proxy": 1, "tls": 1, "open": 1, "closing": 1}
+    assert is_closed(running.client())
     assert is_served(closing)
     assert is_closed(closing)
-    one.leave(closing)
-    assert is_served(one.client())
+    running.leave(closing)
+    assert is_served(running.client())
 
 
 @pytest.mark.parametrize("at_limit", ["pause", "reject"])
-def test_a_peer_has_so_many_and_others_are_not_touched(world, at_limit) -> None:
-    one = world(max_connections_per_peer=2, at_limit=at_limit)
-    mine = [one.client(), one.client(f"::ffff:{IPV4}")]
+def test_limit_per_peer_does_not_affect_other_peers(world, at_limit) -> None:
+    running = world(max_connections_per_peer=2, at_limit=at_limit)
+    mine = [running.client(), running.client(f"::ffff:{IPV4}")]
     assert all(map(is_served, mine))
-    assert is_closed(one.client())
-    assert is_closed(one.client(f"::ffff:{IPV4}"))
-    assert is_served(one.client("192.0.2.2"))
-    assert one.refused["max-connections-per-peer"] == 2
-    one.leave(mine[0])
-    assert is_served(one.client())
-    assert is_closed(one.client())
+    assert is_closed(running.client())
+    assert is_closed(running.client(f"::ffff:{IPV4}"))
+    assert is_served(running.client("192.0.2.2"))
+    assert running.refused["max-connections-per-peer"] == 2
+    running.leave(mine[0])
+    assert is_served(running.client())
+    assert is_closed(running.client())
 
 
-def test_ipv6_peers_are_networks_of_the_prefix(world) -> None:
-    one = world(max_connections_per_peer=1, peer_prefix_v6=64)
-    assert is_served(one.client("2001:db8::1"))
-    assert is_closed(one.client("2001:db8::2"))
-    assert is_served(one.client("2001:db8:0:1::1"))
-    one.apply(peer_prefix_v6=128)
-    assert is_served(one.client("2001:db8::2"))
-    assert is_closed(one.client("2001:db8::1"))
+def test_ipv6_peers_are_grouped_by_the_prefix(world) -> None:
+    running = world(max_connections_per_peer=1, peer_prefix_v6=64)
+    assert is_served(running.client("2001:db8::1"))
+    assert is_closed(running.client("2001:db8::2"))
+    assert is_served(running.client("2001:db8:0:1::1"))
+    running.apply(peer_prefix_v6=128)
+    assert is_served(running.client("2001:db8::2"))
+    assert is_closed(running.client("2001:db8::1"))
 
 
-def test_clients_of_a_unix_socket_are_no_peers(world) -> None:
-    one = world(max_connections_per_peer=1)
-    assert all(is_served(one.client(None)) for _ in range(5))
+def test_unix_clients_have_no_limit_per_peer(world) -> None:
+    running = world(max_connections_per_peer=1)
+    assert all(is_served(running.client(None)) for _ in range(5))
 
 
-def test_a_peer_that_has_gone_is_not_remembered(world) -> None:
-    one = world(max_connections_per_peer=1)
-    proxied = one.add_port(proxied=True)
-    one.apply(proxy_from=(ip_network(IPV4),))
+def test_peer_without_connections_is_removed_from_the_count(world) -> None:
+    running = world(max_connections_per_peer=1)
+    proxied = running.add_port(proxied=True)
+    running.apply(proxy_from=(ip_network(IPV4),))
     for first in (b"PROXY TCP4 192.0.2.9 192.0.2.10 1 2\r\n", b"PROXY", b"nonsense"):
-        one.leave(one.client(port=proxied, first=first))
+        running.leave(running.client(port=proxied, first=first))
     for host in (IPV4, "2001:db8::1", None):
-        one.leave(one.client(host))
-    assert not one.connections.open
-    assert one.connections._admission._peers == {}
-    assert one.connections.ended == 6
+        running.leave(running.client(host))
+    assert not running.connections.open
+    assert running.connections._admission._peers == {}
+    assert running.connections.ended == 6
 
 
 # --- limits with a PROXY header ---
 
 
-def test_behind_a_proxy_the_peer_is_the_real_client_and_never_the_proxy(world) -> None:
-    one = world(max_connections_per_peer=1, proxy_from=(ip_network(IPV4),))
-    port = one.add_port(proxied=True)
-    first = one.client(port=port, first=header("192.0.2.9"))
+def test_limit_per_peer_applies_to_the_client_behind_a_proxy_not_to_the_proxy(world) -> None:
+    running = world(max_connections_per_peer=1, proxy_from=(ip_network(IPV4),))
+    port = running.add_port(proxied=True)
+    first = running.client(port=port, first=header("192.0.2.9"))
     assert is_served(first)
-    assert is_served(one.client(port=port, first=header("192.0.2.10")))
-    assert is_closed(one.client(port=port, first=header("192.0.2.9")))
-    assert is_served(one.client())  # the proxy itself, on a listener without
-    assert len(one.connections.open) == 3
-    one.leave(first)
-    assert is_served(one.client(port=port, first=header("192.0.2.9")))
+    assert is_served(running.client(port=port, first=header("192.0.2.10")))
+    assert is_closed(running.client(port=port, first=header("192.0.2.9")))
+    assert is_served(running.client())  # the proxy itself, on a listener without PROXY headers
+    assert len(running.connections.open) == 3
+    running.leave(first)
+    assert is_served(running.client(port=port, first=header("192.0.2.9")))
 
 
-def test_a_client_that_is_refused_once_it_is_known_leaves_its_place_to_who_waits(world) -> None:
-    one = world(max_connections=2, max_connections_per_peer=1, proxy_from=(ip_network(IPV4),))
-    port = one.add_port(proxied=True)
-    assert is_served(one.client(port=port, first=header("192.0.2.9")))
-    late = one.client(port=port)
-    waiting = one.client("192.0.2.2")
+def test_client_refused_after_its_proxy_header_frees_a_place_for_a_waiting_client(world) -> None:
+    running = world(max_connections=2, max_connections_per_peer=1, proxy_from=(ip_network(IPV4),))
+    port = running.add_port(proxied=True)
+    assert is_served(running.client(port=port, first=header("192.0.2.9")))
+    late = running.client(port=port)
+    waiting = running.client("192.0.2.2")
     assert not is_served(waiting)
     late.sendall(header("192.0.2.9"))
-    one.clock.turn()
+    running.clock.turn()
     assert is_closed(late)
     assert is_served(waiting)
-    one.advance(60)
-    assert one.clock.getDelayedCalls() == []  # of its deadline nothing is left
+    running.advance(60)
+    assert running.clock.getDelayedCalls() == []  # the handshake timeout is cancelled
 
 
 @pytest.mark.parametrize(
-    ("host", "networks", "believed"),
+    ("host", "networks", "trusted"),
     [
         ("192.0.2.1", "192.0.2.0/24", True),
         ("192.0.2.1", "192.0.2.1/32", True),
@@ -143,100 +144,100 @@ def test_a_client_that_is_refused_once_it_is_known_leaves_its_place_to_who_waits
         (None, "", True),
     ],
 )
-def test_whose_headers_are_believed(world, host, networks, believed) -> None:
-    one = world(proxy_from=tuple(map(ip_network, networks.split())))
-    client = one.client(host, one.add_port(proxied=True), header("192.0.2.9"))
-    assert (is_served if believed else is_closed)(client)
-    assert one.refused["proxy-from"] == (not believed)
-    assert one.reasons == []
-    if not believed:
+def test_client_with_a_proxy_header_is_served_only_from_trusted_networks(world, host, networks, trusted) -> None:
+    running = world(proxy_from=tuple(map(ip_network, networks.split())))
+    client = running.client(host, running.add_port(proxied=True), header("192.0.2.9"))
+    assert (is_served if trusted else is_closed)(client)
+    assert running.refused["proxy-from"] == (not trusted)
+    assert running.reasons == []
+    if not trusted:
         assert (
             f"client {host if '.' in host[:4] else f'[{host}]'}:1 on test refused: its address is not in --proxy-from"
-            in (one.lines[0])
+            in (running.lines[0])
         )
-    assert is_served(one.client(host))  # without a header there is nothing to believe
+    assert is_served(running.client(host))  # without a PROXY header no trust is needed
 
 
-# --- a change while it serves ---
+# --- changes of limits while serving ---
 
 
-def test_a_higher_limit_lets_those_in_who_wait(world) -> None:
-    one = world(max_connections=1)
-    clients = [one.client() for _ in range(4)]
+def test_raised_limit_accepts_waiting_clients(world) -> None:
+    running = world(max_connections=1)
+    clients = [running.client() for _ in range(4)]
     assert list(map(is_served, clients)) == [True, False, False, False]
-    one.apply(max_connections=3)
+    running.apply(max_connections=3)
     assert list(map(is_served, clients)) == [False, True, True, False]
 
 
-def test_a_lower_limit_ends_nobody_and_lets_nobody_in(world) -> None:
-    one = world(max_connections=3)
-    inside = [one.client() for _ in range(3)]
-    one.apply(max_connections=1)
+def test_lowered_limit_keeps_open_connections_and_accepts_no_new_clients(world) -> None:
+    running = world(max_connections=3)
+    inside = [running.client() for _ in range(3)]
+    running.apply(max_connections=1)
     assert all(map(is_served, inside))
-    waiting = one.client()
-    one.leave(inside.pop())
-    one.leave(inside.pop())
+    waiting = running.client()
+    running.leave(inside.pop())
+    running.leave(inside.pop())
     assert not is_served(waiting)
-    one.leave(inside.pop())
+    running.leave(inside.pop())
     assert is_served(waiting)
 
 
-def test_whoever_waits_is_refused_when_that_is_asked_for(world) -> None:
-    one = world(max_connections=1)
-    inside, waiting = one.client(), one.client()
-    one.apply(at_limit="reject")
+def test_waiting_clients_are_refused_after_a_change_to_reject(world) -> None:
+    running = world(max_connections=1)
+    inside, waiting = running.client(), running.client()
+    running.apply(at_limit="reject")
     assert is_closed(waiting)
-    one.apply(at_limit="pause")
-    waiting = one.client()
+    running.apply(at_limit="pause")
+    waiting = running.client()
     assert not is_closed(waiting)
-    one.leave(inside)
+    running.leave(inside)
     assert is_served(waiting)
 
 
-def test_a_limit_for_each_peer_counts_who_is_there_already(world) -> None:
-    one = world()
-    inside = [one.client() for _ in range(3)]
-    one.apply(max_connections_per_peer=2)
-    assert is_closed(one.client())
+def test_new_limit_per_peer_counts_open_connections(world) -> None:
+    running = world()
+    inside = [running.client() for _ in range(3)]
+    running.apply(max_connections_per_peer=2)
+    assert is_closed(running.client())
     assert all(map(is_served, inside))
-    one.leave(inside.pop())
-    assert is_closed(one.client())
-    one.leave(inside.pop())
-    assert is_served(one.client())
-    one.apply(max_connections_per_peer=0)
-    assert is_served(one.client())
+    running.leave(inside.pop())
+    assert is_closed(running.client())
+    running.leave(inside.pop())
+    assert is_served(running.client())
+    running.apply(max_connections_per_peer=0)
+    assert is_served(running.client())
 
 
-# --- what is logged of refusals ---
+# --- log of refusals ---
 
 
-def test_refusals_are_all_counted_and_logged_once_in_ten_seconds(world) -> None:
-    one = world(max_connections=1, at_limit="reject")
-    one.client()
+def test_all_refusals_are_counted_and_logged_once_in_10_seconds(world) -> None:
+    running = world(max_connections=1, at_limit="reject")
+    running.client()
     for _ in range(1000):
-        one.client("192.0.2.2").close()
-    one.advance(9.9)
-    one.client("192.0.2.3")
-    assert one.lines == ["client 192.0.2.2:1 on test refused: --max-connections reached"]
-    one.advance(0.1)
-    one.client("192.0.2.4")
-    one.advance(10)
-    one.client("192.0.2.5")
-    assert [(event["event"], event["peer"], event["setting"], event["suppressed"]) for event in one.events] == [
+        running.client("192.0.2.2").close()
+    running.advance(9.9)
+    running.client("192.0.2.3")
+    assert running.lines == ["client 192.0.2.2:1 on test refused: --max-connections reached"]
+    running.advance(0.1)
+    running.client("192.0.2.4")
+    running.advance(10)
+    running.client("192.0.2.5")
+    assert [(event["event"], event["peer"], event["setting"], event["suppressed"]) for event in running.events] == [
         ("connection.refused", "192.0.2.2:1", "max-connections", 0),
         ("connection.refused", "192.0.2.4:1", "max-connections", 1000),
         ("connection.refused", "192.0.2.5:1", "max-connections", 0),
     ]
-    assert one.refused["max-connections"] == 1003
+    assert running.refused["max-connections"] == 1003
 
 
-def test_each_reason_has_its_own_line(world) -> None:
-    one = world(max_connections=2, max_connections_per_peer=1, at_limit="reject")
+def test_each_refusal_reason_is_logged_separately(world) -> None:
+    running = world(max_connections=2, max_connections_per_peer=1, at_limit="reject")
     for host in (IPV4, IPV4, "192.0.2.2", "192.0.2.3"):
-        one.client(host)
-    one.client(port=one.add_port(proxied=True))
-    one.apply(max_connections=9)
-    one.client(port=one.connections.ports[1])
-    settings = [event["setting"] for event in one.events if event["event"] == "connection.refused"]
+        running.client(host)
+    running.client(port=running.add_port(proxied=True))
+    running.apply(max_connections=9)
+    running.client(port=running.connections.ports[1])
+    settings = [event["setting"] for event in running.events if event["event"] == "connection.refused"]
     assert settings == ["max-connections-per-peer", "max-connections", "proxy-from"]
-    assert len(settings) == len(one.events)
+    assert len(settings) == len(running.events)

@@ -1,11 +1,11 @@
-"""What a listener's connections amount to, with a bounded number of labels."""
+"""Statistics of a listener, with a bounded number of labels."""
 
 from rtservice.net.phases import OPEN, PROXY, TLS
 from rtservice.process.counters import CounterKey
 from rtservice.process.listener_stats import ListenerStats
 
 
-def test_a_connection_that_ends_is_counted_by_why_by_duration_and_with_its_bytes() -> None:
+def test_closed_connection_is_counted_by_reason_duration_and_bytes() -> None:
     stats = ListenerStats()
     stats.opened = 3
     stats.add_closed("peer finished", OPEN, 0.05, 10, 32)
@@ -24,7 +24,7 @@ def test_a_connection_that_ends_is_counted_by_why_by_duration_and_with_its_bytes
     }
 
 
-def test_what_is_in_parentheses_is_the_kind_of_a_failed_handshake_and_no_reason() -> None:
+def test_text_in_parentheses_is_the_kind_of_the_failed_handshake_not_the_reason() -> None:
     stats = ListenerStats()
     stats.add_closed("TLS failed (HTTP_REQUEST)", TLS, 0, 0, 0)
     stats.add_closed("TLS failed (BAD_RECORD_MAC)", OPEN, 0, 0, 0)
@@ -33,7 +33,7 @@ def test_what_is_in_parentheses_is_the_kind_of_a_failed_handshake_and_no_reason(
     assert stats.handshake_failed == {"HTTP_REQUEST": 1, "PROXY header timed out": 1}
 
 
-def test_there_are_only_so_many_words_whatever_peers_do() -> None:
+def test_number_of_handshake_failure_labels_is_bounded() -> None:
     stats = ListenerStats()
     for number in range(1000):
         stats.add_closed(f"TLS failed (KIND_{number})", TLS, 0, 0, 0)

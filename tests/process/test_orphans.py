@@ -1,4 +1,4 @@
-"""Whose children process 1 waits for, and whose it leaves alone."""
+"""Process 1 reaps orphans, and leaves other children to their parent."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from rtservice.process import orphans
 from rtservice.process.orphans import PATIENCE, OrphanReaper, Overdue, ended_children
 
 
-def test_a_child_is_overdue_when_it_has_been_seen_to_have_ended_for_long_enough() -> None:
+def test_ended_child_is_overdue_after_the_patience_time() -> None:
     overdue = Overdue()
     assert overdue.update(0, [5]) == []
     assert overdue.update(PATIENCE - 1, [5, 6]) == []
@@ -22,7 +22,7 @@ def test_a_child_is_overdue_when_it_has_been_seen_to_have_ended_for_long_enough(
     assert overdue.update(2 * PATIENCE - 1, [6]) == [6]
 
 
-def test_a_child_that_somebody_has_waited_for_begins_anew_when_its_number_is_used_again() -> None:
+def test_reused_pid_of_a_reaped_child_is_timed_from_the_start() -> None:
     overdue = Overdue()
     overdue.update(0, [5])
     overdue.update(1, [])
@@ -31,8 +31,8 @@ def test_a_child_that_somebody_has_waited_for_begins_anew_when_its_number_is_use
 
 
 @pytest.fixture
-def child() -> Iterator[Callable[[], int]]:
-    """Forks a child that has ended, and that nobody has waited for."""
+def ended_child() -> Iterator[Callable[[], int]]:
+    """Return a function that starts a child and returns its pid once it has ended, before it is reaped."""
     made: list[int] = []
 
     def make(status: int = 0) -> int:
@@ -43,12 +43,12 @@ def child() -> Iterator[Callable[[], int]]:
 
     yield make
     for pid in made:
-        if not gone(pid):
+        if not is_reaped(pid):
             os.waitpid(pid, 0)
 
 
-def gone(pid: int) -> bool:
-    """Whether somebody has waited for a child."""
+def is_reaped(pid: int) -> bool:
+    """Return whether a child has been reaped."""
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -58,13 +58,13 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture
 def reaper(monkeypatch) -> Iterator[Clock]:
-    """The clock of a Reaper of a process that takes itself for process 1."""
+    """The clock of an OrphanReaper that treats this process as process 1."""
     monkeypatch.setattr(orphans, "is_first_process", lambda: True)
     clock = Clock()
-    made = OrphanReaper()
-    made.start(clock)
+    orphan_reaper = OrphanReaper()
+    orphan_reaper.start(clock)
     yield clock
-    made.stop()
+    orphan_reaper.stop()
     assert clock.getDelayedCalls() == []
 
 
@@ -72,49 +72,49 @@ def pass_time(clock: Clock, seconds: float) -> None:
     clock.pump([1.0] * int(seconds))
 
 
-def test_orphans_are_reaped_when_nobody_has_waited_for_them(reaper, child) -> None:
-    several = [child(), child(1), child(2)]
-    assert set(several) <= set(ended_children())
+def test_orphans_are_reaped_after_the_patience_time(reaper, ended_child) -> None:
+    children = [ended_child(), ended_child(1), ended_child(2)]
+    assert set(children) <= set(ended_children())
     pass_time(reaper, PATIENCE - 1)
-    assert not any(map(gone, several))
+    assert not any(map(is_reaped, children))
     pass_time(reaper, PATIENCE + 1)
-    assert all(map(gone, several))
+    assert all(map(is_reaped, children))
 
 
-def test_without_proc_orphans_are_reaped_one_after_the_other(reaper, child, monkeypatch, tmp_path) -> None:
-    several = [child(), child()]
+def test_without_proc_orphans_are_reaped_one_at_a_time(reaper, ended_child, monkeypatch, tmp_path) -> None:
+    children = [ended_child(), ended_child()]
     monkeypatch.setattr(orphans, "_TASKS", tmp_path / "missing")
     pass_time(reaper, 3 * PATIENCE + 3)
-    assert all(map(gone, several))
+    assert all(map(is_reaped, children))
 
 
-def test_the_status_of_a_child_of_twisteds_is_left_to_twisted(reaper, child, monkeypatch) -> None:
-    worker, orphan = child(7), child()
+def test_exit_status_of_a_child_of_twisted_is_left_to_twisted(reaper, ended_child, monkeypatch) -> None:
+    worker, orphan = ended_child(7), ended_child()
     monkeypatch.setitem(process.reapProcessHandlers, worker, object())
     pass_time(reaper, 3 * PATIENCE)
-    assert gone(orphan)
+    assert is_reaped(orphan)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
 
 
-def test_a_child_that_lives_is_left_alone(reaper) -> None:
+def test_running_child_is_not_reaped(reaper) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
         pass_time(reaper, 3 * PATIENCE)
         living.send_signal(signal.SIGKILL)
         assert living.wait() == -signal.SIGKILL
 
 
-def test_hosted_code_has_some_seconds_to_ask_for_a_status(reaper) -> None:
+def test_hosted_code_can_read_an_exit_status_within_the_patience_time(reaper) -> None:
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]) as polled:
         os.waitid(os.P_PID, polled.pid, os.WEXITED | os.WNOWAIT)
         pass_time(reaper, PATIENCE - 1)
         assert polled.poll() == 7
 
 
-def test_any_other_process_reaps_nobody(child) -> None:
+def test_only_process_1_reaps_orphans(ended_child) -> None:
     clock = Clock()
     OrphanReaper().start(clock)
     assert clock.getDelayedCalls() == []
 
 
-def test_a_process_without_children_has_none_that_have_ended() -> None:
+def test_process_without_children_has_no_ended_children() -> None:
     assert list(ended_children()) == []

@@ -18,8 +18,8 @@ from rtservice.process.registry import COLUMNS, Registry, first_rows
 from tests.support.registry_world import header
 
 
-def now(result: Deferred) -> Any:
-    """What a Deferred that has fired gives."""
+def result_of(result: Deferred) -> Any:
+    """Return the result of a Deferred that has fired."""
     found: list[Any] = []
     result.addCallback(found.append)
     [value] = found
@@ -36,50 +36,50 @@ def now(result: Deferred) -> Any:
         (UNIXAddress(b"/tmp/\x1b[31m\nx\xff"), r"unix:/tmp/\x1b[31m\nx\xff"),
     ],
 )
-def test_a_peer_is_named_and_what_it_controls_is_escaped(address, name) -> None:
+def test_peer_name_is_its_address_with_control_characters_escaped(address, name) -> None:
     assert peer_name(address) == name
 
 
-# --- what is counted and who is shown ---
+# --- counters and the list of connections ---
 
 
-def test_what_an_open_connection_moved_is_counted_and_stays_so(world) -> None:
-    one = world()
-    client = one.client(first=b"hello")
-    open_now = one.connections.counters()
+def test_bytes_of_an_open_connection_are_counted_and_kept_after_it_closes(world) -> None:
+    running = world()
+    client = running.client(first=b"hello")
+    open_now = running.connections.counters()
     assert (open_now[CounterKey("opened", "", "test")], open_now[CounterKey("phase", "open", "test")]) == (1, 1)
     assert (open_now[CounterKey("in", "", "test")], open_now[CounterKey("out", "", "test")]) == (5, 27)
     client.recv(100)
-    one.leave(client)
-    gone = one.connections.counters()
+    running.leave(client)
+    gone = running.connections.counters()
     assert CounterKey("phase", "open", "test") not in gone
     assert gone[CounterKey("closed", "peer finished", "test")] == 1
     assert (gone[CounterKey("in", "", "test")], gone[CounterKey("out", "", "test")]) == (5, 27)
 
 
-def test_whoever_was_opened_is_there_or_closed_also_when_refused_once_known(world) -> None:
-    one = world(max_connections_per_peer=1, proxy_from=(ip_network("192.0.2.0/24"),))
-    proxied = one.add_port(proxied=True)
-    one.client(port=proxied, first=header("198.51.100.1"))
-    one.client(port=proxied, first=header("198.51.100.1"))
-    one.client(port=proxied, first=b"no header")
-    found = one.connections.counters()
-    now = sum(count for key, count in found.items() if key.name == "phase")
+def test_opened_connections_equal_open_plus_closed_including_those_refused_after_the_header(world) -> None:
+    running = world(max_connections_per_peer=1, proxy_from=(ip_network("192.0.2.0/24"),))
+    proxied = running.add_port(proxied=True)
+    running.client(port=proxied, first=header("198.51.100.1"))
+    running.client(port=proxied, first=header("198.51.100.1"))
+    running.client(port=proxied, first=b"no header")
+    found = running.connections.counters()
+    open_now = sum(count for key, count in found.items() if key.name == "phase")
     closed = sum(count for key, count in found.items() if key.name == "closed")
-    assert (found[CounterKey("opened", "", "test")], now, closed) == (3, 1, 2)
+    assert (found[CounterKey("opened", "", "test")], open_now, closed) == (3, 1, 2)
     assert found[CounterKey("closed", "refused", "test")] == 1
     assert found[CounterKey("refused", "max-connections-per-peer", "test")] == 1
     assert found[CounterKey("handshake_failed", "invalid PROXY header", "test")] == 1
 
 
-def test_connections_are_shown_in_the_order_that_is_asked_for(world) -> None:
-    one = world(idle_timeout=100)
+def test_connections_are_listed_in_the_requested_order(world) -> None:
+    running = world(idle_timeout=100)
     for number, size in enumerate((20, 300, 1)):
-        one.client(host=f"192.0.2.{number}", first=b"x" * size)
-    one.advance(5)  # a sweep has seen them
+        running.client(host=f"192.0.2.{number}", first=b"x" * size)
+    running.advance(5)  # past the next sweep
 
     def shown(sort: str, count: int = 10) -> list[Any]:
-        return [row[0] for row in now(one.connections.rows(sort, count))]
+        return [row[0] for row in result_of(running.connections.rows(sort, count))]
 
     first, second, third = "192.0.2.0:1", "192.0.2.1:1", "192.0.2.2:1"
     assert shown("bytes_in") == [third, first, second]
@@ -87,23 +87,23 @@ def test_connections_are_shown_in_the_order_that_is_asked_for(world) -> None:
     assert shown("-age") == [first, second, third]
     assert shown("age", 1) == [third]
     assert shown("-peer") == [third, second, first]
-    one.clients[3].sendall(b"y")
-    one.advance(10)
-    one.advance(5)
-    idle = {row[0]: row[COLUMNS.index("idle")] for row in now(one.connections.rows("-idle", 10))}
+    running.clients[3].sendall(b"y")
+    running.advance(10)
+    running.advance(5)
+    idle = {row[0]: row[COLUMNS.index("idle")] for row in result_of(running.connections.rows("-idle", 10))}
     assert list(idle)[-1] == second
     assert idle[first] == idle[third] > idle[second]
 
 
-def test_without_an_idle_timeout_nobody_knows_who_is_idle(world) -> None:
-    one = world()
-    one.client()
-    [row] = now(one.connections.rows("idle", 10))
+def test_idle_time_is_none_without_an_idle_timeout(world) -> None:
+    running = world()
+    running.client()
+    [row] = result_of(running.connections.rows("idle", 10))
     assert row[COLUMNS.index("idle")] is None
     assert first_rows([[1, *row], [0, *row]], "-idle", 5) == [[1, *row], [0, *row]]
 
 
-class Stranger:
+class LongNamedConnection:
     """An open connection whose peer has a very long name."""
 
     port = SimpleNamespace(name="test")
@@ -113,16 +113,16 @@ class Stranger:
         return UNIXAddress("/" + "\U0001f600" * 100)
 
 
-def test_a_row_is_short_whatever_a_client_calls_itself(world) -> None:
-    one = world()
-    one.connections.add(Stranger())
-    [row] = now(one.connections.rows("age", 10))
+def test_peer_name_in_a_row_is_ascii_and_at_most_64_characters(world) -> None:
+    running = world()
+    running.connections.add(LongNamedConnection())
+    [row] = result_of(running.connections.rows("age", 10))
     assert row[0].isascii()
     assert len(row[0]) == 64
 
 
-class Many:
-    """An open connection of many."""
+class NumberedConnection:
+    """One of many open connections."""
 
     port = SimpleNamespace(name="test")
     phase = OPEN
@@ -137,19 +137,19 @@ class Many:
 
 
 @pytest.fixture
-def many(monkeypatch) -> tuple[Registry, Clock, list[Many]]:
-    """A Registry with 95 connections, of which 10 are looked at in one turn of its clock."""
+def many_connections(monkeypatch) -> tuple[Registry, Clock, list[NumberedConnection]]:
+    """A Registry with 95 connections that processes 10 of them in each turn of its clock."""
     monkeypatch.setattr("rtservice.process.registry.SLICE", 10)
     connections, clock = Registry(Logger(observer=lambda event: None), Limits(max_connections=1000)), Clock()
     connections.start(clock)
-    opened = [Many(number) for number in range(1, 96)]
+    opened = [NumberedConnection(number) for number in range(1, 96)]
     for connection in opened:
         connections.add(connection)
     return connections, clock, opened
 
 
-def turns(clock: Clock, done: list[Any]) -> int:
-    """How many steps of work a clock had until something was done."""
+def advance_until(clock: Clock, done: list[Any]) -> int:
+    """Advance the clock until `done` is not empty, and return the number of steps."""
     count = 0
     while not done:
         count += 1
@@ -158,51 +158,51 @@ def turns(clock: Clock, done: list[Any]) -> int:
     return count
 
 
-def test_many_connections_are_listed_over_several_turns(many) -> None:
-    connections, clock, opened = many
+def test_many_connections_are_listed_over_several_turns(many_connections) -> None:
+    connections, clock, opened = many_connections
     found: list[Any] = []
     connections.rows("-bytes_in", 20).addCallback(found.append)
     clock.advance(0.01)
     closed = opened[94]
     del connections.open[closed]  # in the meantime
-    assert turns(clock, found) >= 9
+    assert advance_until(clock, found) >= 9
     assert [row[COLUMNS.index("bytes_in")] for row in found[0]] == list(range(94, 74, -1))
 
 
-def test_many_connections_are_counted_over_several_turns_and_no_total_falls(many) -> None:
-    connections, clock, opened = many
+def test_many_connections_are_counted_over_several_turns_and_no_total_decreases(many_connections) -> None:
+    connections, clock, opened = many_connections
     done: list[Any] = []
     connections.refresh().addCallback(done.append)
     clock.advance(0.01)
     last = opened[94]
-    stats = connections.open.pop(last)  # which is closed before its turn
+    stats = connections.open.pop(last)  # closed before it is counted
     stats.add_closed("closed", OPEN, 1.0, last.bytes_in, last.bytes_out)
-    assert turns(clock, done) >= 9
+    assert advance_until(clock, done) >= 9
     found = connections.counters()
     assert found[OPEN_CONNECTIONS] == 94
     assert found[CounterKey("phase", "open", "test")] == 95
     assert found[CounterKey("in", "", "test")] == sum(range(1, 96))
     del done[:]
-    clock.pump([0.01] * 20)  # counters() has begun another count
+    clock.pump([0.01] * 20)  # counters() has started another count
     again = connections.counters()
     assert again[CounterKey("phase", "open", "test")] == 94
     assert again[CounterKey("in", "", "test")] == sum(range(1, 96))
     assert connections.phases() == {"proxy": 0, "tls": 0, "open": 94, "closing": 0}
 
 
-def test_two_who_ask_for_a_count_share_it(many) -> None:
-    connections, clock, _ = many
+def test_concurrent_refreshes_share_one_count(many_connections) -> None:
+    connections, clock, _ = many_connections
     first: list[Any] = []
     second: list[Any] = []
     connections.refresh().addCallback(first.append)
     connections.refresh().addCallback(second.append)
-    steps = turns(clock, second)
+    steps = advance_until(clock, second)
     assert first == second == [None]
     assert steps <= 11
 
 
 def test_few_connections_are_counted_at_once(world) -> None:
-    one = world()
-    one.client(first=b"hello")
-    assert now(one.connections.refresh()) is None
-    assert one.connections.counters()[CounterKey("in", "", "test")] == 5
+    running = world()
+    running.client(first=b"hello")
+    assert result_of(running.connections.refresh()) is None
+    assert running.connections.counters()[CounterKey("in", "", "test")] == 5

@@ -1,4 +1,4 @@
-"""The lifecycle of a serving process, and what is left when it stops."""
+"""The lifecycle of a serving process, and its cleanup."""
 
 import socket
 from typing import Any
@@ -20,12 +20,12 @@ from tests.support.recorded import recorded
 from tests.support.served import server
 
 
-def test_a_factory_is_stopped_when_the_last_protocol_on_a_transport_of_others_has_heard_of_its_end(timed) -> None:
-    told: list[str] = []
+def test_factory_is_stopped_after_the_last_foreign_protocol_is_disconnected(timed) -> None:
+    calls: list[str] = []
     factory: Any = Factory()
     factory.noisy = False
-    factory.protocol = type("Telling", (Protocol,), {"connectionLost": lambda one, reason: told.append("lost")})
-    factory.stopFactory = lambda: told.append("stopped")
+    factory.protocol = type("Recording", (Protocol,), {"connectionLost": lambda self, reason: calls.append("lost")})
+    factory.stopFactory = lambda: calls.append("stopped")
     service, _, _ = timed(factory=factory, drain_timeout=30)
     protocol = ForeignFactory(factory, "x:1", service.backend.connections, Logger()).buildProtocol(None)
     transport = StringTransportWithDisconnection()
@@ -33,11 +33,11 @@ def test_a_factory_is_stopped_when_the_last_protocol_on_a_transport_of_others_ha
     protocol.makeConnection(transport)
     service.stopService()
     transport.loseConnection()
-    assert told == ["lost", "stopped"]
+    assert calls == ["lost", "stopped"]
 
 
 @pytest.mark.parametrize("ending", [False, True])
-def test_a_listener_that_breaks_ends_the_service_unless_that_is_about_to_end(timed, tmp_path, ending) -> None:
+def test_broken_listener_stops_the_service_unless_it_is_stopping(timed, tmp_path, ending) -> None:
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=1)
     service, _, events = timed(listener)
     if ending:
@@ -62,7 +62,7 @@ def test_stopping_closes_the_socket_and_removes_its_file(tmp_path):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_socket_file_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
+def test_unremovable_socket_file_is_logged_as_a_warning(tmp_path, monkeypatch):
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     service, events = server([listener])
     service.startService()
@@ -77,12 +77,12 @@ def test_a_socket_file_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("now", State)
 @pytest.mark.parametrize("then", State)
-def test_a_process_goes_one_way(now, then) -> None:
+def test_process_states_change_only_forward(now, then) -> None:
     service, _ = server()
     service.backend.state = now
     forward = [State.STARTING, State.SERVING, State.DRAINING, State.STOPPED]
     steps = forward.index(then) - forward.index(now)
-    # One at a time; a start that is broken off has nothing to drain, if it came to nothing.
+    # One state at a time, except from STARTING: a cancelled start has nothing to drain.
     if steps == 1 or (now is State.STARTING and steps > 0):
         service.backend._move(then)
         assert service.backend.state is then
@@ -93,7 +93,7 @@ def test_a_process_goes_one_way(now, then) -> None:
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_process_starts_serves_drains_and_stops_with_its_last_connection(tmp_path):
+def test_process_starts_serves_drains_and_stops_with_its_last_connection(tmp_path):
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
     address = listener.socket.getsockname()
     service, events = server([listener], drain_timeout=30)
@@ -118,18 +118,18 @@ def test_a_process_starts_serves_drains_and_stops_with_its_last_connection(tmp_p
 
 
 @implementer(IDrainable)
-class Polite(Protocol):
+class SendsBye(Protocol):
     def drain(self) -> None:
         self.transport.write(b"bye")
         self.transport.loseConnection()
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_can_say_goodbye_also_to_who_was_still_in_the_queue():
+def test_drainable_protocol_also_notifies_clients_from_the_backlog():
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
     address = listener.socket.getsockname()
     service, events = server([listener], drain_timeout=30)
-    service.backend.factory = Factory.forProtocol(Polite)
+    service.backend.factory = Factory.forProtocol(SendsBye)
     service.startService()
     with socket.create_connection(address, timeout=20) as early:
         while not service.backend.connections.open:

@@ -22,7 +22,7 @@ from tests.support.recorded import recorded
 from tests.support.served import Held, server
 
 
-def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
+def test_applied_settings_take_effect_at_once(timed, tmp_path) -> None:
     (listener,) = open_description(f"unix:{tmp_path}/s", backlog=10)
     service, clock, events = timed(listener, drain_timeout=30)
     (port,) = service.backend.connections.ports
@@ -32,29 +32,31 @@ def test_what_is_applied_holds_from_then_on(timed, tmp_path) -> None:
         RuntimeSettings(limits=Limits(max_connections=3, idle_timeout=60), handshake_timeout=3, drain_timeout=2)
     )
     assert port.handshake_timeout == 3
-    assert port not in clock.getReaders()  # as many as may be are there
+    assert port not in clock.getReaders()  # the connection limit is reached
     clock.pump([5] * 11)
     assert held[0].asked == []
     clock.pump([5] * 2)
-    assert [one.asked for one in held] == [["close: idle"]] * 3
+    assert [connection.asked for connection in held] == [["close: idle"]] * 3
     service.backend.apply(RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=5))
     assert port in clock.getReaders()
     service.stopService()
     assert recorded(events[-1:], "drain.started", count=3, seconds=5)
-    for one in held:
-        one.closes()
+    for connection in held:
+        connection.closes()
 
 
-def reloading(monkeypatch, steps, *listeners, **how) -> tuple[ServiceProcess, list[dict[str, Any]], Callable[[], None]]:
-    """A server on these listeners that reloads by these steps, each of which is a slice; and what a SIGHUP does."""
-    service, events = server(listeners, reload=SimpleNamespace(steps=steps), **how)
+def reloading(
+    monkeypatch, steps, *listeners, **settings
+) -> tuple[ServiceProcess, list[dict[str, Any]], Callable[[], None]]:
+    """Return a server whose reload runs these steps, one per slice; its events; and a function that sends SIGHUP."""
+    service, events = server(listeners, reload=SimpleNamespace(steps=steps), **settings)
     monkeypatch.setattr("rtservice.process.service.in_slices", partial(in_slices, size=0.0, pause=0.0))
     service.startService()
     return service, events, lambda: signal.raise_signal(signal.SIGHUP)
 
 
 @pytest_twisted.inlineCallbacks
-def test_clients_are_served_while_a_reload_goes_on(monkeypatch):
+def test_clients_are_served_during_a_reload(monkeypatch):
     from twisted.internet import reactor
 
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
@@ -63,14 +65,14 @@ def test_clients_are_served_while_a_reload_goes_on(monkeypatch):
 
     def steps():
         reactor.callLater(0, begun.callback, None)
-        while len(answered) < 3:  # for ever, if nobody else had a turn
+        while len(answered) < 3:  # forever, if the connections were not served
             yield
         reactor.callLater(0, ended.callback, None)
 
-    service, _, hang_up = reloading(monkeypatch, steps, listener)
+    service, _, send_sighup = reloading(monkeypatch, steps, listener)
     with socket.create_connection(address, timeout=20) as client:
         yield deferToThread(client.recv, 100)
-        hang_up()
+        send_sighup()
         yield begun
         for number in range(3):
             assert not ended.called
@@ -82,7 +84,7 @@ def test_clients_are_served_while_a_reload_goes_on(monkeypatch):
 
 
 @pytest_twisted.inlineCallbacks
-def test_signals_during_a_reload_are_one_more_reload_after_it(monkeypatch):
+def test_signals_during_a_reload_cause_one_more_reload(monkeypatch):
     from twisted.internet import reactor
 
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
@@ -90,7 +92,7 @@ def test_signals_during_a_reload_are_one_more_reload_after_it(monkeypatch):
 
     def steps():
         trace.append("begins")
-        if len([one for one in trace if one == "begins"]) == 1:
+        if len([entry for entry in trace if entry == "begins"]) == 1:
             while not open_gate:
                 yield
         else:
@@ -99,10 +101,10 @@ def test_signals_during_a_reload_are_one_more_reload_after_it(monkeypatch):
         if trace.count("ends") == 2:
             reactor.callLater(0, both.callback, None)
 
-    service, _, hang_up = reloading(monkeypatch, steps, listener)
-    hang_up()
+    service, _, send_sighup = reloading(monkeypatch, steps, listener)
+    send_sighup()
     for delay in (0, 0, 0.01):
-        yield deferLater(reactor, delay, hang_up)
+        yield deferLater(reactor, delay, send_sighup)
     assert trace == ["begins"]
     open_gate.append(True)
     yield both
@@ -112,7 +114,7 @@ def test_signals_during_a_reload_are_one_more_reload_after_it(monkeypatch):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
+def test_stop_during_a_reload_cancels_the_reload_and_drains(monkeypatch):
     from twisted.internet import reactor
 
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
@@ -126,9 +128,9 @@ def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
         finally:
             closed.append(True)
 
-    service, events, hang_up = reloading(monkeypatch, steps, listener)
-    hang_up()
-    yield deferLater(reactor, 0, hang_up)
+    service, events, send_sighup = reloading(monkeypatch, steps, listener)
+    send_sighup()
+    yield deferLater(reactor, 0, send_sighup)
     yield service.stopService()
     assert closed == [True]
     assert service.backend.state is State.STOPPED
@@ -137,32 +139,32 @@ def test_a_stop_during_a_reload_gives_it_up_and_drains(monkeypatch):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_reload_that_fails_in_a_way_nobody_thought_of_is_logged_and_the_next_one_goes_on(monkeypatch):
+def test_unexpected_reload_failure_is_logged_and_the_next_reload_succeeds(monkeypatch):
     from twisted.internet import reactor
 
     (listener,) = open_description("tcp:0:interface=127.0.0.1", backlog=10)
-    told, tries = [], []
+    notified, tries = [], []
 
     def steps():
         tries.append(True)
         yield
         if len(tries) == 1:
-            raise LookupError("nobody thought of this")
+            raise LookupError("unexpected")
 
     notifier = SimpleNamespace(
-        reloading=lambda: told.append("reloading"),
-        ready=lambda status: told.append("ready"),
-        stopping=lambda status: told.append("stopping"),
+        reloading=lambda: notified.append("reloading"),
+        ready=lambda status: notified.append("ready"),
+        stopping=lambda status: notified.append("stopping"),
         extend_timeout=lambda seconds: None,
         connected=False,
         watchdog_interval=None,
     )
-    service, events, hang_up = reloading(monkeypatch, steps, listener, notifier=notifier)
-    assert told.pop() == "ready"
+    service, events, send_sighup = reloading(monkeypatch, steps, listener, notifier=notifier)
+    assert notified.pop() == "ready"
     for count in (1, 2):
-        hang_up()
-        while told.count("ready") < count:
+        send_sighup()
+        while notified.count("ready") < count:
             yield deferLater(reactor, 0)
-    assert told == ["reloading", "ready"] * 2
+    assert notified == ["reloading", "ready"] * 2
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [LookupError]
     yield service.stopService()

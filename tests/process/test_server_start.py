@@ -1,4 +1,4 @@
-"""The start of a serving process, and everything that can fail in it."""
+"""The start of a serving process, and its failures."""
 
 import socket
 from typing import Any
@@ -16,7 +16,7 @@ from tests.support.recorded import recorded
 from tests.support.served import Endpoint, server
 
 
-def test_an_endpoint_that_cannot_listen_stops_the_start_with_its_description() -> None:
+def test_endpoint_that_cannot_listen_fails_the_start_and_is_named() -> None:
     service, events = server(endpoints=[("x:1", Endpoint(fail(CannotListenError("x", 1, OSError("no way")))))])
     with pytest.raises(StartError, match=r"--listen x:1: .*no way"):
         service.privilegedStartService()
@@ -28,7 +28,7 @@ def test_a_start_error_is_reported_by_twistd_and_printed_without_traceback() -> 
     assert issubclass(StartError, SystemExit)
 
 
-def test_an_endpoint_that_fails_later_stops_the_process_with_a_status(monkeypatch) -> None:
+def test_late_endpoint_failure_stops_the_process_with_exit_status_1(monkeypatch) -> None:
     from twisted.internet import reactor
 
     stops: list[int] = []
@@ -42,8 +42,8 @@ def test_an_endpoint_that_fails_later_stops_the_process_with_a_status(monkeypatc
     assert "--listen x:1: too late" in events[-1]["problem"]
 
 
-class Unfit:
-    """A listener whose socket nothing can be done with, and what it is to be rid of."""
+class UnusableListener:
+    """A listener whose socket is closed; it records its cleanup."""
 
     name = "tcp:192.0.2.1:7"
     proxied = False
@@ -65,7 +65,7 @@ class Unfit:
 
 
 def failing_factory(count: int, error: BaseException) -> Factory:
-    """One whose doStart raises, the second or a later time."""
+    """Return a factory whose doStart succeeds `count` times, then raises."""
     factory = Factory()
     factory.noisy = False
     times = iter(range(count))
@@ -74,7 +74,7 @@ def failing_factory(count: int, error: BaseException) -> Factory:
         if next(times, None) is None:
             raise error
 
-    factory.doStart = start  # type: ignore[method-assign]  # it is the test's own
+    factory.doStart = start  # type: ignore[method-assign]  # replaced by the test
     return factory
 
 
@@ -87,23 +87,23 @@ def failing_factory(count: int, error: BaseException) -> Factory:
     ],
     ids=["socket", "interrupt", "exit"],
 )
-def test_nothing_that_fails_in_a_start_is_lost(monkeypatch, factory, problem) -> None:
+def test_every_failure_during_the_start_is_reported(monkeypatch, factory, problem) -> None:
     clock = FakeReactor()
     monkeypatch.setattr("twisted.internet.reactor", clock)
-    unfit: Any = Unfit()
+    unusable: Any = UnusableListener()
     reports: list[str | None] = []
-    service, events = server([unfit], factory=factory, report=reports.append)
+    service, events = server([unusable], factory=factory, report=reports.append)
     service.startService()
     assert [str(report)[: len(problem)] for report in reports] == [problem]
     assert service.exit_status == 1
     clock.advance(0)
     service.stopService()
     clock.advance(1)
-    assert (unfit.done[0], unfit.done[-1]) == ("remove file", "close")
+    assert (unusable.done[0], unusable.done[-1]) == ("remove file", "close")
     assert all(event["log_level"].name == "debug" for event in events if "log_failure" in event)
 
 
-def test_a_status_server_that_cannot_start_ends_the_start(monkeypatch) -> None:
+def test_status_server_that_cannot_start_fails_the_start(monkeypatch) -> None:
     def fail_to_start(reactor: object, site: object) -> None:
         raise LookupError("no page")
 
@@ -115,11 +115,11 @@ def test_a_status_server_that_cannot_start_ends_the_start(monkeypatch) -> None:
     service.startService()
     assert reports == ["the service did not start: LookupError: no page"]
     assert service.exit_status == 1
-    # Nothing of the system's refuses this: who is to correct it needs the traceback.
+    # This is not an error of the system: its traceback is needed to correct it.
     assert [event["log_level"].name for event in events if "log_failure" in event] == ["error"]
 
 
-def test_an_exception_is_one_line_whatever_it_says_of_itself() -> None:
+def test_exception_is_formatted_as_one_line_even_if_str_fails() -> None:
     class MuteError(Exception):
         def __str__(self) -> str:
             raise SystemExit(3)
@@ -129,10 +129,10 @@ def test_an_exception_is_one_line_whatever_it_says_of_itself() -> None:
     assert one_line(Failure(MuteError())) == "MuteError"
 
 
-def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
+def test_endpoint_connections_are_recorded_and_the_endpoint_is_stopped() -> None:
     endpoint = Endpoint(Deferred())
     service, events = server(endpoints=[("x:1", endpoint)])
-    service.startService()  # as `twist` does, without the privileged half
+    service.startService()  # like `twist`, which does not call privilegedStartService
     endpoint.result.callback(endpoint)
     assert recorded(events, "listener.listening", listener="x:1 (an address)")
     assert recorded(events[-1:], "service.serving")
@@ -148,7 +148,7 @@ def test_an_endpoint_serves_with_records_and_is_stopped() -> None:
     assert endpoint.stopped == 1
 
 
-def test_an_endpoint_that_listens_at_once_needs_no_reactor() -> None:
+def test_endpoint_that_listens_at_once_needs_no_reactor() -> None:
     endpoint = Endpoint(Deferred())
     endpoint.result = succeed(endpoint)
     service, events = server(endpoints=[("x:1", endpoint)])

@@ -1,4 +1,4 @@
-"""What the main process does for any backend."""
+"""The main process, with any backend."""
 
 import signal
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.support.notifier import Notifier
 
 
 class FakeBackend:
-    """A backend that does what the test says."""
+    """A backend that the test controls."""
 
     listeners: tuple[Any, ...] = ()
     signals: dict[int, Callable[[], None]] = {}  # never changed
@@ -27,7 +27,7 @@ class FakeBackend:
     replacing = watches_certificates = exits_at_once = False
     ready = True
     status = short_status = "fine"
-    stopped_before_ready = "told to stop too early"
+    stopped_before_ready = "stopped too early"
 
     def __init__(self) -> None:
         self.state = State.STARTING
@@ -55,7 +55,7 @@ class FakeBackend:
 
 
 class Listener:
-    """A listener with a file that the test changes."""
+    """A listener whose file the test changes."""
 
     name = "ssl:1"
     certificates = warnings = ()
@@ -66,7 +66,7 @@ class Listener:
         return ()
 
 
-class Running:
+class RunningService:
     """A ServiceProcess that serves with a FakeBackend, and reloads without doing anything."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **backend: Any) -> None:
@@ -74,9 +74,9 @@ class Running:
         self.clock.callFromThread = lambda call, *arguments: call(*arguments)
         self.events: list[Any] = []
         self.reports: list[str | None] = []
-        self.left: list[bool] = []
+        self.exits: list[bool] = []
         self.reloads: list[str] = []
-        self.alone = False  # whether certificates can be renewed without a reload
+        self.separate_renewal = False  # whether certificates can be renewed without a reload
         self.notifier: Any = Notifier()
         self.handlers: dict[int, Callable[[int, Any], Any]] = {}
         monkeypatch.setattr("twisted.internet.reactor", self.clock)
@@ -88,7 +88,7 @@ class Running:
             self.backend,
             SimpleNamespace(steps=lambda: self._record("reload"), renewal=self._renewal),
             log=log,
-            launch=launch(report=self.reports.append, exit_now=lambda: self.left.append(True), notifier=self.notifier),
+            launch=launch(report=self.reports.append, exit_now=lambda: self.exits.append(True), notifier=self.notifier),
             status_server=StatusServer(log),
         )
         self.service.startService()
@@ -98,96 +98,98 @@ class Running:
         yield
 
     def _renewal(self):
-        return self._record("renewal") if self.alone else None
+        return self._record("renewal") if self.separate_renewal else None
 
     def send(self, number: int) -> None:
         self.handlers[number](number, None)
         self.clock.advance(1)
 
 
-def test_a_start_is_reported_once_and_a_later_failure_ends_the_process(monkeypatch) -> None:
-    one = Running(monkeypatch)
-    assert one.reports == [None]
-    assert one.notifier.said == ["READY"]
-    one.service.failed("a listener is broken")
-    one.service.failed("another one, too")
-    assert one.reports == [None]
-    assert (one.service.exit_status, one.clock.stops, one.backend.calls) == (1, 1, ["abort"])
-    assert [event["event"] for event in one.events] == ["service.serving", "service.failed"]
-    assert one.events[-1]["problem"] == "a listener is broken"
+def test_start_is_reported_once_and_a_later_failure_stops_the_process(monkeypatch) -> None:
+    running = RunningService(monkeypatch)
+    assert running.reports == [None]
+    assert running.notifier.said == ["READY"]
+    running.service.failed("a listener is broken")
+    running.service.failed("another one, too")
+    assert running.reports == [None]
+    assert (running.service.exit_status, running.clock.stops, running.backend.calls) == (1, 1, ["abort"])
+    assert [event["event"] for event in running.events] == ["service.serving", "service.failed"]
+    assert running.events[-1]["problem"] == "a listener is broken"
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_a_third_signal_ends_the_process_only_if_no_other_is_left_behind(monkeypatch, alone) -> None:
-    one = Running(monkeypatch, exits_at_once=alone)
-    one.clock.stop = one.service.stopService
+@pytest.mark.parametrize("at_once", [False, True])
+def test_third_signal_exits_at_once_only_if_no_other_process_remains(monkeypatch, at_once) -> None:
+    running = RunningService(monkeypatch, exits_at_once=at_once)
+    running.clock.stop = running.service.stopService
     for _ in range(3):
-        assert not one.left
-        one.send(signal.SIGTERM)
-    assert one.left == [True] * alone
-    assert one.service.exit_status == 128 + signal.SIGTERM
-    assert "abort" in one.backend.calls
+        assert not running.exits
+        running.send(signal.SIGTERM)
+    assert running.exits == [True] * at_once
+    assert running.service.exit_status == 128 + signal.SIGTERM
+    assert "abort" in running.backend.calls
 
 
-def test_the_end_of_a_reload_is_reported_once_the_backend_has_replaced_all(monkeypatch) -> None:
-    one = Running(monkeypatch, replacing=True)
-    one.send(signal.SIGHUP)
-    assert (one.reloads, one.notifier.said) == (["reload"], ["READY", "RELOADING"])
-    one.send(signal.SIGHUP)
-    one.backend.replacing = False
+def test_reload_is_reported_as_finished_after_all_workers_are_replaced(monkeypatch) -> None:
+    running = RunningService(monkeypatch, replacing=True)
+    running.send(signal.SIGHUP)
+    assert (running.reloads, running.notifier.said) == (["reload"], ["READY", "RELOADING"])
+    running.send(signal.SIGHUP)
+    running.backend.replacing = False
     for _ in range(2):
-        one.service.reloaded()
-    assert one.notifier.said == ["READY", "RELOADING", "RELOADING", "READY"]
+        running.service.reloaded()
+    assert running.notifier.said == ["READY", "RELOADING", "RELOADING", "READY"]
 
 
-def test_readiness_ends_with_the_signal_and_before_the_drain(monkeypatch) -> None:
-    one = Running(monkeypatch)
-    assert one.service.standing == (True, "fine")
-    one.send(signal.SIGTERM)
-    assert one.service.standing == (False, "fine")
-    assert one.backend.state is State.SERVING
-    one.send(signal.SIGHUP)
-    assert one.reloads == []
+def test_stop_signal_ends_readiness_before_the_drain_starts(monkeypatch) -> None:
+    running = RunningService(monkeypatch)
+    assert running.service.standing == (True, "fine")
+    running.send(signal.SIGTERM)
+    assert running.service.standing == (False, "fine")
+    assert running.backend.state is State.SERVING
+    running.send(signal.SIGHUP)
+    assert running.reloads == []
 
 
-@pytest.mark.parametrize(("alone", "done", "said"), [(True, "renewal", []), (False, "reload", ["RELOADING", "READY"])])
-def test_changed_certificates_are_renewed_alone_or_by_a_reload(monkeypatch, alone, done, said) -> None:
+@pytest.mark.parametrize(
+    ("separate", "done", "said"), [(True, "renewal", []), (False, "reload", ["RELOADING", "READY"])]
+)
+def test_changed_certificates_are_renewed_separately_or_by_a_reload(monkeypatch, separate, done, said) -> None:
     listener = Listener()
-    one = Running(monkeypatch, watches_certificates=True, listeners=(listener,))
-    one.alone = alone
-    one.clock.pump([1] * 3)
-    assert one.reloads == []
-    listener.tls_files = lambda: (__file__,)  # type: ignore[method-assign]  # it is the test's own
-    one.clock.pump([1] * 3)
-    assert one.reloads == [done]
-    assert one.notifier.said == ["READY", *said]
+    running = RunningService(monkeypatch, watches_certificates=True, listeners=(listener,))
+    running.separate_renewal = separate
+    running.clock.pump([1] * 3)
+    assert running.reloads == []
+    listener.tls_files = lambda: (__file__,)  # type: ignore[method-assign]  # replaced by the test
+    running.clock.pump([1] * 3)
+    assert running.reloads == [done]
+    assert running.notifier.said == ["READY", *said]
 
 
-def test_a_check_that_fails_is_logged_and_does_not_end_the_others(monkeypatch) -> None:
-    one = Running(monkeypatch)
-    one.backend.tick = lambda: 1 / 0
-    one.clock.pump([1] * 2)
-    del one.backend.tick
-    one.clock.pump([1] * 2)
-    assert [event["log_failure"].type for event in one.events if "log_failure" in event] == [ZeroDivisionError] * 2
-    assert one.backend.calls == ["tick"] * 2
+def test_failing_periodic_check_is_logged_and_repeated(monkeypatch) -> None:
+    running = RunningService(monkeypatch)
+    running.backend.tick = lambda: 1 / 0
+    running.clock.pump([1] * 2)
+    del running.backend.tick
+    running.clock.pump([1] * 2)
+    assert [event["log_failure"].type for event in running.events if "log_failure" in event] == [ZeroDivisionError] * 2
+    assert running.backend.calls == ["tick"] * 2
 
 
-def test_the_watchdog_is_not_notified_while_the_backend_is_not_alive(monkeypatch) -> None:
-    one = Running(monkeypatch)
-    one.clock.pump([1] * 3)
-    assert one.notifier.signs == 4
-    one.backend.alive = False
-    one.clock.pump([1] * 3)
-    assert one.notifier.signs == 4
+def test_watchdog_is_not_notified_while_the_backend_is_not_alive(monkeypatch) -> None:
+    running = RunningService(monkeypatch)
+    running.clock.pump([1] * 3)
+    assert running.notifier.signs == 4
+    running.backend.alive = False
+    running.clock.pump([1] * 3)
+    assert running.notifier.signs == 4
 
 
-def test_a_stop_waits_for_the_backend_and_leaves_nothing_to_be_called(monkeypatch) -> None:
-    one = Running(monkeypatch)
-    done, again = one.service.stopService(), one.service.stopService()
-    assert one.notifier.said == ["READY", "STOPPING"]
-    one.clock.pump([1] * 3)
+def test_stop_waits_for_the_backend_and_leaves_no_delayed_call(monkeypatch) -> None:
+    running = RunningService(monkeypatch)
+    done, again = running.service.stopService(), running.service.stopService()
+    assert running.notifier.said == ["READY", "STOPPING"]
+    running.clock.pump([1] * 3)
     assert (done.called, again.called) == (False, False)
-    one.backend.drained.callback(None)
+    running.backend.drained.callback(None)
     assert (done.called, again.called) == (True, True)
-    assert one.clock.getDelayedCalls() == []
+    assert running.clock.getDelayedCalls() == []

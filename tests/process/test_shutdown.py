@@ -1,4 +1,4 @@
-"""The end of all connections, and protocols that are told of a drain."""
+"""Closing and aborting all connections, and drain notification of protocols."""
 
 import ssl
 from ipaddress import ip_network
@@ -11,111 +11,111 @@ from rtservice.interfaces import IDrainable
 from tests.support.registry_world import IPV4, Flood, header, is_closed, is_served
 
 
-def test_close_all_sends_what_is_buffered_and_aborts_who_has_nothing(world) -> None:
-    one = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
-    reading = one.client()
-    one.client(port=one.add_port(proxied=True), first=b"PROXY ")
-    one.connections.close_all("drained")
-    one.clock.turn()
+def test_close_all_flushes_buffers_and_aborts_unfinished_handshakes(world) -> None:
+    running = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
+    reading = running.client()
+    running.client(port=running.add_port(proxied=True), first=b"PROXY ")
+    running.connections.close_all("drained")
+    running.clock.turn()
     received = 0
     while received < 10 << 20:
         received += len(reading.recv(1 << 20))
-        one.clock.turn()
+        running.clock.turn()
     assert is_closed(reading)
-    one.leave(reading)
-    assert one.reasons == ["drained", "drained"]
-    assert (one.connections.ended, one.connections.aborted) == (2, 1)
+    running.leave(reading)
+    assert running.reasons == ["drained", "drained"]
+    assert (running.connections.ended, running.connections.aborted) == (2, 1)
 
 
-def test_close_all_closes_also_a_transport_that_is_its_own_producer_and_paused(world) -> None:
-    one = world()
-    client = one.client()
-    (connection,) = one.connections.open
+def test_close_all_closes_a_paused_transport_registered_as_its_producer(world) -> None:
+    running = world()
+    client = running.client()
+    (connection,) = running.connections.open
     connection.write(bytes(1 << 20))
     assert connection.producer is connection
-    one.connections.close_all("drained")
+    running.connections.close_all("drained")
     received = 0
     while received < (1 << 20) + 22:
-        one.clock.turn()
+        running.clock.turn()
         received += len(client.recv(1 << 20))
-    one.clock.turn()
+    running.clock.turn()
     assert is_closed(client)
 
 
-def test_abort_all_leaves_nobody_in_any_phase(world) -> None:
-    one = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
-    one.client()
-    one.client(port=one.add_port(proxied=True), first=b"PROXY ")
-    one.client(port=one.add_port(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
-    one.connections.abort_all("cut off")
-    one.connections.abort_all("cut off")
-    one.clock.turn()
-    assert one.reasons == ["cut off"] * 3
-    assert (one.connections.ended, one.connections.aborted) == (3, 3)
-    assert one.clock.getDelayedCalls() == []
+def test_abort_all_closes_connections_in_every_phase(world) -> None:
+    running = world(Factory.forProtocol(Flood), proxy_from=(ip_network(IPV4),))
+    running.client()
+    running.client(port=running.add_port(proxied=True), first=b"PROXY ")
+    running.client(port=running.add_port(tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
+    running.connections.abort_all("cut off")
+    running.connections.abort_all("cut off")
+    running.clock.turn()
+    assert running.reasons == ["cut off"] * 3
+    assert (running.connections.ended, running.connections.aborted) == (3, 3)
+    assert running.clock.getDelayedCalls() == []
 
 
 @implementer(IDrainable)
-class Polite(Protocol):
-    """Says goodbye."""
+class SendsBye(Protocol):
+    """Sends a last message in drain."""
 
     def drain(self) -> None:
         self.transport.write(b"bye")
 
 
 @implementer(IDrainable)
-class Impolite(Protocol):
-    """Fails to."""
+class FailsInDrain(Protocol):
+    """Raises in drain."""
 
     def drain(self) -> None:
         raise ZeroDivisionError
 
 
-def test_a_protocol_that_wants_to_know_of_the_drain_is_told_once(world) -> None:
-    one = world(Factory.forProtocol(Polite), proxy_from=(ip_network(IPV4),))
-    first = one.client()
-    late = one.client(port=one.add_port(proxied=True))
-    one.connections.when_empty = lambda: None
+def test_drainable_protocol_is_notified_once(world) -> None:
+    running = world(Factory.forProtocol(SendsBye), proxy_from=(ip_network(IPV4),))
+    first = running.client()
+    late = running.client(port=running.add_port(proxied=True))
+    running.connections.when_empty = lambda: None
     for _ in range(3):
-        one.connections.notify_drain()
-        one.clock.turn()
+        running.connections.notify_drain()
+        running.clock.turn()
     assert first.recv(100) == b"bye"
     late.sendall(header("192.0.2.9"))
-    one.clock.turn()
-    one.connections.notify_drain()
-    one.clock.turn()
+    running.clock.turn()
+    running.connections.notify_drain()
+    running.clock.turn()
     assert late.recv(100) == b"bye"
-    assert len(one.connections.open) == 2
+    assert len(running.connections.open) == 2
 
 
-def test_a_protocol_below_a_layer_that_wraps_it_is_told(world) -> None:
-    one = world(Factory.forProtocol(Polite))
-    client = one.client()
-    (connection,) = one.connections.open
-    layer = ProtocolWrapper(WrappingFactory(one.factory), connection.protocol)
-    connection.protocol = layer  # as startTLS does it with pyOpenSSL's contexts
-    one.connections.notify_drain()
-    one.clock.turn()
+def test_wrapped_drainable_protocol_is_notified(world) -> None:
+    running = world(Factory.forProtocol(SendsBye))
+    client = running.client()
+    (connection,) = running.connections.open
+    layer = ProtocolWrapper(WrappingFactory(running.factory), connection.protocol)
+    connection.protocol = layer  # like startTLS with a pyOpenSSL context
+    running.connections.notify_drain()
+    running.clock.turn()
     assert client.recv(100) == b"bye"
 
 
-def test_a_protocol_that_fails_in_drain_loses_its_own_connection(world) -> None:
-    one = world(Factory.forProtocol(Impolite))
-    one.client()
-    one.factory.protocol = Polite
-    bystander = one.client()
-    one.connections.notify_drain()
-    one.clock.turn()
+def test_failure_in_drain_aborts_only_the_connection_of_that_protocol(world) -> None:
+    running = world(Factory.forProtocol(FailsInDrain))
+    running.client()
+    running.factory.protocol = SendsBye
+    bystander = running.client()
+    running.connections.notify_drain()
+    running.clock.turn()
     assert bystander.recv(100) == b"bye"
-    assert len(one.connections.open) == 1
-    assert one.connections.aborted == 1
-    assert [event["log_failure"].type for event in one.events if "log_failure" in event] == [ZeroDivisionError]
+    assert len(running.connections.open) == 1
+    assert running.connections.aborted == 1
+    assert [event["log_failure"].type for event in running.events if "log_failure" in event] == [ZeroDivisionError]
 
 
-def test_a_protocol_that_knows_nothing_of_a_drain_is_left_alone(world) -> None:
-    one = world()
-    client = one.client()
-    one.connections.notify_drain()
-    one.clock.turn()
+def test_protocol_without_drain_support_is_served_during_the_drain(world) -> None:
+    running = world()
+    client = running.client()
+    running.connections.notify_drain()
+    running.clock.turn()
     assert is_served(client)
-    assert len(one.connections.open) == 1
+    assert len(running.connections.open) == 1

@@ -1,4 +1,4 @@
-"""Signals as the parent left them, signals that wait, and signals that are sent twice."""
+"""Inherited signal dispositions, held signals and repeated signals."""
 
 import signal
 import subprocess
@@ -20,20 +20,20 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
         ([(0.0, TERM), (0.0, TERM), (0.0, TERM)], [True, False, False]),
         ([(0.0, TERM), (0.1, INT), (0.2, TERM), (0.3, INT)], [True, True, False, False]),
         ([(0.0, TERM), (REPEAT, TERM)], [True, True]),
-        # From the one that counts, or a stream of them would never count again.
+        # Measured from the last signal that counted; otherwise a stream of signals would never count again.
         ([(0.0, TERM), (0.3, TERM), (0.6, TERM), (0.9, TERM)], [True, False, True, False]),
         ([(100.0, TERM), (0.0, TERM)], [True, True]),  # the clock was set back
     ],
 )
-def test_the_same_signal_within_half_a_second_counts_once(sent, count) -> None:
+def test_same_signal_within_half_a_second_counts_once(sent, count) -> None:
     clock = iter([when for when, _ in sent])
     repeats = Repeats(lambda: next(clock))
     assert [not repeats.is_repeat(number) for _, number in sent] == count
 
 
 @pytest.fixture(autouse=True)
-def restored(monkeypatch) -> Iterator[None]:
-    """Puts the signal mask and the handlers back."""
+def restored_signals(monkeypatch) -> Iterator[None]:
+    """Restore the signal mask and the handlers."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     numbers = (signal.SIGCHLD, *signals._HANDLED)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -47,52 +47,52 @@ def restored(monkeypatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def came() -> list[int]:
-    """The signals that a service has had, which handles stops and SIGHUP."""
-    came: list[int] = []
+def received() -> list[int]:
+    """The signals received by handlers of SIGTERM, SIGINT and SIGHUP."""
+    received: list[int] = []
     for number in (TERM, INT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: came.append(number))
-    return came
+        signal.signal(number, lambda number, frame: received.append(number))
+    return received
 
 
 def blocked() -> set[int]:
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
 
-def test_a_start_takes_all_signals_that_the_parent_had_blocked() -> None:
+def test_signals_blocked_by_the_parent_are_unblocked_at_the_start() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR2})
     signals.reset_inherited_signals()
     assert blocked() == set()
 
 
-def test_children_have_a_status_where_the_parent_ignored_sigchld() -> None:
+def test_children_have_an_exit_status_if_the_parent_ignored_sigchld() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signals.reset_inherited_signals()
     assert subprocess.run([sys.executable, "-c", "raise SystemExit(7)"], check=False).returncode == 7
 
 
-def test_what_is_held_waits_and_is_not_lost(came) -> None:
+def test_held_signals_are_delivered_after_release(received) -> None:
     signals.hold()
-    signals.hold()  # process 1 does so twice
+    signals.hold()  # process 1 calls it twice
     for number in (TERM, signal.SIGHUP, signal.SIGHUP):
         signal.raise_signal(number)
-    assert came == []
+    assert received == []
     signals.release()
-    assert came == [TERM, signal.SIGHUP]
+    assert received == [TERM, signal.SIGHUP]
     signal.raise_signal(TERM)
-    assert came == [TERM, signal.SIGHUP, TERM]
+    assert received == [TERM, signal.SIGHUP, TERM]
 
 
-def test_handlers_that_the_service_sets_meanwhile_stay_and_get_what_waited() -> None:
-    came: list[int] = []
+def test_handler_set_while_signals_are_held_stays_and_receives_the_held_signal() -> None:
+    received: list[int] = []
     signals.hold()
     signal.raise_signal(INT)
-    signal.signal(INT, lambda number, frame: came.append(number))
+    signal.signal(INT, lambda number, frame: received.append(number))
     signals.release()
-    assert came == [INT]
+    assert received == [INT]
 
 
-def test_what_the_service_does_not_handle_is_as_before_and_does_not_end_it() -> None:
+def test_default_action_of_an_unhandled_signal_is_restored_and_not_executed() -> None:
     signal.signal(signal.SIGTTIN, signal.SIG_DFL)
     signals.hold()
     signal.raise_signal(signal.SIGTTIN)
@@ -100,7 +100,7 @@ def test_what_the_service_does_not_handle_is_as_before_and_does_not_end_it() -> 
     assert signal.getsignal(signal.SIGTTIN) is signal.SIG_DFL
 
 
-def test_what_hosted_code_has_blocked_to_wait_for_it_stays_blocked() -> None:
+def test_signals_blocked_by_hosted_code_stay_blocked() -> None:
     signals.hold()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGRTMIN, TERM})
     signals.release()
@@ -108,7 +108,7 @@ def test_what_hosted_code_has_blocked_to_wait_for_it_stays_blocked() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, TERM])
-def test_the_handler_of_hosted_code_is_found_while_its_signal_is_held(number) -> None:
+def test_handler_of_hosted_code_is_returned_while_its_signal_is_held(number) -> None:
     def first(number: int, frame: object) -> None: ...
 
     def second(number: int, frame: object) -> None: ...
@@ -117,13 +117,13 @@ def test_the_handler_of_hosted_code_is_found_while_its_signal_is_held(number) ->
     assert signals.handler(number) is first
     signals.hold()
     assert signals.handler(number) is first
-    signal.signal(number, second)  # as hosted code may in process 1, where signals are held before it is imported
+    signal.signal(number, second)  # hosted code may do this in process 1, where signals are held before its import
     assert signals.handler(number) is second
     signals.release()
     assert signals.handler(number) is second
 
 
-def test_a_child_that_is_started_meanwhile_takes_signals() -> None:
+def test_child_started_while_signals_are_held_receives_signals() -> None:
     signals.hold()
     child = subprocess.Popen([sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"], text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_child_that_is_started_meanwhile_takes_signals() -> None:
         ([(0.0, TERM), (0.1, INT)], 128 + INT),
     ],
 )
-def test_a_second_stop_ends_a_start_that_hangs(came, monkeypatch, stops, status) -> None:
+def test_second_stop_signal_ends_a_start_that_hangs(received, monkeypatch, stops, status) -> None:
     times = iter([when for when, _ in stops])
     monkeypatch.setattr(signals, "_repeats", Repeats(lambda: next(times)))
     signals.hold()
@@ -152,7 +152,7 @@ def test_a_second_stop_ends_a_start_that_hangs(came, monkeypatch, stops, status)
             signal.raise_signal(number)
     except SystemExit as end:
         ended = end.code
-    assert (ended, came) == (status, [])
+    assert (ended, received) == (status, [])
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,10 @@ def test_a_second_stop_ends_a_start_that_hangs(came, monkeypatch, stops, status)
         (2, ["twistd", "rtservice"], False),
     ],
 )
-def test_process_1_holds_signals_from_the_first_import_on(came, monkeypatch, pid, command, held) -> None:
+def test_process_1_holds_signals_from_the_first_import(received, monkeypatch, pid, command, held) -> None:
     monkeypatch.setattr("os.getpid", lambda: pid)
     monkeypatch.setattr("sys.argv", command)
     signals.hold_in_first_process()
     signals.reset_inherited_signals()
     signal.raise_signal(TERM)
-    assert came == ([] if held else [TERM])
+    assert received == ([] if held else [TERM])

@@ -1,4 +1,4 @@
-"""The status server's connections: a bounded number, of which the least important makes room for a new one."""
+"""The bounded number of connections of the status server: a new one replaces the least important one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from rtservice.process.server import default_max_connections, descriptors_for_st
 from rtservice.process.status_server import CONNECTIONS, StatusServer
 
 
-class Says(Protocol):
-    """Is idle once it has received something, and says so."""
+class IdleProtocol(Protocol):
+    """Answers each message; it is idle after the message `idle`."""
 
     idle = False
     since = 0.0
@@ -44,21 +44,23 @@ class Says(Protocol):
 
 @pytest.fixture
 def status_server() -> Iterator[
-    Callable[[int], tuple[StatusServer, list[Says], Callable[[], Deferred[socket.socket]]]]
+    Callable[[int], tuple[StatusServer, list[IdleProtocol], Callable[[], Deferred[socket.socket]]]]
 ]:
-    """Starts a StatusServer for so many connections; returns it, its protocols, and what connects a client to it."""
+    """Return a function that starts a StatusServer for `most` connections; it returns the server, its protocols, and a
+    function that connects a client.
+    """
     started: list[StatusServer] = []
     clients: list[socket.socket] = []
 
-    def start(most: int) -> tuple[StatusServer, list[Says], Callable[[], Deferred[socket.socket]]]:
+    def start(most: int) -> tuple[StatusServer, list[IdleProtocol], Callable[[], Deferred[socket.socket]]]:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         listener = Listener(listening, "test")
-        one = StatusServer(Logger(observer=lambda event: None), [listener], most + 1 + ACCEPTS_PER_EVENT)
-        factory = Factory.forProtocol(Says)
+        server = StatusServer(Logger(observer=lambda event: None), [listener], most + 1 + ACCEPTS_PER_EVENT)
+        factory = Factory.forProtocol(IdleProtocol)
         factory.made = protocols = []
-        one.start(reactor, factory)
-        started.append(one)
+        server.start(reactor, factory)
+        started.append(server)
 
         def connect() -> socket.socket:
             client = socket.create_connection(listening.getsockname(), timeout=30)
@@ -66,16 +68,16 @@ def status_server() -> Iterator[
             assert client.recv(4, socket.MSG_WAITALL) == b"here"
             return client
 
-        return one, protocols, lambda: deferToThread(connect)
+        return server, protocols, lambda: deferToThread(connect)
 
     yield start
-    for one in started:
-        one.stop()
+    for server in started:
+        server.stop()
     for client in clients:
         client.close()
 
 
-def say(client: socket.socket, what: bytes) -> Any:
+def send(client: socket.socket, what: bytes) -> Any:
     def exchange() -> bytes:
         client.sendall(what)
         return client.recv(2, socket.MSG_WAITALL)
@@ -84,7 +86,7 @@ def say(client: socket.socket, what: bytes) -> Any:
 
 
 def is_closed(client: socket.socket) -> Any:
-    """Waits until the other side has closed it."""
+    """Wait until the other side has closed the connection."""
 
     def end() -> bool:
         try:
@@ -96,41 +98,41 @@ def is_closed(client: socket.socket) -> Any:
 
 
 @pytest_twisted.inlineCallbacks
-def test_the_oldest_unfinished_request_makes_room_then_the_oldest_that_is_idle(status_server, monkeypatch) -> Any:
+def test_oldest_unfinished_request_is_closed_first_then_the_oldest_idle_connection(status_server, monkeypatch) -> Any:
     monkeypatch.setattr("rtservice.process.status_server._STAY", 0)
     _, _, connect = status_server(4)
     clients = []
     for _ in range(4):
         clients.append((yield connect()))
-    yield say(clients[0], b"idle")
-    yield say(clients[2], b"idle")
+    yield send(clients[0], b"idle")
+    yield send(clients[2], b"idle")
     clients.append((yield connect()))
     assert (yield is_closed(clients[1]))
     clients.append((yield connect()))
     assert (yield is_closed(clients[3]))
-    yield say(clients[4], b"idle")
-    yield say(clients[5], b"idle")
+    yield send(clients[4], b"idle")
+    yield send(clients[5], b"idle")
     clients.append((yield connect()))
     assert (yield is_closed(clients[0]))
     for number in (2, 4, 5, 6):
-        assert (yield say(clients[number], b"more")) == b"ok"
+        assert (yield send(clients[number], b"more")) == b"ok"
 
 
 @pytest_twisted.inlineCallbacks
-def test_who_has_come_only_now_stays_for_a_moment_and_others_wait(status_server) -> Any:
+def test_new_connection_is_kept_for_a_minimum_time_while_others_wait(status_server) -> Any:
     _, _, connect = status_server(4)
     began = monotonic()
     clients = []
     for _ in range(12):
         clients.append((yield connect()))
     assert monotonic() - began >= 2 * 0.2
-    yield say(clients[11], b"idle")
+    yield send(clients[11], b"idle")
     for number in range(8):
         assert (yield is_closed(clients[number]))
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_request_of_just_now_does_not_make_room_for_one_more_that_is_idle(status_server, monkeypatch) -> Any:
+def test_idle_connections_are_closed_before_a_recent_request(status_server, monkeypatch) -> Any:
     monkeypatch.setattr("rtservice.process.status_server._STAY", 0)
     monkeypatch.setattr("rtservice.process.status_server._SLOW", 1000)
     _, protocols, connect = status_server(4)
@@ -140,17 +142,17 @@ def test_a_request_of_just_now_does_not_make_room_for_one_more_that_is_idle(stat
     for protocol in protocols:
         protocol.since = monotonic()
     for number in (2, 1, 3):
-        yield say(clients[number], b"idle")
+        yield send(clients[number], b"idle")
         protocols[number].since = monotonic()
     for number in (2, 1):
         yield connect()
         protocols[-1].since = monotonic()
         assert (yield is_closed(clients[number]))
-    assert (yield say(clients[0], b"more")) == b"ok"
+    assert (yield send(clients[0], b"more")) == b"ok"
 
 
 @pytest_twisted.inlineCallbacks
-def test_one_that_leaves_lets_another_in_at_once(status_server) -> Any:
+def test_closed_connection_frees_its_place_at_once(status_server) -> Any:
     _, protocols, connect = status_server(4)
     clients = []
     for _ in range(4):
@@ -160,11 +162,11 @@ def test_one_that_leaves_lets_another_in_at_once(status_server) -> Any:
     yield left
     clients.append((yield connect()))
     for number in (0, 1, 3, 4):
-        assert (yield say(clients[number], b"more")) == b"ok"
+        assert (yield send(clients[number], b"more")) == b"ok"
 
 
 @pytest_twisted.inlineCallbacks
-def test_each_of_hundreds_that_come_and_stay_is_served(status_server) -> Any:
+def test_each_of_hundreds_of_idle_clients_is_served(status_server) -> Any:
     server, _, connect = status_server(10)
     for _ in range(200):
         yield connect()
@@ -172,7 +174,7 @@ def test_each_of_hundreds_that_come_and_stay_is_served(status_server) -> Any:
 
 
 @pytest.mark.parametrize("descriptors", [64, 128, 256, 320, 1024, 1 << 20])
-def test_the_service_and_its_side_leave_descriptors_for_the_rest(descriptors: int) -> None:
+def test_default_limits_of_service_and_status_server_reserve_descriptors(descriptors: int) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
     status_server = StatusServer(Logger(), [Listener(listening, "test")], descriptors_for_status(descriptors))
     connections = default_max_connections(descriptors, status_server.descriptors)
@@ -184,12 +186,12 @@ def test_the_service_and_its_side_leave_descriptors_for_the_rest(descriptors: in
     listening.close()
 
 
-def test_without_a_side_nothing_is_reserved_for_it() -> None:
+def test_without_a_status_server_no_descriptors_are_reserved_for_it() -> None:
     status_server = StatusServer(Logger(), [], descriptors_for_status(1024))
     assert status_server.descriptors == 0
     assert default_max_connections(1024, 0) == 960
 
 
-def test_without_a_limit_of_descriptors_there_is_no_share() -> None:
+def test_without_a_descriptor_limit_the_defaults_are_fixed() -> None:
     assert descriptors_for_status(-1) is None
     assert default_max_connections(-1, 117) == 10_000_000

@@ -1,4 +1,4 @@
-"""What the service manager is told, read from the socket that it would read."""
+"""Notifications to the service manager, read from its socket."""
 
 import os
 import time
@@ -25,7 +25,7 @@ def manager(tmp_path) -> Iterator[ServiceManager]:
 
 @pytest.fixture
 def logged() -> Iterator[Callable[[], list[str]]]:
-    """The texts that were logged since the start of the test."""
+    """Return the texts logged since the start of the test."""
     events: list = []
     globalLogPublisher.addObserver(events.append)
     yield lambda: [str(formatEvent(event)) for event in events]
@@ -48,7 +48,7 @@ def test_each_call_is_one_datagram(manager) -> None:
     ]
 
 
-def test_a_reload_says_when_it_began_on_the_managers_clock(manager) -> None:
+def test_reloading_includes_its_start_time_on_the_monotonic_clock(manager) -> None:
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     notifier_of(manager).reloading()
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
@@ -58,21 +58,21 @@ def test_a_reload_says_when_it_began_on_the_managers_clock(manager) -> None:
     assert before <= int(second) <= after
 
 
-def test_an_abstract_name_is_reached() -> None:
+def test_abstract_socket_address_is_supported() -> None:
     manager = ServiceManager(f"@rtservice-test-{os.getpid()}", busy=True)
     notifier_of(manager).ready("x")
     assert manager.received() == ["READY=1\nSTATUS=x"]
     manager.close()
 
 
-def test_a_status_is_one_line_of_a_length_that_systemd_reads(manager) -> None:
+def test_status_is_one_line_within_the_length_limit_of_systemd(manager) -> None:
     notifier = notifier_of(manager)
     notifier.status("two\nREADY=1 \x1b[31m \udcff é")
     notifier.status("𝄞" * 5000)
     assert manager.received() == [r"STATUS=two\nREADY=1 \x1b[31m \udcff é", f"STATUS={'𝄞' * 1000}"]
 
 
-def test_children_do_not_inherit_what_is_meant_for_this_process(manager) -> None:
+def test_children_inherit_neither_the_variables_nor_the_socket(manager) -> None:
     environ = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "2", "WATCHDOG_PID": str(os.getpid()), "HOME": "/"}
     notifier = from_environment(environ)
     assert environ == {"HOME": "/"}
@@ -80,7 +80,7 @@ def test_children_do_not_inherit_what_is_meant_for_this_process(manager) -> None
     assert not notifier._socket.get_inheritable()
 
 
-def test_without_a_manager_nothing_is_told_and_nobody_watches(logged) -> None:
+def test_without_a_service_manager_nothing_is_sent_or_logged(logged) -> None:
     notifier = from_environment({"WATCHDOG_USEC": "30000000"})
     assert notifier.watchdog_interval is None
     notifier.ready("x")
@@ -100,7 +100,7 @@ def test_without_a_manager_nothing_is_told_and_nobody_watches(logged) -> None:
         ({"WATCHDOG_USEC": "soon"}, None),
     ],
 )
-def test_the_watchdog_is_fed_at_half_its_time_where_it_watches_this_process(manager, variables, interval) -> None:
+def test_watchdog_interval_is_half_the_timeout_if_it_applies_to_this_process(manager, variables, interval) -> None:
     assert notifier_of(manager, **variables).watchdog_interval == interval
 
 
@@ -112,7 +112,7 @@ def test_the_watchdog_is_fed_at_half_its_time_where_it_watches_this_process(mana
         ("vsock:2:1234", "neither a path nor an abstract name"),
     ],
 )
-def test_a_socket_that_cannot_be_used_is_one_warning(address, problem, logged) -> None:
+def test_unusable_notify_socket_is_logged_once_as_a_warning(address, problem, logged) -> None:
     notifier = from_environment({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "2000000"})
     notifier.ready("x")
     notifier.stopping("x")
@@ -122,7 +122,7 @@ def test_a_socket_that_cannot_be_used_is_one_warning(address, problem, logged) -
     assert problem in text
 
 
-def test_a_busy_manager_loses_a_status_but_no_change_of_state(manager) -> None:
+def test_full_notify_socket_drops_status_texts_but_delivers_state_changes(manager) -> None:
     notifier = notifier_of(manager)
     for number in range(10_000):  # more than net.unix.max_dgram_qlen
         notifier.status(str(number))
@@ -136,7 +136,7 @@ def test_a_busy_manager_loses_a_status_but_no_change_of_state(manager) -> None:
     assert manager.received() == ["READY=1\nSTATUS=up", "STOPPING=1\nSTATUS=down", "WATCHDOG=1"]
 
 
-def test_a_manager_that_goes_away_is_one_warning(manager, logged) -> None:
+def test_lost_service_manager_is_logged_once_as_a_warning(manager, logged) -> None:
     notifier = notifier_of(manager)
     manager.close()
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Framings: the same messages and the same problems as Twisted's receivers, with work that is linear."""
+"""Framings: the same messages and errors as Twisted's receivers, in linear time."""
 
 import random
 import sys
@@ -13,7 +13,7 @@ from rtservice.protocols.framings import Framing, Int32, Lines, Netstrings
 
 
 class _Reference:
-    """Echoes messages with Twisted's receivers; `broken` is set by what breaks the rules."""
+    """Echoes messages with Twisted's receivers; `broken` is set on a protocol error."""
 
     transport: Any
     broken = False
@@ -21,7 +21,7 @@ class _Reference:
     def __init__(self, longest: int) -> None:
         self.longest = self.MAX_LENGTH = longest
 
-    def breaks(self, *_: object) -> None:
+    def fail(self, *_: object) -> None:
         self.broken = True
         self.transport.loseConnection()
 
@@ -35,11 +35,11 @@ class TwistedLines(_Reference, basic.LineOnlyReceiver):
 
     def lineReceived(self, line: bytes) -> None:
         if len(line) == self.MAX_LENGTH and not line.endswith(b"\r"):
-            self.breaks()
+            self.fail()
         else:
             self.sendLine(line)
 
-    lineLengthExceeded = _Reference.breaks
+    lineLengthExceeded = _Reference.fail
 
 
 class TwistedNetstrings(_Reference, basic.NetstringReceiver):
@@ -55,11 +55,11 @@ class TwistedInt32(_Reference, basic.Int32StringReceiver):
     def stringReceived(self, string: bytes) -> None:
         self.sendString(string)
 
-    lengthLimitExceeded = _Reference.breaks
+    lengthLimitExceeded = _Reference.fail
 
 
 FRAMINGS: dict[str, tuple[type[Framing], type[Any], bytes]] = {
-    # The third are bytes that streams of this framing are likely to have.
+    # Each: our framing, Twisted's receiver, and bytes that are likely in a stream of this framing.
     "line": (Lines, TwistedLines, b"\n\n\r\r\na"),
     "netstring": (Netstrings, TwistedNetstrings, b"0123:,,:\n"),
     "int32": (Int32, TwistedInt32, b"\0\0\0\0\0\1\x0a"),
@@ -68,49 +68,49 @@ FRAMINGS: dict[str, tuple[type[Framing], type[Any], bytes]] = {
 every_framing = pytest.mark.parametrize("name", FRAMINGS)
 
 
-def stream(name: str, chance: random.Random, longest: int) -> bytes:
-    """Messages of all lengths around the limits, sometimes with a few bytes changed, added or lost."""
+def stream(name: str, rng: random.Random, longest: int) -> bytes:
+    """Return messages with lengths around the limits, sometimes with bytes changed, added or removed."""
     framing, _, likely = FRAMINGS[name]
-    sizes = [0, 0, 1, 9, 10, 62, 63, 64, longest - 1, longest, chance.randrange(longest + 1)]
-    wrong = [longest + 1, longest + 2, longest * 10] if chance.random() < 0.2 else []
+    sizes = [0, 0, 1, 9, 10, 62, 63, 64, longest - 1, longest, rng.randrange(longest + 1)]
+    oversized = [longest + 1, longest + 2, longest * 10] if rng.random() < 0.2 else []
 
     def message() -> bytes:
-        wanted = chance.choice([*sizes, *wrong])
-        payload = bytes(chance.choices(likely, k=max(0, wanted if wrong else min(wanted, longest))))
+        size = rng.choice([*sizes, *oversized])
+        payload = bytes(rng.choices(likely, k=max(0, size if oversized else min(size, longest))))
         if name != "line":
             return framing.frame(payload)
-        return payload.replace(b"\n", b"x") + chance.choice((b"\n", b"\r\n"))
+        return payload.replace(b"\n", b"x") + rng.choice((b"\n", b"\r\n"))
 
-    data = bytearray(b"".join(message() for _ in range(chance.randrange(12))))
-    for _ in range(chance.choice((0, 0, 1, 3))):
-        place = chance.randrange(len(data) + 1)
-        data[place : place + chance.randrange(2)] = bytes(chance.choices(likely, k=chance.randrange(3)))
+    data = bytearray(b"".join(message() for _ in range(rng.randrange(12))))
+    for _ in range(rng.choice((0, 0, 1, 3))):
+        position = rng.randrange(len(data) + 1)
+        data[position : position + rng.randrange(2)] = bytes(rng.choices(likely, k=rng.randrange(3)))
     return bytes(data)
 
 
-def pieces(data: bytes, chance: random.Random) -> list[bytes]:
-    """The bytes, split at random places: often into many pieces, sometimes not at all."""
-    most = chance.choice((1, 3, 20, 200, len(data) + 1))
+def split_randomly(data: bytes, rng: random.Random) -> list[bytes]:
+    """Split the bytes at random positions, often into many pieces, sometimes not at all."""
+    most = rng.choice((1, 3, 20, 200, len(data) + 1))
     found, start = [], 0
     while start < len(data):
-        end = start + chance.randint(1, most)
+        end = start + rng.randint(1, most)
         found.append(data[start:end])
         start = end
     return found
 
 
 @every_framing
-def test_messages_and_problems_are_those_of_twisteds_receivers(name) -> None:
+def test_messages_and_errors_match_twisteds_receivers(name) -> None:
     ours, twisteds, _ = FRAMINGS[name]
-    chance = random.Random(14)
+    rng = random.Random(14)
     problems = 0
     for _ in range(2000):
-        longest = chance.choice((1, 2, 5, 9, 10, 30, 63, 64, 99, 100, 1000))
-        data = stream(name, chance, longest)
+        longest = rng.choice((1, 2, 5, 9, 10, 30, 63, 64, 99, 100, 1000))
+        data = stream(name, rng, longest)
         framing, reference, transport = ours(longest), twisteds(longest), StringTransport()
         reference.makeConnection(transport)
         taken = b""
-        for piece in pieces(data, chance):
+        for piece in split_randomly(data, rng):
             if not reference.broken:
                 reference.dataReceived(piece)
             taken += framing.take(piece)
@@ -125,7 +125,7 @@ def test_messages_and_problems_are_those_of_twisteds_receivers(name) -> None:
 
 
 @every_framing
-def test_nothing_is_taken_after_a_problem(name) -> None:
+def test_data_after_an_error_is_ignored(name) -> None:
     framing = FRAMINGS[name][0](10)
     assert framing.take(framing.frame(b"one") + framing.frame(b"x" * 12) + framing.frame(b"two")) == framing.frame(
         b"one"
@@ -135,7 +135,7 @@ def test_nothing_is_taken_after_a_problem(name) -> None:
 
 
 def lines_executed(function: Callable[[], object]) -> int:
-    """How many lines of Python a function executes: a measure of work that is the same on every machine."""
+    """Count the Python lines that a function executes: a measure of work that does not depend on the machine."""
     count = 0
 
     def trace(frame: Any, event: str, argument: object) -> Any:
@@ -155,7 +155,7 @@ def lines_executed(function: Callable[[], object]) -> int:
 @every_framing
 @pytest.mark.parametrize("size", [0, 1, 9, 10, 63, 64, 1000])
 @pytest.mark.parametrize("longest", [1000, 65536])
-def test_the_work_for_a_read_full_of_short_messages_is_small(name, size, longest) -> None:
+def test_a_read_full_of_short_messages_executes_few_lines(name, size, longest) -> None:
     framing = FRAMINGS[name][0](longest)
     message = framing.frame(b"x" * size)
     data = message * (65536 // len(message))
@@ -163,10 +163,10 @@ def test_the_work_for_a_read_full_of_short_messages_is_small(name, size, longest
 
 
 @every_framing
-def test_a_message_in_many_pieces_is_not_copied_for_each_of_them(name) -> None:
+def test_a_message_in_many_pieces_is_not_copied_for_each_piece(name) -> None:
     framing = FRAMINGS[name][0](1 << 24)
     message = framing.frame(b"x" * (1 << 22))
-    # Were all of it copied or searched for each piece, these were 4 TB.
+    # Copying or searching everything for each piece would process 4 TB.
     taken = [framing.take(message[start : start + 64]) for start in range(0, 1 << 20, 64)]
     taken.append(framing.take(message[1 << 20 :]))
     assert not any(taken[:-1])

@@ -1,4 +1,4 @@
-"""Names of members and rooms: what they are made of, and which cannot be told apart."""
+"""Names of members and rooms: allowed characters, and confusable names (UTS #39)."""
 
 import unicodedata
 
@@ -27,7 +27,7 @@ from rtservice.protocols.names import _DEFAULT_IGNORABLE, Names, default_ignorab
         ("ﬁ" * 10, "fi" * 10),
     ],
 )
-def test_a_name_has_one_form(name, form) -> None:
+def test_a_name_is_normalised(name, form) -> None:
     assert Names(20).normalise(name) == form
 
 
@@ -35,34 +35,34 @@ def test_a_name_has_one_form(name, form) -> None:
     "name",
     [
         *("", " ", "a b", "a/b", "x" * 21, "ﬁ" * 11, "x" * 1000, "\ufdfa" * 2),
-        # They show nothing, or nothing but a blank.
+        # Invisible, or displayed as a space.
         *("\u3164", "\u115f", "\u1160", "\uffa0", "a\u3164", "a\u200b", "a\ufe0f", "a\U000e0041", "a\u00ad", "a\u034f"),
         *("\x1b[2J", "a\u202e", "\ud800", "\ue000", "a\u0301\u0301"),
-        # More than one script, or one in which nobody writes.
+        # More than one script, or a script that UAX #31 does not recommend.
         *("аnna", "annа", "αbc", "Ωж", "さくらx", "𐌀𐌁", "ᏆᎪ"),
-        # Letters that modify others, parts of syllables, and digits that look like others.
+        # Modifier letters, parts of syllables, and digits that are confusable with others.
         *("م\u0640", "aˀ", "ᄀ", "a١", "a৪", "½"),
     ],
     ids=ascii,
 )
-def test_what_people_cannot_see_or_read_as_one_word_is_no_name(name) -> None:
+def test_an_invisible_or_ambiguous_name_is_rejected(name) -> None:
     assert Names(20).normalise(name) == ""
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("name", "other"),
     [
         *(("ann", "ann"), ("ann", "Ann"), ("straße", "STRASSE"), ("ｗｉｄｅ", "wide")),
         *(("coco", "сосо"), ("HOPE", "НОРЕ"), ("ABE", "ΑΒΕ"), ("ноте", "HOTE"), ("ё", "ë")),
         *(("bob", "b0b"), ("Ian", "lan"), ("al1", "all"), ("modern", "modem"), ("encyclopædia", "encyclopaedia")),
         *(("ニ", "二"), ("ー", "一"), ("ข", "ฃ"), ("ك", "ک"), ("ס", "o")),
-        # Both at once: other case, and other letters.
+        # Differences of case and of letters combined.
         *(("WORLD", "w0r1d"), ("Сосо", "COCO"), ("сосо", "COCO"), ("IAN", "lan")),
     ],
     ids=ascii,
 )
-def test_names_that_look_alike_are_not_both_taken(one, other) -> None:
-    for first, second in ((one, other), (other, one)):
+def test_confusable_names_cannot_both_be_taken(name, other) -> None:
+    for first, second in ((name, other), (other, name)):
         names = Names(20)
         first, second = names.normalise(first), names.normalise(second)
         assert first
@@ -75,23 +75,23 @@ def test_names_that_look_alike_are_not_both_taken(one, other) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("name", "other"),
     [("ann", "anne"), ("ann", "hann"), ("жук", "huk"), ("tea", "den"), ("café", "cafe"), ("a.b", "a-b")],
 )
-def test_names_that_people_can_tell_apart_are_both_taken(one, other) -> None:
+def test_distinguishable_names_can_both_be_taken(name, other) -> None:
     names = Names(20)
-    names.add(one)
+    names.add(name)
     assert names.like(other) == ""
     names.add(other)
-    assert one in names
+    assert name in names
     assert other in names
     names.discard("never taken")
-    names.discard(one)
-    assert one not in names
+    names.discard(name)
+    assert name not in names
     assert other in names
 
 
-def test_no_name_has_a_character_that_shows_nothing() -> None:
+def test_default_ignorable_characters_are_rejected() -> None:
     names = Names(20)
     ignorable = [chr(code) for first, last in _DEFAULT_IGNORABLE for code in range(first, last + 1)]
     assert len(ignorable) == 4174  # DerivedCoreProperties.txt
@@ -101,7 +101,7 @@ def test_no_name_has_a_character_that_shows_nothing() -> None:
     assert not any(map(default_ignorable, "a\u3163\u3165\u1161\ufe10\U000e1000"))
 
 
-def test_skeletons_are_of_names_and_have_no_other_skeleton() -> None:
+def test_skeletons_are_normalised_and_have_no_other_skeleton() -> None:
     for character, prototype in confusables._PROTOTYPES.items():
         character = chr(character)
         assert unicodedata.normalize("NFD", character) == character or "\uac00" <= character <= "\ud7a3"

@@ -1,4 +1,4 @@
-"""What --uid and --gid come to: which user, which group, which supplementary groups."""
+"""The user, group and supplementary groups selected by --uid and --gid."""
 
 import os
 import pwd
@@ -9,7 +9,7 @@ import pytest
 from rtservice.startup import credentials as module
 from rtservice.startup.credentials import Credentials, CredentialsError, resolve
 
-# Of the world below: a user with two groups beside its own; 27 is a group, and no user.
+# In the fake account database: a user with two supplementary groups. 27 is a group but not a user.
 WEB, WEB_GROUP = 1000, 1001
 
 
@@ -43,12 +43,12 @@ def accounts(monkeypatch) -> None:
         (2**32 - 2, 0, Credentials(2**32 - 2, 0, (0,))),
     ],
 )
-def test_a_user_without_an_entry_has_the_group_of_its_number_and_no_other(uid, gid, expected) -> None:
+def test_user_without_an_entry_has_only_the_group_with_its_number(uid, gid, expected) -> None:
     assert resolve(uid, gid) == expected
     assert bool(expected) is (uid is not None or gid is not None)
 
 
-def test_a_group_that_is_somebodys_is_not_taken_by_chance() -> None:
+def test_existing_group_with_the_number_of_an_unknown_user_is_rejected() -> None:
     with pytest.raises(
         CredentialsError, match=r"^--uid 27: no such user, and the group 27 is sudo; choose the group with --gid$"
     ):
@@ -58,30 +58,30 @@ def test_a_group_that_is_somebodys_is_not_taken_by_chance() -> None:
 @pytest.mark.parametrize(
     ("uid", "gid", "option"), [(-1, None, "--uid -1"), (2**32 - 1, 1, "--uid"), (1, -1, "--gid -1")]
 )
-def test_a_number_that_the_system_takes_for_no_change_is_refused(uid, gid, option) -> None:
+def test_number_that_means_no_change_to_the_system_is_rejected(uid, gid, option) -> None:
     with pytest.raises(CredentialsError, match=f"^{option}.*: out of range; accepted are 0 to"):
         resolve(uid, gid)
 
 
-def test_who_is_this_user_already_keeps_its_groups(monkeypatch) -> None:
+def test_supplementary_groups_are_kept_if_the_user_is_the_current_one(monkeypatch) -> None:
     monkeypatch.setattr(os, "getresuid", lambda: (WEB, WEB, WEB))
     assert resolve(WEB, None) == Credentials(WEB, WEB_GROUP, None)
 
 
-def test_what_the_process_is_already_takes_no_system_call(monkeypatch) -> None:
+def test_current_credentials_need_no_system_call(monkeypatch) -> None:
     def forbidden(*ids: int) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     for call in ("setgroups", "setresgid", "setresuid"):
         monkeypatch.setattr(os, call, forbidden)
-    Credentials(os.getuid(), os.getgid(), tuple(os.getgroups())).assume()  # raises nothing
+    Credentials(os.getuid(), os.getgid(), tuple(os.getgroups())).assume()  # does not raise
 
 
 @pytest.mark.parametrize(
     ("call", "option"), [("setgroups", "--uid 12345"), ("setresgid", "--gid 54321"), ("setresuid", "--uid 12345")]
 )
 @pytest.mark.parametrize("problem", [PermissionError(1, "Operation not permitted"), OSError(22, "Invalid argument")])
-def test_a_change_that_the_system_refuses_is_named(monkeypatch, call, option, problem) -> None:
+def test_change_rejected_by_the_system_is_reported_with_its_option(monkeypatch, call, option, problem) -> None:
     def refuse(*ids: object) -> None:
         raise problem
 
@@ -92,7 +92,7 @@ def test_a_change_that_the_system_refuses_is_named(monkeypatch, call, option, pr
     assert str(caught.value).startswith(f"{option}: {problem.strerror.lower()}; this needs root")
 
 
-def test_the_own_account_is_found_in_the_systems_own_tables(monkeypatch) -> None:
+def test_current_user_is_found_in_the_account_database(monkeypatch) -> None:
     monkeypatch.undo()
     entry = pwd.getpwuid(os.getuid())
     assert resolve(entry.pw_uid, None) == Credentials(entry.pw_uid, entry.pw_gid, None)

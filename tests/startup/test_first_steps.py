@@ -1,4 +1,4 @@
-"""The end of a start shows how to try the service, and how to stop it."""
+"""The message after the start shows how to try the service and how to stop it."""
 
 import pytest
 
@@ -20,7 +20,7 @@ from rtservice.startup.first_steps import first_steps
     ],
 )
 @pytest.mark.parametrize("protocol", ["echo", "chat"])
-def test_a_shipped_protocol_can_be_tried_with_one_command(protocol, listeners, command) -> None:
+def test_shipped_protocol_is_shown_with_a_command_to_try_it(protocol, listeners, command) -> None:
     assert first_steps(protocol, listeners, terminal=True) == f"try it with `{command}`, stop it with Ctrl-C"
 
 
@@ -34,11 +34,11 @@ def test_a_shipped_protocol_can_be_tried_with_one_command(protocol, listeners, c
         ("echo", ["::1:8080"]),
     ],
 )
-def test_there_is_no_command_where_one_would_not_do(protocol, listeners) -> None:
+def test_no_command_is_shown_if_none_would_work(protocol, listeners) -> None:
     assert first_steps(protocol, listeners, terminal=True) == "stop it with Ctrl-C"
 
 
-def test_without_a_terminal_a_signal_stops_the_service() -> None:
+def test_without_a_terminal_the_stop_signal_is_shown() -> None:
     assert (
         first_steps("echo", ["tcp:0.0.0.0:7"], terminal=False) == "try it with `nc localhost 7`, stop it with SIGTERM"
     )

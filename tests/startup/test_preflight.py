@@ -1,4 +1,4 @@
-"""What is wrong with a start, in one line, where no process has to be started to find it."""
+"""Start errors that are found without starting a process, each reported in one line."""
 
 import errno
 import os
@@ -13,8 +13,8 @@ from rtservice.startup.start import unexpected
 
 
 @pytest.fixture
-def nobody(tmp_path: Path, monkeypatch) -> Iterator[Path]:
-    """A directory of somebody else's, and a process that may not enter it."""
+def inaccessible(tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """A directory of another user that this process may not enter."""
     closed = tmp_path / "closed"
     (closed / "inner").mkdir(parents=True)
     monkeypatch.chdir(closed / "inner")
@@ -38,12 +38,12 @@ def problem(twistd: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("option", ["rundir", "chroot"])
 @pytest.mark.parametrize("below", ["", "/inner"])
-def test_a_directory_that_nobody_else_may_enter_is_refused(nobody, option, below) -> None:
-    path = f"{nobody}{below}"
+def test_inaccessible_directory_is_rejected(inaccessible, option, below) -> None:
+    path = f"{inaccessible}{below}"
     assert problem({option: path}) == f"--{option} {path}: permission denied"
 
 
-def test_a_working_directory_of_somebody_else_is_refused_unless_there_is_another(nobody) -> None:
+def test_inaccessible_working_directory_is_rejected_unless_rundir_is_set(inaccessible) -> None:
     assert problem({"rundir": "."}) == (
         "the working directory: permission denied; change to another directory, or set --rundir"
     )
@@ -52,19 +52,19 @@ def test_a_working_directory_of_somebody_else_is_refused_unless_there_is_another
 
 
 @pytest.mark.parametrize("name", ["d.pid", "inner/d.pid"])
-def test_a_pidfile_in_a_directory_of_somebody_else_is_refused(nobody, name) -> None:
-    path = f"{nobody}/{name}"
+def test_pidfile_in_an_inaccessible_directory_is_rejected(inaccessible, name) -> None:
+    path = f"{inaccessible}/{name}"
     assert problem({"rundir": "/", "pidfile": path}) == f"--pidfile {path}: permission denied"
 
 
-def test_a_pidfile_that_cannot_be_read_is_refused(tmp_path) -> None:
+def test_unreadable_pidfile_is_rejected(tmp_path) -> None:
     (tmp_path / "d.pid").symlink_to("d.pid")
     with pytest.raises(SettingError, match=r"^--pidfile d\.pid: too many levels of symbolic links$"):
         check_pidfile("d.pid", lambda path: f"{tmp_path}/{path}")
 
 
 @pytest.mark.parametrize("content", ["1", " 4194304\n", "999999999"])
-def test_a_pidfile_with_a_process_id_is_left_to_twistd(tmp_path, content) -> None:
+def test_pidfile_with_a_process_id_is_left_to_twistd(tmp_path, content) -> None:
     (tmp_path / "d.pid").write_text(content)
     check_pidfile("d.pid", lambda path: f"{tmp_path}/{path}")
 
@@ -81,10 +81,10 @@ def test_a_pidfile_with_a_process_id_is_left_to_twistd(tmp_path, content) -> Non
     ],
     ids=repr,
 )
-def test_whatever_is_raised_is_one_line(error, line) -> None:
+def test_every_exception_is_reported_in_one_line(error, line) -> None:
     assert unexpected(error) == line
 
 
-def test_a_shortage_of_descriptors_names_their_limit() -> None:
+def test_too_many_open_files_is_reported_with_the_descriptor_limit() -> None:
     line = unexpected(OSError(errno.EMFILE, "Too many open files"))
     assert line.startswith("cannot start: too many open files; the limit of descriptors (ulimit -n, LimitNOFILE=) is ")

@@ -1,4 +1,4 @@
-"""The outcome of a start is reported in one line, whatever is raised."""
+"""The outcome of a start is reported in one line."""
 
 import sys
 
@@ -9,18 +9,18 @@ from rtservice.startup.start import StartReporter
 
 @pytest.fixture
 def hooks(monkeypatch) -> list[str]:
-    """What the excepthooks of Python and of hosted code were called for; puts the hook of before back."""
+    """Record the calls of the excepthooks of Python and of hosted code; restore the previous hook."""
     called: list[str] = []
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: called.append(f"python: {error}"))
     return called
 
 
-def raised(text: str) -> None:
+def call_excepthook(text: str) -> None:
     error = LookupError(text)
     sys.excepthook(type(error), error, None)
 
 
-def test_the_excepthook_of_before_is_back_once_a_start_is_over(hooks) -> None:
+def test_previous_excepthook_is_restored_after_the_start(hooks) -> None:
     before = sys.excepthook
     start = StartReporter({})
     start.watch()
@@ -29,28 +29,28 @@ def test_the_excepthook_of_before_is_back_once_a_start_is_over(hooks) -> None:
     assert sys.excepthook is before
 
 
-def test_an_excepthook_that_hosted_code_installs_stays_and_a_start_that_is_over_is_not_reported(hooks, capfd) -> None:
+def test_excepthook_of_hosted_code_stays_installed_after_the_start(hooks, capfd) -> None:
     start = StartReporter({})
     start.watch()
-    ours = sys.excepthook
+    reporter_hook = sys.excepthook
 
-    def theirs(kind, error, traceback):
+    def hosted_hook(kind, error, traceback):
         hooks.append(f"theirs: {error}")
-        ours(kind, error, traceback)
+        reporter_hook(kind, error, traceback)
 
-    sys.excepthook = theirs
+    sys.excepthook = hosted_hook
     start.report(None)
-    assert sys.excepthook is theirs
-    raised("late")
+    assert sys.excepthook is hosted_hook
+    call_excepthook("late")
     assert hooks == ["theirs: late", "python: late"]
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_raised_in_a_start_is_reported_through_an_excepthook_of_hosted_code(hooks, capfd) -> None:
+def test_start_error_is_reported_through_an_excepthook_of_hosted_code(hooks, capfd) -> None:
     start = StartReporter({})
     start.watch()
-    ours = sys.excepthook
-    sys.excepthook = lambda kind, error, traceback: ours(kind, error, traceback)
-    raised("early")
+    reporter_hook = sys.excepthook
+    sys.excepthook = lambda kind, error, traceback: reporter_hook(kind, error, traceback)
+    call_excepthook("early")
     assert capfd.readouterr().err == "rtservice: cannot start: LookupError: early\n"
     assert hooks == []

@@ -21,7 +21,7 @@ def library() -> str:
 
 @pytest.fixture
 def contexts(certificates, library):
-    """Makes server contexts, by default with one certificate and nothing special."""
+    """Create server contexts, by default with one certificate and default settings."""
 
     def make(name: str = "server", **settings: Any) -> Context:
         files = certificates[f"{name}.key"], certificates[f"{name}.pem"]
@@ -32,31 +32,33 @@ def contexts(certificates, library):
 
 @pytest.fixture
 def serve(contexts):
-    """Serves a factory over TLS on a free loopback port."""
+    """Serve a factory over TLS on a free loopback port."""
     started: list[Served] = []
 
     def start(factory: Recording, *, on: Any = reactor, timeout: float = 10.0, **settings: Any) -> Served:
-        one = Served(factory, contexts(**settings), on, timeout)
-        started.append(one)
-        return one
+        served = Served(factory, contexts(**settings), on, timeout)
+        started.append(served)
+        return served
 
     yield start
-    for one in started:
-        one.stop()
+    for served in started:
+        served.stop()
 
-    # An aborted connection ends in a later event; on a Clock of the test's it ends never, and has no need to.
+    # An aborted connection ends in a later event; on a fake clock it does not end by itself.
     def ended() -> bool:
-        return all(len(one.opened) == len(one.closed) for one in started if not isinstance(one.port.reactor, Timed))
+        return all(
+            len(served.opened) == len(served.closed) for served in started if not isinstance(served.port.reactor, Timed)
+        )
 
     pytest_twisted.blockon(eventually(ended))
-    for one in started:
-        if isinstance(one.port.reactor, Timed):
-            one.port.reactor.clock.advance(0)
+    for served in started:
+        if isinstance(served.port.reactor, Timed):
+            served.port.reactor.clock.advance(0)
 
 
 @pytest.fixture
 def client_context(certificates):
-    """Makes client contexts that trust the root and check the name."""
+    """Create client contexts that trust the root and check the name."""
 
     def make(version: str = "", certificate: str = "", alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=certificates["ca.pem"])

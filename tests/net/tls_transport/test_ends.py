@@ -1,4 +1,4 @@
-"""TLS in the transport: every way in which a connection ends."""
+"""TLS in the transport: all ways a connection can end."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ from tests.support.tls_versions import VERSIONS
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_fin_without_close_notify_is_a_connection_lost(serve, client_context, version, logged):
+def test_fin_without_close_notify_is_reported_as_connection_lost(serve, client_context, version, logged):
     def client():
         with Client(served.address, client_context(version)).shake() as peer:
             peer.write(b"cut?")
@@ -47,7 +47,7 @@ def test_fin_without_close_notify_is_a_connection_lost(serve, client_context, ve
 @BOTH
 @pytest.mark.parametrize("moment", ["connected", "hello", "shaken", "reading", "writing"])
 @pytest_twisted.inlineCallbacks
-def test_a_peer_that_resets_ends_its_connection_alone(serve, client_context, moment, logged):
+def test_a_client_reset_ends_only_its_connection(serve, client_context, moment, logged):
     def client():
         peer = Client(served.address, client_context())
         if moment == "hello":
@@ -85,8 +85,8 @@ GARBAGE = {
     "ssl2": b"\x80\x2e\x01\x00\x02\x00\x15\x00\x00\x00\x10" + bytes(40),
     "an alert": b"\x15\x03\x01\x00\x02\x02\x28",
     "data before the handshake": b"\x17\x03\x03\x00\x05hello",
-    "a hello of nothing": b"\x16\x03\x01\x00\x04\x01\x00\x00\x00",
-    "a record too long": b"\x16\x03\x01\xff\xff" + bytes(100),
+    "an empty ClientHello": b"\x16\x03\x01\x00\x04\x01\x00\x00\x00",
+    "an oversized record": b"\x16\x03\x01\xff\xff" + bytes(100),
     "one byte and FIN": b"\x16",
     "nothing and FIN": b"",
 }
@@ -95,13 +95,13 @@ GARBAGE = {
 @BOTH
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
 @pytest_twisted.inlineCallbacks
-def test_garbage_instead_of_a_client_hello_is_closed_at_once(serve, garbage, logged):
+def test_garbage_instead_of_a_client_hello_closes_the_connection_immediately(serve, garbage, logged):
     def client():
         with socket.create_connection(served.address, timeout=DEADLINE) as sock:
             sock.sendall(garbage)
             if len(garbage) < 2:
                 sock.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionResetError):  # what was not read makes the kernel say so
+            with contextlib.suppress(ConnectionResetError):  # the kernel sends RST because of unread data
                 while sock.recv(1000):
                     pass
 
@@ -117,8 +117,8 @@ def test_garbage_instead_of_a_client_hello_is_closed_at_once(serve, garbage, log
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, client_context, logged):
-    """With FIN or with RST, after each of many parts of both of a client's flights."""
+def test_a_client_may_leave_after_any_prefix_of_its_handshake(serve, client_context, logged):
+    """With FIN or RST, after many prefixes of both flights of a client."""
 
     def client():
         count = 0
@@ -155,7 +155,7 @@ def test_every_prefix_of_a_handshake_may_be_the_last_of_a_client(serve, client_c
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_record_that_was_tampered_with_ends_its_connection(serve, client_context, version, logged):
+def test_a_tampered_record_ends_its_connection(serve, client_context, version, logged):
     def client():
         with Client(served.address, client_context(version)).shake() as peer:
             peer.tls.write(b"hello")
@@ -175,11 +175,11 @@ def test_a_record_that_was_tampered_with_ends_its_connection(serve, client_conte
 
 
 @pytest_twisted.inlineCallbacks
-def test_abort_resets_the_peer_and_drops_what_is_unsent(serve, client_context):
+def test_abort_resets_the_connection_and_drops_unsent_data(serve, client_context):
     def abort(protocol, data):
         protocol.transport.write(b"never")
         protocol.transport.abortConnection()
-        assert not served.factory.lost  # the protocol hears of it in a later event
+        assert not served.factory.lost  # connectionLost is called in a later event
 
     def client():
         with Client(served.address, client_context()).shake() as peer:
@@ -197,8 +197,8 @@ def test_abort_resets_the_peer_and_drops_what_is_unsent(serve, client_context):
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_close_notify_first(serve, client_context):
-    """Both say close_notify at once; what is unsent is sent all the same."""
+def test_lose_connection_delivers_unsent_data_to_a_client_that_sends_close_notify_first(serve, client_context):
+    """Both sides send close_notify at the same time; unsent data is still sent."""
     data = os.urandom(4 << 20)
 
     def write_and_close(protocol, _):
@@ -221,7 +221,7 @@ def test_lose_connection_while_much_is_unsent_survives_a_client_that_answers_clo
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serve, client_context, version):
+def test_a_client_that_keeps_sending_during_close_receives_every_byte_and_no_reset(serve, client_context, version):
     data = os.urandom(4 << 20)
 
     def write_and_close(protocol, _):
@@ -257,12 +257,12 @@ def test_a_client_that_sends_on_while_we_close_gets_every_byte_and_no_reset(serv
 
 @pytest.mark.parametrize("where", ["on_connect", "on_data", "on_fin", "on_handshake"])
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(serve, client_context, where, logged):
+def test_an_exception_in_a_protocol_ends_only_its_connection_and_is_logged_once(serve, client_context, where, logged):
     def fail(*_):
         raise ZeroDivisionError("of the test")
 
     def client():
-        # The server may be gone at any of these steps.
+        # The server may have closed at any of these steps.
         with contextlib.suppress(OSError, ResetError), Client(served.address, client_context()).shake() as peer:
             peer.write(b"x")
             if where == "on_fin":
@@ -293,7 +293,7 @@ def test_a_protocol_that_raises_loses_its_connection_alone_and_is_logged_once(se
 @BOTH
 @pytest.mark.parametrize("build", [lambda address: None, lambda address: 1 / 0], ids=["None", "raises"])
 @pytest_twisted.inlineCallbacks
-def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, client_context, build):
+def test_a_connection_is_closed_if_no_protocol_is_built(serve, client_context, build):
     def client():
         with Client(served.address, client_context()).shake() as peer, contextlib.suppress(ssl.SSLEOFError, ResetError):
             assert peer.read() == b""
@@ -307,7 +307,7 @@ def test_a_client_for_whom_no_protocol_is_built_is_closed(serve, client_context,
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_lose_write_connection_sends_close_notify_and_goes_on_reading(serve, client_context, version):
+def test_lose_write_connection_sends_close_notify_and_continues_reading(serve, client_context, version):
     def on_data(protocol, data):
         if data == b"first":
             protocol.transport.write(b"last words")
@@ -319,7 +319,7 @@ def test_lose_write_connection_sends_close_notify_and_goes_on_reading(serve, cli
             answer = b""
             while piece := peer.read():
                 answer += piece
-            # An answer within the microseconds in which `ssl` closes would end the connection.
+            # An answer while `ssl` closes would end the connection.
             assert served.factory.write_closed.wait(DEADLINE)
             peer.write(b"second")
             with contextlib.suppress(ssl.SSLError):

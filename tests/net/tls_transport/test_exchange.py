@@ -1,4 +1,4 @@
-"""TLS in the transport: greeting, echo, and clients that finish."""
+"""TLS in the transport: greeting, echo, and half-close."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from tests.support.tls_versions import VERSIONS
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_client_is_greeted_and_echoed(serve, client_context, version):
+def test_a_client_receives_the_greeting_and_its_echo(serve, client_context, version):
     def client():
         with Client(served.address, client_context(version)).shake() as peer:
             assert peer.tls.version() == version.replace("_", ".")
@@ -67,7 +67,7 @@ def test_half_close_echoes_everything_received_and_answers_with_close_notify(ser
 @BOTH
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_data_and_close_notify_in_one_segment_are_all_answered(serve, client_context, version):
+def test_data_in_one_segment_with_close_notify_is_echoed(serve, client_context, version):
     def client():
         with Client(served.address, client_context(version)).shake() as peer:
             assert peer.read_exactly(22) == GREETING
@@ -88,8 +88,8 @@ def test_data_and_close_notify_in_one_segment_are_all_answered(serve, client_con
 @VERSIONS
 @pytest.mark.parametrize("notify", [False, True], ids=["open", "close_notify"])
 @pytest_twisted.inlineCallbacks
-def test_data_right_with_the_clients_finished_is_not_lost(serve, client_context, version, notify):
-    """In TLS 1.3 the client may send right after its Finished; in 1.2 it waits for the server's, which does no harm."""
+def test_data_sent_with_the_client_finished_message_is_not_lost(serve, client_context, version, notify):
+    """In TLS 1.3 the client may send data right after its Finished; in 1.2 it waits for the server's."""
 
     def client():
         with Client(served.address, client_context(version)) as peer:
@@ -114,7 +114,7 @@ def test_data_right_with_the_clients_finished_is_not_lost(serve, client_context,
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_thousand_records_in_few_segments_are_all_handled(serve, client_context):
+def test_a_thousand_records_in_few_segments_are_all_processed(serve, client_context):
     def client():
         with Client(served.address, client_context()).shake() as peer:
             for i in range(1000):
@@ -129,7 +129,7 @@ def test_a_thousand_records_in_few_segments_are_all_handled(serve, client_contex
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_record_that_comes_byte_by_byte_is_handled_once_it_is_whole(serve, client_context):
+def test_a_record_received_byte_by_byte_is_processed_when_complete(serve, client_context):
     def client():
         with Client(served.address, client_context()) as peer:
             peer.outgoing, real = peer.outgoing, peer.outgoing

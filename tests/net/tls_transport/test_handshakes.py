@@ -1,4 +1,4 @@
-"""TLS in the transport: handshakes that are slow, late or rubbish."""
+"""TLS in the transport: slow, stalled and failed handshakes."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from tests.support.tls_service import reactor_is_free_of
 @BOTH
 @pytest.mark.parametrize("sent", ["nothing", "half a hello", "hello"])
 @pytest_twisted.inlineCallbacks
-def test_fifty_handshakes_that_stall_are_gone_at_the_deadline_with_all_they_held(serve, client_context, sent):
+def test_fifty_stalled_handshakes_end_at_the_deadline_and_free_their_memory(serve, client_context, sent):
     def clients():
         peers = []
         for _ in range(50):
@@ -64,7 +64,7 @@ def test_fifty_handshakes_that_stall_are_gone_at_the_deadline_with_all_they_held
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_handshake_that_is_done_or_failed_leaves_no_timer(serve, client_context):
+def test_a_completed_or_failed_handshake_leaves_no_timer(serve, client_context):
     def good():
         return Client(served.address, client_context()).shake()
 
@@ -89,7 +89,7 @@ def test_a_handshake_that_is_done_or_failed_leaves_no_timer(serve, client_contex
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_client_that_trickles_its_hello_is_gone_at_the_deadline_all_the_same(serve, client_context):
+def test_a_client_hello_sent_byte_by_byte_does_not_extend_the_deadline(serve, client_context):
     timed = Timed()
     served = serve(Recording(), on=timed, timeout=10)
     peer = yield deferToThread(Client, served.address, client_context())
@@ -102,13 +102,13 @@ def test_a_client_that_trickles_its_hello_is_gone_at_the_deadline_all_the_same(s
             assert served.closed == []
             peer.sock.sendall(hello[i : i + 1])
             for _ in range(3):
-                yield deferToThread(nothing)  # a turn of the reactor, with its poll
+                yield deferToThread(nothing)  # one iteration of the reactor, including its poll
             timed.clock.advance(0.1)
         assert len(served.closed) == 1
 
 
 @pytest_twisted.inlineCallbacks
-def test_abort_and_lose_during_a_handshake_end_it(serve, client_context):
+def test_abort_and_lose_connection_end_a_handshake(serve, client_context):
     served = serve(Recording())
     peers = []
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_abort_and_lose_during_a_handshake_end_it(serve, client_context):
     yield eventually(lambda: len(served.closed) == 1)
     with pytest.raises(ConnectionResetError):
         yield deferToThread(peers[0].recv, 10)
-    # A write and a close of before the handshake's end wait for it.
+    # A write and a close before the end of the handshake wait for it.
     served.opened[1].write(b"last words")
     served.opened[1].loseConnection()
 
@@ -136,7 +136,7 @@ def test_abort_and_lose_during_a_handshake_end_it(serve, client_context):
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_port_that_stops_leaves_handshakes_and_connections_to_go_on(serve, client_context):
+def test_handshakes_and_connections_continue_after_the_port_stops(serve, client_context):
     served = serve(Recording())
     done = yield deferToThread(lambda: Client(served.address, client_context()).shake())
     peer = yield deferToThread(Client, served.address, client_context())
@@ -144,7 +144,7 @@ def test_a_port_that_stops_leaves_handshakes_and_connections_to_go_on(serve, cli
         yield eventually(lambda: len(served.opened) == 2)
         served.port.stopListening()
         yield deferToThread(peer.shake)
-        for one in (done, peer):
-            one.write(b"hello")
-            answer = yield deferToThread(one.read_exactly, 5)
+        for client in (done, peer):
+            client.write(b"hello")
+            answer = yield deferToThread(client.read_exactly, 5)
             assert answer == b"hello"

@@ -19,7 +19,7 @@ from tests.support.tls_versions import VERSIONS
 @VERSIONS
 @pytest.mark.parametrize("pieces", [1, 800], ids=["one write", "800 writes"])
 @pytest_twisted.inlineCallbacks
-def test_fifty_mebibytes_reach_a_slow_reader_in_bounded_memory_and_end_with_close_notify(
+def test_a_slow_reader_receives_fifty_mebibytes_and_close_notify_in_bounded_memory(
     serve, client_context, version, pieces
 ):
     size = 50 << 20
@@ -48,7 +48,7 @@ def test_fifty_mebibytes_reach_a_slow_reader_in_bounded_memory_and_end_with_clos
     finally:
         tracemalloc.stop()
     assert same
-    # The client's copy is in this process too; the rest is what the server keeps beyond what it was given.
+    # The client's copy is also in this process; the rest is the server's memory beyond the written data.
     assert peak < size * 1.15 + (4 << 20)
     yield eventually(lambda: served.closed)
     assert isinstance(served.closed[0][1], ConnectionDone)
@@ -76,8 +76,8 @@ def test_lose_connection_right_after_a_large_write_delivers_everything_and_close
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_slow_reader_that_speaks_meanwhile_loses_nothing(serve, client_context):
-    """Reads and writes alternate on one TLS state, with a write that the kernel refused in between."""
+def test_a_slow_reader_that_also_sends_loses_no_data(serve, client_context):
+    """Reads and writes alternate on one TLS state, with a write in between that the kernel did not accept."""
     data = os.urandom(8 << 20)
 
     def client():
@@ -123,7 +123,7 @@ def test_writes_of_one_event_are_one_record(serve, client_context):
 
 
 @pytest_twisted.inlineCallbacks
-def test_writes_outside_of_events_are_sent(serve, client_context):
+def test_writes_from_a_timer_are_sent(serve, client_context):
     def later(protocol, data):
         reactor.callLater(0, protocol.transport.write, b"one")
         reactor.callLater(0, protocol.transport.writeSequence, [b"two", b"three"])

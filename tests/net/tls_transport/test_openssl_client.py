@@ -1,4 +1,4 @@
-"""TLS in the transport: what `openssl s_client` can do and `ssl` cannot."""
+"""TLS in the transport: features of `openssl s_client` that `ssl` lacks."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="open
 
 
 class OpenSSLClient:
-    """An `openssl s_client` whose input is the test's, and whose output is read as it comes."""
+    """An `openssl s_client` with input from the test; its output is read continuously."""
 
     def __init__(self, address, *options: str) -> None:
         command = ["openssl", "s_client", "-connect", f"127.0.0.1:{address[1]}", *options]
@@ -42,7 +42,7 @@ class OpenSSLClient:
                 return
 
     def send(self, data: bytes) -> None:
-        """One write, so one command: s_client looks at the first byte of what it reads."""
+        """Send one command in one write: s_client checks the first byte of each read."""
         self.process.stdin.write(data)
 
     def wait(self, text: bytes, count: int = 1) -> None:
@@ -67,7 +67,7 @@ class OpenSSLClient:
 @BOTH
 @needs_openssl
 @pytest_twisted.inlineCallbacks
-def test_a_peer_may_update_its_keys_and_ask_for_ours(serve):
+def test_a_client_may_update_its_keys_and_request_an_update(serve):
     def client():
         with OpenSSLClient(served.address, "-tls1_3") as peer:
             peer.send(b"first\n")
@@ -87,7 +87,7 @@ def test_a_peer_may_update_its_keys_and_ask_for_ours(serve):
 @BOTH
 @needs_openssl
 @pytest_twisted.inlineCallbacks
-def test_a_renegotiation_is_refused_and_others_do_not_notice(serve, client_context, logged):
+def test_renegotiation_is_refused_without_affecting_other_clients(serve, client_context, logged):
     def client():
         with OpenSSLClient(served.address, "-tls1_2") as peer:
             peer.send(b"first\n")

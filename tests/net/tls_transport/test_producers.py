@@ -16,7 +16,7 @@ from tests.support.tls_versions import VERSIONS
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_pull_producer_gives_its_whole_content(serve, client_context):
+def test_a_pull_producer_sends_its_whole_content(serve, client_context):
     class Puller:
         left = 500
 
@@ -46,7 +46,7 @@ def test_a_pull_producer_gives_its_whole_content(serve, client_context):
 
 
 @pytest_twisted.inlineCallbacks
-def test_a_push_producer_is_paused_and_resumed_until_its_content_is_sent(serve, client_context):
+def test_a_push_producer_is_paused_and_resumed_until_all_data_is_sent(serve, client_context):
     calls: list[str] = []
 
     class Pusher:
@@ -91,7 +91,7 @@ def test_a_push_producer_is_paused_and_resumed_until_its_content_is_sent(serve, 
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_producer_is_stopped_when_its_peer_goes(serve, client_context):
+def test_a_producer_is_stopped_when_the_client_disconnects(serve, client_context):
     calls: list[str] = []
 
     class Pusher:
@@ -111,7 +111,7 @@ def test_a_producer_is_stopped_when_its_peer_goes(serve, client_context):
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_paused_reading_loses_nothing(serve, client_context, version):
+def test_paused_reading_loses_no_data(serve, client_context, version):
     def pause(protocol, data):
         protocol.transport.pauseProducing()
         reactor.callLater(0.002, resume, protocol, data)
@@ -132,8 +132,8 @@ def test_paused_reading_loses_nothing(serve, client_context, version):
 
 
 @pytest_twisted.inlineCallbacks
-def test_what_came_while_reading_was_paused_is_there_without_another_packet(serve, client_context):
-    """Nothing of it may wait inside of TLS, where the kernel does not see it."""
+def test_data_received_during_a_read_pause_is_delivered_on_resume(serve, client_context):
+    """No data may remain inside OpenSSL, where poll does not report it."""
     made: Deferred = Deferred()
 
     def pause(protocol):
@@ -152,7 +152,7 @@ def test_what_came_while_reading_was_paused_is_there_without_another_packet(serv
     with peer:
         protocol = yield made.addTimeout(DEADLINE, reactor)
         for _ in range(20):
-            yield deferToThread(nothing)  # a turn of the reactor, with its poll
+            yield deferToThread(nothing)  # one iteration of the reactor, including its poll
         assert served.factory.received == b""
         protocol.transport.resumeProducing()
         answer = yield deferToThread(peer.read_exactly, 11)

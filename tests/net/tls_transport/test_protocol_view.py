@@ -1,4 +1,4 @@
-"""TLS in the transport: what a protocol can read from its transport."""
+"""TLS in the transport: the information available to a protocol."""
 
 import ssl
 import threading
@@ -20,13 +20,13 @@ from tests.support.tls_versions import VERSIONS
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_protocol_knows_version_cipher_alpn_and_certificate_in_connection_made(
+def test_version_cipher_alpn_and_certificate_are_available_in_connection_made(
     serve, client_context, version, certificates
 ):
     seen: dict[str, Any] = {}
     calls: list[str] = []
 
-    def look(protocol):
+    def record_view(protocol):
         calls.append("connectionMade")
         transport = protocol.transport
         seen["version"], seen["cipher"] = transport.tls_version, transport.tls_cipher
@@ -45,7 +45,7 @@ def test_a_protocol_knows_version_cipher_alpn_and_certificate_in_connection_made
             return peer.tls.cipher()[0], peer.tls.selected_alpn_protocol()
 
     factory = Recording(
-        HandshakeListening, on_connect=look, on_handshake=lambda protocol: calls.append("handshakeCompleted")
+        HandshakeListening, on_connect=record_view, on_handshake=lambda protocol: calls.append("handshakeCompleted")
     )
     factory.on_data = lambda protocol, data: calls.append("dataReceived") or echo(protocol, data)
     served = serve(factory, client_ca=certificates["ca.pem"], alpn=("echo", "h2"))
@@ -57,13 +57,13 @@ def test_a_protocol_knows_version_cipher_alpn_and_certificate_in_connection_made
     assert seen["host"] == served.address[1]
     assert calls == ["connectionMade", "handshakeCompleted", "dataReceived"]
     yield eventually(lambda: served.closed)
-    # It can still be told at the end, for a record.
+    # It is still available in connectionLost, for records.
     assert served.closed[0][0].tls_version == version.replace("_", ".")
     assert served.closed[0][0].getPeerCertificate()["subject"] == seen["subject"]
 
 
 @pytest_twisted.inlineCallbacks
-def test_nothing_is_known_of_a_client_without_certificate_and_alpn_or_before_its_handshake(serve, client_context):
+def test_tls_facts_are_none_before_the_handshake_and_without_certificate_and_alpn(serve, client_context):
     served = serve(Recording(), alpn=("echo",))
     peer = yield deferToThread(Client, served.address, client_context())
     with peer:
@@ -91,7 +91,9 @@ def test_nothing_is_known_of_a_client_without_certificate_and_alpn_or_before_its
 @VERSIONS
 @pytest.mark.parametrize("certificate", ["client", "stranger", ""])
 @pytest_twisted.inlineCallbacks
-def test_a_client_ca_lets_in_its_own_alone(serve, client_context, version, certificate, certificates, logged):
+def test_a_client_ca_accepts_only_certificates_it_signed(
+    serve, client_context, version, certificate, certificates, logged
+):
     def client():
         with Client(served.address, client_context(version, certificate=certificate)) as peer:
             peer.shake()
@@ -113,7 +115,7 @@ def test_a_client_ca_lets_in_its_own_alone(serve, client_context, version, certi
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_a_minimum_of_1_3_refuses_1_2(serve, client_context):
+def test_minimum_version_1_3_rejects_1_2(serve, client_context):
     def client():
         with Client(served.address, client_context("TLSv1_2")) as peer, pytest.raises((ssl.SSLError, ResetError)):
             peer.shake()
@@ -126,7 +128,7 @@ def test_a_minimum_of_1_3_refuses_1_2(serve, client_context):
 
 @VERSIONS
 @pytest_twisted.inlineCallbacks
-def test_a_session_can_be_resumed(serve, client_context, version):
+def test_a_session_is_resumed(serve, client_context, version):
     def client():
         context = client_context(version)
         session = None
@@ -151,7 +153,7 @@ def test_a_session_can_be_resumed(serve, client_context, version):
 
 @BOTH
 @pytest_twisted.inlineCallbacks
-def test_many_clients_at_once_each_get_their_own_bytes_back(serve, client_context):
+def test_many_concurrent_clients_each_receive_their_own_echo(serve, client_context):
     def client(number: int):
         data = bytes([number]) * 300_000
         with Client(served.address, client_context()).shake() as peer:
