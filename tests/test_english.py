@@ -73,11 +73,6 @@ ALLOWED = {
     ("etc/logrotate.d/rtservice", "nobody"),  # the user
 }
 
-# Temporary: directories of tests/ that are not checked until their texts are rewritten.
-UNCHECKED_TEST_DIRECTORIES = {
-    *("hosted", "net", "peers", "pool", "process", "processes", "startup", "support", "systemd"),
-}
-
 
 def texts_of_code(source: str) -> Iterator[str]:
     """Yield each string constant of a Python source, and each block of consecutive comment lines."""
@@ -133,16 +128,11 @@ def rejected_in(text: str) -> Iterator[tuple[str, str]]:
             yield joined[max(0, match.start() - 40) : match.end() + 40], plain
 
 
-def is_checked_test(path: Path) -> bool:
-    """Return whether a file of tests/ is outside the unchecked directories."""
-    return path.relative_to(TESTS).parts[0] not in UNCHECKED_TEST_DIRECTORIES
-
-
 def checked_files() -> list[tuple[str, Path]]:
     """Return the checked files, each with its name relative to the root of the repository."""
     named = [(f"rtservice/{path.relative_to(PACKAGE)}", path) for path in PACKAGE.rglob("*")]
     named += [(str(path.relative_to(ROOT)), path) for part in ("etc", "docs") for path in (ROOT / part).rglob("*")]
-    named += [(str(path.relative_to(ROOT)), path) for path in TESTS.rglob("*.py") if is_checked_test(path)]
+    named += [(str(path.relative_to(ROOT)), path) for path in TESTS.rglob("*.py")]
     named.append(("README.md", ROOT / "README.md"))
     return sorted(
         (name, path) for name, path in named if path.is_file() and path.suffix not in (".png", ".svg", ".pyc")

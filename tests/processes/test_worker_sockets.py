@@ -56,7 +56,7 @@ def privileged_port() -> int:
     raise AssertionError("every port below 1024 is in use")
 
 
-def user_nobody_can_run(interpreter: str) -> bool:
+def unprivileged_user_can_run(interpreter: str) -> bool:
     try:
         result = subprocess.run([interpreter, "-c", "import ssl"], user="nobody", group="nogroup", cwd="/", check=False)
     except OSError:
@@ -68,9 +68,9 @@ def user_nobody_can_run(interpreter: str) -> bool:
 def run_for_all(environment) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
     """Run twistd with an interpreter and packages that every user can execute and read."""
     interpreters = [sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"]
-    interpreter = next(filter(user_nobody_can_run, interpreters), None)
+    interpreter = next(filter(unprivileged_user_can_run, interpreters), None)
     if interpreter is None:
-        pytest.skip("no interpreter of the version of this one that the user nobody can run")
+        pytest.skip("no interpreter of the version of this one that an unprivileged user can run")
     with tempfile.TemporaryDirectory() as name:
         packages = Path(name)
         packages.chmod(0o755)
