@@ -58,3 +58,15 @@ def test_escaping_takes_linear_time(part: str) -> None:
     began = time.process_time()
     assert escaped(part * (4_000_000 // len(part))).isprintable()
     assert time.process_time() - began < 30
+
+
+def test_many_different_unprintable_characters_cost_no_more_than_few() -> None:
+    text = "é" + "".join(char for char in map(chr, range(0x30000, sys.maxunicode)) if not char.isprintable())[:31_500]
+    began = time.process_time()
+    for _ in range(20):
+        shown = escaped(text)
+    assert time.process_time() - began < 20
+    assert shown.startswith(r"\xe9\U000")
+    assert shown.isascii()
+    assert escaped(f"\n{text}\x1b", keep="\n").startswith("\n\\xe9")
+    assert escaped(f"\n{text}\x1b", keep="\n").endswith(r"\x1b")
