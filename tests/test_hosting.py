@@ -287,6 +287,15 @@ def test_secret_values_are_hidden_in_the_errors_of_a_factory(tmp_path, raises, p
     assert "<hidden>" in message
 
 
+@pytest.mark.parametrize("raises", ["ValueError", "KeyError", "SystemExit"])
+@pytest.mark.parametrize("between", ["\x1b", "\n", "\u202e", "\\", "  "])
+def test_secret_values_are_hidden_as_an_error_shows_them(raises, between) -> None:
+    message = problem("mine:Careless", f"password=s3cret{between}part2", f"raises={raises}")
+    assert "s3cret" not in message
+    assert "part2" not in message
+    assert "<hidden>" in message
+
+
 def test_a_file_value_is_unchanged_bytes_or_utf_8_text(tmp_path) -> None:
     (tmp_path / "raw").write_bytes(b"\\q\xff\0\r\n")
     (tmp_path / "text").write_bytes("grüß\n\n".encode())

@@ -82,7 +82,10 @@ def _make(maker: Any, given: Iterable[OptionValue], directory: str, *, open_valu
         said = escaped(str(error)) if isinstance(error, ValueError) and str(error) else error_line(error)
         # ValueError means that an argument has an unacceptable value.
         why = said if isinstance(error, ValueError) else f"cannot be created: {said}"
-        secrets = [option.text for option in given if option.referred or not open_values]
+        texts = [option.text for option in given if option.referred or not open_values]
+        # An exception may contain a value or its repr(). The text of the exception is escaped, or joined to one line.
+        forms = (form for text in texts for form in (text, " ".join(text.split()), repr(text)[1:-1]))
+        secrets = [variant for form in forms for variant in (form, escaped(form))]
         raise SettingError(hide_values(why, secrets)) from error
     if not IProtocolFactory.providedBy(factory) and not hasattr(factory, "buildProtocol"):
         raise SettingError(f"returned {type(factory).__name__}, which is not a factory")
