@@ -104,8 +104,11 @@ class Options(usage.Options):
 
     def opt_version(self) -> None:
         """Print the version and exit."""
-        print(f"rtservice {__version__}")
-        raise SystemExit(0)
+        raise _Printed(f"rtservice {__version__}\n")
+
+    def opt_help(self) -> None:
+        """Display this help and exit."""
+        raise _Printed(f"{self}\n")
 
     def getUsage(self, width: int | None = None) -> str:
         """Return the text of --help for a terminal of `width` columns; default: COLUMNS, or else 80."""
@@ -122,7 +125,7 @@ class Options(usage.Options):
             super().parseOptions(options)
         except usage.UsageError as error:
             hint = self._hint(str(error))
-            raise SystemExit(f"rtservice: {error}{hint} (see twistd rtservice --help)") from None
+            raise SystemExit(f"rtservice: {escaped(str(error))}{escaped(hint)} (see twistd rtservice --help)") from None
         except SettingError as error:
             raise SystemExit(f"rtservice: {error}") from None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rtservice.config.sources import LoadedSettings
 from rtservice.config.values import SettingError
+from rtservice.escaping import escaped
 from rtservice.events import LOG_FILES_KEPT
 from rtservice.observe import logs
 from rtservice.observe.lines import LineWriter, Output, write_to_stderr
@@ -105,6 +106,6 @@ def opening(setting: str, file: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SettingError(f"{setting} {file}: cannot be written: {error.strerror}") from None
+        raise SettingError(f"{setting} {escaped(file)}: cannot be written: {error.strerror}") from None
     except SettingError as error:
-        raise SettingError(f"{setting} {file}: {error}") from None
+        raise SettingError(f"{setting} {escaped(file)}: {error}") from None

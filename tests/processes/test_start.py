@@ -435,7 +435,7 @@ def test_a_daemon_without_standard_descriptors_serves(run, tmp_path, environment
     assert "Traceback" not in (tmp_path / "d.log").read_text()
 
 
-@pytest.mark.parametrize("option", ["--check", "--print-config"])
+@pytest.mark.parametrize("option", ["--check", "--print-config", "--help", "--version"])
 def test_a_failed_write_to_standard_output_is_one_error_line(environment, tmp_path, option) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
@@ -449,6 +449,15 @@ def test_a_failed_write_to_standard_output_is_one_error_line(environment, tmp_pa
         )
     assert result.returncode == 1
     assert result.stderr == "rtservice: cannot write to standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("option", ["--access-log=/nonex\x1b[31m/a", "--fo\x1b[31mo", "--listen=tcp:1\x1b[31m"])
+def test_control_characters_of_an_option_do_not_reach_the_terminal(run, option) -> None:
+    result = run(*FOREGROUND, "rtservice", option)
+    assert result.returncode == 1
+    assert result.stderr.startswith("rtservice: ")
+    assert r"\x1b[31m" in result.stderr
+    assert result.stderr.removesuffix("\n").isprintable()
 
 
 @pytest.fixture
