@@ -194,7 +194,7 @@ def _json_line(event: LogEvent) -> str:
     legacy = "isError" in event and "system" in event
     template = event.get("log_format")
     for name in _FIRST:
-        if name in event:
+        if name in event and (name == "slot" or template != f"{{{name}}}"):
             shown[name] = event[name]
     for name, value in event.items():
         if name[:4] == "log_" or (legacy and name in _LEGACY) or name in _FIRST or template == f"{{{name}}}":

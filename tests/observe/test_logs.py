@@ -141,6 +141,11 @@ def test_json_has_the_name_and_the_fields_of_a_declared_event() -> None:
     assert list(read)[3:5] == ["event", "slot"]
 
 
+def test_json_does_not_repeat_a_text_that_is_a_field_event() -> None:
+    assert "event" not in json.loads(logs._json_line(event("{event}", event="all of it")))
+    assert json.loads(logs._json_line(event("{slot}", slot=3)))["slot"] == 3
+
+
 def test_json_keeps_a_field_event_of_a_hosted_protocol() -> None:
     assert json.loads(logs._json_line(event("hi", event={"a": 1})))["event"] == {"a": 1}
 
