@@ -149,10 +149,19 @@ class Service:
         wanted = {"event": name, **fields}
         return self._wait(lambda: _matching(list(self.records), wanted), number, f"event {wanted}")
 
+    def wait_record(self, message: str, number: int = 1, /, **fields: Any) -> dict[str, Any]:
+        """Wait for a log record whose text matches a regular expression, and that has these fields; return it.
+
+        For records of the protocol, which are no events of rtservice. Otherwise as `wait_event`.
+        """
+        wanted = {"message": re.compile(message), **fields}
+        return self._wait(lambda: _matching(list(self.records), wanted), number, f"record {wanted}")
+
     def wait_line(self, pattern: str, count: int = 1) -> str:
         """Wait for a line of output that matches a regular expression, the one with number `count`, and return it.
 
-        For output that is no event, such as what is printed. Raises AssertionError as `wait_event`.
+        For output that is no log record, such as what is printed: in `lines` log records are JSON. Raises
+        AssertionError as `wait_event`.
         """
         return self._wait(
             lambda: [line for line in list(self.lines) if re.search(pattern, line)], count, f"line {pattern!r}"
@@ -220,11 +229,12 @@ class Service:
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """The log record that a line is, if it is one."""
-    if not line.startswith('{"time": '):
+    """The log record that a line is, or ends with: what is printed without a line feed may stand before it."""
+    begin = line.find('{"time": ')
+    if begin < 0:
         return None
     try:
-        record = json.loads(line)
+        record = json.loads(line[begin:])
     except ValueError:  # it was printed
         return None
     return record if isinstance(record, dict) else None

@@ -1,7 +1,10 @@
 """The public test fixtures `serve` and `hosted`, with the echo protocol and a custom protocol."""
 
+import os
+import re
 import socket
 import ssl
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,11 @@ def test_hosted_runs_twistd_and_can_reload_and_drain_it(hosted, tmp_path: Path, 
     (tmp_path / "rt.toml").write_text("idle-timeout = 'x'")
     assert running.reload()["event"] == "reload.failed"
     assert running.stop() == 0
+
+
+def test_records_of_the_protocol_are_found_by_their_text_and_fields(hosted) -> None:
+    copied = Path(__file__).parent / "hosted"
+    running = hosted("good:Shouts", PYTHONPATH=os.pathsep.join([str(copied), *filter(None, sys.path)]))
+    with running.connect():
+        record = running.wait_record("^shouting at ", namespace=re.compile("good"))
+    assert record["listener"] == f"tcp:127.0.0.1:{running.port}"
