@@ -270,6 +270,9 @@ class Worker(Protocol):
     def draining(self) -> None:
         """Do nothing: the supervisor has sent `drain`."""
 
+    def drained(self) -> None:
+        """Do nothing: the supervisor has the status server."""
+
     def reloaded(self) -> None:
         """Do nothing: a reload replaces this process."""
 
@@ -277,6 +280,8 @@ class Worker(Protocol):
         """Do nothing: the supervisor extends the timeout of the service manager."""
 
     def _fail(self, problem: str) -> None:
+        if self._ending:  # one reason was sent, and a second one would violate the protocol
+            return
         self.status = 1
         self._send_message("failed", shortened(problem, LONGEST_PROBLEM))
         self._end()

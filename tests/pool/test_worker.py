@@ -260,6 +260,15 @@ def test_worker_that_cannot_start_reports_the_reason_and_exits(connected, given,
     assert reactor.stops == 1
 
 
+class FailingFactory(Factory):
+    """Raises an exception when it is started."""
+
+    noisy = False
+
+    def startFactory(self) -> None:
+        raise LookupError("no database")
+
+
 @implementer(IStartable)
 class SlowFactory(Factory):
     """Never finishes its start."""
@@ -282,6 +291,17 @@ def test_worker_that_fails_after_ready_stops_without_reporting_a_failed_start(co
     assert record.text == "service failed, stopping: unix:/s cannot accept any more: broken"
     assert reactor.stops
     assert made.status == 0
+
+
+def test_worker_that_fails_and_is_drained_reports_one_reason(connected, monkeypatch) -> None:
+    made, channel, reactor = connected
+    monkeypatch.setattr("twisted.internet.reactor", reactor)
+    monkeypatch.setattr(worker, "make_factory", lambda *given, **more: FailingFactory())
+    made.dataReceived(start() + encode("drain", ["slot"]))
+    assert [value for word, value in channel.messages() if word == "failed"] == [
+        "FailingFactory did not start: LookupError: no database"
+    ]
+    assert made.status == 1
 
 
 def test_worker_drained_before_its_factory_has_started_reports_a_failed_start(connected, monkeypatch) -> None:
