@@ -37,6 +37,9 @@ class Host(Protocol):
     def draining(self) -> None:
         """The drain has begun. `Backend.status` already reports it."""
 
+    def drained(self) -> None:
+        """Every connection has ended, and every listener is closed. The factory is still to be stopped."""
+
     def reloaded(self) -> None:
         """`Backend.replacing` has become false: a reload has reached every worker, or has failed."""
 

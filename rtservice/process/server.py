@@ -127,6 +127,7 @@ class Server:
         self._metrics_problem = ""  # of the factory's last metrics
         self._started = time.time()
         self._is_ready = False  # `Host.ready` was called
+        self._accepts = False  # every listener does
         self._aborted = False
         self._woken: Deferred[None] | None = None  # the drain waits for it
         self._starting: Deferred[None] | None = None
@@ -202,6 +203,7 @@ class Server:
             )
             self.connections.ports.append(port)
             port.startListening()
+        self._accepts = True
         self._host.accepting()
         self._ready_if_all_listen()
 
@@ -209,7 +211,7 @@ class Server:
         self._host.failed(f"{port.name} cannot accept any more: {reason.getErrorMessage()}")
 
     def _ready_if_all_listen(self) -> None:
-        if self._endpoints.awaited or len(self.connections.ports) < len(self.listeners) or self.reactor is None:
+        if self._endpoints.awaited or not self._accepts:
             return
         self._move(State.SERVING)
         self._host.ready()
@@ -354,6 +356,8 @@ class Server:
         self._stalls.stop()
         for listener in self.listeners:
             listener.close()
+        if self._host is not None:
+            self._host.drained()
         self._stop_factory()
 
     def _continue_drain(self) -> None:

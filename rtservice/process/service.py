@@ -49,8 +49,11 @@ _GRACEFUL_SIGNALS = 2
 class Reload(Protocol):
     """Reads settings and certificates again, and applies them to the backend. Problems are logged, not raised."""
 
-    def steps(self) -> Steps[None]:
-        """Reload everything that can change while the service runs, or nothing."""
+    def steps(self) -> Steps[bool]:
+        """Reload everything that can change while the service runs, or nothing.
+
+        Returns False if the certificates were not read. The next check then loads those whose files have changed.
+        """
 
     def renewal(self) -> Steps[None] | None:
         """Renew certificates whose files have changed, and nothing else; None if that needs a full reload."""
@@ -228,12 +231,16 @@ class ServiceProcess(Service):
             else:
                 self._report_failure(problem)
             self.exit_status = 1
-            self._stop_reactor()
             self.backend.abort()  # an incomplete service must not keep running
+            self._stop_reactor()
 
     def draining(self) -> None:
         """Report to the service manager that the drain has begun."""
         self._notifier.stopping(self.backend.status)
+
+    def drained(self) -> None:
+        """Stop the status server. A factory that stops slowly must not keep its address from a successor."""
+        self._status_server.stop()
 
     def reloaded(self) -> None:
         """Report the end of a reload, successful or not, to the service manager, after it has reached every worker."""
@@ -309,8 +316,9 @@ class ServiceProcess(Service):
         self._reloading = True
         self._notifier.reloading()
         # Before the files are read, so that no change is missed.
-        self._fingerprint = yield from self._fingerprinting()
-        yield from self._reload.steps()
+        before, self._fingerprint = self._fingerprint, (yield from self._fingerprinting())
+        if not (yield from self._reload.steps()):
+            self._fingerprint = before
 
     def _check_certificates(self) -> Steps[None]:
         """Load certificates if their files have changed since they were last loaded."""

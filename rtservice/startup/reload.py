@@ -98,26 +98,32 @@ class ReloadServer:
         self._status_server = status_server
         self._log = log
 
-    def steps(self) -> Steps[None]:
-        """Read settings and certificates. Apply them together if all are valid."""
+    def steps(self) -> Steps[bool]:
+        """Read settings and certificates. Apply them together if all are valid.
+
+        Returns whether the certificates were read: invalid settings must not keep later checks from loading them.
+        """
         RELOAD_STARTED.log(self._log)
         settings = self._settings
+        certificates_read = False
         try:
             loaded = settings.read()
             new = loaded.settings
             if any(name in _OF_FACTORIES for name in changes(settings.current, new)[1]):
                 # These need a restart. Checked now, so that an error does not appear only at the restart.
                 settings.source.make_factory(loaded)
+            certificates_read = True
             use_certificates = yield from renewing(self._served())
         except (SettingError, ListenError) as problem:
             RELOAD_FAILED.log(self._log, problem=str(problem))
-            return
+            return certificates_read
         freeing = use_certificates()
         self._server.apply(runtime_settings(new, reserved=self._status_server.descriptors))
         yield from logging_certificates(self._log, self._server.listeners)
         yield from freeing
         settings.use(new, self._log)
         RELOAD_DONE.log(self._log, status=self._server.status)
+        return True
 
     def renewal(self) -> Steps[None]:
         """Renew the certificates, and nothing else."""
@@ -143,8 +149,11 @@ class ReloadWorkers:
         self._status_server = status_server
         self._log = log
 
-    def steps(self) -> Steps[None]:
-        """Read settings and certificates. If all are valid, let the pool replace its workers."""
+    def steps(self) -> Steps[bool]:
+        """Read settings and certificates. If all are valid, let the pool replace its workers.
+
+        Returns True: a check of the certificates is a whole reload here, and would repeat one that fails every second.
+        """
         RELOAD_STARTED.log(self._log)
         listeners = self._pool.listeners
         try:
@@ -156,11 +165,12 @@ class ReloadWorkers:
             spec = worker_spec(self._settings.merged(new), listeners, self._settings.source, read)
         except (SettingError, ListenError, TLSError) as problem:
             RELOAD_FAILED.log(self._log, problem=str(problem))
-            return
+            return True
         yield from use_certificates()
         self._settings.use(new, self._log)
         yield from logging_certificates(self._log, listeners)
         self._pool.apply(spec)
+        return True
 
     def renewal(self) -> None:
         """Return None: workers receive certificates when they start, so a full reload is needed."""

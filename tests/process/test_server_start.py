@@ -9,8 +9,11 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import Factory
 from twisted.internet.testing import StringTransportWithDisconnection
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
+from rtservice.interfaces import IStartable
 from rtservice.process.start_errors import StartError, one_line
+from rtservice.process.state import State
 from tests.support.fake_reactor import FakeReactor
 from tests.support.recorded import recorded
 from tests.support.served import Endpoint, server
@@ -154,3 +157,49 @@ def test_endpoint_that_listens_at_once_needs_no_reactor() -> None:
     service, events = server(endpoints=[("x:1", endpoint)])
     service.privilegedStartService()
     assert recorded(events[-1:], "listener.listening", listener="x:1 (an address)")
+
+
+@implementer(IStartable)
+class WaitingFactory(Factory):
+    """Starts when `started` fires."""
+
+    noisy = False
+
+    def __init__(self) -> None:
+        self.started: Deferred[None] = Deferred()
+
+    def start(self) -> Deferred[None]:
+        return self.started
+
+
+def test_late_endpoint_does_not_make_the_service_ready_before_its_factory_has_started(monkeypatch) -> None:
+    clock = FakeReactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    endpoint, factory = Endpoint(Deferred()), WaitingFactory()
+    reports: list[str | None] = []
+    service, _ = server(endpoints=[("x:1", endpoint)], factory=factory, report=reports.append)
+    service.startService()
+    endpoint.result.callback(endpoint)
+    assert (reports, service.backend.state) == ([], State.STARTING)
+    factory.started.callback(None)
+    assert (reports, service.backend.state) == ([None], State.SERVING)
+    service.stopService()
+    clock.advance(1)
+
+
+def test_status_server_stops_before_the_factory(monkeypatch) -> None:
+    class StoppingFactory(Factory):
+        noisy = False
+
+        def stopFactory(self) -> None:
+            stopped.append("factory")
+
+    clock = FakeReactor()
+    monkeypatch.setattr("twisted.internet.reactor", clock)
+    stopped: list[str] = []
+    service, _ = server(factory=StoppingFactory())
+    monkeypatch.setattr(service._status_server, "stop", lambda: stopped.append("status server"))
+    service.startService()
+    service.stopService()
+    clock.advance(1)
+    assert stopped[:2] == ["status server", "factory"]

@@ -77,6 +77,7 @@ class RunningService:
         self.exits: list[bool] = []
         self.reloads: list[str] = []
         self.separate_renewal = False  # whether certificates can be renewed without a reload
+        self.certificates_read = True  # what a reload returns
         self.notifier: Any = Notifier()
         self.handlers: dict[int, Callable[[int, Any], Any]] = {}
         monkeypatch.setattr("twisted.internet.reactor", self.clock)
@@ -86,7 +87,7 @@ class RunningService:
         log = Logger(observer=self.events.append)
         self.service = ServiceProcess(
             self.backend,
-            SimpleNamespace(steps=lambda: self._record("reload"), renewal=self._renewal),
+            SimpleNamespace(steps=self._steps, renewal=self._renewal),
             log=log,
             launch=launch(report=self.reports.append, exit_now=lambda: self.exits.append(True), notifier=self.notifier),
             status_server=StatusServer(log),
@@ -96,6 +97,10 @@ class RunningService:
     def _record(self, what: str):
         self.reloads.append(what)
         yield
+
+    def _steps(self):
+        yield from self._record("reload")
+        return self.certificates_read
 
     def _renewal(self):
         return self._record("renewal") if self.separate_renewal else None
@@ -163,6 +168,18 @@ def test_changed_certificates_are_renewed_separately_or_by_a_reload(monkeypatch,
     running.clock.pump([1] * 3)
     assert running.reloads == [done]
     assert running.notifier.said == ["READY", *said]
+
+
+@pytest.mark.parametrize(("certificates_read", "done"), [(True, ["reload"]), (False, ["reload", "renewal"])])
+def test_certificates_that_a_failed_reload_did_not_read_are_loaded_later(monkeypatch, certificates_read, done) -> None:
+    listener = Listener()
+    running = RunningService(monkeypatch, watches_certificates=True, listeners=(listener,))
+    running.separate_renewal = True
+    running.certificates_read = certificates_read
+    listener.tls_files = lambda: (__file__,)  # type: ignore[method-assign]  # replaced by the test
+    running.send(signal.SIGHUP)
+    running.clock.pump([1] * 3)
+    assert running.reloads == done
 
 
 def test_failing_periodic_check_is_logged_and_repeated(monkeypatch) -> None:

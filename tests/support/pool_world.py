@@ -55,12 +55,13 @@ class World:
 
         return WorkerSpec(start=start, **{**SPEC, **spec})
 
-    def steps(self) -> Steps[None]:
+    def steps(self) -> Steps[bool]:
         self.reloads += 1
         for _ in range(self.reload_steps):
             yield
         if self.next_spec is not None:
             self.pool.apply(self.next_spec)
+        return True
 
     def renewal(self) -> None:
         """Do nothing: tests renew certificates with a reload."""
