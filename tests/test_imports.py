@@ -163,3 +163,12 @@ def test_no_class_is_assigned_to_an_object() -> None:
 def test_the_plugin_names_its_modules_as_strings() -> None:
     plugin = PACKAGE.parent / "twisted" / "plugins" / "rtservice_plugin.py"
     assert parts_imported(plugin) == set()
+
+
+def test_a_class_name_has_one_meaning_in_the_package() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}

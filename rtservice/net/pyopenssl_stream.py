@@ -31,7 +31,7 @@ from rtservice.net.tls_bounds import (
     TOO_MUCH_WITHOUT_DATA,
 )
 from rtservice.net.tls_facts import TLS_GONE
-from rtservice.net.tls_memory import RECORD_SIZE, Records
+from rtservice.net.tls_memory import RECORD_SIZE, RecordBoundaries
 
 
 def _without_traceback(problem: Any) -> Failure:
@@ -234,7 +234,7 @@ class PyOpenSSLStream(BoundedStream):
         super().__init__(connection)
         self.layer = Layer(self, context_factory, client=not server_side)  # may raise: before anything is changed
         self._max_handshake_bytes: int = getattr(context_factory, "max_handshake_bytes", MAX_HANDSHAKE_BYTES)
-        self._records = Records()
+        self._records = RecordBoundaries()
         self._rest = b""  # received, to process in a later turn
 
     def begin(self) -> None:

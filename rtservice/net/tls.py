@@ -114,7 +114,7 @@ class RecordedFiles(Files):
 
 @dataclass(frozen=True)
 class Certificate:
-    """A server certificate: its file, its names as in x509.Description, and its validity.
+    """A server certificate: its file, its names as in x509.CertificateDescription, and its validity.
 
     The times are in seconds since the epoch. The certificate may have expired or not be valid yet.
     """
@@ -149,7 +149,7 @@ class CertificateContext:
 
 
 @dataclass
-class Names:
+class ServerNames:
     """The contexts of a directory by server name. None stands for the current default context.
 
     All successive default contexts of a listener look names up here. So a connection that still uses an old default
@@ -173,7 +173,7 @@ class Reusable:
     contain thousands of certificates of which one was renewed.
     """
 
-    names: Names = field(default_factory=Names)
+    names: ServerNames = field(default_factory=ServerNames)
     made: Mapping[bytes, CertificateContext] = field(default_factory=dict)
 
 

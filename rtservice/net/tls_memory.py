@@ -26,7 +26,7 @@ _HEADER = 5
 _APPLICATION_DATA = 23
 
 
-class Records:
+class RecordBoundaries:
     """Finds the boundaries of records in a byte stream by their headers (RFC 8446, section 5.1).
 
     The stream starts at the beginning of a record.
@@ -120,7 +120,7 @@ class MemoryTLS:
         self.encrypt: Callable[[bytes | memoryview], int] = inner.write
         self.take: Callable[[], bytes] = self.outgoing.read
         self.read_size = FIRST_READ  # bytes to read in one event
-        self.records = Records()
+        self.records = RecordBoundaries()
         self.aligned = True  # the last record passed to OpenSSL was complete
         self.without_data = 0  # bytes since the last application data
         self.rest = b""  # received, to process in a later turn

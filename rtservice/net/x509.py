@@ -25,7 +25,7 @@ _SUBJECT_ALTERNATIVE_NAME = bytes((0x55, 0x1D, 0x11))
 _ENCODINGS = {0x0C: "utf-8", 0x1C: "utf-32-be", 0x1E: "utf-16-be"}
 
 
-class Description(NamedTuple):
+class CertificateDescription(NamedTuple):
     """The names of a certificate, and its validity in seconds since the epoch.
 
     The names are the DNS names among the alternative names, or the common names if the certificate has no alternative
@@ -38,12 +38,12 @@ class Description(NamedTuple):
     not_after: int
 
 
-def describe(pem: str) -> Description:
+def describe(pem: str) -> CertificateDescription:
     """Describe the certificate in a PEM block. Raises ValueError if its structure or its dates are malformed."""
     return describe_der(ssl.PEM_cert_to_DER_cert(pem))
 
 
-def describe_der(data: bytes) -> Description:
+def describe_der(data: bytes) -> CertificateDescription:
     """Describe a certificate in DER form. Raises ValueError as `describe` does."""
     _, start, _ = element(data, 0, SEQUENCE)
     _, at, end = element(data, start, SEQUENCE)  # tbsCertificate
@@ -67,7 +67,7 @@ def describe_der(data: bytes) -> Description:
         with suppress(ValueError):
             names += _common_names(data, subject, at)
     names = [name.lower() if name.isascii() else name for name in names if name]
-    return Description(tuple(dict.fromkeys(names)), not_before, not_after)
+    return CertificateDescription(tuple(dict.fromkeys(names)), not_before, not_after)
 
 
 def _each(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:

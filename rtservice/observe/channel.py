@@ -38,7 +38,7 @@ _FRESH = 1.0
 _END = b"\r\n\r\n"
 
 
-class State(Enum):
+class ChannelState(Enum):
     """The state of an HTTP connection, by what it waits for."""
 
     READING = "reading"  # the first request, or the rest of a request
@@ -49,16 +49,21 @@ class State(Enum):
 
 
 _MOVES = {
-    State.READING: {State.ANSWERING, State.CLOSING, State.CLOSED},
-    State.ANSWERING: {State.READING, State.IDLE, State.CLOSING, State.CLOSED},
-    State.IDLE: {State.READING, State.CLOSING, State.CLOSED},
-    State.CLOSING: {State.CLOSED},
-    State.CLOSED: set[State](),
+    ChannelState.READING: {ChannelState.ANSWERING, ChannelState.CLOSING, ChannelState.CLOSED},
+    ChannelState.ANSWERING: {ChannelState.READING, ChannelState.IDLE, ChannelState.CLOSING, ChannelState.CLOSED},
+    ChannelState.IDLE: {ChannelState.READING, ChannelState.CLOSING, ChannelState.CLOSED},
+    ChannelState.CLOSING: {ChannelState.CLOSED},
+    ChannelState.CLOSED: set[ChannelState](),
 }
 
 # Seconds in a state until the connection is closed. The deadline of a request counts from its first byte, or from the
 # beginning of the connection; further bytes do not extend it.
-DEADLINES = {State.READING: 10.0, State.ANSWERING: 30.0, State.IDLE: 30.0, State.CLOSING: 10.0}
+DEADLINES = {
+    ChannelState.READING: 10.0,
+    ChannelState.ANSWERING: 30.0,
+    ChannelState.IDLE: 30.0,
+    ChannelState.CLOSING: 10.0,
+}
 
 
 class Turns:
@@ -147,7 +152,7 @@ class Channel(http.HTTPChannel):
         self.requestFactory = request
         self.since = monotonic()
         self._held = b""  # received, and not passed to HTTPChannel yet
-        self._state = State.READING
+        self._state = ChannelState.READING
         self._deadline: Any = None
         self._blocked = False  # the transport has paused this producer
         self._answered = False  # a request was answered while blocked
@@ -161,18 +166,18 @@ class Channel(http.HTTPChannel):
     @property
     def complete(self) -> bool:
         """Whether it waits for its answer: the request is complete, and the client reads."""
-        return self._state is State.ANSWERING and not self._blocked
+        return self._state is ChannelState.ANSWERING and not self._blocked
 
     @property
     def idle(self) -> bool:
         """Whether its last request is answered, and no other has begun."""
-        return self._state is State.IDLE
+        return self._state is ChannelState.IDLE
 
     def connectionMade(self) -> None:
         super().connectionMade()
         self._set_deadline()
 
-    def _move(self, state: State) -> None:
+    def _move(self, state: ChannelState) -> None:
         if state not in _MOVES[self._state]:
             raise RuntimeError(f"a channel that is {self._state.value} cannot become {state.value}")
         self._state = state
@@ -186,9 +191,9 @@ class Channel(http.HTTPChannel):
             self._deadline = self.factory.clock.callLater(DEADLINES[self._state], self._expired)
 
     def _expired(self) -> None:
-        if self._state is State.READING and self._held:
+        if self._state is ChannelState.READING and self._held:
             self.refuse(_TIMEOUT)
-        elif self._state in (State.READING, State.IDLE):
+        elif self._state in (ChannelState.READING, ChannelState.IDLE):
             self.loseConnection()
         else:
             self.transport.abortConnection()
@@ -196,12 +201,12 @@ class Channel(http.HTTPChannel):
     # --- requests ---
 
     def dataReceived(self, data: bytes) -> None:
-        if self._state in (State.CLOSING, State.CLOSED):
+        if self._state in (ChannelState.CLOSING, ChannelState.CLOSED):
             return
         self._held += data
-        if self._state is State.IDLE:
-            self._move(State.READING)
-        if self._state is State.READING:
+        if self._state is ChannelState.IDLE:
+            self._move(ChannelState.READING)
+        if self._state is ChannelState.READING:
             self._take_request(self.factory.turns.take)
         self._read_or_not()
 
@@ -209,21 +214,21 @@ class Channel(http.HTTPChannel):
         """Schedule the answer if the head of the request is complete. `turn` is a method of Turns."""
         end = self._held.find(_END, 0, MAX_HEAD)
         if end >= 0 and self._held.count(b"\r\n", 0, end) < MAX_LINES:
-            self._move(State.ANSWERING)
+            self._move(ChannelState.ANSWERING)
             turn(self)
         elif end >= 0 or len(self._held) >= MAX_HEAD:
             self.refuse(_HEAD_TOO_LARGE)
 
     def _read_or_not(self) -> None:
         """Pause reading while a request is answered, so that at most one read is kept."""
-        if self._state in (State.READING, State.IDLE):
+        if self._state in (ChannelState.READING, ChannelState.IDLE):
             self.transport.resumeProducing()
-        elif self._state is State.ANSWERING:
+        elif self._state is ChannelState.ANSWERING:
             self.transport.pauseProducing()
 
     def answer(self) -> None:
         """Answer the complete request. Called by Turns."""
-        if self._state is not State.ANSWERING:  # the connection has ended meanwhile
+        if self._state is not ChannelState.ANSWERING:  # the connection has ended meanwhile
             return
         end = self._held.index(_END) + len(_END)
         head, self._held = self._held[:end], self._held[end:]
@@ -252,7 +257,7 @@ class Channel(http.HTTPChannel):
 
     def requestDone(self, request: http.Request) -> None:
         super().requestDone(request)
-        if self._state is State.ANSWERING:
+        if self._state is ChannelState.ANSWERING:
             self._answered = True
             if not self._blocked:
                 self._go_on()
@@ -263,7 +268,7 @@ class Channel(http.HTTPChannel):
         self._answered = False
         self.since = monotonic()
         self._last_answer = self.factory.clock.seconds()
-        self._move(State.READING if self._held else State.IDLE)
+        self._move(ChannelState.READING if self._held else ChannelState.IDLE)
         if self._held:
             self._take_request(self.factory.turns.queue)
 
@@ -276,16 +281,16 @@ class Channel(http.HTTPChannel):
         """Resume: the transport has sent its output. Called by the transport."""
         super().resumeProducing()
         self._blocked = False
-        if self._answered and self._state is State.ANSWERING:
+        if self._answered and self._state is ChannelState.ANSWERING:
             self._go_on()
         self._read_or_not()
 
     def failed(self, problem: BaseException | None) -> None:
         """Handle an exception raised while the request was answered: respond with status 500, or abort."""
         self.factory.report(problem)
-        if self._state is State.ANSWERING and not (self.requests and self.requests[0].startedWriting):
+        if self._state is ChannelState.ANSWERING and not (self.requests and self.requests[0].startedWriting):
             self.refuse(_FAILED)
-        elif self._state is not State.CLOSED:
+        elif self._state is not ChannelState.CLOSED:
             self.transport.abortConnection()
 
     # --- the end ---
@@ -297,12 +302,12 @@ class Channel(http.HTTPChannel):
 
     def loseConnection(self) -> None:
         """Close once the output is sent, or at the deadline if the client does not read it."""
-        if self._state not in (State.CLOSING, State.CLOSED):
-            self._move(State.CLOSING)
+        if self._state not in (ChannelState.CLOSING, ChannelState.CLOSED):
+            self._move(ChannelState.CLOSING)
             self._held = b""
             super().loseConnection()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._move(State.CLOSED)
+        self._move(ChannelState.CLOSED)
         self._held = b""
         super().connectionLost(reason)

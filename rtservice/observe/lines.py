@@ -47,7 +47,7 @@ _PASSING = frozenset((errno.EAGAIN, errno.ENOSPC, errno.EDQUOT))
 _log = Logger()
 
 
-class UnavailableError(OSError):
+class OutputUnavailableError(OSError):
     """An output accepts nothing now. The same lines can be written later."""
 
 
@@ -313,7 +313,7 @@ class LineWriter:
                 del self._kept[: self._output.write(self._kept)]
         except OSError as problem:
             self._blocked = problem.errno == errno.EAGAIN
-            if not isinstance(problem, UnavailableError) and problem.errno not in _PASSING:
+            if not isinstance(problem, OutputUnavailableError) and problem.errno not in _PASSING:
                 self.dropped += self._kept.count(b"\n")
                 self._kept.clear()
             if not self._blocked:

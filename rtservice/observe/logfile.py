@@ -30,7 +30,7 @@ import os
 import stat
 from enum import Enum, auto
 
-from rtservice.observe.lines import UnavailableError
+from rtservice.observe.lines import OutputUnavailableError
 
 # Size in bytes at which a file is rotated, as in twistd.
 _ROTATE_AT = 1_000_000
@@ -40,7 +40,7 @@ _FLAGS = os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 
 
-class Event(Enum):
+class FileEvent(Enum):
     """An event that concerns a log file."""
 
     ASKED = auto()  # SIGUSR1
@@ -67,14 +67,14 @@ class Step(Enum):
 
 _STEPS = {
     # An empty file is what logrotate's `copytruncate` leaves: there is nothing to rotate.
-    (Event.ASKED, Found.OURS): Step.ROTATE,
-    (Event.ASKED, Found.EMPTY): Step.KEEP,
-    (Event.FULL, Found.OURS): Step.ROTATE,
-    (Event.FULL, Found.EMPTY): Step.KEEP,
+    (FileEvent.ASKED, Found.OURS): Step.ROTATE,
+    (FileEvent.ASKED, Found.EMPTY): Step.KEEP,
+    (FileEvent.FULL, Found.OURS): Step.ROTATE,
+    (FileEvent.FULL, Found.EMPTY): Step.KEEP,
 }
 
 
-def decide(event: Event, found: Found, *, rotates: bool) -> Step:
+def decide(event: FileEvent, found: Found, *, rotates: bool) -> Step:
     """Return the step for an event, as in the table at the top."""
     step = _STEPS.get((event, found), Step.OPEN)
     return Step.KEEP if step is Step.ROTATE and not rotates else step
@@ -97,7 +97,7 @@ class LogFile:
         self._rotated = rotated
         self._mode = mode
         self._rotate_at = rotate_at
-        self._pending: Event | None = None  # an event whose step failed, or waits for another process
+        self._pending: FileEvent | None = None  # an event whose step failed, or waits for another process
         self._doing = "reopened"
         directory, base = os.path.split(os.path.abspath(path))
         self._base = base or "."
@@ -114,11 +114,11 @@ class LogFile:
     # --- an Output ---
 
     def write(self, data: bytearray) -> int:
-        """Append data, and return the number of bytes. Rotates or reopens the file first. Raises UnavailableError."""
+        """Append data, and return the number of bytes. May rotate or reopen the file. Raises OutputUnavailableError."""
         try:
             return self._write(data)
         except OSError as problem:  # after any error, a file may accept the same lines later
-            raise UnavailableError(problem.errno, problem.strerror) from None
+            raise OutputUnavailableError(problem.errno, problem.strerror) from None
 
     def _write(self, data: bytearray) -> int:
         state = os.fstat(self._descriptor)
@@ -140,7 +140,7 @@ class LogFile:
 
     def reopen(self) -> None:
         """Rotate or reopen the file, for SIGUSR1."""
-        self._attempt(Event.ASKED)
+        self._attempt(FileEvent.ASKED)
 
     def retry(self) -> None:
         """Repeat a failed step."""
@@ -175,22 +175,22 @@ class LogFile:
     def _prepare(self, state: os.stat_result) -> None:
         """Handle events of the file before a write. Raises OSError."""
         if state.st_nlink == 0:
-            self._take_step(Event.REMOVED)
+            self._take_step(FileEvent.REMOVED)
         elif self.trouble:
             return
         elif self._pending is not None:
             self._attempt(self._pending)
         elif self._rotated and state.st_size >= self._rotate_at:
-            self._attempt(Event.FULL)
+            self._attempt(FileEvent.FULL)
 
-    def _attempt(self, event: Event) -> None:
+    def _attempt(self, event: FileEvent) -> None:
         try:
             self._take_step(event)
         except OSError as problem:
             self._pending = event
             self.trouble = f"cannot be {self._doing}: {problem.strerror}; still writing to the file that was open"
 
-    def _take_step(self, event: Event) -> None:
+    def _take_step(self, event: FileEvent) -> None:
         """Decide on a step, and perform it. Raises OSError; then the open file stays in use."""
         self._doing = "reopened"
         self._look_up_directory()

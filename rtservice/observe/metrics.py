@@ -31,7 +31,7 @@ _QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 
 
 @dataclass(frozen=True)
-class Format:
+class ExpositionFormat:
     """A text format of metrics: its media type, its encoder, and the bytes after the last family."""
 
     content_type: str
@@ -53,13 +53,13 @@ class _Family:
         return (self._family,)
 
 
-TEXT = Format("text/plain; version=0.0.4; charset=utf-8", generate_latest)
-OPEN_METRICS = Format(
+TEXT = ExpositionFormat("text/plain; version=0.0.4; charset=utf-8", generate_latest)
+OPEN_METRICS = ExpositionFormat(
     "application/openmetrics-text; version=1.0.0; charset=utf-8", openmetrics.generate_latest, b"# EOF\n"
 )
 
 
-def choose_format(accept: bytes) -> Format:
+def choose_format(accept: bytes) -> ExpositionFormat:
     """Return the format for a client with this Accept header (RFC 9110, section 12.5.1).
 
     Malformed and unknown parts of it are ignored. A client that does not prefer OpenMetrics 1.0.0 gets text.

@@ -107,7 +107,7 @@ class Site(Factory):
         STATUS_ANSWER_FAILED.log(_log, problem=f"{problem!a:.200}{where}", suppressed=unreported)
 
     def exposition(self, kind: Any) -> Deferred[bytes | None]:
-        """Return the metrics in a format (metrics.Format); None if that failed."""
+        """Return the metrics in a format (metrics.ExpositionFormat); None if that failed."""
 
         async def make() -> bytes:
             await self.source.refresh()

@@ -70,7 +70,7 @@ def shown(text: object) -> str:
     return ascii(text[:_SHOWN]) if isinstance(text, str) else f"of type {type(text).__name__}"
 
 
-class Framing:
+class LineFraming:
     """Splits bytes into lines of at most `longest` bytes, in linear time for any division into pieces."""
 
     def __init__(self, longest: int) -> None:
@@ -131,7 +131,7 @@ class SupervisorMessages:
     """
 
     def __init__(self, longest: int = LONGEST_TO_WORKER) -> None:
-        self._framing = Framing(longest)
+        self._framing = LineFraming(longest)
 
     def feed(self, data: bytes) -> Iterator[tuple[str, Any]]:
         """Add received bytes, and yield the word and value of each complete message. Raises ProtocolViolation."""

@@ -25,7 +25,7 @@ from twisted.python.reflect import safe_str
 from rtservice.escaping import escaped
 from rtservice.pool.control import (
     LONGEST_FROM_WORKER,
-    Framing,
+    LineFraming,
     ProtocolViolation,
     decode_value,
     encode,
@@ -165,7 +165,7 @@ class WorkerMessages:
     """
 
     def __init__(self, *, slot: int, listeners: Collection[str], access: bool) -> None:
-        self._framing = Framing(max(LONGEST_FROM_WORKER.values()))
+        self._framing = LineFraming(max(LONGEST_FROM_WORKER.values()))
         self._listeners = frozenset(listeners)
         self._counters = CounterDecoder(self._listeners)
         self._access = access

@@ -24,7 +24,7 @@ from zope.interface import implementer
 
 from rtservice.counted import counted
 from rtservice.interfaces import IDrainable, IMetrics, IOneProcess
-from rtservice.protocols.names import Names
+from rtservice.protocols.names import TakenNames
 
 # Bounds on one turn. A line counts as one, and one more for every 256 bytes; commands that cost more add to
 # `Member.work`. Each takes 5 to 15 µs, so a turn takes 1 to 3 ms.
@@ -328,7 +328,7 @@ class Member(Protocol):
         room.add(self)
         self._say(room, f"* {self.nick} has joined {room.name}")
 
-    def _new_name(self, wanted: str, names: Names, instead_of: str = "") -> tuple[str, str]:
+    def _new_name(self, wanted: str, names: TakenNames, instead_of: str = "") -> tuple[str, str]:
         """Return the name in its normal form, and the error text, or "" if it is valid and free."""
         name = names.normalise(wanted)
         if not name:
@@ -439,9 +439,9 @@ class ChatFactory(Factory[Member]):
         self.max_rate = max_rate
         self.chunk = min(CHUNK, max(1, max_unsent // 4))
         self.members: set[Member] = set()
-        self.nicks = Names(max_name)
+        self.nicks = TakenNames(max_name)
         self.rooms: dict[str, Room] = {}
-        self.room_names = Names(max_name)
+        self.room_names = TakenNames(max_name)
         self.lobby = Room("", self.chunk)
         self.messages = self.too_slow = 0
         self.clock: Any = None  # an IReactorTime, set by startFactory

@@ -76,7 +76,7 @@ def _script(character: str) -> str:
     return _SCRIPTS.get(name.replace("-", " ").partition(" ")[0], "")
 
 
-class Names:
+class TakenNames:
     """The taken names of members or of rooms, each of at most `longest` characters."""
 
     def __init__(self, longest: int) -> None:

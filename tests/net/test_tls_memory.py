@@ -10,7 +10,7 @@ import pytest
 
 from rtservice.net.tls import ServerTLS
 from rtservice.net.tls_bounds import FIRST_READ, FULL_READ, MAX_RECORD, MAX_RECORDS
-from rtservice.net.tls_memory import RECORD_SIZE, SEAL_SIZE, MemoryTLS, Records
+from rtservice.net.tls_memory import RECORD_SIZE, SEAL_SIZE, MemoryTLS, RecordBoundaries
 from tests.support.tls_versions import VERSIONS
 
 
@@ -26,7 +26,7 @@ def test_record_boundaries_are_found_in_any_split(seed: int) -> None:
     boundaries = {0}
     for size in sizes:
         boundaries.add(max(boundaries) + 5 + size)
-    records, at = Records(), 0
+    records, at = RecordBoundaries(), 0
     while at < len(data):
         part = data[at : at + chance.choice((1, 2, 3, 4, 5, 6, 100, 5000, 50_000))]
         ends = records.take(part, 1000)
@@ -42,7 +42,7 @@ def test_record_boundaries_are_found_in_any_split(seed: int) -> None:
 def test_no_more_records_are_taken_than_requested(seed: int) -> None:
     chance = random.Random(seed)
     data = records_of([chance.randrange(0, 50) for _ in range(100)])
-    records, rest, counts = Records(), data, []
+    records, rest, counts = RecordBoundaries(), data, []
     while rest:
         end = records.take(rest, 7)[-1]
         part, rest = rest[:end], rest[end:]
@@ -57,9 +57,9 @@ def test_no_more_records_are_taken_than_requested(seed: int) -> None:
 
 def test_records_without_data_count_by_their_size() -> None:
     hello = struct.pack("!BHH", 22, 0x0303, 16384) + bytes(16384)
-    assert Records().take(hello * 4, MAX_RECORDS) == [len(hello)]
+    assert RecordBoundaries().take(hello * 4, MAX_RECORDS) == [len(hello)]
     small = struct.pack("!BHH", 22, 0x0303, 128) + bytes(128)
-    assert Records().take(small * 100, MAX_RECORDS)[-1] == 64 * len(small)
+    assert RecordBoundaries().take(small * 100, MAX_RECORDS)[-1] == 64 * len(small)
 
 
 class Pair:
@@ -156,7 +156,7 @@ def test_data_is_encrypted_in_the_fewest_possible_records(certificates, version,
     pair = Pair(certificates, version)
     pair.server.seal(b"y" * size)
     sealed = bytes(pair.server.sealed)
-    records, count = Records(), 0
+    records, count = RecordBoundaries(), 0
     rest = sealed
     while rest:
         rest = rest[records.take(rest, 1)[-1] :]

@@ -14,7 +14,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.web import http
 
-from rtservice.observe.channel import DEADLINES, MAX_HEAD, MAX_LINES, Channel, State, Turns
+from rtservice.observe.channel import DEADLINES, MAX_HEAD, MAX_LINES, Channel, ChannelState, Turns
 
 ANSWERS = 4  # per turn
 
@@ -278,7 +278,7 @@ def test_a_slowly_sent_request_times_out_with_408(world) -> None:
 
 def test_a_connection_that_sends_nothing_is_closed_without_a_response(world) -> None:
     _, transport = world.connect()
-    world.clock.advance(DEADLINES[State.READING])
+    world.clock.advance(DEADLINES[ChannelState.READING])
     assert transport.value() == b""
     assert transport.disconnecting
 
@@ -287,24 +287,24 @@ def test_each_response_restarts_the_idle_timeout_and_each_request_the_read_timeo
     channel, transport = world.connect()
     for _ in range(3):
         channel.dataReceived(GET)
-        world.clock.advance(DEADLINES[State.IDLE] - 1)
+        world.clock.advance(DEADLINES[ChannelState.IDLE] - 1)
     assert not transport.disconnecting
     channel.dataReceived(GET[:5])
-    world.clock.advance(DEADLINES[State.READING] - 1)
+    world.clock.advance(DEADLINES[ChannelState.READING] - 1)
     assert not transport.disconnecting
     world.clock.advance(1)
     assert statuses(transport) == [200, 200, 200, 408]
     idle, idle_transport = world.connect()
     idle.dataReceived(GET)
-    world.clock.advance(DEADLINES[State.IDLE])
+    world.clock.advance(DEADLINES[ChannelState.IDLE])
     assert statuses(idle_transport) == [200]
     assert idle_transport.disconnecting
 
 
-@pytest.mark.parametrize("state", [State.ANSWERING, State.CLOSING])
-def test_a_client_that_does_not_read_is_aborted(world, state: State) -> None:
+@pytest.mark.parametrize("state", [ChannelState.ANSWERING, ChannelState.CLOSING])
+def test_a_client_that_does_not_read_is_aborted(world, state: ChannelState) -> None:
     channel, transport = world.connect()
-    if state is State.ANSWERING:
+    if state is ChannelState.ANSWERING:
         world.process = lambda request: (request.channel.pauseProducing(), request.answer())
         channel.dataReceived(GET)
     else:
@@ -381,7 +381,7 @@ def test_random_request_bytes_never_raise_an_exception(world, seed: int) -> None
             channel.dataReceived(data[:size])
             data = data[size:]
             world.clock.turn(3)
-        world.clock.pump([DEADLINES[State.IDLE] + 1] * 3)
+        world.clock.pump([DEADLINES[ChannelState.IDLE] + 1] * 3)
         assert transport.disconnecting or transport.aborted
         channel.connectionLost(Failure(ConnectionDone()))
     assert world.reported == []

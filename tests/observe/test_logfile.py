@@ -8,7 +8,7 @@ import pytest
 
 from rtservice.observe import logfile
 from rtservice.observe.lines import LineWriter
-from rtservice.observe.logfile import Event, Found, LogFile, Step, check_file, decide
+from rtservice.observe.logfile import FileEvent, Found, LogFile, Step, check_file, decide
 from tests.support.log_texts import STILL
 
 LONG = "x" * 1023 + "\n"
@@ -75,18 +75,18 @@ def faults(monkeypatch) -> Faults:
 @pytest.mark.parametrize(
     ("event", "found", "rotating", "plain"),
     [
-        (Event.ASKED, Found.OURS, Step.ROTATE, Step.KEEP),
-        (Event.ASKED, Found.EMPTY, Step.KEEP, Step.KEEP),
-        (Event.ASKED, Found.OTHER, Step.OPEN, Step.OPEN),
-        (Event.ASKED, Found.NOTHING, Step.OPEN, Step.OPEN),
-        (Event.FULL, Found.OURS, Step.ROTATE, Step.KEEP),
-        (Event.FULL, Found.EMPTY, Step.KEEP, Step.KEEP),
-        (Event.FULL, Found.OTHER, Step.OPEN, Step.OPEN),
-        (Event.FULL, Found.NOTHING, Step.OPEN, Step.OPEN),
-        (Event.REMOVED, Found.OURS, Step.OPEN, Step.OPEN),
-        (Event.REMOVED, Found.EMPTY, Step.OPEN, Step.OPEN),
-        (Event.REMOVED, Found.OTHER, Step.OPEN, Step.OPEN),
-        (Event.REMOVED, Found.NOTHING, Step.OPEN, Step.OPEN),
+        (FileEvent.ASKED, Found.OURS, Step.ROTATE, Step.KEEP),
+        (FileEvent.ASKED, Found.EMPTY, Step.KEEP, Step.KEEP),
+        (FileEvent.ASKED, Found.OTHER, Step.OPEN, Step.OPEN),
+        (FileEvent.ASKED, Found.NOTHING, Step.OPEN, Step.OPEN),
+        (FileEvent.FULL, Found.OURS, Step.ROTATE, Step.KEEP),
+        (FileEvent.FULL, Found.EMPTY, Step.KEEP, Step.KEEP),
+        (FileEvent.FULL, Found.OTHER, Step.OPEN, Step.OPEN),
+        (FileEvent.FULL, Found.NOTHING, Step.OPEN, Step.OPEN),
+        (FileEvent.REMOVED, Found.OURS, Step.OPEN, Step.OPEN),
+        (FileEvent.REMOVED, Found.EMPTY, Step.OPEN, Step.OPEN),
+        (FileEvent.REMOVED, Found.OTHER, Step.OPEN, Step.OPEN),
+        (FileEvent.REMOVED, Found.NOTHING, Step.OPEN, Step.OPEN),
     ],
 )
 def test_the_step_depends_on_the_event_and_the_file_at_the_path(event, found, rotating, plain) -> None:

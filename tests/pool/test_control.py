@@ -6,7 +6,7 @@ import pytest
 
 from rtservice.pool.control import (
     TO_WORKER,
-    Framing,
+    LineFraming,
     ProtocolViolation,
     SupervisorMessages,
     decode_value,
@@ -77,7 +77,7 @@ def test_too_deep_nesting_is_a_violation(text: bytes) -> None:
 
 
 def test_line_of_the_maximum_length_is_accepted_and_a_longer_one_rejected() -> None:
-    framing = Framing(100)
+    framing = LineFraming(100)
     framing.feed(b"x" * 100 + b"\n" + b"y" * 100 + b"\n")
     assert [framing.next(), framing.next(), framing.next()] == [b"x" * 100, b"y" * 100, None]
     framing.feed(b"x" * 101 + b"\n")
@@ -86,7 +86,7 @@ def test_line_of_the_maximum_length_is_accepted_and_a_longer_one_rejected() -> N
 
 
 def test_unterminated_line_is_rejected_at_the_maximum_length_and_its_buffer_freed() -> None:
-    framing = Framing(100)
+    framing = LineFraming(100)
     framing.feed(b"x" * 100)
     assert framing.next() is None
     framing.feed(b"x")

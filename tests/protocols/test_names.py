@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 
 from rtservice.protocols import confusables
-from rtservice.protocols.names import _DEFAULT_IGNORABLE, Names, default_ignorable
+from rtservice.protocols.names import _DEFAULT_IGNORABLE, TakenNames, default_ignorable
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from rtservice.protocols.names import _DEFAULT_IGNORABLE, Names, default_ignorab
     ],
 )
 def test_a_name_is_normalised(name, form) -> None:
-    assert Names(20).normalise(name) == form
+    assert TakenNames(20).normalise(name) == form
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_name_is_normalised(name, form) -> None:
     ids=ascii,
 )
 def test_an_invisible_or_ambiguous_name_is_rejected(name) -> None:
-    assert Names(20).normalise(name) == ""
+    assert TakenNames(20).normalise(name) == ""
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_an_invisible_or_ambiguous_name_is_rejected(name) -> None:
 )
 def test_confusable_names_cannot_both_be_taken(name, other) -> None:
     for first, second in ((name, other), (other, name)):
-        names = Names(20)
+        names = TakenNames(20)
         first, second = names.normalise(first), names.normalise(second)
         assert first
         assert second
@@ -79,7 +79,7 @@ def test_confusable_names_cannot_both_be_taken(name, other) -> None:
     [("ann", "anne"), ("ann", "hann"), ("жук", "huk"), ("tea", "den"), ("café", "cafe"), ("a.b", "a-b")],
 )
 def test_distinguishable_names_can_both_be_taken(name, other) -> None:
-    names = Names(20)
+    names = TakenNames(20)
     names.add(name)
     assert names.like(other) == ""
     names.add(other)
@@ -92,7 +92,7 @@ def test_distinguishable_names_can_both_be_taken(name, other) -> None:
 
 
 def test_default_ignorable_characters_are_rejected() -> None:
-    names = Names(20)
+    names = TakenNames(20)
     ignorable = [chr(code) for first, last in _DEFAULT_IGNORABLE for code in range(first, last + 1)]
     assert len(ignorable) == 4174  # DerivedCoreProperties.txt
     for character in ignorable:
