@@ -1,7 +1,7 @@
 """Pytest fixtures for tests of a protocol: serve it in the process of the test, or in a real `twistd`.
 
-`pytest_plugins = "rtservice.testing"` in a test module or `conftest.py` makes the fixtures available. They need pytest.
-`serve` also needs pytest-twisted.
+`pytest_plugins = "rtservice.testing"` in a test module or `conftest.py` makes the fixtures available. They need
+pytest, and `serve` also pytest-twisted: `pip install 'rtservice[testing]'`.
 """
 
 from __future__ import annotations
