@@ -18,6 +18,7 @@ from twisted.logger import LogLevel, globalLogPublisher
 from rtservice.net.connection import Connection
 from rtservice.net.port import Port
 from tests.support.deadline import DEADLINE
+from tests.support.puller import Puller
 from tests.support.recording import HalfClosing, Recording
 from tests.support.reset import reset
 
@@ -153,28 +154,9 @@ def test_writes_from_a_timer_are_sent(serve):
 
 @pytest_twisted.inlineCallbacks
 def test_a_pull_producer_sends_its_whole_content(serve):
-    class Puller:
-        left = 500
-
-        def resumeProducing(self):
-            if not self.left:
-                self.transport.unregisterProducer()
-                self.transport.loseConnection()
-                return
-            self.left -= 1
-            self.transport.write(b"x" * 10_000)
-
-        def stopProducing(self):
-            pass
-
-    def start(protocol):
-        puller = Puller()
-        puller.transport = protocol.transport
-        protocol.transport.registerProducer(puller, False)
-
-    address, _ = serve(Recording(on_connect=start))
+    address, _ = serve(Recording(on_connect=Puller.start))
     answer = yield deferToThread(talk, address)
-    assert answer == b"x" * 5_000_000
+    assert answer == Puller.CONTENT
 
 
 @pytest_twisted.inlineCallbacks

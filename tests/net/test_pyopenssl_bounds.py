@@ -391,7 +391,7 @@ def test_answers_to_a_peer_that_does_not_read_are_bounded_and_use_no_cpu(serve, 
             monkeypatch.setattr(type(connection._stage), name, lambda *_, name=name: events.append(name))
         connection.resumeProducing()  # must not bypass the limit
         for _ in range(100):
-            yield deferLater(reactor, 0.001)
+            yield deferLater(reactor, 0)
         assert events == []
         monkeypatch.undo()
         assert not reads(connection)
@@ -438,7 +438,7 @@ def test_a_peer_that_does_not_read_its_answers_is_aborted_after_the_answer_timeo
         assert served.closed == []
         while connection.bytes_out == before:  # some progress
             yield deferToThread(client.sock.recv, 1024)
-            yield deferLater(reactor, 0.002)
+            yield deferLater(reactor, 0)
         timed.clock.advance(2)
         assert served.closed == []
         yield eventually(lambda: ended(timed, served))

@@ -103,12 +103,12 @@ def test_signals_during_a_reload_cause_one_more_reload(monkeypatch):
 
     service, _, send_sighup = reloading(monkeypatch, steps, listener)
     send_sighup()
-    for delay in (0, 0, 0.01):
-        yield deferLater(reactor, delay, send_sighup)
+    for _ in range(3):  # each in a later turn of the reactor
+        yield deferLater(reactor, 0, send_sighup)
     assert trace == ["begins"]
     open_gate.append(True)
     yield both
-    yield deferLater(reactor, 0.01, lambda: None)
+    yield deferLater(reactor, 0, lambda: None)  # a third reload would begin in the turn in which the second one ends
     assert trace == ["begins", "ends"] * 2
     yield service.stopService()
 

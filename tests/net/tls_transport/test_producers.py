@@ -9,6 +9,7 @@ from twisted.internet.threads import deferToThread
 
 from tests.support.deadline import DEADLINE
 from tests.support.eventually import eventually
+from tests.support.puller import Puller
 from tests.support.recording import Recording, nothing
 from tests.support.tls_client import Client
 from tests.support.tls_libraries import BOTH
@@ -17,32 +18,13 @@ from tests.support.tls_versions import VERSIONS
 
 @pytest_twisted.inlineCallbacks
 def test_a_pull_producer_sends_its_whole_content(serve, client_context):
-    class Puller:
-        left = 500
-
-        def resumeProducing(self):
-            if not self.left:
-                self.transport.unregisterProducer()
-                self.transport.loseConnection()
-                return
-            self.left -= 1
-            self.transport.write(b"x" * 10_000)
-
-        def stopProducing(self):
-            pass
-
-    def start(protocol):
-        puller = Puller()
-        puller.transport = protocol.transport
-        protocol.transport.registerProducer(puller, False)
-
     def client():
         with Client(served.address, client_context()).shake() as peer:
             return peer.read_to_end()
 
-    served = serve(Recording(on_connect=start))
+    served = serve(Recording(on_connect=Puller.start))
     answer = yield deferToThread(client)
-    assert answer == b"x" * 5_000_000
+    assert answer == Puller.CONTENT
 
 
 @pytest_twisted.inlineCallbacks

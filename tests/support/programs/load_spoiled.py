@@ -7,7 +7,7 @@ import sys
 exec(sys.argv[3])
 
 from rtservice.net import openssl  # noqa: E402  # after the statement
-from rtservice.net.tls import ServerTLS  # noqa: E402
+from rtservice.net.tls import ServerTLS  # noqa: E402  # after the statement
 
 if hasattr(ssl.SSLContext, "set_groups"):
     del ssl.SSLContext.set_groups
