@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
-from zope.interface import Interface
+from zope.interface import Attribute, Interface
 
 
 class Secret:
@@ -111,6 +113,131 @@ class IOneProcess(Interface):
 
     With more than one worker, the service fails to start.
     """
+
+
+class HubUnavailable(Exception):  # noqa: N818  # it is the state of the hub that a caller asks about
+    """The hub has no connection to its engine, or has stopped. The operation had no effect, or its effect is unknown."""
+
+
+class HubFull(Exception):  # noqa: N818  # as HubUnavailable
+    """Too many messages wait in the hub. The message was not accepted."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """A snapshot of the members of a topic.
+
+    `members` are at most 1,000 of them, in no particular order. `total` is the number of all. A member that joined
+    twice is there twice.
+    """
+
+    members: tuple[bytes, ...]
+    total: int
+
+
+class IReceiver(Interface):
+    """An object that receives the messages of topics.
+
+    The hub calls it in the thread of the reactor, and never during a call of one of the hub's own methods. An exception
+    is logged, and the next message is delivered all the same. If both methods return quickly, no receiver delays the
+    others: a receiver whose client is slow should skip messages, or close the connection.
+    """
+
+    def received(topic: str, message: bytes) -> None:
+        """Handle a message."""
+
+    def gap(topic: str) -> None:
+        """Handle a gap: messages of this topic before the next one may be missing. Reload what you show."""
+
+
+class ISubscription(Interface):
+    """The result of `IHub.subscribe`."""
+
+    def cancel() -> None:
+        """End the subscription. The receiver is not called again. A second call does nothing."""
+
+
+class IMembership(Interface):
+    """The result of `IHub.join`."""
+
+    def leave() -> None:
+        """End the membership. A second call does nothing."""
+
+
+class IClaim(Interface):
+    """The result of `IHub.claim`: the only claim of its key in the whole service."""
+
+    lost = Attribute(
+        "A Deferred that fires with None if another process may hold the key: this one had no connection to the engine "
+        "for longer than a claim lasts. It does not fire after `release`."
+    )
+
+    def release() -> None:
+        """End the claim. A second call does nothing."""
+
+
+class IHub(Interface):
+    """Publish and subscribe, presence and claims, across all processes of the service.
+
+    The processes are one process, the workers of one machine, or, with `--hub`, all processes on several machines that
+    use the same Redis. The hub is the same in each case. It guarantees:
+
+    - A message is delivered at most once to each subscription, and never twice.
+    - Messages that one process publishes to one topic arrive in that order. Messages of different processes may arrive
+      in a different order in different processes.
+    - Loss is never silent. Either a receiver gets each message published after its subscription is active, or `gap` is
+      called; or the Deferred of `publish` fails.
+    - A slow receiver, process or machine does not delay the others.
+    - Members and claims of a process that was killed disappear: at once on one machine, within 30 seconds across
+      several.
+
+    It does not provide delivery exactly once, patterns of topics, requests with replies, or a history of messages.
+
+    A topic and a key are texts of 1 to 200 bytes in UTF-8. A message has at most 1 MiB, a member or holder at most 1
+    KiB. ValueError and TypeError are raised for others. A topic exists while it is used; nothing creates it.
+
+    The Deferreds may have fired when they are returned. After the hub has stopped, at the end of the process, they fail
+    with HubUnavailable.
+    """
+
+    def publish(topic: str, message: bytes) -> Deferred[None]:
+        """Publish a message to all receivers of the topic, including those of this process.
+
+        Fires when the hub has accepted the message. It says nothing about receivers: there may be none. Fails with
+        HubUnavailable or HubFull. After HubUnavailable some receivers may have got the message.
+        """
+
+    def subscribe(topic: str, receiver: IReceiver) -> Deferred[ISubscription]:
+        """Deliver messages of the topic to an IReceiver.
+
+        Fires when the subscription is active: each message that is published anywhere after that is delivered. While
+        the engine is unavailable, it waits. Cancelling the Deferred before it fires cancels the subscription. A receiver
+        may subscribe several times, and gets a message once for each subscription.
+        """
+
+    def join(topic: str, member: bytes) -> Deferred[IMembership]:
+        """Add a member to the topic. `members` shows it until it leaves, or its process ends.
+
+        Fires when `members` shows it everywhere. While the engine is unavailable, it waits. Cancelling the Deferred
+        before it fires ends the membership. A member need not be subscribed.
+        """
+
+    def members(topic: str) -> Deferred[Members]:
+        """Return the members of the topic. Fails with HubUnavailable."""
+
+    def claim(key: str, holder: bytes) -> Deferred[IClaim | None]:
+        """Claim a key, such as a nickname, for a holder.
+
+        Fires with the claim, or with None if the key is held anywhere in the service. The claim ends with `release`, or
+        with the process. Fails with HubUnavailable.
+        """
+
+
+class IHubUser(Interface):
+    """A factory that uses the hub."""
+
+    def use(hub: IHub) -> None:
+        """Keep the hub. Called once in each process, after `startFactory` and before `IStartable.start`."""
 
 
 class ConnectionLogger(Logger):
