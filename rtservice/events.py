@@ -56,8 +56,17 @@ class LimitedEvent(Event):
 
     def log(self, logger: Logger, /, **fields: object) -> None:
         """Log a record with these fields. Its text includes the number of suppressed records unless that is 0."""
-        text = f"{self.text} ({{suppressed}} more since the last such record)" if fields["suppressed"] else self.text
-        logger.emit(self.level, text, event=self.name, **fields)
+        logger.emit(self.level, self._text_of(fields), event=self.name, **fields)
+
+    def failure(
+        self, logger: Logger, failure: Failure | None = None, /, *, level: Any = None, **fields: object
+    ) -> None:
+        """Log a record with a traceback, as Event. Its text includes the number of suppressed records unless 0."""
+        text = self._text_of(fields)
+        logger.failure(text, failure, self.level if level is None else level, event=self.name, **fields)
+
+    def _text_of(self, fields: dict[str, object]) -> str:
+        return f"{self.text} ({{suppressed}} more since the last such record)" if fields["suppressed"] else self.text
 
 
 class Field(NamedTuple):
@@ -114,6 +123,7 @@ FIELDS = {
     "status": Field(_TEXT, "state of the service in one line"),
     "suppressed": Field(_INTEGER, "number of records of this kind left out since the last one"),
     "task": Field(_TEXT, "`reload`, `certificate check`, `certificate log` or `periodic check`"),
+    "topic": Field(_TEXT, "topic of the hub, escaped"),
     "uid": Field((int, _NONE), "user id, or null if it is not changed"),
     "warning": Field(_TEXT, "the text; in JSON logs only as `message`"),
     "worker": Field(_TEXT, "number and process id of a worker, for people: `worker 2 (pid 4711)`"),
@@ -347,6 +357,17 @@ REACTOR_BLOCKED = Event(
     "reactor blocked for {seconds:.1f} s, all clients wait for this code:\n{stack}",
     fields=("seconds", "stack"),
     meaning="Code, usually of the hosted protocol, blocks the reactor. At most one record in ten seconds.",
+)
+
+# --- the hub ---
+
+HUB_RECEIVER_FAILED = LimitedEvent(
+    "hub.receiver_failed",
+    _critical,
+    "receiver of the topic {topic} failed",
+    fields=("topic",),
+    meaning="A receiver raised an exception in `received` or `gap`. Other receivers are not affected. At most ten "
+    "records in ten seconds.",
 )
 
 # --- certificates ---
@@ -724,6 +745,7 @@ AREAS = {
     "Listeners": ("listener", "accept"),
     "Connections": ("connection", "proxy"),
     "Hosted protocols": ("protocol", "factory", "echo", "reactor"),
+    "Hub": ("hub",),
     "TLS and certificates": ("tls", "certificate", "certificates", "revocation"),
     "Reload": ("reload", "settings", "task"),
     "Workers": ("worker", "slot"),

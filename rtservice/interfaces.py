@@ -116,7 +116,7 @@ class IOneProcess(Interface):
 
 
 class HubUnavailable(Exception):  # noqa: N818  # it is the state of the hub that a caller asks about
-    """The hub has no connection to its engine, or has stopped. The operation had no effect, or its effect is unknown."""
+    """The hub has no connection to its engine, or has stopped. Whether the operation had an effect is unknown."""
 
 
 class HubFull(Exception):  # noqa: N818  # as HubUnavailable
@@ -211,8 +211,8 @@ class IHub(Interface):
         """Deliver messages of the topic to an IReceiver.
 
         Fires when the subscription is active: each message that is published anywhere after that is delivered. While
-        the engine is unavailable, it waits. Cancelling the Deferred before it fires cancels the subscription. A receiver
-        may subscribe several times, and gets a message once for each subscription.
+        the engine is unavailable, it waits. Cancelling the Deferred before it fires cancels the subscription. A
+        receiver may subscribe several times, and gets a message once for each subscription.
         """
 
     def join(topic: str, member: bytes) -> Deferred[IMembership]:

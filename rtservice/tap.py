@@ -28,6 +28,8 @@ from rtservice.escaping import escaped
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.listing import listing
 from rtservice.hosting.names import SHIPPED
+from rtservice.hub.hub import Hub
+from rtservice.hub.local import LocalCarrier
 from rtservice.net.listener import Listener
 from rtservice.net.tls import TLSError, ignore_bad_names
 from rtservice.observe.logs import AccessLog, Levels, Log
@@ -288,6 +290,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
             listeners=opened,
             settings=runtime_settings(loaded.settings, reserved=status_server.descriptors),
             log=log,
+            hub=Hub(LocalCarrier(), log),
             endpoints=Endpoints(endpoints, loaded.where("listen"), log),
             record=None if outputs.access is None else AccessLog(outputs.access.put),
         )

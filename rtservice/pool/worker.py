@@ -31,6 +31,8 @@ from rtservice.events import (
 )
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.factory import make_factory
+from rtservice.hub.hub import Hub
+from rtservice.hub.local import LocalCarrier
 from rtservice.net.listener import Listener
 from rtservice.net.tls import TLSError, ignore_bad_names
 from rtservice.observe.logs import AccessLog, Levels, Log, message_and_traceback
@@ -240,6 +242,7 @@ class Worker(Protocol):
             listeners=self._listeners,
             settings=runtime_settings(self._settings, slot=self._slot, slots=self._slots),
             log=self._log,
+            hub=Hub(LocalCarrier(), self._log),
             record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
         )
         self._server.prepare(self)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from twisted.logger import Logger
 
 from rtservice.events import CONNECTION_LIMIT_REACHED, CONNECTION_REFUSED
+from rtservice.log_rate import LogRateLimit
 from rtservice.net.address import peer_name
 from rtservice.net.phases import OPEN, PROXY, Phase
-from rtservice.process.log_rate import LogRateLimit
 
 # Reasons to refuse a client: the name of the setting, and the text for the log.
 REFUSALS = {

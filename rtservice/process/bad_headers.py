@@ -8,9 +8,9 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
 from rtservice.events import PROXY_HEADER_INVALID, PROXY_HEADERS_SUPPRESSED
+from rtservice.log_rate import LogRateLimit
 from rtservice.net.address import peer_name
 from rtservice.net.proxy import ProxyError
-from rtservice.process.log_rate import LogRateLimit
 
 # Headers of one listener that are logged in a period, and the length of a period in seconds.
 _MOST, _PERIOD = 5, 10.0

@@ -23,7 +23,8 @@ from rtservice.events import (
     FACTORY_METRICS_REJECTED,
     FACTORY_START_FAILED,
 )
-from rtservice.interfaces import IDrainable, IMetrics, IStartable
+from rtservice.hub.hub import Hub
+from rtservice.interfaces import IDrainable, IHubUser, IMetrics, IStartable
 from rtservice.net.listener import Listener
 from rtservice.net.phases import OPEN
 from rtservice.net.port import HANDSHAKE_TIMEOUT, Port
@@ -110,10 +111,12 @@ class Server:
         listeners: list[Listener],
         settings: RuntimeSettings,
         log: Logger,
+        hub: Hub,
         endpoints: Endpoints | None = None,
         record: ConnectionRecorder | None = None,
     ) -> None:
         self.factory = factory
+        self.hub = hub
         self.settings = settings
         self.state = State.STARTING
         self.drain_ended = self.drain_aborted = 0
@@ -156,11 +159,15 @@ class Server:
         self._starting.addErrback(self._start_failed)
 
     async def _start_factory(self) -> None:
-        """Start the factory, and wait for its IStartable.start."""
+        """Start the factory, give it the hub, and wait for its IStartable.start."""
         # Each listener calls doStart, too. This call keeps the factory running until the last connection has ended,
         # and not only until the last listener is closed.
         self.factory.doStart()
         self._started_factory = True
+        hub_user = IHubUser(self.factory, None)
+        if hub_user is not None:
+            self.hub.start(self.reactor)
+            hub_user.use(self.hub)
         startable = IStartable(self.factory, None)
         if startable is not None:
             await startable.start()
@@ -359,6 +366,8 @@ class Server:
         if self._host is not None:
             self._host.drained()
         self._stop_factory()
+        if self.hub.started:
+            await self.hub.stop()
 
     def _continue_drain(self) -> None:
         self.connections.notify_drain()

@@ -9,6 +9,8 @@ from twisted.internet.protocol import Factory
 from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 
+from rtservice.hub.hub import Hub
+from rtservice.hub.local import LocalCarrier
 from rtservice.net.phases import OPEN, Phase
 from rtservice.process.admission import Limits
 from rtservice.process.endpoints import Endpoints
@@ -48,6 +50,7 @@ def server(
         listeners=list(listeners),
         settings=RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=drain_timeout),
         log=log,
+        hub=Hub(LocalCarrier(), log),
         endpoints=Endpoints(list(endpoints), "--listen", log),
     )
     return ServiceProcess(made, reload, log=log, launch=launch(**given), status_server=StatusServer(log)), events

@@ -1,6 +1,6 @@
 """The rate limit of log records."""
 
-from rtservice.process.log_rate import LogRateLimit
+from rtservice.log_rate import LogRateLimit
 
 
 def test_first_events_of_an_interval_are_logged_and_the_others_counted() -> None:
