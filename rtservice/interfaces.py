@@ -139,8 +139,8 @@ class IReceiver(Interface):
     """An object that receives the messages of topics.
 
     The hub calls it in the thread of the reactor, and never during a call of one of the hub's own methods. An exception
-    is logged, and the next message is delivered all the same. If both methods return quickly, no receiver delays the
-    others: a receiver whose client is slow should skip messages, or close the connection.
+    is logged, and has no other effect. Both methods must return quickly, since they delay all other receivers of the
+    process. A receiver whose client reads too slowly should skip messages, or close the connection.
     """
 
     def received(topic: str, message: bytes) -> None:

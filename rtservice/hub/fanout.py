@@ -35,7 +35,7 @@ _GAP = None  # in a queue, instead of a message
 
 
 def _ignore(*args: object) -> None:
-    """Stand in for the methods of the receiver of a cancelled subscription."""
+    """Do nothing: replaces the methods of the receiver when a subscription is cancelled."""
 
 
 class Subscription:
@@ -114,7 +114,7 @@ class Fanout:
         return topic is not None and topic.subscriptions > 0
 
     def add(self, name: str, receiver: Any) -> Subscription:
-        """Add a receiver. It gets what is delivered from now on, and not what waits."""
+        """Add a receiver. It gets the messages and gaps that `deliver` and `gap` queue from now on."""
         topic = self._topics.get(name)
         if topic is None:
             topic = self._topics[name] = _Topic(name)

@@ -49,7 +49,7 @@ def _check_bytes(what: str, value: object, longest: int) -> None:
 
 @implementer(ISubscription)
 class _Subscription:
-    """What a subscriber has of its subscription."""
+    """The handle of a subscription for its subscriber."""
 
     __slots__ = ("_hub", "_subscription")
 
@@ -63,7 +63,7 @@ class _Subscription:
 
 @implementer(IMembership)
 class _Membership:
-    """What the owner of a membership has of it."""
+    """The handle of a membership for its owner."""
 
     __slots__ = ("_hub", "_number")
 
@@ -77,7 +77,7 @@ class _Membership:
 
 @implementer(IClaim)
 class _Claim:
-    """What the owner of a claim has of it."""
+    """The handle of a claim for its holder."""
 
     __slots__ = ("_hub", "_number", "lost")
 
@@ -258,7 +258,7 @@ class Hub:
         return held
 
     def _pass_claim(self, result: Any, claim: Claim, done: Deferred[IClaim | None]) -> None:
-        if done.called:  # it was cancelled, so nobody will release the claim
+        if done.called:  # it was cancelled, so its caller never gets the claim
             self._release(claim.number)
         else:
             done.callback(result)
