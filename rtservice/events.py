@@ -88,6 +88,7 @@ FIELDS = {
     "connections": Field(_INTEGER, "value of `--max-connections`"),
     "count": Field(_INTEGER, "number of connections, records or files, depending on the event"),
     "days_left": Field(_INTEGER, "whole days until the certificate expires; negative after that"),
+    "engine": Field(_TEXT, "the Redis of the hub: `--hub` without secrets; with sentinels also the master"),
     "ended": Field(_INTEGER, "connections that ended by themselves during a graceful shutdown"),
     "exit_status": Field(_INTEGER, "exit status of the process"),
     "factory": Field(_TEXT, "class of the factory that is served"),
@@ -368,6 +369,58 @@ HUB_RECEIVER_FAILED = LimitedEvent(
     fields=("topic",),
     meaning="A receiver raised an exception in `received` or `gap`. Other receivers are not affected. At most ten "
     "records in ten seconds.",
+)
+
+HUB_CONNECTED = Event(
+    "hub.connected",
+    _info,
+    "hub connected to {engine}",
+    fields=("engine",),
+    meaning="The hub works. All topics are subscribed, and members and claims of this process are in Redis.",
+)
+HUB_CONNECTION_LOST = Event(
+    "hub.connection_lost",
+    _warn,
+    "hub unavailable: the connection to {engine} ended: {problem}; reconnecting",
+    fields=("engine", "problem"),
+    meaning="The hub is unavailable until `hub.connected`. Then receivers get a gap.",
+)
+HUB_UNAVAILABLE = Event(
+    "hub.unavailable",
+    _error,
+    "hub unavailable: {engine}: {problem}; trying again",
+    fields=("engine", "problem"),
+    meaning="The hub has no connection to Redis, and tries again every 2 seconds or more often. Each reason is logged "
+    "once until `hub.connected`, and at most three.",
+)
+HUB_REFUSED = LimitedEvent(
+    "hub.refused",
+    _error,
+    "hub impaired: {engine} refused a command: {problem}",
+    fields=("engine", "problem"),
+    meaning="Redis refused a command, for example because it is out of memory or the user lacks a permission. Members "
+    "and claims of this process may be missing for others; they are sent again every 2 seconds. At most three records "
+    "in a minute.",
+)
+HUB_EVICTION = Event(
+    "hub.eviction",
+    _warn,
+    "hub at risk: {engine} may remove members and claims when its memory is full; set maxmemory-policy noeviction",
+    fields=("engine",),
+    meaning="Redis has a limit of memory, and a policy that removes keys without expiry.",
+)
+HUB_UNVERIFIED = Event(
+    "hub.unverified",
+    _warn,
+    "hub not protected: the certificate of {engine} is not verified, because of verify=no",
+    fields=("engine",),
+    meaning="Anyone who can redirect the connection to Redis can read and change messages, and learns the password.",
+)
+HUB_EXCEPTION = Event(
+    "hub.exception",
+    _critical,
+    "connection of the hub failed with an exception",
+    meaning="A bug in rtservice. The hub reconnects.",
 )
 
 # --- certificates ---

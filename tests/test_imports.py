@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "references": set(),
     "protocols": {"events", "interfaces", "counted"},
     "net": {"steps", "events", "interfaces", "suggestions", "utf8", "counted", "escaping"},
-    "hub": {"events", "interfaces", "escaping", "log_rate"},
+    "hub": {"events", "interfaces", "escaping", "hidden", "log_rate"},
     "observe": {"escaping", "events"},
     "config": {"escaping", "hidden", "references", "suggestions", "utf8"},
     "hosting": {"config", "protocols", "escaping", "references", "hidden", "interfaces", "suggestions", "utf8"},

@@ -4,7 +4,8 @@
     rediss://...                                                 TCP with TLS
     redis+unix://[user[:password]@]/path/of/socket?db=0          UNIX socket
     redis+sentinel://[user[:password]@]host[:port],.../name[/database]
-                                                                 the master that sentinels name; rediss+sentinel: with TLS
+                                                                 the master that sentinels name
+    rediss+sentinel://...                                        the same, both with TLS
 
 Options follow a question mark, as `?prefix=chat&cafile=/etc/ssl/redis.pem`. A user, a password and the value of an
 option are percent-encoded (RFC 3986, section 2.1). IPv6 addresses are in brackets.
@@ -21,7 +22,6 @@ from urllib.parse import unquote_to_bytes
 
 from rtservice.hidden import HIDDEN
 from rtservice.interfaces import Secret
-from rtservice.suggestions import did_you_mean, nearest
 
 PORT = 6379
 SENTINEL_PORT = 26379
@@ -39,6 +39,9 @@ _PREFIX = re.compile(r"[A-Za-z0-9._:/{}-]{1,64}")
 _LARGEST_DATABASE = (1 << 31) - 1
 # Of a percent sign that is not followed by two hexadecimal digits.
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+# A host, or an IP address without brackets, and a port.
+Address = tuple[str, int]
 
 
 class BadHubURL(ValueError):  # noqa: N818  # as net.description.BadDescription
@@ -72,7 +75,7 @@ class HubURL:
     """
 
     shown: str
-    addresses: tuple[tuple[str, int], ...]
+    addresses: tuple[Address, ...]
     path: str
     master: str
     database: int
@@ -80,6 +83,12 @@ class HubURL:
     login: Login | None
     sentinel_login: Login | None
     tls: TLSFiles | None
+
+
+def shown_address(address: Address) -> str:
+    """Return `host:port`, with an IPv6 address in brackets."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_hub_url(text: str) -> HubURL:
@@ -100,7 +109,12 @@ def parse_hub_url(text: str) -> HubURL:
     if "@" in userinfo:
         raise BadHubURL("the user or password of the hub has an unescaped @; percent-encode it as %40")
     sentinel, unix, tls = scheme.endswith("+sentinel"), scheme == "redis+unix", scheme.startswith("rediss")
-    known = ["prefix", *(_TLS_OPTIONS if tls else ()), *(_SENTINEL_OPTIONS if sentinel else ()), *(["db"] if unix else ())]
+    known = [
+        "prefix",
+        *(_TLS_OPTIONS if tls else ()),
+        *(_SENTINEL_OPTIONS if sentinel else ()),
+        *(["db"] if unix else ()),
+    ]
     options = _options(query, known)
     master, database, socket = "", path if slash else "", ""
     if unix:
@@ -133,9 +147,7 @@ def _options(query: str, known: list[str]) -> dict[str, str]:
     for option in query.split("&") if query else ():
         name, equals, value = option.partition("=")
         if name not in known:
-            raise BadHubURL(
-                f"the URL of the hub has an unknown option; known are {', '.join(known)}"
-            )
+            raise BadHubURL(f"the URL of the hub has an unknown option; known are {', '.join(known)}")
         if name in options:
             raise BadHubURL(f"the URL of the hub has the option {name} twice")
         if not equals or not value:
@@ -156,7 +168,7 @@ def _decoded(text: str, part: str) -> str:
     return decoded
 
 
-def _address(host: str, default: int) -> tuple[str, int]:
+def _address(host: str, default: int) -> Address:
     if host.startswith("["):
         name, bracket, port = host[1:].partition("]")
         if not bracket or (port and not port.startswith(":")):
@@ -201,7 +213,7 @@ def _login(userinfo: str, part: str) -> Login | None:
     if ":" in password:
         raise BadHubURL(f"the password of the {part} has an unescaped colon; percent-encode it as %3A")
     if user and not colon:
-        raise BadHubURL(f"the user of the {part} has no password; a password without a user follows a colon, as :secret@")
+        raise BadHubURL(f"the user of the {part} has no password; one without a user follows a colon, as :secret@")
     if not user and not password:
         return None
     return Login(_decoded(user, "user"), Secret(_decoded(password, "password")))

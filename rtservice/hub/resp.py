@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Protocol
@@ -48,6 +48,10 @@ class ConnectionEnded(Exception):  # noqa: N818  # as Refused
     """The connection ended before the reply, for the reason in the text."""
 
 
+class ConnectFailed(Exception):  # noqa: N818  # as Refused
+    """There is no usable connection, for the reason in the text."""
+
+
 # What is called with a reply: with its argument, and with the reply, a Refused or a ConnectionEnded.
 Callback = Callable[[Any, Any], None]
 Waiting = tuple[Callback, Any]
@@ -67,11 +71,12 @@ def load_hiredis() -> Any:
 class _Confirmations:
     """The pushes that a SUBSCRIBE or UNSUBSCRIBE waits for."""
 
-    __slots__ = ("confirmed", "left")
+    __slots__ = ("confirmed", "failed", "left")
 
-    def __init__(self, left: int, confirmed: Callable[[bytes], None]) -> None:
+    def __init__(self, left: int, confirmed: Callable[[bytes], None], failed: Waiting) -> None:
         self.left = left
         self.confirmed = confirmed
+        self.failed = failed
 
 
 class RedisConnection(Protocol):
@@ -86,14 +91,19 @@ class RedisConnection(Protocol):
     def __init__(self, hiredis: Any, reactor: Any, on_message: Callable[[bytes, bytes], None] | None = None) -> None:
         reader = hiredis.Reader(replyError=Refused, notEnoughData=_INCOMPLETE)
         self._feed, self._next = reader.feed, reader.gets
-        self._pack, self._push_type, self._bad_data = hiredis.pack_command, hiredis.PushNotification, hiredis.HiredisError
+        self._pack, self._push_type, self._bad_data = (
+            hiredis.pack_command,
+            hiredis.PushNotification,
+            hiredis.HiredisError,
+        )
         self._reactor = reactor
         self._on_message = on_message
         self._waiting: deque[Waiting] = deque()
         self._output: list[bytes] = []
         self._incomplete = 0  # bytes of the incomplete reply, at most
         self._problem = ""  # why this side aborted it
-        self.received = 0.0  # the reactor's time of the last data
+        self._over = False
+        self.received: float = reactor.seconds()  # the time of the last data
         self.ended: Deferred[str] = Deferred()
 
     def connectionMade(self) -> None:
@@ -105,6 +115,9 @@ class RedisConnection(Protocol):
 
     def send(self, command: tuple[bytes | str | int, ...], waiting: Waiting) -> None:
         """Send a command. The callback is called with its argument and the reply."""
+        if self._over:
+            waiting[0](waiting[1], ConnectionEnded(self._problem))
+            return
         self._waiting.append(waiting)
         output = self._output
         if not output:
@@ -118,10 +131,10 @@ class RedisConnection(Protocol):
         return deferred
 
     def change(
-        self, command: bytes, channels: Sequence[bytes], confirmed: Callable[[bytes], None], failed: Callback
+        self, command: bytes, channels: Sequence[bytes], confirmed: Callable[[bytes], None], failed: Waiting
     ) -> None:
-        """SUBSCRIBE or UNSUBSCRIBE. `confirmed` is called with each channel; or `failed`, as callbacks of `send`."""
-        self.send((command, *channels), (failed, _Confirmations(len(channels), confirmed)))
+        """SUBSCRIBE or UNSUBSCRIBE. `confirmed` is called with each channel; or `failed`, as for `send`, on errors."""
+        self.send((command, *channels), (_not_confirmed, _Confirmations(len(channels), confirmed, failed)))
 
     def _flush(self) -> None:
         output, self._output = self._output, []
@@ -130,7 +143,7 @@ class RedisConnection(Protocol):
 
     def abort(self, problem: str) -> None:
         """End the connection at once, for this reason."""
-        if not self._problem:
+        if not self._problem and not self._over:
             self._problem = problem
             self.transport.abortConnection()
 
@@ -180,8 +193,8 @@ class RedisConnection(Protocol):
 
     def connectionLost(self, reason: Any = None) -> None:
         """Call the callbacks of all commands without a reply."""
-        problem = self._problem or _text_of(reason.value)
-        self._problem = problem
+        problem = self._problem = self._problem or _text_of(reason.value)
+        self._over = True  # callbacks may send commands
         waiting, self._waiting = self._waiting, deque()
         ended = ConnectionEnded(problem)
         for callback, argument in waiting:
@@ -196,6 +209,16 @@ def _fire(deferred: Deferred[Any], reply: Any) -> None:
         deferred.errback(reply)
     else:
         deferred.callback(reply)
+
+
+def timed_out(result: object, seconds: float) -> NoReturn:
+    """Raise ConnectFailed: for `Deferred.addTimeout`."""
+    raise ConnectFailed(f"no answer within {seconds:g} s")
+
+
+def _not_confirmed(confirmations: _Confirmations, reply: Any) -> None:
+    callback, argument = confirmations.failed
+    callback(argument, reply)
 
 
 def _text_of(error: BaseException) -> str:

@@ -66,9 +66,15 @@ class TLSClientEndpoint:
             connecting.cancel()
             stream.abort_connecting()
 
-        stream = TLSClientStream(self._context, self._host, factory, connected := Deferred(cancel))
-        connecting = self._endpoint.connect(Factory.forProtocol(lambda: stream))
-        connecting.addErrback(lambda failure: connected.called or connected.errback(failure))
+        def fail(failure: Failure) -> None:
+            if not connected.called:
+                connected.errback(failure)
+
+        connected: Deferred[Any] = Deferred(cancel)
+        stream = TLSClientStream(self._context, self._host, factory, connected)
+        outer = Factory.forProtocol(lambda: stream)
+        outer.noisy = False
+        connecting: Deferred[Any] = self._endpoint.connect(outer).addErrback(fail)
         return connected
 
 
