@@ -169,6 +169,8 @@ class RedisPresence:
     def _unavailable(self, reply: Any) -> HubUnavailable:
         if isinstance(reply, Refused):
             return HubUnavailable(f"Redis refused: {reply.shown}")
+        if reply == 0:
+            return HubUnavailable("this process had no connection to Redis for too long; the next heartbeat renews it")
         return HubUnavailable("the hub has no connection to Redis")
 
     # --- the lease ---

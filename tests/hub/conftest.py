@@ -1,0 +1,81 @@
+"""Redis servers, and hubs on them in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.logger import Logger
+
+from rtservice.hub import redis as redis_carrier
+from rtservice.hub.hub import Hub
+from rtservice.hub.redis import RedisCarrier
+from rtservice.hub.redis_url import parse_hub_url
+from tests.support.redis import RedisGroup, RedisServer
+
+
+@pytest.fixture
+def start_redis(tmp_path: Path) -> Iterator[Callable[[RedisServer], RedisServer]]:
+    """Start a server, and kill it after the test."""
+    servers: list[RedisServer] = []
+
+    def start(server: RedisServer) -> RedisServer:
+        servers.append(server)
+        return server.start()
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def redis(start_redis, tmp_path: Path) -> Callable[..., RedisServer]:
+    """Start a redis-server with options of its configuration."""
+
+    def start(options: dict[str, str] | None = None, *, tls: bool = False) -> RedisServer:
+        server: RedisServer = start_redis(RedisServer(tmp_path, options or {}, tls=tls))
+        return server
+
+    return start
+
+
+@pytest.fixture
+def group(start_redis, tmp_path: Path) -> RedisGroup:
+    """A master, a replica and three sentinels."""
+    return RedisGroup(start_redis, tmp_path)
+
+
+@pytest.fixture
+def records() -> list[dict[str, Any]]:
+    """The log records of the hubs."""
+    return []
+
+
+@pytest.fixture
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the times of heartbeats and of the preparation, for tests that wait for them."""
+    monkeypatch.setattr(redis_carrier, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 0.5)
+    monkeypatch.setattr(redis_carrier, "PREPARE_SECONDS", 0.5)
+
+
+@pytest_twisted.async_yield_fixture
+async def hub(records) -> Any:
+    """Start a hub for a URL; the hubs stop after the test."""
+    hubs: list[Hub] = []
+
+    def start(url: str) -> Hub:
+        log = Logger("tests", observer=records.append)
+        started = Hub(RedisCarrier(parse_hub_url(url), log), log)
+        hubs.append(started)
+        started.start(reactor)
+        return started
+
+    yield start
+    for started in hubs:
+        if started.started:
+            await started.stop()

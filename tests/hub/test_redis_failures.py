@@ -1,0 +1,377 @@
+"""Failures of Redis under load: each message arrives in order, or a gap does, and the hub recovers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import pytest_twisted
+
+from rtservice.hub.hub import Hub
+from rtservice.interfaces import HubFull, HubUnavailable
+from tests.support.eventually import eventually
+from tests.support.hub_load import GAP, Load, Receiver
+from tests.support.recorded import recorded
+from tests.support.redis import RedisServer, needs_redis
+from tests.support.tampering import TamperingProxy
+
+pytestmark = [needs_redis, pytest.mark.usefixtures("quick_beats")]
+
+TOPICS = [f"topic{number}" for number in range(5)]
+
+
+@pytest.fixture
+def proxy() -> Iterator[list[TamperingProxy]]:
+    """Proxies to close after the test."""
+    proxies: list[TamperingProxy] = []
+    yield proxies
+    for each in proxies:
+        pytest_twisted.blockon(each.close())
+
+
+@pytest_twisted.async_yield_fixture
+async def load(hub):
+    """Start a load on hubs of these URLs; it stops after the test."""
+    loads: list[Load] = []
+
+    async def start(*urls: str) -> Load:
+        started = Load([hub(url) for url in urls], TOPICS)
+        loads.append(started)
+        await started.start()
+        return started
+
+    yield start
+    for each in loads:
+        each.stop()
+
+
+async def runs(load: Load, count: int = 200) -> None:
+    """Wait until this many more messages are accepted."""
+    goal = load.accepted + count
+    await eventually(lambda: load.accepted >= goal)
+
+
+async def ends_well(load: Load) -> None:
+    """Stop the load, and check what arrived."""
+    await eventually(lambda: all(hub.up for hub in load.hubs))
+    await runs(load)
+    load.stop()
+    await eventually(load.complete)
+    load.check()
+
+
+@pytest_twisted.ensureDeferred
+async def test_without_failures_nothing_is_missing(redis, load) -> None:
+    url = redis().url
+    running = await load(url, url, url)
+    await runs(running, 3000)
+    await ends_well(running)
+    assert not running.failed
+    assert not any(receiver.gaps for receiver in running.receivers.values())
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_restart_of_redis_is_a_gap_for_every_receiver(redis, load, records) -> None:
+    server = redis()
+    running = await load(server.url, server.url)
+    for _ in range(3):
+        await runs(running)
+        server.restart()
+        await eventually(lambda: not any(hub.up for hub in running.hubs))
+        await eventually(lambda: all(hub.up for hub in running.hubs))
+    await ends_well(running)
+    assert all(receiver.gaps >= 3 for receiver in running.receivers.values())
+    lost = recorded(records, "hub.connection_lost")
+    assert len(lost) == 6
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_stopped_redis_is_detected_and_used_again(redis, load) -> None:
+    server = redis()
+    running = await load(server.url, server.url)
+    await runs(running)
+    server.freeze()
+    await eventually(lambda: not any(hub.up for hub in running.hubs))
+    server.thaw()
+    await ends_well(running)
+    assert running.failed
+    assert all(receiver.gaps for receiver in running.receivers.values())
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_pause_shorter_than_the_timeout_loses_nothing(redis, load, monkeypatch) -> None:
+    monkeypatch.setattr("rtservice.hub.redis.BEAT_TIMEOUT", 60.0)
+    server = redis()
+    running = await load(server.url, server.url)
+    await runs(running)
+    server.freeze()
+    number = running.number
+    await eventually(lambda: running.number > number + 50)
+    server.thaw()
+    await ends_well(running)
+    assert not running.failed
+    assert not any(receiver.gaps for receiver in running.receivers.values())
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_connection_without_messages_is_detected(redis, load, proxy, records) -> None:
+    server = redis()
+    proxy.append(deaf := TamperingProxy(server.port))
+    running = await load(server.url, deaf.url)
+    await runs(running)
+    deaf.replace = b"$7\r\nmessage\r\n", b"$7\r\nmissing\r\n"
+    await eventually(lambda: recorded(records, "hub.connection_lost"))
+    deaf.replace = None
+    await ends_well(running)
+    assert "no heartbeat" in recorded(records, "hub.connection_lost")[0]["problem"]
+    assert all(receiver.gaps for (at, _), receiver in running.receivers.items() if at == 1)
+    assert not any(receiver.gaps for (at, _), receiver in running.receivers.items() if at == 0)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_network_that_drops_everything_is_detected(redis, load, proxy) -> None:
+    server = redis()
+    proxy.append(black_hole := TamperingProxy(server.port))
+    running = await load(server.url, black_hole.url)
+    await runs(running)
+    black_hole.silent = True
+    await eventually(lambda: not running.hubs[1].up)
+    await eventually(lambda: black_hole.connections > 2)  # and so is one that accepts and answers nothing
+    black_hole.silent = False
+    await ends_well(running)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_connection_that_is_killed_is_a_gap_and_no_duplicate(redis, load) -> None:
+    server = redis()
+    running = await load(server.url, server.url)
+    for _ in range(5):
+        await runs(running)
+        reconnects = [hub.counters()["reconnects"] for hub in running.hubs]
+        server.call("CLIENT", "KILL", "TYPE", "pubsub")
+        await eventually(
+            lambda before=reconnects: all(
+                hub.counters()["reconnects"] > count for hub, count in zip(running.hubs, before, strict=True)
+            )
+        )
+    await ends_well(running)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_receiver_that_redis_disconnects_for_its_output_gets_a_gap(redis, hub) -> None:
+    server = redis({"client-output-buffer-limit": "pubsub 1mb 1mb 1"})
+    sender, slow = hub(server.url), hub(server.url)
+    receiver = Receiver()
+    await slow.subscribe("room", receiver)
+    transport = slow._carrier._connection.transport
+    transport.pauseProducing()
+    for _ in range(16):
+        await sender.publish("room", b"x" * (1 << 20))
+    await eventually(lambda: len(server.call("CLIENT", "LIST", "TYPE", "pubsub").splitlines()) == 1)
+    transport.resumeProducing()
+    await eventually(lambda: GAP in receiver.got)
+    await sender.publish("room", b"after")
+    await eventually(lambda: b"after" in receiver.got)
+    assert len(receiver.got) < 18
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_process_that_used_another_server_causes_a_gap_for_the_others(redis, hub, proxy) -> None:
+    """As when one process follows a failover later than the others."""
+    old, new = redis(), redis()
+    proxy.append(address := TamperingProxy(old.port))
+    late, early = hub(address.url), hub(new.url)
+    receiver = Receiver()
+    await early.subscribe("room", receiver)
+    await late.subscribe("ready", Receiver())
+    await late.publish("room", b"lost")
+    address.port = new.port
+    address.cut()
+    await eventually(lambda: receiver.got)
+    assert receiver.got == [GAP]
+    # What was published before the others had subscribed is in their own gap.
+    reconnects = early.counters()["reconnects"]
+    new.restart()
+    await eventually(lambda: early.counters()["reconnects"] > reconnects and late.up)
+    await late.publish("room", b"after")
+    await eventually(lambda: b"after" in receiver.got)
+    assert receiver.got == [GAP, GAP, b"after"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_publishes_in_flight_are_bounded_and_fail_when_the_connection_ends(redis, hub) -> None:
+    server = redis()
+    one = hub(server.url)
+    await one.join("ready", b"")
+    server.freeze()
+    outcomes: list[type] = []
+    for _ in range(40):
+        one.publish("room", b"x" * (1 << 20)).addErrback(lambda failure: outcomes.append(failure.type))
+    assert outcomes
+    assert set(outcomes) == {HubFull}
+    await eventually(lambda: len(outcomes) == 40)
+    assert set(outcomes) == {HubFull, HubUnavailable}
+    server.thaw()
+
+
+@pytest_twisted.ensureDeferred
+async def test_members_and_claims_are_restored_after_redis_lost_its_data(redis, hub) -> None:
+    server = redis()
+    one, two = hub(server.url), hub(server.url)
+    memberships = [one.join(f"room{number}", b"ann") for number in range(350)]
+    memberships = [await each for each in memberships]
+    await one.claim("ann", b"")
+    leaving = await two.join("room7", b"bob")
+    server.kill()
+    await eventually(lambda: not one.up and not two.up)
+    leaving.leave()
+    memberships[8].leave()
+    server.start()
+    await eventually(lambda: one.up and two.up)
+    assert (await two.members("room7")).members == (b"ann",)
+    assert (await two.members("room8")).total == 0
+    assert (await two.members("room349")).total == 1
+    assert await two.claim("ann", b"") is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_left_and_released_without_a_connection_is_removed_afterwards(redis, hub, proxy) -> None:
+    server = redis()
+    proxy.append(address := TamperingProxy(server.port))
+    one, two = hub(address.url), hub(server.url)
+    membership, claim = await one.join("room", b"ann"), await one.claim("ann", b"")
+    address.silent = True
+    in_flight = one.join("room", b"carl")
+    claiming = one.claim("carl", b"")
+    with pytest.raises(HubUnavailable):
+        await claiming
+    await eventually(lambda: not one.up)
+    membership.leave()
+    claim.release()
+    in_flight.cancel()
+    in_flight.addErrback(lambda _: None)
+    assert (await two.members("room")).members == (b"ann",)
+    address.silent = False
+    await eventually(lambda: one.up)
+    assert (await two.members("room")).total == 0
+    assert await two.claim("ann", b"") is not None
+    assert await two.claim("carl", b"") is not None
+
+
+def end_lease(server: RedisServer, hub: Hub) -> None:
+    """End the lease of a process, as if it had not renewed it for long."""
+    assert server.call("ZADD", "rtservice:p", "XX", "CH", 1, hub._carrier._presence._incarnation) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_members_and_claims_of_a_killed_process_disappear_with_its_lease(redis, hub, proxy) -> None:
+    server = redis()
+    proxy.append(address := TamperingProxy(server.port))
+    dead, other, third = hub(address.url), hub(server.url), hub(server.url)
+    await other.join("ready", b"")
+    await third.join("ready", b"")
+    for number in range(250):
+        last = dead.join(f"room{number}", b"ann")
+    await last
+    await dead.claim("ann", b"")
+    address.silent = True
+    await eventually(lambda: not dead.up)
+    assert await other.claim("ann", b"") is None
+    end_lease(server, dead)
+    assert (await other.members("room7")).total == 0
+    assert await other.claim("ann", b"") is not None
+    await eventually(lambda: not server.call("KEYS", "rtservice:m:room*"))
+    assert len(server.call("KEYS", "rtservice:i:*")) == 2
+    assert await third.claim("ann", b"") is None
+    address.silent = False
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_process_whose_lease_had_ended_claims_again_and_loses_what_others_hold(redis, hub, proxy) -> None:
+    server = redis()
+    proxy.append(address := TamperingProxy(server.port))
+    one, two = hub(address.url), hub(server.url)
+    await one.join("room", b"ann")
+    taken, kept = await one.claim("ann", b""), await one.claim("bob", b"")
+    lost: list[str] = []
+    taken.lost.addCallback(lambda _: lost.append("ann"))
+    kept.lost.addCallback(lambda _: lost.append("bob"))
+    address.silent = True
+    await eventually(lambda: not one.up)
+    end_lease(server, one)
+    await two.claim("ann", b"")
+    assert not lost
+    address.silent = False
+    await eventually(lambda: one.up and lost)
+    assert lost == ["ann"]
+    assert await two.claim("bob", b"") is None
+    assert (await two.members("room")).members == (b"ann",)
+    assert one.counters()["claims_lost"] == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_lease_that_ends_while_connected_is_restored_by_the_next_heartbeat(redis, hub) -> None:
+    server = redis()
+    one, two = hub(server.url), hub(server.url)
+    await one.join("room", b"ann")
+    await one.claim("ann", b"")
+    await two.join("ready", b"")
+    server.call("FLUSHALL")
+    await eventually(lambda: server.call("HLEN", "rtservice:m:room") == 1)
+    await eventually(lambda: server.call("EXISTS", "rtservice:c:ann") == 1)
+    assert one.counters()["reconnects"] == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_redis_without_memory_carries_messages_and_gets_members_later(redis, hub, records) -> None:
+    server = redis()
+    one = hub(server.url)
+    receiver = Receiver()
+    await one.subscribe("room", receiver)
+    server.call("CONFIG", "SET", "maxmemory", "1")
+    membership = one.join("room", b"ann")
+    with pytest.raises(HubUnavailable, match="OOM"):
+        await one.claim("ann", b"")
+    await one.publish("room", b"1")
+    await eventually(lambda: receiver.got == [b"1"])
+    server.call("CLIENT", "KILL", "TYPE", "pubsub")
+    await eventually(lambda: one.counters()["reconnects"] == 1)
+    await one.publish("room", b"2")
+    assert not membership.called
+    server.call("CONFIG", "SET", "maxmemory", "0")
+    await membership
+    assert (await one.members("room")).members == (b"ann",)
+    assert await one.claim("ann", b"") is not None
+    assert "OOM" in recorded(records, "hub.refused")[0]["problem"]
+    assert len(recorded(records, "hub.refused")) <= 3
+
+
+@pytest_twisted.ensureDeferred
+async def test_scripts_that_redis_forgot_still_run(redis, hub) -> None:
+    server = redis()
+    one = hub(server.url)
+    await one.join("room", b"ann")
+    server.call("SCRIPT", "FLUSH")
+    await one.join("room", b"bob")
+    assert (await one.members("room")).total == 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_policy_that_evicts_members_is_logged(redis, hub, records) -> None:
+    server = redis({"maxmemory": "100mb", "maxmemory-policy": "allkeys-lru"})
+    await hub(server.url).join("room", b"ann")
+    assert recorded(records, "hub.eviction")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_master_that_becomes_a_replica_is_left(redis, hub, records) -> None:
+    server, master = redis(), redis()
+    one = hub(server.url)
+    await one.join("room", b"ann")
+    server.call("REPLICAOF", "127.0.0.1", master.port)
+    await eventually(lambda: not one.up)
+    await eventually(lambda: recorded(records, "hub.unavailable"))
+    assert f"is a replica of 127.0.0.1:{master.port}" in recorded(records, "hub.connection_lost")[0]["problem"]
+    assert "is a replica of" in recorded(records, "hub.unavailable")[0]["problem"]
+    server.call("REPLICAOF", "NO", "ONE")
+    await eventually(lambda: one.up)
