@@ -44,12 +44,13 @@ from rtservice.events import (
     HUB_UNVERIFIED,
 )
 from rtservice.hub.carrier import Claim, Local, Membership
-from rtservice.hub.redis_endpoints import RedisEndpoints, reason_of
+from rtservice.hub.connect_errors import ConnectFailed, reason_of
+from rtservice.hub.redis_endpoints import RedisEndpoints
 from rtservice.hub.redis_greeting import Greeting, check_role, greet
 from rtservice.hub.redis_presence import RedisPresence
 from rtservice.hub.redis_subscriptions import Subscriptions
 from rtservice.hub.redis_url import HubURL
-from rtservice.hub.resp import ConnectFailed, ConnectionEnded, RedisConnection, Refused, load_hiredis
+from rtservice.hub.resp import ConnectionEnded, RedisConnection, Refused, load_hiredis
 from rtservice.hub.tls_client import client_context
 from rtservice.interfaces import HubFull, HubUnavailable, Members
 from rtservice.log_rate import LogRateLimit
@@ -311,11 +312,10 @@ class RedisCarrier:
 
     async def _renew(self) -> None:
         """Renew the lease of this process. If Redis refuses, subscriptions and publishes still work."""
-        with contextlib.suppress(ConnectionEnded):
-            try:
-                await self._presence.renew()
-            except Refused as refusal:
-                self._refused(refusal.shown)
+        try:
+            await self._presence.renew()
+        except Refused as refusal:
+            self._refused(refusal.shown)
 
     async def _check_sentinels(self) -> None:
         connection = self._connection
@@ -323,7 +323,7 @@ class RedisCarrier:
             connection.abort("the sentinels name another master")
 
     def _failed(self, failure: Failure) -> None:
-        if not failure.check(CancelledError):
+        if not failure.check(CancelledError, ConnectionEnded):
             HUB_EXCEPTION.failure(self._log, failure)
 
     def _refused(self, problem: str) -> None:

@@ -7,37 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.endpoints import HostnameEndpoint, UNIXClientEndpoint
-from twisted.internet.error import ConnectError, ConnectionRefusedError, DNSLookupError, TimeoutError
 from twisted.internet.protocol import Factory
 
-from rtservice.escaping import escaped
+from rtservice.hub.connect_errors import ConnectFailed
 from rtservice.hub.redis_url import Address, HubURL, shown_address
-from rtservice.hub.resp import ConnectFailed, ConnectionEnded, RedisConnection, timed_out
+from rtservice.hub.resp import RedisConnection
 from rtservice.hub.sentinel import Sentinels
 from rtservice.hub.tls_client import TLSClientEndpoint
 
 # Seconds to connect, TLS handshake included.
 CONNECT_SECONDS = 3.0
-
-
-def reason_of(error: BaseException) -> str:
-    """Return the reason of a failed connection, without the stack of exceptions that led to it."""
-    if isinstance(error, ConnectFailed | ConnectionEnded):
-        return str(error)
-    if isinstance(error, ConnectionRefusedError):
-        return "connection refused"
-    if isinstance(error, DNSLookupError):
-        return "host name not found"
-    if isinstance(error, TimeoutError):
-        return "connection timed out"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate rejected: {escaped(error.verify_message)}"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {escaped(error.reason or str(error))}"
-    if isinstance(error, ConnectError) and error.osError is not None:
-        return escaped(str(getattr(error.osError, "strerror", None) or error.osError))
-    return escaped(str(error) or type(error).__name__)
 
 
 class RedisEndpoints:
@@ -97,4 +78,8 @@ class RedisEndpoints:
             if self._context is not None:
                 endpoint = TLSClientEndpoint(endpoint, self._context, address[0])
         connecting: Deferred[RedisConnection] = endpoint.connect(factory)
-        return await connecting.addTimeout(CONNECT_SECONDS, self._reactor, timed_out)
+        try:
+            return await connecting.addTimeout(CONNECT_SECONDS, self._reactor)
+        except DeferredTimeout:
+            kind = "connection" if self._context is None or address is None else "TLS connection"
+            raise ConnectFailed(f"no {kind} within {CONNECT_SECONDS:g} s") from None

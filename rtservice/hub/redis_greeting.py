@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from rtservice.escaping import escaped
+from rtservice.hub.connect_errors import ConnectFailed
 from rtservice.hub.redis_url import HubURL
-from rtservice.hub.resp import ConnectFailed, RedisConnection, Refused
+from rtservice.hub.resp import RedisConnection, Refused
 
 # HRANDFIELD, which `members` uses, needs it.
 OLDEST = (6, 2)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Protocol
@@ -46,10 +46,6 @@ class Refused(Exception):  # noqa: N818  # it is a reply, which the caller expec
 
 class ConnectionEnded(Exception):  # noqa: N818  # as Refused
     """The connection ended before the reply, for the reason in the text."""
-
-
-class ConnectFailed(Exception):  # noqa: N818  # as Refused
-    """There is no usable connection, for the reason in the text."""
 
 
 # What is called with a reply: with its argument, and with the reply, a Refused or a ConnectionEnded.
@@ -209,11 +205,6 @@ def _fire(deferred: Deferred[Any], reply: Any) -> None:
         deferred.errback(reply)
     else:
         deferred.callback(reply)
-
-
-def timed_out(result: object, seconds: float) -> NoReturn:
-    """Raise ConnectFailed: for `Deferred.addTimeout`."""
-    raise ConnectFailed(f"no answer within {seconds:g} s")
 
 
 def _not_confirmed(confirmations: _Confirmations, reply: Any) -> None:

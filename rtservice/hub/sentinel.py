@@ -13,8 +13,9 @@ from typing import Any
 from twisted.internet.defer import Deferred
 
 from rtservice.escaping import escaped
+from rtservice.hub.connect_errors import ConnectFailed, reason_of
 from rtservice.hub.redis_url import Address, Login, shown_address
-from rtservice.hub.resp import ConnectFailed, RedisConnection, Refused, timed_out
+from rtservice.hub.resp import RedisConnection, Refused
 
 # Seconds for an answer of a sentinel, connection included.
 SENTINEL_SECONDS = 1.5
@@ -44,14 +45,14 @@ class Sentinels:
         for address in list(self._addresses):
             asking = Deferred.fromCoroutine(self._ask(address))
             try:
-                master = await asking.addTimeout(SENTINEL_SECONDS, self._reactor, timed_out)
+                master = await asking.addTimeout(SENTINEL_SECONDS, self._reactor)
             except Exception as error:
                 self.close()
                 if isinstance(error, Refused):
                     # Other texts may repeat the password.
                     reason = f"refused the request ({error.code})" if error.code.isalpha() else "refused the request"
                 else:
-                    reason = escaped(str(error) or type(error).__name__)
+                    reason = reason_of(error)
                 problem = problem or f"sentinel {shown_address(address)}: {reason}"
                 continue
             self._addresses.remove(address)

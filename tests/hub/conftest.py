@@ -12,6 +12,7 @@ from twisted.internet import reactor
 from twisted.logger import Logger
 
 from rtservice.hub import redis as redis_carrier
+from rtservice.hub import redis_endpoints
 from rtservice.hub.hub import Hub
 from rtservice.hub.redis import RedisCarrier
 from rtservice.hub.redis_url import parse_hub_url
@@ -61,6 +62,7 @@ def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_carrier, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 0.5)
     monkeypatch.setattr(redis_carrier, "PREPARE_SECONDS", 0.5)
+    monkeypatch.setattr(redis_endpoints, "CONNECT_SECONDS", 1.0)
 
 
 @pytest_twisted.async_yield_fixture
