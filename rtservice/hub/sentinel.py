@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 
 from rtservice.escaping import escaped
 from rtservice.hub.connect_errors import ConnectFailed, reason_of
@@ -46,6 +46,9 @@ class Sentinels:
             asking = Deferred.fromCoroutine(self._ask(address))
             try:
                 master = await asking.addTimeout(SENTINEL_SECONDS, self._reactor)
+            except CancelledError:
+                self.close()
+                raise
             except Exception as error:
                 self.close()
                 if isinstance(error, Refused):
