@@ -119,6 +119,7 @@ class RedisCarrier:
         self._publishing: deque[tuple[Deferred[None], int]] = deque()
         self._bytes = 0
         self._accepted_at = 0.0  # when one was confirmed last
+        self._split_at = 0.0  # when one was confirmed last by another server, until that is published
         self._published_waiting = (self._published, None)
         # The last heartbeat.
         self._beat = 0
@@ -248,8 +249,10 @@ class RedisCarrier:
             self._counters["reconnects"] += 1
         HUB_CONNECTED.log(self._log, engine=self._endpoints.shown)
         if self._accepted_at and not (previous.run and previous.run == self._greeting.run):
-            age = self._reactor.seconds() - self._accepted_at
-            connection.send((b"PUBLISH", self._split_channel, int(age * 1000)), (_ignore_reply, None))
+            self._split_at = self._accepted_at
+        if self._split_at:
+            age = self._reactor.seconds() - self._split_at
+            connection.send((b"PUBLISH", self._split_channel, int(age * 1000)), (self._split_sent, None))
         self._beat_returned = True
         self._beat_due = self._reactor.seconds()
         self._take_beat()
@@ -357,6 +360,10 @@ class RedisCarrier:
         self._counters["heartbeats"] += 1
         self._counters["heartbeat_us"] = elapsed
         self._counters["heartbeat_us_sum"] += elapsed
+
+    def _split_sent(self, _: None, reply: Any) -> None:
+        if type(reply) is int:
+            self._split_at = 0.0
 
     def _check_split(self, age: int) -> None:
         """A process had published to another server, the last time before `age` milliseconds.

@@ -375,3 +375,21 @@ async def test_a_master_that_becomes_a_replica_is_left(redis, hub, records) -> N
     assert "is a replica of" in recorded(records, "hub.unavailable")[0]["problem"]
     server.call("REPLICAOF", "NO", "ONE")
     await eventually(lambda: one.up)
+
+
+@pytest_twisted.ensureDeferred
+async def test_each_of_many_receivers_gets_one_gap_after_a_restart(redis, hub) -> None:
+    server = redis()
+    one = hub(server.url)
+    receivers = [Receiver() for _ in range(10)]
+    topics = [f"topic{number}" for number in range(2000)]
+    for receiver in receivers:
+        last = [one.subscribe(topic, receiver) for topic in topics]
+    for each in last:
+        await each
+    server.restart()
+    await eventually(lambda: all(len(receiver.got) == len(topics) for receiver in receivers))
+    assert one.up
+    assert all(receiver.gaps == len(topics) for receiver in receivers)
+    await one.publish("topic1999", b"1")
+    await eventually(lambda: all(receiver.messages == [b"1"] for receiver in receivers))
