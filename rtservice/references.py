@@ -49,7 +49,12 @@ def resolve(option: str, environment: Mapping[str, str], directory: str) -> Opti
     if text.startswith(("@@", "$$")):
         return OptionValue(name, text[1:])
     if text.startswith("@"):
-        path, content = _read(name, text[1:], directory)
+        if text == "@":
+            raise UnresolvedError(f"option {name}: no path follows @; write @@ for a value that begins with @")
+        try:
+            path, content = read_file(text[1:], directory)
+        except UnresolvedError as error:
+            raise UnresolvedError(f"option {name}: {error}") from None
         return OptionValue(name, content, referred=True, file=path)
     if text.startswith("$"):
         if not _VARIABLE.fullmatch(text):
@@ -62,23 +67,22 @@ def resolve(option: str, environment: Mapping[str, str], directory: str) -> Opti
     return OptionValue(name, text)
 
 
-def _read(name: str, path: str, directory: str) -> tuple[str, str]:
-    if not path:
-        raise UnresolvedError(f"option {name}: no path follows @; write @@ for a value that begins with @")
+def read_file(path: str, directory: str) -> tuple[str, str]:
+    """Return the path of a file, from which `resolve` reads a value, and its content. Raises UnresolvedError."""
     path = os.path.normpath(os.path.join(directory, path))
     try:
         # A pipe would block a start or reload, and be empty at the next reload.
         with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UnresolvedError(f"option {name}: {path!r} is not a regular file")
+                raise UnresolvedError(f"{path!r} is not a regular file")
             content = file.read(_LONGEST + 1)
     except OSError as error:
         problem = (error.strerror or str(error)).lower()
-        raise UnresolvedError(f"option {name}: cannot read the file {path!r}: {problem}") from None
+        raise UnresolvedError(f"cannot read the file {path!r}: {problem}") from None
     except ValueError:  # a NUL byte in the path
-        raise UnresolvedError(f"option {name}: {path!r} is not a path: it contains a NUL byte") from None
+        raise UnresolvedError(f"{path!r} is not a path: it contains a NUL byte") from None
     if len(content) > _LONGEST:
-        raise UnresolvedError(f"option {name}: the file {path!r} is longer than {_LONGEST} bytes")
+        raise UnresolvedError(f"the file {path!r} is longer than {_LONGEST} bytes")
     if content.endswith(b"\n"):
         content = content[:-1].removesuffix(b"\r")
     return path, content.decode("utf-8", "surrogateescape")
