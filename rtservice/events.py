@@ -362,6 +362,19 @@ REACTOR_BLOCKED = Event(
 
 # --- the hub ---
 
+HUB_PASSWORD_VISIBLE = Event(
+    "hub.password_visible",
+    _warn,
+    "--hub contains a password, which ps shows to other users: set RTSERVICE_HUB or --hub-file instead",
+    meaning="The URL of the hub is on the command line and contains a password. Logged at the start.",
+)
+HUB_UNUSED = Event(
+    "hub.unused",
+    _warn,
+    "the hub has a URL, but {factory} does not use the hub: it does not provide IHubUser",
+    fields=("factory",),
+    meaning="`--hub` or `--hub-file` has no effect with this protocol. Each worker logs it.",
+)
 HUB_RECEIVER_FAILED = LimitedEvent(
     "hub.receiver_failed",
     _critical,

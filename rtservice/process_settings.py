@@ -32,6 +32,7 @@ def runtime_settings(settings: Settings, *, slot: int = 0, slots: int = 1, reser
         ),
         handshake_timeout=settings.handshake_timeout,
         drain_timeout=settings.drain_timeout,
+        hub_required=settings.hub_required,
         watch_certificates=settings.watch_certificates and slots == 1,
     )
 

@@ -28,8 +28,9 @@ from rtservice.escaping import escaped
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.listing import listing
 from rtservice.hosting.names import SHIPPED
+from rtservice.hub.carrier import HEARTBEATS
+from rtservice.hub.choice import warn_if_unused
 from rtservice.hub.hub import Hub
-from rtservice.hub.local import LocalCarrier
 from rtservice.net.listener import Listener
 from rtservice.net.tls import TLSError, ignore_bad_names
 from rtservice.observe.logs import AccessLog, Levels, Log
@@ -45,6 +46,7 @@ from rtservice.process.status_server import StatusServer
 from rtservice.process_settings import levels, process_count, runtime_settings
 from rtservice.startup.binding import check_configuration, open_listeners
 from rtservice.startup.first_steps import first_steps
+from rtservice.startup.hub_url import carrier_of_process, warn_of_visible_password
 from rtservice.startup.outputs import Outputs
 from rtservice.startup.preflight import (
     check_changes,
@@ -150,7 +152,7 @@ class Options(usage.Options):
 
     def parseArgs(self, *args: str) -> None:
         """Reject arguments that are not options. Raises usage.UsageError."""
-        if args and self.get("protocol-option"):  # most often the second half of a value
+        if args and (self.get("protocol-option") or self.get("hub")):  # most often the second half of a value
             raise usage.UsageError(
                 "unexpected argument, not shown as it may be a secret; put quotes around an option with blanks"
             )
@@ -247,8 +249,9 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
     signals.reset_inherited_signals()
     leave = ExitWithStatus(options.start)
     atexit.register(leave)  # first, so that it is called last: a protocol may register functions when it is imported
-    # It may contain secrets, and processes that hosted code starts inherit the environment. A reload uses a copy.
-    os.environ.pop(variable("protocol-option"), None)
+    # They may contain secrets, and processes that hosted code starts inherit the environment. A reload uses a copy.
+    for name in ("protocol-option", "hub"):
+        os.environ.pop(variable(name), None)
     open_standard_descriptors()
     ignore_bad_names()
     log = Log(Levels(levels(loaded.settings)), globalLogPublisher)
@@ -264,9 +267,14 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
     else:  # the workers import the protocol, with their privileges; a missing file of an option is an error here
         factory = None
         source.protocol_options(loaded)
+    url = source.hub_url(loaded)
+    carrier = carrier_of_process(loaded, url)
     if options["check"]:
         check_configuration(loaded, resolve_path, slots)
         raise _Printed("rtservice: the configuration is valid\n")
+    warn_of_visible_password(loaded, log)
+    if slots == 1:
+        warn_if_unused(url, factory, log)
     notifier = systemd.from_environment(os.environ)
     nodaemon = twistd.get("nodaemon", True)
     if nodaemon:
@@ -290,7 +298,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
             listeners=opened,
             settings=runtime_settings(loaded.settings, reserved=status_server.descriptors),
             log=log,
-            hub=Hub(LocalCarrier(), log),
+            hub=Hub(carrier, log),
             endpoints=Endpoints(endpoints, loaded.where("listen"), log),
             record=None if outputs.access is None else AccessLog(outputs.access.put),
         )
@@ -366,5 +374,6 @@ def _make_site(service: ServiceProcess, settings: CurrentSettings) -> Any:
         columns=COLUMNS,
         durations=DURATIONS,
         lags=LAGS,
+        heartbeats=HEARTBEATS,
     )
     return make_site(source, reactor)

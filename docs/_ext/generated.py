@@ -110,6 +110,7 @@ def _metrics() -> str:
         columns=(),
         durations=(1.0,),
         lags=(1.0,),
+        heartbeats=(1.0,),
     )
     lines = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
     for family in metrics.families(source):

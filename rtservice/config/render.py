@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from rtservice.config.schema import Setting, Settings
 from rtservice.config.sources import LoadedSettings, variable
@@ -23,12 +24,19 @@ def shown_settings(settings: Settings, open_protocols: Collection[str]) -> dict[
 
 
 def _shown(setting: Setting, value: object, open_options: bool) -> str:
-    if isinstance(value, tuple) and setting.kind.show is not None:
-        if setting.kind is not PROTOCOL_OPTION:
-            value = tuple(map(setting.kind.show, value))
-        elif not open_options:
+    if setting.kind is PROTOCOL_OPTION and isinstance(value, tuple):
+        if not open_options:
             return escaped(", ".join(dict.fromkeys(option.partition("=")[0] for option in value)))
+    else:
+        value = _without_secrets(setting, value)
     return escaped(as_text(value))
+
+
+def _without_secrets(setting: Setting, value: Any) -> Any:
+    show = setting.kind.show
+    if show is None:
+        return value
+    return tuple(map(show, value)) if setting.repeatable else show(value)
 
 
 def as_toml(loaded: LoadedSettings, open_protocols: Collection[str]) -> str:
@@ -45,9 +53,8 @@ def as_toml(loaded: LoadedSettings, open_protocols: Collection[str]) -> str:
         if setting.name in ("port", "interface") and loaded.settings.listen:
             continue
         comment = loaded.sources[setting.name]
-        show = setting.kind.show
-        if show is not None and not (setting.kind is PROTOCOL_OPTION and open_options):
-            given, value = value, tuple(map(show, value))
+        if not (setting.kind is PROTOCOL_OPTION and open_options):
+            given, value = value, _without_secrets(setting, value)
             if value != given:
                 comment += f"; {HIDDEN}: may be a secret"
         if setting.repeatable:

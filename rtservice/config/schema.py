@@ -15,6 +15,7 @@ from rtservice.config.values import (
     DESCRIPTION,
     FLAG,
     HOSTS,
+    HUB_URL,
     LEVELS,
     NETWORKS,
     NON_EMPTY,
@@ -92,6 +93,7 @@ _PROTOCOL = "Protocol"
 _LIMITS = "Limits and timeouts"
 _TLS = "TLS"
 _WORKERS = "Workers"
+_HUB = "Hub"
 _STATUS = "Status server"
 _LOGGING = "Logging"
 
@@ -259,6 +261,37 @@ class Settings:
         _WORKERS,
         "Replace a worker whose resident memory exceeds this many MiB, 64 or more; `0` disables it.",
         metavar="MIB",
+        applied_by="reload",
+    )
+    hub: str = _setting(
+        "",
+        HUB_URL,
+        _HUB,
+        "Redis that connects the hubs of several machines, such as `redis://redis.example.com:6379/0`. Default: none.",
+        "By default, the hub connects the clients of this service alone, in all its workers. Valkey works as Redis "
+        "does. `rediss://` uses TLS. `redis+sentinel://host1,host2/name` asks sentinels for the master, and "
+        "`redis+unix:///run/redis.sock` uses a UNIX socket. A user, a password and the values of options are "
+        "percent-encoded. The URL needs the extra `redis`. `ps` shows a password on the command line to other users: "
+        "set it in the environment or in `--hub-file`. A protocol that does not use the hub ignores the URL.",
+    )
+    hub_file: str = _setting(
+        "",
+        TEXT,
+        _HUB,
+        "File that contains the URL of `--hub` in one line, for a URL with a password.",
+        "A relative path starts in the directory of the command. The file is read at the start, before privileges are "
+        "dropped. A reload reads it again for the new workers, and so gives them a new password.",
+        metavar="FILE",
+    )
+    hub_required: bool = _setting(
+        False,
+        FLAG,
+        _HUB,
+        "Report the service as not ready while the hub has no connection.",
+        "`/readyz` then answers 503, and a load balancer sends new clients elsewhere. With workers, one ready worker "
+        "whose hub has a connection is enough. The start does not wait for the hub, and connections stay open and are "
+        "accepted as before. By default, the hub does not affect readiness: an outage of Redis would make all machines "
+        "unavailable.",
         applied_by="reload",
     )
     status: str = _setting(

@@ -72,9 +72,9 @@ def load_settings(
 
     The command line takes precedence over the environment, that over the file, and that over the defaults. `listen`
     excludes `port` and `interface`: one source may give only one of the two ways, and the source of the highest
-    precedence that gives either decides. The options of the protocol are collected from all sources; for each option
-    the source of the highest precedence decides. In the file, a table `[protocol]` may hold them with the `name` of the
-    protocol.
+    precedence that gives either decides. So do `hub` and `hub-file`, unless they are empty. The options of the protocol
+    are collected from all sources; for each option the source of the highest precedence decides. In the file, a table
+    `[protocol]` may hold them with the `name` of the protocol.
 
     Raises SettingError; its text begins with the place of the mistake.
     """
@@ -98,13 +98,7 @@ def load_settings(
     values: dict[str, Any] = {}
     sources = {setting.name: "default" for setting in settings}
     for source, given in layers:
-        if given.get("listen"):
-            overridden = ["port", "interface"]
-        elif "port" in given or "interface" in given:
-            overridden = ["listen"]
-        else:
-            overridden = []
-        for name in overridden:
+        for name in _overridden(given):
             values.pop(name, None)
             sources[name] = "default"
         if "protocol-option" in given:
@@ -114,6 +108,20 @@ def load_settings(
     own = {setting.field: values[setting.name] for setting in all_settings() if setting.name in values}
     of_aliases = {setting: values.get(setting.name, setting.default) for setting in settings if setting.protocol}
     return LoadedSettings(Settings(**own, aliases=of_aliases), sources)
+
+
+def _overridden(given: Mapping[str, Any]) -> list[str]:
+    """Return the settings of lower sources that do not apply because of those that a source gives."""
+    overridden = []
+    if given.get("listen"):
+        overridden += ["port", "interface"]
+    elif "port" in given or "interface" in given:
+        overridden.append("listen")
+    if given.get("hub"):
+        overridden.append("hub-file")
+    elif given.get("hub-file"):
+        overridden.append("hub")
+    return overridden
 
 
 # An address such as `[::1]:8080`. No JSON array of strings begins like this.
@@ -206,12 +214,13 @@ def _parsed(
             values[settings[key].name] = _value(settings[key], value)
         except ValueError as error:  # also that of str() for an integer of thousands of digits
             raise SettingError(f"{where}: {error}") from None
-    if values.get("listen"):
-        for name in ("port", "interface"):
-            if name in values:
-                raise SettingError(
-                    f"{prefix}{key_of(name)}: cannot be combined with {key_of('listen')}; give one of them"
-                )
+    for name, other, given_both in (
+        ("port", "listen", "port" in values and values.get("listen")),
+        ("interface", "listen", "interface" in values and values.get("listen")),
+        ("hub-file", "hub", values.get("hub-file") and values.get("hub")),
+    ):
+        if given_both:
+            raise SettingError(f"{prefix}{key_of(name)}: cannot be combined with {key_of(other)}; give one of them")
     return values
 
 

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any, Literal, get_args
 
 from rtservice.hidden import HIDDEN, hide_in_description
+from rtservice.hub.redis_url import BadHubURL, parse_hub_url
 from rtservice.references import is_reference
 
 LogLevelName = Literal["debug", "info", "warn", "error", "critical"]
@@ -220,6 +221,23 @@ def _parse_description(value: str) -> str:
     return _parse_non_empty(value)
 
 
+def _parse_hub_url(value: str) -> str:
+    # No error shows the text.
+    if HIDDEN in value:
+        raise SettingError(_WAS_HIDDEN)
+    if value:
+        try:
+            parse_hub_url(value)
+        except BadHubURL as error:
+            raise SettingError(str(error)) from None
+    return value
+
+
+def _show_hub_url(value: str) -> str:
+    # Some options of the URL are passwords.
+    return parse_hub_url(value).shown + (f"?{HIDDEN}" if "?" in value else "") if value else ""
+
+
 _WAS_HIDDEN = f"{HIDDEN} is the placeholder of --print-config; give the value itself"
 # RFC 1123, section 2.1. Docker also uses the underscore.
 _HOST_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -257,6 +275,7 @@ PROTOCOL_OPTION = Kind(
     "a string such as max-message=5", _parse_protocol_option, show=_show_protocol_option, metavar="KEY=VALUE"
 )
 DESCRIPTION = Kind("a string", _parse_description, show=hide_in_description, metavar="LISTENER")
+HUB_URL = Kind("a URL such as redis://localhost:6379/0", _parse_hub_url, show=_show_hub_url, metavar="URL")
 NETWORKS = Kind("a string of networks, such as 10.0.0.0/8,2001:db8::/32", parse_networks, metavar="NETWORKS")
 
 

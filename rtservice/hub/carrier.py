@@ -15,10 +15,16 @@ from typing import Any, NamedTuple, Protocol
 
 from twisted.internet.defer import Deferred
 
+from rtservice.histogram import Histogram
 from rtservice.interfaces import Members
 
 # The maximum number of members in the answer of `members`.
 MOST_MEMBERS = 1000
+
+# Upper bounds of the buckets of the heartbeat's time, in seconds; the last bucket has none. And how the names of their
+# counters begin.
+HEARTBEATS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
+HEARTBEAT = "heartbeat_"
 
 
 class Membership(NamedTuple):
@@ -115,4 +121,18 @@ class Carrier(Protocol):
         """End a claim."""
 
     def counters(self) -> Mapping[str, int]:
-        """Return counters of this carrier by name, such as `reconnects`. See `Hub.counters`."""
+        """Return counters of this carrier by name, such as `reconnects`. See `Hub.counters`.
+
+        The accepted names are HUB_TOTALS and HUB_GAUGES of `process/counters.py`, and those of `heartbeat_counters`.
+        """
+
+
+def heartbeat_counters(heartbeats: Histogram) -> dict[str, int]:
+    """Return a histogram with the bounds HEARTBEATS as counters of a carrier.
+
+    These are `heartbeat_0` to `heartbeat_11`, the numbers of heartbeats by bucket, without empty ones; and
+    `heartbeat_us`, the sum of their times in microseconds.
+    """
+    found = {f"{HEARTBEAT}{bucket}": count for bucket, count in enumerate(heartbeats.counts) if count}
+    found[f"{HEARTBEAT}us"] = heartbeats.sum_us
+    return found

@@ -117,6 +117,11 @@ class Hub:
         """Whether the hub is in use in this process."""
         return self._state == "started"
 
+    @property
+    def used(self) -> bool:
+        """Whether the hub is in use in this process, or was."""
+        return self._state != "new"
+
     def start(self, reactor: Any) -> None:
         """Begin to work."""
         self._state = "started"

@@ -24,6 +24,24 @@ from prometheus_client.registry import Collector
 from rtservice.observe.status_source import StatusSource
 
 _VERSIONS = {"python": platform.python_version(), "twisted": version("twisted")}
+_Families = tuple[tuple[str, type[CounterMetricFamily | GaugeMetricFamily], str, str], ...]
+
+# Metrics of the hub: their keys in the counters of a process, types, names without prefix, and meanings.
+_OF_HUBS: _Families = (
+    ("published", CounterMetricFamily, "published", "Messages that the hub has accepted from this process."),
+    ("publish_failed", CounterMetricFamily, "publish_failures", "Messages that the hub has not accepted."),
+    ("received", CounterMetricFamily, "received", "Messages received from other processes."),
+    ("delivered", CounterMetricFamily, "delivered", "Messages delivered, counted for each receiver."),
+    ("dropped", CounterMetricFamily, "dropped", "Messages dropped because too many waited; a gap follows each."),
+    ("gaps", CounterMetricFamily, "gaps", "Gaps reported, counted for each receiver."),
+    ("reconnects", CounterMetricFamily, "reconnects", "New connections of the hub after the first one."),
+    ("topics", GaugeMetricFamily, "topics", "Topics with subscriptions."),
+    ("subscriptions", GaugeMetricFamily, "subscriptions", "Active subscriptions."),
+    ("members", GaugeMetricFamily, "members", "Members that this process has added."),
+    ("claims", GaugeMetricFamily, "claims", "Claims that this process holds."),
+    ("links", GaugeMetricFamily, "links", "Connections to the hubs of other workers."),
+)
+
 _STATES = ("starting", "serving", "draining", "stopped")
 
 # RFC 9110, section 12.4.2.
@@ -98,6 +116,7 @@ class _Figures(Collector):
         yield from self._service(figures)
         workers = [(str(worker["worker"]), worker["counters"]) for worker in figures["workers"]]
         yield from self._connections(workers)
+        yield from self._hubs([(worker, counters["hub"]) for worker, counters in workers if counters["hub"]])
         yield from _protocol(workers)
         if figures["supervisor"] is not None:
             workers.append(("supervisor", figures["supervisor"]))
@@ -186,6 +205,28 @@ class _Figures(Collector):
                 _add_histogram(durations, where, counts["duration"], self._source.durations)
         yield from (now, opened, closed, refused, failed, received, sent, durations)
 
+    def _hubs(self, hubs: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
+        up = GaugeMetricFamily(
+            "rtservice_hub_up", "1 while the hub has its connection, otherwise 0.", labels=["worker"]
+        )
+        for worker, hub in hubs:
+            if hub["up"] is not None:  # a process serves
+                up.add_metric([worker], hub["up"])
+        yield up
+        for key, kind, name, text in _OF_HUBS:
+            family = kind(f"rtservice_hub_{name}", text, labels=["worker"])
+            for worker, hub in hubs:
+                family.add_metric([worker], hub[key])
+            yield family
+        heartbeats = HistogramMetricFamily(
+            "rtservice_hub_heartbeat_seconds",
+            "Time from the publishing of a heartbeat through the engine to its delivery.",
+            labels=["worker"],
+        )
+        for worker, hub in hubs:
+            _add_histogram(heartbeats, [worker], hub["heartbeat"], self._source.heartbeats)
+        yield heartbeats
+
     def _processes(self, workers: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
         lag = HistogramMetricFamily(
             "rtservice_reactor_lag_seconds", "Delay of the reactor's timed calls.", labels=["worker"]
@@ -193,7 +234,7 @@ class _Figures(Collector):
         for worker, counters in workers:
             _add_histogram(lag, [worker], counters["lag"], self._source.lags)
         yield lag
-        gauges_and_counters: tuple[tuple[str, type[CounterMetricFamily | GaugeMetricFamily], str, str], ...] = (
+        gauges_and_counters: _Families = (
             ("cpu_seconds", CounterMetricFamily, "process_cpu_seconds", "User and system CPU time."),
             ("memory", GaugeMetricFamily, "process_resident_memory_bytes", "Resident memory."),
             ("descriptors", GaugeMetricFamily, "process_open_fds", "Open file descriptors."),

@@ -11,6 +11,12 @@ from twisted.internet.defer import Deferred
 
 PHASES = ("proxy", "tls", "open", "closing")
 
+# Counters of a hub, beside `up` and `heartbeat`.
+HUB_COUNTERS = (
+    *("published", "publish_failed", "received", "delivered", "dropped", "gaps", "reconnects"),
+    *("topics", "subscriptions", "members", "claims", "links"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StatusSource:
@@ -22,7 +28,8 @@ class StatusSource:
     number of its worker, and the numbers of the workers that did not answer. `settings` returns the current settings as
     text. `refresh` fires when `overview` has a new count of what takes more than one turn of the reactor to count.
     `hosts` returns the host names, in lower case, that requests may name in addition to localhost and IP addresses;
-    `*` among them allows any. `durations` and `lags` are the upper bounds of buckets, in seconds.
+    `*` among them allows any. `durations`, `lags` and `heartbeats` are the upper bounds of buckets, in
+    seconds.
     """
 
     version: str
@@ -35,6 +42,7 @@ class StatusSource:
     columns: tuple[str, ...]
     durations: tuple[float, ...]
     lags: tuple[float, ...]
+    heartbeats: tuple[float, ...]
 
     def figures(self) -> dict[str, Any]:
         """Return the overview, with the counters of each worker as `grouped` returns them."""
@@ -56,11 +64,13 @@ class StatusSource:
     ) -> dict[str, Any]:
         """Return counters, keyed by name, label and listener, as a tree, in seconds and bytes.
 
-        Each of `listeners` has all its counters there. Those that are missing are 0.
+        Each of `listeners` has all its counters there, and so has the hub. Those that are missing are 0. `hub` is None
+        without counters of a hub, and its `up` is None without a process that serves.
         """
         found: dict[str, Any] = {
             "lag": {"buckets": [0] * (len(self.lags) + 1), "seconds": 0.0},
             "listeners": {name: self._listener() for name in listeners},
+            "hub": None,
             "protocol": {},
         }
         for (name, label, listener), count in counters.items():
@@ -73,6 +83,14 @@ class StatusSource:
         group = found["listeners"].setdefault(listener, self._listener()) if listener else found
         if name == "cpu_us":
             found["cpu_seconds"] = count / 1e6
+        elif name in ("hub", "hub_heartbeat", "hub_heartbeat_us"):
+            hub = found["hub"] = found["hub"] or self._hub()
+            if name == "hub":
+                hub[label] = count
+            elif name == "hub_heartbeat":
+                hub["heartbeat"]["buckets"][int(label)] = count
+            else:
+                hub["heartbeat"]["seconds"] = count / 1e6
         elif name in ("lag", "duration"):
             group[name]["buckets"][int(label)] = count
         elif name in ("lag_us", "duration_us"):
@@ -81,6 +99,13 @@ class StatusSource:
             group[name][label] = count
         elif type(group.get(name, 0)) is int:
             group[name] = count
+
+    def _hub(self) -> dict[str, Any]:
+        return {
+            "up": None,
+            **dict.fromkeys(HUB_COUNTERS, 0),
+            "heartbeat": {"buckets": [0] * (len(self.heartbeats) + 1), "seconds": 0.0},
+        }
 
     def _listener(self) -> dict[str, Any]:
         return {

@@ -324,7 +324,9 @@ class WorkerPool:
         ready = sum(slot.ready for slot in self.slots)
         count = sum(worker.counters.get(OPEN_CONNECTIONS, 0) for worker in self._workers())
         workers = counted(len(self.slots), "worker")
-        return f"{self.state.value}: {ready} of {workers} ready, {counted(count, 'connection')} open"
+        without = sum(slot.ready and not slot.has_hub for slot in self.slots)
+        hub = f", the hub has no connection in {counted(without, 'worker')}" if without else ""
+        return f"{self.state.value}: {ready} of {workers} ready, {counted(count, 'connection')} open{hub}"
 
     @property
     def short_status(self) -> str:
@@ -333,8 +335,12 @@ class WorkerPool:
 
     @property
     def ready(self) -> bool:
-        """Whether the pool is ready for traffic: after all workers were ready once, one ready worker is enough."""
-        return self.state is State.SERVING and any(slot.ready for slot in self.slots)
+        """Whether the pool is ready for traffic: after all workers were ready once, one ready worker is enough.
+
+        With `hub_required`, the hub of that worker is up.
+        """
+        required = self._spec.hub_required
+        return self.state is State.SERVING and any(slot.ready and (slot.has_hub or not required) for slot in self.slots)
 
     def snapshot(self, now: float, process: dict[CounterKey, float]) -> dict[str, Any]:
         """Return the state of the supervisor and of each worker: see Backend."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rtservice.pool.worker_process import WorkerPhase, WorkerProcess
+from rtservice.process.counters import HUB_UP
 
 
 class Slot:
@@ -30,6 +31,11 @@ class Slot:
     def ready(self) -> bool:
         """Whether the current worker serves."""
         return self.worker is not None and self.worker.phase is WorkerPhase.READY
+
+    @property
+    def has_hub(self) -> bool:
+        """Whether the hub of the current worker is up, or not used."""
+        return self.worker is not None and bool(self.worker.counters.get(HUB_UP, 1))
 
     def accepts(self, now: float) -> bool:
         """Whether the slot serves new clients without delay."""

@@ -15,28 +15,31 @@ from rtservice.net.tls import DirectoryTLS, Files, RecordedFiles, ServerTLS
 from rtservice.references import OptionValue
 from rtservice.steps import Steps, finish
 
+# Settings that a worker receives as sockets, as resolved options, and as the URL of the hub.
+_RESOLVED = ("listen", "port", "interface", "protocol-option", "hub", "hub-file")
+
 
 def describe(
     loaded: LoadedSettings,
     listeners: list[Listener],
     *,
     options: Iterable[OptionValue],
+    hub: str = "",
     directory: str,
     read: Mapping[object, Files] | None = None,
 ) -> dict[str, Any]:
     """Return the value of a `start` message without `slot` and `slots`. Raises TLSError.
 
-    `options` are the options of the protocol, with the contents of their files. Certificates and keys are read here,
-    unless `read` has them by the sources of the listeners. A worker may have no permission to read these files. All
-    values are sent in this message, since other users can see the arguments of a process, and its child processes
-    inherit its environment. The supervisor does not import the protocol: each worker does, with its privileges, and so
-    with the current code.
+    `options` are the options of the protocol, with the contents of their files. `hub` is the URL of the hub, or empty.
+    Certificates and keys are read here, unless `read` has them by the sources of the listeners. A worker may have no
+    permission to read these files. All values are sent in this message, since other users can see the arguments of a
+    process, and its child processes inherit its environment. The supervisor does not import the protocol: each worker
+    does, with its privileges, and so with the current code.
     """
     texts: dict[str, str | tuple[str, ...]] = {}
     for setting, value in loaded.settings.items():
-        # A worker receives sockets and resolved options. Defaults are left out: an alias of an option is rejected with
-        # other protocols.
-        if setting.name not in ("listen", "port", "interface", "protocol-option") and value != setting.default:
+        # Defaults are left out: an alias of an option is rejected with other protocols.
+        if setting.name not in _RESOLVED and value != setting.default:
             texts[setting.name] = value if setting.repeatable else as_text(value)
     described = [_described(listener, (read or {}).get(listener.source)) for listener in listeners]
     return {
@@ -44,6 +47,7 @@ def describe(
         "sources": dict(loaded.sources),  # for errors, which name the source
         "options": [dataclasses.astuple(option) for option in options],
         "listeners": described,
+        "hub": hub,
         "directory": directory,
     }
 

@@ -11,7 +11,7 @@ from twisted.python.failure import Failure
 from rtservice.pool.slot import Slot
 from rtservice.pool.worker_counters import SlotCounters
 from rtservice.pool.worker_process import WorkerProcess
-from rtservice.process.counters import CounterKey, add
+from rtservice.process.counters import HUB_UP, CounterKey, add
 
 _SIGNALS = frozenset(signal.Signals)
 
@@ -68,6 +68,10 @@ class Totals:
         for worker in slot.workers() if slot is not None else ():
             self.counters_of(number).add(counters, worker.counters)
         current = slot.worker if slot is not None else None
+        # That of a worker that drains, or that starts, does not count.
+        counters.pop(HUB_UP, None)
+        if current is not None and HUB_UP in current.counters:
+            counters[HUB_UP] = current.counters[HUB_UP]
         return {
             "worker": number,
             "pid": current.transport.pid if current is not None else None,

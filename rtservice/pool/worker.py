@@ -31,8 +31,9 @@ from rtservice.events import (
 )
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.factory import make_factory
+from rtservice.hub.choice import make_carrier, warn_if_unused
 from rtservice.hub.hub import Hub
-from rtservice.hub.local import LocalCarrier
+from rtservice.hub.redis_url import BadHubURL
 from rtservice.net.listener import Listener
 from rtservice.net.tls import TLSError, ignore_bad_names
 from rtservice.observe.logs import AccessLog, Levels, Log, message_and_traceback
@@ -212,7 +213,7 @@ class Worker(Protocol):
     def _start(self, message: dict[str, Any]) -> Steps[None]:
         try:
             yield from self._serve(message)
-        except (SettingError, TLSError, OSError) as error:
+        except (SettingError, BadHubURL, TLSError, OSError) as error:
             self._fail(str(error))
         except GeneratorExit:  # a `drain` cancels the start
             raise
@@ -235,6 +236,7 @@ class Worker(Protocol):
             directory=message["directory"],
             processes=message["slots"],
         )
+        warn_if_unused(message["hub"], factory, self._log)
         for place, listener in enumerate(message["listeners"]):
             self._listeners.append((yield from adopt_listener(listener, FIRST_SOCKET + place)))
         self._server = Server(
@@ -242,7 +244,7 @@ class Worker(Protocol):
             listeners=self._listeners,
             settings=runtime_settings(self._settings, slot=self._slot, slots=self._slots),
             log=self._log,
-            hub=Hub(LocalCarrier(), self._log),
+            hub=Hub(make_carrier(message["hub"]), self._log),
             record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
         )
         self._server.prepare(self)
@@ -257,6 +259,8 @@ class Worker(Protocol):
     def ready(self) -> None:
         """Report to the supervisor that every listener accepts."""
         self._ready = True
+        if self._server is not None and self._server.hub.started:
+            self._beat()  # first, so that the supervisor knows whether the hub has its connection
         self._send_message("ready")
 
     def failed(self, problem: str) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from rtservice.hub.carrier import HEARTBEATS
 from rtservice.process.counters import (
     DURATIONS,
+    HUB_GAUGES,
+    HUB_TOTALS,
     LAGS,
     LARGEST_OF_FACTORY,
     MOST_LABELS,
@@ -24,6 +27,7 @@ from rtservice.process.counters import (
 _PLAIN = (
     *("open", "ended", "aborted", "drain_ended", "drain_aborted"),
     *("cpu_us", "memory", "descriptors", "descriptor_limit", "dropped", "lag_us"),
+    "hub_heartbeat_us",
 )
 _OPEN_LABELS = frozenset(("closed", "handshake_failed", "refused"))  # names whose labels are not a fixed set
 _LONGEST_LABEL = 64
@@ -53,6 +57,8 @@ class CounterDecoder:
         self._listeners = frozenset(listeners)
         keys = [CounterKey(name) for name in _PLAIN]
         keys += [CounterKey("lag", str(bucket)) for bucket in range(len(LAGS) + 1)]
+        keys += [CounterKey("hub", name) for name in (*HUB_TOTALS, *HUB_GAUGES)]
+        keys += [CounterKey("hub_heartbeat", str(bucket)) for bucket in range(len(HEARTBEATS) + 1)]
         for listener in self._listeners:
             keys += [CounterKey(name, "", listener) for name in ("opened", "in", "out", "duration_us")]
             keys += [CounterKey("duration", str(bucket), listener) for bucket in range(len(DURATIONS) + 1)]

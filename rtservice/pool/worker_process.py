@@ -88,7 +88,8 @@ class WorkerSpec:
 
     `start` is called with the slot and the number of slots, and returns the value of the `start` message.
     `drain_timeout`, `hang_timeout` and `max_age` are in seconds, `max_memory` in bytes; 0 is no limit for the last
-    three. With `watch_certificates`, workers are replaced when certificate files have changed.
+    three. With `hub_required`, the pool is not ready for traffic without a worker whose hub is up. With
+    `watch_certificates`, workers are replaced when certificate files have changed.
     """
 
     start: Callable[[int, int], Any]
@@ -96,6 +97,7 @@ class WorkerSpec:
     hang_timeout: float
     max_age: float
     max_memory: int
+    hub_required: bool = False
     watch_certificates: bool = False
 
 

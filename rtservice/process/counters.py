@@ -22,10 +22,13 @@ with the other fields of its key:
     descriptors, descriptor_limit
                         open file descriptors, and their limit; -1 is no limit
     dropped             log records that could not be written in time
+    hub                 counters of the hub by name (label), if it is used: HUB_TOTALS and HUB_GAUGES; `up` is 0 or 1
+    hub_heartbeat, hub_heartbeat_us
+                        as `lag`, for the time from a heartbeat of the hub to its return
     protocol            counters of the hosted factory, by name (label); may have fractions
 
-A total never decreases while the process runs. All counters are totals, except GAUGES and those of the factory whose
-names do not end in `_total`.
+A total never decreases while the process runs. All counters are totals, except GAUGES, HUB_GAUGES, and those of the
+factory whose names do not end in `_total`.
 """
 
 from __future__ import annotations
@@ -33,16 +36,21 @@ from __future__ import annotations
 import os
 import re
 import resource
-from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from rtservice.histogram import Histogram
+from rtservice.hub.carrier import HEARTBEAT
 from rtservice.net.phases import Phase
 
 Name = TypeVar("Name")
 Number = TypeVar("Number", int, float)
 
 GAUGES = frozenset(("open", "memory", "phase", "descriptors", "descriptor_limit"))
+
+# Counters of a hub and its carrier: see Hub.counters.
+HUB_TOTALS = ("published", "publish_failed", "delivered", "dropped", "gaps", "received", "reconnects")
+HUB_GAUGES = ("up", "topics", "subscriptions", "members", "claims", "links")
 
 PHASES = tuple(phase.value for phase in Phase)
 
@@ -75,13 +83,20 @@ class CounterKey(NamedTuple):
     @property
     def is_total(self) -> bool:
         """Whether the counter never decreases."""
-        return self.label.endswith(_TOTAL) if self.name == "protocol" else self.name not in GAUGES
+        match self.name:
+            case "protocol":
+                return self.label.endswith(_TOTAL)
+            case "hub":
+                return self.label not in HUB_GAUGES
+            case _:
+                return self.name not in GAUGES
 
 
 # Keys without label and listener that more than one module uses.
 OPEN_CONNECTIONS, ENDED, ABORTED = CounterKey("open"), CounterKey("ended"), CounterKey("aborted")
 DRAIN_ENDED, DRAIN_ABORTED = CounterKey("drain_ended"), CounterKey("drain_aborted")
 MEMORY, DROPPED = CounterKey("memory"), CounterKey("dropped")
+HUB_UP = CounterKey("hub", "up")
 
 
 def add(totals: dict[Name, Number], counters: Mapping[Name, Number]) -> None:
@@ -90,27 +105,12 @@ def add(totals: dict[Name, Number], counters: Mapping[Name, Number]) -> None:
         totals[key] = totals.get(key, 0) + count
 
 
-class Histogram:
-    """Counts values by bucket, and their sum."""
-
-    __slots__ = ("_bounds", "counts", "sum_us")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        """`bounds` are the upper bounds of all buckets but the last, in seconds, in ascending order."""
-        self._bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum_us = 0
-
-    def add(self, seconds: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self._bounds, seconds)] += 1
-        self.sum_us += int(seconds * 1e6)
-
-    def counters(self, name: str, listener: str = "") -> dict[CounterKey, int]:
-        """Return the counters `name`, labelled by the number of the bucket, without empty ones, and `name`_us."""
-        found = {CounterKey(name, str(bucket), listener): count for bucket, count in enumerate(self.counts) if count}
-        found[CounterKey(f"{name}_us", "", listener)] = self.sum_us
-        return found
+def histogram_counters(name: str, histogram: Histogram, listener: str = "") -> dict[CounterKey, int]:
+    """Return the counters `name`, labelled by the number of the bucket, without empty ones, and `name`_us."""
+    counts = histogram.counts
+    found = {CounterKey(name, str(bucket), listener): count for bucket, count in enumerate(counts) if count}
+    found[CounterKey(f"{name}_us", "", listener)] = histogram.sum_us
+    return found
 
 
 class Lag:
@@ -135,7 +135,7 @@ class Lag:
 
     def counters(self) -> dict[CounterKey, int]:
         """Return the counters `lag` and `lag_us`."""
-        return self.histogram.counters("lag")
+        return histogram_counters("lag", self.histogram)
 
 
 def is_factory_name(name: object) -> bool:
@@ -165,6 +165,19 @@ def factory_counters(metrics: Mapping[str, float]) -> tuple[dict[CounterKey, flo
         else:
             found[CounterKey("protocol", name)] = +value  # True becomes 1
     return found, problem
+
+
+def hub_counters(counters: Mapping[str, int]) -> dict[CounterKey, int]:
+    """Return the counters in the result of `Hub.counters`."""
+    found: dict[CounterKey, int] = {}
+    for name, count in counters.items():
+        if name.startswith(HEARTBEAT):
+            bucket = name.removeprefix(HEARTBEAT)
+            key = CounterKey("hub_heartbeat_us") if bucket == "us" else CounterKey("hub_heartbeat", bucket)
+        else:
+            key = CounterKey("hub", name)
+        found[key] = count
+    return found
 
 
 def process_counters() -> dict[CounterKey, int]:

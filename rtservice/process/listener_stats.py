@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from rtservice.histogram import Histogram
 from rtservice.net.phases import PROXY, TLS, Phase
-from rtservice.process.counters import DURATIONS, MOST_LABELS, OTHER, CounterKey, Histogram
+from rtservice.process.counters import DURATIONS, MOST_LABELS, OTHER, CounterKey, histogram_counters
 
 
 class ListenerStats:
@@ -41,7 +42,7 @@ class ListenerStats:
             CounterKey("opened", "", listener): self.opened,
             CounterKey("in", "", listener): self.bytes_in,
             CounterKey("out", "", listener): self.bytes_out,
-            **self.durations.counters("duration", listener),
+            **histogram_counters("duration", self.durations, listener),
         }
         for name, counts in (
             ("closed", self.closed),

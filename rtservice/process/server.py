@@ -30,7 +30,7 @@ from rtservice.net.phases import OPEN
 from rtservice.net.port import HANDSHAKE_TIMEOUT, Port
 from rtservice.process.admission import Limits
 from rtservice.process.backend import ConnectionRows, Host
-from rtservice.process.counters import DRAIN_ABORTED, DRAIN_ENDED, CounterKey, factory_counters
+from rtservice.process.counters import DRAIN_ABORTED, DRAIN_ENDED, CounterKey, factory_counters, hub_counters
 from rtservice.process.endpoints import Endpoints
 from rtservice.process.foreign import ForeignFactory
 from rtservice.process.registry import ConnectionRecorder, Registry
@@ -58,6 +58,7 @@ class RuntimeSettings:
     limits: Limits
     handshake_timeout: float = HANDSHAKE_TIMEOUT
     drain_timeout: float = 30.0
+    hub_required: bool = False
     watch_certificates: bool = False
 
 
@@ -235,17 +236,22 @@ class Server:
         phases = self.connections.phases()
         unfinished = sum(phases.values()) - phases[OPEN]
         more = f", {unfinished} in a handshake or closing" if unfinished else ""
-        return f"{self.state.value}: {counted(phases[OPEN], 'connection')} open{more}"
+        return f"{self.state.value}: {counted(phases[OPEN], 'connection')} open{more}{self._hub_status}"
 
     @property
     def short_status(self) -> str:
         """The state in one line, in constant time."""
-        return f"{self.state.value}: {counted(len(self.connections.open), 'connection')}"
+        return f"{self.state.value}: {counted(len(self.connections.open), 'connection')}{self._hub_status}"
+
+    @property
+    def _hub_status(self) -> str:
+        return ", the hub has no connection" if self.hub.started and not self.hub.up else ""
 
     @property
     def ready(self) -> bool:
         """Whether the server is ready for traffic."""
-        return self.state is State.SERVING
+        has_hub = self.hub.up or not self.hub.started or not self.settings.hub_required
+        return self.state is State.SERVING and has_hub
 
     @property
     def watches_certificates(self) -> bool:
@@ -261,6 +267,7 @@ class Server:
         return {
             **self._factory_counters,
             **self.connections.counters(),
+            **(hub_counters(self.hub.counters()) if self.hub.used else {}),
             DRAIN_ENDED: self.drain_ended,
             DRAIN_ABORTED: self.drain_aborted,
         }

@@ -64,9 +64,12 @@ class CurrentSettings:
     def read(self) -> LoadedSettings:
         """Return the new settings, checked as for a start. Raises SettingError."""
         loaded = self.source.read()
-        if any(name in _OF_LISTENERS for name in changes(self.current, loaded.settings)[1]):
-            # These need a restart. Checked now, so that an error does not appear only at the restart. Host names are
-            # not resolved: the service would wait for the resolver.
+        need_restart = changes(self.current, loaded.settings)[1]
+        # What needs a restart is checked now, so that an error does not appear only at the restart.
+        if "hub-file" in need_restart:
+            self.source.hub_url(loaded)
+        if any(name in _OF_LISTENERS for name in need_restart):
+            # Host names are not resolved: the service would wait for the resolver.
             slots = process_count(loaded.settings)
             check_places(*read_listeners(loaded, self._resolve_path, slots), look_up=False)
             check_other_types(loaded, slots)
@@ -188,7 +191,12 @@ def worker_spec(
     """
     settings = loaded.settings
     described = describe(
-        loaded, listeners, options=source.protocol_options(loaded), directory=source.directory, read=read or {}
+        loaded,
+        listeners,
+        options=source.protocol_options(loaded),
+        hub=source.hub_url(loaded),
+        directory=source.directory,
+        read=read or {},
     )
     return WorkerSpec(
         start=lambda slot, slots: {**described, "slot": slot, "slots": slots},
@@ -196,5 +204,6 @@ def worker_spec(
         hang_timeout=settings.hang_timeout,
         max_age=settings.max_worker_age,
         max_memory=settings.max_worker_memory * 1024 * 1024,
+        hub_required=settings.hub_required,
         watch_certificates=settings.watch_certificates,
     )

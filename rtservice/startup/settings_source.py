@@ -10,6 +10,7 @@ from rtservice.config.sources import LoadedSettings, load_settings
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.factory import make_factory, resolve_options
 from rtservice.references import OptionValue
+from rtservice.startup.hub_url import hub_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +18,8 @@ class SettingsSource:
     """The sources of the settings, kept for reloads: a daemon changes its working directory and environment.
 
     `given` are the settings of the command line, by name. `file` is the absolute path of the TOML file, or None.
-    Files of option values (`@FILE`) are relative to `started_in`. Paths that the protocol opens are relative to
-    `directory`.
+    Files of option values (`@FILE`) and of the hub's URL are relative to `started_in`. Paths that the protocol opens
+    are relative to `directory`.
     """
 
     given: Mapping[str, Any]
@@ -34,6 +35,10 @@ class SettingsSource:
     def protocol_options(self, loaded: LoadedSettings) -> tuple[OptionValue, ...]:
         """Return the options of the protocol, with the current contents of their files. Raises SettingError."""
         return resolve_options(loaded, self.environment, self.started_in)
+
+    def hub_url(self, loaded: LoadedSettings) -> str:
+        """Return the URL of the hub, or an empty text, with the current content of its file. Raises SettingError."""
+        return hub_url(loaded, self.started_in)
 
     def make_factory(self, loaded: LoadedSettings, processes: int = 1) -> Any:
         """Return the factory for these settings. `processes` is the number of processes. Raises SettingError."""

@@ -18,6 +18,7 @@ from twisted.internet.testing import StringTransport
 from twisted.logger import Logger, formatEvent
 
 import rtservice.observe
+from rtservice.hub.carrier import HEARTBEATS
 from rtservice.observe.site import make_site
 from rtservice.observe.status_source import StatusSource
 from rtservice.process.counters import DURATIONS, LAGS, CounterKey
@@ -91,6 +92,7 @@ class Service:
             columns=COLUMNS,
             durations=DURATIONS,
             lags=LAGS,
+            heartbeats=HEARTBEATS,
         )
 
 

@@ -170,6 +170,19 @@ function showListeners(status) {
   ], Object.values(all));
 }
 
+function showHub(status) {
+  const hubs = status.workers.filter(({counters}) => counters.hub).map(({worker, counters}) => ({worker, ...counters.hub}));
+  byId("connecting").hidden = !hubs.length;
+  const state = (hub) => hub.up === null ? "–" : hub.up ? "up" : "no connection";
+  table("hub", [
+    ["worker", (hub) => hub.worker],
+    ["hub", (hub) => make("td", {class: hub.up ? "good" : "wait"}, state(hub))],
+    ...["topics", "subscriptions", "members", "claims", "published", "delivered", "dropped", "gaps", "reconnects"]
+      .map((name) => [name, (hub) => whole(hub[name]), "number"]),
+    ["publish failed", (hub) => whole(hub.publish_failed), "number"],
+  ], hubs);
+}
+
 function showProtocol(status) {
   const all = {};
   for (const worker of status.workers) {
@@ -230,6 +243,7 @@ function show(status) {
     `worker ${number}`))));
   showWorkers(status);
   showListeners(status);
+  showHub(status);
   showProtocol(status);
   showConnections(status);
   showCertificates(status);
