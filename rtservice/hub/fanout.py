@@ -78,15 +78,17 @@ class _Topic:
 class Fanout:
     """The receivers of this process, by topic."""
 
-    def __init__(self, log: Logger) -> None:
+    def __init__(self, log: Logger, measure: Callable[[], float] = perf_counter) -> None:
+        """`measure` returns the time in seconds, by which turns are limited."""
         self.delivered = self.dropped = self.gaps = 0
         self.subscriptions = 0  # active ones
         self._log = log
+        self._measure = measure
         self._reactor: Any = None  # set by `start`
         self._topics: dict[str, _Topic] = {}
         self._scheduled: deque[_Topic] = deque()  # topics with something to deliver
         self._size = 0
-        self._turn: Any = None  # the delayed call of the next turn
+        self._turn: Any = None  # the delayed call of the next turn, or of the current one
         self._failures = LogRateLimit(_MOST_FAILURES, 10.0)
 
     def start(self, reactor: Any) -> None:
@@ -95,9 +97,13 @@ class Fanout:
 
     def stop(self) -> None:
         """Deliver nothing more."""
-        if self._turn is not None:
+        if self._turn is not None and self._turn.active():
             self._turn.cancel()
-            self._turn = None
+        for topic in self._topics.values():
+            topic.queue.clear()
+            topic.rest = None
+            for subscription in topic.receivers:
+                subscription.end()
         self._topics.clear()
         self._scheduled.clear()
         self._size = self.subscriptions = 0
@@ -201,24 +207,23 @@ class Fanout:
     # --- turns ---
 
     def _take_turn(self) -> None:
-        self._turn = None
+        # `_turn` is not None meanwhile: a receiver that publishes must not cause a second call.
         scheduled = self._scheduled
-        end = perf_counter() + TURN_SECONDS
+        end = self._measure() + TURN_SECONDS
         while scheduled:
             topic = scheduled.popleft()
             try:
                 more = self._work(topic)
             except BaseException:  # SystemExit of one receiver must not cost the others their messages
                 self._failed(topic)
-                more = True
+                more = topic.rest is not None
             if more:
                 scheduled.append(topic)
             else:
                 topic.scheduled = False
-            if perf_counter() >= end:
+            if self._measure() >= end:
                 break
-        if scheduled:
-            self._turn = self._reactor.callLater(0, self._take_turn)
+        self._turn = self._reactor.callLater(0, self._take_turn) if scheduled else None
 
     def _work(self, topic: _Topic) -> bool:
         """Do one chunk of the deliveries of a topic. Return whether more is to be done."""
