@@ -97,7 +97,8 @@ class Hub:
     def __init__(self, carrier: Carrier, log: Logger) -> None:
         self._carrier = carrier
         self._fanout = Fanout(log)
-        self._active: dict[str, Deferred[None] | None] = {}  # subscribed topics, and what fires when one is active
+        # Subscribed topics. One that is not active yet has its subscriptions, and the functions that finish them then.
+        self._active: dict[str, dict[Subscription, Callable[[object], None]] | None] = {}
         self._memberships: dict[int, Membership] = {}
         self._claims: dict[int, tuple[Claim, _Claim]] = {}  # held ones
         self._number = 0  # the last one of a membership or claim
@@ -132,6 +133,7 @@ class Hub:
         """Stop delivering, and send what was accepted. Fires when that is done."""
         self._state = "stopped"
         self._fanout.stop()
+        self._active.clear()
         self._memberships.clear()
         self._claims.clear()
         stopped = self._carrier.stop()
@@ -197,28 +199,37 @@ class Hub:
         if self._state != "started":
             return fail(HubUnavailable(f"the hub is {self._state}"))
         subscription = self._fanout.add(topic, receiver)
-        result = _Subscription(self, subscription)
-        if topic not in self._active:
-            active = self._carrier.subscribe(topic)
-            self._active[topic] = None if active.called else active
-            if not active.called:
-                active.addBoth(self._activated, topic, active)
-        waits_for = self._active[topic]
         done: Deferred[ISubscription] = self._operation(lambda: self._unsubscribe(subscription))
-        if waits_for is None:
-            self._finish(done, result)
+
+        def finish(outcome: object) -> None:
+            if isinstance(outcome, Failure):
+                self._fanout.remove(subscription)
+            self._pass(outcome, done, _Subscription(self, subscription))
+
+        if topic not in self._active:
+            waiting = self._active[topic] = {subscription: finish}
+            self._carrier.subscribe(topic).addBoth(self._activated, topic, waiting)
+        elif (others := self._active[topic]) is not None:
+            others[subscription] = finish
         else:
-            waits_for.addBoth(self._pass, done, result)
+            finish(None)
         return done
 
-    def _activated(self, result: object, topic: str, active: Deferred[None]) -> object:
-        if self._active.get(topic) is active:
-            self._active[topic] = None
-        return result
+    def _activated(self, outcome: object, topic: str, waiting: dict[Subscription, Callable[[object], None]]) -> None:
+        if self._active.get(topic) is waiting:  # it was not unsubscribed meanwhile
+            if isinstance(outcome, Failure):
+                del self._active[topic]
+            else:
+                self._active[topic] = None
+        for finish in list(waiting.values()):
+            finish(outcome)
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         self._fanout.remove(subscription)
         topic = subscription.topic
+        waiting = self._active.get(topic)
+        if waiting is not None:
+            waiting.pop(subscription, None)
         if self._state == "started" and topic in self._active and not self._fanout.has(topic):
             del self._active[topic]
             self._carrier.unsubscribe(topic)
@@ -231,8 +242,13 @@ class Hub:
         number = self._next_number()
         membership = self._memberships[number] = Membership(number, topic, member)
         done: Deferred[IMembership] = self._operation(lambda: self._leave(number))
-        self._carrier.join(membership).addBoth(self._pass, done, _Membership(self, number))
+        joined = self._carrier.join(membership)
+        joined.addErrback(self._not_joined, number).addBoth(self._pass, done, _Membership(self, number))
         return done
+
+    def _not_joined(self, failure: Failure, number: int) -> Failure:
+        self._memberships.pop(number, None)
+        return failure
 
     def _leave(self, number: int) -> None:
         membership = self._memberships.pop(number, None)
