@@ -14,7 +14,6 @@ from rtservice.hub import fanout as module
 from rtservice.hub.fanout import CHUNK, COST, TOPIC_LIMIT, TOTAL_LIMIT, TURN_SECONDS, Fanout
 from tests.support.receivers import GAP, Recorder
 
-
 TURN = 0.125
 
 
@@ -130,7 +129,7 @@ def test_a_topic_with_10000_receivers_takes_bounded_turns() -> None:
 
 
 def test_topics_take_turns(world) -> None:
-    for number in range(10 * CHUNK):
+    for _ in range(10 * CHUNK):
         world.add("large", "large")
     world.add("small", "small")
     world.fanout.deliver("large", b"1")
