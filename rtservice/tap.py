@@ -268,7 +268,7 @@ def _make_service(options: Options, bound: contextlib.ExitStack) -> ServiceProce
         factory = None
         source.protocol_options(loaded)
     url = source.hub_url(loaded)
-    carrier = carrier_of_process(loaded, url)
+    carrier = carrier_of_process(loaded, url, log)
     if options["check"]:
         check_configuration(loaded, resolve_path, slots)
         raise _Printed("rtservice: the configuration is valid\n")

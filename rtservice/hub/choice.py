@@ -10,24 +10,21 @@ from twisted.logger import Logger
 from rtservice.events import HUB_UNUSED
 from rtservice.hub.carrier import Carrier
 from rtservice.hub.local import LocalCarrier
-from rtservice.hub.redis_url import BadHubURL, parse_hub_url
+from rtservice.hub.redis_url import parse_hub_url
 from rtservice.interfaces import IHubUser
 
 
-def make_carrier(url: str, mesh: Callable[[], Carrier] = LocalCarrier) -> Carrier:
+def make_carrier(url: str, log: Logger, mesh: Callable[[], Carrier] = LocalCarrier) -> Carrier:
     """Return the carrier for a process.
 
-    `url` is the value of `--hub`, or empty. `mesh` returns the carrier of a worker without a URL. Raises BadHubURL if
+    `url` is the value of `--hub`, or empty. `mesh` returns the carrier of a process without a URL. Raises BadHubURL if
     the URL is invalid, or if a library or a file that it needs is missing.
     """
     if not url:
         return mesh()
-    parsed = parse_hub_url(url)
-    try:
-        from rtservice.hub.redis import RedisCarrier  # needs hiredis: the extra `redis`
-    except ImportError:
-        raise BadHubURL("the hub on Redis needs the package hiredis: pip install 'rtservice[redis]'") from None
-    return RedisCarrier(parsed)
+    from rtservice.hub.redis import RedisCarrier  # most services do without it
+
+    return RedisCarrier(parse_hub_url(url), log)
 
 
 def warn_if_unused(url: str, factory: Any, log: Logger) -> None:

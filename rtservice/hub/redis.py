@@ -43,7 +43,8 @@ from rtservice.events import (
     HUB_UNAVAILABLE,
     HUB_UNVERIFIED,
 )
-from rtservice.hub.carrier import Claim, Local, Membership
+from rtservice.histogram import Histogram
+from rtservice.hub.carrier import HEARTBEATS, Claim, Local, Membership, heartbeat_counters
 from rtservice.hub.connect_errors import ConnectFailed, reason_of
 from rtservice.hub.redis_endpoints import RedisEndpoints
 from rtservice.hub.redis_greeting import Greeting, check_role, greet
@@ -79,7 +80,7 @@ _MOST_PROBLEMS, _MOST_REFUSALS = 3, 3
 # Seconds by which a heartbeat is late if this process was blocked or stopped.
 _LATE = 1.0
 
-_COUNTERS = ("reconnects", "refused", "heartbeats", "heartbeat_us", "heartbeat_us_sum")
+_COUNTERS = ("reconnects", "refused")
 
 
 class RedisCarrier:
@@ -103,6 +104,7 @@ class RedisCarrier:
         self._split_channel = f"{url.prefix}:s".encode()
         self._refusals = LogRateLimit(_MOST_REFUSALS, 60.0)
         self._counters = dict.fromkeys(_COUNTERS, 0)
+        self._heartbeats = Histogram(HEARTBEATS)
         # Set by `start`.
         self._reactor: Any = None
         self._local: Any = None
@@ -356,10 +358,7 @@ class RedisCarrier:
     def _count_beat(self) -> None:
         self._beat_returned = True
         self._attempts = 0
-        elapsed = round((self._reactor.seconds() - self._beat_at) * 1e6)
-        self._counters["heartbeats"] += 1
-        self._counters["heartbeat_us"] = elapsed
-        self._counters["heartbeat_us_sum"] += elapsed
+        self._heartbeats.add(self._reactor.seconds() - self._beat_at)
 
     def _split_sent(self, _: None, reply: Any) -> None:
         if type(reply) is int:
@@ -438,10 +437,15 @@ class RedisCarrier:
     def counters(self) -> Mapping[str, int]:
         """Return the counters of this process.
 
-        `reconnects`; `refused` commands; `claims_lost`; `in_flight` messages; `heartbeats` that came back,
-        `heartbeat_us` of the last one and `heartbeat_us_sum` of all, in microseconds.
+        `reconnects`; `refused` commands; `claims_lost`; `in_flight` messages; and those of `heartbeat_counters`, of the
+        heartbeats that came back.
         """
-        return {**self._counters, "claims_lost": self._presence.lost, "in_flight": len(self._publishing)}
+        return {
+            **self._counters,
+            "claims_lost": self._presence.lost,
+            "in_flight": len(self._publishing),
+            **heartbeat_counters(self._heartbeats),
+        }
 
 
 def _ignore(channel: bytes) -> None:

@@ -35,11 +35,14 @@ _OF_HUBS: _Families = (
     ("dropped", CounterMetricFamily, "dropped", "Messages dropped because too many waited; a gap follows each."),
     ("gaps", CounterMetricFamily, "gaps", "Gaps reported, counted for each receiver."),
     ("reconnects", CounterMetricFamily, "reconnects", "New connections of the hub after the first one."),
+    ("refused", CounterMetricFamily, "refused", "Commands that Redis refused."),
+    ("claims_lost", CounterMetricFamily, "claims_lost", "Claims lost because the hub had no connection for too long."),
     ("topics", GaugeMetricFamily, "topics", "Topics with subscriptions."),
     ("subscriptions", GaugeMetricFamily, "subscriptions", "Active subscriptions."),
     ("members", GaugeMetricFamily, "members", "Members that this process has added."),
     ("claims", GaugeMetricFamily, "claims", "Claims that this process holds."),
     ("links", GaugeMetricFamily, "links", "Connections to the hubs of other workers."),
+    ("in_flight", GaugeMetricFamily, "in_flight", "Messages sent to Redis that it has not confirmed."),
 )
 
 _STATES = ("starting", "serving", "draining", "stopped")

@@ -13,8 +13,8 @@ PHASES = ("proxy", "tls", "open", "closing")
 
 # Counters of a hub, beside `up` and `heartbeat`.
 HUB_COUNTERS = (
-    *("published", "publish_failed", "received", "delivered", "dropped", "gaps", "reconnects"),
-    *("topics", "subscriptions", "members", "claims", "links"),
+    *("published", "publish_failed", "received", "delivered", "dropped", "gaps"),
+    *("reconnects", "refused", "claims_lost", "topics", "subscriptions", "members", "claims", "links", "in_flight"),
 )
 
 

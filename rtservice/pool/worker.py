@@ -244,7 +244,7 @@ class Worker(Protocol):
             listeners=self._listeners,
             settings=runtime_settings(self._settings, slot=self._slot, slots=self._slots),
             log=self._log,
-            hub=Hub(make_carrier(message["hub"]), self._log),
+            hub=Hub(make_carrier(message["hub"], self._log), self._log),
             record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
         )
         self._server.prepare(self)

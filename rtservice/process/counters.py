@@ -49,8 +49,11 @@ Number = TypeVar("Number", int, float)
 GAUGES = frozenset(("open", "memory", "phase", "descriptors", "descriptor_limit"))
 
 # Counters of a hub and its carrier: see Hub.counters.
-HUB_TOTALS = ("published", "publish_failed", "delivered", "dropped", "gaps", "received", "reconnects")
-HUB_GAUGES = ("up", "topics", "subscriptions", "members", "claims", "links")
+HUB_TOTALS = (
+    *("published", "publish_failed", "received", "delivered", "dropped", "gaps"),
+    *("reconnects", "refused", "claims_lost"),
+)
+HUB_GAUGES = ("up", "topics", "subscriptions", "members", "claims", "links", "in_flight")
 
 PHASES = tuple(phase.value for phase in Phase)
 

@@ -35,13 +35,13 @@ def hub_url(loaded: LoadedSettings, directory: str) -> str:
     return url
 
 
-def carrier_of_process(loaded: LoadedSettings, url: str) -> Carrier:
+def carrier_of_process(loaded: LoadedSettings, url: str, log: Log) -> Carrier:
     """Return the carrier of the hub of a single process. Raises SettingError if the URL cannot be used.
 
     With workers, the result is a check of what their hubs need.
     """
     try:
-        return make_carrier(url)
+        return make_carrier(url, log)
     except BadHubURL as error:
         raise SettingError(f"{loaded.where('hub-file' if loaded.settings.hub_file else 'hub')}: {error}") from None
 

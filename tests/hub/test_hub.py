@@ -13,6 +13,7 @@ from zope.interface.verify import verifyObject
 
 from rtservice.histogram import Histogram
 from rtservice.hub.carrier import HEARTBEATS, MOST_MEMBERS, Carrier, heartbeat_counters
+from rtservice.hub.choice import make_carrier
 from rtservice.hub.fanout import TOPIC_LIMIT
 from rtservice.hub.hub import LONGEST_MEMBER, LONGEST_MESSAGE, LONGEST_TOPIC, Hub
 from rtservice.hub.local import LocalCarrier
@@ -26,7 +27,7 @@ from rtservice.interfaces import (
     ISubscription,
     Members,
 )
-from rtservice.process.counters import HUB_GAUGES, HUB_TOTALS
+from rtservice.process.counters import HUB_GAUGES, HUB_TOTALS, CounterKey, hub_counters
 from tests.support.carriers import HeldCarrier
 from tests.support.receivers import GAP, Recorder
 
@@ -429,8 +430,15 @@ def test_the_counters_of_the_carrier_are_added(held) -> None:
     }
 
 
-def test_each_counter_of_the_hub_is_declared(world) -> None:
-    assert world.hub.counters().keys() <= {*HUB_TOTALS, *HUB_GAUGES}
+@pytest.mark.parametrize("url", ["", "redis://127.0.0.1:1"])
+def test_each_counter_of_the_hub_is_declared(url) -> None:
+    """A worker that reports another one would be replaced."""
+    if url:
+        pytest.importorskip("hiredis")
+    hub = Hub(make_carrier(url, Logger(observer=[].append)), Logger(observer=[].append))
+    known = {CounterKey("hub", name) for name in (*HUB_TOTALS, *HUB_GAUGES)}
+    known |= {CounterKey("hub_heartbeat", str(bucket)) for bucket in range(len(HEARTBEATS) + 1)}
+    assert hub_counters(hub.counters()).keys() <= {*known, CounterKey("hub_heartbeat_us")}
 
 
 # --- at random ---
