@@ -85,12 +85,12 @@ class StatusSource:
             found["cpu_seconds"] = count / 1e6
         elif name in ("hub", "hub_heartbeat", "hub_heartbeat_us"):
             hub = found["hub"] = found["hub"] or self._hub()
-            if name == "hub":
-                hub[label] = count
-            elif name == "hub_heartbeat":
+            if name == "hub_heartbeat":
                 hub["heartbeat"]["buckets"][int(label)] = count
-            else:
+            elif name == "hub_heartbeat_us":
                 hub["heartbeat"]["seconds"] = count / 1e6
+            elif label == "up" or label in HUB_COUNTERS:
+                hub[label] = count
         elif name in ("lag", "duration"):
             group[name]["buckets"][int(label)] = count
         elif name in ("lag_us", "duration_us"):

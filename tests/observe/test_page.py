@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.deadline import DEADLINE
+from tests.support.repository import ROOT
 
 CHROMIUM = shutil.which("chromium")
 
@@ -142,6 +143,21 @@ def test_counters_of_the_protocol_are_updated(service: Callable[..., Any], brows
         client.sendall(b"ann\n/join here\nhello\n")
         browser.wait(f"{shown} === 'members 1,messages_total 1,rooms 1,too_slow_total 0'")
     assert not browser.value("document.querySelector('#counting').hidden")
+    assert browser.problems == []
+
+
+def test_the_hub_is_shown_if_the_protocol_uses_it(service: Callable[..., Any], browser: Browser) -> None:
+    running = service(
+        *("--listen", "tcp:0:interface=127.0.0.1", "--status", "tcp:0"),
+        "--protocol=tests.hosted.broadcast:Broadcast",
+        PYTHONPATH=str(ROOT),
+    )
+    browser.open(page_of(running))
+    shown = "[...document.querySelectorAll('#hub tbody td')].map((cell) => cell.innerText).slice(0, 4).join()"
+    browser.wait(f"{shown} === '0,up,0,0'")
+    with running.connect():
+        browser.wait(f"{shown} === '0,up,1,1'")
+    assert not browser.value("document.querySelector('#connecting').hidden")
     assert browser.problems == []
 
 

@@ -20,8 +20,8 @@ from twisted.logger import Logger, formatEvent
 import rtservice.observe
 from rtservice.hub.carrier import HEARTBEATS
 from rtservice.observe.site import make_site
-from rtservice.observe.status_source import StatusSource
-from rtservice.process.counters import DURATIONS, LAGS, CounterKey
+from rtservice.observe.status_source import HUB_COUNTERS, StatusSource
+from rtservice.process.counters import DURATIONS, HUB_GAUGES, HUB_TOTALS, HUB_UP, LAGS, CounterKey
 from rtservice.process.registry import COLUMNS
 from tests.support.repository import ETC
 
@@ -44,6 +44,13 @@ COUNTERS = {
     CounterKey("duration_us", "", "tcp:a"): 40_000_000_000,
     CounterKey("handshake_failed", "HTTP_REQUEST", "tcp:a"): 1,
     CounterKey("refused", "max-connections", "tcp:a"): 4,
+    CounterKey("hub", "up"): 1,
+    CounterKey("hub", "delivered"): 40,
+    CounterKey("hub", "publish_failed"): 2,
+    CounterKey("hub", "topics"): 3,
+    CounterKey("hub_heartbeat", "1"): 3,
+    CounterKey("hub_heartbeat", "11"): 1,
+    CounterKey("hub_heartbeat_us"): 9_002_000,
     CounterKey("protocol", "said_total"): 5,
     CounterKey("protocol", "seconds_per_word"): 0.25,
 }
@@ -266,6 +273,14 @@ def test_metric_names_and_units_follow_the_prometheus_conventions(service: Servi
         'rtservice_state{state="serving"} 1.0',
         'rtservice_process_cpu_seconds_total{worker="0"} 1.5',
         'rtservice_process_resident_memory_bytes{worker="supervisor"} 1.0',
+        'rtservice_hub_up{worker="0"} 1.0',
+        'rtservice_hub_delivered_total{worker="0"} 40.0',
+        'rtservice_hub_publish_failures_total{worker="0"} 2.0',
+        'rtservice_hub_gaps_total{worker="0"} 0.0',
+        'rtservice_hub_topics{worker="0"} 3.0',
+        'rtservice_hub_heartbeat_seconds_bucket{le="0.001",worker="0"} 3.0',
+        'rtservice_hub_heartbeat_seconds_count{worker="0"} 4.0',
+        'rtservice_hub_heartbeat_seconds_sum{worker="0"} 9.002',
         "# TYPE rtservice_protocol_said_total counter",
         'rtservice_protocol_said_total{worker="0"} 5.0',
         "# TYPE rtservice_protocol_seconds_per_word gauge",
@@ -283,11 +298,39 @@ def test_alerts_and_the_dashboard_use_existing_metrics(service: Service, file: s
     assert named <= existing
 
 
+def test_a_process_that_does_not_use_the_hub_has_no_metrics_of_it(service: Service, monkeypatch) -> None:
+    for key in [key for key in COUNTERS if key.name.startswith("hub")]:
+        monkeypatch.delitem(COUNTERS, key)
+    _, _, body = get(service, "/metrics")
+    assert "# TYPE rtservice_hub_up gauge" in body
+    assert "\nrtservice_hub_" not in body
+    assert json.loads(get(service, "/status.json")[2])["workers"][0]["counters"]["hub"] is None
+
+
+def test_a_slot_without_a_worker_has_totals_of_the_hub_but_is_neither_up_nor_down(
+    service: Service, monkeypatch
+) -> None:
+    monkeypatch.delitem(COUNTERS, HUB_UP)
+    _, _, body = get(service, "/metrics")
+    assert "\nrtservice_hub_up{" not in body
+    assert 'rtservice_hub_delivered_total{worker="0"} 40.0' in body
+    hub = json.loads(get(service, "/status.json")[2])["workers"][0]["counters"]["hub"]
+    assert (hub["up"], hub["delivered"], hub["dropped"]) == (None, 40, 0)
+    assert hub.keys() == {"up", "heartbeat", *HUB_COUNTERS}
+    assert {*HUB_COUNTERS, "up"} == {*HUB_TOTALS, *HUB_GAUGES}
+
+
 NO_COUNTERS = [
     *(CounterKey("lag", "99"), CounterKey("lag", "x"), CounterKey("duration", "-99", "tcp:a"), CounterKey("lag")),
     *(CounterKey("listeners"), CounterKey("x", "y", "z"), CounterKey("opened", "x", "tcp:a"), CounterKey("")),
     *(CounterKey("closed", "", "tcp:a"), CounterKey("seconds", "x"), CounterKey("protocol", "{}")),
     *(CounterKey("protocol"), CounterKey("protocol", "said")),
+    *(
+        CounterKey("hub"),
+        CounterKey("hub_heartbeat"),
+        CounterKey("hub_heartbeat", "12"),
+        CounterKey("hub", "heartbeat"),
+    ),
 ]
 
 

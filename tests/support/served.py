@@ -40,7 +40,14 @@ class Endpoint:
 
 
 def server(
-    listeners=(), endpoints=(), drain_timeout=0.0, factory=None, reload: Any = None, **given: Any
+    listeners=(),
+    endpoints=(),
+    drain_timeout=0.0,
+    factory=None,
+    reload: Any = None,
+    carrier: Any = None,
+    hub_required=False,
+    **given: Any,
 ) -> tuple[ServiceProcess, list[dict[str, Any]]]:
     """Return a service whose backend is a Server, and its log events. `given` are fields of Launch."""
     events: list[dict[str, Any]] = []
@@ -48,9 +55,11 @@ def server(
     made = Server(
         factory or EchoFactory(),
         listeners=list(listeners),
-        settings=RuntimeSettings(limits=Limits(max_connections=100), drain_timeout=drain_timeout),
+        settings=RuntimeSettings(
+            limits=Limits(max_connections=100), drain_timeout=drain_timeout, hub_required=hub_required
+        ),
         log=log,
-        hub=Hub(LocalCarrier(), log),
+        hub=Hub(carrier or LocalCarrier(), log),
         endpoints=Endpoints(list(endpoints), "--listen", log),
     )
     return ServiceProcess(made, reload, log=log, launch=launch(**given), status_server=StatusServer(log)), events
