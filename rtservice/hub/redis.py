@@ -352,7 +352,7 @@ class RedisCarrier:
             if message == b"%d" % self._beat and not self._beat_returned:
                 self._count_beat()
         elif channel == self._split_channel:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, OverflowError):  # not from rtservice
                 self._check_split(int(message))
 
     def _count_beat(self) -> None:
