@@ -15,6 +15,11 @@ A published message may be lost in one more case: this process was connected to 
 the others, such as the old master during a failover. When it has reconnected to another server, it tells the others
 when a message was accepted last. Those that reconnected before that report a gap to their receivers.
 
+A user of Redis needs these permissions, with the prefix `rtservice`:
+
+    ~rtservice:* &rtservice:* +hello +select +ping +role +info +client|kill +publish +subscribe +unsubscribe +eval +time
+    +zadd +zscore +zrem +zrangebyscore +hset +hdel +hlen +hrandfield +get +set +del +sadd +srem +spop
+
 This is not a `twisted.application.internet.ClientService`, although it does the same: that logs each attempt, and a
 connection that ends while it is prepared is an error in it.
 """

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from twisted.internet.defer import Deferred, fail
+from twisted.internet.defer import Deferred
 
 from rtservice.hub.carrier import MOST_MEMBERS, Claim, Local, Membership
 from rtservice.hub.redis_scripts import BATCH, CHANGE, LEASE_MS, MEMBERS, REAP, RENEW
@@ -75,9 +75,7 @@ class RedisPresence:
         self._remove(("L", membership.number, membership.topic, b""))
 
     def claim(self, claim: Claim) -> Deferred[bool]:
-        """Claim a key."""
-        if self._connection is None:
-            return fail(HubUnavailable("the hub has no connection to Redis"))
+        """Claim a key. Called only while the hub is up."""
         deferred = self._claiming[claim.number] = Deferred()
         self._add(("C", *claim))
         return deferred
@@ -87,9 +85,8 @@ class RedisPresence:
         self._remove(("R", claim.number, claim.key, b""))
 
     def members(self, topic: str) -> Deferred[Members]:
-        """Return the members of a topic."""
-        if self._connection is None:
-            return fail(HubUnavailable("the hub has no connection to Redis"))
+        """Return the members of a topic. Called only while the hub is up."""
+        assert self._connection is not None
         self._flush()
         deferred: Deferred[Members] = Deferred()
         self._connection.send((b"EVAL", MEMBERS, 0, self._prefix, topic, MOST_MEMBERS), (self._members_found, deferred))
