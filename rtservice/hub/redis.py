@@ -45,6 +45,7 @@ from rtservice.events import (
     HUB_EVICTION,
     HUB_EXCEPTION,
     HUB_REFUSED,
+    HUB_STOP_INCOMPLETE,
     HUB_UNAVAILABLE,
     HUB_UNVERIFIED,
 )
@@ -165,8 +166,7 @@ class RedisCarrier:
             try:
                 await finishing.addTimeout(STOP_SECONDS, self._reactor)
             except Exception as error:
-                # What is left in Redis ends with the lease.
-                HUB_UNAVAILABLE.log(self._log, engine=self._endpoints.shown, problem=f"stopping: {reason_of(error)}")
+                HUB_STOP_INCOMPLETE.log(self._log, engine=self._endpoints.shown, problem=reason_of(error))
         self._endpoints.close()
         if connection is not None:
             connection.abort("the hub has stopped")

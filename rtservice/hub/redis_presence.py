@@ -51,7 +51,7 @@ class RedisPresence:
         self._joining: dict[int, Deferred[None]] = {}
         self._claiming: dict[int, Deferred[bool]] = {}
         self._undone: dict[tuple[str, int], _Change] = {}
-        self._removed: set[int] = set()  # numbers that were left or released during `restore`
+        self._removed: set[int] = set()  # numbers that were left or released during `_restore`
         self._restoring = False
         self._differs = False  # Redis may not have what the hub has
         self.lost = 0  # claims
@@ -190,10 +190,10 @@ class RedisPresence:
         Raises Refused and ConnectionEnded.
         """
         connection = self._connection
-        if connection is None or self._restoring:
+        if connection is None:
             return
         kept, ended = await connection.request(b"EVAL", RENEW, 0, self._prefix, self._incarnation, LEASE_MS)
-        if self._differs or not kept:
+        if (self._differs or not kept) and not self._restoring:
             await self._restore(connection)
         for incarnation in ended:
             await self._reap(connection, incarnation)

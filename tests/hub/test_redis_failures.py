@@ -455,5 +455,5 @@ async def test_stop_does_not_wait_long_for_a_redis_that_does_not_answer(redis, h
     await one.stop()
     with pytest.raises(HubUnavailable):
         await published
-    assert "stopping: " in recorded(records, "hub.unavailable")[0]["problem"]
+    assert recorded(records, "hub.stop_incomplete")[0]["problem"] == "no answer in time"
     server.thaw()
