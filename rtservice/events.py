@@ -415,6 +415,13 @@ HUB_REFUSED = LimitedEvent(
     "and claims of this process may be missing for others; they are sent again every 2 seconds. At most three records "
     "in a minute.",
 )
+HUB_STOP_INCOMPLETE = Event(
+    "hub.stop_incomplete",
+    _warn,
+    "hub stopped before {engine} had confirmed everything: {problem}",
+    fields=("engine", "problem"),
+    meaning="The last messages of this process may be lost. Its members and claims disappear within 20 seconds.",
+)
 HUB_EVICTION = Event(
     "hub.eviction",
     _warn,

@@ -15,6 +15,11 @@ A published message may be lost in one more case: this process was connected to 
 the others, such as the old master during a failover. When it has reconnected to another server, it tells the others
 when a message was accepted last. Those that reconnected before that report a gap to their receivers.
 
+A user of Redis needs these permissions, with the prefix `rtservice`:
+
+    ~rtservice:* &rtservice:* +hello +select +ping +role +info +client|kill +publish +subscribe +unsubscribe +eval +time
+    +zadd +zscore +zrem +zrangebyscore +hset +hdel +hlen +hrandfield +get +set +del +sadd +srem +spop
+
 This is not a `twisted.application.internet.ClientService`, although it does the same: that logs each attempt, and a
 connection that ends while it is prepared is an error in it.
 """
@@ -40,6 +45,7 @@ from rtservice.events import (
     HUB_EVICTION,
     HUB_EXCEPTION,
     HUB_REFUSED,
+    HUB_STOP_INCOMPLETE,
     HUB_UNAVAILABLE,
     HUB_UNVERIFIED,
 )
@@ -160,8 +166,7 @@ class RedisCarrier:
             try:
                 await finishing.addTimeout(STOP_SECONDS, self._reactor)
             except Exception as error:
-                # What is left in Redis ends with the lease.
-                HUB_UNAVAILABLE.log(self._log, engine=self._endpoints.shown, problem=f"stopping: {reason_of(error)}")
+                HUB_STOP_INCOMPLETE.log(self._log, engine=self._endpoints.shown, problem=reason_of(error))
         self._endpoints.close()
         if connection is not None:
             connection.abort("the hub has stopped")
@@ -352,7 +357,7 @@ class RedisCarrier:
             if message == b"%d" % self._beat and not self._beat_returned:
                 self._count_beat()
         elif channel == self._split_channel:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, OverflowError):  # not from rtservice
                 self._check_split(int(message))
 
     def _count_beat(self) -> None:

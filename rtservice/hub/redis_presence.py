@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from twisted.internet.defer import Deferred, fail
+from twisted.internet.defer import Deferred
 
 from rtservice.hub.carrier import MOST_MEMBERS, Claim, Local, Membership
 from rtservice.hub.redis_scripts import BATCH, CHANGE, LEASE_MS, MEMBERS, REAP, RENEW
@@ -51,7 +51,7 @@ class RedisPresence:
         self._joining: dict[int, Deferred[None]] = {}
         self._claiming: dict[int, Deferred[bool]] = {}
         self._undone: dict[tuple[str, int], _Change] = {}
-        self._removed: set[int] = set()  # numbers that were left or released during `restore`
+        self._removed: set[int] = set()  # numbers that were left or released during `_restore`
         self._restoring = False
         self._differs = False  # Redis may not have what the hub has
         self.lost = 0  # claims
@@ -75,9 +75,7 @@ class RedisPresence:
         self._remove(("L", membership.number, membership.topic, b""))
 
     def claim(self, claim: Claim) -> Deferred[bool]:
-        """Claim a key."""
-        if self._connection is None:
-            return fail(HubUnavailable("the hub has no connection to Redis"))
+        """Claim a key. Called only while the hub is up."""
         deferred = self._claiming[claim.number] = Deferred()
         self._add(("C", *claim))
         return deferred
@@ -87,9 +85,8 @@ class RedisPresence:
         self._remove(("R", claim.number, claim.key, b""))
 
     def members(self, topic: str) -> Deferred[Members]:
-        """Return the members of a topic."""
-        if self._connection is None:
-            return fail(HubUnavailable("the hub has no connection to Redis"))
+        """Return the members of a topic. Called only while the hub is up."""
+        assert self._connection is not None
         self._flush()
         deferred: Deferred[Members] = Deferred()
         self._connection.send((b"EVAL", MEMBERS, 0, self._prefix, topic, MOST_MEMBERS), (self._members_found, deferred))
@@ -193,10 +190,10 @@ class RedisPresence:
         Raises Refused and ConnectionEnded.
         """
         connection = self._connection
-        if connection is None or self._restoring:
+        if connection is None:
             return
         kept, ended = await connection.request(b"EVAL", RENEW, 0, self._prefix, self._incarnation, LEASE_MS)
-        if self._differs or not kept:
+        if (self._differs or not kept) and not self._restoring:
             await self._restore(connection)
         for incarnation in ended:
             await self._reap(connection, incarnation)

@@ -62,9 +62,9 @@ for at = 3, #ARGV, 4 do
       redis.call('SREM', index, 'c' .. number .. ':' .. name)
     else
       local owner = held and string.sub(held, 1, #me)
-      if held and not is_mine
-          and (owner == me or tonumber(redis.call('ZSCORE', prefix .. ':p', owner) or 0) > now) then
+      if held and not is_mine and tonumber(redis.call('ZSCORE', prefix .. ':p', owner) or 0) > now then
         result = 0
+        redis.call('SREM', index, 'c' .. number .. ':' .. name)
       else
         redis.call('SET', key, mine .. value)
         redis.call('SADD', index, 'c' .. number .. ':' .. name)

@@ -11,6 +11,7 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.protocol import Factory, Protocol
 
+from rtservice.hub import redis as redis_carrier
 from rtservice.hub.redis import RedisCarrier
 from rtservice.hub.redis_url import BadHubURL, parse_hub_url
 from tests.support.eventually import eventually
@@ -38,7 +39,19 @@ async def problem_of(hub: Any, records: list[dict[str, Any]]) -> str:
 @pytest_twisted.ensureDeferred
 async def test_a_user_with_a_password_is_authenticated(redis, hub, records) -> None:
     server = redis()
-    server.call("ACL", "SETUSER", "ann", "on", f">{SECRET}", "~chat:*", "&chat:*", "+@all", "-@dangerous", "+role")
+    server.call(
+        "ACL",
+        "SETUSER",
+        "ann",
+        "on",
+        f">{SECRET}",
+        "resetchannels",
+        "~chat:*",
+        "&chat:*",
+        "+@all",
+        "-@dangerous",
+        "+role",
+    )
     server.call("ACL", "SETUSER", "default", "off")
     one = hub(f"redis://ann:{SECRET}@127.0.0.1:{server.port}?prefix=chat")
     receiver = Receiver()
@@ -54,11 +67,9 @@ async def test_a_user_with_a_password_is_authenticated(redis, hub, records) -> N
 @pytest_twisted.ensureDeferred
 async def test_the_documented_permissions_suffice(redis, hub, records) -> None:
     server = redis()
-    permissions = (
-        "~rtservice:* &rtservice:* +hello +select +ping +role +info +client|kill +publish +subscribe +unsubscribe "
-        "+eval +time +zadd +zscore +zrem +zrangebyscore +hset +hdel +hlen +hrandfield +get +set +del +sadd +srem +spop"
-    )
-    server.call("ACL", "SETUSER", "ann", "on", f">{SECRET}", "resetchannels", *permissions.split())
+    assert redis_carrier.__doc__
+    permissions = re.findall(r"^    ([~+].*)$", redis_carrier.__doc__, re.MULTILINE)
+    server.call("ACL", "SETUSER", "ann", "on", f">{SECRET}", "resetchannels", *" ".join(permissions).split())
     one, two = (hub(f"redis://ann:{SECRET}@127.0.0.1:{server.port}/1") for _ in range(2))
     for each in one, two:
         membership = await each.join("room", b"ann")

@@ -52,7 +52,7 @@ class RedisServer:
         self.process: Any = None
 
     def arguments(self) -> list[str]:
-        return [word for name, value in self.options.items() for word in (f"--{name}", *([value] if value else [""]))]
+        return [word for name, value in self.options.items() for word in (f"--{name}", *(value.split() or [""]))]
 
     def start(self) -> RedisServer:
         """Start it, and wait until it answers."""

@@ -52,14 +52,17 @@ class _Incoming(Protocol):
     def connectionLost(self, reason: Any) -> None:
         self.proxy.open.remove(self)
         if self.outgoing is not None:
-            self.outgoing.transport.loseConnection()
+            if self.proxy.silent:
+                self.proxy.half_open.append(self.outgoing)
+            else:
+                self.outgoing.transport.loseConnection()
 
 
 class TamperingProxy:
     """Forwards connections to a port of 127.0.0.1.
 
-    `silent` withholds everything, also the end of a connection. `replace` is a pair of texts of the same length: the
-    first one, in what the server sends, is replaced by the second.
+    `silent` withholds everything, also the end of a connection, as a network that drops all packets does. `replace` is
+    a pair of texts of the same length: the first one, in what the server sends, is replaced by the second.
     """
 
     def __init__(self, port: int) -> None:
@@ -68,6 +71,7 @@ class TamperingProxy:
         self.replace: tuple[bytes, bytes] | None = None
         self.connections = 0
         self.open: list[Any] = []
+        self.half_open: list[Any] = []
         factory = Factory.forProtocol(lambda: _Incoming(self))
         factory.noisy = False
         self.listening = reactor.listenTCP(0, factory, interface="127.0.0.1")
@@ -83,5 +87,8 @@ class TamperingProxy:
 
     def close(self) -> Any:
         """Stop listening, and abort all connections."""
+        self.silent = False
         self.cut()
+        for connection in self.half_open:
+            connection.transport.abortConnection()
         return self.listening.stopListening()
