@@ -116,19 +116,22 @@ class IOneProcess(Interface):
 
 
 class HubUnavailable(Exception):  # noqa: N818  # it is the state of the hub that a caller asks about
-    """The hub has no connection to its engine, or has stopped. Whether the operation had an effect is unknown."""
+    """The hub has no connection to its engine, which is Redis, or it has stopped.
+
+    The operation may have had an effect or not: some receivers may have got the message.
+    """
 
 
 class HubFull(Exception):  # noqa: N818  # as HubUnavailable
-    """Too many messages wait in the hub. The message was not accepted."""
+    """Too many messages wait in the hub. The message was not accepted, and no receiver gets it."""
 
 
 @dataclass(frozen=True)
 class Members:
     """A snapshot of the members of a topic.
 
-    `members` are at most 1,000 of them, in no particular order. `total` is the number of all. A member that joined
-    twice is there twice.
+    `total` is the number of all members. `members` has them in any order; if there are more than 1,000, it has some
+    1,000 of them. A member that joined twice is there twice.
     """
 
     members: tuple[bytes, ...]
@@ -138,16 +141,20 @@ class Members:
 class IReceiver(Interface):
     """An object that receives the messages of topics.
 
-    The hub calls it in the thread of the reactor, and never during a call of one of the hub's own methods. An exception
-    is logged, and has no other effect. Both methods must return quickly, since they delay all other receivers of the
-    process. A receiver whose client reads too slowly should skip messages, or close the connection.
+    The hub calls it in the thread of the reactor, and never from within `publish` or another method of the hub. An
+    exception is logged, and has no other effect. Both methods must return quickly, since they delay all other receivers
+    of the process. If a client reads too slowly, its receiver should skip messages or close the connection; otherwise
+    the unsent output grows.
     """
 
     def received(topic: str, message: bytes) -> None:
         """Handle a message."""
 
     def gap(topic: str) -> None:
-        """Handle a gap: messages of this topic before the next one may be missing. Reload what you show."""
+        """Handle a gap: messages may be missing between the last one of this topic and the next one.
+
+        Reload what the client sees from where it is stored, or tell the client.
+        """
 
 
 class ISubscription(Interface):
@@ -168,8 +175,9 @@ class IClaim(Interface):
     """The result of `IHub.claim`: the only claim of its key in the whole service."""
 
     lost = Attribute(
-        "A Deferred that fires with None if another process may hold the key: this one had no connection to the engine "
-        "for longer than a claim lasts. It does not fire after `release`."
+        "A Deferred that fires with None when the claim is lost: another process holds the key, or may hold it. That "
+        "can happen with `--hub` only, when this process had no connection to Redis, or Redis has lost data. It does "
+        "not fire after `release`."
     )
 
     def release() -> None:
@@ -179,65 +187,68 @@ class IClaim(Interface):
 class IHub(Interface):
     """Publish and subscribe, presence and claims, across all processes of the service.
 
-    The processes are one process, the workers of one machine, or, with `--hub`, all processes on several machines that
-    use the same Redis. The hub is the same in each case. It guarantees:
+    Without `--hub` these are the processes of one service on one machine: one process, or the workers. With `--hub`
+    these are all processes that use the same Redis and prefix, also on other machines. The hub guarantees in each case:
 
     - A message is delivered at most once to each subscription, and never twice.
     - Messages that one process publishes to one topic arrive in that order. Messages of different processes may arrive
       in a different order in different processes.
-    - Loss is never silent. Either a receiver gets each message published after its subscription is active, or `gap` is
-      called; or the Deferred of `publish` fails.
+    - Loss is never silent. A receiver gets each message that is published after its subscription is active. Otherwise
+      its `gap` is called, or the Deferred of `publish` fails.
     - A slow receiver, process or machine does not delay the others.
-    - Members and claims of a process that was killed disappear: at once on one machine, within 30 seconds across
-      several.
+    - Members and claims of a process that was killed disappear: at once without `--hub`, within 30 seconds with it.
 
     It does not provide delivery exactly once, patterns of topics, requests with replies, or a history of messages.
 
-    A topic and a key are texts of 1 to 200 bytes in UTF-8. A message has at most 1 MiB, a member or holder at most 1
-    KiB. ValueError and TypeError are raised for others. A topic exists while it is used; nothing creates it.
+    A topic or a key has 1 to 200 bytes in UTF-8, a message at most 1 MiB, a member or a holder at most 1 KiB. Other
+    values raise ValueError or TypeError. A topic needs no creation: it exists while it is used. Topics and keys are
+    independent: a claim of the key `a` and the topic `a` have nothing to do with each other.
 
-    The Deferreds may have fired when they are returned. After the hub has stopped, at the end of the process, they fail
-    with HubUnavailable.
+    Call the methods in the thread of the reactor. The Deferreds that they return may have fired already. After the hub
+    has stopped, at the end of the process, they fail with HubUnavailable.
     """
 
     def publish(topic: str, message: bytes) -> Deferred[None]:
         """Publish a message to all receivers of the topic, including those of this process.
 
-        Fires when the hub has accepted the message. It says nothing about receivers: there may be none. Fails with
-        HubUnavailable or HubFull. After HubUnavailable some receivers may have got the message.
+        Fires with None when the hub has accepted the message. That does not tell whether there are receivers. Fails
+        with HubUnavailable or HubFull. After HubUnavailable some receivers may have got the message.
         """
 
     def subscribe(topic: str, receiver: IReceiver) -> Deferred[ISubscription]:
         """Deliver messages of the topic to an IReceiver.
 
-        Fires when the subscription is active: each message that is published anywhere after that is delivered. While
-        the engine is unavailable, it waits. Cancelling the Deferred before it fires cancels the subscription. A
-        receiver may subscribe several times, and gets a message once for each subscription.
+        Fires with an ISubscription when the subscription is active: each message that is published anywhere after that
+        is delivered. While Redis is unavailable, it waits. To end a subscription that is not active yet, cancel the
+        Deferred. A receiver may subscribe several times, and gets a message once for each subscription.
         """
 
     def join(topic: str, member: bytes) -> Deferred[IMembership]:
-        """Add a member to the topic. `members` shows it until it leaves, or its process ends.
+        """Add a member to the topic: bytes, such as a name. `members` shows it until it leaves, or its process ends.
 
-        Fires when `members` shows it everywhere. While the engine is unavailable, it waits. Cancelling the Deferred
-        before it fires ends the membership. A member need not be subscribed.
+        Fires with an IMembership when `members` shows the member in all processes. While Redis is unavailable, it
+        waits. To end a membership that has not begun yet, cancel the Deferred. A member need not be subscribed.
         """
 
     def members(topic: str) -> Deferred[Members]:
-        """Return the members of the topic. Fails with HubUnavailable."""
+        """Fires with the Members of the topic, in all processes. Fails with HubUnavailable."""
 
     def claim(key: str, holder: bytes) -> Deferred[IClaim | None]:
-        """Claim a key, such as a nickname, for a holder.
+        """Claim a key, such as a nickname. `holder` is kept for people who look into Redis; no method returns it.
 
-        Fires with the claim, or with None if the key is held anywhere in the service. The claim ends with `release`, or
-        with the process. Fails with HubUnavailable.
+        Fires with an IClaim, or with None if the key is claimed already, in any process. The claim ends with `release`,
+        or with the process. If the Deferred is cancelled, the claim is released. Fails with HubUnavailable.
         """
 
 
 class IHubUser(Interface):
-    """A factory that uses the hub."""
+    """A factory that uses the hub: its connections communicate with each other, across processes and machines."""
 
     def use(hub: IHub) -> None:
-        """Keep the hub. Called once in each process, after `startFactory` and before `IStartable.start`."""
+        """Keep the hub, for example as `self.hub`.
+
+        Called once in each process, after `startFactory` and before `IStartable.start`.
+        """
 
 
 class ConnectionLogger(Logger):

@@ -10,7 +10,7 @@ from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
-from zope.interface.interface import InterfaceClass, Method
+from zope.interface.interface import Attribute, InterfaceClass, Method
 
 from rtservice import interfaces, testing
 from rtservice.config.render import reference
@@ -30,13 +30,19 @@ def _interfaces() -> str:
     for interface in found:
         if interface.__module__ != interfaces.__name__:
             continue
-        methods = [
-            _directive("method", f"{name}{method.getSignatureString()}", method.getDoc())
-            for name, method in interface.namesAndDescriptions()
-            if isinstance(method, Method)
-        ]
-        described.append(_directive("class", interface.getName(), interface.getDoc(), *methods))
+        described.append(
+            _directive(
+                "class", interface.getName(), interface.getDoc(), *map(_member, interface.namesAndDescriptions())
+            )
+        )
     return _restructured(f".. py:currentmodule:: {interfaces.__name__}", *described)
+
+
+def _member(named: tuple[str, Attribute]) -> str:
+    name, described = named
+    if isinstance(described, Method):
+        return _directive("method", f"{name}{described.getSignatureString()}", described.getDoc())
+    return _directive("attribute", name, described.getDoc())
 
 
 def _fixtures() -> str:
