@@ -19,6 +19,12 @@ from rtservice.protocols.chat.turns import DELIVERIES_PER_TURN, LINES_PER_TURN
 from tests.support.chat import Client, Transport, chat
 
 
+@pytest.fixture(autouse=True)
+def turns_without_time(monkeypatch) -> None:
+    """Let the hub deliver in turns of the same size on slow machines."""
+    monkeypatch.setattr("rtservice.hub.fanout.TURN_SECONDS", 60.0)
+
+
 def test_a_message_is_sent_to_the_members_of_the_room_only() -> None:
     factory = chat()
     ann, bob, eve = (Client(factory, nick, room) for nick, room in (("ann", "tea"), ("bob", "tea"), ("eve", "den")))

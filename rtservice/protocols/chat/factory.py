@@ -11,7 +11,7 @@ from rtservice.interfaces import IHub, IHubUser, IMetrics
 from rtservice.protocols.chat.limits import ChatLimits
 from rtservice.protocols.chat.member import Member
 from rtservice.protocols.chat.room import Room
-from rtservice.protocols.chat.turns import Place, Turns
+from rtservice.protocols.chat.turns import ChatTurns, Place
 from rtservice.protocols.names import TakenNames
 
 
@@ -57,7 +57,7 @@ class ChatFactory(Factory[Member]):
     def startFactory(self) -> None:
         from twisted.internet import reactor
 
-        self.turns = Turns(self.clock or reactor)
+        self.turns = ChatTurns(self.clock or reactor)
 
     def use(self, hub: IHub) -> None:
         self.hub = hub

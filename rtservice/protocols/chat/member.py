@@ -14,7 +14,7 @@ from zope.interface import implementer
 from rtservice.counted import counted
 from rtservice.interfaces import HubFull, HubUnavailable, IDrainable, Members
 from rtservice.protocols.chat.nickname import Nickname
-from rtservice.protocols.chat.presence import DIRECTORY, Presence
+from rtservice.protocols.chat.presence import DIRECTORY, NamePresence
 from rtservice.protocols.chat.room import Room
 from rtservice.protocols.chat.turns import Place
 from rtservice.protocols.names import TakenNames, similarity_keys
@@ -64,7 +64,7 @@ class Member(Protocol):
         self.waits_in: Place | None = None  # the place whose `speakers` contain it
         self.work = 0  # cost of the current line, in lines
         self._nickname = Nickname(self.factory.hub)
-        self._presence: Presence | None = None  # in its room
+        self._presence: NamePresence | None = None  # in its room
         self._announced = False  # the room has a line that it has joined, and none that it has left
         self._handling: Deferred[None] | None = None  # a line, while it waits for the hub
         self._answered: Deferred[None] | None = None  # fires in the turn in which the line continues
@@ -302,7 +302,7 @@ class Member(Protocol):
         names.discard(before)
         names.add(nick)
         if self.room is not None:
-            presence = Presence(self.factory.hub, self.room.topic, nick)
+            presence = NamePresence(self.factory.hub, self.room.topic, nick)
             if self._presence is not None:
                 self._presence.leave()
             self._presence = presence
@@ -408,7 +408,7 @@ class Member(Protocol):
         Raises HubUnavailable or HubFull if the line cannot be published; then the member is in no room.
         """
         self.room = room
-        self._presence = Presence(self.factory.hub, room.topic, self.nick)
+        self._presence = NamePresence(self.factory.hub, room.topic, self.nick)
         try:
             await self._ask(self._presence.shown)
             said = room.say(f"* {self.nick} has joined {room.name}")

@@ -22,7 +22,7 @@ def hub_name(kind: str, text: str) -> str:
     return name if len(name.encode()) <= _LONGEST else f"chat/{kind}-sha256/{sha256(text.encode()).hexdigest()}"
 
 
-class Presence:
+class NamePresence:
     """A name that `IHub.members` of a topic shows until `leave`."""
 
     def __init__(self, hub: IHub, topic: str, name: str) -> None:

@@ -15,8 +15,8 @@ from zope.interface import implementer
 from rtservice.counted import counted
 from rtservice.interfaces import IHub, IReceiver, ISubscription
 from rtservice.protocols.chat.limits import ChatLimits
-from rtservice.protocols.chat.presence import DIRECTORY, Presence, hub_name
-from rtservice.protocols.chat.turns import ABORT_COST, Place, Turns
+from rtservice.protocols.chat.presence import DIRECTORY, NamePresence, hub_name
+from rtservice.protocols.chat.turns import ABORT_COST, ChatTurns, Place
 
 if TYPE_CHECKING:
     from rtservice.protocols.chat.member import Member
@@ -34,7 +34,7 @@ class Room(Place):
     `_published` and `_returned` those of the lines that this object publishes.
     """
 
-    def __init__(self, name: str, hub: IHub, turns: Turns, limits: ChatLimits) -> None:
+    def __init__(self, name: str, hub: IHub, turns: ChatTurns, limits: ChatLimits) -> None:
         super().__init__()
         self.name = name
         self.topic = hub_name("room", name)
@@ -62,7 +62,7 @@ class Room(Place):
         self._entering: dict[Member, int] = {}  # members, by the position of the line that announces them
         # The subscription.
         self._subscription: ISubscription | None = None
-        self._presence: Presence | None = None
+        self._presence: NamePresence | None = None
         self._opening: list[Deferred[None]] = []  # fire when it is active
         self._subscribing = hub.subscribe(self.topic, self)
         self._subscribing.addCallbacks(self._subscribed, self._not_subscribed)
@@ -79,7 +79,7 @@ class Room(Place):
 
     def _subscribed(self, subscription: ISubscription) -> None:
         self._subscription = subscription
-        self._presence = Presence(self._hub, DIRECTORY, self.name)
+        self._presence = NamePresence(self._hub, DIRECTORY, self.name)
         opening, self._opening = self._opening, []
         for waiting in opening:
             waiting.callback(None)

@@ -41,7 +41,7 @@ class Place:
         return False
 
 
-class Turns:
+class ChatTurns:
     """The rotations of all members and rooms of this process. `clock` is an IReactorTime."""
 
     def __init__(self, clock: Any) -> None:
