@@ -57,9 +57,13 @@ class Member(Protocol):
     transport: Any  # Twisted divides the methods of a stream transport among five interfaces
 
     def connectionMade(self) -> None:
-        self.nick = ""
+        # First those that each delivery reads: they share a line of the processor's cache.
         self.room: Room | None = None
         self.heard = 0  # position in its room up to which lines are sent to it
+        # A member that is not paused has at most _PAUSED_ABOVE bytes unsent.
+        self._may_exceed = self.factory.limits.max_unsent < _PAUSED_ABOVE + self.factory.limits.chunk
+        self._measures = self._may_exceed  # must compare its unsent bytes with the limit
+        self.nick = ""
         self.line: str | None = None  # the next line to handle
         self.waits_in: Place | None = None  # the place whose `speakers` contain it
         self.work = 0  # cost of the current line, in lines
@@ -75,8 +79,6 @@ class Member(Protocol):
         self._reading = True
         self._full = False  # the transport has paused this producer
         self._overflow = 0  # bytes written while paused
-        # A member that is not paused has at most _PAUSED_ABOVE bytes unsent.
-        self._may_exceed = self.factory.limits.max_unsent < _PAUSED_ABOVE + self.factory.limits.chunk
         self._gone = False
         self.transport.registerProducer(self, True)
         if len(self.factory.members) >= self.factory.limits.max_members:
@@ -460,9 +462,9 @@ class Member(Protocol):
     def deliver(self, piece: bytes) -> bool:
         """Send lines of the room. Return False after aborting a connection with more than `max_unsent` bytes unsent."""
         transport = self.transport
-        if transport.disconnecting or self._gone:
+        if transport.disconnecting:
             return True
-        if self._full or self._may_exceed:
+        if self._measures:
             # Twisted's transports have no attribute `unsent`, but pause the producer above their buffer size.
             unsent = max(getattr(transport, "unsent", 0), self._overflow)
             if unsent + len(piece) > self.factory.limits.max_unsent:
@@ -486,12 +488,13 @@ class Member(Protocol):
 
     def pauseProducing(self) -> None:
         """Delay the member's lines, since it does not read the answers. Called by the transport."""
-        self._full = True
+        self._full = self._measures = True
         self._go_on()
 
     def resumeProducing(self) -> None:
         """Continue with the member's lines: all output is sent. Called by the transport."""
         self._full = False
+        self._measures = self._may_exceed
         self._overflow = 0
         self._go_on()
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LINES_PER_TURN = 128
 
 # A write to one member counts as one, and one more for every 4 KiB. Each takes 5 to 15 µs with the system call.
-DELIVERIES_PER_TURN = 192
+DELIVERIES_PER_TURN = 256
 
 # Deliveries to one room before the next room is served.
 DELIVERIES_PER_ROOM = 64
