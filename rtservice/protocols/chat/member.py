@@ -57,13 +57,9 @@ class Member(Protocol):
     transport: Any  # Twisted divides the methods of a stream transport among five interfaces
 
     def connectionMade(self) -> None:
-        # First those that each delivery reads: they share a line of the processor's cache.
-        self.room: Room | None = None
-        self.heard = 0  # position in its room up to which lines are sent to it
-        # A member that is not paused has at most _PAUSED_ABOVE bytes unsent.
-        self._may_exceed = self.factory.limits.max_unsent < _PAUSED_ABOVE + self.factory.limits.chunk
-        self._measures = self._may_exceed  # must compare its unsent bytes with the limit
         self.nick = ""
+        self.room: Room | None = None
+        self.heard = 0  # position in its room up to which lines are sent to it, or before those that are
         self.line: str | None = None  # the next line to handle
         self.waits_in: Place | None = None  # the place whose `speakers` contain it
         self.work = 0  # cost of the current line, in lines
@@ -79,6 +75,8 @@ class Member(Protocol):
         self._reading = True
         self._full = False  # the transport has paused this producer
         self._overflow = 0  # bytes written while paused
+        # A member that is not paused has at most _PAUSED_ABOVE bytes unsent.
+        self._may_exceed = self.factory.limits.max_unsent < _PAUSED_ABOVE + self.factory.limits.chunk
         self._gone = False
         self.transport.registerProducer(self, True)
         if len(self.factory.members) >= self.factory.limits.max_members:
@@ -459,21 +457,22 @@ class Member(Protocol):
 
     # --- output ---
 
+    @property
+    def watched(self) -> bool:
+        """Whether lines of the room must be sent with `deliver`."""
+        return self._may_exceed or self._full or self.closing
+
     def deliver(self, piece: bytes) -> bool:
         """Send lines of the room. Return False after aborting a connection with more than `max_unsent` bytes unsent."""
-        transport = self.transport
-        if transport.disconnecting:
+        if self.closing:
             return True
-        if self._measures:
-            # Twisted's transports have no attribute `unsent`, but pause the producer above their buffer size.
-            unsent = max(getattr(transport, "unsent", 0), self._overflow)
-            if unsent + len(piece) > self.factory.limits.max_unsent:
-                self.factory.too_slow += 1
-                transport.abortConnection()
-                return False
-            if self._full:
-                self._overflow += len(piece)
-        transport.write(piece)
+        # Twisted's transports have no attribute `unsent`, but pause the producer above their buffer size.
+        unsent = max(getattr(self.transport, "unsent", 0), self._overflow)
+        if unsent + len(piece) > self.factory.limits.max_unsent:
+            self.factory.too_slow += 1
+            self.transport.abortConnection()
+            return False
+        self._send(piece)
         return True
 
     def notify(self, text: str) -> None:
@@ -481,31 +480,40 @@ class Member(Protocol):
         if self.room is not None:
             self.room.catch_up(self)
         if not self.closing:
-            data = f"* {text}\r\n".encode()
-            if self._full:
-                self._overflow += len(data)
-            self.transport.write(data)
+            self._send(f"* {text}\r\n".encode())
+
+    def _send(self, data: bytes) -> None:
+        if self._full:
+            self._overflow += len(data)
+        self.transport.write(data)
+
+    def _watch(self) -> None:
+        """Let the room send lines with `deliver`."""
+        if self.room is not None:
+            self.room.watch(self)
 
     def pauseProducing(self) -> None:
         """Delay the member's lines, since it does not read the answers. Called by the transport."""
-        self._full = self._measures = True
+        self._full = True
+        self._watch()
         self._go_on()
 
     def resumeProducing(self) -> None:
         """Continue with the member's lines: all output is sent. Called by the transport."""
         self._full = False
-        self._measures = self._may_exceed
         self._overflow = 0
         self._go_on()
 
     def stopProducing(self) -> None:
-        """Do nothing: connectionLost handles the end. Called by the transport."""
+        """Send no more lines. Called by the transport when it closes."""
+        self._watch()
 
     # --- the end ---
 
     def close(self, reason: str) -> None:
         """Send the reason, and close once it is sent."""
         self.notify(reason)
+        self._watch()
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -32,13 +32,16 @@ class Room(Place):
 
     Positions count bytes. `heard`, of a member, and `_start` count those of the log since the room was created;
     `_published` and `_returned` those of the lines that this object publishes.
+
+    Each member has a seat: the function that sends it a piece. Usually it is the `write` of its transport, so that a
+    delivery costs little more than that. A member that must not get the whole piece has a slower one for a while.
     """
 
     def __init__(self, name: str, hub: IHub, turns: ChatTurns, limits: ChatLimits) -> None:
         super().__init__()
         self.name = name
         self.topic = hub_name("room", name)
-        self.members: dict[Member, None] = {}
+        self.members: dict[Member, int] = {}  # with their seats
         self.joining = 0  # members that wait for this room
         self.sending = False  # in the rotation of rooms with a round
         self.rest: Any = None  # the delayed call that begins the next round
@@ -53,7 +56,10 @@ class Room(Place):
         self._skipped = 0  # lines skipped after its last byte
         self._ends_in_gap = False  # its last line is the notice of a gap
         self._piece = b""  # the beginning of the log, which this round sends
-        self._round: Iterator[Member] = iter(())  # members to which it is not sent yet
+        self._seats: list[Callable[[bytes], object]] = []
+        self._round = 0  # seats at the beginning of the round
+        self._sent = 0  # seats of the round to which the piece is sent
+        self._aborted = 0  # members aborted in this turn
         # Own lines on the hub.
         self._origin = secrets.token_hex(8).encode()  # marks them
         self._published = self._returned = 0
@@ -209,8 +215,10 @@ class Room(Place):
     def add(self, member: Member) -> None:
         """Add a member. It gets the lines that are received from now on."""
         self._entering.pop(member, None)
-        self.members[member] = None
+        self.members[member] = len(self._seats)
+        self._seats.append(_empty)
         member.heard = self._start + len(self._log)
+        self.watch(member)
 
     def remove(self, member: Member) -> None:
         """Remove a member, and send it the lines so far."""
@@ -219,23 +227,41 @@ class Room(Place):
             return
         if not member.closing:
             self.catch_up(member)
-        del self.members[member]
+        self._seats[self.members.pop(member)] = _empty
         if not self.members:
             self._start += len(self._log)
             self._log.clear()
-            self._skipped = 0
+            self._seats.clear()
+            self._skipped = self._round = self._sent = 0
             self._piece = b""
-            self._round = iter(())
 
     def catch_up(self, member: Member) -> None:
         """Send a member all lines so far, before a line that only this member gets."""
-        if member not in self.members:
+        seat = self.members.get(member)
+        if seat is None:
             return
-        missed = bytes(memoryview(self._log)[max(0, member.heard - self._start) :])
+        heard = max(member.heard - self._start, len(self._piece) if seat < self._sent else 0)
+        missed = bytes(memoryview(self._log)[heard:])
         member.heard = self._start + len(self._log)
+        self.watch(member)
         member.work += len(missed) // 4096
         if missed:
             member.deliver(missed)
+
+    def watch(self, member: Member) -> None:
+        """Consider the state of a member before it gets a piece. Called when its state has changed."""
+        seat = self.members.get(member)
+        if seat is not None:
+            self._seats[seat] = partial(self._send_to, member)
+
+    def _send_to(self, member: Member, piece: bytes) -> None:
+        """Send a member the part of a piece that it has not got, if it may get it."""
+        got = max(0, member.heard - self._start)
+        if got < len(piece):
+            if not member.deliver(piece[got:]):
+                self._aborted += 1
+            if not member.watched:
+                self._seats[self.members[member]] = member.transport.write
 
     # --- rounds ---
 
@@ -252,33 +278,39 @@ class Room(Place):
     def send(self, work: int) -> int:
         """Continue the round, or begin one. Return the deliveries counted, which may slightly exceed `work`."""
         if not self._piece and self._log:
-            # Complete lines, and at least one.
-            chunk = self._limits.chunk
-            end = self._log.rfind(b"\n", 0, chunk) + 1 or self._log.find(b"\n") + 1
-            self._piece = bytes(memoryview(self._log)[:end])
-            self._round = iter(list(self.members))
-        piece, start = self._piece, self._start
-        end, cost = start + len(piece), 1 + len(piece) // 4096
-        done = 0
-        for member in islice(self._round, max(1, work // cost)):
-            done += cost
-            if member.room is not self or member.heard >= end:  # it left, joined later, or caught up
-                continue
-            # The whole piece is the same object for all members.
-            heard, member.heard = member.heard, end
-            if not member.deliver(piece if heard == start else piece[heard - start :]):
-                done += ABORT_COST
-        return done
+            self._begin_round()
+        piece = self._piece
+        cost = 1 + len(piece) // 4096
+        first, self._sent = self._sent, min(self._sent + max(1, work // cost), self._round)
+        self._aborted = 0
+        for write in self._seats[first : self._sent]:
+            write(piece)
+        return (self._sent - first) * cost + self._aborted * ABORT_COST
+
+    def _begin_round(self) -> None:
+        # Complete lines, and at least one.
+        chunk = self._limits.chunk
+        end = self._log.rfind(b"\n", 0, chunk) + 1 or self._log.find(b"\n") + 1
+        self._piece = bytes(memoryview(self._log)[:end])
+        if len(self._seats) > len(self.members):  # members have left
+            self._seats = [self._seats[seat] for seat in self.members.values()]
+            self.members = {member: seat for seat, member in enumerate(self.members)}
+        self._round, self._sent = len(self._seats), 0
 
     def end_round(self, now: float) -> bool:
         """Return whether the piece is sent to all members; if so, remove it from the log."""
-        if self._round.__length_hint__():  # type: ignore[attr-defined]  # an iterator of a list
+        if self._sent < self._round:
             return False
         size = len(self._piece)
         self._start += size
         del self._log[:size]
         self._piece = b""
+        self._round = self._sent = 0
         self._next_round = max(self._next_round, now) + size / self._limits.max_rate
         if len(self._log) <= self._limits.log // 2:
             self._end_skip()
         return True
+
+
+def _empty(piece: bytes) -> None:
+    """Stand in for a member that has left."""
