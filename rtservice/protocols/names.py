@@ -10,7 +10,6 @@ A name is rejected if it equals a taken one except for case, or looks like one (
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
 from functools import lru_cache
 
 from rtservice.protocols.confusables import skeleton
@@ -81,7 +80,7 @@ class TakenNames:
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
-        self._taken: dict[str, str] = {}  # by each of its `_keys`
+        self._taken: dict[str, str] = {}  # by each of its similarity keys
 
     def __contains__(self, name: str) -> bool:
         return self._taken.get(name.casefold()) == name
@@ -102,24 +101,28 @@ class TakenNames:
 
         `instead_of` is a taken name to ignore, since this one would replace it.
         """
-        found = (self._taken.get(key, "") for key in _keys(name))
+        found = (self._taken.get(key, "") for key in similarity_keys(name))
         return next((taken for taken in found if taken and taken != instead_of), "")
 
     def add(self, name: str) -> None:
         """Take a name for which `like` returns an empty text."""
-        self._taken |= dict.fromkeys(_keys(name), name)
+        self._taken |= dict.fromkeys(similarity_keys(name), name)
 
     def discard(self, name: str) -> None:
         """Free a name, if it is taken."""
-        for key in _keys(name):
+        for key in similarity_keys(name):
             if self._taken.get(key) == name:
                 del self._taken[key]
 
 
-def _keys(name: str) -> Iterator[str]:
-    """Yield keys of a name. Two names with a common key look alike or differ only in case."""
+@lru_cache(maxsize=4096)
+def similarity_keys(name: str) -> tuple[str, ...]:
+    """Return 1 to 4 different keys of a name. Two names with a common key look alike or differ only in case."""
     folded = name.casefold()
-    yield folded
-    yield skeleton(name).casefold()
-    yield skeleton(folded).casefold()
-    yield skeleton(name.upper()).casefold()  # for small letters that look like capitals of another script
+    keys = (
+        folded,
+        skeleton(name).casefold(),
+        skeleton(folded).casefold(),
+        skeleton(name.upper()).casefold(),  # for small letters that look like capitals of another script
+    )
+    return tuple(dict.fromkeys(keys))

@@ -295,11 +295,3 @@ def test_a_chat_member_that_does_not_read_is_disconnected(service) -> None:
         while (line := received.readline()) != b"* ann\r\n":
             assert message in line
     assert running.stop() == 0
-
-
-def test_a_chat_does_not_start_with_workers(run) -> None:
-    result = run(*RTSERVICE, "--protocol=chat", TCP, "--workers=2")
-    assert result.returncode == 1
-    assert result.stderr.endswith(
-        "--protocol chat: this protocol needs all connections in one process; --workers has to be 1, not 2\n"
-    )
