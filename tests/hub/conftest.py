@@ -60,8 +60,8 @@ def records() -> list[dict[str, Any]]:
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the times of heartbeats and of the preparation, for tests that wait for them."""
     monkeypatch.setattr(redis_carrier, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 0.5)
-    monkeypatch.setattr(redis_carrier, "PREPARE_SECONDS", 0.5)
+    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 1.0)
+    monkeypatch.setattr(redis_carrier, "PREPARE_SECONDS", 1.0)
     monkeypatch.setattr(redis_endpoints, "CONNECT_SECONDS", 1.0)
 
 

@@ -106,7 +106,7 @@ async def test_a_stopped_redis_is_detected_and_used_again(redis, load) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_pause_shorter_than_the_timeout_loses_nothing(redis, load, monkeypatch) -> None:
-    monkeypatch.setattr("rtservice.hub.redis.BEAT_TIMEOUT", 60.0)
+    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 60.0)
     server = redis()
     running = await load(server.url, server.url)
     await runs(running)
@@ -167,7 +167,8 @@ async def test_a_connection_that_is_killed_is_a_gap_and_no_duplicate(redis, load
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_receiver_that_redis_disconnects_for_its_output_gets_a_gap(redis, hub) -> None:
+async def test_a_receiver_that_redis_disconnects_for_its_output_gets_a_gap(redis, hub, monkeypatch) -> None:
+    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 60.0)
     server = redis({"client-output-buffer-limit": "pubsub 1mb 1mb 1"})
     sender, slow = hub(server.url), hub(server.url)
     receiver = Receiver()
