@@ -120,6 +120,7 @@ class RedisCarrier:
         # Of the connection.
         self._connection: RedisConnection | None = None  # while it is up
         self._greeting = Greeting(0, "", False)
+        self._used_run: str | None = None  # the run of the server of the last connection that was up
         self._prepared_at = 0.0  # when it began to subscribe
         self._attempts = 0  # since a heartbeat came back
         self._problems: list[str] = []  # logged in this outage
@@ -173,9 +174,8 @@ class RedisCarrier:
         else:
             self._running.cancel()
         await self._running
-        stopped = HubUnavailable("the hub has stopped")
-        self._subscriptions.fail_waiting(stopped)
-        self._presence.fail_waiting(stopped)
+        self._subscriptions.fail_waiting()
+        self._presence.fail_waiting()
 
     async def _finish(self, connection: RedisConnection) -> None:
         await connection.request(b"PING")  # replied to after the publishes
@@ -209,10 +209,9 @@ class RedisCarrier:
         watch.clock = self._reactor
         watch.start(PREPARE_SECONDS, now=False)
         try:
-            previous = self._greeting
             await self._prepare(connection)
             watch.stop()
-            self._begin(connection, previous)
+            self._begin(connection)
             problem = await connection.ended
             if not self._stopping:
                 HUB_CONNECTION_LOST.log(self._log, engine=self._endpoints.shown, problem=problem)
@@ -248,15 +247,16 @@ class RedisCarrier:
         if isinstance(reply, Refused):
             connection.abort(f"SUBSCRIBE: {reply.shown}")
 
-    def _begin(self, connection: RedisConnection, previous: Greeting) -> None:
+    def _begin(self, connection: RedisConnection) -> None:
         """Use a prepared connection."""
         self._connection = connection
         self._problems.clear()
-        if previous.client:
-            self._counters["reconnects"] += 1
         HUB_CONNECTED.log(self._log, engine=self._endpoints.shown)
-        if self._accepted_at and not (previous.run and previous.run == self._greeting.run):
-            self._split_at = self._accepted_at
+        previous, self._used_run = self._used_run, self._greeting.run
+        if previous is not None:
+            self._counters["reconnects"] += 1
+            if self._accepted_at and (not previous or previous != self._used_run):
+                self._split_at = self._accepted_at
         if self._split_at:
             age = self._reactor.seconds() - self._split_at
             connection.send((b"PUBLISH", self._split_channel, int(age * 1000)), (self._split_sent, None))
@@ -279,15 +279,15 @@ class RedisCarrier:
         self._fail(publishing)
 
     def _fail(self, publishing: deque[tuple[Deferred[None], int]]) -> None:
-        error = HubUnavailable("the connection to Redis ended before it confirmed the message")
         for _ in range(min(len(publishing), _FAILED_PER_TURN)):
-            publishing.popleft()[0].errback(error)
+            failed, _size = publishing.popleft()
+            failed.errback(HubUnavailable("the connection to Redis ended before it confirmed the message"))
         if publishing:
             self._reactor.callLater(0, self._fail, publishing)
 
     def _report(self, problem: str) -> None:
         """Log why there is no connection: each reason once for an outage, and at most three."""
-        if problem not in self._problems and len(self._problems) < _MOST_PROBLEMS:
+        if not self._stopping and problem not in self._problems and len(self._problems) < _MOST_PROBLEMS:
             self._problems.append(problem)
             HUB_UNAVAILABLE.log(self._log, engine=self._endpoints.shown, problem=problem)
 

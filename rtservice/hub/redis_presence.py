@@ -240,11 +240,11 @@ class RedisPresence:
         self._connection = None
         await self._reap(connection, self._incarnation, "force")
 
-    def fail_waiting(self, error: Exception) -> None:
+    def fail_waiting(self) -> None:
         """Fail the Deferreds of `join` and `claim`."""
         waiting: list[Deferred[Any]] = [*self._joined, *self._joining.values(), *self._claiming.values()]
         self._joined.clear()
         self._joining.clear()
         self._claiming.clear()
         for deferred in waiting:
-            deferred.errback(error)
+            deferred.errback(HubUnavailable("the hub has stopped"))

@@ -17,6 +17,7 @@ from twisted.internet.defer import Deferred, succeed
 
 from rtservice.hub.carrier import Local
 from rtservice.hub.resp import RedisConnection, Refused
+from rtservice.interfaces import HubUnavailable
 
 # Channels of one command. Their confirmations take about 1.4 ms, Redis 0.2 ms.
 CHANNELS = 250
@@ -190,9 +191,9 @@ class Subscriptions:
             if not channel.wanted:
                 self._forget(channel)
 
-    def fail_waiting(self, error: Exception) -> None:
+    def fail_waiting(self) -> None:
         """Fail the Deferreds of topics that are not active."""
         for channel in list(self._channels.values()):
             waiting, channel.waiting = channel.waiting, []
             for deferred in waiting:
-                deferred.errback(error)
+                deferred.errback(HubUnavailable("the hub has stopped"))

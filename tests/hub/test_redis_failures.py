@@ -202,6 +202,27 @@ async def test_a_process_that_used_another_server_causes_a_gap_for_the_others(re
 
 
 @pytest_twisted.ensureDeferred
+async def test_it_causes_one_also_if_its_first_attempts_with_the_new_server_fail(redis, hub, proxy) -> None:
+    old, new = redis(), redis()
+    proxy.append(address := TamperingProxy(old.port))
+    late, early = hub(address.url), hub(new.url)
+    receiver = Receiver()
+    await early.subscribe("room", receiver)
+    await late.subscribe("room", Receiver())
+    await late.publish("room", b"lost")
+    address.port = new.port
+    address.replace = b"$9\r\nsubscribe\r\n", b"$9\r\nsubscripe\r\n"
+    greeting = late._carrier._greeting
+    address.cut()
+    await eventually(lambda: late._carrier._greeting != greeting and address.connections > 2)
+    assert GAP not in receiver.got
+    address.replace = None
+    address.cut()
+    await eventually(lambda: receiver.got)
+    assert receiver.got == [GAP]
+
+
+@pytest_twisted.ensureDeferred
 async def test_what_was_published_elsewhere_before_a_process_connected_is_no_gap_for_it(redis, hub) -> None:
     server = redis()
     one = hub(server.url)
