@@ -138,9 +138,7 @@ class Hub:
         self._claims.clear()
         stopped = self._carrier.stop()
         for waiting in list(self._waiting):  # a subscription that waits for the engine, for example
-            waiting.errback(HubUnavailable("the hub has stopped"))
-            # Most callers do not wait for it. Twisted would log each one as an unhandled error.
-            waiting.addErrback(lambda failure: failure.trap(HubUnavailable) and None)
+            _fail_quietly(waiting, HubUnavailable("the hub has stopped"))
         self._waiting.clear()
         return stopped
 
@@ -267,7 +265,7 @@ class Hub:
         if self._state != "started":
             return fail(HubUnavailable(f"the hub is {self._state}"))
         claim = Claim(self._next_number(), key, holder)
-        done: Deferred[IClaim | None] = Deferred()
+        done: Deferred[IClaim | None] = Deferred(_cancel)
         self._carrier.claim(claim).addCallback(self._claimed, claim).addBoth(self._pass_claim, claim, done)
         return done
 
@@ -301,7 +299,7 @@ class Hub:
         def cancelled(deferred: Deferred[Any]) -> None:
             self._waiting.discard(deferred)
             cancel()
-            deferred.errback(CancelledError())
+            _cancel(deferred)
 
         deferred: Deferred[Any] = Deferred(cancelled)
         self._waiting.add(deferred)
@@ -341,3 +339,17 @@ class Hub:
         _, held = self._claims.pop(number, (None, None))
         if held is not None:
             held.lost.callback(None)
+
+
+def _cancel(deferred: Deferred[Any]) -> None:
+    """Fail a Deferred that its caller has cancelled."""
+    _fail_quietly(deferred, CancelledError())
+
+
+def _fail_quietly(deferred: Deferred[Any], error: Exception) -> None:
+    """Fail a Deferred. If its callbacks do not handle this error, Twisted does not log it.
+
+    Most callers that cancel an operation, or that are there when the hub stops, do not wait for its outcome.
+    """
+    deferred.errback(error)
+    deferred.addErrback(lambda failure: failure.trap(type(error)) and None)
