@@ -121,6 +121,8 @@ class RedisCarrier:
         self._connection: RedisConnection | None = None  # while it is up
         self._greeting = Greeting(0, "", False)
         self._used_run: str | None = None  # the run of the server of the last connection that was up
+        self._preparing = False  # its topics are being subscribed
+        self._members_waiting: list[tuple[str, Deferred[Members]]] = []
         self._prepared_at = 0.0  # when it began to subscribe
         self._attempts = 0  # since a heartbeat came back
         self._problems: list[str] = []  # logged in this outage
@@ -237,6 +239,7 @@ class RedisCarrier:
             HUB_EVICTION.log(self._log, engine=self._endpoints.shown)
         self._greeting = greeting
         self._prepared_at = self._reactor.seconds()
+        self._preparing = True
         own = (self._beat_channel, self._split_channel)
         connection.change(b"SUBSCRIBE", own, _ignore, (self._not_subscribed, connection))
         await self._subscriptions.restore(connection)
@@ -263,12 +266,20 @@ class RedisCarrier:
         self._beat_returned = True
         self._beat_due = self._reactor.seconds()
         self._take_beat()
+        self._preparing = False
+        waiting, self._members_waiting = self._members_waiting, []
+        for topic, deferred in waiting:
+            self._presence.members(topic).chainDeferred(deferred)
         self._subscriptions.open()
         self._presence.open()
 
     def _end(self) -> None:
         """Stop using a connection that has ended, or that could not be prepared."""
         self._connection = None
+        self._preparing = False
+        waiting, self._members_waiting = self._members_waiting, []
+        for _, deferred in waiting:
+            deferred.errback(HubUnavailable("the hub has no connection to Redis"))
         if self._beat_call is not None:
             self._beat_call.cancel()
             self._beat_call = None
@@ -424,10 +435,17 @@ class RedisCarrier:
         self._presence.leave(membership)
 
     def members(self, topic: str) -> Deferred[Members]:
-        """Return the members of a topic."""
-        if self._connection is None:
+        """Return the members of a topic.
+
+        Waits while a connection is being prepared: receivers have their gap already, and reload the members.
+        """
+        if self._connection is not None:
+            return self._presence.members(topic)
+        if not self._preparing:
             return fail(HubUnavailable("the hub has no connection to Redis"))
-        return self._presence.members(topic)
+        waiting: Deferred[Members] = Deferred()
+        self._members_waiting.append((topic, waiting))
+        return waiting
 
     def claim(self, claim: Claim) -> Deferred[bool]:
         """Claim a key."""

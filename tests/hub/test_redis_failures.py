@@ -14,7 +14,7 @@ from rtservice.hub import redis as redis_carrier
 from rtservice.hub.hub import Hub
 from rtservice.hub.redis import RedisCarrier
 from rtservice.hub.redis_url import parse_hub_url
-from rtservice.interfaces import HubFull, HubUnavailable
+from rtservice.interfaces import HubFull, HubUnavailable, Members
 from tests.support.eventually import eventually
 from tests.support.hub_load import GAP, Load, Receiver
 from tests.support.recorded import recorded
@@ -269,6 +269,21 @@ async def test_members_and_claims_are_restored_after_redis_lost_its_data(redis, 
     assert (await two.members("room8")).total == 0
     assert (await two.members("room349")).total == 1
     assert await two.claim("ann", b"") is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_receiver_can_reload_the_members_as_soon_as_it_has_a_gap(redis, hub) -> None:
+    class Reloading(Receiver):
+        def gap(self, topic: str) -> None:
+            reloaded.append(near.members(topic))
+
+    server = redis()
+    near, reloaded = hub(server.url), []
+    await near.subscribe("room", Reloading())
+    await near.join("room", b"member")
+    server.restart()
+    await eventually(lambda: reloaded)
+    assert await reloaded[0] == Members((b"member",), 1)
 
 
 @pytest_twisted.ensureDeferred
