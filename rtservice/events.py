@@ -383,6 +383,14 @@ HUB_RECEIVER_FAILED = LimitedEvent(
     meaning="A receiver raised an exception in `received` or `gap`. Other receivers are not affected. At most ten "
     "records in ten seconds.",
 )
+HUB_LINK_FULL = LimitedEvent(
+    "hub.link_full",
+    _warn,
+    "messages of the topic {topic} to another worker dropped: it reads too slowly",
+    fields=("topic",),
+    meaning="More than 4 MiB wait for another worker. Its receivers of the topic get a gap. At most three records "
+    "in ten seconds.",
+)
 
 HUB_CONNECTED = Event(
     "hub.connected",
@@ -630,6 +638,14 @@ WORKER_MESSAGE_FAILED = Event(
     "{worker} sent a message that cannot be handled and is killed: {problem}",
     fields=("worker", "slot", "pid", "problem"),
     meaning="A bug in rtservice, or the supervisor is out of memory.",
+)
+WORKER_UNLINKED = Event(
+    "worker.unlinked",
+    _error,
+    "{worker} cannot be linked with the other workers and is killed: {problem}",
+    fields=("worker", "slot", "pid", "problem"),
+    meaning="The worker uses the hub, but another worker reports that it does not read or sends invalid data; or the "
+    "supervisor has no descriptors for its links.",
 )
 WORKER_RESTARTING = Event(
     "worker.restarting",

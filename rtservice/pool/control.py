@@ -15,6 +15,8 @@ readable in a trace.
                     leave       the worker received a stop signal, and asks to be replaced
                     records […] log records as formatted text: see `worker_messages.py`
                     access […]  lines for the access log
+                    mesh        the worker uses the hub, and asks for links to the other workers: see `mesh_links.py`
+                    peer {…}    another worker does not read its link or violates the protocol: `incarnation`, `problem`
 
 A worker runs hosted code, so its messages are not trusted: `worker_messages.py` decodes and checks them.
 """
@@ -25,8 +27,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
-# Descriptors of a worker: messages to it, messages from it, and the first of its sockets.
-CONTROL_IN, CONTROL_OUT, FIRST_SOCKET = 3, 4, 5
+# Descriptors of a worker: messages to it, messages from it, its link channel, and the first of its sockets.
+CONTROL_IN, CONTROL_OUT, LINK_CHANNEL, FIRST_SOCKET = 3, 4, 5, 6
 
 # Seconds between two heartbeats of a worker.
 BEAT = 1.0
@@ -46,6 +48,8 @@ LONGEST_FROM_WORKER: Mapping[str, int] = {
     "leave": 64,
     "records": 128 * 1024,
     "access": 128 * 1024,
+    "mesh": 64,
+    "peer": 1024,
 }
 
 # Limit of digits of an integer. A hosted factory's counter may be 1e300. int() of a long text takes quadratic time, or

@@ -29,10 +29,12 @@ from rtservice.events import (
     WORKER_SPAWN_FAILED,
     WORKER_TOO_LARGE,
     WORKER_TOO_OLD,
+    WORKER_UNLINKED,
 )
 from rtservice.net.description import ListenError
 from rtservice.net.listener import Listener
-from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT, FIRST_SOCKET
+from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT, FIRST_SOCKET, LINK_CHANNEL
+from rtservice.pool.mesh_links import LinkChannel, MeshLinks
 from rtservice.pool.query import Queries
 from rtservice.pool.rollout import Rollout, backoff_of_death, count_replacement
 from rtservice.pool.slot import Slot
@@ -85,6 +87,7 @@ class WorkerPool:
         self._access = access
         self._host: Any = None  # set by `prepare`
         self._queries = Queries()
+        self._mesh = MeshLinks()
         self._rollout = Rollout()
         self._target_slots = slots
         self._spec = spec
@@ -132,19 +135,8 @@ class WorkerPool:
 
     def _spawn(self, slot: Slot) -> WorkerProcess | None:
         """Spawn a worker for a slot. Return None if the system rejects it; after the start this is also logged."""
-        worker = WorkerProcess(
-            self,
-            slot.number,
-            self._spec,
-            messages=WorkerMessages(
-                slot=slot.number,
-                listeners=frozenset(listener.name for listener in self.listeners),
-                access=self._access is not None,
-            ),
-            counter_bounds=self.totals.counters_of(slot.number),
-        )
         try:
-            self._spawn_process(worker)
+            worker = self._spawn_process(slot)
         except OSError as problem:
             # Most often the user of --uid may not run the interpreter.
             self._spawn_problem = f"no worker can be spawned: {self._command[0]}: {problem.strerror}"
@@ -155,12 +147,33 @@ class WorkerPool:
         worker.send("start", self._spec.start(slot.number, len(self.slots)))
         return worker
 
-    def _spawn_process(self, worker: WorkerProcess) -> None:
-        with open(os.devnull, "rb") as nothing:
-            descriptors: dict[int, Any] = {0: nothing.fileno(), 1: "r", 2: "r", CONTROL_IN: "w", CONTROL_OUT: "r"}
-            for place, listener in enumerate(self.listeners):
-                descriptors[FIRST_SOCKET + place] = listener.of_slot(worker.slot).fileno()
-            self.reactor.spawnProcess(worker, self._command[0], self._command, self._environment, childFDs=descriptors)
+    def _spawn_process(self, slot: Slot) -> WorkerProcess:
+        """Spawn a worker process. Raises OSError."""
+        link_channel = LinkChannel(self.reactor)
+        worker = WorkerProcess(
+            self,
+            slot.number,
+            self._spec,
+            messages=WorkerMessages(
+                slot=slot.number,
+                listeners=frozenset(listener.name for listener in self.listeners),
+                access=self._access is not None,
+            ),
+            counter_bounds=self.totals.counters_of(slot.number),
+            link_channel=link_channel,
+        )
+        try:
+            with open(os.devnull, "rb") as nothing, link_channel.inherited as inherited:
+                descriptors: dict[int, Any] = {0: nothing.fileno(), 1: "r", 2: "r", CONTROL_IN: "w", CONTROL_OUT: "r"}
+                descriptors[LINK_CHANNEL] = inherited.fileno()
+                for place, listener in enumerate(self.listeners):
+                    descriptors[FIRST_SOCKET + place] = listener.of_slot(slot.number).fileno()
+                command = self._command
+                self.reactor.spawnProcess(worker, command[0], command, self._environment, childFDs=descriptors)
+        except OSError:
+            link_channel.close()
+            raise
+        return worker
 
     # --- reports of workers ---
 
@@ -185,6 +198,32 @@ class WorkerPool:
         if worker is slot.worker and slot.ready and slot.successor is None and slot not in self._rollout:
             worker.wants_to_leave = True
             self._replace_if_needed(slot, self.reactor.seconds())
+
+    def worker_joins_mesh(self, worker: WorkerProcess) -> None:
+        """Link a worker that uses the hub with the others that do."""
+        try:
+            silent = self._mesh.add(worker.link_channel)
+        except OSError as problem:
+            self._unlinked(worker, f"no socket can be created: {problem.strerror}")
+            return
+        for other in self._workers():
+            if other.link_channel in silent:
+                self._unlinked(other, "it does not read its link channel")
+
+    def peer_problem(self, worker: WorkerProcess, incarnation: int, problem: str) -> None:
+        """Kill a worker that another one reports: its links cannot be used any more."""
+        channel = self._mesh.channel_of(incarnation)
+        for other in self._workers():
+            if other.link_channel is channel and other is not worker:
+                self._unlinked(other, f"{worker} reports that it {problem}")
+
+    def _unlinked(self, worker: WorkerProcess, problem: str) -> None:
+        WORKER_UNLINKED.log(self.log, **worker.identity, problem=problem)
+        worker.signal(signal.SIGKILL)
+
+    def worker_exited(self, worker: WorkerProcess) -> None:
+        """Close the links of a worker whose process has ended."""
+        self._mesh.remove(worker.link_channel)
 
     def worker_gone(self, worker: WorkerProcess, reason: Failure) -> None:
         """Remove a worker whose process has ended from its slot. The slot gets another worker if it needs one."""

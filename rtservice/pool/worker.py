@@ -31,8 +31,10 @@ from rtservice.events import (
 )
 from rtservice.hosting.aliases import ALIASES
 from rtservice.hosting.factory import make_factory
+from rtservice.hub.carrier import Carrier
 from rtservice.hub.choice import make_carrier, warn_if_unused
 from rtservice.hub.hub import Hub
+from rtservice.hub.mesh import MeshCarrier
 from rtservice.hub.redis_url import BadHubURL
 from rtservice.net.listener import Listener
 from rtservice.net.tls import TLSError, ignore_bad_names
@@ -42,6 +44,7 @@ from rtservice.pool.control import (
     CONTROL_IN,
     CONTROL_OUT,
     FIRST_SOCKET,
+    LINK_CHANNEL,
     LONGEST_FROM_WORKER,
     ProtocolViolation,
     SupervisorMessages,
@@ -50,6 +53,7 @@ from rtservice.pool.control import (
 from rtservice.pool.start_message import adopt_listener
 from rtservice.pool.worker_counters import encode_counters
 from rtservice.pool.worker_messages import (
+    LONGEST_PEER_PROBLEM,
     LONGEST_PROBLEM,
     MOST_COUNTERS,
     MOST_LINES,
@@ -244,7 +248,7 @@ class Worker(Protocol):
             listeners=self._listeners,
             settings=runtime_settings(self._settings, slot=self._slot, slots=self._slots),
             log=self._log,
-            hub=Hub(make_carrier(message["hub"], self._log), self._log),
+            hub=Hub(make_carrier(message["hub"], self._log, self._make_mesh), self._log),
             record=AccessLog(self._access, self._slot) if self._settings.access_log else None,
         )
         self._server.prepare(self)
@@ -252,6 +256,18 @@ class Worker(Protocol):
         self._beating.clock = self._reactor
         self._beating.start(BEAT)
         self._server.start(self._reactor)
+
+    def _make_mesh(self) -> Carrier:
+        """Return the carrier of a hub between the workers of this machine."""
+        return MeshCarrier(LINK_CHANNEL, self, self._log)
+
+    def join_mesh(self) -> None:
+        """Ask the supervisor for links to the other workers."""
+        self._send_message("mesh")
+
+    def report_peer(self, incarnation: int, problem: str) -> None:
+        """Report another worker to the supervisor, which kills it."""
+        self._send_message("peer", {"incarnation": incarnation, "problem": problem[:LONGEST_PEER_PROBLEM]})
 
     def accepting(self) -> None:
         """Do nothing: the supervisor logs the listeners."""
@@ -423,7 +439,7 @@ def main() -> int:
 
     reactor: Any = installed  # typed as a module
     worker = Worker(reactor)
-    for descriptor in (CONTROL_IN, CONTROL_OUT):
+    for descriptor in (CONTROL_IN, CONTROL_OUT, LINK_CHANNEL):
         os.set_inheritable(descriptor, False)
     StandardIO(worker, CONTROL_IN, CONTROL_OUT)  # type: ignore[call-arg]  # mypy sees the variant for Windows, too
     globalLogBeginner.beginLoggingTo([worker.observe], redirectStandardIO=False)  # type: ignore[list-item]  # a method

@@ -58,6 +58,9 @@ MOST_COUNTERS, MOST_RECORDS, MOST_LINES, LONGEST_LINE = 200, 100, 100, 4096
 
 LONGEST_PROBLEM = 4096
 
+# Characters of the problem with another worker, and the maximum number of such reports.
+LONGEST_PEER_PROBLEM, _MOST_PEERS = 200, 100
+
 # Names of fields that are cached as valid.
 _MOST_KNOWN = 1000
 
@@ -152,7 +155,24 @@ class Access:
         return 1 + len(self.lines) // 20
 
 
-Message = Ready | Leave | Failed | Beat | Rows | Records | Access
+@dataclass(frozen=True, slots=True)
+class JoinMesh:
+    """The worker asks for links to the other workers."""
+
+    cost: ClassVar[int] = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PeerProblem:
+    """Another worker, of this incarnation, does not read its link or violates the protocol of links."""
+
+    incarnation: int
+    problem: str
+
+    cost: ClassVar[int] = 1
+
+
+Message = Ready | Leave | Failed | Beat | Rows | Records | Access | JoinMesh | PeerProblem
 
 
 # --- the decoder ---
@@ -173,6 +193,8 @@ class WorkerMessages:
         self._started = ""  # `ready` or `failed`, once received
         self._field_names: set[str] = set()  # valid ones, as a cache
         self._asked: dict[int, int] = {}  # the maximum number of rows in the answer, by the number of the question
+        self._joined = False  # `mesh` was received
+        self._peers = 0  # reports about other workers
         self._decoders: dict[str, Callable[[Any], Message]] = {
             "ready": self._ready,
             "leave": self._leave,
@@ -181,6 +203,8 @@ class WorkerMessages:
             "rows": self._rows,
             "records": self._records,
             "access": self._access_lines,
+            "mesh": self._mesh,
+            "peer": self._peer,
         }
 
     def ask(self, number: int, count: int) -> None:
@@ -232,6 +256,27 @@ class WorkerMessages:
         if value is not None:
             raise ProtocolViolation("a message 'leave' with an invalid value")
         return Leave()
+
+    # --- links to other workers ---
+
+    def _mesh(self, value: Any) -> JoinMesh:
+        if value is not None:
+            raise ProtocolViolation("a message 'mesh' with an invalid value")
+        if self._joined:
+            raise ProtocolViolation("a second message 'mesh'")
+        self._joined = True
+        return JoinMesh()
+
+    def _peer(self, value: Any) -> PeerProblem:
+        if type(value) is not dict or value.keys() != {"incarnation", "problem"}:
+            raise ProtocolViolation("a message 'peer' that is not an object of incarnation and problem")
+        incarnation, problem = value["incarnation"], value["problem"]
+        if not _is_count(incarnation) or not _is_text(problem, LONGEST_PEER_PROBLEM):
+            raise ProtocolViolation("a message 'peer' with an invalid value")
+        self._peers += 1
+        if not self._joined or self._peers > _MOST_PEERS:
+            raise ProtocolViolation("an unexpected message 'peer'")
+        return PeerProblem(incarnation, escaped(problem))
 
     # --- counters and connections ---
 

@@ -28,14 +28,17 @@ from rtservice.events import (
 from rtservice.pool.control import BEAT, CONTROL_IN, CONTROL_OUT, ProtocolViolation, encode
 from rtservice.pool.intake import Intake
 from rtservice.pool.log_records import as_event
+from rtservice.pool.mesh_links import LinkChannel
 from rtservice.pool.printed import Line, PrintedLines
 from rtservice.pool.worker_counters import SlotCounters
 from rtservice.pool.worker_messages import (
     Access,
     Beat,
     Failed,
+    JoinMesh,
     Leave,
     Message,
+    PeerProblem,
     Ready,
     Records,
     Rows,
@@ -117,6 +120,15 @@ class Supervisor(Protocol):
     def worker_leaves(self, worker: WorkerProcess) -> None:
         """The worker received a stop signal, and asks to be replaced."""
 
+    def worker_joins_mesh(self, worker: WorkerProcess) -> None:
+        """The worker asks for links to the other workers."""
+
+    def peer_problem(self, worker: WorkerProcess, incarnation: int, problem: str) -> None:
+        """The worker reports that the worker of this incarnation violates the protocol of links or does not read."""
+
+    def worker_exited(self, worker: WorkerProcess) -> None:
+        """The process has ended. Messages may still be read."""
+
     def worker_gone(self, worker: WorkerProcess, reason: Failure) -> None:
         """The process has ended, and all its messages are handled."""
 
@@ -133,7 +145,8 @@ class Supervisor(Protocol):
 class WorkerProcess(ProcessProtocol):
     """One process of a slot, from its spawning to its end.
 
-    `messages` decodes its messages, and `shown` bounds the counters that are shown.
+    `messages` decodes its messages, `counter_bounds` bounds the counters that are shown, and `link_channel` passes it
+    the sockets of its links.
     """
 
     transport: Any  # IProcessTransport does not declare pipes and closeChildFD
@@ -146,6 +159,7 @@ class WorkerProcess(ProcessProtocol):
         *,
         messages: WorkerMessages,
         counter_bounds: SlotCounters,
+        link_channel: LinkChannel,
     ) -> None:
         self.supervisor = supervisor
         self.slot = slot  # the number
@@ -160,6 +174,7 @@ class WorkerProcess(ProcessProtocol):
         self.wants_to_leave = False
         self._messages = messages
         self._counter_bounds = counter_bounds
+        self.link_channel = link_channel
         self._asked_at: dict[int, float] = {}  # the time of each question without an answer, by number
         self._intakes: dict[int, Intake] = {}  # by descriptor
         self._printed = {1: PrintedLines(), 2: PrintedLines()}
@@ -345,6 +360,10 @@ class WorkerProcess(ProcessProtocol):
                 self.problem = message.problem
             case Leave():
                 supervisor.worker_leaves(self)
+            case JoinMesh():
+                supervisor.worker_joins_mesh(self)
+            case PeerProblem():
+                supervisor.peer_problem(self, message.incarnation, message.problem)
             case Ready():
                 if self.phase is WorkerPhase.STARTING:  # otherwise `drain` was sent before
                     self.last_heartbeat = supervisor.reactor.seconds()
@@ -366,6 +385,7 @@ class WorkerProcess(ProcessProtocol):
 
     def processExited(self, reason: Failure) -> None:
         self._exited = True
+        self.supervisor.worker_exited(self)
         self.end_in(_PIPES)
 
     def processEnded(self, reason: Failure) -> None:

@@ -28,6 +28,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
     monkeypatch.setattr(pool_module.random, "uniform", lambda low, high: (low + high) / 2)
     yield make
     for running in made:
+        for process in running.processes:
+            process.link_end.close()
+            process.protocol.link_channel.close()
         assert not [event["log_failure"] for event in running.events if "log_failure" in event]
         if running.done:
             assert running.done == [None]

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from rtservice.pool.control import BEAT, FIRST_SOCKET
+from rtservice.pool.control import BEAT, FIRST_SOCKET, LINK_CHANNEL
 from rtservice.process.start_errors import StartError
 
 
@@ -15,7 +15,7 @@ def test_each_slot_gets_a_process_with_its_sockets_and_a_start_message(world) ->
     for number, process in enumerate(running.processes):
         assert process.told == [("start", {"slot": number, "slots": 3, "generation": 1})]
         assert {key: process.descriptors[key] for key in (1, 2, 3, 4)} == {1: "r", 2: "r", 3: "w", 4: "r"}
-        assert set(process.descriptors) == {0, 1, 2, 3, 4, FIRST_SOCKET}
+        assert set(process.descriptors) == {0, 1, 2, 3, 4, LINK_CHANNEL, FIRST_SOCKET}
 
 
 def test_service_is_reported_ready_once_when_all_workers_are_ready(world) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rtservice.pool.mesh_links import LinkChannel
 from rtservice.pool.worker_counters import SlotCounters
 from rtservice.pool.worker_messages import WorkerMessages
 from rtservice.pool.worker_process import WorkerPhase, WorkerProcess
@@ -21,7 +22,14 @@ def test_worker_phases_change_only_along_the_allowed_transitions(world) -> None:
     for before in WorkerPhase:
         for after in WorkerPhase:
             messages = WorkerMessages(slot=0, listeners=(), access=False)
-            worker = WorkerProcess(running.pool, 0, running.spec, messages=messages, counter_bounds=SlotCounters())
+            worker = WorkerProcess(
+                running.pool,
+                0,
+                running.spec,
+                messages=messages,
+                counter_bounds=SlotCounters(),
+                link_channel=LinkChannel(running.reactor),
+            )
             worker.phase = before
             if (before, after) in allowed:
                 worker.move(after)

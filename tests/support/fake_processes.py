@@ -1,6 +1,8 @@
 """A reactor that spawns fake processes, which the test controls."""
 
+import os
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,7 @@ from twisted.internet.error import ProcessDone, ProcessExitedAlready, ProcessTer
 from twisted.logger import LogLevel, formatEvent
 from twisted.python.failure import Failure
 
-from rtservice.pool.control import CONTROL_OUT, SupervisorMessages, encode
+from rtservice.pool.control import CONTROL_OUT, LINK_CHANNEL, SupervisorMessages, encode
 from rtservice.pool.worker_messages import encode_records, finished_record
 from tests.support.fake_reactor import FakeReactor
 
@@ -64,6 +66,8 @@ class Process:
         self.protocol = protocol
         self.descriptors = descriptors
         self.environment = environment
+        # As after a fork: the supervisor closes its copy.
+        self.link_end = socket.socket(fileno=os.dup(descriptors[LINK_CHANNEL]))
         self.pid: int | None = pid
         self.pipes = {number: Pipe() for number, kind in descriptors.items() if kind in ("r", "w")}
         self.signals: list[int] = []
