@@ -79,7 +79,7 @@ def main() -> int:
     options = parse()
     if options.list:
         for kind, known in (("cases", CASES), ("servers", SERVERS)):
-            print(f"{kind}:", *(f"  {entry.name:<10} {entry.title}" for entry in known), sep="\n")
+            print(f"{kind}:", *(f"  {entry.name:<19} {entry.title}" for entry in known), sep="\n")
         return 0
     if sys.platform != "linux":
         print("benchmarks: Linux only (needs epoll, /proc and CPU affinity)", file=sys.stderr)
@@ -130,7 +130,7 @@ def measure(options: argparse.Namespace, bench: Bench, results: list[Result]) ->
     """Measure the selected cases, and print the table of each when it is complete."""
     cases = [case for case in CASES if not options.cases or case.name in options.cases]
     servers = [server for server in SERVERS if not options.servers or server.name in options.servers]
-    taking_part = {case: [server for server in servers if case.takes(server.name)] for case in cases}
+    taking_part = {case: [server for server in servers if case.takes(server)] for case in cases}
     progress = Progress(sum(map(len, taking_part.values())) * options.rounds)
     for case in filter(taking_part.get, cases):
         result = bench.measure(case, taking_part[case], functools.partial(progress.ran, case.name))

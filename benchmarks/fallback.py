@@ -1,6 +1,6 @@
 """Load generator for machines without a C compiler: ``load.c`` in Python, several times slower.
 
-Options and JSON output are the same.
+Options and JSON output are the same. It cannot measure ``fanout``.
 """
 
 import argparse
@@ -172,15 +172,18 @@ def idle(options: argparse.Namespace, context: ssl.SSLContext | None, message: b
 def main() -> None:
     """Run with the options and output of load.c."""
     parser = argparse.ArgumentParser(prog="load", description=__doc__)
-    parser.add_argument("--mode", choices=["exchange", "churn", "idle"], default="exchange")
+    parser.add_argument("--mode", choices=["exchange", "churn", "idle", "fanout"], default="exchange")
     parser.add_argument("--greeting", default="")
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--pid", type=int, action="append", default=[])
+    parser.add_argument("--publishers")
     for name in ("port", "connections", "size"):
         parser.add_argument(f"--{name}", type=int, required=True)
     for name in ("seconds", "warmup"):
         parser.add_argument(f"--{name}", type=float, required=True)
     options = parser.parse_args()
+    if options.mode == "fanout":
+        raise SystemExit("load: fanout needs a C compiler: the load generator in Python would be the limit")
     context = None
     if options.tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,15 +1,21 @@
 /* Load generator: many connections from one thread, each with at most one message in flight (a closed loop).
  *
- *   load --mode exchange|churn|idle --port N --connections N --size BYTES --greeting TEXT
- *        --seconds S --warmup S [--tls] [--pid N]...
+ *   load --mode exchange|churn|idle|fanout --port N... --connections N --size BYTES --greeting TEXT
+ *        --seconds S --warmup S [--publishers N] [--tls] [--pid N]... [--engine-pid N]...
  *
  * exchange  on every connection: send a message, wait for the whole echo, repeat.
  * churn     connect, receive the greeting, exchange one message, send FIN, wait for the server's FIN, repeat.
  * idle      open the connections, exchange one message on each, keep them open, and measure the server's memory.
+ * fanout    the first connections (--publishers) send a line, which the server sends to all connections. Each sends its
+ *           next line when all connections have received the last one. Every line of every connection is compared: a
+ *           lost, repeated or reordered one ends the run. The unit is a delivery: one line to one connection. No TLS.
+ *
+ * With several ports, connections are opened to them in rotation.
  *
  * Connections and TLS handshakes are made before the measurement. The CPU time of the server's processes (--pid) is
- * read from their clocks at the beginning and end of the measured window, in nanoseconds, for all threads. One JSON
- * object is printed at the end. A wrong or missing echo ends the run with a message and status 1.
+ * read from their clocks at the beginning and end of the measured window, in nanoseconds, for all threads; that of
+ * Redis (--engine-pid) is counted separately. One JSON object is printed at the end. A wrong or missing echo or line
+ * ends the run with a message and status 1.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -36,13 +42,14 @@
 typedef void SSL;
 #endif
 
-enum mode { EXCHANGE, CHURN, IDLE };
+enum mode { EXCHANGE, CHURN, IDLE, FANOUT };
 
 enum phase {
     HANDSHAKING, /* TLS */
     GREETING,    /* waiting for the rest of the server's greeting */
     WAITING,     /* open and silent: other connections are not up yet, or the mode is idle */
     ECHOING,     /* a message is in flight */
+    LISTENING,   /* receives lines (fanout) */
     CLOSING,     /* FIN is sent, the server's is not received yet */
 };
 
@@ -54,30 +61,49 @@ struct connection {
     size_t sent, received;
     uint64_t sequence; /* written into each message, to detect the echo of an earlier one */
     uint64_t started;
+    char *partial;        /* fanout: the beginning of a line, `received` bytes */
+    uint32_t *last_lines; /* fanout: for each publisher, the number of the last line received */
+};
+
+/* The line of a publisher that is on its way. */
+struct publication {
+    char *line;
+    uint32_t number;
+    int missing; /* connections that have not received it */
+    uint64_t started;
 };
 
 /* A burst of connects stays below the backlog of 50 of some servers: a client whose SYN is dropped retries only after a
  * second. */
-enum { OPENING_AT_ONCE = 32, MAX_EVENTS = 1024, MAX_PIDS = 64 };
+enum { OPENING_AT_ONCE = 32, MAX_EVENTS = 1024, MAX_PIDS = 64, MAX_PORTS = 16 };
+
+/* Digits of the publisher and of the number at the beginning of a line. */
+enum { DIGITS = 8, HEAD = 2 * DIGITS };
 
 /* A client that closes first keeps its port in TIME_WAIT. churn rotates among this many source addresses, so that
  * 28,000 ports are not exhausted. */
 enum { SOURCES = 64 };
 
 static enum mode mode = EXCHANGE;
-static int port, connections = 1;
+static int ports[MAX_PORTS], port_count, connections = 1, publishers = 1;
 static size_t size = 64;
 static double seconds = 1, warmup = 0.2;
 static const char *greeting = "";
 static size_t greeting_length;
 static bool tls;
-static pid_t pids[MAX_PIDS];
-static int pid_count;
+struct processes {
+    pid_t pids[MAX_PIDS];
+    int count;
+};
+
+static struct processes server, engine;
 
 static int epoll_fd;
 static struct connection *table;
 static int opened, opening, up; /* connections begun; begun and not yet up; up */
 static char *message, *incoming;
+static size_t room; /* bytes of `incoming` */
+static struct publication *publications;
 static uint64_t finished; /* exchanges since the window began */
 
 static void fail(const char *format, ...)
@@ -138,14 +164,14 @@ static double cpu_seconds(clockid_t clock)
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static double server_cpu_seconds(void)
+static double cpu_seconds_of(const struct processes *processes)
 {
     double sum = 0;
-    for (int i = 0; i < pid_count; i++) {
+    for (int i = 0; i < processes->count; i++) {
         clockid_t clock;
-        int error = clock_getcpuclockid(pids[i], &clock);
+        int error = clock_getcpuclockid(processes->pids[i], &clock);
         if (error)
-            fail("process %d of the server: %s (has it exited?)", (int)pids[i], strerror(error));
+            fail("process %d of the server: %s (has it exited?)", (int)processes->pids[i], strerror(error));
         sum += cpu_seconds(clock);
     }
     return sum;
@@ -154,10 +180,10 @@ static double server_cpu_seconds(void)
 static long server_resident_kib(void)
 {
     long sum = 0;
-    for (int i = 0; i < pid_count; i++) {
+    for (int i = 0; i < server.count; i++) {
         char path[64], line[256];
         long kib = -1;
-        snprintf(path, sizeof path, "/proc/%d/smaps_rollup", (int)pids[i]);
+        snprintf(path, sizeof path, "/proc/%d/smaps_rollup", (int)server.pids[i]);
         FILE *file = fopen(path, "r");
         if (!file)
             fail("%s: %s", path, strerror(errno));
@@ -270,9 +296,9 @@ static void open_connection(struct connection *c)
     c->received = 0;
     c->phase = tls ? HANDSHAKING : GREETING;
     c->started = now();
-    struct sockaddr_in server = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
-    server.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (connect(c->fd, (struct sockaddr *)&server, sizeof server) < 0 && errno != EINPROGRESS)
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)ports[(c - table) % port_count])};
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (connect(c->fd, (struct sockaddr *)&address, sizeof address) < 0 && errno != EINPROGRESS)
         fail("connect: %s", strerror(errno));
     watch(c, EPOLLIN);
 #ifdef WITH_TLS
@@ -336,13 +362,79 @@ static void verify(struct connection *c, size_t length)
         fail("the echo differs from the message: in %zu bytes at offset %zu of %zu", length, c->received, size);
 }
 
+/* -- fan-out ------------------------------------------------------------------------------------------------------ */
+
+static void prepare_publications(void)
+{
+    publications = calloc((size_t)publishers, sizeof *publications);
+    if (!publications)
+        fail("out of memory");
+    for (int i = 0; i < publishers; i++) {
+        char *line = publications[i].line = malloc(size);
+        if (!line)
+            fail("out of memory");
+        for (size_t at = HEAD; at < size - 1; at++)
+            line[at] = (char)('a' + at % 26);
+        line[size - 1] = '\n';
+    }
+    for (int i = 0; i < connections; i++) {
+        table[i].partial = malloc(size);
+        table[i].last_lines = calloc((size_t)publishers, sizeof *table[i].last_lines);
+        if (!table[i].partial || !table[i].last_lines)
+            fail("out of memory");
+    }
+}
+
+static void publish(int publisher)
+{
+    struct publication *p = &publications[publisher];
+    char head[HEAD + 1];
+    p->number++;
+    p->missing = connections;
+    snprintf(head, sizeof head, "%0*x%0*x", DIGITS, (unsigned)publisher, DIGITS, p->number);
+    memcpy(p->line, head, HEAD);
+    p->started = now();
+    if (transmit(&table[publisher], p->line, size) != (ssize_t)size)
+        fail("the server does not read the line of a publisher");
+}
+
+static void take_line(struct connection *c, const char *line, uint64_t at)
+{
+    char digits[DIGITS + 1] = "";
+    memcpy(digits, line, DIGITS);
+    unsigned long publisher = strtoul(digits, NULL, 16);
+    struct publication *p = publisher < (unsigned long)publishers ? &publications[publisher] : NULL;
+    if (!p || memcmp(line, p->line, size) || c->last_lines[publisher] != p->number - 1)
+        fail("a line is lost, repeated or changed: %.*s", (int)size - 1, line);
+    c->last_lines[publisher] = p->number;
+    record(at - p->started);
+    if (--p->missing == 0)
+        publish((int)publisher);
+}
+
+static void take_lines(struct connection *c)
+{
+    memcpy(incoming, c->partial, c->received);
+    ssize_t n = receive(c, incoming + c->received, room - c->received);
+    if (n < 0)
+        return;
+    if (n == 0)
+        fail("the server closed a connection");
+    size_t end = c->received + (size_t)n, begin = 0;
+    for (uint64_t at = now(); end - begin >= size; begin += size)
+        take_line(c, incoming + begin, at);
+    c->received = end - begin;
+    memcpy(c->partial, incoming + begin, c->received);
+}
+
 static void greeted(struct connection *c)
 {
-    if (mode != EXCHANGE) {
+    if (mode == CHURN || mode == IDLE) {
         start_message(c);
         return;
     }
-    c->phase = WAITING;
+    c->phase = mode == FANOUT ? LISTENING : WAITING;
+    c->received = 0;
     opening--;
     up++;
     open_more();
@@ -413,6 +505,9 @@ static void advance(struct connection *c)
             if (!c->ssl)
                 return; /* less than requested: the socket is empty, and epoll reports more */
         }
+    case LISTENING:
+        take_lines(c);
+        return;
     case WAITING:
         n = receive(c, incoming, 1);
         if (n >= 0)
@@ -486,24 +581,33 @@ static void measure_exchanges(void)
             open_connection(&table[i]);
     } else {
         open_all(connections);
-        for (int i = 0; i < connections; i++)
-            start_message(&table[i]);
+        if (mode == FANOUT)
+            for (int i = 0; i < publishers; i++)
+                publish(i);
+        else
+            for (int i = 0; i < connections; i++)
+                start_message(&table[i]);
     }
     run_until(after(warmup), NULL, 0);
 
     memset(histogram, 0, sizeof histogram);
     finished = 0;
     uint64_t began = now();
-    double server = server_cpu_seconds(), own = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID);
+    double of_server = cpu_seconds_of(&server), of_engine = cpu_seconds_of(&engine);
+    double own = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID);
     run_until(after(seconds), NULL, 0);
     double elapsed = (double)(now() - began) / 1e9;
-    server = server_cpu_seconds() - server;
+    of_server = cpu_seconds_of(&server) - of_server;
+    of_engine = cpu_seconds_of(&engine) - of_engine;
     own = cpu_seconds(CLOCK_PROCESS_CPUTIME_ID) - own;
+    for (int i = 0; mode == FANOUT && i < publishers; i++)
+        if (!finished || now() - publications[i].started > 1000000000u)
+            fail("a line has not reached %d of %d connections", publications[i].missing, connections);
     if (!finished)
         fail("no exchange was finished in %.1f s", elapsed);
-    printf("{\"messages\": %llu, \"seconds\": %.6f, \"server_cpu_seconds\": %.6f, \"load_cpu_seconds\": %.6f, "
-           "\"p50_us\": %.2f, \"p99_us\": %.2f, \"p999_us\": %.2f}\n",
-           (unsigned long long)finished, elapsed, server, own, percentile_us(0.5), percentile_us(0.99),
+    printf("{\"messages\": %llu, \"seconds\": %.6f, \"server_cpu_seconds\": %.6f, \"engine_cpu_seconds\": %.6f, "
+           "\"load_cpu_seconds\": %.6f, \"p50_us\": %.2f, \"p99_us\": %.2f, \"p999_us\": %.2f}\n",
+           (unsigned long long)finished, elapsed, of_server, of_engine, own, percentile_us(0.5), percentile_us(0.99),
            percentile_us(0.999));
 }
 
@@ -514,15 +618,23 @@ static void parse(int argc, char **argv)
         {"connections", required_argument, NULL, 'c'}, {"size", required_argument, NULL, 's'},
         {"greeting", required_argument, NULL, 'g'}, {"seconds", required_argument, NULL, 't'},
         {"warmup", required_argument, NULL, 'w'},   {"tls", no_argument, NULL, 'T'},
-        {"pid", required_argument, NULL, 'P'},      {NULL, 0, NULL, 0},
+        {"pid", required_argument, NULL, 'P'},      {"engine-pid", required_argument, NULL, 'E'},
+        {"publishers", required_argument, NULL, 'n'}, {NULL, 0, NULL, 0},
     };
     int option;
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         switch (option) {
         case 'm':
-            mode = !strcmp(optarg, "churn") ? CHURN : !strcmp(optarg, "idle") ? IDLE : EXCHANGE;
+            mode = !strcmp(optarg, "churn")    ? CHURN
+                   : !strcmp(optarg, "idle")   ? IDLE
+                   : !strcmp(optarg, "fanout") ? FANOUT
+                                               : EXCHANGE;
             break;
-        case 'p': port = atoi(optarg); break;
+        case 'p':
+            if (port_count < MAX_PORTS)
+                ports[port_count++] = atoi(optarg);
+            break;
+        case 'n': publishers = atoi(optarg); break;
         case 'c': connections = atoi(optarg); break;
         case 's': size = (size_t)atol(optarg); break;
         case 'g': greeting = optarg; break;
@@ -530,14 +642,19 @@ static void parse(int argc, char **argv)
         case 'w': warmup = atof(optarg); break;
         case 'T': tls = true; break;
         case 'P':
-            if (pid_count < MAX_PIDS)
-                pids[pid_count++] = (pid_t)atoi(optarg);
+        case 'E': {
+            struct processes *processes = option == 'P' ? &server : &engine;
+            if (processes->count < MAX_PIDS)
+                processes->pids[processes->count++] = (pid_t)atoi(optarg);
             break;
+        }
         default: exit(2);
         }
     }
     greeting_length = strlen(greeting);
-    if (port <= 0 || connections <= 0 || size < sizeof(uint64_t) || seconds <= 0 || !greeting_length)
+    if (mode == FANOUT && (tls || publishers <= 0 || publishers > connections || size <= HEAD))
+        fail("fanout: no TLS, one publisher for each connection at most, lines of at least %d bytes", HEAD + 1);
+    if (!port_count || ports[0] <= 0 || connections <= 0 || size < sizeof(uint64_t) || seconds <= 0 || !greeting_length)
         fail("required: --port, --greeting, at least one connection, messages of at least 8 bytes");
 }
 
@@ -546,7 +663,9 @@ int main(int argc, char **argv)
     parse(argc, argv);
     signal(SIGPIPE, SIG_IGN);
     alarm((unsigned)(seconds + warmup) + 120); /* bounds a run that hangs */
-    size_t room = size > greeting_length ? size : greeting_length;
+    room = size > greeting_length ? size : greeting_length;
+    if (mode == FANOUT && room < 65536)
+        room = 65536;
     table = calloc((size_t)connections, sizeof *table);
     message = malloc(room);
     incoming = malloc(room);
@@ -562,6 +681,8 @@ int main(int argc, char **argv)
         fail("built without OpenSSL");
 #endif
     }
+    if (mode == FANOUT)
+        prepare_publications();
     if (mode == IDLE)
         measure_memory();
     else

@@ -45,15 +45,17 @@ def run(load: Load, case: Case, server: Running, cpu: int, seconds: float) -> di
     """
     options = {
         "--mode": case.mode,
-        "--port": server.port,
         "--connections": case.connections,
         "--size": case.size,
         "--greeting": GREETING.decode(),
         "--seconds": seconds,
         "--warmup": WARM_UP_SECONDS,
+        "--publishers": case.publishers,
     }
     command = [*load.command, *(text for name, value in options.items() for text in (name, str(value)))]
+    command += [text for port in server.ports for text in ("--port", str(port))]
     command += [text for pid in server.pids for text in ("--pid", str(pid))]
+    command += [text for pid in server.engine_pids for text in ("--engine-pid", str(pid))]
     if case.tls:
         command.append("--tls")
     process = subprocess.Popen(

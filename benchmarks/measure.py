@@ -36,6 +36,8 @@ class Figures:
     """Milliseconds from the command to readiness."""
     memory: float | None = None
     """MiB of memory after the start, with shared pages divided among processes (Pss of proc_pid_smaps(5))."""
+    engine: float | None = None
+    """CPU µs per delivery of Redis, which ``cost`` does not include."""
 
 
 @dataclass
@@ -132,7 +134,7 @@ class Bench:
         with running(server, self.cores.server, log, certificate) as process:
             if case.mode == "start":
                 return _start_figures(process)
-            watch = _Watch(self.cores, process.pids)
+            watch = _Watch(self.cores, [*process.pids, *process.engine_pids])
             answer = load.run(generator, case, process, self.cores.load, self.seconds)
             return _figures(case, answer, watch.strangers())
 
@@ -156,6 +158,7 @@ def _figures(case: Case, answer: dict[str, Any], strangers: float | None) -> Fig
         server_busy=answer["server_cpu_seconds"] / seconds,
         load_busy=answer["load_cpu_seconds"] / seconds,
         strangers=strangers,
+        engine=1e6 * answer.get("engine_cpu_seconds", 0) / answer["messages"] or None,
     )
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from benchmarks.measure import Figures, Result
 from benchmarks.report import machine, over_rounds
-from benchmarks.servers import SUBJECT
 
 OURS, PEERS = "#c2410c", "#94a3b8"
 COLUMNS = 3
@@ -27,7 +26,7 @@ def draw(results: list[Result], path: Path) -> None:
         measured.reverse()  # barh() draws upwards
         medians = [spread.median for _, spread in measured]
         errors = [[s.median - s.low for _, s in measured], [s.high - s.median for _, s in measured]]
-        colours = [OURS if row.server is SUBJECT else PEERS for row, _ in measured]
+        colours = [OURS if "rtservice" in row.server.title else PEERS for row, _ in measured]
         titles = [row.server.title for row, _ in measured]
         whiskers = {"lw": 1, "alpha": 0.5}
         bars = panel.barh(titles, medians, xerr=errors, color=colours, height=0.72, error_kw=whiskers)
@@ -41,7 +40,7 @@ def draw(results: list[Result], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in list(figure.axes)[len(results) :]:
         panel.set_visible(False)
-    figure.suptitle("Server CPU per echo (idle: resident memory); lower is better", fontsize=11)
+    figure.suptitle("Server CPU per echo or delivery (idle: resident memory); lower is better", fontsize=11)
     figure.supxlabel(machine(), fontsize=7, color="#64748b")
     figure.savefig(path, format="png")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Bench, Figures, Result, Row
-from benchmarks.servers import SUBJECT
 
 # Above these shares of a core, the load generator may be the limit, or other programs may have disturbed the run.
 LOAD_IS_BUSY = 0.9
@@ -53,8 +52,8 @@ def ratio(subject: Row, peer: Row, figure: Figure) -> Spread | None:
 
 
 def subject_of(result: Result) -> Row | None:
-    """Return the row of rtservice, to which ratios refer, or None if it was not measured."""
-    return next((row for row in result.rows if row.server is SUBJECT and any(row.rounds)), None)
+    """Return the row of rtservice in one process, to which ratios refer, or None if it was not measured."""
+    return next((row for row in result.rows if row.server.name == result.case.subject and any(row.rounds)), None)
 
 
 def case_table(result: Result) -> str:
@@ -75,6 +74,7 @@ def case_table(result: Result) -> str:
         ("p99.9", lambda row: _median(over_rounds(row, _p999))),
         (f"{cost}/{unit}", lambda row: _median(over_rounds(row, _cost), 2)),
         ("range", lambda row: _range(over_rounds(row, _cost))),
+        ("Redis CPU µs", lambda row: _median(over_rounds(row, _engine), 2)),
         (f"{cost} rtservice/peer", lambda row: _median(compared(row, _cost), 2)),
         ("range", lambda row: _range(compared(row, _cost))),
         ("p50 rtservice/peer", lambda row: _median(compared(row, _p50), 2)),
@@ -86,7 +86,7 @@ def case_table(result: Result) -> str:
     lines = _aligned(columns, measured)
     for row in result.rows:
         if row.missing is not None:
-            lines.append(f"{row.server.title:<17} n/a: {row.missing}")
+            lines.append(f"{row.server.title:<20} n/a: {row.missing}")
     return "\n".join([result.case.title, *lines, *result.remarks])
 
 
@@ -96,7 +96,9 @@ def summary_table(results: list[Result]) -> str:
     if not compared:
         return ""
     # In the order of their first case. Not every case has all peers.
-    peers = dict.fromkeys(row.server for result in compared for row in result.rows if row.server is not SUBJECT)
+    peers = dict.fromkeys(
+        row.server for result in compared for row in result.rows if row.server.name != result.case.subject
+    )
 
     def cell(result: Result, name: str) -> str:
         subject = subject_of(result)
@@ -135,12 +137,18 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """Return the versions of the compared programs that are installed."""
     found = {"Python": platform.python_version()}
-    for distribution in ("rtservice", "Twisted", "uvloop", "pyOpenSSL"):
+    for distribution in ("rtservice", "Twisted", "uvloop", "pyOpenSSL", "redis"):
         try:
             found[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
-    for name, command in {"Go": "go version", "Node": "node --version", "cc": "cc --version"}.items():
+    commands = {
+        "Go": "go version",
+        "Node": "node --version",
+        "cc": "cc --version",
+        "Redis": "redis-server --version",
+    }
+    for name, command in commands.items():
         program, argument = command.split()
         if path := shutil.which(program):
             output = subprocess.run([path, argument], capture_output=True, text=True, check=False).stdout
@@ -180,7 +188,7 @@ def _picker(field: str) -> Figure:
 
 _cost, _rate, _p50, _p99, _p999 = map(_picker, ("cost", "rate", "p50", "p99", "p999"))
 _server_busy, _load_busy, _strangers = map(_picker, ("server_busy", "load_busy", "strangers"))
-_ready, _memory = map(_picker, ("ready", "memory"))
+_ready, _memory, _engine = map(_picker, ("ready", "memory", "engine"))
 
 
 def _spread(figures: Iterable[float | None]) -> Spread | None:
@@ -229,7 +237,7 @@ def _grid(headings: list[str], rows: list[list[str]]) -> list[str]:
     aligned = []
     for cells in lines:
         others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
-        aligned.append("  ".join([cells[0].ljust(max(widths[0], 17)), *others]).rstrip())
+        aligned.append("  ".join([cells[0].ljust(max(widths[0], 20)), *others]).rstrip())
     return [line for line in aligned if line]
 
 

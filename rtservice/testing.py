@@ -1,7 +1,7 @@
 """Pytest fixtures for tests of a protocol: serve it in the process of the test, or in a real `twistd`.
 
 `pytest_plugins = "rtservice.testing"` in a test module or `conftest.py` makes the fixtures available. They need
-pytest, and `serve` also pytest-twisted: `pip install 'rtservice[testing]'`.
+pytest, and all except `hosted` also pytest-twisted: `pip install 'rtservice[testing]'`.
 """
 
 from __future__ import annotations
@@ -22,26 +22,174 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.logger import Logger
+from zope.interface import implementer
 
+from rtservice.hub.hub import Hub
+from rtservice.hub.local import LocalCarrier
+from rtservice.hub.mesh import MeshCarrier
+from rtservice.interfaces import IReceiver
 from rtservice.net.connection import Connection
 from rtservice.net.port import Port
+from rtservice.pool.mesh_links import LinkChannel, MeshLinks
 
 _T = TypeVar("_T")
+
+_log = Logger()
 
 DEADLINE = 30  # seconds for something that takes a fraction of one; generous, since test machines are busy
 
 
+class _Process:
+    """A process with a hub, inside the process of the test: what `MeshCarrier` asks of a worker."""
+
+    def __init__(self, reactor: Any, links: MeshLinks) -> None:
+        self._links = links
+        self._channel = LinkChannel(reactor)
+        self.hub = Hub(MeshCarrier(self._channel.inherited.detach(), self, _log), _log)
+
+    def join_mesh(self) -> None:
+        """Link this process with the others."""
+        self._links.add(self._channel)
+
+    def end(self) -> None:
+        """Close the channel, after the hub has stopped."""
+        self._links.remove(self._channel)
+
+    def report_peer(self, incarnation: int, problem: str) -> None:
+        """Log that a peer violates the protocol, which fails the test."""
+        _log.error("hub {incarnation} {problem}", incarnation=incarnation, problem=problem)
+
+    def failed(self, problem: str) -> None:
+        """Log that this process cannot be linked."""
+        _log.error("hub cannot be linked: {problem}", problem=problem)
+
+
+def _stop(hubs: list[Hub]) -> None:
+    from pytest_twisted import blockon  # type: ignore[import-untyped]  # it is not
+
+    blockon(gatherResults([hub.stop() for hub in hubs]))
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Port]]:
+def hub() -> Iterator[Hub]:
+    """The hub of a service with one process, for a factory that provides IHubUser: `factory.use(hub)`.
+
+    It provides IHub. `hub.gap(topic)` reports a gap to the receivers of a topic, as after the loss of a message. The
+    hub stops at the end of the test, after the connections of `serve` are closed.
+    """
+    from twisted.internet import reactor
+
+    started = Hub(LocalCarrier(), _log)
+    started.start(reactor)
+    yield started
+    _stop([started])
+
+
+@pytest.fixture
+def hubs() -> Iterator[Callable[[int], list[Hub]]]:
+    """Start hubs that are linked as those of workers, all in the process of the test: `first, second = hubs(2)`.
+
+    Each is for a factory that stands for the one of a worker process. See `hub`.
+    """
+    from twisted.internet import reactor
+
+    processes: list[_Process] = []
+
+    def start(count: int) -> list[Hub]:
+        links = MeshLinks()
+        added = [_Process(reactor, links) for _ in range(count)]
+        processes.extend(added)
+        for process in added:
+            process.hub.start(reactor)
+        return [process.hub for process in added]
+
+    yield start
+    _stop([process.hub for process in processes])
+    for process in processes:
+        process.end()
+
+
+@implementer(IReceiver)
+class RecordingReceiver:
+    """A receiver for `hub.subscribe` that keeps what it receives.
+
+    `messages` is the list of all messages, `gaps` the list of the topics of all gaps, and `events` has both in their
+    order: a message, or None for a gap.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[bytes | None] = []
+        self.messages: list[bytes] = []
+        self.gaps: list[str] = []
+        self._waiting: list[tuple[list[Any], int, Deferred[None]]] = []
+
+    def received(self, topic: str, message: bytes) -> None:
+        """Keep a message."""
+        self.events.append(message)
+        self.messages.append(message)
+        self._check()
+
+    def gap(self, topic: str) -> None:
+        """Keep a gap."""
+        self.events.append(None)
+        self.gaps.append(topic)
+        self._check()
+
+    def wait(self, count: int) -> Deferred[list[bytes]]:
+        """Wait for this number of messages, and return all messages.
+
+        The number includes those that were received before. The Deferred fails with AssertionError after 30 seconds.
+        """
+        return self._wait(self.messages, count, "messages")
+
+    def wait_gap(self, count: int = 1) -> Deferred[list[str]]:
+        """Wait for this number of gaps, and return the topics of all gaps. Otherwise as `wait`."""
+        return self._wait(self.gaps, count, "gaps")
+
+    def _wait(self, kept: list[_T], count: int, what: str) -> Deferred[list[_T]]:
+        from twisted.internet import reactor
+
+        reached: Deferred[None] = Deferred()
+        self._waiting.append((kept, count, reached))
+
+        def late() -> None:
+            self._waiting.remove((kept, count, reached))
+            reached.errback(AssertionError(f"{len(kept)} of {count} {what} after {DEADLINE} s: {self.events}"))
+
+        timer = reactor.callLater(DEADLINE, late)
+
+        def finished(result: Any) -> Any:
+            if timer.active():
+                timer.cancel()
+            return result
+
+        self._check()
+        return reached.addBoth(finished).addCallback(lambda _: list(kept))
+
+    def _check(self) -> None:
+        """Fire the Deferreds whose number is reached."""
+        reached = [waiting for waiting in self._waiting if len(waiting[0]) >= waiting[1]]
+        for waiting in reached:
+            self._waiting.remove(waiting)
+        for _, _, deferred in reached:
+            deferred.callback(None)
+
+
+@pytest.fixture
+def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., Port]]:
     """Serve a factory on a free port of 127.0.0.1, in the reactor of pytest-twisted: `port = serve(factory)`.
 
     `port.getHost().port` is the port number. With `tls`, an `ssl.SSLContext`, connections use TLS. Connections that are
     open when the test ends are aborted, and their protocols get connectionLost before the next test.
     """
-    from pytest_twisted import blockon  # type: ignore[import-untyped]  # it is not
+    from pytest_twisted import blockon
     from twisted.internet import reactor
 
+    # Set up before `serve`, they stop after the connections are closed, as in a service.
+    for name in {"hub", "hubs"}.intersection(request.fixturenames):
+        request.getfixturevalue(name)
     ports: list[Port] = []
     opened: dict[Connection, None] = {}
     empty: list[Deferred[None]] = []

@@ -30,8 +30,8 @@ if sys.platform == "linux" and "TESTS_ON_STOCK_REACTOR" not in os.environ:
 
     reactor.install()
 
-# rtservice.testing imports the reactor; `hosted` and `serve` are fixtures.
-from rtservice.testing import JSON_LOGGER, Service, hosted, serve  # noqa: E402, F401  # see above
+# rtservice.testing imports the reactor; `hosted`, `hub`, `hubs` and `serve` are fixtures.
+from rtservice.testing import JSON_LOGGER, Service, hosted, hub, hubs, serve  # noqa: E402, F401  # see above
 from tests.support import checked_events  # noqa: E402  # after the reactor is chosen
 
 checked_events.install()

@@ -61,7 +61,7 @@ MAY_IMPORT = {
         "suggestions",
         "hosting",
     },
-    "testing": {"net"},
+    "testing": {"hub", "interfaces", "net", "pool"},
     "first": {"process"},
     "tap": {
         "escaping",

@@ -1,4 +1,4 @@
-"""The public test fixtures `serve` and `hosted`, with the echo protocol and a custom protocol."""
+"""The public test fixtures: `serve` and `hosted` with the echo protocol and others, and those of the hub."""
 
 import os
 import re
@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredQueue
 from twisted.internet.endpoints import HostnameEndpoint, connectProtocol
 from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
+from twisted.protocols.basic import LineOnlyReceiver
 
 from rtservice.net.connection import Connection
 from rtservice.protocols.echo import EchoFactory
+from rtservice.testing import RecordingReceiver
 
 
 class Collects(Protocol):
@@ -113,3 +115,119 @@ def test_records_of_the_protocol_are_found_by_their_text_and_fields(hosted) -> N
     with running.connect():
         record = running.wait_record("^shouting at ", namespace=re.compile("good"))
     assert record["listener"] == f"tcp:127.0.0.1:{running.port}"
+
+
+# --- the hub ---
+
+
+class Announces(Protocol):
+    """Sends each line to all clients of all processes."""
+
+    def connectionMade(self) -> None:
+        self.subscribing = self.factory.hub.subscribe("news", self)
+        self.subscribing.addCallback(lambda subscription: self.transport.write(b"ready\n"))
+
+    def dataReceived(self, data: bytes) -> None:
+        self.factory.hub.publish("news", data)
+
+    def received(self, topic: str, message: bytes) -> None:
+        self.transport.write(message)
+
+    def gap(self, topic: str) -> None:
+        self.transport.write(b"news are missing\n")
+
+    def connectionLost(self, reason: object = None) -> None:
+        # Not after the hub has stopped: this would fail.
+        self.factory.hub.publish("news", b"goodbye\n").addCallback(goodbyes.append)
+
+
+goodbyes: list[None] = []
+
+
+class News(Factory):
+    protocol = Announces
+    noisy = False
+
+    def use(self, hub: object) -> None:
+        self.hub = hub
+
+
+class Lines(LineOnlyReceiver):
+    """A client."""
+
+    delimiter = b"\n"
+
+    def __init__(self) -> None:
+        self.lines: DeferredQueue[bytes] = DeferredQueue()
+
+    def lineReceived(self, line: bytes) -> None:
+        self.lines.put(line)
+
+
+async def connected(port: object) -> Lines:
+    from twisted.internet import reactor
+
+    return await connectProtocol(HostnameEndpoint(reactor, "127.0.0.1", port.getHost().port), Lines())
+
+
+def news(hub: object) -> News:
+    factory = News()
+    factory.use(hub)
+    return factory
+
+
+@ensureDeferred
+async def test_hub_is_the_one_of_a_service_with_one_process(serve, hub) -> None:
+    goodbyes.clear()
+    receiver = RecordingReceiver()
+    await hub.subscribe("news", receiver)
+    client = await connected(serve(news(hub)))
+    assert await client.lines.get() == b"ready"
+    client.sendLine(b"rain")
+    assert await client.lines.get() == b"rain"
+    hub.gap("news")
+    assert await client.lines.get() == b"news are missing"
+    assert await receiver.wait(1) == [b"rain\n"]
+    assert await receiver.wait_gap() == ["news"]
+    assert receiver.events == [b"rain\n", None]
+
+
+def test_the_hub_stops_after_the_connections_of_serve() -> None:
+    assert goodbyes == [None]
+
+
+@ensureDeferred
+async def test_hubs_are_linked_as_those_of_workers(serve, hubs) -> None:
+    first, second = hubs(2)
+    writer, reader = await connected(serve(news(first))), await connected(serve(news(second)))
+    assert await writer.lines.get() == await reader.lines.get() == b"ready"
+    writer.sendLine(b"rain")
+    assert await reader.lines.get() == b"rain"
+    await first.join("news", b"writer")
+    assert (await second.members("news")).members == (b"writer",)
+    assert await second.claim("nick", b"a")
+    assert await first.claim("nick", b"b") is None
+
+
+@ensureDeferred
+async def test_a_receiver_records_messages_in_order_and_waits_for_them(hubs) -> None:
+    first, second, third = hubs(3)
+    receiver = RecordingReceiver()
+    await third.subscribe("topic", receiver)
+    everything = receiver.wait(100)
+    for number in range(100):
+        second.publish("topic", b"%d" % number)
+    assert await everything == [b"%d" % number for number in range(100)] == receiver.messages
+    assert await receiver.wait(1) == receiver.messages
+    first.publish("topic", b"last")
+    assert (await receiver.wait(101))[-1] == b"last"
+
+
+@ensureDeferred
+async def test_waiting_for_messages_ends_at_the_deadline(hub, monkeypatch) -> None:
+    monkeypatch.setattr("rtservice.testing.DEADLINE", 0.01)
+    receiver = RecordingReceiver()
+    await hub.subscribe("topic", receiver)
+    await hub.publish("topic", b"only")
+    with pytest.raises(AssertionError, match=r"1 of 2 messages after 0\.01 s: \[b'only'\]"):
+        await receiver.wait(2)

@@ -51,6 +51,8 @@ def _fixtures() -> str:
         f".. py:currentmodule:: {testing.__name__}",
         # A test calls the value of the fixture with these arguments.
         _directive("function", "serve(factory, tls=None)", _docstring(testing.serve)),
+        _directive("data", "hub", _docstring(testing.hub)),
+        _directive("function", "hubs(count)", _docstring(testing.hubs)),
         _directive("function", "hosted(protocol, *arguments, **environment)", _docstring(testing.hosted)),
     )
 

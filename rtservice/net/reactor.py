@@ -14,7 +14,7 @@ Differences from its base, `twisted.internet.epollreactor`:
 from __future__ import annotations
 
 from contextlib import suppress
-from select import EPOLLIN, EPOLLOUT
+from select import EPOLLIN
 from time import monotonic
 from typing import Any
 
@@ -128,9 +128,20 @@ class Reactor(EPollReactor):
 
     def _write_now(self, contexts: list[Any]) -> None:
         writers, self._writers_soon = self._writers_soon, []
+        log_contexts = self._log_contexts
         for writer in writers:
-            contexts[-1] = _LogContext(writer)
-            self._doReadOrWrite(writer, -1, EPOLLOUT)
+            # Twisted's _doReadOrWrite, inlined for a fan-out to many connections.
+            try:
+                fd = writer.fileno()
+                contexts[-1] = log_contexts.get(fd) or _LogContext(writer)
+                why = writer.doWrite() if fd != -1 else _NO_DESCRIPTOR
+            except BaseException as problem:
+                contexts[-1] = _LogContext(writer)  # fileno() may have raised
+                log.err()
+                self._disconnectSelectable(writer, problem, False)
+            else:
+                if why:
+                    self._disconnectSelectable(writer, why, False)
 
     def _disconnectSelectable(self, selectable: Any, why: BaseException, isRead: bool, *args: Any) -> None:
         """Disconnect as Twisted does, but log what a descriptor raises: the rest of the batch is still handled."""
