@@ -173,6 +173,7 @@ async def test_a_receiver_that_redis_disconnects_for_its_output_gets_a_gap(redis
     sender, slow = hub(server.url), hub(server.url)
     receiver = Receiver()
     await slow.subscribe("room", receiver)
+    await eventually(lambda: sender.up)
     transport = slow._carrier._connection.transport
     transport.pauseProducing()
     for _ in range(16):
