@@ -10,6 +10,8 @@ directory, with BIN first on PATH. An HTML comment before a fenced block tells w
 - `<!-- session -->`: run each line after `$ `. The lines after it are its expected output, where `...` matches any
   text. After other output the command is repeated until a deadline, since logs and metrics appear with a delay.
 - `<!-- stop -->`, without a block: stop the running service.
+- `<!-- copy: PATH -->`, without a block: copy a file or directory of the source, for commands that a user runs in the
+  source directory.
 - `<!-- not run: REASON -->`: do not run the block.
 
 A block of commands (sh, bash, console) without such a comment is an error, so that no command is missed. At the end the
@@ -21,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,9 +39,11 @@ RETRY, RETRY_EVERY = 30, 0.2  # seconds for the expected output to appear
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<kind>file|run|serve|session|not run)(?:: (?P<detail>.*?))? -->\n+)?"
     r"^(?P<fence>```+)(?P<language>[\w{}-]*)[^\n]*\n(?P<text>.*?)^(?P=fence)$"
-    r"|^<!-- (?P<stop>stop) -->$",
+    r"|^<!-- (?P<stop>stop) -->$"
+    r"|^<!-- copy: (?P<copy>\S+) -->$",
     re.MULTILINE | re.DOTALL,
 )
+_SOURCE = Path(__file__).resolve().parents[1]
 _COMMANDS = {"sh", "bash", "shell", "console"}
 
 
@@ -86,10 +91,10 @@ class Page:
     def run(self) -> None:
         """Run every block. Raises PageError."""
         text = self._path.read_text()
-        marks = len(re.findall(r"^<!-- (?:file|run|serve|session|not run|stop)\b", text, re.MULTILINE))
+        marks = len(re.findall(r"^<!-- (?:file|run|serve|session|not run|stop|copy)\b", text, re.MULTILINE))
         try:
             for match in _BLOCK.finditer(text):
-                kind = match["stop"] or match["kind"]
+                kind = match["stop"] or match["kind"] or (match["copy"] and "copy")
                 if kind:
                     marks -= 1
                 elif match["language"] in _COMMANDS:
@@ -97,7 +102,7 @@ class Page:
                 else:
                     continue
                 try:
-                    self._do(kind, match["detail"] or "", match["text"] or "")
+                    self._do(kind, match["detail"] or match["copy"] or "", match["text"] or "")
                 except subprocess.TimeoutExpired as error:
                     raise PageError(str(error)) from None
             if marks:
@@ -118,6 +123,13 @@ class Page:
             path = self._directory / detail
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+        elif kind == "copy":
+            source, path = _SOURCE / detail, self._directory / detail
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                (shutil.copytree if source.is_dir() else shutil.copy)(source, path)
+            except OSError as error:
+                raise PageError(f"copy: {error}") from None
         elif kind == "run":
             print(f"$ {text}", end="", flush=True)
             status, output = self._bash(text)

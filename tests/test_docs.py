@@ -185,12 +185,14 @@ def run(pages, tmp_path, monkeypatch, capsys):
 
 def test_a_correct_page_is_run_and_counted(run) -> None:
     status, printed = run(
+        "<!-- copy: etc/rtservice.toml -->\n<!-- copy: etc/cluster -->\n\n"
+        "<!-- run -->\n```sh\ntest -f etc/rtservice.toml -a -f etc/cluster/rtservice.toml\n```\n\n"
         "# A page\n\n<!-- file: a/b.txt -->\n```text\nhello\n```\n\n<!-- run -->\n```sh\ncp a/b.txt c\n```\n\n"
         "<!-- session -->\n```console\n$ cat c\nhello\n$ echo one \\\n  two\none two\n$ date\n...\n```\n\n"
         "<!-- not run: needs root -->\n```sh\nfalse\n```\n"
     )
     assert status == 0, printed
-    assert "3 blocks run" in printed
+    assert "6 blocks run" in printed
     assert "not run: 1\n    1 × needs root" in printed
 
 
@@ -200,6 +202,7 @@ def test_a_correct_page_is_run_and_counted(run) -> None:
         ("```sh\ntrue\n```\n", "has no comment such as"),
         ("```console\n$ true\n```\n", "has no comment such as"),
         ("text\n<!-- run -->\n\nmore text\n", "1 comments are not followed by a block"),
+        ("<!-- copy: etc/none -->\n", "copy: [Errno 2] No such file or directory"),
         ("<!-- run -->\n```sh\nfalse\n```\n", "status 1: false"),
         ("<!-- run -->\n```sh\nfalse\ntrue\n```\n", "status 1: false"),
         ("<!-- session -->\n```console\n$ echo a\nb\n```\n", "expected:\nb\nfound:\na\n"),

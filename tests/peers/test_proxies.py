@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.clients import is_closed
 from tests.support.deadline import DEADLINE
+from tests.support.front import Front
 from tests.support.greeting import GREETING
 from tests.support.ipv6 import needs_ipv6
 from tests.support.listening import port_of
@@ -28,19 +29,6 @@ needs_nginx = pytest.mark.skipif(
     NGINX is None or not NGINX_STREAM.exists(),
     reason="nginx's stream module (Debian: nginx-light, libnginx-mod-stream) is not installed",
 )
-
-
-class Front:
-    """A listening socket that a proxy inherits, which avoids races for a port and clients that connect too early."""
-
-    def __init__(self, host: str) -> None:
-        self.socket = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self.fd = self.socket.fileno()
-        self.address = self.socket.getsockname()[:2]
-
-    def connect(self, source: str | None = None) -> socket.socket:
-        """Connect a client from this address."""
-        return socket.create_connection(self.address, DEADLINE, source_address=(source, 0) if source else None)
 
 
 @pytest.fixture

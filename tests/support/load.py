@@ -15,10 +15,11 @@ from tests.support.programs import PROGRAMS
 class Load:
     """The clients of load.py, started with these arguments for `Clients`. Use it in a `with` statement."""
 
+    program = "load.py"
+
     def __init__(self, **arguments: Any) -> None:
-        program = PROGRAMS / "load.py"
         self._process = subprocess.Popen(
-            [sys.executable, str(program), json.dumps(arguments)],
+            [sys.executable, str(PROGRAMS / self.program), json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

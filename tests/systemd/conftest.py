@@ -8,7 +8,6 @@ with a reason that begins with `no systemd can be booted here`. Debian is downlo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 import pytest
 
 import rtservice
+from tests.support.network import network_of
 from tests.support.repository import ETC
 
 SUITE = "bookworm"
@@ -67,7 +67,7 @@ class Machine:
             *("nsenter", f"--target={leader}", "--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd=/"),
             *("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "SYSTEMD_COLORS=0", "SYSTEMD_PAGER="),
         ]
-        self._network = f"/proc/{leader}/ns/net"
+        self._leader = leader
 
     def run(self, *command: str) -> str:
         """Run a command in the machine; return its output, and fail the test if it fails."""
@@ -90,22 +90,9 @@ class Machine:
         """Return the path of a file of the machine on this host."""
         return self._root / path.lstrip("/")
 
-    @contextlib.contextmanager
-    def network(self) -> Iterator[None]:
+    def network(self) -> contextlib.AbstractContextManager[None]:
         """Enter the network of the machine in this thread; sockets created meanwhile stay in that network."""
-        with open("/proc/thread-self/ns/net") as host, open(self._network) as machine:
-            _enter_network(machine.fileno())
-            try:
-                yield
-            finally:
-                _enter_network(host.fileno())
-
-
-def _enter_network(fd: int) -> None:
-    # os.setns() needs Python 3.12.
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, 0x40000000):  # CLONE_NEWNET
-        raise OSError(ctypes.get_errno(), "setns")
+        return network_of(self._leader)
 
 
 @pytest.fixture(scope="session")
