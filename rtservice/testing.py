@@ -45,6 +45,7 @@ class _Process:
     """A process with a hub, inside the process of the test: what `MeshCarrier` asks of a worker."""
 
     def __init__(self, reactor: Any, links: MeshLinks) -> None:
+        self.problems: list[str] = []
         self._links = links
         self._channel = LinkChannel(reactor)
         self.hub = Hub(MeshCarrier(self._channel.inherited.detach(), self, _log), _log)
@@ -58,12 +59,12 @@ class _Process:
         self._links.remove(self._channel)
 
     def report_peer(self, incarnation: int, problem: str) -> None:
-        """Log that a peer violates the protocol, which fails the test."""
-        _log.error("hub {incarnation} {problem}", incarnation=incarnation, problem=problem)
+        """Keep the problem of a peer, which fails the test."""
+        self.problems.append(f"hub {incarnation} {problem}")
 
     def failed(self, problem: str) -> None:
-        """Log that this process cannot be linked."""
-        _log.error("hub cannot be linked: {problem}", problem=problem)
+        """Keep the problem of this process, which fails the test."""
+        self.problems.append(f"a hub cannot be linked: {problem}")
 
 
 def _stop(hubs: list[Hub]) -> None:
@@ -109,6 +110,7 @@ def hubs() -> Iterator[Callable[[int], list[Hub]]]:
     _stop([process.hub for process in processes])
     for process in processes:
         process.end()
+    assert not [problem for process in processes for problem in process.problems]
 
 
 @implementer(IReceiver)

@@ -13,7 +13,7 @@ from tests.support.repository import ROOT
 # Shown in the documentation as invalid.
 REFUSED = {"::1:8080"}
 
-_TYPED = re.compile(r"(?<![\w/.-])(?:(?:proxy|haproxy|ssl|tcp6?|unix|systemd):)+[^\s`\"',;|)]*")
+_TYPED = re.compile(r"(?<![\w/.+-])(?:(?:proxy|haproxy|ssl|tcp6?|unix|systemd):)+[^\s`\"',;|)]*")
 _BARE = re.compile(r"`([\w.*:-]*(?:\[[^`\s]*\])?:(?:8080|9090|8443)[^`\s]*)`")
 
 

@@ -138,10 +138,10 @@ def test_counters_of_the_protocol_are_updated(service: Callable[..., Any], brows
     shown = (
         "[...document.querySelectorAll('#protocol tbody tr')].map((row) => row.innerText.replace(/\\s+/, ' ')).join()"
     )
-    browser.wait(f"{shown} === 'members 0,messages_total 0,rooms 0,too_slow_total 0'")
+    browser.wait(f"{shown} === 'members 0,messages_total 0,rooms 0,skipped_total 0,too_slow_total 0'")
     with running.connect() as client:
         client.sendall(b"ann\n/join here\nhello\n")
-        browser.wait(f"{shown} === 'members 1,messages_total 1,rooms 1,too_slow_total 0'")
+        browser.wait(f"{shown} === 'members 1,messages_total 1,rooms 1,skipped_total 0,too_slow_total 0'")
     assert not browser.value("document.querySelector('#counting').hidden")
     assert browser.problems == []
 
