@@ -3,49 +3,13 @@
 import os
 import re
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.support.deadline import DEADLINE
+from tests.support.chat_client import ChatClient
 from tests.support.listen_options import TCP
-from tests.support.processes import accepted_by
-
-
-class ChatClient:
-    """A client, and the worker that serves it."""
-
-    def __init__(self, port: int, workers: list[int]) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), DEADLINE)
-        self.received = b""
-        self.wait_for("* your nickname?")
-        self.pid = next(pid for pid in workers if accepted_by(pid, [self.socket]))
-
-    def send(self, *lines: str) -> None:
-        self.socket.sendall("".join(f"{line}\n" for line in lines).encode())
-
-    def wait_for(self, *lines: str) -> None:
-        """Read until these successive lines are received; they and everything before are removed."""
-        expected = "".join(f"{line}\r\n" for line in lines).encode()
-        while expected not in self.received:
-            data = self.socket.recv(1 << 16)
-            assert data, f"{lines} expected, received {self.received!r}"
-            self.received += data
-        self.received = self.received.partition(expected)[2]
-
-    def answer(self, line: str) -> str:
-        """Send a command, and return the next line that is received, without the notice of a gap."""
-        self.send(line)
-        while True:
-            while b"\r\n" not in self.received:
-                data = self.socket.recv(1 << 16)
-                assert data
-                self.received += data
-            text, _, self.received = self.received.partition(b"\r\n")
-            if text != b"* lines may be missing":
-                return text.decode()
 
 
 @pytest.fixture
@@ -58,9 +22,9 @@ def chat(workers) -> Iterator[Callable[..., Any]]:
         pids = running.settled(count)
         clients: dict[int, ChatClient] = {}
         while len(clients) < count:
-            client = ChatClient(running.service.port, pids)
+            client = ChatClient(running.service.port)
             opened.append(client)
-            clients.setdefault(client.pid, client)
+            clients.setdefault(client.worker(pids), client)
         return running, [clients[pid] for pid in pids]
 
     yield start
@@ -95,13 +59,13 @@ def test_the_members_of_all_workers_are_in_one_room(chat, count) -> None:
 
 
 def test_the_members_of_a_killed_worker_disappear_and_their_nicknames_are_free(chat, wait_for) -> None:
-    _, (ann, bob, eve) = chat(3)
+    running, (ann, bob, eve) = chat(3)
     for client, nick in ((ann, "ann"), (bob, "bob"), (eve, "eve")):
         client.send(nick, "/join tea")
         client.wait_for(f"* {nick} has joined tea")
     eve.send("/nick eva")
     eve.wait_for("* eve is now eva")
-    os.kill(bob.pid, signal.SIGKILL)
+    os.kill(bob.worker(running.pids()), signal.SIGKILL)
     wait_for(lambda: eve.answer("/who") == "* ann eva")
 
     wait_for(lambda: eve.answer("/nick bob") == "* eva is now bob")

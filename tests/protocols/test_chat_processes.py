@@ -338,6 +338,30 @@ def test_lines_that_never_come_back_do_not_block_the_room() -> None:
     assert not room.full
 
 
+@pytest.mark.parametrize("latency", [1.0, 2.4, 2.6, 4.0, 6.0, 11.0])
+def test_each_command_is_answered_whatever_the_latency_of_the_engine(latency) -> None:
+    world = Processes(0.01)
+    ann = Client(world[0], "ann", "tea")
+    world.engine.latency = latency
+    commands = ["hello", "/who", "/help", "/nick anna", "/rooms", "/join den", "/who", "/leave", "/join tea", "/help"]
+    for command in commands:
+        ann.send(command)
+        world.settle(30)
+        assert ann.received() != []
+        assert not ann.closing
+    ann.send(*commands * 5)
+    world.settle()
+    assert not ann.closing
+    assert len(ann.received()) >= 5 * len(commands)
+    world.engine.latency = 0.01
+    ann.disconnect()
+    world.settle()
+    assert world[0].rooms == {}
+    assert world.engine.claimed == {}
+    assert len(world.engine.presence) == 0
+    assert world.clock.calls == []
+
+
 def test_a_member_leaves_while_the_engine_is_disconnected(processes) -> None:
     world = processes()
     ann, bob = Client(world[0], "ann", "tea"), Client(world[1], "bob", "tea")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -233,17 +234,16 @@ class Member(Protocol):
         match word:
             case "join":
                 await self._join(rest)
-            case "leave":
+            case "leave" if self.room is not None:
                 await self._leave()
+            case "who" if self.room is not None:
+                await self._list(self.room.topic, "the room is empty")
+            case "leave" | "who":
+                self.notify("you are in no room")
             case "nick":
                 await self._rename(rest)
             case "rooms":
                 await self._list(DIRECTORY, "there is no room yet")
-            case "who":
-                if self.room is None:
-                    self.notify("you are in no room")
-                else:
-                    await self._list(self.room.topic, "the room is empty")
             case "quit":
                 await self._lines_returned()
                 self.close("goodbye")
@@ -269,8 +269,10 @@ class Member(Protocol):
         self.notify(text)
 
     async def _lines_returned(self) -> None:
+        """Wait until the lines that this process has published are received, or are late."""
         if self.room is not None:
-            await self._ask(self.room.returned())
+            with suppress(HubUnavailable):
+                await self._ask(self.room.returned())
 
     async def _list(self, topic: str, nothing: str) -> None:
         try:
@@ -419,7 +421,7 @@ class Member(Protocol):
             self._announced = False
             self._depart()
             raise
-        await self._ask(room.returned())
+        await self._lines_returned()
         if self not in room.members:
             # The line is late. The member must not wait without an answer.
             room.add(self)
