@@ -43,7 +43,7 @@ def send_to_all(line: bytes) -> None:
 
 async def connect_redis(port: int) -> tuple[Callable[[bytes], object], list["asyncio.Task[None]"]]:
     """Subscribe, and return a function that publishes a line, and the tasks that must run."""
-    from redis.asyncio import Redis
+    from redis.asyncio import Redis  # type: ignore[import-not-found,unused-ignore]
 
     redis = Redis(port=port)
     subscriber = redis.pubsub(ignore_subscribe_messages=False)
