@@ -116,21 +116,27 @@ class IOneProcess(Interface):
 
 
 class HubUnavailable(Exception):  # noqa: N818  # it is the state of the hub that a caller asks about
-    """The hub has no connection to its engine, which is Redis, or it has stopped.
+    """The hub has no connection to Redis, or Redis refused the operation, or the hub has stopped.
 
-    The operation may have had an effect or not: some receivers may have got the message.
+    Without `--hub` only the last case and one other are possible: a claim is not decided within 10 seconds, because
+    another worker hangs. The operation may have had an effect or not: some receivers may have got the message.
     """
 
 
 class HubFull(Exception):  # noqa: N818  # as HubUnavailable
-    """Too many messages wait in the hub. The message was not accepted, and no receiver gets it."""
+    """Too many messages wait in the hub. The message was not accepted, and no receiver gets it.
+
+    The limits are 4 MiB of one topic and 64 MiB of all topics that wait for receivers of this process, and 20,000
+    messages or 16 MiB that Redis has not confirmed. Each message counts as its length and 100 bytes. A worker that has
+    just started accepts 10,000 messages or 4 MiB before it is linked with the others.
+    """
 
 
 @dataclass(frozen=True)
 class Members:
     """A snapshot of the members of a topic.
 
-    `total` is the number of all members. `members` has them in any order; if there are more than 1,000, it has some
+    `total` is the number of all members. `members` has them in any order; if there are more than 1,000, it has at most
     1,000 of them. A member that joined twice is there twice.
     """
 
@@ -237,7 +243,8 @@ class IHub(Interface):
         """Claim a key, such as a nickname. `holder` is kept for people who look into Redis; no method returns it.
 
         Fires with an IClaim, or with None if the key is claimed already, in any process. The claim ends with `release`,
-        or with the process. If the Deferred is cancelled, the claim is released. Fails with HubUnavailable.
+        or with the process. If the Deferred is cancelled, the claim is released. Fails with HubUnavailable; without
+        `--hub` only if another worker hangs, after 10 seconds.
         """
 
 
@@ -247,7 +254,9 @@ class IHubUser(Interface):
     def use(hub: IHub) -> None:
         """Keep the hub, for example as `self.hub`.
 
-        Called once in each process, after `startFactory` and before `IStartable.start`.
+        Called once in each process, after `startFactory` and before `IStartable.start`. The methods of the hub can be
+        called from now on. With `--hub` it has no connection yet: `subscribe` and `join` wait, and the others fail with
+        HubUnavailable. Do not await them in `IStartable.start`: the service would not start while Redis is unavailable.
         """
 
 
