@@ -50,6 +50,7 @@ class RedisPresence:
         self._joined: list[Deferred[None]] = []  # those that fire when it is
         self._joining: dict[int, Deferred[None]] = {}
         self._claiming: dict[int, Deferred[bool]] = {}
+        self._unsent: set[int] = set()  # memberships that Redis was not told about
         self._undone: dict[tuple[str, int], _Change] = {}
         self._removed: set[int] = set()  # numbers that were left or released during `_restore`
         self._restoring = False
@@ -66,12 +67,18 @@ class RedisPresence:
     def join(self, membership: Membership) -> Deferred[None]:
         """Add a member; waits while there is no connection."""
         deferred = self._joining[membership.number] = Deferred()
+        if self._connection is None:
+            self._unsent.add(membership.number)
         self._add(("J", *membership))
         return deferred
 
     def leave(self, membership: Membership) -> None:
         """Remove a member."""
         self._joining.pop(membership.number, None)
+        if membership.number in self._unsent:
+            # There is nothing to remove, however many join and leave while Redis is unavailable.
+            self._unsent.remove(membership.number)
+            return
         self._remove(("L", membership.number, membership.topic, b""))
 
     def claim(self, claim: Claim) -> Deferred[bool]:
@@ -175,6 +182,7 @@ class RedisPresence:
     def begin(self, connection: RedisConnection) -> None:
         """Use a new connection. The next `renew` restores everything."""
         self._connection = connection
+        self._unsent.clear()
         self._differs = True
 
     def open(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
+from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from rtservice.hub import redis as redis_carrier
@@ -311,6 +312,24 @@ async def test_what_is_left_and_released_without_a_connection_is_removed_afterwa
     for key in ("ann", "carl"):
         while await two.claim(key, b"") is None:
             pass
+
+
+@pytest_twisted.ensureDeferred
+async def test_nothing_is_kept_of_members_that_join_and_leave_without_a_connection(redis, hub) -> None:
+    server = redis()
+    server.kill()
+    one = hub(server.url)
+    kept = one.join("room", b"ann")
+    for _ in range(100):
+        joining = one.join("room", b"bob")
+        joining.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        joining.cancel()
+    assert not one._carrier._presence._undone
+    server.start()
+    membership = await kept
+    assert (await one.members("room")).members == (b"ann",)
+    membership.leave()
+    assert (await one.members("room")).total == 0
 
 
 def end_lease(server: RedisServer, hub: Hub) -> None:
