@@ -131,6 +131,17 @@ def test_a_claim_ends_if_the_connection_ends_before_it_is_granted() -> None:
     assert world.clock.calls == []
 
 
+def test_a_claim_ends_if_the_connection_ends_between_the_grant_and_the_turn_that_handles_it() -> None:
+    world = Processes(0.01)
+    client = Client(world[0])
+    client.send("mary")
+    while not world.engine.claimed:  # a turn of the factory is scheduled when it is granted
+        world.clock.now = min(call.when for call in world.clock.calls)
+        world.clock.turn()
+    client.disconnect()
+    assert world.engine.claimed == {}
+
+
 def test_lines_wait_while_a_nickname_is_claimed() -> None:
     world = Processes(1.0)
     ann = Client(world[0])

@@ -38,10 +38,11 @@ class Nickname:
         try:
             # In order: of two members that claim the same keys simultaneously, one succeeds.
             for key in sorted(keys - self._claims.keys()):
-                claim = await ask(self._hub.claim(hub_name("nick", key), name.encode()))
-                if claim is None:
+                claiming = self._hub.claim(hub_name("nick", key), name.encode())
+                # A claim is noted when it is granted: `ask` may be cancelled between that and its answer.
+                claiming.addCallback(_note, claimed, key)
+                if await ask(claiming) is None:
                     return False
-                claimed[key] = claim
             complete = True
         finally:
             if not complete:
@@ -64,3 +65,10 @@ class Nickname:
     def _claim_lost(self, result: object, key: str, lost: Callable[[], None]) -> None:
         self._claims.pop(key, None)
         lost()
+
+
+def _note(claim: IClaim | None, claimed: dict[str, IClaim], key: str) -> IClaim | None:
+    """Add a claim that is granted to `claimed`."""
+    if claim is not None:
+        claimed[key] = claim
+    return claim
