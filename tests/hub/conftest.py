@@ -16,6 +16,7 @@ from rtservice.hub import redis_endpoints
 from rtservice.hub.hub import Hub
 from rtservice.hub.redis import RedisCarrier
 from rtservice.hub.redis_url import parse_hub_url
+from tests.support.deadline import DEADLINE
 from tests.support.redis import RedisGroup, RedisServer
 
 
@@ -56,13 +57,23 @@ def records() -> list[dict[str, Any]]:
     return []
 
 
+def set_timeouts(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", seconds)
+    monkeypatch.setattr(redis_carrier, "PREPARE_SECONDS", seconds)
+    monkeypatch.setattr(redis_endpoints, "CONNECT_SECONDS", seconds)
+
+
 @pytest.fixture
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the times of heartbeats and of the preparation, for tests that wait for them."""
+    """Shorten the time between heartbeats. The timeouts are long: a Redis on a busy machine exceeds none."""
     monkeypatch.setattr(redis_carrier, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 1.0)
-    monkeypatch.setattr(redis_carrier, "PREPARE_SECONDS", 1.0)
-    monkeypatch.setattr(redis_endpoints, "CONNECT_SECONDS", 1.0)
+    set_timeouts(monkeypatch, DEADLINE)
+
+
+@pytest.fixture
+def quick_timeouts(monkeypatch: pytest.MonkeyPatch, quick_beats: None) -> None:
+    """Shorten the timeouts of heartbeats and of the preparation, for tests that wait for them."""
+    set_timeouts(monkeypatch, 1.0)
 
 
 @pytest_twisted.async_yield_fixture

@@ -16,6 +16,7 @@ from rtservice.hub.hub import Hub
 from rtservice.hub.redis import RedisCarrier
 from rtservice.hub.redis_url import parse_hub_url
 from rtservice.interfaces import HubFull, HubUnavailable, Members
+from tests.support.connected import connected
 from tests.support.eventually import eventually
 from tests.support.hub_load import GAP, Load, Receiver
 from tests.support.recorded import recorded
@@ -60,7 +61,7 @@ async def runs(load: Load, count: int = 200) -> None:
 
 async def ends_well(load: Load) -> None:
     """Stop the load, and check what arrived."""
-    await eventually(lambda: all(hub.up for hub in load.hubs))
+    await connected(*load.hubs)
     await runs(load)
     load.stop()
     await eventually(load.complete)
@@ -85,13 +86,14 @@ async def test_a_restart_of_redis_is_a_gap_for_every_receiver(redis, load, recor
         await runs(running)
         server.restart()
         await eventually(lambda: not any(hub.up for hub in running.hubs))
-        await eventually(lambda: all(hub.up for hub in running.hubs))
+        await connected(*running.hubs)
     await ends_well(running)
     assert all(receiver.gaps >= 3 for receiver in running.receivers.values())
     lost = recorded(records, "hub.connection_lost")
     assert len(lost) == 6
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_a_stopped_redis_is_detected_and_used_again(redis, load) -> None:
     server = redis()
@@ -106,8 +108,7 @@ async def test_a_stopped_redis_is_detected_and_used_again(redis, load) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_pause_shorter_than_the_timeout_loses_nothing(redis, load, monkeypatch) -> None:
-    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 60.0)
+async def test_a_pause_shorter_than_the_timeout_loses_nothing(redis, load) -> None:
     server = redis()
     running = await load(server.url, server.url)
     await runs(running)
@@ -120,6 +121,7 @@ async def test_a_pause_shorter_than_the_timeout_loses_nothing(redis, load, monke
     assert not any(receiver.gaps for receiver in running.receivers.values())
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_a_connection_without_messages_is_detected(redis, load, proxy, records) -> None:
     server = redis()
@@ -135,6 +137,7 @@ async def test_a_connection_without_messages_is_detected(redis, load, proxy, rec
     assert not any(receiver.gaps for (at, _), receiver in running.receivers.items() if at == 0)
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_a_network_that_drops_everything_is_detected(redis, load, proxy) -> None:
     server = redis()
@@ -168,13 +171,12 @@ async def test_a_connection_that_is_killed_is_a_gap_and_no_duplicate(redis, load
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_receiver_that_redis_disconnects_for_its_output_gets_a_gap(redis, hub, monkeypatch) -> None:
-    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 60.0)
+async def test_a_receiver_that_redis_disconnects_for_its_output_gets_a_gap(redis, hub) -> None:
     server = redis({"client-output-buffer-limit": "pubsub 1mb 1mb 1"})
     sender, slow = hub(server.url), hub(server.url)
     receiver = Receiver()
     await slow.subscribe("room", receiver)
-    await eventually(lambda: sender.up)
+    await connected(sender)
     transport = slow._carrier._connection.transport
     transport.pauseProducing()
     for _ in range(16):
@@ -203,6 +205,7 @@ async def test_a_process_that_used_another_server_causes_a_gap_for_the_others(re
     assert receiver.got == [GAP]
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_it_causes_one_also_if_its_first_attempts_with_the_new_server_fail(redis, hub, proxy) -> None:
     old, new = redis(), redis()
@@ -237,6 +240,7 @@ async def test_what_was_published_elsewhere_before_a_process_connected_is_no_gap
     assert receiver.got == [b"1000000000", b"invalid", b"1000000000", b"0", GAP]
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_publishes_in_flight_are_bounded_and_fail_when_the_connection_ends(redis, hub) -> None:
     server = redis()
@@ -266,7 +270,7 @@ async def test_members_and_claims_are_restored_after_redis_lost_its_data(redis, 
     leaving.leave()
     memberships[8].leave()
     server.start()
-    await eventually(lambda: one.up and two.up)
+    await connected(one, two)
     assert (await two.members("room7")).members == (b"ann",)
     assert (await two.members("room8")).total == 0
     assert (await two.members("room349")).total == 1
@@ -288,12 +292,14 @@ async def test_a_receiver_can_reload_the_members_as_soon_as_it_has_a_gap(redis, 
     assert await reloaded[0] == Members((b"member",), 1)
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_what_is_left_and_released_without_a_connection_is_removed_afterwards(redis, hub, proxy) -> None:
     server = redis()
     proxy.append(address := TamperingProxy(server.port))
     one, two = hub(address.url), hub(server.url)
     membership, claim = await one.join("room", b"ann"), await one.claim("ann", b"")
+    await connected(two)
     address.silent = True
     in_flight = one.join("room", b"carl")
     claiming = one.claim("carl", b"")
@@ -337,6 +343,7 @@ def end_lease(server: RedisServer, hub: Hub) -> None:
     assert server.call("ZADD", "rtservice:p", "XX", "CH", 1, hub._carrier._presence._incarnation) == 1
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_members_and_claims_of_a_killed_process_disappear_with_its_lease(redis, hub, proxy) -> None:
     server = redis()
@@ -360,11 +367,13 @@ async def test_members_and_claims_of_a_killed_process_disappear_with_its_lease(r
     address.silent = False
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_a_process_whose_lease_had_ended_claims_again_and_loses_what_others_hold(redis, hub, proxy) -> None:
     server = redis()
     proxy.append(address := TamperingProxy(server.port))
     one, two = hub(address.url), hub(server.url)
+    await connected(two)
     await one.join("room", b"ann")
     taken, kept = await one.claim("ann", b""), await one.claim("bob", b"")
     lost: list[str] = []
@@ -448,7 +457,7 @@ async def test_a_master_that_becomes_a_replica_is_left(redis, hub, records) -> N
     assert f"is a replica of 127.0.0.1:{master.port}" in recorded(records, "hub.connection_lost")[0]["problem"]
     assert "is a replica of" in recorded(records, "hub.unavailable")[0]["problem"]
     server.call("REPLICAOF", "NO", "ONE")
-    await eventually(lambda: one.up)
+    await connected(one)
 
 
 @pytest_twisted.ensureDeferred
@@ -463,7 +472,7 @@ async def test_each_of_many_receivers_gets_one_gap_after_a_restart(redis, hub) -
         await each
     server.restart()
     await eventually(lambda: all(len(receiver.got) == len(topics) for receiver in receivers))
-    await eventually(lambda: one.up)
+    await connected(one)
     assert all(receiver.gaps == len(topics) for receiver in receivers)
     await one.publish("topic1999", b"1")
     await eventually(lambda: all(receiver.messages == [b"1"] for receiver in receivers))
@@ -482,9 +491,11 @@ class LateReactor:
         return getattr(reactor, name)
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_a_process_that_was_stopped_reads_what_it_has_received_before_it_reconnects(redis, monkeypatch) -> None:
-    monkeypatch.setattr(redis_carrier, "_LATE", 0.3)
+    # After SIGCONT, Redis has this long to return the heartbeat.
+    monkeypatch.setattr(redis_carrier, "_LATE", 3.0)
     server = redis()
     late, log = LateReactor(), Logger("tests", observer=lambda _: None)
     one = Hub(RedisCarrier(parse_hub_url(f"redis+unix://{server.socket}"), log), log)
@@ -505,7 +516,6 @@ async def test_a_process_that_was_stopped_reads_what_it_has_received_before_it_r
 @pytest_twisted.ensureDeferred
 async def test_stop_does_not_wait_long_for_a_redis_that_does_not_answer(redis, hub, records, monkeypatch) -> None:
     monkeypatch.setattr(redis_carrier, "STOP_SECONDS", 0.2)
-    monkeypatch.setattr(redis_carrier, "BEAT_TIMEOUT", 60.0)
     server = redis()
     one = hub(server.url)
     await one.join("room", b"ann")

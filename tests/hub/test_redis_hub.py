@@ -8,6 +8,7 @@ import pytest
 import pytest_twisted
 
 from rtservice.interfaces import HubUnavailable
+from tests.support.connected import connected
 from tests.support.eventually import eventually
 from tests.support.hub_load import GAP, Receiver
 from tests.support.redis import needs_redis
@@ -49,7 +50,7 @@ async def test_messages_of_other_topics_databases_of_prefixes_are_separate(redis
 async def test_a_topic_that_is_cancelled_and_subscribed_in_quick_succession_ends_as_wanted(redis, hub) -> None:
     url = redis().url
     near, far = hub(url), hub(url)
-    await far.subscribe("ready", Receiver())
+    await connected(near, far)
     rng = random.Random(1)
     for turn in range(60):
         subscription = near.subscribe("room", Receiver())
@@ -111,8 +112,7 @@ async def test_the_answer_with_members_is_bounded(redis, hub) -> None:
 async def test_a_key_has_one_holder_in_all_processes(redis, hub) -> None:
     url = redis().url
     one, two = hub(url), hub(url)
-    await one.join("ready", b"")
-    await two.join("ready", b"")
+    await connected(one, two)
     claims = [one.claim("ann", b"1"), two.claim("ann", b"2"), one.claim("ann", b"3"), two.claim("bob", b"4")]
     results = [await claim for claim in claims]
     assert [result is not None for result in results].count(True) == 2

@@ -67,6 +67,7 @@ async def test_a_master_that_is_killed_is_replaced(group, load) -> None:
     await ends_well(load)
 
 
+@pytest.mark.usefixtures("quick_timeouts")
 @pytest_twisted.ensureDeferred
 async def test_a_master_that_is_stopped_and_continues_later_is_replaced(group, load) -> None:
     await runs(load)
