@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 
 from tests.support.deadline import DEADLINE
+from tests.support.poll import poll
 
 
 class GuestClient:
@@ -116,14 +117,18 @@ class GuestClient:
 
 
 def guests_of(port: int, pids: list[int]) -> dict[int, GuestClient]:
-    """Return a client of each worker."""
+    """Return a client of each worker. Other clients, which had to be made for this, are no members any more."""
     found: dict[int, GuestClient] = {}
+    closed: set[str] = set()
     for _ in range(500):
         guest = GuestClient(port)
         if guest.pid in pids and guest.pid not in found:
             found[guest.pid] = guest
         else:
             guest.close()
+            closed.add(guest.name)
         if found.keys() == set(pids):
+            # Nothing confirms to a client that its member has left.
+            poll(lambda: all(guest.who().isdisjoint(closed) for guest in found.values()))
             return found
     raise AssertionError(f"no client was accepted by some of {pids}")

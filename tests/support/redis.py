@@ -7,8 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +16,10 @@ import hiredis
 from tests.support.deadline import DEADLINE
 from tests.support.free_port import free_port
 from tests.support.needs import needs
+from tests.support.poll import poll
 
 needs_redis = needs("redis-server", "redis-server")
 needs_sentinel = needs("redis-sentinel", "redis-sentinel")
-
-
-def poll(condition: Callable[[], Any]) -> Any:
-    """Wait, without the reactor, until a function returns a true value; return it."""
-    end = time.monotonic() + DEADLINE
-    pause = threading.Event()
-    while not (value := condition()):
-        assert time.monotonic() < end, "the deadline has passed"
-        pause.wait(0.01)
-    return value
 
 
 class RedisServer:
