@@ -77,8 +77,22 @@ class Container:
     def __init__(self, image: Builder, stage: Stage, directory: Path) -> None:
         command = [*image.run_command(stage), *stage.command()]
         self.service = Service(command, directory, dict(os.environ))
-        self.service.wait_event("listener.listening")
+        try:
+            self.service.wait_event("listener.listening")
+        except AssertionError:
+            self.kill()
+            raise
         self.pid = children(self.service.process.pid)[0]
+
+    def kill(self) -> None:
+        """Kill it if it is running.
+
+        The end of unshare(1) does not do this, not even with `--kill-child`: a change of the user clears the signal
+        that it sets (prctl(2), PR_SET_PDEATHSIG).
+        """
+        for pid in children(self.service.process.pid) if self.service.process.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
+        self.service.kill()
 
     def connect(self) -> socket.socket:
         with network_of(self.pid):
@@ -122,7 +136,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
 def container(image: Builder, tmp_path: Path) -> Iterator[Container]:
     running = Container(image, FINAL, tmp_path)
     yield running
-    running.service.kill()
+    running.kill()
 
 
 def test_a_container_serves_as_process_1_without_privileges(container) -> None:

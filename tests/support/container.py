@@ -153,7 +153,7 @@ class Builder:
             f"setpriv --reuid={user} --regid={group} --clear-groups --no-new-privs --bounding-set=-all "
             'env -i PATH=/usr/local/bin:/usr/bin:/bin "$@"'
         )
-        namespaces = ("--pid", "--net", "--mount", "--ipc", "--uts", "--fork", "--kill-child")
+        namespaces = ("--pid", "--net", "--mount", "--ipc", "--uts", "--fork")
         return [*self.enter, "unshare", *namespaces, "sh", "-c", script, "sh"]
 
 
