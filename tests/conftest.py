@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from twisted.logger import LogEvent, globalLogPublisher
+from twisted.python.failure import Failure
 
 from tests.support.commands import BIN
 from tests.support.deadline import DEADLINE
@@ -43,6 +45,23 @@ def check_declared_fields() -> Iterator[None]:
     checked_events.found.clear()
     yield
     assert checked_events.found == []
+
+
+@pytest.fixture(autouse=True)
+def raise_logged_assertions() -> Iterator[None]:
+    """Fail a test for an assertion that failed in a callback and was logged, for example in a receiver of the hub."""
+    logged: list[Failure] = []
+
+    def observe(event: LogEvent) -> None:
+        failure = event.get("log_failure")
+        if failure is not None and failure.check(AssertionError):
+            logged.append(failure)
+
+    globalLogPublisher.addObserver(observe)
+    yield
+    globalLogPublisher.removeObserver(observe)
+    for failure in logged:
+        failure.raiseException()
 
 
 @pytest.fixture
