@@ -17,7 +17,7 @@ from rtservice.hub.redis import RedisCarrier
 from rtservice.hub.redis_url import parse_hub_url
 from rtservice.interfaces import HubFull, HubUnavailable, Members
 from tests.support.connected import connected
-from tests.support.eventually import eventually
+from tests.support.eventually import answers, eventually
 from tests.support.hub_load import GAP, Load, Receiver
 from tests.support.recorded import recorded
 from tests.support.redis import RedisServer, needs_redis
@@ -313,11 +313,13 @@ async def test_what_is_left_and_released_without_a_connection_is_removed_afterwa
     assert (await two.members("room")).members == (b"ann",)
     address.silent = False
     # The changes are sent when the connection is back, and nothing tells this test when Redis has made them.
-    while (await two.members("room")).total:
-        pass
+
+    async def is_empty() -> bool:
+        return (await two.members("room")).total == 0
+
+    await answers(is_empty)
     for key in ("ann", "carl"):
-        while await two.claim(key, b"") is None:
-            pass
+        await answers(lambda key=key: two.claim(key, b""))
 
 
 @pytest_twisted.ensureDeferred

@@ -1,7 +1,7 @@
-"""Wait in the reactor until something is true."""
+"""Wait in the reactor until something is true, or ask until the answer is."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest_twisted
@@ -19,4 +19,12 @@ def eventually(condition: Callable[[], Any]) -> Any:
     while not (value := condition()):
         assert time.monotonic() < end, "the deadline has passed"
         yield deferLater(reactor, 0.002, nothing)
+    return value
+
+
+async def answers(question: Callable[[], Awaitable[Any]]) -> Any:
+    """Ask repeatedly until the answer is a true value; return it."""
+    end = time.monotonic() + DEADLINE
+    while not (value := await question()):
+        assert time.monotonic() < end, "the deadline has passed"
     return value
