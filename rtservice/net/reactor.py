@@ -13,6 +13,7 @@ Differences from its base, `twisted.internet.epollreactor`:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from select import EPOLLIN
 from time import monotonic
@@ -66,15 +67,11 @@ class Reactor(EPollReactor):
     def __init__(self) -> None:
         self._log_contexts: dict[int, _LogContext] = {}
         self._writers_soon: list[Any] = []
+        # Called with an IWriteDescriptor: its doWrite is called once before the reactor next waits, as if it were
+        # writable. For a descriptor whose socket is very likely writable: this saves registering and unregistering it.
+        # Call it from the reactor's thread only. A fan-out calls it for each receiver, so it has no Python frame.
+        self.write_soon: Callable[[Any], None] = self._writers_soon.append
         super().__init__()
-
-    def write_soon(self, writer: Any) -> None:
-        """Call the doWrite of an IWriteDescriptor once before the reactor next waits, as if it were writable.
-
-        For a descriptor whose socket is very likely writable: this saves registering and unregistering it. Call it from
-        the reactor's thread only.
-        """
-        self._writers_soon.append(writer)
 
     def exchange(self, before: Any, after: Any) -> None:
         """Replace a registered descriptor by another one of the same socket. No effect if `before` is not registered.
@@ -127,7 +124,8 @@ class Reactor(EPollReactor):
     doIteration = doPoll
 
     def _write_now(self, contexts: list[Any]) -> None:
-        writers, self._writers_soon = self._writers_soon, []
+        writers = self._writers_soon[:]
+        self._writers_soon.clear()
         log_contexts = self._log_contexts
         for writer in writers:
             # Twisted's _doReadOrWrite, inlined for a fan-out to many connections.
