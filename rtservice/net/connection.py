@@ -438,8 +438,14 @@ class Connection:
             return
         self._out.append(data)
         self._unsent += len(data)
-        if not self._corked:
-            self._flush_soon()
+        if not self._corked:  # `_flush_soon`, inlined for a fan-out to many connections
+            self._corked = True
+            if not self._waiting:
+                write_soon = self.port.write_soon
+                if write_soon is not None:
+                    write_soon(self)
+                else:
+                    self._wait_until_writable()
         # A transport registered as its own producer is paused after the flush, when the kernel accepted less.
         if self._unsent > BUFFER_SIZE and self.producer is not self:
             self._pause_producer()
@@ -568,6 +574,24 @@ class Connection:
         if self._stage is not None:  # it began after this call was requested, or in the same event
             return self._stage.doWrite()
         if not self.disconnected:
+            out = self._out
+            if len(out) == 1 and not self._once_sent and not self._waiting:
+                # `_flush` of one piece, inlined for a fan-out to many connections.
+                try:
+                    sent = self._send(out[0])
+                except OSError as problem:
+                    if not would_block(problem):
+                        self._lost(problem)
+                        return None
+                    sent = 0
+                if sent == self._unsent:
+                    self.bytes_out += sent
+                    self._unsent = 0
+                    out.clear()
+                    self._corked = False
+                else:
+                    self._sent_some(out[0], sent)
+                return None
             self._flush()
             if self._waiting and not self._corked and not self.disconnected:
                 self._stop_waiting()
