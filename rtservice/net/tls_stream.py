@@ -54,7 +54,7 @@ class TLSStream(BoundedStream):
             except BaseException:
                 connection._protocol_failed("handshakeCompleted")
                 return
-        if connection.disconnected:
+        if connection._stage is not self:  # the protocol has ended the connection, or it lingers
             return
         if connection.disconnecting:  # loseConnection was called in the handshake, which had to continue reading
             connection.reactor.removeReader(self)

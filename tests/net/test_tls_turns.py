@@ -285,6 +285,28 @@ def test_a_close_in_the_middle_of_input_reads_until_the_peer_has_finished(servic
     assert protocol.calls[-1] == "end"
 
 
+@pytest.mark.parametrize("client", ["finishes", "resets"])
+def test_a_protocol_that_closes_at_once_waits_for_no_timer_when_the_client_is_done(service: Service, client) -> None:
+    def answer_and_close(protocol: Any) -> None:
+        protocol.transport.write(b"bye")
+        protocol.transport.loseConnection()
+
+    service.factory.on_connect = answer_and_close
+    peer = service.connect()
+    peer.data(b"unread")
+    peer.push()
+    service.turn(5)
+    protocol = service.factory.made
+    assert protocol.transport.phase == "closing"
+    assert reads(protocol.transport, service.reactor)
+    if client == "finishes":
+        peer.sock.shutdown(socket.SHUT_WR)
+    else:
+        peer.sock.close()
+    service.turn(5)  # the fake time stands still
+    assert protocol.calls[-1] == "end"
+
+
 class Failing:
     """A push producer that raises when it is resumed."""
 
