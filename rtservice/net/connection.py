@@ -359,13 +359,21 @@ class Connection:
         try:
             protocol = factory.buildProtocol(self._peer)
         except BaseException:
-            reason = Failure()
-            FACTORY_FAILED.failure(_log, reason, factory=log_prefix(factory), method="buildProtocol")
-            self._give_up(reason)
+            self._factory_failed(factory)
             return None
         if protocol is None:
             self._give_up(DONE)
         return protocol
+
+    def _factory_failed(self, factory: Any) -> None:
+        """Log an exception of buildProtocol, and end the connection.
+
+        Not in `_build_protocol`: its frame is in the traceback, and a variable there that refers to the Failure would
+        be a reference cycle.
+        """
+        reason = Failure()
+        FACTORY_FAILED.failure(_log, reason, factory=log_prefix(factory), method="buildProtocol")
+        self._give_up(reason)
 
     # --- reading ---
 

@@ -15,8 +15,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from rtservice.events import ACCEPT_PAUSED, CONNECTION_FAILED
-from rtservice.net.address import Address, address_of, peer_name
+from rtservice.events import ACCEPT_PAUSED
+from rtservice.net.address import Address, address_of
 from rtservice.net.bpf import accept_new_clients, drop_new_clients
 from rtservice.net.connection import Connection, log_prefix
 from rtservice.net.handshakes import ProxyHandshake, TLSHandshake
@@ -233,9 +233,7 @@ class Port:
             try:
                 self._begin(connection)
             except BaseException:  # usually of a producer of the protocol; the port continues
-                reason = Failure()
-                CONNECTION_FAILED.failure(_log, reason, peer=peer_name(connection.getPeer()), listener=self.name)
-                connection.connectionLost(reason)
+                connection._failed()
 
     def start_tls(self, connection: Connection, context: Any, *, server_side: bool) -> None:
         """Begin a TLS handshake on a connection. `context` and the errors are those of `Connection.startTLS`."""

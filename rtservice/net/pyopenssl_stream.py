@@ -177,13 +177,14 @@ class Layer(TLSMemoryBIOProtocol):
             self._stream.failed(self._reason.value)
         if self.wrappedProtocol is None:  # the handshake was not done
             self.wrappedProtocol = Protocol()
-        if self._tlsConnection is not None:
-            super().connectionLost(reason)
-        else:  # TLS has not begun
-            protocol: Any = self.wrappedProtocol
-            self.wrappedProtocol = None  # type: ignore[assignment]  # as Twisted does: breaks a reference cycle
-            protocol.connectionLost(reason)
-        self._stream = None  # breaks a reference cycle
+        try:
+            if self._tlsConnection is not None:
+                super().connectionLost(reason)
+            else:  # TLS has not begun
+                self.wrappedProtocol.connectionLost(reason)
+        finally:  # break reference cycles; Twisted does not break all, and none if the protocol raises
+            self._tlsConnection = self._producer = self._stream = None
+            self.wrappedProtocol = None  # type: ignore[assignment]  # as Twisted does
 
 
 class _Below:
