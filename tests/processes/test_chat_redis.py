@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.chat_client import ChatClient
 from tests.support.listen_options import TCP
-from tests.support.repository import PACKAGE
+from tests.support.repository import ROOT
 
 pytest.importorskip("hiredis")
 
@@ -89,7 +89,7 @@ def test_a_restart_of_redis_shows_notices_and_the_chat_continues(chats, redis, w
 
 
 def test_the_example_connects_two_services(service, redis, environment) -> None:
-    environment["PYTHONPATH"] = str(PACKAGE.parent / "docs" / "examples")
+    environment["PYTHONPATH"] = str(ROOT / "docs" / "examples")
     ports = []
     for _ in range(2):
         running = service("--protocol=live:Live", TCP, f"--hub={redis.url}")

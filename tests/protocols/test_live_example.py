@@ -13,9 +13,9 @@ from twisted.python.failure import Failure
 from rtservice.hub.hub import Hub
 from tests.support.chat import ManualReactor
 from tests.support.hub_engine import Engine, EngineCarrier
-from tests.support.repository import PACKAGE
+from tests.support.repository import ROOT
 
-EXAMPLE = PACKAGE.parent / "docs" / "examples" / "live.py"
+EXAMPLE = ROOT / "docs" / "examples" / "live.py"
 
 
 class World:
