@@ -181,9 +181,9 @@ class IClaim(Interface):
     """The result of `IHub.claim`: the only claim of its key in the whole service."""
 
     lost = Attribute(
-        "A Deferred that fires with None when the claim is lost: another process holds the key, or may hold it. That "
-        "can happen with `--hub` only, when this process had no connection to Redis, or Redis has lost data. It does "
-        "not fire after `release`."
+        "A Deferred that fires with None when another process holds the key. That can happen with `--hub` only, when "
+        "this process had no connection to Redis for 20 seconds, or Redis has lost data. The process learns it when it "
+        "has a connection again; until then both processes have the claim. It does not fire after `release`."
     )
 
     def release() -> None:

@@ -51,9 +51,9 @@ class Outbox:
 
     def _drop(self, topic: str) -> None:
         self.dropped += 1
-        self._topics.add(topic)
-        if len(self._topics) > _MOST_GAPS:
-            self._all_topics = True
+        if not self._all_topics:
+            self._topics.add(topic)
+            self._all_topics = len(self._topics) > _MOST_GAPS
 
     def add_gaps(self) -> None:
         """Add the GAP of each topic with dropped messages."""

@@ -428,9 +428,11 @@ def test_handles_may_be_used_after_the_stop(world) -> None:
     subscription = result(world.hub.subscribe("t", Recorder()))
     membership, claim = result(world.hub.join("t", b"")), result(world.hub.claim("k", b""))
     result(world.hub.stop())
+    before = world.hub.counters()
     subscription.cancel()
     membership.leave()
     claim.release()
+    assert world.hub.counters() == before
 
 
 # --- counters ---

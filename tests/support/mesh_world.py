@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from twisted.internet.task import Clock
@@ -132,8 +133,8 @@ class MeshWorld:
         worker = self.random.choice(self.workers)
         reactor = worker.reactor
         calls: list[Callable[[], None]] = [lambda: reactor.advance(0)]
-        calls += [lambda reader=reader: reactor.call(reader, "doRead") for reader in reactor.readers]  # type: ignore[misc]
-        calls += [lambda writer=writer: reactor.call(writer, "doWrite") for writer in reactor.writers]  # type: ignore[misc]
+        calls += [partial(reactor.call, reader, "doRead") for reader in reactor.readers]
+        calls += [partial(reactor.call, writer, "doWrite") for writer in reactor.writers]
         self.random.choice(calls)()
 
     def close(self) -> None:
